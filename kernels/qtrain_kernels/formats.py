@@ -1,0 +1,7 @@
+from typing import Any
+
+Format = Any
+
+
+def get_format(name: str) -> Any:
+    return name

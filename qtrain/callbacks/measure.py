@@ -1,0 +1,135 @@
+"""What a run is measured by: training lines and validation lines of metrics.jsonl, mirrored to the loggers."""
+
+from __future__ import annotations
+
+import math
+import resource
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import lightning
+import torch
+from torch import Tensor
+
+from qtrain.callbacks.step import StepCallback
+from qtrain.errors import UserError
+from qtrain.lightning_module import CausalLM, evaluate
+from qtrain.metrics import bits_per_byte
+from qtrain.run_directory import RunDirectory
+
+Line = Mapping[str, Any]
+
+
+class DivergedError(UserError):
+    """The loss is not finite."""
+
+
+class Recorder:
+    """Writes a line to metrics.jsonl, hands it to the loggers and to whoever listens. Only rank zero writes."""
+
+    def __init__(self, directory: RunDirectory, listeners: list[Callable[[Line], None]]):
+        self.directory = directory
+        self.listeners = listeners
+
+    def write(self, trainer: lightning.Trainer, module: CausalLM, step: int, values: Line) -> None:
+        if not trainer.is_global_zero:
+            return
+        tokens = step * module.plan.batch_tokens
+        line = {"step": step, "tokens": tokens, "flops": tokens * module.plan.flops_per_token, **values}
+        self.directory.append_metrics(line)
+        for logger in trainer.loggers:
+            logger.log_metrics({key: value for key, value in line.items() if key != "step"}, step=step)
+        for listen in self.listeners:
+            listen(line)
+
+
+class Measure(StepCallback):
+    """Every `every` steps: loss and gradient norm of that step, learning rate, tokens/s, waiting for data, memory.
+
+    Losses stay on the device until a line is due. DivergedError at the first step whose loss is not finite.
+    """
+
+    def __init__(self, recorder: Recorder, every: int):
+        self.recorder = recorder
+        self.every = every
+        self.losses: list[Tensor] = []
+        self.busy = self.waiting = 0.0
+        self.started = self.ready = time.perf_counter()
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        self.ready = time.perf_counter()
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        self.started = time.perf_counter()
+        self.waiting += self.started - self.ready
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.busy += time.perf_counter() - self.started
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        self.ready = time.perf_counter()
+
+    def on_step_end(self, trainer: lightning.Trainer, module: CausalLM, step: int) -> None:
+        self.losses.append(module.step_loss)
+        if step % self.every == 0 or step == module.plan.steps:
+            self.flush(trainer, module, step)
+
+    def flush(self, trainer: lightning.Trainer, module: CausalLM, step: int) -> None:
+        started = time.perf_counter()
+        loss = self.check_finite(step)
+        self.busy += time.perf_counter() - started
+        seconds = self.busy + self.waiting
+        values = {
+            "loss": loss,
+            "lr": module.config.optimizer.lr * module.lr_factor(step - 1),
+            "grad_norm": float(module.grad_norm),
+            "tokens_per_second": round(len(self.losses) * module.plan.batch_tokens / seconds, 1),
+            "data_wait": round(self.waiting / seconds, 5),
+            "memory_bytes": memory_bytes(module.device),
+        }
+        self.losses.clear()
+        self.busy = self.waiting = 0.0
+        self.recorder.write(trainer, module, step, values)
+
+
+    def check_finite(self, step: int) -> float:
+        """The loss of `step`; DivergedError when it or one since the last line is not finite. Waits for the device."""
+        losses = torch.stack(self.losses or [torch.zeros(())]).tolist()
+        for number, loss in enumerate(losses, start=step - len(losses) + 1):
+            if not math.isfinite(loss):
+                raise DivergedError(f"the loss is {loss} at step {number}")
+        return losses[-1]
+
+
+class Validate(StepCallback):
+    """Every `every` steps but the last (the run's end validates in any case): loss and bits per byte on the validation
+    split. Lightning's own validation loop runs after the end-of-step hooks, hence after the checkpoint, and is not run
+    again on resume: a kill in between would lose its line."""
+
+    def __init__(self, recorder: Recorder, every: int, bytes_per_token: float):
+        self.recorder = recorder
+        self.every = every
+        self.bytes_per_token = bytes_per_token
+
+    def on_step_end(self, trainer: lightning.Trainer, module: CausalLM, step: int) -> None:
+        if step % self.every == 0 and step < module.plan.steps:
+            batches = trainer.datamodule.val_dataloader()  # pyright: ignore[reportAttributeAccessIssue]
+            precision = module.config.trainer.precision
+            total, count = evaluate(module.model, batches, module.device, precision)
+            sums = trainer.strategy.reduce(torch.tensor([total, count], dtype=torch.float64), reduce_op="sum")
+            self.recorder.write(trainer, module, step, validation_values(*sums.tolist(), self.bytes_per_token))
+
+
+def validation_values(total: float, count: float, bytes_per_token: float) -> dict[str, float]:
+    """val_loss in nats per token and val_bits_per_byte from a summed loss over `count` tokens."""
+    loss = total / count
+    return {"val_loss": loss, "val_bits_per_byte": bits_per_byte(loss, 1, bytes_per_token)}
+
+
+def memory_bytes(device: torch.device) -> int:
+    """Peak memory so far: of the allocator on a GPU, of the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,250 @@
+"""A run's directory: a function of the settings that determine the result, never of the clock.
+
+    runs/<name>-<hash8>/
+        config.yaml         the settings, complete
+        environment.json    versions, machine, commit and command of each start
+        metrics.jsonl       one flat JSON object a line: the source of truth; loggers mirror it
+        metrics.discarded.jsonl   lines that a resumed run took back
+        summary.json        status and results
+        loss.png
+        checkpoints/
+
+Starting the same command again finds the same directory: it resumes an unfinished run and skips a finished one.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import importlib.metadata
+import json
+import logging
+import os
+import platform
+import secrets
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+import yaml
+
+from qtrain.config import Config, config_hash, configs_dir, parse, result_keys
+from qtrain.errors import UserError
+
+log = logging.getLogger("qtrain")
+
+PACKAGES = ("qtrain", "torch", "triton", "lightning", "hydra-core", "datasets", "tokenizers", "numpy")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """The file is the old one or the new one, at any moment and after a crash."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    with partial.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; {} where there is no file."""
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+class RunDirectory:
+    """One run's files. `open` it before training; `close` it (or leave the `with` block) to release its lock."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._lock: TextIO | None = None
+
+    @classmethod
+    def of(cls, config: Config) -> RunDirectory:
+        """Where this config's run lives; nothing is touched."""
+        if config.run_dir is not None:
+            return cls(Path(config.run_dir).expanduser())
+        return cls(Path(config.run_root).expanduser() / f"{config.name}-{config_hash(config)}")
+
+    # ------------------------------------------------------------------------------------------------------ open, close
+
+    def open(self, config: Config) -> None:
+        """Make the directory, or take up the one that is there. UserError when it holds another config or no run, or
+        when another process is training in it."""
+        if config.force and self.path.exists():
+            self._move_aside()
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError(f"run_dir={self.path} is a file; name a directory")
+        if (self.path / "config.yaml").exists():
+            self._check_same(config)
+        elif self.path.is_dir() and any(not child.name.startswith(".") for child in self.path.iterdir()):
+            raise UserError(
+                f"run_dir={self.path} is not empty and holds no run (no config.yaml); name another directory"
+            )
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        self._take_lock()
+        if not (self.path / "config.yaml").exists():
+            write_atomically(self.path / "config.yaml", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+        self._note_environment()
+
+    def close(self) -> None:
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def __enter__(self) -> RunDirectory:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _move_aside(self) -> None:
+        number = 1
+        while (aside := self.path.with_name(f"{self.path.name}.old{number}")).exists():
+            number += 1
+        self.path.rename(aside)
+        log.info("force=true: the earlier run is now %s", aside)
+
+    def _check_same(self, config: Config) -> None:
+        there = self.read_config()
+        if config_hash(there) == config_hash(config):
+            return
+        differences = list(_differences(result_keys(there), result_keys(config)))
+        raise UserError(
+            f"run_dir={self.path} was made with another config: {'; '.join(differences)}. "
+            "Name another run_dir, or set force=true to move the old one aside"
+        )
+
+    def _take_lock(self) -> None:
+        lock = (self.path / ".lock").open("w")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.close()
+            raise UserError(f"another process is training in {self.path}; wait for it or stop it") from None
+        self._lock = lock
+
+    def _note_environment(self) -> None:
+        """Append this start to environment.json; warn when the code has changed since the first."""
+        path = self.path / "environment.json"
+        record = read_json(path) or {"wandb_id": f"{self.path.name}-{secrets.token_hex(3)}", "starts": []}
+        start = environment()
+        commits = {earlier["commit"] for earlier in record["starts"]}
+        if commits and start["commit"] not in commits:
+            log.warning("this run was started at commit %s; the code is now at %s", *commits, start["commit"])
+        record["starts"].append(start)
+        write_atomically(path, json.dumps(record, indent=2) + "\n")
+
+    # ---------------------------------------------------------------------------------------------------------- contents
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def wandb_id(self) -> str:
+        return read_json(self.path / "environment.json")["wandb_id"]
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        return read_json(self.path / "summary.json")
+
+    @property
+    def finished(self) -> bool:
+        return self.summary.get("status") == "finished"
+
+    def write_summary(self, values: Mapping[str, Any]) -> None:
+        write_atomically(self.path / "summary.json", json.dumps(dict(values), indent=2) + "\n")
+
+    def read_config(self) -> Config:
+        path = self.path / "config.yaml"
+        if not path.exists():
+            raise UserError(f"{self.path} is no run directory: it has no config.yaml")
+        return parse(Config, yaml.safe_load(path.read_text()))
+
+    def append_metrics(self, line: Mapping[str, Any]) -> None:
+        with self.metrics.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def discard_metrics_after(self, step: int) -> int:
+        """Move the lines of steps beyond `step`, and a half-written line, to metrics.discarded.jsonl; their number."""
+        if not self.metrics.exists():
+            return 0
+        lines = self.metrics.read_text().splitlines(keepends=True)
+        kept = [line for line in lines if _step_of(line) <= step]
+        dropped = [line for line in lines if _step_of(line) > step]
+        if dropped:
+            with (self.path / "metrics.discarded.jsonl").open("a") as file:
+                file.writelines(line if line.endswith("\n") else line + "\n" for line in dropped)
+            write_atomically(self.metrics, "".join(kept))
+        return len(dropped)
+
+
+def _step_of(line: str) -> float:
+    """The step of a metrics line; infinity for a line that was not written to its end."""
+    if not line.endswith("\n"):
+        return float("inf")
+    try:
+        return json.loads(line)["step"]
+    except (json.JSONDecodeError, KeyError, TypeError):
+        return float("inf")
+
+
+def _differences(there: Any, here: Any, path: str = "") -> Iterator[str]:
+    if isinstance(there, dict) and isinstance(here, dict):
+        for key in sorted(there.keys() | here.keys()):
+            yield from _differences(there.get(key), here.get(key), f"{path}.{key}" if path else key)
+    elif there != here:
+        yield f"{path} was {there!r}, now {here!r}"
+
+
+# ----------------------------------------------------------------------------------------------------------- environment
+
+
+def environment() -> dict[str, Any]:
+    """Versions, machine, commit and command of this process."""
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+    return {
+        "command": " ".join(sys.argv),
+        "commit": commit(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "versions": versions,
+    }
+
+
+def commit() -> str | None:
+    """The checkout's commit, "+changes" after it where files differ from it; None for an installed package."""
+    root = configs_dir().parent
+    if not (root / ".git").exists():
+        return None
+    try:
+        head = _git(root, "rev-parse", "HEAD")
+        return head + ("+changes" if _git(root, "status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _git(root: Path, *arguments: str) -> str:
+    command = ["git", "-C", str(root), *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor()

@@ -1,0 +1,4 @@
+from qtrain.train import main
+
+if __name__ == "__main__":
+    main()

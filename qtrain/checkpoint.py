@@ -64,7 +64,9 @@ def newest_checkpoint(directory: Path) -> tuple[int, Path] | None:
             return step, path
         aside = path.with_suffix(".ckpt.damaged")
         path.replace(aside)
-        log.warning("checkpoint %s is damaged (%s): set aside as %s, trying the one before it", path, problem, aside.name)
+        log.warning(
+            "checkpoint %s is damaged (%s): set aside as %s, trying the one before it", path, problem, aside.name
+        )
     return None
 
 

@@ -17,9 +17,9 @@ from typing import Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from qtrain_kernels.formats import Format, get_format
 
 from qtrain.errors import UserError
-from qtrain_kernels.formats import Format, get_format
 
 Backend = Literal["auto", "reference", "compiled"]
 T = TypeVar("T", bound="Strict")
@@ -31,7 +31,7 @@ class Strict(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
 
-# ---------------------------------------------------------------------------------------------------------------- recipe
+# ------------------------------------------------------------------------------------------------------ recipe
 
 
 class QuantSpec(Strict):
@@ -65,7 +65,9 @@ class QuantSpec(Strict):
     @model_validator(mode="after")
     def _signs_need_rotation(self) -> QuantSpec:
         if self.signs != "none" and self.rotation is None:
-            raise ValueError(f"signs: {self.signs} has no effect without a rotation; name one (hadamard32) or drop signs")
+            raise ValueError(
+                f"signs: {self.signs} has no effect without a rotation; name one (hadamard32) or drop signs"
+            )
         return self
 
     @property
@@ -175,7 +177,7 @@ class LinearRecipe(Strict):
         return name
 
 
-# ---------------------------------------------------------------------------------------------------- model, data, budget
+# ------------------------------------------------------------------------------------------ model, data, budget
 
 
 class ModelConfig(Strict):
@@ -200,7 +202,7 @@ class ModelConfig(Strict):
     def _divides(self) -> ModelConfig:
         if self.dim % self.n_heads or (self.dim // self.n_heads) % 2:
             raise ValueError(
-                f"model.dim={self.dim} must split into n_heads={self.n_heads} heads of an even size (RoPE pairs elements)"
+                f"model.dim={self.dim} must split into n_heads={self.n_heads} heads of an even size: RoPE pairs elements"
             )
         if self.n_heads % self.kv_heads:
             raise ValueError(f"model.n_heads={self.n_heads} must be a multiple of n_kv_heads={self.kv_heads}")
@@ -415,7 +417,7 @@ def config_hash(config: Config) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
-# --------------------------------------------------------------------------------------------------------------- reading
+# ----------------------------------------------------------------------------------------------------- reading
 
 
 def configs_dir() -> Path:
@@ -458,6 +460,35 @@ def parse(kind: type[T], tree: Mapping[str, Any]) -> T:
         raise UserError("\n".join(lines)) from None
 
 
+def check_key(key: str) -> None:
+    """UserError when no setting has this dotted name, with the nearest one that exists."""
+    parts = key.split(".")
+    for depth, name in enumerate(parts):
+        parents = parts[:depth]
+        valid = _fields_at(Config, parents)
+        if name in valid:
+            continue
+        if not valid:
+            raise UserError(f"unknown key {key!r}: {'.'.join(parents)} is a value, it has no keys")
+        hint = _nearest(name, valid, parents) or _nearest_leaf(name)
+        where = f"keys of {'.'.join(parents)}" if parents else "keys"
+        raise UserError(f"unknown key {key!r}{hint}; {where}: {', '.join(valid)}")
+
+
+def _nearest_leaf(name: str) -> str:
+    """A hint at a key of any group: lrr -> optimizer.lr."""
+    leaves = {leaf: f"{group}.{leaf}" for group in Config.model_fields for leaf in _fields_at(Config, [group])}
+    match = difflib.get_close_matches(name, leaves, n=1, cutoff=0.6)
+    return f"; did you mean {leaves[match[0]]!r}?" if match else ""
+
+
+def check_group_option(group: str, option: str) -> None:
+    """UserError when configs/<group>/ has no such option, with the nearest one that it has."""
+    known = group_names(group)
+    if option not in known:
+        raise UserError(f"unknown {group} {option!r}{_nearest(option, known)}; there are: {', '.join(known)}")
+
+
 def _explain(kind: type[Strict], problem: Any) -> str:
     *parents, leaf = (str(part) for part in problem["loc"]) if problem["loc"] else ("",)
     path = ".".join([*parents, leaf])
@@ -465,7 +496,8 @@ def _explain(kind: type[Strict], problem: Any) -> str:
     if problem["type"] == "extra_forbidden":
         valid = list(_fields_at(kind, parents))
         where = ".".join(parents) or "the config"
-        return f"unknown key {path!r} (found {found!r}){_nearest(leaf, valid, parents)}; keys of {where}: {', '.join(valid)}"
+        hint = _nearest(leaf, valid, parents)
+        return f"unknown key {path!r} (found {found!r}){hint}; keys of {where}: {', '.join(valid)}"
     if problem["type"] == "missing":
         return f"missing key {path!r}; set it in a config file or as {path}=..."
     message = problem["msg"].removeprefix("Value error, ")

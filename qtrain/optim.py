@@ -30,7 +30,7 @@ def parameter_groups(model: nn.Module) -> tuple[dict[str, nn.Parameter], dict[st
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
     """AdamW at the full learning rate (`lr_factor` scales it); group 0 has weight decay, group 1 has none.
 
-    Fused: on two CPU cores one step of nano takes 0.3 ms fused and 1.0 ms foreach, and repeats bit for bit. A fused
+    Fused: on two CPU cores one step of nano takes 0.24 ms fused and 0.81 ms foreach, and repeats bit for bit. A fused
     optimiser makes Lightning's own clipping refuse mixed precision, so clip with torch's clip_grad_norm_.
     """
     decay, no_decay = parameter_groups(model)
@@ -47,8 +47,8 @@ def warmup_steps(total_steps: int, config: SchedulerConfig) -> int:
 
 
 def decay_steps(total_steps: int, config: SchedulerConfig) -> int:
-    """Whole steps of wsd's final decay, rounded down."""
-    return _whole(config.decay_fraction * total_steps)
+    """Whole steps of wsd's final decay, rounded down, at least one."""
+    return max(1, _whole(config.decay_fraction * total_steps))
 
 
 def lr_factor(step: int, total_steps: int, config: SchedulerConfig) -> float:

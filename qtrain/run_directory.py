@@ -66,7 +66,7 @@ class RunDirectory:
             return cls(Path(config.run_dir).expanduser())
         return cls(Path(config.run_root).expanduser() / f"{config.name}-{config_hash(config)}")
 
-    # ------------------------------------------------------------------------------------------------------ open, close
+    # -------------------------------------------------------------------------------------------- open, close
 
     def open(self, config: Config) -> None:
         """Make the directory, or take up the one that is there. UserError when it holds another config or no run, or
@@ -135,7 +135,7 @@ class RunDirectory:
         record["starts"].append(start)
         write_atomically(path, json.dumps(record, indent=2) + "\n")
 
-    # ---------------------------------------------------------------------------------------------------------- contents
+    # ------------------------------------------------------------------------------------------------ contents
 
     @property
     def checkpoints(self) -> Path:
@@ -170,6 +170,12 @@ class RunDirectory:
         with self.metrics.open("a") as file:
             file.write(json.dumps(line) + "\n")
 
+    def lines(self, having: str) -> list[dict[str, Any]]:
+        """The whole lines of metrics.jsonl that have this key."""
+        text = self.metrics.read_text() if self.metrics.exists() else ""
+        whole = [json.loads(line) for line in text.splitlines(keepends=True) if _step_of(line) < float("inf")]
+        return [line for line in whole if having in line]
+
     def discard_metrics_after(self, step: int) -> int:
         """Move the lines of steps beyond `step`, and a half-written line, to metrics.discarded.jsonl; their number."""
         if not self.metrics.exists():
@@ -202,7 +208,7 @@ def _differences(there: Any, here: Any, path: str = "") -> Iterator[str]:
         yield f"{path} was {there!r}, now {here!r}"
 
 
-# ----------------------------------------------------------------------------------------------------------- environment
+# ------------------------------------------------------------------------------------------------- environment
 
 
 def environment() -> dict[str, Any]:

@@ -48,13 +48,13 @@ class Recorder:
 class Measure(StepCallback):
     """Every `every` steps: loss and gradient norm of that step, learning rate, tokens/s, waiting for data, memory.
 
-    Losses stay on the device until a line is due. DivergedError at the first step whose loss is not finite.
+    Losses and norms stay on the device until a line is due. DivergedError at the first that is not finite.
     """
 
     def __init__(self, recorder: Recorder, every: int):
         self.recorder = recorder
         self.every = every
-        self.losses: list[Tensor] = []
+        self.history: list[tuple[Tensor, Tensor]] = []
         self.busy = self.waiting = 0.0
         self.started = self.ready = time.perf_counter()
 
@@ -71,41 +71,42 @@ class Measure(StepCallback):
         self.ready = time.perf_counter()
 
     def on_step_end(self, trainer: lightning.Trainer, module: CausalLM, step: int) -> None:
-        self.losses.append(module.step_loss)
+        self.history.append((module.step_loss, module.grad_norm))
         if step % self.every == 0 or step == module.plan.steps:
             self.flush(trainer, module, step)
 
     def flush(self, trainer: lightning.Trainer, module: CausalLM, step: int) -> None:
         started = time.perf_counter()
-        loss = self.check_finite(step)
+        self.check_finite(step)
         self.busy += time.perf_counter() - started
         seconds = self.busy + self.waiting
         values = {
-            "loss": loss,
+            "loss": float(module.step_loss),
             "lr": module.config.optimizer.lr * module.lr_factor(step - 1),
             "grad_norm": float(module.grad_norm),
-            "tokens_per_second": round(len(self.losses) * module.plan.batch_tokens / seconds, 1),
+            "tokens_per_second": round(len(self.history) * module.plan.batch_tokens / seconds, 1),
             "data_wait": round(self.waiting / seconds, 5),
             "memory_bytes": memory_bytes(module.device),
         }
-        self.losses.clear()
+        self.history.clear()
         self.busy = self.waiting = 0.0
         self.recorder.write(trainer, module, step, values)
 
-
-    def check_finite(self, step: int) -> float:
-        """The loss of `step`; DivergedError when it or one since the last line is not finite. Waits for the device."""
-        losses = torch.stack(self.losses or [torch.zeros(())]).tolist()
-        for number, loss in enumerate(losses, start=step - len(losses) + 1):
-            if not math.isfinite(loss):
-                raise DivergedError(f"the loss is {loss} at step {number}")
-        return losses[-1]
+    def check_finite(self, step: int) -> None:
+        """DivergedError when a loss or gradient norm since the last line, `step` included, is not finite. Waits for
+        the device."""
+        pairs = torch.tensor([]) if not self.history else torch.stack([torch.stack(pair) for pair in self.history])
+        for number, (loss, norm) in enumerate(pairs.tolist(), start=step - len(pairs) + 1):
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                raise DivergedError(f"step {number} is not finite: loss {loss}, gradient norm {norm}")
 
 
 class Validate(StepCallback):
-    """Every `every` steps but the last (the run's end validates in any case): loss and bits per byte on the validation
-    split. Lightning's own validation loop runs after the end-of-step hooks, hence after the checkpoint, and is not run
-    again on resume: a kill in between would lose its line."""
+    """Every `every` steps and after the last: loss and bits per byte on the validation split.
+
+    Lightning's own validation loop runs after the end-of-step hooks, hence after the checkpoint, and is not run again
+    on resume: a kill in between would lose its line.
+    """
 
     def __init__(self, recorder: Recorder, every: int, bytes_per_token: float):
         self.recorder = recorder
@@ -113,7 +114,7 @@ class Validate(StepCallback):
         self.bytes_per_token = bytes_per_token
 
     def on_step_end(self, trainer: lightning.Trainer, module: CausalLM, step: int) -> None:
-        if step % self.every == 0 and step < module.plan.steps:
+        if step % self.every == 0 or step == module.plan.steps:
             batches = trainer.datamodule.val_dataloader()  # pyright: ignore[reportAttributeAccessIssue]
             precision = module.config.trainer.precision
             total, count = evaluate(module.model, batches, module.device, precision)

@@ -1,0 +1,57 @@
+"""Mirrors of metrics.jsonl: Weights & Biases and TensorBoard, through Lightning's own loggers."""
+
+from __future__ import annotations
+
+import importlib.util
+import netrc
+import os
+
+from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
+
+from qtrain.config import Config
+from qtrain.errors import UserError
+from qtrain.run_directory import RunDirectory
+
+_PACKAGES = {"wandb": "wandb", "tensorboard": "tensorboard"}
+
+
+def build_loggers(config: Config, directory: RunDirectory) -> list[Logger]:
+    """The mirrors that logger.kind asks for. UserError when its package is not installed."""
+    kind = config.logger.kind
+    if kind == "none":
+        return []
+    if importlib.util.find_spec(_PACKAGES[kind]) is None:
+        raise UserError(f"logger={kind} needs the package {kind}: pip install 'qtrain[{kind}]', or logger=none")
+    if kind == "tensorboard":
+        return [TensorBoardLogger(directory.path, name="", version="tensorboard")]
+    return [_wandb(config, directory)]
+
+
+def _wandb(config: Config, directory: RunDirectory) -> WandbLogger:
+    """The run's id was drawn when its directory was made, so that every start of it writes to the same W&B run."""
+    settings = config.logger
+    offline = not has_wandb_key() if settings.offline is None else settings.offline
+    logger = WandbLogger(
+        name=directory.path.name,
+        save_dir=directory.path,
+        id=directory.wandb_id,
+        project=settings.project,
+        entity=settings.entity,
+        group=settings.group,
+        offline=offline,
+        resume="allow",
+        config=config.model_dump(mode="json"),
+    )
+    logger.experiment.define_metric("tokens")
+    logger.experiment.define_metric("*", step_metric="tokens")
+    return logger
+
+
+def has_wandb_key() -> bool:
+    """Whether an API key is at hand: WANDB_API_KEY, or an entry for wandb.ai in ~/.netrc."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    try:
+        return any("wandb.ai" in host for host in netrc.netrc().hosts)
+    except (OSError, netrc.NetrcParseError):
+        return False

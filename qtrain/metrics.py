@@ -1,0 +1,77 @@
+"""What a run costs and how good it is, as pure functions of its settings and counts."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from qtrain.config import ModelConfig
+from qtrain.models.llama import count_parameters
+
+
+def matmul_parameters(config: ModelConfig, vocab_size: int) -> int:
+    """Weights that a token is multiplied with: the block linears and lm_head (also where it is tied to embed)."""
+    _, non_embedding = count_parameters(config, vocab_size)
+    norms = (2 * config.n_layers + 1) * config.dim
+    return non_embedding - norms + vocab_size * config.dim
+
+
+def flops_per_token(config: ModelConfig, vocab_size: int) -> int:
+    """FLOPs of training on one token of a full sequence: 6 N + 12 L T D.
+
+    N matmul parameters, L layers, T seq_len, D dim. Two FLOPs per multiply-add; a backward costs two forwards; attention
+    counts the whole T x T matrix, though half of it is masked, and recomputation counts nothing. Norms, activations,
+    rotations, the embedding look-up, the optimiser and quantisation are left out. Source: PaLM, arXiv 2204.02311,
+    appendix B.
+    """
+    return 6 * matmul_parameters(config, vocab_size) + 12 * config.n_layers * config.seq_len * config.dim
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one device. Weights, gradients and AdamW's two moments are exact; activations are an estimate."""
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        return self.parameters + self.gradients + self.optimizer + self.activations
+
+
+def estimate_memory(config: ModelConfig, vocab_size: int, micro_batch_size: int, *, mixed: bool) -> Memory:
+    """Memory of unsharded training with AdamW on float32 weights; mixed: matmuls on bfloat16 copies of their inputs.
+
+    Activations are what the unquantised, uncompiled model keeps for its backward. Per token and layer: input and output
+    of both norms in float32 (4 D); in the compute dtype the rotated q, the attention output in both layouts (3 D), k and
+    v (2 G d), gate, up, silu(gate) and their product (4 F); mixed adds five copies of normed inputs (5 D) and, once, a
+    copy of every weight. The head: one more norm, and at the peak of the loss the logits in the compute dtype plus
+    two float32 tensors of their size. Quantised operands, the allocator's slack and temporaries come on top.
+    """
+    total, _ = count_parameters(config, vocab_size)
+    tokens, dim, size = micro_batch_size * config.seq_len, config.dim, 2 if mixed else 4
+    kv_dim = config.kv_heads * config.head_dim
+    layer = 4 * 4 * dim + size * (3 * dim + 2 * kv_dim + 4 * config.ffn_dim)
+    head = 2 * 4 * dim + vocab_size * (size + 2 * 4)
+    activations = tokens * (config.n_layers * layer + head)
+    if mixed:
+        copied_inputs = tokens * dim * (5 * config.n_layers + 1)
+        activations += 2 * (copied_inputs + matmul_parameters(config, vocab_size))
+    return Memory(4 * total, 4 * total, 8 * total, activations)
+
+
+def perplexity(loss: float) -> float:
+    """exp of a mean cross-entropy in nats per token; inf where that overflows."""
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+def bits_per_byte(loss: float, n_tokens: int, n_bytes: int) -> float:
+    """Mean cross-entropy in nats per token -> bits per byte of the text that these tokens spell.
+
+    Comparable between tokenizers, as a loss per token is not. ValueError for a text of no bytes.
+    """
+    if n_bytes <= 0:
+        raise ValueError(f"bits per byte needs a text of at least one byte, found {n_bytes} bytes for {n_tokens} tokens")
+    return loss * n_tokens / (n_bytes * math.log(2))

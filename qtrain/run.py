@@ -1,0 +1,297 @@
+"""One run: settings -> data -> model -> convert -> fit -> report."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+from pathlib import Path
+from statistics import median
+
+import lightning
+import torch
+from lightning.fabric.utilities.rank_zero import rank_zero_only
+from qtrain.data.datamodule import TokenDataModule
+from qtrain.plan import RunPlan, make_plan
+from qtrain.report.loss import plot_loss
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.panel import Panel
+from rich.text import Text
+from torch import nn
+
+from qtrain.callbacks import Checkpoints, DivergedError, Measure, Progress, StopRequest, Validate
+from qtrain.callbacks.measure import Recorder
+from qtrain.checkpoint import AtomicCheckpointIO, load_checkpoint, newest_checkpoint
+from qtrain.config import Config, config_hash
+from qtrain.data import Corpus, check_vocab, prepare
+from qtrain.errors import UserError
+from qtrain.lightning_module import CausalLM
+from qtrain.loggers import build_loggers
+from qtrain.models.llama import Llama, generate
+from qtrain.quant import convert
+from qtrain.run_directory import RunDirectory, commit
+
+log = logging.getLogger("qtrain")
+
+
+def run(config: Config) -> float | None:
+    """Do the run, or take it up where it stopped; the final validation loss in nats per token (None for a dry run).
+
+    UserError before anything is trained for settings that cannot work here; DivergedError for a loss that is not
+    finite; KeyboardInterrupt after a checkpoint when asked to stop.
+    """
+    console = Console(highlight=False, quiet=rank_zero_only.rank != 0)
+    _speak_through(console)
+    device = pick_device(config)
+    directory = RunDirectory.of(config)
+    if config.dry_run:
+        plan = make_plan(config, world_size=config.trainer.devices)
+        console.print(plan.table(config, device=str(device), run_directory=str(directory.path)))
+        return None
+    if directory.finished and not config.force:
+        directory.open(config)
+        directory.close()
+        loss = directory.summary["val_loss"]
+        console.print(f"{directory.path} is finished (validation loss {loss:.4f}); force=true runs it again")
+        return loss
+    plan = make_plan(config, world_size=config.trainer.devices)
+    corpus = prepare(config.data, config.tokenizer, budget_tokens=plan.tokens)
+    plan = make_plan(config, world_size=config.trainer.devices, vocab_size=corpus.vocab_size)
+    check_vocab(corpus, plan.vocab_size)
+    model = build_model(config, plan.vocab_size)
+    with directory:
+        if rank_zero_only.rank == 0:
+            directory.open(config)
+        return Session(config, plan, corpus, model, directory, device, console).run()
+
+
+def pick_device(config: Config) -> torch.device:
+    """The device to train on. UserError when the one asked for is not there."""
+    asked, count = config.trainer.device, config.trainer.devices
+    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if asked == "cuda" and found == 0:
+        raise UserError(f"trainer.device=cuda: torch {torch.__version__} finds no CUDA device; use trainer.device=cpu")
+    device = "cuda" if asked != "cpu" and found else "cpu"
+    if device == "cuda" and count > found:
+        raise UserError(f"trainer.devices={count}: this machine has {found} CUDA devices; use trainer.devices={found}")
+    return torch.device(device)
+
+
+def build_model(config: Config, vocab_size: int) -> Llama:
+    """The model as it stands before step 0, a function of the settings alone: the global random state is left as it
+    was, the weights depend on config.seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        model = Llama(config.model, vocab_size)
+    report = convert(model, config.recipe, seed=config.seed, backend=config.backend)
+    log.debug("%s", report)
+    return model
+
+
+def load_run(path: str | Path) -> nn.Module:
+    """The model of a run directory, converted as it was trained, with the weights of its newest good checkpoint, in
+    eval mode on the CPU. UserError when the directory holds no run or no checkpoint."""
+    directory = RunDirectory(Path(path).expanduser())
+    config = directory.read_config()
+    newest = newest_checkpoint(directory.checkpoints)
+    if newest is None:
+        raise UserError(f"{directory.path} has no checkpoint yet")
+    checkpoint = load_checkpoint(newest[1])
+    model = build_model(config, checkpoint["vocab_size"])
+    prefix = "model."
+    weights = {name.removeprefix(prefix): value for name, value in checkpoint["state_dict"].items()}
+    model.load_state_dict(weights)
+    return model.eval()
+
+
+class Session:
+    """The state of one run while it trains."""
+
+    def __init__(
+        self,
+        config: Config,
+        plan: RunPlan,
+        corpus: Corpus,
+        model: Llama,
+        directory: RunDirectory,
+        device: torch.device,
+        console: Console,
+    ):
+        self.config, self.plan, self.corpus, self.directory = config, plan, corpus, directory
+        self.device, self.console = device, console
+        self.module = CausalLM(config, plan, model)
+        self.data = TokenDataModule(
+            corpus,
+            seq_len=config.model.seq_len,
+            seed=config.seed,
+            total_samples=plan.steps * plan.batch_tokens // config.model.seq_len,
+            micro_batch_size=config.trainer.micro_batch_size,
+            val_tokens=config.data.val_tokens,
+            num_workers=config.data.num_workers,
+            overfit=config.debug.overfit,
+        )
+        self.bytes_per_token = corpus.val.n_bytes / corpus.val.n_tokens
+
+    @property
+    def model(self) -> Llama:
+        return self.module.model  # pyright: ignore[reportReturnType]
+
+    def run(self) -> float:
+        checkpoint = self._resume_point()
+        self._announce()
+        self._write_summary("running")
+        with StopRequest() as stop:
+            trainer = self._trainer(stop)
+            if self.config.trainer.compile:
+                self.model.compile()
+            try:
+                trainer.fit(self.module, datamodule=self.data, ckpt_path=checkpoint, weights_only=True)
+            except DivergedError as error:
+                self._write_summary("diverged")
+                raise DivergedError(f"{error}; {self._last_good()}") from None
+            if stop.asked and trainer.global_step < self.plan.steps:
+                self._write_summary("interrupted")
+                raise KeyboardInterrupt
+        return self._finish() if rank_zero_only.rank == 0 else float("nan")
+
+    # ------------------------------------------------------------------------------------------------------------ begin
+
+    def _resume_point(self) -> Path | None:
+        """The checkpoint to go on from; takes back the metrics written after it."""
+        earlier = self.directory.summary.get("data_hash")
+        if earlier not in (None, self.corpus.data_hash):
+            raise UserError(
+                f"{self.directory.path} was started on data {earlier}; the same settings now give data "
+                f"{self.corpus.data_hash}. Restore the data, or set force=true to start anew"
+            )
+        newest = newest_checkpoint(self.directory.checkpoints)
+        step, path = newest if newest else (0, None)
+        dropped = self.directory.discard_metrics_after(step) if rank_zero_only.rank == 0 else 0
+        if path is not None:
+            log.info("resuming at step %d from %s", step, path.name)
+        if dropped:
+            log.info("%d later lines of metrics.jsonl are now in metrics.discarded.jsonl", dropped)
+        return path
+
+    def _announce(self) -> None:
+        self.console.print(
+            self.plan.table(self.config, device=_describe(self.device), run_directory=str(self.directory.path))
+        )
+
+    def _trainer(self, stop: StopRequest) -> lightning.Trainer:
+        config, plan = self.config, self.plan
+        progress = Progress(self.console, config.callbacks.progress_bar, plan.steps)
+        recorder = Recorder(self.directory, [progress.listen])
+        measure = Measure(recorder, config.callbacks.log_every_steps)
+        checkpoints = Checkpoints(
+            self.directory, plan.checkpoint_every_steps, config.callbacks.keep_checkpoints, stop, measure
+        )
+        validate = Validate(recorder, plan.val_every_steps, self.bytes_per_token)
+        return lightning.Trainer(
+            accelerator="gpu" if self.device.type == "cuda" else "cpu",
+            devices=config.trainer.devices,
+            precision="bf16-mixed" if config.trainer.precision == "bf16-mixed" else "32-true",
+            max_steps=plan.steps,
+            max_epochs=-1,
+            accumulate_grad_batches=plan.micro_batches,
+            callbacks=[measure, validate, progress, checkpoints],
+            logger=build_loggers(config, self.directory),
+            plugins=[AtomicCheckpointIO()],
+            default_root_dir=self.directory.path,
+            use_distributed_sampler=False,  # the data module slices each batch by rank itself
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            limit_val_batches=0,
+            num_sanity_val_steps=0,
+            detect_anomaly=config.debug.detect_anomaly,
+        )
+
+    def _last_good(self) -> str:
+        newest = newest_checkpoint(self.directory.checkpoints)
+        if newest is None:
+            return "no checkpoint had been written yet. Lower optimizer.lr or checkpoint more often"
+        return f"the last good checkpoint is {newest[1]} (step {newest[0]}). Lower optimizer.lr or warm up longer"
+
+    # -------------------------------------------------------------------------------------------------------------- end
+
+    def _finish(self) -> float:
+        """Summary, picture, sample and where to go from here. The last step's validation stands in metrics.jsonl."""
+        last = self.directory.lines("val_loss")[-1]
+        values = {key: last[key] for key in ("val_loss", "val_bits_per_byte")}
+        speeds = [line["tokens_per_second"] for line in self.directory.lines("tokens_per_second")]
+        self._write_summary("finished", **values, tokens_per_second=median(speeds))
+        plot_loss(self.directory.path)
+        self._show_sample()
+        self._show_end(values["val_loss"], values["val_bits_per_byte"])
+        return values["val_loss"]
+
+    def _write_summary(self, status: str, **results: float) -> None:
+        if rank_zero_only.rank != 0:
+            return
+        plan, config = self.plan, self.config
+        summary = {
+            "status": status,
+            "name": config.name,
+            "recipe": config.recipe.name,
+            "seed": config.seed,
+            "parameters": plan.parameters,
+            "non_embedding_parameters": plan.non_embedding_parameters,
+            "tokens": plan.tokens,
+            "steps": plan.steps,
+            "flops": plan.flops,
+            "val_loss": None,
+            "val_bits_per_byte": None,
+            "tokens_per_second": None,
+            "bigram_cross_entropy": self.corpus.bigram_cross_entropy,
+            "config_hash": config_hash(config),
+            "data_hash": self.corpus.data_hash,
+            "commit": commit(),
+        }
+        self.directory.write_summary(summary | results)
+
+    def _show_sample(self) -> None:
+        settings = self.config.callbacks
+        if settings.sample_tokens == 0:
+            return
+        tokenizer = self.corpus.tokenizer
+        prompt = [int(token) for token in tokenizer.encode(settings.sample_prompt)]
+        ids = generate(
+            self.model.cpu(), prompt, settings.sample_tokens, temperature=0.8, top_k=50, seed=self.config.seed
+        )
+        text = tokenizer.decode(ids)
+        self.console.print(Panel(Text(text), title="sample", title_align="left", border_style="dim"))
+
+    def _show_end(self, val_loss: float, val_bits: float) -> None:
+        bigram = self.corpus.bigram_cross_entropy
+        path = self.directory.path
+        program = "qtrain-train" if Path(sys.argv[0]).name.startswith("qtrain-train") else "python train.py"
+        lines = [
+            f"validation loss {val_loss:.4f} nats per token ({val_bits:.4f} bits per byte)",
+            f"bigram model    {bigram:.4f} nats per token: what the pair counts of the training text alone predict",
+            f"run directory   {path}  (loss.png, metrics.jsonl, summary.json, checkpoints/)",
+            "",
+            "next:",
+            f"  {program} -m +experiment=bf16,quest,quartet     compare recipes on the same data",
+            f"  {program} +experiment=quartet trainer.tokens=8_000_000",
+            f'  python -c "import qtrain; print(qtrain.load_run({str(path)!r}))"',
+        ]
+        self.console.print("\n".join(lines), soft_wrap=True)
+
+
+def _describe(device: torch.device) -> str:
+    if device.type == "cuda":
+        return f"cuda ({torch.cuda.get_device_name(device)})"
+    return f"cpu ({torch.get_num_threads()} threads)"
+
+
+def _speak_through(console: Console) -> None:
+    """Messages of qtrain through the console; Lightning's and torch's chatter about workers and processors silenced."""
+    log.handlers = [RichHandler(console=console, show_time=False, show_path=False, markup=False)]
+    log.setLevel(logging.INFO)
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*GPU available but not used.*")
+    warnings.filterwarnings("ignore", message=".*`LightningModule.*on_step.*")

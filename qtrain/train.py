@@ -1,0 +1,94 @@
+"""The command: compose the settings with Hydra, check them strictly, run.
+
+    python train.py +experiment=quartet
+    python train.py -m +experiment=bf16,quest,quartet
+
+Hydra is known here and nowhere else in the package. Everything heavy is imported when a run starts, so that help and
+mistakes are answered at once.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from typing import NoReturn
+
+import hydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from qtrain.config import Config, check_group_option, check_key, configs_dir, parse
+from qtrain.errors import UserError
+
+
+def main() -> None:
+    """Entry point of train.py and of the command qtrain-train. Exit codes: 0 done, 2 a mistake in what was asked,
+    130 stopped by Ctrl-C (the same command continues)."""
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands exceptions on: what they look like is decided here
+    try:
+        check_overrides(sys.argv[1:])
+        _hydra_main()
+    except (UserError, HydraException, OmegaConfBaseException) as error:
+        _fail(str(error), 2)
+    except KeyboardInterrupt:
+        _fail("stopped; the same command continues from the last checkpoint", 130)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    print(f"error: {message}" if code == 2 else message, file=sys.stderr)
+    sys.exit(code)
+
+
+@hydra.main(config_path=str(configs_dir()), config_name="train", version_base="1.3")
+def _hydra_main(tree: DictConfig) -> float | None:
+    from qtrain.run import run
+
+    return run(to_config(tree))
+
+
+def to_config(tree: DictConfig) -> Config:
+    """A composed tree -> checked settings."""
+    plain = OmegaConf.to_container(tree, resolve=True)
+    assert isinstance(plain, dict)
+    return parse(Config, {str(key): value for key, value in plain.items()})
+
+
+def compose(overrides: Sequence[str] = ()) -> Config:
+    """The settings that `python train.py <overrides>` would run, for programs and tests."""
+    check_overrides(overrides)
+    with hydra.initialize_config_dir(str(configs_dir()), version_base="1.3"):
+        return to_config(hydra.compose("train", overrides=list(overrides)))
+
+
+def check_overrides(arguments: Iterable[str]) -> None:
+    """UserError for a key or a group option that does not exist, with the nearest one that does.
+
+    Hydra's own advice for an unknown key is to put a + before it, and it would meet a wrong option of a sweep only
+    when that job's turn comes.
+    """
+    arguments = list(arguments)
+    own_configs = any(argument.split("=")[0] in ("--config-dir", "-cd", "hydra.searchpath") for argument in arguments)
+    words = [argument for argument in arguments if not argument.startswith("-") and "=" in argument]
+    for override in OverridesParser.create().parse_overrides(words):
+        key = override.key_or_group
+        if key.split(".")[0].split("/")[0] == "hydra":
+            continue
+        if not (configs_dir() / key).is_dir():
+            check_key(key)
+        elif not own_configs:
+            for option in _options(override):
+                check_group_option(key, option)
+
+
+def _options(override: Override) -> list[str]:
+    """The group options that an override names, one or a sweep's several; a glob names only what exists."""
+    if not override.is_sweep_override():
+        value = override.value()
+        return [value] if isinstance(value, str) else []
+    if override.is_choice_sweep():
+        return [str(option) for option in override.sweep_string_iterator()]
+    return []

@@ -202,7 +202,7 @@ class ModelConfig(Strict):
     def _divides(self) -> ModelConfig:
         if self.dim % self.n_heads or (self.dim // self.n_heads) % 2:
             raise ValueError(
-                f"model.dim={self.dim} must split into n_heads={self.n_heads} heads of an even size: RoPE pairs elements"
+                f"model.dim={self.dim} must split into n_heads={self.n_heads} heads of even size: RoPE pairs elements"
             )
         if self.n_heads % self.kv_heads:
             raise ValueError(f"model.n_heads={self.n_heads} must be a multiple of n_kv_heads={self.kv_heads}")

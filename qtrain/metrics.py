@@ -67,11 +67,12 @@ def perplexity(loss: float) -> float:
     return math.exp(loss) if loss < 700 else math.inf
 
 
-def bits_per_byte(loss: float, n_tokens: int, n_bytes: int) -> float:
+def bits_per_byte(loss: float, n_tokens: float, n_bytes: float) -> float:
     """Mean cross-entropy in nats per token -> bits per byte of the text that these tokens spell.
 
-    Comparable between tokenizers, as a loss per token is not. ValueError for a text of no bytes.
+    Comparable between tokenizers, as a loss per token is not. Only the ratio of the two
+    counts matters. ValueError for a text of no bytes.
     """
     if n_bytes <= 0:
-        raise ValueError(f"bits per byte needs a text of at least one byte, found {n_bytes} bytes for {n_tokens} tokens")
+        raise ValueError(f"bits per byte needs a text of some bytes, found {n_bytes} bytes for {n_tokens} tokens")
     return loss * n_tokens / (n_bytes * math.log(2))

@@ -21,6 +21,7 @@ import logging
 import os
 import platform
 import secrets
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -220,7 +221,7 @@ def environment() -> dict[str, Any]:
         except importlib.metadata.PackageNotFoundError:
             versions[package] = None
     return {
-        "command": " ".join(sys.argv),
+        "command": shlex.join(sys.orig_argv),
         "commit": commit(),
         "python": platform.python_version(),
         "platform": platform.platform(),

@@ -30,7 +30,7 @@ def main() -> None:
     130 stopped by Ctrl-C (the same command continues)."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands exceptions on: what they look like is decided here
     try:
-        check_overrides(sys.argv[1:])
+        sys.argv[1:] = checked_overrides(sys.argv[1:])
         _hydra_main()
     except (UserError, HydraException, OmegaConfBaseException) as error:
         _fail(str(error), 2)
@@ -59,29 +59,37 @@ def to_config(tree: DictConfig) -> Config:
 
 def compose(overrides: Sequence[str] = ()) -> Config:
     """The settings that `python train.py <overrides>` would run, for programs and tests."""
-    check_overrides(overrides)
     with hydra.initialize_config_dir(str(configs_dir()), version_base="1.3"):
-        return to_config(hydra.compose("train", overrides=list(overrides)))
+        return to_config(hydra.compose("train", overrides=checked_overrides(overrides)))
 
 
-def check_overrides(arguments: Iterable[str]) -> None:
-    """UserError for a key or a group option that does not exist, with the nearest one that does.
+def checked_overrides(arguments: Iterable[str]) -> list[str]:
+    """The arguments for Hydra. UserError for a key or a group option that does not exist, with the nearest one.
 
-    Hydra's own advice for an unknown key is to put a + before it, and it would meet a wrong option of a sweep only
-    when that job's turn comes.
+    A known key gets Hydra's add-or-override prefix (++), so that a setting which the chosen file leaves at its default
+    is set like any other. Left to itself, Hydra would advise a + before an unknown key, ask for one before a known
+    key that the file does not mention, and meet a wrong option of a sweep only when that job's turn comes.
     """
     arguments = list(arguments)
     own_configs = any(argument.split("=")[0] in ("--config-dir", "-cd", "hydra.searchpath") for argument in arguments)
-    words = [argument for argument in arguments if not argument.startswith("-") and "=" in argument]
-    for override in OverridesParser.create().parse_overrides(words):
-        key = override.key_or_group
-        if key.split(".")[0].split("/")[0] == "hydra":
-            continue
-        if not (configs_dir() / key).is_dir():
-            check_key(key)
-        elif not own_configs:
-            for option in _options(override):
-                check_group_option(key, option)
+    return [
+        _checked(argument, own_configs) if "=" in argument and not argument.startswith("-") else argument
+        for argument in arguments
+    ]
+
+
+def _checked(argument: str, own_configs: bool) -> str:
+    (override,) = OverridesParser.create().parse_overrides([argument])
+    key = override.key_or_group
+    if key.split(".")[0].split("/")[0] == "hydra":
+        return argument
+    if not (configs_dir() / key).is_dir():
+        check_key(key)
+        return "++" + argument.lstrip("+")
+    if not own_configs:
+        for option in _options(override):
+            check_group_option(key, option)
+    return argument
 
 
 def _options(override: Override) -> list[str]:

@@ -155,7 +155,7 @@ def generate(
     top_k: int | None = None,
     seed: int = 0,
 ) -> list[int]:
-    """Samples the n_tokens tokens that follow prompt_ids, in eval mode (the mode of each module is restored).
+    """prompt_ids and n_tokens sampled after them, in eval mode (the mode of each module is restored).
 
     temperature 0 takes the likeliest token; top_k keeps only so many candidates. The model sees the last
     config.seq_len tokens. The same seed draws the same tokens, whatever the global random state.
@@ -165,7 +165,9 @@ def generate(
         raise UserError("generate needs at least one prompt token, found none; give a non-empty prompt")
     beyond = [i for i in prompt_ids if not 0 <= i < model.vocab_size]
     if beyond:
-        raise UserError(f"prompt token {beyond[0]} is outside the vocabulary of {model.vocab_size}; check the tokenizer")
+        raise UserError(
+            f"prompt token {beyond[0]} is outside the vocabulary of {model.vocab_size}; check the tokenizer"
+        )
     if temperature < 0 or (top_k is not None and top_k < 1):
         raise UserError(f"temperature must be >= 0 and top_k >= 1 or None, found {temperature} and {top_k}")
     generator = torch.Generator().manual_seed(seed)
@@ -179,7 +181,7 @@ def generate(
     finally:
         for module, training in modes.items():
             module.training = training
-    return ids[len(prompt_ids) :]
+    return ids
 
 
 def _pick(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator) -> int:

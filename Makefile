@@ -1,0 +1,72 @@
+# Everything needs Python 3.11 or newer and make, nothing else: each target installs what it uses into .venv first.
+# Variables: VENV (.venv), PYTHON (the interpreter that makes it), ARGS (passed to train.py or pytest).
+
+VENV ?= .venv
+SUPPORTED := import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))
+PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
+	$$p -c "$(SUPPORTED)" 2>/dev/null && { echo $$p; break; }; done)
+
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip --disable-pip-version-check install -c constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help train test lint format hooks constraints clean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-13s%s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+train: $(VENV)/.train ## train the nano Llama in MXFP4 (ARGS="trainer.tokens=2e6" adds settings)
+	$(BIN)/python train.py +experiment=quartet $(ARGS)
+
+test: $(VENV)/.dev ## run the default test suite (ARGS="-k scale", ARGS="-m slow")
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.dev ## check style, format and types
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/pyright --pythonpath $(BIN)/python
+
+format: $(VENV)/.dev ## apply the format and the safe fixes of ruff
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+hooks: $(VENV)/.dev ## run the checks before every commit
+	$(BIN)/pre-commit install
+
+# The two stamps are written last, so an interrupted installation is taken up again.
+$(VENV)/.train: pyproject.toml constraints.txt
+	$(venv)
+	$(INSTALL) --no-build-isolation -e .
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml constraints.txt
+	$(venv)
+	$(INSTALL) --no-build-isolation -e '.[dev]'
+	@touch $(VENV)/.train $@
+
+# hatchling comes first, because the build of qtrain itself then uses the pinned one instead of the newest.
+define venv
+@$(or $(PYTHON),false) -c "$(SUPPORTED)" 2>/dev/null || { \
+	echo "qtrain needs Python 3.11 or newer with its venv module; found: $$($(or $(PYTHON),python3) --version 2>&1)."; \
+	echo "Name another one: make $(MAKECMDGOALS) PYTHON=/path/to/python3.12"; \
+	echo "Debian and Ubuntu keep venv in a package of its own: apt install python3-venv"; exit 1; } >&2
+@command -v "$${CXX:-g++}" >/dev/null || command -v clang++ >/dev/null || \
+	echo "note: no C++ compiler found; qtrain runs all the same, with backend=reference, which is slower" >&2
+$(PYTHON) -m venv $(VENV)
+$(INSTALL) hatchling
+endef
+
+# torch stays where it is; triton, because torch for CUDA demands one exact version of it and torch for CPU none.
+constraints: ## resolve constraints.txt afresh (torch and triton keep their versions)
+	@new=$$(mktemp -d) && trap 'rm -rf "$$new"' EXIT && set -e; \
+	grep -E '^(torch|triton)==' constraints.txt > "$$new/keep"; \
+	$(PYTHON) -m venv "$$new/venv"; \
+	"$$new/venv/bin/pip" install -c "$$new/keep" '.[dev]'; \
+	grep '^#' constraints.txt > "$$new/constraints.txt"; \
+	"$$new/venv/bin/pip" list --format freeze --exclude pip --exclude setuptools --exclude qtrain \
+		| grep -vE '^(nvidia|cuda)-' | sed 's/+.*//' | LC_ALL=C sort -f >> "$$new/constraints.txt"; \
+	cp "$$new/constraints.txt" constraints.txt
+
+clean: ## remove .venv, caches and build products; runs and token shards stay
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,286 @@
+"""Where documents come from: one `Source` per kind, read lazily, in an order that is the same on every machine.
+
+A document is a text with a name that errors can point at: a file, a line of a JSONL file, a row of a table. Empty
+documents are left out, since a boundary with nothing before it teaches nothing; an empty *file* that was asked for is
+an error.
+"""
+
+from __future__ import annotations
+
+import difflib
+import glob
+import importlib.metadata
+import json
+import os
+import re
+import sysconfig
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from qtrain.config import DataConfig, configs_dir
+from qtrain.errors import UserError
+
+# Folders of the standard library that are not code to learn from, and a file that differs with the build machine.
+NOT_STDLIB = {"test", "tests", "idle_test", "idlelib", "site-packages", "dist-packages", "__pycache__"}
+BUILD_DEPENDENT = "_sysconfigdata"
+
+
+class Document(NamedTuple):
+    name: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Source:
+    """name: readable, for the cache folder. identity: plain data that changes when the content may have changed; the
+    cache is keyed by it (files by relative path, size and modification time; datasets by name). n_bytes: size of the
+    files, None where unknown. documents: starts a new pass over all documents."""
+
+    name: str
+    identity: Any
+    n_bytes: int | None
+    documents: Callable[[], Iterator[Document]]
+
+
+class _File(NamedTuple):
+    name: str  # relative, with forward slashes: the same wherever the files lie
+    path: Path
+
+
+def open_sources(data: DataConfig) -> tuple[Source, Source | None]:
+    """The training source and, where data.val_files or data.val_split names one, the validation source.
+
+    UserError for a missing or empty file, a glob without a match, a dataset that cannot be reached.
+    """
+    if data.source == "stdlib":
+        return _code("stdlib", _stdlib_files()), None
+    if data.source == "python_env":
+        return _code("python_env", _environment_files()), None
+    if data.source == "huggingface":
+        return _dataset(data, data.split), _dataset(data, data.val_split) if data.val_split else None
+    return _files(data, "files", data.files), _files(data, "val_files", data.val_files) if data.val_files else None
+
+
+# ------------------------------------------------------------------------------------------------------- Python's own code
+
+
+def _stdlib_files() -> list[_File]:
+    root = Path(sysconfig.get_paths()["stdlib"])
+    found = []
+    for folder, folders, names in os.walk(root):
+        folders[:] = [name for name in folders if name not in NOT_STDLIB]
+        paths = (Path(folder, name) for name in names if name.endswith(".py") and not name.startswith(BUILD_DEPENDENT))
+        found += [_File(path.relative_to(root).as_posix(), path) for path in paths]
+    if not found:
+        raise UserError(f"data.source=stdlib found no .py files under {root}; use data=text with files of your own")
+    return sorted(found)
+
+
+def _environment_files() -> list[_File]:
+    """The .py files of the pinned distributions (constraints.txt of a checkout), or of all of them but qtrain."""
+    pins = configs_dir().parent / "constraints.txt"
+    installed = {_canonical(dist.metadata["Name"]): dist for dist in importlib.metadata.distributions()}
+    wanted = _pinned_names(pins) if pins.is_file() else set(installed)
+    found = []
+    for name in sorted(wanted & set(installed) - {"qtrain"}):
+        for file in installed[name].files or ():
+            if file.suffix == ".py" and ".." not in file.parts:
+                found.append(_File(f"{name}/{file.as_posix()}", Path(str(file.locate()))))
+    files = [file for file in sorted(found) if file.path.is_file()]
+    if not files:
+        raise UserError("data.source=python_env found no installed packages with .py files; use data=stdlib")
+    return files
+
+
+def _pinned_names(path: Path) -> set[str]:
+    lines = (line.split("#")[0].strip() for line in path.read_text().splitlines())
+    return {_canonical(match.group()) for line in lines if (match := re.match(r"[A-Za-z0-9][A-Za-z0-9._-]*", line))}
+
+
+def _canonical(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def _code(name: str, files: list[_File]) -> Source:
+    def documents() -> Iterator[Document]:
+        for file in files:
+            try:
+                text = file.path.read_bytes().decode()
+            except UnicodeDecodeError:  # a handful of files in older encodings, which no user chose
+                continue
+            if text:
+                yield Document(file.name, text)
+
+    return Source(name, *_stat(files), documents)
+
+
+# ------------------------------------------------------------------------------------------------------------ given files
+
+
+def _files(data: DataConfig, key: str, patterns: Sequence[str]) -> Source:
+    paths = [path for pattern in patterns for path in _expand(f"data.{key}", pattern)]
+    paths = list(dict.fromkeys(paths))
+    root = Path(os.path.commonpath([path.parent for path in paths]))
+    files = [_File(path.relative_to(root).as_posix(), path) for path in paths]
+    read = {"text": _read_text, "jsonl": _read_jsonl, "parquet": _read_parquet}[data.source]
+
+    def documents() -> Iterator[Document]:
+        for file in files:
+            yield from (document for document in read(file.path, data.text_field) if document.text)
+
+    identity, n_bytes = _stat(files)
+    field = "" if data.source == "text" else data.text_field
+    return Source(f"{data.source}-{paths[0].stem}", [data.source, field, identity], n_bytes, documents)
+
+
+def _expand(key: str, pattern: str) -> list[Path]:
+    """The files of a path or glob, sorted. UserError if there are none, or if one is a folder or empty."""
+    path = Path(pattern).expanduser()
+    names = [str(path)] if path.exists() else sorted(glob.glob(str(path), recursive=True))
+    paths = [Path(name).absolute() for name in names]
+    files = [path for path in paths if path.is_file()]
+    if paths and not files:
+        raise UserError(f"{key}={pattern} is a folder; name its files, for example {key}='{pattern}/*'")
+    if not files:
+        raise UserError(f"{key}={pattern} matches no file{_nearest_path(path)}")
+    for file in files:
+        if file.stat().st_size == 0:
+            raise UserError(f"{file} (of {key}) is empty; remove it or name another file")
+    return files
+
+
+def _nearest_path(path: Path) -> str:
+    parent = path.parent
+    while not parent.is_dir():
+        path, parent = parent, parent.parent
+    names = sorted(os.listdir(parent))
+    if match := difflib.get_close_matches(path.name, names, n=1, cutoff=0.5):
+        return f"; did you mean {parent / match[0]}?"
+    return f"; {parent} holds {', '.join(names[:5]) or 'nothing'}{', ...' if len(names) > 5 else ''}"
+
+
+def _read_text(path: Path, _field: str) -> Iterator[Document]:
+    raw = path.read_bytes()
+    if (offset := raw.find(b"\0")) >= 0:
+        raise UserError(f"{path} looks binary (a zero byte at offset {offset}); data.source=text needs UTF-8 text")
+    yield Document(str(path), _decode(path, raw, 0))
+
+
+def _decode(where: Path | str, raw: bytes, start: int) -> str:
+    try:
+        return raw.decode()
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{where} is not UTF-8 text (byte 0x{raw[error.start]:02x} at offset {start + error.start}); "
+            "convert it, for example with iconv -t utf-8"
+        ) from None
+
+
+def _read_jsonl(path: Path, field: str) -> Iterator[Document]:
+    offset = 0
+    with path.open("rb") as lines:
+        for number, raw in enumerate(lines, start=1):
+            if raw.strip():
+                where = f"{path}:{number}"
+                yield Document(where, _json_text(where, _decode(where, raw, offset), field))
+            offset += len(raw)
+
+
+def _json_text(where: str, line: str, field: str) -> str:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where}: not valid JSON ({error.msg} at column {error.colno}); mend or drop the line") from None
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: expected an object with a field {field!r}, found {type(row).__name__}")
+    if field not in row:
+        raise UserError(f"{where}: no field {field!r}; it has {', '.join(sorted(row))}; set data.text_field")
+    text = row[field]
+    if not isinstance(text, str):
+        raise UserError(f"{where}: field {field!r} is not a string (found {type(text).__name__}); set data.text_field")
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(f"{where}: field {field!r} holds half a surrogate pair at character {error.start}") from None
+    return text
+
+
+def _read_parquet(path: Path, field: str) -> Iterator[Document]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        table = pyarrow.parquet.ParquetFile(path)
+    except pyarrow.ArrowInvalid as error:
+        raise UserError(f"{path} is not a Parquet file ({str(error).splitlines()[0]})") from None
+    columns = table.schema_arrow.names
+    if field not in columns:
+        raise UserError(f"{path}: no column {field!r}; it has {', '.join(columns)}; set data.text_field")
+    row = 0
+    for batch in table.iter_batches(batch_size=1024, columns=[field]):
+        for text in batch.column(0).to_pylist():
+            yield Document(f"{path}:{row}", _string(f"{path}, row {row}", field, text))
+            row += 1
+
+
+def _string(where: str, field: str, text: Any) -> str:
+    """A table's missing value counts as an empty document; anything else but a string is an error."""
+    if text is None:
+        return ""
+    if not isinstance(text, str):
+        raise UserError(f"{where}: column {field!r} is not text (found {type(text).__name__}); set data.text_field")
+    return text
+
+
+# ------------------------------------------------------------------------------------------------- Hugging Face datasets
+
+
+def _dataset(data: DataConfig, split: str) -> Source:
+    folder = Path(data.path or "").expanduser()
+    path = str(folder) if folder.is_dir() else str(data.path)
+    local = [_File(file.relative_to(folder).as_posix(), file) for file in sorted(folder.rglob("*")) if file.is_file()]
+    identity = [Path(path).name if folder.is_dir() else path, data.subset, split, data.text_field, data.streaming]
+    if folder.is_dir():
+        identity.append(_stat(local)[0])
+
+    def documents() -> Iterator[Document]:
+        import datasets
+
+        try:
+            rows = datasets.load_dataset(path, name=data.subset, split=split, streaming=data.streaming)
+            for number, row in enumerate(rows):
+                yield _row(f"{path} ({split}), row {number}", row, data.text_field)
+        except UserError:
+            raise
+        except Exception as error:  # whatever the network, the hub or a loading script raises, the user must hear of it
+            raise UserError(
+                f"dataset {path}{f' ({data.subset})' if data.subset else ''}, split {split}, could not be read: "
+                f"{_first_line(error)}\nWithout a network, prepare it elsewhere (python scripts/prepare_data.py ...) and "
+                "copy data.cache_dir, or point HF_HOME at a filled Hugging Face cache."
+            ) from error
+
+    name = "-".join([Path(path).name, *([data.subset] if data.subset else [])])
+    return Source(name, identity, None, lambda: (document for document in documents() if document.text))
+
+
+def _row(where: str, row: Any, field: str) -> Document:
+    if field not in row:
+        raise UserError(f"{where}: no column {field!r}; it has {', '.join(sorted(row))}; set data.text_field")
+    return Document(where, _string(where, field, row[field]))
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def _stat(files: list[_File]) -> tuple[list[tuple[str, int, int]], int]:
+    """[(name, size, modification time in ns)] and the sum of sizes. A changed file changes it; reading is not needed."""
+    facts = []
+    for name, path in files:
+        status = path.stat()
+        facts.append((name, status.st_size, status.st_mtime_ns))
+    return facts, sum(size for _, size, _ in facts)

@@ -1,0 +1,178 @@
+"""Text to token ids and back. Three kinds, one small protocol."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import tokenizers
+
+from qtrain.config import TokenizerConfig
+from qtrain.errors import UserError
+
+END = "<|endoftext|>"
+# Tried in this order when nothing names the end-of-document token of a tokenizer.json.
+KNOWN_ENDS = (END, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "<|im_end|>")
+
+
+class Tokenizer(Protocol):
+    """encode: the ids of a text, without the end-of-document token; (n,) in `token_dtype(vocab_size)`.
+    decode: the text of ids, end-of-document tokens left out. hash: hex digits; equal hashes encode equally."""
+
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def eos_id(self) -> int: ...
+    @property
+    def hash(self) -> str: ...
+    def encode(self, text: str) -> np.ndarray: ...
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str: ...
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """uint16 where every id fits, else uint32; little-endian, as in the shards."""
+    return np.dtype("<u2") if vocab_size <= 1 << 16 else np.dtype("<u4")
+
+
+class ByteTokenizer:
+    """Ids 0 to 255 are the bytes of UTF-8, 256 ends a document."""
+
+    vocab_size = 257
+    eos_id = 256
+    hash = hashlib.sha256(b"bytes 257").hexdigest()
+
+    def encode(self, text: str) -> np.ndarray:
+        return np.frombuffer(text.encode(), dtype=np.uint8).astype(token_dtype(self.vocab_size))
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        values = np.asarray(ids, dtype=np.int64)
+        return values[values < 256].astype(np.uint8).tobytes().decode(errors="replace")
+
+
+class FileTokenizer:
+    """A tokenizer.json of the `tokenizers` library. Text that spells a special token is encoded as plain text, so that
+    a document cannot forge its own end."""
+
+    def __init__(self, tokenizer: tokenizers.Tokenizer, eos_id: int) -> None:
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        tokenizer.encode_special_tokens = True
+        self.eos_id = eos_id
+        self.vocab_size = max(tokenizer.get_vocab().values()) + 1
+        self.hash = hashlib.sha256(f"{tokenizer.to_str()} {eos_id}".encode()).hexdigest()
+        self._tokenizer = tokenizer
+
+    def encode(self, text: str) -> np.ndarray:
+        ids = self._tokenizer.encode(text, add_special_tokens=False).ids
+        return np.array(ids, dtype=token_dtype(self.vocab_size))
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        return self._tokenizer.decode([int(i) for i in ids if i != self.eos_id], skip_special_tokens=False)
+
+    def save(self, path: Path) -> None:
+        self._tokenizer.save(str(path))
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int) -> FileTokenizer:
+    """Byte-level BPE of at most vocab_size tokens (fewer if the text runs out of pairs); the end token has id 0.
+
+    Any text round-trips: the 256 byte symbols are always in. Deterministic in the texts and their order.
+    """
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer=trainer)
+    return FileTokenizer(tokenizer, eos_id=0)
+
+
+def load_pretrained(config: TokenizerConfig) -> FileTokenizer:
+    """The tokenizer of tokenizer.path: a tokenizer.json, a folder that holds one, or a name on the Hugging Face hub.
+
+    UserError if it cannot be found, reached or read, or if its end-of-document token is not known.
+    """
+    file = _tokenizer_file(str(config.path))
+    tokenizer = _read(file)
+    vocab = tokenizer.get_vocab()
+    if config.eos_token is not None and config.eos_token not in vocab:
+        raise UserError(f"tokenizer.eos_token={config.eos_token!r} is not a token of {file}")
+    named = config.eos_token or _named_end(file.with_name("tokenizer_config.json"))
+    end = next((token for token in (named, *KNOWN_ENDS) if token in vocab), None)
+    if end is None:
+        raise UserError(f"{file} does not say which token ends a document; set tokenizer.eos_token to one of its tokens")
+    return FileTokenizer(tokenizer, vocab[end])
+
+
+def load_saved(path: Path | None, eos_id: int) -> Tokenizer:
+    """The tokenizer of a prepared corpus: bytes where no file was kept."""
+    return ByteTokenizer() if path is None else FileTokenizer(_read(path), eos_id)
+
+
+def tokenizer_identity(config: TokenizerConfig) -> Any:
+    """Plain data that names the tokenizer in a cache key: a local file by its content, a hub name by itself, so that a
+    prepared corpus opens without a network."""
+    path = Path(config.path or "").expanduser()
+    if config.kind == "huggingface" and path.exists():
+        file = _tokenizer_file(str(path))
+        side = file.with_name("tokenizer_config.json")
+        content = file.read_bytes() + (side.read_bytes() if side.is_file() else b"")
+        return [config.kind, hashlib.sha256(content).hexdigest(), config.eos_token]
+    return [config.kind, config.vocab_size if config.kind == "bpe" else None, config.path, config.eos_token]
+
+
+def _tokenizer_file(name: str) -> Path:
+    path = Path(name).expanduser()
+    if path.is_dir():
+        path = path / "tokenizer.json"
+        if not path.is_file():
+            raise UserError(f"tokenizer.path={name} holds no tokenizer.json; save one there with save_pretrained")
+    if path.is_file():
+        return path
+    if name.endswith(".json") or name.startswith((".", "/", "~")):
+        raise UserError(f"tokenizer.path={name}: no such file or folder")
+    return _download(name)
+
+
+def _download(name: str) -> Path:
+    import huggingface_hub
+    import huggingface_hub.errors
+
+    try:
+        file = huggingface_hub.hf_hub_download(name, "tokenizer.json")
+    except Exception as error:  # network, hub, permission and cache errors share no base class
+        raise UserError(
+            f"tokenizer.path={name} is no local file, and its tokenizer.json could not be fetched from the Hugging Face "
+            f"hub ({type(error).__name__}: {str(error).strip().splitlines()[0]}); give the path of a tokenizer.json, or "
+            "fill HF_HOME where there is a network"
+        ) from error
+    try:
+        huggingface_hub.hf_hub_download(name, "tokenizer_config.json")
+    except (huggingface_hub.errors.EntryNotFoundError, OSError):
+        pass  # it only names the end token, which then is one of the usual ones or an error
+    return Path(file)
+
+
+def _read(file: Path) -> tokenizers.Tokenizer:
+    try:
+        return tokenizers.Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises bare Exception
+        raise UserError(f"{file} is not a readable tokenizer.json ({error})") from None
+
+
+def _named_end(file: Path) -> str | None:
+    if not file.is_file():
+        return None
+    try:
+        token = json.loads(file.read_text()).get("eos_token")
+    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
+        raise UserError(f"{file} is not readable JSON ({error})") from None
+    return token.get("content") if isinstance(token, dict) else token

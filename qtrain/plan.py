@@ -1,0 +1,158 @@
+"""What a run will do, worked out from its settings before anything is built: sizes, steps, intervals, cost."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from rich.table import Table
+
+from qtrain.config import Config, LinearRecipe, TokenizerConfig
+from qtrain.errors import UserError
+from qtrain.metrics import Memory, estimate_memory, flops_per_token
+from qtrain.models.llama import count_parameters
+from qtrain.optim import warmup_steps
+
+BYTES_VOCABULARY = 257  # 256 values and the end-of-document token
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """steps counts optimiser steps, each of batch_tokens tokens in micro_batches forwards per device; tokens and flops
+    are the whole run's; memory is in bytes per device."""
+
+    vocab_size: int
+    parameters: int
+    non_embedding_parameters: int
+    steps: int
+    batch_tokens: int
+    micro_batches: int
+    flops_per_token: int
+    warmup_steps: int
+    log_every_steps: int
+    val_every_steps: int
+    checkpoint_every_steps: int
+    memory: Memory
+
+    @property
+    def tokens(self) -> int:
+        return self.steps * self.batch_tokens
+
+    @property
+    def flops(self) -> int:
+        return self.tokens * self.flops_per_token
+
+    def table(self, config: Config, **more: str) -> Table:
+        """The plan for a terminal. Each of `more` is a row of its own: table(config, run_directory="runs/...")."""
+        table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+        table.add_column(style="cyan", no_wrap=True)
+        table.add_column(overflow="fold")
+        for label, value in (self._rows(config) | more).items():
+            table.add_row(label.replace("_", " "), value)
+        return table
+
+    def _rows(self, config: Config) -> dict[str, str]:
+        model, optimizer, trainer, memory = config.model, config.optimizer, config.trainer, self.memory
+        heads = f"{model.n_heads} heads" + (f" ({model.kv_heads} key/value)" if model.kv_heads != model.n_heads else "")
+        layers = f"{model.n_layers} layers" if model.n_layers > 1 else "1 layer"
+        tied = "; tied embeddings" if model.tie_embeddings else ""
+        per_parameter = self.tokens / self.non_embedding_parameters
+        return {
+            "model": f"{model.name}: {layers} of dim {model.dim}, {heads}, ffn {model.ffn_dim}, context {model.seq_len}",
+            "parameters": f"{self.parameters:,} ({self.non_embedding_parameters:,} non-embedding{tied})",
+            "recipe": describe_recipe(config.recipe),
+            "tokens": f"{self.tokens:,} of {config.data.source}, {per_parameter:.3g} per non-embedding parameter",
+            "steps": f"{self.steps:,} of {self.batch_tokens:,} tokens ({self._split(config)})",
+            "optimizer": f"{optimizer.name}, lr {optimizer.lr:g}, {config.scheduler.name} after {self.warmup_steps:,} "
+            f"steps of warm-up, weight decay {optimizer.weight_decay:g}, clip {trainer.grad_clip or 'off'}",
+            "compute": f"{self.flops:.3g} FLOP in {trainer.precision}",
+            "memory": f"about {_bytes(memory.total)} per device: weights {_bytes(memory.parameters)}, gradients "
+            f"{_bytes(memory.gradients)}, optimizer {_bytes(memory.optimizer)}, activations {_bytes(memory.activations)}",
+            "every": f"log {self.log_every_steps:,}, validate {self.val_every_steps:,}, checkpoint "
+            f"{self.checkpoint_every_steps:,} steps",
+        }
+
+    def _split(self, config: Config) -> str:
+        size, length = config.trainer.micro_batch_size, config.model.seq_len
+        devices = self.batch_tokens // (self.micro_batches * size * length)
+        on_devices = f" on {devices} devices" if devices > 1 else ""
+        return f"{self.micro_batches} x {size} sequences of {length}{on_devices}"
+
+
+def make_plan(config: Config, world_size: int = 1, vocab_size: int | None = None) -> RunPlan:
+    """The plan of a run on world_size devices.
+
+    The vocabulary is model.vocab_size, else vocab_size (the prepared corpus's), else the tokenizer's. UserError when
+    none of them says how large it is, or when batch_tokens is not whole micro-batches on every device.
+    """
+    trainer, callbacks = config.trainer, config.callbacks
+    vocab_size = config.model.vocab_size or vocab_size or _vocabulary(config.tokenizer)
+    parameters, non_embedding = count_parameters(config.model, vocab_size)
+    budget = trainer.tokens or (trainer.tokens_per_parameter or 0) * (config.model.nominal_parameters or non_embedding)
+    steps = max(1, math.floor(budget / trainer.batch_tokens))
+    steps = min(steps, config.debug.max_steps or steps)
+    tenth = max(1, steps // 10)
+    return RunPlan(
+        vocab_size=vocab_size,
+        parameters=parameters,
+        non_embedding_parameters=non_embedding,
+        steps=steps,
+        batch_tokens=trainer.batch_tokens,
+        micro_batches=_micro_batches(config, world_size),
+        flops_per_token=flops_per_token(config.model, vocab_size),
+        warmup_steps=warmup_steps(steps, config.scheduler),
+        log_every_steps=callbacks.log_every_steps,
+        val_every_steps=callbacks.val_every_steps or tenth,
+        checkpoint_every_steps=callbacks.checkpoint_every_steps or tenth,
+        memory=estimate_memory(
+            config.model, vocab_size, trainer.micro_batch_size, mixed=trainer.precision == "bf16-mixed"
+        ),
+    )
+
+
+def describe_recipe(recipe: LinearRecipe) -> str:
+    """One line: the formats of both operands of each GEMM, and the layers left out."""
+    if not recipe.operands():
+        return f"{recipe.name}: every linear in the compute dtype"
+    gemms = []
+    for gemm, operands in recipe.operands().items():
+        formats = [spec.format or recipe.default_format or "none" for spec in operands.values()]
+        gemms.append(f"{gemm} " + " x ".join("high precision" if name == "none" else name for name in formats))
+    skipped = f"; not in {', '.join(recipe.skip)}" if recipe.skip else ""
+    return f"{recipe.name}: {', '.join(gemms)}{skipped}"
+
+
+def _vocabulary(tokenizer: TokenizerConfig) -> int:
+    if tokenizer.kind == "bytes":
+        return BYTES_VOCABULARY
+    if tokenizer.vocab_size is None:
+        raise UserError(
+            f"the vocabulary of tokenizer.path={tokenizer.path} is not known before it is loaded; set model.vocab_size"
+        )
+    return tokenizer.vocab_size
+
+
+def _micro_batches(config: Config, world_size: int) -> int:
+    """Forwards per device and optimiser step."""
+    batch, size = config.trainer.batch_tokens, config.trainer.micro_batch_size
+    unit = size * config.model.seq_len * world_size
+    if batch % unit == 0:
+        return batch // unit
+    below, above = batch // unit * unit, (batch // unit + 1) * unit
+    nearest = f"{below} or {above}" if below else f"{above}"
+    smaller = max((n for n in range(1, size) if batch % (n * config.model.seq_len * world_size) == 0), default=None)
+    remedy = f", or trainer.micro_batch_size={smaller}" if smaller else ""
+    raise UserError(
+        f"trainer.batch_tokens={batch:,} must be a multiple of {unit:,} = trainer.micro_batch_size={size} x "
+        f"model.seq_len={config.model.seq_len} x {world_size} device{'s' if world_size > 1 else ''}; "
+        f"use trainer.batch_tokens={nearest}{remedy}"
+    )
+
+
+def _bytes(count: int) -> str:
+    value = float(count)
+    for unit in ("B", "KiB", "MiB"):
+        if value < 1024:
+            return f"{value:.3g} {unit}" if value < 999.5 else f"{value:.0f} {unit}"
+        value /= 1024
+    return f"{value:,.1f} GiB"

@@ -1,0 +1,154 @@
+"""The run directory: a function of the settings that determine the result; nothing already written is lost."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from qtrain.config import config_hash
+from qtrain.errors import UserError
+from qtrain.run_directory import RunDirectory, write_atomically
+from qtrain.train import compose
+
+
+def config(tmp_path: Path, *overrides: str):
+    return compose([f"run_root={tmp_path}", *overrides])
+
+
+SAME_RESULT = [
+    "data.num_workers=4",
+    "data.prepare_workers=1",
+    "data.cache_dir=elsewhere",
+    "trainer.device=cpu",
+    "trainer.micro_batch_size=4",
+    "backend=reference",
+    "logger=tensorboard",
+    "callbacks.log_every_steps=3",
+    "callbacks.checkpoint_every_steps=3",
+    "run_root=elsewhere",
+    "force=true",
+]
+OTHER_RESULT = [
+    "seed=1",
+    "model.n_layers=3",
+    "optimizer.lr=1e-5",
+    "scheduler=wsd",
+    "trainer.tokens=2_000_000",
+    "trainer.batch_tokens=8192",
+    "trainer.precision=32",
+    "tokenizer=bpe",
+    "data.val_fraction=0.1",
+    "recipe=quest",
+    "debug.max_steps=7",
+]
+
+
+@pytest.mark.parametrize("override", SAME_RESULT)
+def test_hash_ignores_what_cannot_change_the_result(tmp_path, override):
+    assert config_hash(compose([override])) == config_hash(compose())
+
+
+def test_hash_tells_apart_what_can(tmp_path):
+    hashes = [config_hash(compose([override])) for override in OTHER_RESULT]
+    assert len({*hashes, config_hash(compose())}) == len(OTHER_RESULT) + 1
+
+
+def test_bits_of_a_recipe_change_the_hash():
+    assert config_hash(compose(["recipe=quest", "recipe.bits=2"])) != config_hash(compose(["recipe=quest"]))
+
+
+def test_path_is_name_and_hash(tmp_path):
+    directory = RunDirectory.of(config(tmp_path, "name=first"))
+    assert directory.path == tmp_path / f"first-{config_hash(config(tmp_path))}"
+
+
+def test_reopening_with_the_same_config_keeps_everything(tmp_path):
+    settings = config(tmp_path)
+    with RunDirectory.of(settings) as directory:
+        directory.open(settings)
+        directory.append_metrics({"step": 1, "loss": 2.0})
+        identity = directory.wandb_id
+    with RunDirectory.of(settings) as again:
+        again.open(settings)
+        assert again.lines("loss") == [{"step": 1, "loss": 2.0}]
+        assert again.wandb_id == identity
+        assert again.read_config() == settings
+        starts = json.loads((again.path / "environment.json").read_text())["starts"]
+    assert len(starts) == 2 and starts[0]["versions"]["torch"] is not None
+
+
+def test_another_config_in_a_named_directory_is_an_error_that_names_the_difference(tmp_path):
+    named = tmp_path / "mine"
+    first = config(tmp_path, f"run_dir={named}")
+    with RunDirectory.of(first) as directory:
+        directory.open(first)
+    other = config(tmp_path, f"run_dir={named}", "optimizer.lr=0.5")
+    with pytest.raises(UserError, match=r"optimizer\.lr was 0\.\d+, now 0\.5.*force=true"):
+        RunDirectory.of(other).open(other)
+    assert RunDirectory(named).read_config() == first
+
+
+def test_a_directory_of_something_else_is_left_alone(tmp_path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    settings = config(tmp_path, f"run_dir={tmp_path}")
+    with pytest.raises(UserError, match="holds no run"):
+        RunDirectory.of(settings).open(settings)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_force_moves_the_old_run_aside(tmp_path):
+    settings = config(tmp_path)
+    for loss in (1.0, 2.0, 3.0):
+        forced = settings.model_copy(update={"force": True})
+        with RunDirectory.of(forced) as directory:
+            directory.open(forced)
+            assert directory.lines("loss") == []
+            directory.append_metrics({"step": 1, "loss": loss})
+    path = RunDirectory.of(settings).path
+    losses = {
+        name: RunDirectory(path.with_name(path.name + name)).lines("loss")[0]["loss"] for name in ("", ".old1", ".old2")
+    }
+    assert losses == {"": 3.0, ".old1": 1.0, ".old2": 2.0}
+
+
+def test_two_processes_cannot_train_in_one_directory(tmp_path):
+    settings = config(tmp_path)
+    with RunDirectory.of(settings) as directory:
+        directory.open(settings)
+        with pytest.raises(UserError, match="another process"):
+            RunDirectory.of(settings).open(settings)
+    with RunDirectory.of(settings) as directory:
+        directory.open(settings)
+
+
+def test_resuming_takes_back_later_and_half_written_lines(tmp_path):
+    directory = RunDirectory(tmp_path)
+    for step in (10, 20, 30):
+        directory.append_metrics({"step": step, "loss": 1 / step})
+    with directory.metrics.open("a") as file:
+        file.write('{"step": 40, "lo')
+    assert directory.discard_metrics_after(20) == 2
+    assert [line["step"] for line in directory.lines("loss")] == [10, 20]
+    discarded = (tmp_path / "metrics.discarded.jsonl").read_text().splitlines()
+    assert json.loads(discarded[0])["step"] == 30 and discarded[1] == '{"step": 40, "lo'
+    assert directory.discard_metrics_after(20) == 0
+
+
+def test_another_commit_warns(tmp_path, monkeypatch, caplog):
+    settings = config(tmp_path)
+    for commit in ("aaaa", "bbbb"):
+        monkeypatch.setattr("qtrain.run_directory.commit", lambda commit=commit: commit)
+        with RunDirectory.of(settings) as directory:
+            directory.open(settings)
+    assert "started at commit aaaa; the code is now at bbbb" in caplog.text
+
+
+def test_atomic_write_leaves_the_old_file_when_it_fails(tmp_path, monkeypatch):
+    target = tmp_path / "summary.json"
+    write_atomically(target, "old")
+    monkeypatch.setattr("os.fsync", lambda _: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        write_atomically(target, "new")
+    assert target.read_text() == "old"

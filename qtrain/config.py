@@ -261,11 +261,13 @@ class DataConfig(Strict):
 
 class TokenizerConfig(Strict):
     """kind: bytes (256 values and an end-of-document token) | bpe (trained on the corpus, vocab_size tokens) |
-    huggingface (path: a name on the hub, a folder, or a tokenizer.json)."""
+    huggingface (path: a name on the hub, a folder, or a tokenizer.json; eos_token: the token that ends a document,
+    where the tokenizer's own files do not name it)."""
 
     kind: Literal["bytes", "bpe", "huggingface"]
     vocab_size: int | None = Field(None, gt=256)
     path: str | None = None
+    eos_token: str | None = None
 
     @model_validator(mode="after")
     def _complete(self) -> TokenizerConfig:

@@ -19,10 +19,10 @@ def matmul_parameters(config: ModelConfig, vocab_size: int) -> int:
 def flops_per_token(config: ModelConfig, vocab_size: int) -> int:
     """FLOPs of training on one token of a full sequence: 6 N + 12 L T D.
 
-    N matmul parameters, L layers, T seq_len, D dim. Two FLOPs per multiply-add; a backward costs two forwards; attention
-    counts the whole T x T matrix, though half of it is masked, and recomputation counts nothing. Norms, activations,
-    rotations, the embedding look-up, the optimiser and quantisation are left out. Source: PaLM, arXiv 2204.02311,
-    appendix B.
+    N matmul parameters, L layers, T seq_len, D dim. Two FLOPs per multiply-add; a backward costs two forwards;
+    attention counts the whole T x T matrix, though half of it is masked; recomputation counts nothing. Norms,
+    activations, rotations, the embedding look-up, the optimiser and quantisation are left out. This is the convention
+    of PaLM, arXiv 2204.02311, appendix B.
     """
     return 6 * matmul_parameters(config, vocab_size) + 12 * config.n_layers * config.seq_len * config.dim
 
@@ -44,11 +44,11 @@ class Memory:
 def estimate_memory(config: ModelConfig, vocab_size: int, micro_batch_size: int, *, mixed: bool) -> Memory:
     """Memory of unsharded training with AdamW on float32 weights; mixed: matmuls on bfloat16 copies of their inputs.
 
-    Activations are what the unquantised, uncompiled model keeps for its backward. Per token and layer: input and output
-    of both norms in float32 (4 D); in the compute dtype the rotated q, the attention output in both layouts (3 D), k and
-    v (2 G d), gate, up, silu(gate) and their product (4 F); mixed adds five copies of normed inputs (5 D) and, once, a
-    copy of every weight. The head: one more norm, and at the peak of the loss the logits in the compute dtype plus
-    two float32 tensors of their size. Quantised operands, the allocator's slack and temporaries come on top.
+    Activations are what the unquantised, uncompiled model keeps for its backward. Per token and layer: input and
+    output of both norms in float32 (4 D); in the compute dtype the rotated q and the attention output in both layouts
+    (3 D), k and v (2 G d), gate, up, silu(gate) and their product (4 F); mixed adds five copies of normed inputs (5 D)
+    and, once, a copy of every weight. The head: one more norm, and at the peak of the loss the logits in the compute
+    dtype plus two float32 tensors of their size. Quantised operands, the allocator's slack and temporaries come on top.
     """
     total, _ = count_parameters(config, vocab_size)
     tokens, dim, size = micro_batch_size * config.seq_len, config.dim, 2 if mixed else 4

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from rich.table import Table
 
@@ -52,22 +52,25 @@ class RunPlan:
         return table
 
     def _rows(self, config: Config) -> dict[str, str]:
-        model, optimizer, trainer, memory = config.model, config.optimizer, config.trainer, self.memory
-        heads = f"{model.n_heads} heads" + (f" ({model.kv_heads} key/value)" if model.kv_heads != model.n_heads else "")
-        layers = f"{model.n_layers} layers" if model.n_layers > 1 else "1 layer"
+        model, optimizer, trainer = config.model, config.optimizer, config.trainer
+        heads = f"{model.n_heads} heads" + (f" on {model.kv_heads}" if model.kv_heads != model.n_heads else "")
+        shape = f"{model.n_layers} layers, dim {model.dim}, {heads}, ffn {model.ffn_dim}, context {model.seq_len}"
         tied = "; tied embeddings" if model.tie_embeddings else ""
-        per_parameter = self.tokens / self.non_embedding_parameters
+        kind = "nominal" if model.nominal_parameters else "non-embedding"
+        ratio = self.tokens / (model.nominal_parameters or self.non_embedding_parameters)
+        schedule = f"{config.scheduler.name} after {self.warmup_steps:,} steps of warm-up"
+        decay = f"weight decay {optimizer.weight_decay:g}, clip {trainer.grad_clip or 'off'}"
+        parts = {key: _bytes(size) for key, size in asdict(self.memory).items()}
         return {
-            "model": f"{model.name}: {layers} of dim {model.dim}, {heads}, ffn {model.ffn_dim}, context {model.seq_len}",
+            "model": f"{model.name}: {shape}",
             "parameters": f"{self.parameters:,} ({self.non_embedding_parameters:,} non-embedding{tied})",
             "recipe": describe_recipe(config.recipe),
-            "tokens": f"{self.tokens:,} of {config.data.source}, {per_parameter:.3g} per non-embedding parameter",
+            "tokens": f"{self.tokens:,} of {config.data.source}, {ratio:.3g} per {kind} parameter",
             "steps": f"{self.steps:,} of {self.batch_tokens:,} tokens ({self._split(config)})",
-            "optimizer": f"{optimizer.name}, lr {optimizer.lr:g}, {config.scheduler.name} after {self.warmup_steps:,} "
-            f"steps of warm-up, weight decay {optimizer.weight_decay:g}, clip {trainer.grad_clip or 'off'}",
+            "optimizer": f"{optimizer.name}, lr {optimizer.lr:g}, {schedule}, {decay}",
             "compute": f"{self.flops:.3g} FLOP in {trainer.precision}",
-            "memory": f"about {_bytes(memory.total)} per device: weights {_bytes(memory.parameters)}, gradients "
-            f"{_bytes(memory.gradients)}, optimizer {_bytes(memory.optimizer)}, activations {_bytes(memory.activations)}",
+            "memory": f"about {_bytes(self.memory.total)} per device: "
+            + ", ".join(f"{key} {size}" for key, size in parts.items()),
             "every": f"log {self.log_every_steps:,}, validate {self.val_every_steps:,}, checkpoint "
             f"{self.checkpoint_every_steps:,} steps",
         }
@@ -88,8 +91,7 @@ def make_plan(config: Config, world_size: int = 1, vocab_size: int | None = None
     trainer, callbacks = config.trainer, config.callbacks
     vocab_size = config.model.vocab_size or vocab_size or _vocabulary(config.tokenizer)
     parameters, non_embedding = count_parameters(config.model, vocab_size)
-    budget = trainer.tokens or (trainer.tokens_per_parameter or 0) * (config.model.nominal_parameters or non_embedding)
-    steps = max(1, math.floor(budget / trainer.batch_tokens))
+    steps = max(1, budget_tokens(config) // trainer.batch_tokens)
     steps = min(steps, config.debug.max_steps or steps)
     tenth = max(1, steps // 10)
     return RunPlan(
@@ -108,6 +110,17 @@ def make_plan(config: Config, world_size: int = 1, vocab_size: int | None = None
             config.model, vocab_size, trainer.micro_batch_size, mixed=trainer.precision == "bf16-mixed"
         ),
     )
+
+
+def budget_tokens(config: Config) -> int:
+    """The tokens that the settings ask to train on: trainer.tokens, or tokens_per_parameter times the nominal (else the
+    non-embedding) parameters. Known before the tokenizer is."""
+    trainer = config.trainer
+    if trainer.tokens is not None:
+        return trainer.tokens
+    assert trainer.tokens_per_parameter is not None
+    _, non_embedding = count_parameters(config.model, 1)
+    return math.floor(trainer.tokens_per_parameter * (config.model.nominal_parameters or non_embedding))
 
 
 def describe_recipe(recipe: LinearRecipe) -> str:

@@ -5,15 +5,14 @@ from __future__ import annotations
 import logging
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 
 import lightning
 import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_only
-from qtrain.data.datamodule import TokenDataModule
-from qtrain.plan import RunPlan, make_plan
-from qtrain.report.loss import plot_loss
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.panel import Panel
@@ -25,11 +24,14 @@ from qtrain.callbacks.measure import Recorder
 from qtrain.checkpoint import AtomicCheckpointIO, load_checkpoint, newest_checkpoint
 from qtrain.config import Config, config_hash
 from qtrain.data import Corpus, check_vocab, prepare
+from qtrain.data.datamodule import TokenDataModule
 from qtrain.errors import UserError
 from qtrain.lightning_module import CausalLM
 from qtrain.loggers import build_loggers
 from qtrain.models.llama import Llama, generate
+from qtrain.plan import RunPlan, budget_tokens, make_plan
 from qtrain.quant import convert
+from qtrain.report.loss import plot_loss
 from qtrain.run_directory import RunDirectory, commit
 
 log = logging.getLogger("qtrain")
@@ -50,20 +52,27 @@ def run(config: Config) -> float | None:
         console.print(plan.table(config, device=str(device), run_directory=str(directory.path)))
         return None
     if directory.finished and not config.force:
-        directory.open(config)
-        directory.close()
+        directory.check_same(config)
         loss = directory.summary["val_loss"]
         console.print(f"{directory.path} is finished (validation loss {loss:.4f}); force=true runs it again")
         return loss
-    plan = make_plan(config, world_size=config.trainer.devices)
-    corpus = prepare(config.data, config.tokenizer, budget_tokens=plan.tokens)
+    with open_session(config, console) as session:
+        return session.run()
+
+
+@contextmanager
+def open_session(config: Config, console: Console | None = None) -> Iterator[Session]:
+    """Everything a run needs, built and ready; its directory is open (and locked) while the block runs."""
+    device = pick_device(config)
+    budget = budget_tokens(config)
+    corpus = prepare(config.data, config.tokenizer, budget_tokens=budget)
     plan = make_plan(config, world_size=config.trainer.devices, vocab_size=corpus.vocab_size)
     check_vocab(corpus, plan.vocab_size)
     model = build_model(config, plan.vocab_size)
-    with directory:
+    with RunDirectory.of(config) as directory:
         if rank_zero_only.rank == 0:
             directory.open(config)
-        return Session(config, plan, corpus, model, directory, device, console).run()
+        yield Session(config, plan, corpus, model, directory, device, console or Console(quiet=True))
 
 
 def pick_device(config: Config) -> torch.device:
@@ -142,7 +151,7 @@ class Session:
         self._announce()
         self._write_summary("running")
         with StopRequest() as stop:
-            trainer = self._trainer(stop)
+            trainer = self.trainer(stop)
             if self.config.trainer.compile:
                 self.model.compile()
             try:
@@ -179,7 +188,7 @@ class Session:
             self.plan.table(self.config, device=_describe(self.device), run_directory=str(self.directory.path))
         )
 
-    def _trainer(self, stop: StopRequest) -> lightning.Trainer:
+    def trainer(self, stop: StopRequest) -> lightning.Trainer:
         config, plan = self.config, self.plan
         progress = Progress(self.console, config.callbacks.progress_bar, plan.steps)
         recorder = Recorder(self.directory, [progress.listen])
@@ -292,6 +301,13 @@ def _speak_through(console: Console) -> None:
     log.setLevel(logging.INFO)
     for name in ("lightning.pytorch", "lightning.fabric", "lightning"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    warnings.filterwarnings("ignore", message=".*GPU available but not used.*")
-    warnings.filterwarnings("ignore", message=".*`LightningModule.*on_step.*")
+    for message in _CHATTER:
+        warnings.filterwarnings("ignore", message=message)
+
+
+_CHATTER = (
+    ".*does not have many workers.*",  # tokens come from memory maps: workers would only cost processes
+    ".*but have no `validation_step`.*",  # validation is a callback, see qtrain.callbacks.Validate
+    ".*GPU available but not used.*",
+    ".*isinstance\\(treespec, LeafSpec\\).*",  # Lightning 2.6 on torch 2.13
+)

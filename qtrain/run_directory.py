@@ -77,7 +77,7 @@ class RunDirectory:
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"run_dir={self.path} is a file; name a directory")
         if (self.path / "config.yaml").exists():
-            self._check_same(config)
+            self.check_same(config)
         elif self.path.is_dir() and any(not child.name.startswith(".") for child in self.path.iterdir()):
             raise UserError(
                 f"run_dir={self.path} is not empty and holds no run (no config.yaml); name another directory"
@@ -106,7 +106,8 @@ class RunDirectory:
         self.path.rename(aside)
         log.info("force=true: the earlier run is now %s", aside)
 
-    def _check_same(self, config: Config) -> None:
+    def check_same(self, config: Config) -> None:
+        """UserError, naming the differences, when the directory was made with another config."""
         there = self.read_config()
         if config_hash(there) == config_hash(config):
             return

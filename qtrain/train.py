@@ -12,7 +12,6 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterable, Sequence
-from typing import NoReturn
 
 import hydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -26,28 +25,40 @@ from qtrain.errors import UserError
 
 
 def main() -> None:
-    """Entry point of train.py and of the command qtrain-train. Exit codes: 0 done, 2 a mistake in what was asked,
-    130 stopped by Ctrl-C (the same command continues)."""
+    """Entry point of train.py and of the command qtrain-train. Exit codes: 0 done, 2 a mistake in what was asked or a
+    run that could not go on, 130 stopped by Ctrl-C (the same command continues)."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands exceptions on: what they look like is decided here
     try:
         sys.argv[1:] = checked_overrides(sys.argv[1:])
         _hydra_main()
     except (UserError, HydraException, OmegaConfBaseException) as error:
-        _fail(str(error), 2)
+        _report(error)
     except KeyboardInterrupt:
-        _fail("stopped; the same command continues from the last checkpoint", 130)
+        print("stopped; the same command continues from the last checkpoint", file=sys.stderr)
+        sys.exit(130)
+    if _failures:
+        sys.exit(2)
 
 
-def _fail(message: str, code: int) -> NoReturn:
-    print(f"error: {message}" if code == 2 else message, file=sys.stderr)
-    sys.exit(code)
+_failures: list[Exception] = []
+
+
+def _report(error: Exception) -> None:
+    print(f"error: {error}", file=sys.stderr)
+    _failures.append(error)
 
 
 @hydra.main(config_path=str(configs_dir()), config_name="train", version_base="1.3")
 def _hydra_main(tree: DictConfig) -> float | None:
-    from qtrain.run import run
+    """One job. A mistake is reported and the next job of a multirun goes on."""
+    try:
+        config = to_config(tree)
+        from qtrain.run import run
 
-    return run(to_config(tree))
+        return run(config)
+    except UserError as error:
+        _report(error)
+        return None
 
 
 def to_config(tree: DictConfig) -> Config:

@@ -1,0 +1,11 @@
+"""Text to batches: sources, tokenizers, prepared corpora and the order in which a run reads them.
+
+The Lightning side is in `qtrain.data.datamodule`, so that all else works without Lightning.
+"""
+
+from qtrain.data.corpus import Corpus, Split, check_vocab, open_corpus, verify
+from qtrain.data.order import WindowOrder
+from qtrain.data.prepare import prepare
+from qtrain.data.tokenizer import Tokenizer
+
+__all__ = ["Corpus", "Split", "Tokenizer", "WindowOrder", "check_vocab", "open_corpus", "prepare", "verify"]

@@ -63,7 +63,7 @@ def _feistel(values: np.ndarray, keys: np.ndarray, half: np.uint64) -> np.ndarra
 
 
 def _mix(values: np.ndarray, key: np.uint64) -> np.ndarray:
-    """A 32-bit finaliser hash of (value, key): multiply and xor-shift until every input bit reaches every output bit."""
+    """A 32-bit finaliser hash of (value, key): every input bit reaches every output bit."""
     x = (values * np.uint64(0x9E3779B1) + key) & MASK32
     for multiplier in (np.uint64(0x85EBCA6B), np.uint64(0xC2B2AE35)):
         x = ((x ^ (x >> np.uint64(16))) * multiplier) & MASK32

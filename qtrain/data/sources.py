@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from qtrain.config import DataConfig, configs_dir
-from qtrain.errors import UserError
+from qtrain.errors import UserError, first_line
 
 # Folders of the standard library that are not code to learn from, and a file that differs with the build machine.
 NOT_STDLIB = {"test", "tests", "idle_test", "idlelib", "site-packages", "dist-packages", "__pycache__"}
@@ -63,7 +63,7 @@ def open_sources(data: DataConfig) -> tuple[Source, Source | None]:
     return _files(data, "files", data.files), _files(data, "val_files", data.val_files) if data.val_files else None
 
 
-# ------------------------------------------------------------------------------------------------------- Python's own code
+# ---------------------------------------------------------------------------------------------------- Python's own code
 
 
 def _stdlib_files() -> list[_File]:
@@ -116,7 +116,7 @@ def _code(name: str, files: list[_File]) -> Source:
     return Source(name, *_stat(files), documents)
 
 
-# ------------------------------------------------------------------------------------------------------------ given files
+# ---------------------------------------------------------------------------------------------------------- given files
 
 
 def _files(data: DataConfig, key: str, patterns: Sequence[str]) -> Source:
@@ -138,7 +138,7 @@ def _files(data: DataConfig, key: str, patterns: Sequence[str]) -> Source:
 def _expand(key: str, pattern: str) -> list[Path]:
     """The files of a path or glob, sorted. UserError if there are none, or if one is a folder or empty."""
     path = Path(pattern).expanduser()
-    names = [str(path)] if path.exists() else sorted(glob.glob(str(path), recursive=True))
+    names = [str(path)] if path.exists() else sorted(glob.glob(str(path), recursive=True))  # noqa: PTH207 (** and ..)
     paths = [Path(name).absolute() for name in names]
     files = [path for path in paths if path.is_file()]
     if paths and not files:
@@ -155,7 +155,7 @@ def _nearest_path(path: Path) -> str:
     parent = path.parent
     while not parent.is_dir():
         path, parent = parent, parent.parent
-    names = sorted(os.listdir(parent))
+    names = sorted(entry.name for entry in parent.iterdir())
     if match := difflib.get_close_matches(path.name, names, n=1, cutoff=0.5):
         return f"; did you mean {parent / match[0]}?"
     return f"; {parent} holds {', '.join(names[:5]) or 'nothing'}{', ...' if len(names) > 5 else ''}"
@@ -192,7 +192,9 @@ def _json_text(where: str, line: str, field: str) -> str:
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
-        raise UserError(f"{where}: not valid JSON ({error.msg} at column {error.colno}); mend or drop the line") from None
+        raise UserError(
+            f"{where}: not valid JSON ({error.msg} at column {error.colno}); mend or drop the line"
+        ) from None
     if not isinstance(row, dict):
         raise UserError(f"{where}: expected an object with a field {field!r}, found {type(row).__name__}")
     if field not in row:
@@ -204,7 +206,9 @@ def _json_text(where: str, line: str, field: str) -> str:
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            raise UserError(f"{where}: field {field!r} holds half a surrogate pair at character {error.start}") from None
+            raise UserError(
+                f"{where}: field {field!r} holds half a surrogate pair at character {error.start}"
+            ) from None
     return text
 
 
@@ -235,7 +239,7 @@ def _string(where: str, field: str, text: Any) -> str:
     return text
 
 
-# ------------------------------------------------------------------------------------------------- Hugging Face datasets
+# ------------------------------------------------------------------------------------------------ Hugging Face datasets
 
 
 def _dataset(data: DataConfig, split: str) -> Source:
@@ -258,8 +262,8 @@ def _dataset(data: DataConfig, split: str) -> Source:
         except Exception as error:  # whatever the network, the hub or a loading script raises, the user must hear of it
             raise UserError(
                 f"dataset {path}{f' ({data.subset})' if data.subset else ''}, split {split}, could not be read: "
-                f"{_first_line(error)}\nWithout a network, prepare it elsewhere (python scripts/prepare_data.py ...) and "
-                "copy data.cache_dir, or point HF_HOME at a filled Hugging Face cache."
+                f"{first_line(error)}\nWithout a network, prepare it elsewhere (python scripts/prepare_data.py ...) "
+                "and copy data.cache_dir, or point HF_HOME at a filled Hugging Face cache."
             ) from error
 
     name = "-".join([Path(path).name, *([data.subset] if data.subset else [])])
@@ -272,13 +276,8 @@ def _row(where: str, row: Any, field: str) -> Document:
     return Document(where, _string(where, field, row[field]))
 
 
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
-
-
 def _stat(files: list[_File]) -> tuple[list[tuple[str, int, int]], int]:
-    """[(name, size, modification time in ns)] and the sum of sizes. A changed file changes it; reading is not needed."""
+    """[(name, size, modification time in ns)] and the sum of sizes. A changed file changes it; nothing is read."""
     facts = []
     for name, path in files:
         status = path.stat()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
@@ -12,7 +13,7 @@ import numpy as np
 import tokenizers
 
 from qtrain.config import TokenizerConfig
-from qtrain.errors import UserError
+from qtrain.errors import UserError, first_line
 
 END = "<|endoftext|>"
 # Tried in this order when nothing names the end-of-document token of a tokenizer.json.
@@ -108,7 +109,9 @@ def load_pretrained(config: TokenizerConfig) -> FileTokenizer:
     named = config.eos_token or _named_end(file.with_name("tokenizer_config.json"))
     end = next((token for token in (named, *KNOWN_ENDS) if token in vocab), None)
     if end is None:
-        raise UserError(f"{file} does not say which token ends a document; set tokenizer.eos_token to one of its tokens")
+        raise UserError(
+            f"{file} does not say which token ends a document; set tokenizer.eos_token to one of its tokens"
+        )
     return FileTokenizer(tokenizer, vocab[end])
 
 
@@ -150,14 +153,12 @@ def _download(name: str) -> Path:
         file = huggingface_hub.hf_hub_download(name, "tokenizer.json")
     except Exception as error:  # network, hub, permission and cache errors share no base class
         raise UserError(
-            f"tokenizer.path={name} is no local file, and its tokenizer.json could not be fetched from the Hugging Face "
-            f"hub ({type(error).__name__}: {str(error).strip().splitlines()[0]}); give the path of a tokenizer.json, or "
-            "fill HF_HOME where there is a network"
+            f"tokenizer.path={name} is no local file, and the Hugging Face hub did not give its tokenizer.json "
+            f"({first_line(error)}); give the path of a tokenizer.json, or fill HF_HOME where there is a network"
         ) from error
-    try:
+    # it only names the end token, which without it is one of the usual ones, or an error
+    with contextlib.suppress(huggingface_hub.errors.EntryNotFoundError, OSError):
         huggingface_hub.hf_hub_download(name, "tokenizer_config.json")
-    except (huggingface_hub.errors.EntryNotFoundError, OSError):
-        pass  # it only names the end token, which then is one of the usual ones or an error
     return Path(file)
 
 

@@ -34,6 +34,9 @@ class Llama(nn.Module):
     UserError when T exceeds config.seq_len.
     """
 
+    cos: Tensor
+    sin: Tensor
+
     def __init__(self, config: ModelConfig, vocab_size: int) -> None:
         super().__init__()
         self.config = config

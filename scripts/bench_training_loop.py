@@ -1,0 +1,164 @@
+"""Tokens/s of the Lightning loop over those of a bare PyTorch loop: same model, batches, optimiser and machine, one run.
+
+    python scripts/bench_training_loop.py                       # the quick start's model and recipe
+    python scripts/bench_training_loop.py +experiment=bf16      # any settings of train.py
+    python scripts/bench_training_loop.py --steps 100 --rounds 5 --out result.json
+
+Each round times the bare loop and then the Lightning loop, both over the same steps after the same warm-up steps, with
+the callbacks of a real run (metrics every 10 steps; no validation or checkpoint falls into the timed steps). Also
+measured: the share of step time spent waiting for data, and the speed of tokenising bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import lightning
+import torch
+from torch import nn
+
+from qtrain.callbacks import StopRequest
+from qtrain.config import Config
+from qtrain.data import prepare
+from qtrain.lightning_module import next_token_loss
+from qtrain.optim import build_optimizer, lr_factor
+from qtrain.quant import set_step
+from qtrain.run import Session, open_session
+from qtrain.run_directory import environment
+from qtrain.train import compose
+
+WARM_UP = 5
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=40, help="timed optimiser steps of each loop and round")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--out", type=Path, help="write the result as JSON too")
+    arguments, overrides = parser.parse_known_args()
+    result = measure(overrides or ["+experiment=quartet"], arguments.steps, arguments.rounds)
+    for name, value in result.items():
+        if name != "machine":
+            print(f"{name:28} {value}")
+    if arguments.out:
+        arguments.out.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def measure(overrides: list[str], steps: int, rounds: int) -> dict[str, Any]:
+    bare, loop, waiting = [], [], []
+    with tempfile.TemporaryDirectory() as scratch:
+        for number in range(rounds):
+            config = timed_config(overrides, scratch, number, steps)
+            with open_session(config) as session:
+                bare.append(bare_loop(session, steps))
+            with open_session(config) as session:
+                speed, waited = lightning_loop(session, steps)
+            loop.append(speed)
+            waiting.append(waited)
+    ratios = [ours / theirs for ours, theirs in zip(loop, bare, strict=True)]
+    return {
+        "settings": " ".join(overrides),
+        "bare_tokens_per_second": [round(speed) for speed in bare],
+        "lightning_tokens_per_second": [round(speed) for speed in loop],
+        "ratios": [round(ratio, 4) for ratio in ratios],
+        "median_ratio": round(median(ratios), 4),
+        "data_wait_share": round(median(waiting), 5),
+        "tokenise_bytes_mb_per_s": round(tokenising_speed(overrides), 1),
+        "machine": environment(),
+    }
+
+
+def timed_config(overrides: list[str], scratch: str, number: int, steps: int) -> Config:
+    total = WARM_UP + steps + 1  # the last step validates and saves; it is not timed
+    often = 10 * total
+    return compose(
+        [
+            *overrides,
+            f"run_dir={scratch}/run-{number}",
+            f"seed={number}",
+            f"debug.max_steps={total}",
+            f"callbacks.val_every_steps={often}",
+            f"callbacks.checkpoint_every_steps={often}",
+            "callbacks.progress_bar=false",
+            "force=true",
+        ]
+    )
+
+
+def bare_loop(session: Session, steps: int) -> float:
+    """Tokens/s of the shortest loop that does the same work."""
+    config, plan, device = session.config, session.plan, session.device
+    model = session.model.to(device).train()
+    optimizer = build_optimizer(model, config.optimizer)
+    batches = iter(session.data.train_dataloader())
+    started = 0.0
+    for step in range(WARM_UP + steps):
+        if step == WARM_UP:
+            started = now(device)
+        for micro_batch in range(plan.micro_batches):
+            set_step(model, step, micro_batch)
+            tokens = next(batches).to(device)
+            with torch.autocast(device.type, torch.bfloat16, enabled=config.trainer.precision == "bf16-mixed"):
+                loss = next_token_loss(model, tokens)
+            (loss / plan.micro_batches).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), config.trainer.grad_clip or float("inf"))
+        for group in optimizer.param_groups:
+            group["lr"] = config.optimizer.lr * lr_factor(step, plan.steps, config.scheduler)
+        optimizer.step()
+        optimizer.zero_grad()
+    return steps * plan.batch_tokens / (now(device) - started)
+
+
+class Clock(lightning.Callback):
+    """The time at the end of each micro-batch, after all other callbacks, and the sum of waits between them."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.ends: list[float] = []
+        self.waits: list[float] = []
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        if self.ends:
+            self.waits.append(time.perf_counter() - self.ends[-1])
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.ends.append(now(self.device))
+
+
+def lightning_loop(session: Session, steps: int) -> tuple[float, float]:
+    """(tokens/s, share of the time between the end of one micro-batch and the start of the next: waiting for data and
+    Lightning's own bookkeeping together, so an upper bound on waiting)."""
+    clock = Clock(session.device)
+    with StopRequest() as stop:
+        trainer = session.trainer(stop)
+        trainer.callbacks.append(clock)  # pyright: ignore[reportAttributeAccessIssue]
+        trainer.fit(session.module, datamodule=session.data)
+    micro_batches = session.plan.micro_batches
+    first, last = WARM_UP * micro_batches - 1, (WARM_UP + steps) * micro_batches - 1
+    seconds = clock.ends[last] - clock.ends[first]
+    return steps * session.plan.batch_tokens / seconds, sum(clock.waits[first:last]) / seconds
+
+
+def tokenising_speed(overrides: list[str]) -> float:
+    """MB/s of preparing the corpus from nothing with the byte tokenizer, on one core."""
+    with tempfile.TemporaryDirectory() as scratch:
+        config = compose([*overrides, f"data.cache_dir={scratch}", "data.prepare_workers=1", "tokenizer=bytes"])
+        started = time.perf_counter()
+        corpus = prepare(config.data, config.tokenizer, budget_tokens=config.trainer.tokens, progress=False)
+        return (corpus.train.n_bytes + corpus.val.n_bytes) / 1e6 / (time.perf_counter() - started)
+
+
+def now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+if __name__ == "__main__":
+    main()

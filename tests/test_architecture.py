@@ -1,0 +1,266 @@
+"""Lower never imports higher: every import of the project is checked against one table, read from the syntax tree."""
+
+from __future__ import annotations
+
+import ast
+import importlib.metadata
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+# Module or package -> what it may import beside the standard library, itself and qtrain.errors; the longest key that
+# matches decides. In parentheses: only inside functions, so that importing the module neither needs it nor pays for it.
+# wandb stands nowhere: it is reached through Lightning's logger alone.
+MAY_IMPORT = {
+    "qtrain_kernels": "torch (triton) qtrain_kernels.formats",
+    "qtrain_kernels.formats": "",
+    "qtrain": "torch qtrain.config qtrain.quant (qtrain_kernels qtrain.checkpoint qtrain.models qtrain.run)",
+    "qtrain.errors": "",
+    "qtrain.config": "yaml pydantic qtrain_kernels.formats",
+    "qtrain.quant": "torch qtrain.config qtrain_kernels qtrain_kernels.formats",
+    "qtrain.models": "torch einops qtrain.config",
+    "qtrain.metrics": "torch qtrain.config qtrain.models",
+    "qtrain.optim": "torch qtrain.config",
+    "qtrain.plan": "rich qtrain.config qtrain.models qtrain.metrics qtrain.optim",
+    "qtrain.data": (
+        "numpy torch tokenizers filelock rich (datasets huggingface_hub pyarrow transformers) qtrain.config"
+    ),
+    "qtrain.data.datamodule": "numpy torch lightning qtrain.config qtrain.data",
+    "qtrain.run_directory": "yaml qtrain.config",
+    "qtrain.checkpoint": "torch lightning qtrain.run_directory",
+    "qtrain.loggers": "lightning qtrain.config qtrain.run_directory",
+    "qtrain.lightning_module": (
+        "torch lightning qtrain.config qtrain.plan qtrain.optim qtrain.metrics qtrain.models qtrain.quant"
+    ),
+    "qtrain.callbacks": (
+        "torch lightning rich qtrain.config qtrain.plan qtrain.metrics qtrain.models qtrain.quant qtrain.run_directory "
+        "qtrain.checkpoint qtrain.lightning_module"
+    ),
+    "qtrain.scaling": "numpy scipy yaml",
+    "qtrain.report": "numpy scipy matplotlib yaml qtrain.scaling",
+    "qtrain.run": (
+        "torch lightning rich qtrain.config qtrain.plan qtrain.optim qtrain.metrics qtrain.models qtrain.quant "
+        "qtrain.data qtrain.data.datamodule qtrain.run_directory qtrain.checkpoint qtrain.loggers "
+        "qtrain.lightning_module qtrain.callbacks qtrain.report"
+    ),
+    "qtrain.train": "hydra omegaconf qtrain.config (qtrain.run rich)",
+}
+NOBODY_IMPORTS = {
+    "kernels": "the name of another package; ours is qtrain_kernels",
+    "train": "a command, not a module; its code is in qtrain.train",
+    "scripts": "tools over qtrain",
+    "experiments": "studies over qtrain",
+    "tests": "tests",
+}
+LAYERS = {"qtrain": ROOT / "qtrain", "qtrain_kernels": ROOT / "kernels" / "qtrain_kernels"}
+
+
+def rule_of(module: str) -> str | None:
+    """The longest key of the table that is `module` or one of its parents; "qtrain" only for the package itself."""
+    parts = module.split(".")
+    keys = [".".join(parts[:n]) for n in range(len(parts), 0, -1)]
+    return next((key for key in keys if key in MAY_IMPORT), None)
+
+
+def imports(tree: ast.AST, inside: bool = False) -> Iterator[tuple[int, str, bool]]:
+    """(line, imported name, whether inside a function); `from a import b` counts as a.b, a relative one as "."."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name, inside) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = "" if node.level else f"{node.module}."
+            yield from ((node.lineno, f"{base}{alias.name}" if base else ".", inside) for alias in node.names)
+        else:
+            function = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+            yield from imports(node, inside or function)
+
+
+def allowed(module: str) -> tuple[set[str], set[str]]:
+    """(at the top of the module, only inside functions), as rule keys and third-party packages."""
+    key = rule_of(module)
+    assert key is not None
+    lazy = " ".join(re.findall(r"\((.*?)\)", MAY_IMPORT[key])).split()
+    top = re.sub(r"\(.*?\)", "", MAY_IMPORT[key]).split()
+    errors = {"qtrain.errors"} if key.startswith("qtrain.") else set()
+    return {key, *top} | errors, set(lazy)
+
+
+def layer_violations(module: str, path: str, source: str) -> list[str]:
+    """Imports of a module of qtrain or qtrain_kernels that the table does not allow."""
+    if module.startswith("qtrain.") and rule_of(module) == "qtrain":
+        return [f"{path}:1: {module} has no line in MAY_IMPORT; add one"]
+    top, lazy = allowed(module)
+    found = []
+    for line, name, inside in imports(ast.parse(source)):
+        root = name.split(".")[0]
+        if root in sys.stdlib_module_names:
+            continue
+        target = (rule_of(name) or name) if root in LAYERS else root
+        if name == ".":
+            found.append(f"{path}:{line}: relative import; write the full name")
+        elif target in lazy and not inside and target not in top:
+            found.append(f"{path}:{line}: {module} may import {target} only inside a function")
+        elif target not in top | lazy:
+            found.append(f"{path}:{line}: {module} may not import {target}; it may: {', '.join(sorted(top | lazy))}")
+    return found
+
+
+def common_violations(path: str, source: str) -> list[str]:
+    """What no file of the project may do: import a tool, or swallow every exception."""
+    tree = ast.parse(source)
+    found = []
+    for line, name, _ in imports(tree):
+        root = name.split(".")[0]
+        if root in NOBODY_IMPORTS:
+            found.append(f"{path}:{line}: nobody imports {root} ({NOBODY_IMPORTS[root]})")
+    handlers = [node for node in ast.walk(tree) if isinstance(node, ast.ExceptHandler) and node.type is None]
+    return found + [f"{path}:{node.lineno}: bare except; name the exceptions" for node in handlers]
+
+
+def modules() -> dict[str, Path]:
+    """{"qtrain.models.llama": path} of both packages."""
+    found = {}
+    for package, folder in LAYERS.items():
+        for path in sorted(folder.rglob("*.py")):
+            parts = path.relative_to(folder).with_suffix("").parts
+            found[".".join([package, *(part for part in parts if part != "__init__")])] = path
+    return found
+
+
+def project_files() -> list[Path]:
+    folders = ("qtrain", "kernels", "scripts", "experiments", "tests")
+    return [ROOT / "train.py", *(path for folder in folders for path in sorted((ROOT / folder).rglob("*.py")))]
+
+
+def test_every_import_is_in_the_table():
+    found = []
+    for module, path in modules().items():
+        found += layer_violations(module, str(path.relative_to(ROOT)), path.read_text())
+    assert not found, "\n".join(found)
+
+
+def test_nobody_imports_tools_and_no_except_is_bare():
+    found = [
+        line for path in project_files() for line in common_violations(str(path.relative_to(ROOT)), path.read_text())
+    ]
+    assert not found, "\n".join(found)
+
+
+def test_a_line_of_the_table_points_only_downwards():
+    """A cycle in the table would make "lower" and "higher" meaningless."""
+    below = {key: set().union(*allowed(key)) - {key} for key in MAY_IMPORT}
+
+    def walk(key: str, path: tuple[str, ...]) -> None:
+        assert key not in path, f"cycle: {' -> '.join([*path, key])}"
+        for target in below[key]:
+            if target in MAY_IMPORT:
+                walk(target, (*path, key))
+
+    for key in MAY_IMPORT:
+        walk(key, ())
+
+
+@pytest.mark.parametrize(
+    ("module", "source", "line"),
+    [
+        ("qtrain.models.llama", "import torch\nfrom qtrain.quant import convert\n", 2),
+        ("qtrain.models.llama", "import torch\nfrom qtrain import quant\n", 2),
+        ("qtrain.models.llama", "def build():\n    import qtrain.quant.linear\n", 2),
+        ("qtrain.models.llama", "from qtrain import convert\n", 1),
+        ("qtrain.models.llama", "from . import attention\n", 1),
+        ("qtrain.quant.linear", "import os\nfrom lightning.pytorch import Trainer\n", 2),
+        ("qtrain.config", "import hydra\n", 1),
+        ("qtrain.config", "from qtrain_kernels.reference import quantize\n", 1),
+        ("qtrain.data.shards", "import lightning\n", 1),
+        ("qtrain.data.shards", "from qtrain.data import datamodule\n", 1),
+        ("qtrain.data.sources", "try:\n    import datasets\nexcept ImportError:\n    datasets = None\n", 2),
+        ("qtrain.loggers", "def start():\n    import wandb\n", 2),
+        ("qtrain.report.loss", "import torch\n", 1),
+        ("qtrain.report.loss", "from qtrain.models.llama import Llama\n", 1),
+        ("qtrain_kernels.quantize", "import triton\n", 1),
+        ("qtrain_kernels.quantize", "class Kernel:\n    import triton.language as tl\n", 2),
+        ("qtrain_kernels.quantize", "from qtrain.errors import UserError\n", 1),
+        ("qtrain_kernels.formats", "import torch\n", 1),
+        ("qtrain.new_module", "import os\n", 1),
+    ],
+)
+def test_a_forbidden_import_is_reported_with_its_place(module, source, line):
+    (found,) = layer_violations(module, "some/file.py", source)
+    assert found.startswith(f"some/file.py:{line}: ")
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("qtrain_kernels.quantize", "import math, torch\ndef launch():\n    import triton.language as tl\n"),
+        ("qtrain.data.datamodule", "import lightning\nfrom qtrain.data.shards import read\n"),
+        ("qtrain.quant.linear", "from qtrain.quant import convert\nfrom qtrain_kernels import reference\n"),
+    ],
+)
+def test_an_allowed_import_is_not_reported(module, source):
+    assert layer_violations(module, "some/file.py", source) == []
+
+
+@pytest.mark.parametrize(
+    ("source", "line"),
+    [
+        ("import kernels\n", 1),
+        ("import os\nfrom kernels.qtrain_kernels import formats\n", 2),
+        ("from train import main\n", 1),
+        ("def f():\n    from tests import conftest\n", 2),
+        ("import scripts.prepare_data\n", 1),
+        ("try:\n    pass\nexcept:\n    pass\n", 3),
+    ],
+)
+def test_what_no_file_may_do_is_reported_with_its_place(source, line):
+    (found,) = common_violations("some/file.py", source)
+    assert found.startswith(f"some/file.py:{line}: ")
+
+
+def test_folders_that_are_no_packages_have_no_init():
+    folders = [
+        ROOT / "kernels",
+        ROOT / "scripts",
+        *(p for p in (ROOT / "tests").rglob("*") if p.is_dir()),
+        ROOT / "tests",
+    ]
+    assert [folder for folder in folders if (folder / "__init__.py").exists()] == []
+
+
+def test_every_package_that_is_imported_is_a_declared_dependency():
+    """A package that only another one brings along goes away when that one drops it."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    requirements = project["dependencies"] + project["optional-dependencies"]["hf"]
+    declared = {normal(re.match(r"[\w.-]+", line).group()) for line in requirements}  # type: ignore[union-attr]
+    named = {name for key in MAY_IMPORT for names in allowed(key) for name in names if name.split(".")[0] not in LAYERS}
+    owners = importlib.metadata.packages_distributions()
+    assert {name for name in named if not declared & set(map(normal, owners[name]))} == set()
+
+
+def normal(distribution: str) -> str:
+    return re.sub(r"[-_.]+", "-", distribution).lower()
+
+
+def loaded_by(statement: str) -> set[str]:
+    """The top-level modules that a fresh interpreter holds after the statement."""
+    code = f"import sys\nsys.path[:0] = {list(map(str, [ROOT, ROOT / 'kernels']))}\n{statement}\nprint(*sys.modules)"
+    out = subprocess.run(
+        [sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=ROOT.parent
+    ).stdout
+    return {name.split(".")[0] for name in out.split()}
+
+
+def test_importing_qtrain_brings_in_only_what_quantising_needs():
+    heavy = {"lightning", "hydra", "datasets", "tokenizers", "transformers", "wandb", "matplotlib", "scipy", "triton"}
+    assert loaded_by("import qtrain") & heavy == set()
+
+
+def test_help_and_mistakes_are_answered_without_torch():
+    assert loaded_by("import qtrain.train") & {"torch", "lightning", "datasets", "matplotlib"} == set()

@@ -1,0 +1,139 @@
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qtrain.config import ModelConfig, OptimizerConfig, SchedulerConfig
+from qtrain.models.llama import Llama
+from qtrain.optim import build_optimizer, decay_steps, lr_factor, parameter_groups, warmup_steps
+
+
+def llama(**changes: Any) -> Llama:
+    base = {"name": "tiny", "dim": 16, "n_layers": 2, "n_heads": 2, "ffn_dim": 24, "seq_len": 8}
+    torch.manual_seed(0)
+    return Llama(ModelConfig.model_validate(base | changes), 11)
+
+
+def schedule(name: str = "cosine", **changes: Any) -> SchedulerConfig:
+    return SchedulerConfig.model_validate({"name": name} | changes)
+
+
+# ----------------------------------------------------------------------------------------------------------------- groups
+
+LINEARS = [
+    f"layers.{i}.{x}.weight"
+    for i in range(2)
+    for x in ("attention.k", "attention.o", "attention.q", "attention.v", "mlp.down", "mlp.gate", "mlp.up")
+]
+NORMS = [f"layers.{i}.{x}.weight" for i in range(2) for x in ("attention_norm", "mlp_norm")] + ["norm.weight"]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_only_the_block_linears_decay(tied: bool) -> None:
+    decay, no_decay = parameter_groups(llama(tie_embeddings=tied))
+    assert list(decay) == LINEARS
+    assert list(no_decay) == ["embed.weight", *NORMS[:4], *([] if tied else ["lm_head.weight"]), "norm.weight"]
+
+
+def test_a_frozen_parameter_is_in_no_group() -> None:
+    model = llama()
+    model.layers[0].requires_grad_(False)
+    decay, no_decay = parameter_groups(model)
+    assert [name for name in [*decay, *no_decay] if name.startswith("layers.0.")] == []
+    assert list(decay) == LINEARS[7:]
+
+
+def test_weight_decay_reaches_the_decay_group_alone() -> None:
+    model = llama()
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    optimizer = build_optimizer(model, OptimizerConfig(name="adamw", lr=0.5, weight_decay=0.2))
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    for name, parameter in model.named_parameters():
+        factor = 1 - 0.5 * 0.2 if name in LINEARS else 1.0
+        torch.testing.assert_close(parameter.detach(), before[name] * factor, rtol=1e-6, atol=0)
+
+
+def test_two_steps_follow_adamw_by_hand() -> None:
+    settings = OptimizerConfig(name="adamw", lr=0.01, beta1=0.8, beta2=0.9, eps=0.05, weight_decay=0.3)
+    model = llama()
+    weight = model.layers[0].mlp.up.weight  # pyright: ignore[reportAttributeAccessIssue]
+    optimizer = build_optimizer(model, settings)
+    x = weight.detach().double()
+    first, second = torch.zeros_like(x), torch.zeros_like(x)
+    for step in (1, 2):
+        grad = torch.randn(weight.shape, generator=torch.Generator().manual_seed(step))
+        weight.grad = grad.clone()
+        optimizer.step()
+        first, second = 0.8 * first + 0.2 * grad.double(), 0.9 * second + 0.1 * grad.double() ** 2
+        direction = (first / (1 - 0.8**step)) / ((second / (1 - 0.9**step)).sqrt() + 0.05)
+        x = x * (1 - 0.01 * 0.3) - 0.01 * direction
+    torch.testing.assert_close(weight.detach().double(), x, rtol=1e-5, atol=1e-7)
+
+
+# --------------------------------------------------------------------------------------------------------------- schedule
+
+
+@pytest.mark.parametrize("total", [20, 256, 2861])
+@pytest.mark.parametrize("fraction", [0.1, 0.5])
+def test_cosine_is_the_papers_one_cycle(total: int, fraction: float) -> None:
+    """The released code runs torch's OneCycleLR with these factors and a whole number of warm-up steps."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    warmup = int(total * fraction)
+    reference = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer,
+        max_lr=3.0,
+        total_steps=total,
+        pct_start=warmup / total,
+        anneal_strategy="cos",
+        cycle_momentum=False,
+        div_factor=100,
+        final_div_factor=0.1,
+    )
+    settings = schedule(warmup_fraction=fraction, start_factor=0.01, final_factor=0.1)
+    for step in range(total):
+        assert 3.0 * lr_factor(step, total, settings) == pytest.approx(reference.get_last_lr()[0], rel=1e-12), step
+        optimizer.step()
+        if step < total - 1:
+            reference.step()
+
+
+def test_wsd_by_hand() -> None:
+    settings = schedule("wsd", warmup_fraction=0.3, decay_fraction=0.4, start_factor=0.2, final_factor=0.0)
+    expected = [0.2, 0.6, 1, 1, 1, 1, 0.75, 0.5, 0.25, 0]
+    assert [lr_factor(step, 10, settings) for step in range(10)] == pytest.approx(expected, abs=1e-15)
+
+
+@given(
+    name=st.sampled_from(["cosine", "wsd"]),
+    total=st.integers(1, 400),
+    warmup=st.floats(0, 0.99),
+    decay=st.floats(0.001, 1),
+    start=st.floats(0, 1),
+    final=st.floats(0, 1),
+)
+def test_every_schedule_rises_then_falls_and_ends_exactly(
+    name: str, total: int, warmup: float, decay: float, start: float, final: float
+) -> None:
+    settings = schedule(name, warmup_fraction=warmup, decay_fraction=decay, start_factor=start, final_factor=final)
+    factors = [lr_factor(step, total, settings) for step in range(total)]
+    peak = max(warmup_steps(total, settings) - 1, 0)
+    assert factors[-1] == final
+    assert lr_factor(total + 5, total, settings) == final
+    if total > 1:
+        assert factors[0] == pytest.approx(start if 0 < peak else 1.0, abs=1e-15)
+        assert factors[peak] == (1.0 if peak < total - 1 else final)
+    slack = 1e-12
+    assert all(b >= a - slack for a, b in zip(factors[:peak], factors[1:peak], strict=False))
+    assert all(b <= a + slack for a, b in zip(factors[peak:], factors[peak + 1 :], strict=False))
+
+
+@pytest.mark.parametrize(("total", "fraction", "steps"), [(2861, 0.1, 286), (100, 0.29, 29), (9, 0.1, 0), (10, 0.1, 1)])
+def test_fractions_become_whole_steps(total: int, fraction: float, steps: int) -> None:
+    assert math.floor(0.29 * 100) == 28  # why rounding down needs care
+    assert warmup_steps(total, schedule(warmup_fraction=fraction)) == steps
+    assert decay_steps(total, schedule("wsd", decay_fraction=fraction)) == max(1, steps)

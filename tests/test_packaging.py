@@ -1,0 +1,82 @@
+"""What a user installs: the wheel holds both packages and the configs, and works away from the repository."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(*command: str | Path, cwd: Path, pythonpath: list[Path] | None = None) -> str:
+    """Standard output; an error shows what the command wrote."""
+    environ = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, pythonpath or []))}
+    result = subprocess.run([str(word) for word in command], cwd=cwd, env=environ, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built from the source archive, so that the archive is known to be complete."""
+    folder = tmp_path_factory.mktemp("build")
+    run(sys.executable, "-m", "hatchling", "build", "-t", "sdist", "-d", folder, cwd=ROOT)
+    (archive,) = folder.glob("qtrain-*.tar.gz")
+    with tarfile.open(archive) as tar:
+        tar.extractall(folder, filter="data")
+    source = folder / archive.name.removesuffix(".tar.gz")
+    run(sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", folder, cwd=source)
+    (built,) = folder.glob("qtrain-*.whl")
+    return built
+
+
+@pytest.fixture(scope="module")
+def site(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that holds the installed wheel and nothing else."""
+    folder = tmp_path_factory.mktemp("site")
+    pip = (sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--quiet")
+    run(*pip, "--no-index", "--no-deps", "--target", folder, wheel, cwd=folder)
+    return folder
+
+
+def test_the_wheel_holds_the_packages_and_every_config_and_nothing_else(wheel):
+    names = set(zipfile.ZipFile(wheel).namelist())
+    found = {name for name in names if not re.match(r"qtrain-[^/]*\.dist-info/", name)}
+    expected = {f"qtrain/{path.relative_to(ROOT / 'qtrain').as_posix()}" for path in (ROOT / "qtrain").rglob("*.py")}
+    kernels = ROOT / "kernels"
+    expected |= {path.relative_to(kernels).as_posix() for path in (kernels / "qtrain_kernels").rglob("*.py")}
+    expected |= {f"qtrain/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "configs").rglob("*.yaml")}
+    assert found == expected
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+
+
+def test_the_installed_package_finds_its_configs(site, tmp_path):
+    code = "import qtrain.config as c; print(c.__file__); print(*c.group_names('recipe')); c.read_recipe('bf16')"
+    place, recipes = run(sys.executable, "-c", code, cwd=tmp_path, pythonpath=[site]).splitlines()
+    assert Path(place).is_relative_to(site)
+    assert recipes.split() == sorted(path.stem for path in (ROOT / "configs" / "recipe").glob("*.yaml"))
+
+
+def test_the_installed_command_explains_itself(site, tmp_path):
+    shown = run(site / "bin" / "qtrain-train", "--help", cwd=tmp_path, pythonpath=[site])
+    assert all(path.stem in shown for path in (ROOT / "configs" / "recipe").glob("*.yaml"))
+
+
+def test_the_installed_command_plans_a_run(site, tmp_path):
+    run(site / "bin" / "qtrain-train", "+experiment=quartet", "dry_run=true", cwd=tmp_path, pythonpath=[site])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_name_kernels_is_left_to_the_package_that_owns_it(tmp_path):
+    """Our folder of that name, on the path through an editable install or the repository root, must not hide it."""
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "__init__.py").write_text("def get_kernel(): ...\n")
+    code = "from kernels import get_kernel; import qtrain_kernels"
+    run(sys.executable, "-c", code, cwd=ROOT, pythonpath=[ROOT, ROOT / "kernels", tmp_path])

@@ -1,0 +1,275 @@
+"""The command from settings to run directory, in small: what it leaves behind, and what it says to mistakes."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import qtrain
+from qtrain.callbacks import DivergedError
+from qtrain.checkpoint import list_checkpoints, load_checkpoint
+from qtrain.errors import UserError
+from qtrain.run import run
+from qtrain.run_directory import RunDirectory
+from qtrain.train import checked_overrides, compose
+
+ROOT = Path(__file__).parents[1]
+STEPS = 12
+SUMMARY = {
+    "status", "recipe", "seed", "parameters", "non_embedding_parameters", "tokens", "steps", "flops", "val_loss",
+    "val_bits_per_byte", "tokens_per_second", "config_hash", "data_hash", "commit",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("corpus")
+    draw = random.Random(0)
+    for number in range(30):
+        (folder / f"{number}.txt").write_text(" ".join(draw.choice(["red", "green", "blue"]) for _ in range(200)))
+    return folder
+
+
+@pytest.fixture
+def small(corpus, tmp_path) -> list[str]:
+    return [
+        "backend=reference",
+        "model.dim=64",
+        "model.ffn_dim=96",
+        "model.seq_len=32",
+        f"trainer.tokens={STEPS * 128}",
+        "trainer.batch_tokens=128",
+        "trainer.micro_batch_size=4",
+        "callbacks.log_every_steps=2",
+        "callbacks.val_every_steps=4",
+        "callbacks.checkpoint_every_steps=5",
+        "callbacks.sample_tokens=20",
+        "data.source=text",
+        f"data.files={corpus}/*.txt",
+        f"data.cache_dir={corpus}/cache",
+        "data.val_tokens=256",
+        f"run_root={tmp_path}/runs",
+    ]
+
+
+def only_run(tmp_path: Path) -> RunDirectory:
+    (path,) = (tmp_path / "runs").iterdir()
+    return RunDirectory(path)
+
+
+def test_a_run_leaves_what_it_promises(small, tmp_path, capsys):
+    loss = run(compose([*small, "recipe=quartet"]))
+    shown = capsys.readouterr().out
+    directory = only_run(tmp_path)
+    assert {path.name for path in directory.path.iterdir()} >= {
+        "config.yaml", "environment.json", "metrics.jsonl", "summary.json", "loss.png", "checkpoints",
+    }  # fmt: skip
+    assert (directory.path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    summary = directory.summary
+    assert summary.keys() >= SUMMARY
+    assert summary["status"] == "finished" and summary["recipe"] == "quartet" and summary["steps"] == STEPS
+    assert summary["val_loss"] == loss == directory.lines("val_loss")[-1]["val_loss"]
+    assert [line["step"] for line in directory.lines("val_loss")] == [4, 8, 12]
+    assert [line["step"] for line in directory.lines("lr")] == [2, 4, 6, 8, 10, 12]
+    assert [step for step, _ in list_checkpoints(directory.checkpoints)] == [10, 12], "the newest two are kept"
+    for line in directory.lines("lr"):
+        assert line.keys() >= {"tokens", "flops", "loss", "grad_norm", "tokens_per_second", "memory_bytes"}
+        assert line["tokens"] == 128 * line["step"]
+    assert loss < math.log(257) - 1, "it has learned"
+    for word in ("nano", "quartet", "cpu", str(directory.path.name), "bigram", "next:"):
+        assert word in shown.replace("\n", "")
+
+
+def test_a_finished_run_is_skipped_and_loads_with_its_recipe(small, tmp_path, capsys):
+    first = run(compose([*small, "recipe=quartet_v1"]))
+    directory = only_run(tmp_path)
+    before = {path: path.stat().st_mtime_ns for path in directory.path.rglob("*")}
+    assert run(compose([*small, "recipe=quartet_v1"])) == first
+    assert "is finished" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in directory.path.rglob("*")} == before
+
+    model = qtrain.load_run(directory.path)
+    weights = load_checkpoint(list_checkpoints(directory.checkpoints)[-1][1])["state_dict"]
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weight, weights[f"model.{name}"])
+    assert "mxfp4" in repr(model)
+
+
+def test_micro_batches_do_not_change_the_mathematics(small, tmp_path):
+    """The same batch in one forward or in four: equal up to float32 rounding (a wrong mean would be off by 4)."""
+    losses = [
+        run(
+            compose(
+                [*small, "recipe=bf16", "trainer.precision='32'", f"trainer.micro_batch_size={size}", f"name=m{size}"]
+            )
+        )
+        for size in (4, 1)
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    rows = [[line["loss"] for line in RunDirectory(path).lines("lr")] for path in sorted((tmp_path / "runs").iterdir())]
+    assert rows[0] == pytest.approx(rows[1], rel=1e-4)
+
+
+def test_a_seed_is_a_run(small):
+    settings = [*small, "recipe=bf16", "debug.max_steps=3"]
+    losses = [
+        run(compose([*settings, f"seed={seed}", f"name={name}"])) for seed, name in ((0, "a"), (0, "b"), (1, "c"))
+    ]
+    assert losses[0] == losses[1] != losses[2]
+
+
+def test_a_dry_run_touches_nothing(small, tmp_path, capsys):
+    assert run(compose([*small, "recipe=quartet", "dry_run=true"])) is None
+    assert not (tmp_path / "runs").exists()
+    assert "FLOP" in capsys.readouterr().out
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(small, tmp_path, monkeypatch):
+    import qtrain.lightning_module as module
+
+    exact, calls = module.next_token_loss, []
+
+    def poisoned(model, tokens, reduction="mean"):
+        calls.append(model.training)
+        return exact(model, tokens, reduction) * (float("nan") if sum(calls) == 8 else 1.0)
+
+    monkeypatch.setattr(module, "next_token_loss", poisoned)
+    with pytest.raises(DivergedError, match=r"step 8 is not finite.*last good checkpoint is .*step-00000005"):
+        run(compose([*small, "recipe=bf16"]))
+    directory = only_run(tmp_path)
+    assert directory.summary["status"] == "diverged"
+    assert [step for step, _ in list_checkpoints(directory.checkpoints)] == [5]
+
+
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(small, tmp_path, capsys):
+    settings = [*small, "recipe=quartet_v1"]
+    loss = run(compose(settings))
+    directory = only_run(tmp_path)
+    newest = list_checkpoints(directory.checkpoints)[-1][1]
+    weights = load_checkpoint(newest)["state_dict"]
+    newest.write_bytes(newest.read_bytes()[:5000])
+    directory.write_summary({**directory.summary, "status": "interrupted"})
+    assert run(compose(settings)) == loss
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "is damaged" in shown and "resuming at step 10" in shown
+    again = load_checkpoint(newest)["state_dict"]
+    assert all(torch.equal(again[name], weight) for name, weight in weights.items())
+
+
+def test_other_data_under_the_same_settings_is_noticed(small, tmp_path, corpus):
+    folder = tmp_path / "changing"
+    folder.mkdir()
+    for file in list(corpus.glob("*.txt"))[:20]:
+        (folder / file.name).write_text(file.read_text())
+    settings = [*small, "recipe=bf16", f"data.files={folder}/*.txt"]
+    run(compose(settings))
+    directory = only_run(tmp_path)
+    directory.write_summary({**directory.summary, "status": "interrupted"})
+    (folder / "more.txt").write_text("one more document " * 50)
+    with pytest.raises(UserError, match="was started on data"):
+        run(compose(settings))
+
+
+def test_overfit_memorises_one_batch(small):
+    settings = [*small, "recipe=bf16", "debug=overfit", "trainer.tokens=12800", "optimizer.lr=1e-2"]
+    run(compose([*settings, "callbacks.val_every_steps=100", "name=overfit"]))
+
+
+# --------------------------------------------------------------------------------------------------------------- mistakes
+
+MISTAKES = [
+    (["optimizer.lrr=3"], r"unknown key 'optimizer\.lrr'; did you mean 'optimizer\.lr'\?"),
+    (["+optimizer.lrr=3"], r"did you mean 'optimizer\.lr'\?"),
+    (["++lrr=3"], r"unknown key 'lrr'; did you mean 'optimizer\.lr'\?"),
+    (["+experiment=quartt"], r"unknown experiment 'quartt'; did you mean 'quartet'\?"),
+    (["+experiment=bf16,quartt"], r"did you mean 'quartet'\?"),
+    (["model=nanno"], r"unknown model 'nanno'; did you mean 'nano'\?"),
+    (["recipe=quartett"], r"did you mean 'quartet'\?"),
+    (["model.dim.size=3"], r"model\.dim is a value"),
+    (["trainer.tokens=many"], r"trainer\.tokens='many'.*integer"),
+    (["trainer.tokens_per_parameter=20"], r"exactly one of trainer\.tokens.*set the other to null"),
+    (["model.n_heads=3"], r"model\.dim=128 must split into n_heads=3"),
+    (["data.source=text"], r"needs data\.files"),
+    (["recipe=quest", "recipe.format=mxfp3"], r"mxfp3.*mxfp4"),
+    (["recipe=quest", "recipe.bits=9"], r"recipe\.bits=9"),
+]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"), MISTAKES, ids=lambda value: " ".join(value) if isinstance(value, list) else ""
+)
+def test_mistakes_are_named(overrides, message):
+    with pytest.raises(UserError, match=message):
+        if any("," in override for override in overrides):
+            checked_overrides(overrides)
+        else:
+            compose(overrides)
+
+
+def test_a_device_that_is_not_there(small):
+    if torch.cuda.is_available():
+        pytest.skip("this machine has the device")
+    with pytest.raises(UserError, match=r"trainer\.device=cuda.*use trainer\.device=cpu"):
+        run(compose([*small, "trainer.device=cuda"]))
+
+
+def test_a_width_that_the_block_does_not_divide_is_said_before_anything_is_written(small, tmp_path):
+    with pytest.raises(UserError, match=r"layers\.0.*(80|96).*recipe\.skip"):
+        run(compose([*small, "recipe=quartet", "model.dim=80", "model.ffn_dim=96"]))
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_vocabulary_too_small_for_the_tokens(small):
+    with pytest.raises(UserError, match=r"model\.vocab_size=100.*257"):
+        run(compose([*small, "model.vocab_size=100"]))
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "train.py", *arguments],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+
+
+def test_a_mistake_on_the_command_line_is_one_message_without_a_traceback():
+    done = command("+experiment=quartet", "+lrr=3")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: unknown key 'lrr'") and "Traceback" not in done.stderr
+
+
+def test_help_lists_what_there_is():
+    shown = command("--help").stdout
+    for word in (
+        "+experiment=quartet",
+        "recipe: ",
+        "quartet_v1",
+        "llama_30m",
+        "stdlib",
+        "trainer.tokens",
+        "force=true",
+    ):
+        assert word in shown
+
+
+def test_a_multirun_leaves_comparable_runs_and_outlives_a_failing_one(small, tmp_path):
+    overrides = [*small, "callbacks.sample_tokens=0", "debug.max_steps=4"]
+    done = command("-m", *overrides, "recipe=bf16,quest,quartet", "model.ffn_dim=96,128")
+    assert done.returncode == 2, done.stderr
+    assert "hadamard128" in done.stderr or "128" in done.stderr, (
+        "quest rotates in blocks of 128, which 64 and 96 are not"
+    )
+    summaries = [json.loads(path.read_text()) for path in (tmp_path / "runs").glob("*/summary.json")]
+    assert sorted(summary["recipe"] for summary in summaries) == ["bf16", "bf16", "quartet", "quartet"]
+    assert len({summary["data_hash"] for summary in summaries}) == 1

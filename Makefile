@@ -36,15 +36,14 @@ hooks: $(VENV)/.dev ## run the checks before every commit
 # The two stamps are written last, so an interrupted installation is taken up again.
 $(VENV)/.train: pyproject.toml constraints.txt
 	$(venv)
-	$(INSTALL) --no-build-isolation -e .
+	$(INSTALL) -e .
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml constraints.txt
 	$(venv)
-	$(INSTALL) --no-build-isolation -e '.[dev]'
+	$(INSTALL) -e '.[dev]'
 	@touch $(VENV)/.train $@
 
-# hatchling comes first, because the build of qtrain itself then uses the pinned one instead of the newest.
 define venv
 @$(or $(PYTHON),false) -c "$(SUPPORTED)" 2>/dev/null || { \
 	echo "qtrain needs Python 3.11 or newer with its venv module; found: $$($(or $(PYTHON),python3) --version 2>&1)."; \
@@ -53,7 +52,6 @@ define venv
 @command -v "$${CXX:-g++}" >/dev/null || command -v clang++ >/dev/null || \
 	echo "note: no C++ compiler found; qtrain runs all the same, with backend=reference, which is slower" >&2
 $(PYTHON) -m venv $(VENV)
-$(INSTALL) hatchling
 endef
 
 # torch stays where it is; triton, because torch for CUDA demands one exact version of it and torch for CPU none.
@@ -63,8 +61,9 @@ constraints: ## resolve constraints.txt afresh (torch and triton keep their vers
 	$(PYTHON) -m venv "$$new/venv"; \
 	"$$new/venv/bin/pip" install -c "$$new/keep" '.[dev]'; \
 	grep '^#' constraints.txt > "$$new/constraints.txt"; \
-	"$$new/venv/bin/pip" list --format freeze --exclude pip --exclude setuptools --exclude qtrain \
+	PIP_QUIET=0 "$$new/venv/bin/pip" list --format freeze --exclude pip --exclude setuptools --exclude qtrain \
 		| grep -vE '^(nvidia|cuda)-' | sed 's/+.*//' | LC_ALL=C sort -f >> "$$new/constraints.txt"; \
+	grep -q '^torch==' "$$new/constraints.txt"; \
 	cp "$$new/constraints.txt" constraints.txt
 
 clean: ## remove .venv, caches and build products; runs and token shards stay

@@ -17,7 +17,7 @@ from typing import Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
-from qtrain_kernels.formats import Format, get_format
+from qtrain_kernels.formats import Format, check_scale, get_format
 
 from qtrain.errors import UserError
 
@@ -131,18 +131,16 @@ class LinearRecipe(Strict):
         return self._check_gemms() if not missing else self
 
     def _check_gemms(self) -> LinearRecipe:
-        default = self.default_format
+        gemms = [gemm for gemm in (self.fprop, self.dgrad, self.wgrad) if gemm is not None]
+        given = [getattr(gemm, field).format for gemm in gemms for field in type(gemm).model_fields]
+        if None not in given and self.default_format is not None:
+            raise ValueError(
+                f"every operand of recipe {self.name} names its own format, so bits={self.bits}, format={self.format} "
+                "would change nothing; drop them, or use a recipe that takes them (quest)"
+            )
         for gemm, operands in self.operands().items():
             for operand, spec in operands.items():
-                where = f"recipe {self.name}, {gemm}.{operand}"
-                if spec.format is None and default is None:
-                    raise ValueError(f"{where} names no format; name one there, or set bits or format for the recipe")
-                if gemm == "fprop" and spec.source == "forward":
-                    raise ValueError(f"{where}: source: forward is for operands of dgrad and wgrad")
-                if operand == "dy" and spec.source == "forward":
-                    raise ValueError(f"{where}: a gradient has no forward value; use source: master")
-                if gemm != "fprop" and spec.estimator != "ste":
-                    raise ValueError(f"{where}: estimator belongs to the operands of fprop")
+                _check_operand(f"recipe {self.name}, {gemm}.{operand}", gemm, operand, spec)
             left, right = operands.values()
             if (left.rotation, left.signs) != (right.rotation, right.signs):
                 names = " and ".join(operands)
@@ -153,13 +151,16 @@ class LinearRecipe(Strict):
         return self
 
     def operands(self) -> dict[str, dict[str, QuantSpec]]:
-        """{gemm: {operand: spec}} as written; empty for a recipe that quantises nothing."""
-        if self.fprop is None or self.dgrad is None or self.wgrad is None:
-            return {}
+        """{gemm: {operand: spec}}, formats filled in; empty for a recipe that quantises nothing."""
+        gemms = {"fprop": self.fprop, "dgrad": self.dgrad, "wgrad": self.wgrad}
+        default = {"format": self.default_format}
         return {
-            "fprop": {"x": self.fprop.x, "w": self.fprop.w},
-            "dgrad": {"dy": self.dgrad.dy, "w": self.dgrad.w},
-            "wgrad": {"dy": self.wgrad.dy, "x": self.wgrad.x},
+            name: {
+                operand: spec.model_copy(update=default) if spec.format is None else spec
+                for operand, spec in ((field, getattr(gemm, field)) for field in type(gemm).model_fields)
+            }
+            for name, gemm in gemms.items()
+            if gemm is not None
         }
 
     @property
@@ -175,6 +176,23 @@ class LinearRecipe(Strict):
         if name is not None:
             get_format(name)
         return name
+
+
+def _check_operand(where: str, gemm: str, operand: str, spec: QuantSpec) -> None:
+    """ValueError where an operand asks for what its place or its format does not have."""
+    if spec.format is None:
+        raise ValueError(f"{where} names no format; name one there, or set bits or format for the recipe")
+    if gemm == "fprop" and spec.source == "forward":
+        raise ValueError(f"{where}: source: forward is for operands of dgrad and wgrad")
+    if operand == "dy" and spec.source == "forward":
+        raise ValueError(f"{where}: a gradient has no forward value; use source: master")
+    if gemm != "fprop" and spec.estimator != "ste":
+        raise ValueError(f"{where}: estimator belongs to the operands of fprop")
+    if spec.number_format is not None:
+        try:
+            check_scale(spec.number_format, spec.scale)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
 
 
 # ------------------------------------------------------------------------------------------ model, data, budget
@@ -429,9 +447,11 @@ def configs_dir() -> Path:
 
 
 def group_names(group: str) -> list[str]:
-    """The names that a config group offers: `group_names("recipe")` -> ["bf16", "quartet", ...]."""
+    """The names that a config group offers: `group_names("recipe")` -> ["bf16", "quartet", ...]. A file whose name
+    begins with _ is a part that others share."""
     root = configs_dir() / group
-    return sorted(path.relative_to(root).with_suffix("").as_posix() for path in root.rglob("*.yaml"))
+    files = [path for path in root.rglob("*.yaml") if not path.name.startswith("_")]
+    return sorted(path.relative_to(root).with_suffix("").as_posix() for path in files)
 
 
 def read_recipe(recipe: str | Mapping[str, Any] | LinearRecipe) -> LinearRecipe:

@@ -45,21 +45,20 @@ def estimate_memory(config: ModelConfig, vocab_size: int, micro_batch_size: int,
     """Memory of unsharded training with AdamW on float32 weights; mixed: matmuls on bfloat16 copies of their inputs.
 
     Activations are what the unquantised, uncompiled model keeps for its backward. Per token and layer: input and
-    output of both norms in float32 (4 D); in the compute dtype the rotated q and the attention output in both layouts
-    (3 D), k and v (2 G d), gate, up, silu(gate) and their product (4 F); mixed adds five copies of normed inputs (5 D)
-    and, once, a copy of every weight. The head: one more norm, and at the peak of the loss the logits in the compute
-    dtype plus two float32 tensors of their size. Quantised operands, the allocator's slack and temporaries come on top.
+    normalised input of both norms in float32 (4 D); in the compute dtype the rotated q and the attention output in both
+    layouts (3 D), k and v (2 G d), gate, up, silu(gate) and their product (4 F), and the norms' outputs (2 D), of which
+    every linear makes its own copy in mixed precision (5 D). The head: one more norm, and at the peak of the loss the
+    logits in the compute dtype and two float32 tensors of their size. Mixed precision also copies every weight once.
+    Quantised operands, the allocator's slack and temporaries come on top.
     """
     total, _ = count_parameters(config, vocab_size)
-    tokens, dim, size = micro_batch_size * config.seq_len, config.dim, 2 if mixed else 4
+    size, normed = (2, 5) if mixed else (4, 2)
     kv_dim = config.kv_heads * config.head_dim
-    layer = 4 * 4 * dim + size * (3 * dim + 2 * kv_dim + 4 * config.ffn_dim)
-    head = 2 * 4 * dim + vocab_size * (size + 2 * 4)
-    activations = tokens * (config.n_layers * layer + head)
-    if mixed:
-        copied_inputs = tokens * dim * (5 * config.n_layers + 1)
-        activations += 2 * (copied_inputs + matmul_parameters(config, vocab_size))
-    return Memory(4 * total, 4 * total, 8 * total, activations)
+    layer = 4 * 4 * config.dim + size * ((3 + normed) * config.dim + 2 * kv_dim + 4 * config.ffn_dim)
+    head = (2 * 4 + size) * config.dim + vocab_size * (size + 2 * 4)
+    activations = micro_batch_size * config.seq_len * (config.n_layers * layer + head)
+    weight_copies = 2 * matmul_parameters(config, vocab_size) if mixed else 0
+    return Memory(4 * total, 4 * total, 8 * total, activations + weight_copies)
 
 
 def perplexity(loss: float) -> float:

@@ -16,12 +16,13 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 # Module or package -> what it may import beside the standard library, itself and qtrain.errors; the longest key that
-# matches decides. In parentheses: only inside functions, so that importing the module neither needs it nor pays for it.
+# matches decides. In parentheses: only lazily (inside functions, or for types alone), so that importing the module
+# neither needs it nor pays for it.
 # wandb stands nowhere: it is reached through Lightning's logger alone.
 MAY_IMPORT = {
     "qtrain_kernels": "torch (triton) qtrain_kernels.formats",
     "qtrain_kernels.formats": "",
-    "qtrain": "torch qtrain.config qtrain.quant (qtrain_kernels qtrain.checkpoint qtrain.models qtrain.run)",
+    "qtrain": "(qtrain.quant qtrain.train)",
     "qtrain.errors": "",
     "qtrain.config": "yaml pydantic qtrain_kernels.formats",
     "qtrain.quant": "torch qtrain.config qtrain_kernels qtrain_kernels.formats",
@@ -69,17 +70,21 @@ def rule_of(module: str) -> str | None:
     return next((key for key in keys if key in MAY_IMPORT), None)
 
 
-def imports(tree: ast.AST, inside: bool = False) -> Iterator[tuple[int, str, bool]]:
-    """(line, imported name, whether inside a function); `from a import b` counts as a.b, a relative one as "."."""
+def imports(tree: ast.AST, lazily: bool = False) -> Iterator[tuple[int, str, bool]]:
+    """(line, imported name, whether lazily: inside a function, or under `if TYPE_CHECKING`).
+
+    `from a import b` counts as a.b, a relative import as ".".
+    """
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.Import):
-            yield from ((node.lineno, alias.name, inside) for alias in node.names)
+            yield from ((node.lineno, alias.name, lazily) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             base = "" if node.level else f"{node.module}."
-            yield from ((node.lineno, f"{base}{alias.name}" if base else ".", inside) for alias in node.names)
+            yield from ((node.lineno, f"{base}{alias.name}" if base else ".", lazily) for alias in node.names)
         else:
             function = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
-            yield from imports(node, inside or function)
+            for_types = isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+            yield from imports(node, lazily or function or for_types)
 
 
 def allowed(module: str) -> tuple[set[str], set[str]]:
@@ -98,14 +103,14 @@ def layer_violations(module: str, path: str, source: str) -> list[str]:
         return [f"{path}:1: {module} has no line in MAY_IMPORT; add one"]
     top, lazy = allowed(module)
     found = []
-    for line, name, inside in imports(ast.parse(source)):
+    for line, name, lazily in imports(ast.parse(source)):
         root = name.split(".")[0]
         if root in sys.stdlib_module_names:
             continue
         target = (rule_of(name) or name) if root in LAYERS else root
         if name == ".":
             found.append(f"{path}:{line}: relative import; write the full name")
-        elif target in lazy and not inside and target not in top:
+        elif target in lazy and not lazily and target not in top:
             found.append(f"{path}:{line}: {module} may import {target} only inside a function")
         elif target not in top | lazy:
             found.append(f"{path}:{line}: {module} may not import {target}; it may: {', '.join(sorted(top | lazy))}")
@@ -185,6 +190,7 @@ def test_a_line_of_the_table_points_only_downwards():
         ("qtrain.report.loss", "import torch\n", 1),
         ("qtrain.report.loss", "from qtrain.models.llama import Llama\n", 1),
         ("qtrain_kernels.quantize", "import triton\n", 1),
+        ("qtrain", "if True:\n    from qtrain.quant import convert\n", 2),
         ("qtrain_kernels.quantize", "class Kernel:\n    import triton.language as tl\n", 2),
         ("qtrain_kernels.quantize", "from qtrain.errors import UserError\n", 1),
         ("qtrain_kernels.formats", "import torch\n", 1),
@@ -200,6 +206,7 @@ def test_a_forbidden_import_is_reported_with_its_place(module, source, line):
     ("module", "source"),
     [
         ("qtrain_kernels.quantize", "import math, torch\ndef launch():\n    import triton.language as tl\n"),
+        ("qtrain", "if TYPE_CHECKING:\n    from qtrain.quant import convert\n"),
         ("qtrain.data.datamodule", "import lightning\nfrom qtrain.data.shards import read\n"),
         ("qtrain.quant.linear", "from qtrain.quant import convert\nfrom qtrain_kernels import reference\n"),
     ],
@@ -257,9 +264,14 @@ def loaded_by(statement: str) -> set[str]:
     return {name.split(".")[0] for name in out.split()}
 
 
-def test_importing_qtrain_brings_in_only_what_quantising_needs():
-    heavy = {"lightning", "hydra", "datasets", "tokenizers", "transformers", "wandb", "matplotlib", "scipy", "triton"}
+def test_importing_qtrain_costs_nothing():
+    heavy = {"torch", "numpy", "lightning", "hydra", "datasets", "transformers", "wandb", "matplotlib", "pydantic"}
     assert loaded_by("import qtrain") & heavy == set()
+
+
+def test_quantising_brings_in_torch_and_nothing_of_the_training():
+    heavy = {"lightning", "hydra", "datasets", "tokenizers", "transformers", "wandb", "matplotlib", "scipy", "triton"}
+    assert loaded_by("import qtrain; qtrain.convert") & (heavy | {"torch"}) == {"torch"}
 
 
 def test_help_and_mistakes_are_answered_without_torch():

@@ -30,7 +30,7 @@ def tokens(batch: int, length: int, seed: int = 1) -> Tensor:
     return torch.randint(VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
-# ------------------------------------------------------------------------------------------------------------- the model
+# ------------------------------------------------------------------------------------------------------------ the model
 
 
 @pytest.mark.parametrize(
@@ -141,7 +141,7 @@ def test_too_long_a_sequence_is_refused() -> None:
         llama()(tokens(1, 33))
 
 
-# ------------------------------------------------------------------------------------------------- weights and their number
+# --------------------------------------------------------------------------------------------- weights and their number
 
 
 def test_weights_start_as_the_papers_start_them() -> None:
@@ -172,7 +172,7 @@ def test_count_parameters(changes: dict[str, Any]) -> None:
     assert count_parameters(model.config, 1234) == (total, total - sum(weight.numel() for weight in embeddings))
 
 
-# ------------------------------------------------------------------------------------------------------------- generation
+# ----------------------------------------------------------------------------------------------------------- generation
 
 
 def test_generation_depends_on_its_seed_alone() -> None:

@@ -1,4 +1,5 @@
 import math
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -21,7 +22,7 @@ def schedule(name: str = "cosine", **changes: Any) -> SchedulerConfig:
     return SchedulerConfig.model_validate({"name": name} | changes)
 
 
-# ----------------------------------------------------------------------------------------------------------------- groups
+# --------------------------------------------------------------------------------------------------------------- groups
 
 LINEARS = [
     f"layers.{i}.{x}.weight"
@@ -75,7 +76,7 @@ def test_two_steps_follow_adamw_by_hand() -> None:
     torch.testing.assert_close(weight.detach().double(), x, rtol=1e-5, atol=1e-7)
 
 
-# --------------------------------------------------------------------------------------------------------------- schedule
+# ------------------------------------------------------------------------------------------------------------- schedule
 
 
 @pytest.mark.parametrize("total", [20, 256, 2861])
@@ -125,11 +126,11 @@ def test_every_schedule_rises_then_falls_and_ends_exactly(
     assert factors[-1] == final
     assert lr_factor(total + 5, total, settings) == final
     if total > 1:
-        assert factors[0] == pytest.approx(start if 0 < peak else 1.0, abs=1e-15)
+        assert factors[0] == pytest.approx(start if peak > 0 else 1.0, abs=1e-15)
         assert factors[peak] == (1.0 if peak < total - 1 else final)
     slack = 1e-12
-    assert all(b >= a - slack for a, b in zip(factors[:peak], factors[1:peak], strict=False))
-    assert all(b <= a + slack for a, b in zip(factors[peak:], factors[peak + 1 :], strict=False))
+    assert all(b >= a - slack for a, b in pairwise(factors[:peak]))
+    assert all(b <= a + slack for a, b in pairwise(factors[peak:]))
 
 
 @pytest.mark.parametrize(("total", "fraction", "steps"), [(2861, 0.1, 286), (100, 0.29, 29), (9, 0.1, 0), (10, 0.1, 1)])

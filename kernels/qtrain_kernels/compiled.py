@@ -7,7 +7,9 @@ otherwise take equal sizes for one symbol, or a first shape for a constant, and 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache, partial
+from functools import cache
+from itertools import count
+from types import FunctionType
 
 import torch
 from torch import Tensor
@@ -17,26 +19,37 @@ from qtrain_kernels.reference import Plan
 
 # Traced at sizes of real work: inductor decides from them whether a loop is worth two threads.
 TRACED_OUTER, TRACED_INNER, TRACED_ROW = 1031, 387, 523
+_SERIAL = count()
 
 
 @cache
 def _graph(plan: Plan, dtype: torch.dtype | None, along_last: bool, device: str) -> Callable[..., tuple]:
     """The compiled `operand` (dtype given) or `encode` (None) of a plan; along_last: the operands' inner size is 1."""
-    function = partial(reference.encode, plan=plan) if dtype is None else partial(_operand, plan=plan, dtype=dtype)
-    compiled = torch.compile(function, fullgraph=True)
-    block, inner = plan.block or TRACED_ROW, 1 if along_last else TRACED_INNER
-    x = torch.ones(TRACED_OUTER, block, inner, device=device)
-    scale = reference.tensor_scale(x, plan)
-    for tensor in (x, scale):
-        for dim in (0, 1, 2):
-            if isinstance(tensor, Tensor) and tensor.ndim and tensor.shape[dim] not in (1, plan.block):
-                torch._dynamo.mark_dynamic(tensor, dim)
-    compiled(x, scale, torch.zeros(2, dtype=torch.int32, device=device))
+
+    def graph(x: Tensor, scale: Tensor | float, key: Tensor) -> tuple:
+        if dtype is None:
+            return reference.encode(x, scale, key, plan)
+        return reference.operand(x, scale, key, plan, dtype)
+
+    # Dynamo keeps its graphs by code object (eight at most, their guards tried in turn) and remembers by its name which
+    # arguments varied: each graph gets a code object and a name of its own.
+    code = graph.__code__.replace(co_name=f"graph_{next(_SERIAL)}")
+    own = FunctionType(code, globals(), closure=graph.__closure__)
+    compiled = torch.compile(own, fullgraph=True)
+    compiled(*_example(plan, along_last, device))
     return compiled
 
 
-def _operand(x: Tensor, scale: Tensor | float, key: Tensor | None, plan: Plan, dtype: torch.dtype) -> tuple:
-    return reference.operand(x, scale, key, plan, dtype)
+def _example(plan: Plan, along_last: bool, device: str) -> tuple[Tensor, Tensor | float, Tensor]:
+    """Arguments to trace with: every size but the block's, and a 1, marked as unknown."""
+    x = torch.ones(TRACED_OUTER, plan.block or TRACED_ROW, 1 if along_last else TRACED_INNER, device=device)
+    scale = reference.tensor_scale(x, plan)
+    for tensor in (x, scale):
+        if isinstance(tensor, Tensor) and tensor.ndim:
+            for dim in range(3):
+                if tensor.shape[dim] not in (1, plan.block):
+                    torch._dynamo.mark_dynamic(tensor, dim)
+    return x, scale, torch.zeros(2, dtype=torch.int32, device=device)
 
 
 _NO_KEY: dict[torch.device, Tensor] = {}
@@ -46,7 +59,7 @@ def _run(x: Tensor, scale: Tensor | float, key: Tensor | None, plan: Plan, dtype
     graph = _graph(plan, dtype, x.shape[2] == 1, x.device.type)
     if key is None:
         key = _NO_KEY.setdefault(x.device, torch.zeros(2, dtype=torch.int32, device=x.device))
-    return graph(x, scale, key)
+    return graph(x, scale if isinstance(scale, Tensor) else 1.0, key)  # encode reads no constant scale
 
 
 def encode(x: Tensor, scale: Tensor | float, key: Tensor | None, plan: Plan) -> tuple:

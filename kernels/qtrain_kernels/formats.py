@@ -5,7 +5,7 @@ without a block has one float32 scale per row, which is then the tensor scale.
 
 | names | codes | block | block scale | tensor scale |
 |---|---|---|---|---|
-| int1 ... int8 | k + 1/2, 2^b of them, symmetric about a missing zero (QuEST, arXiv 2502.05003) | row | - | float32 per row |
+| int1 ... int8 | k + 1/2: 2^b codes, none of them zero (QuEST, arXiv 2502.05003) | row | - | float32 per row |
 | int1.585 | -1, 0, 1 | row | - | float32 per row |
 | mxfp4, mxfp6_*, mxfp8_*, mxint8 | OCP Microscaling (MX) v1.0 | 32 | E8M0 | - |
 | nvfp4 | E2M1 | 16 | E4M3 | float32 |
@@ -19,6 +19,7 @@ import math
 import re
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 from typing import Literal
 
 ScaleFormat = Literal["e8m0", "e4m3", "float32"]
@@ -72,7 +73,7 @@ class Element:
     def half_interval(self) -> float:
         """Half the largest distance between neighbouring codes."""
         levels = self.levels()
-        return max(b - a for a, b in zip(levels, levels[1:], strict=False)) / 2
+        return max(upper - lower for lower, upper in pairwise(levels)) / 2
 
 
 @dataclass(frozen=True)

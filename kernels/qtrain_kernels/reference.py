@@ -50,7 +50,7 @@ class Plan:
     mask: Mask | None = None
 
 
-# ------------------------------------------------------------------------------------------------------------ reductions
+# ----------------------------------------------------------------------------------------------------------- reductions
 
 
 def tree_sum(x: Tensor) -> Tensor:
@@ -97,7 +97,7 @@ def _reciprocal(scale: Tensor) -> Tensor:
 
 
 def _offset_exponent(bits: Tensor, increment: int, shift: int) -> Tensor:
-    """Biased exponent of the scale: the field of (bits + increment), less shift, at least 2^-127; inf and NaN stay 255."""
+    """Biased exponent of the scale: the field of (bits + increment), less shift, from 2^-127; inf and NaN stay 255."""
     biased = biased_exponent(bits)
     moved = (biased_exponent(bits + increment) - shift).clamp(0, 254)
     return torch.where(biased == 255, 255, moved)
@@ -139,7 +139,7 @@ def _squared_error(u: Tensor, scale: float, element: Element) -> Tensor:
     return tree_sum(difference * difference)
 
 
-# ----------------------------------------------------------------------------------------------------------------- scales
+# --------------------------------------------------------------------------------------------------------------- scales
 
 
 def tensor_scale(x: Tensor, plan: Plan) -> Tensor | float:
@@ -179,7 +179,7 @@ def _nonzero(scale: Tensor) -> Tensor:
     return torch.where(scale == 0, 1.0, scale)
 
 
-# --------------------------------------------------------------------------------------------------------------- rounding
+# ------------------------------------------------------------------------------------------------------------- rounding
 
 
 def _minifloat_step(u: Tensor, element: Element) -> tuple[Tensor, Tensor]:
@@ -215,7 +215,7 @@ def round_stochastic(u: Tensor, element: Element, uniform: Tensor) -> Tensor:
     return (code + offset if offset else code) * step
 
 
-# ------------------------------------------------------------------------------------------------------------- randomness
+# ----------------------------------------------------------------------------------------------------------- randomness
 
 
 def mix(index: Tensor, key: Tensor) -> Tensor:
@@ -244,7 +244,7 @@ def element_index(x: Tensor) -> Tensor:
     return along + across
 
 
-# ----------------------------------------------------------------------------------------------------------------- encode
+# --------------------------------------------------------------------------------------------------------------- encode
 
 
 def encode(
@@ -269,8 +269,8 @@ def encode(
 def operand(
     x: Tensor, scale: Tensor | float, key: Tensor | None, plan: Plan, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor | None]:
-    """What a GEMM takes: codes * block_scale, exact in bfloat16 (and float32), and the mask. The tensor scale is left to
-    the GEMM's result. Same arguments as `encode`."""
+    """What a GEMM takes: codes * block_scale, exact in bfloat16 (and float32), and the mask. The tensor scale is left
+    to the GEMM's result. Same arguments as `encode`."""
     codes, blocks, mask = encode(x, scale, key, plan)
     return (codes if blocks is None else codes * blocks).to(dtype), mask
 

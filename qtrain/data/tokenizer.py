@@ -68,8 +68,10 @@ class FileTokenizer:
         self._tokenizer = tokenizer
 
     def encode(self, text: str) -> np.ndarray:
-        ids = self._tokenizer.encode(text, add_special_tokens=False).ids
-        return np.array(ids, dtype=token_dtype(self.vocab_size))
+        (encoding,) = self._tokenizer.encode_batch_fast(
+            [text], add_special_tokens=False
+        )  # 1.4 times encode: no offsets
+        return np.array(encoding.ids, dtype=token_dtype(self.vocab_size))
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         return self._tokenizer.decode([int(i) for i in ids if i != self.eos_id], skip_special_tokens=False)

@@ -1,0 +1,25 @@
+"""Low-precision training of language models: quantise any nn.Module by recipe, train it, and tell what it cost.
+
+report = qtrain.convert(model, recipe="quartet")
+qtrain.set_step(model, step)                       # before each forward of a stochastic recipe
+x_hat = qtrain.fake_quantize(x, "mxfp4")
+model = qtrain.load_run("runs/quartet-1a2b3c4d")
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qtrain.quant import convert, fake_quantize, recipes, set_step
+    from qtrain.train import load_run
+
+__all__ = ["convert", "fake_quantize", "load_run", "recipes", "set_step"]
+
+_HOME = {name: "qtrain.train" if name == "load_run" else "qtrain.quant" for name in __all__}
+
+
+def __getattr__(name: str) -> Any:
+    """Imported on first use: `import qtrain` alone brings in neither torch nor Lightning."""
+    if name in _HOME:
+        return getattr(import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'qtrain' has no attribute {name!r}")

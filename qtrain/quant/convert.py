@@ -1,0 +1,151 @@
+"""Swap nn.Linear by name for QuantLinear, in place, and say what was converted, what was not, and why."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import nn
+
+from qtrain.config import Backend, LinearRecipe, group_names, read_recipe
+from qtrain.errors import UserError
+from qtrain.quant.linear import Numerics, QuantLinear
+
+log = logging.getLogger("qtrain")
+
+
+@dataclass
+class Report:
+    """What convert did. converted: qualified names; skipped: name -> reason."""
+
+    recipe: str
+    converted: list[str] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
+    numerics: str = ""
+
+    def __str__(self) -> str:
+        total = len(self.converted) + len(self.skipped)
+        lines = [f"recipe {self.recipe}: {len(self.converted)} of {total} linear layers converted"]
+        if self.numerics:
+            lines.append(f"  {self.numerics}")
+        lines += [f"  skipped {name}: {reason}" for name, reason in self.skipped.items()]
+        return "\n".join(lines)
+
+
+def convert(
+    model: nn.Module,
+    recipe: str | Mapping[str, Any] | LinearRecipe,
+    *,
+    skip: Sequence[str] | None = None,
+    seed: int = 0,
+    backend: Backend = "auto",
+) -> Report:
+    """Replace every nn.Linear inside model by a QuantLinear that shares its parameters.
+
+    recipe: a name ({name: quest, bits: 2} for its options), a mapping, or a LinearRecipe. skip: layers that stay as
+    they are, by full name, last component or pattern ("layers.0.*"); None takes the recipe's own. seed keys random
+    bits, together with each layer's qualified name. backend: auto | reference | compiled.
+    UserError, with the model untouched, for a width that the recipe's blocks do not divide, a skip name that matches
+    nothing, or a model that is already converted.
+    """
+    recipe = read_recipe(recipe)
+    linears = {name: module for name, module in model.named_modules(remove_duplicate=False) if _is_linear(module)}
+    if any(isinstance(module, QuantLinear) for module in linears.values()):
+        raise UserError("the model is converted already; build it afresh to convert it with another recipe")
+    names = recipe.skip if skip is None else ((skip,) if isinstance(skip, str) else tuple(skip))
+    if skip is not None:
+        _check_skip_names(names, linears)
+    report = Report(recipe.name)
+    for name, module in linears.items():
+        reason = _reason_to_skip(name, module, recipe, names)
+        if reason is None:
+            report.converted.append(name)
+        else:
+            report.skipped[name] = reason
+    if report.converted:
+        _swap(model, {name: linears[name] for name in report.converted}, recipe, seed, backend, report)
+    log.info("%s", report)
+    return report
+
+
+def set_step(model: nn.Module, step: int, micro_batch: int = 0) -> None:
+    """Key the random bits of every QuantLinear in model by the optimiser step and the micro-batch within it."""
+    for module in model.modules():
+        if isinstance(module, QuantLinear):
+            module.set_step(step, micro_batch)
+
+
+def recipes() -> list[str]:
+    """The names of the recipes that `convert` knows."""
+    return group_names("recipe")
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear)
+
+
+def _reason_to_skip(name: str, module: nn.Module, recipe: LinearRecipe, skip: Sequence[str]) -> str | None:
+    if not name:
+        return "it is the model itself; put it inside a module to convert it"
+    if recipe.fprop is None:
+        return f"recipe {recipe.name} quantises nothing"
+    entry = next((entry for entry in skip if _matches(entry, name)), None)
+    if entry is not None:
+        return f"named by skip ({entry})"
+    if type(module) is not nn.Linear:
+        return f"a {type(module).__name__}, which may use its weight in its own way"
+    return None
+
+
+def _matches(entry: str, name: str) -> bool:
+    return fnmatchcase(name, entry) or fnmatchcase(name.rpartition(".")[2], entry)
+
+
+def _check_skip_names(skip: Sequence[str], linears: Mapping[str, nn.Module]) -> None:
+    for entry in skip:
+        if any(_matches(entry, name) for name in linears):
+            continue
+        known = sorted({*linears, *(name.rpartition(".")[2] for name in linears)})
+        near = difflib.get_close_matches(entry, known, n=3, cutoff=0.5) or known[:3]
+        raise UserError(f"skip names {entry!r}, which matches no linear layer; the nearest are {', '.join(near)}")
+
+
+def _swap(
+    model: nn.Module,
+    linears: Mapping[str, nn.Module],
+    recipe: LinearRecipe,
+    seed: int,
+    backend: Backend,
+    report: Report,
+) -> None:
+    numerics = Numerics.build(recipe, backend)
+    report.numerics = str(numerics)
+    problems = [problem for name, module in linears.items() if (problem := _misfit(name, module, recipe, numerics))]
+    if problems:
+        raise UserError("\n".join(problems))
+    made: dict[nn.Module, QuantLinear] = {}  # a layer used under two names stays one layer
+    for name, module in linears.items():
+        assert isinstance(module, nn.Linear)
+        if module not in made:
+            made[module] = QuantLinear(module, recipe, name, seed, backend)
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, made[module])
+
+
+def _misfit(name: str, module: nn.Module, recipe: LinearRecipe, numerics: Numerics) -> str | None:
+    """Why a layer's widths do not fit the recipe's blocks; None if they do."""
+    assert isinstance(module, nn.Linear)
+    for kind, gemm, size in (
+        ("in_features", numerics.fprop, module.in_features),
+        ("out_features", numerics.dgrad, module.out_features),
+    ):
+        if size % gemm.multiple:
+            return (
+                f"recipe {recipe.name} needs {kind} % {gemm.multiple} == 0 ({gemm.left.spec.format} in blocks, "
+                f"{gemm.left.spec.rotation or 'no rotation'}); {name} has {size}; pad it or add it to recipe.skip"
+            )
+    return None

@@ -1,0 +1,19 @@
+"""Randomness as a function: 64-bit keys from (seed, layer, step, micro-batch, use), bits from (key, element).
+
+Nothing reads a global generator, so a resumed run, a recomputed forward and another worker count draw the same bits.
+A key is two int32 words; `qtrain_kernels.reference.mix` turns it and an element's position into bits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+# What one layer draws for, in the order of the rows of its key table.
+USES = ("fprop.x", "fprop.w", "dgrad.dy", "dgrad.w", "wgrad.dy", "wgrad.x", "fprop.signs", "dgrad.signs", "wgrad.signs")
+
+
+def key_words(*parts: int | str) -> list[int]:
+    """Two int32 words, a stable hash of the parts (equal on every machine and Python)."""
+    text = "\x1f".join(f"{type(part).__name__}:{part}" for part in parts)
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    return [int.from_bytes(digest[at : at + 4], "little", signed=True) for at in (0, 4)]

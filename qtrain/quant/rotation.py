@@ -1,0 +1,47 @@
+"""Orthonormal block Hadamard rotations, with random signs before them: x -> x D H, blocks along the contraction dim.
+
+One float32 matmul with the (n, n) matrix D H, the same for every backend; the inverse is the same with its transpose.
+The n signs are shared by all blocks of both operands of a GEMM, so the product of the two is unchanged.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from qtrain_kernels.reference import mix
+
+
+@cache
+def hadamard(n: int, device: torch.device) -> Tensor:
+    """(n, n) float32 Sylvester Hadamard / sqrt(n): its own inverse. ValueError unless n is a power of two."""
+    if n < 1 or n & (n - 1):
+        raise ValueError(f"hadamard{n}: the block must be a power of two; use hadamard{1 << n.bit_length() - 1}")
+    matrix = torch.ones(1, 1, dtype=torch.float64)
+    for _ in range(n.bit_length() - 1):
+        matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)), 0)
+    return (matrix / n**0.5).to(device, torch.float32)
+
+
+def signs(n: int, key: Tensor) -> Tensor:
+    """(n,) float32 of ±1, a function of key (2,) int32."""
+    index = torch.arange(n, dtype=torch.int32, device=key.device)
+    return (mix(index, key) & 1).to(torch.float32) * 2.0 - 1.0
+
+
+def rotation_matrix(n: int, key: Tensor | None, device: torch.device) -> Tensor:
+    """D H, (n, n) float32; key None leaves out the signs D."""
+    matrix = hadamard(n, device)
+    return matrix if key is None else signs(n, key)[:, None] * matrix
+
+
+def rotate(x: Tensor, matrix: Tensor | None, dim: int = -1) -> Tensor:
+    """x (M, N) float32 with its blocks along dim (-1 or -2) multiplied by matrix; matrix.T inverts. None: x itself."""
+    if matrix is None:
+        return x
+    n = matrix.shape[0]
+    if dim == -1:
+        return (x.reshape(-1, n) @ matrix).view(x.shape)
+    return (matrix.T @ x.reshape(-1, n, x.shape[1])).view(x.shape)

@@ -1,0 +1,334 @@
+"""Preparation: what is written, how it is split, and that nothing half-made or damaged passes for whole."""
+
+import hashlib
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+import time
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from qtrain.config import DataConfig, TokenizerConfig
+from qtrain.data import Corpus, check_vocab, prepare, shards, verify
+from qtrain.data import prepare as prepare_function
+from qtrain.data.corpus import Split
+from qtrain.errors import UserError
+
+BYTES = TokenizerConfig(kind="bytes")
+BPE = TokenizerConfig(kind="bpe", vocab_size=300)
+WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+
+
+def document(i: int) -> str:
+    generator = np.random.default_rng(i)
+    return f"{i}: " + " ".join(generator.choice(WORDS, size=5 + i % 20)) + " é\n"
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Path:
+    """40 documents as text files."""
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    for i in range(40):
+        (folder / f"{i:02d}.txt").write_text(document(i))
+    return folder
+
+
+def config(folder: Path, **changes: object) -> DataConfig:
+    options = {"source": "text", "files": str(folder / "*.txt"), "val_tokens": 100, "val_fraction": 0.2}
+    return DataConfig(**(options | {"cache_dir": str(folder.parent / "cache"), "prepare_workers": 1} | changes))
+
+
+def quiet(data: DataConfig, tokenizer: TokenizerConfig = BYTES, budget_tokens: int | None = None) -> Corpus:
+    return prepare(data, tokenizer, budget_tokens=budget_tokens, progress=False)
+
+
+def documents(split: Split) -> list[list[int]]:
+    """The tokens of each document, without its end, cut by the stored boundaries."""
+    stream = split.window(0, split.n_tokens).tolist()
+    ends = [0, *split.documents["end"].tolist()]
+    return [stream[a : b - 1] for a, b in pairwise(ends)]
+
+
+def texts(corpus: Corpus, split: Split) -> list[str]:
+    return [corpus.tokenizer.decode(ids) for ids in documents(split)]
+
+
+def snapshot(folder: Path) -> dict[str, str]:
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.iterdir() if p.name != "manifest.json"}
+
+
+@pytest.mark.parametrize("tokenizer", [BYTES, BPE], ids=["bytes", "bpe"])
+def test_every_document_is_there_once_with_its_end(files: Path, tokenizer: TokenizerConfig) -> None:
+    corpus = quiet(config(files), tokenizer)
+    train, val = texts(corpus, corpus.train), texts(corpus, corpus.val)
+    assert sorted(train + val) == sorted(document(i) for i in range(40))
+    assert not set(train) & set(val)
+    assert train == [document(i) for i in range(40) if document(i) in train]  # source order is kept
+    for split, split_texts in ((corpus.train, train), (corpus.val, val)):
+        stream = split.window(0, split.n_tokens)
+        assert np.count_nonzero(stream == corpus.tokenizer.eos_id) == split.n_documents == len(split_texts)
+        assert np.array_equal(np.flatnonzero(stream == corpus.tokenizer.eos_id) + 1, split.documents["end"])
+        assert split.n_bytes == sum(len(text.encode()) for text in split_texts)
+    held_out = corpus.val.n_bytes / (corpus.val.n_bytes + corpus.train.n_bytes)
+    assert 0.1 < held_out <= 0.2
+    assert corpus.bytes_per_token() == corpus.val.n_bytes / corpus.val.n_tokens
+    verify(corpus.folder)
+
+
+def test_result_does_not_depend_on_workers_or_place(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules[prepare_function.__module__], "CHUNK_CHARACTERS", 200)
+    alone = quiet(config(files, cache_dir=str(tmp_path / "one")), BPE)
+    many = quiet(config(files, cache_dir=str(tmp_path / "many"), prepare_workers=3), BPE)
+    moved = files.rename(tmp_path / "elsewhere")
+    elsewhere = quiet(config(moved, cache_dir=str(tmp_path / "moved")), BPE)
+    assert snapshot(alone.folder) == snapshot(many.folder) == snapshot(elsewhere.folder)
+    assert alone.data_hash == many.data_hash == elsewhere.data_hash
+    assert alone.bigram_cross_entropy == many.bigram_cross_entropy
+
+
+def test_data_hash_follows_content_split_and_tokenizer(files: Path) -> None:
+    base = quiet(config(files))
+    hashes = {base.data_hash, quiet(config(files), BPE).data_hash, quiet(config(files, val_fraction=0.4)).data_hash}
+    (files / "07.txt").write_text("changed")
+    hashes.add(quiet(config(files)).data_hash)
+    assert len(hashes) == 4
+    (files / "07.txt").write_text(document(7))  # the old content at a new time: another cache key, the same data
+    assert quiet(config(files)).data_hash == base.data_hash
+
+
+def test_equal_documents_stay_on_one_side(files: Path) -> None:
+    for i in range(40):
+        (files / f"copy{i:02d}.txt").write_text(document(i))
+    corpus = quiet(config(files))
+    train, val = texts(corpus, corpus.train), texts(corpus, corpus.val)
+    assert not set(train) & set(val)
+    assert all((train + val).count(text) == 2 for text in train + val)
+
+
+def test_one_huge_document_does_not_become_the_validation_split(tmp_path: Path) -> None:
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    for i in range(8):
+        (folder / f"{i}.txt").write_text(str(i) * (100 if i else 100_000))
+    corpus = quiet(config(folder, val_fraction=0.001))
+    assert (corpus.val.n_documents, corpus.val.n_bytes) == (1, 100)
+
+
+def test_given_validation_files_and_their_copies(files: Path) -> None:
+    held_out = files.parent / "val.txt"
+    held_out.write_text(document(3))
+    corpus = quiet(config(files, val_files=str(held_out)))
+    assert texts(corpus, corpus.val) == [document(3)]
+    assert texts(corpus, corpus.train) == [document(i) for i in range(40) if i != 3]
+    assert corpus.manifest["dropped_from_train"] == 1
+
+
+def test_windows_cross_shards(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = quiet(config(files))
+    stream = whole.train.window(0, whole.train.n_tokens)
+    monkeypatch.setattr(shards, "SHARD_TOKENS", 64)
+    corpus = quiet(config(files, cache_dir=str(files.parent / "small")))
+    assert len(list(corpus.folder.glob("train-0*.bin"))) == -(-len(stream) // 64)
+    assert corpus.data_hash == whole.data_hash
+    for start, length in [(0, 1), (63, 2), (64, 64), (10, 300), (len(stream) - 5, 5), (len(stream), 0)]:
+        assert np.array_equal(corpus.train.window(start, length), stream[start : start + length])
+    assert corpus.train.window(0, 3).dtype == np.int64
+    with pytest.raises(IndexError):
+        corpus.train.window(len(stream) - 4, 5)
+
+
+def test_exactly_full_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards, "SHARD_TOKENS", 8)
+    (tmp_path / "a.txt").write_text("abcdefg")
+    (tmp_path / "b.txt").write_text("h" * 15)
+    data = config(tmp_path, files=str(tmp_path / "a.txt"), val_files=str(tmp_path / "b.txt"))
+    corpus = quiet(data)
+    assert sorted(p.name for p in corpus.folder.glob("*-0*.bin")) == [
+        "train-00000.bin",
+        "val-00000.bin",
+        "val-00001.bin",
+    ]
+    assert corpus.val.window(0, 16).tolist() == [*b"h" * 15, 256]
+
+
+def test_second_call_reads_no_text(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = quiet(config(files))
+    monkeypatch.setattr("qtrain.data.sources._read_text", None)
+    again = quiet(config(files, num_workers=5, prepare_workers=2))
+    assert (again.folder, again.data_hash, again.train.n_tokens) == (
+        first.folder,
+        first.data_hash,
+        first.train.n_tokens,
+    )
+
+
+@pytest.mark.parametrize("tokenizer", [BYTES, BPE], ids=["bytes", "bpe"])
+def test_limited_view_equals_limited_preparation(files: Path, tmp_path: Path, tokenizer: TokenizerConfig) -> None:
+    for limit in (1, 100, 1000, 10**9):
+        fresh = quiet(config(files, max_tokens=limit, cache_dir=str(tmp_path / f"only{limit}")), tokenizer)
+        whole = quiet(config(files, cache_dir=str(tmp_path / "whole")), tokenizer)
+        view = quiet(config(files, max_tokens=limit, cache_dir=str(tmp_path / "whole")), tokenizer)
+        assert view.folder == whole.folder
+        assert texts(view, view.train) == texts(fresh, fresh.train)
+        assert texts(view, view.val) == texts(fresh, fresh.val) == texts(whole, whole.val)
+        assert view.data_hash == fresh.data_hash
+        assert view.bigram_cross_entropy == pytest.approx(fresh.bigram_cross_entropy, rel=1e-12)
+        if limit < whole.train.n_tokens:
+            without_last = view.train.n_tokens - len(documents(view.train)[-1]) - 1
+            assert without_last <= limit < view.train.n_tokens
+            assert view.data_hash != whole.data_hash
+
+
+def dataset(folder: Path, n: int = 200) -> Path:
+    folder.mkdir()
+    lines = (json.dumps({"text": document(i)}) + "\n" for i in range(n))
+    (folder / "train.jsonl").write_text("".join(lines))
+    (folder / "validation.jsonl").write_text(
+        "".join(json.dumps({"text": document(i)}) + "\n" for i in range(5, 300, 20))
+    )
+    return folder
+
+
+def test_streaming_stops_at_its_limits(tmp_path: Path) -> None:
+    data = config(tmp_path, source="huggingface", files=(), path=str(dataset(tmp_path / "set")), streaming=True)
+    with pytest.raises(UserError, match=r"set data.max_tokens"):
+        quiet(data)
+    large = quiet(data, budget_tokens=3000)
+    small = quiet(data, budget_tokens=1000)
+    assert small.folder == large.folder  # the larger one serves
+    assert 1000 < small.train.n_tokens < 1200 and 3000 < large.train.n_tokens < 3200
+    assert texts(small, small.val) == texts(large, large.val)
+    assert 100 < small.val.n_tokens < 300
+    assert not set(texts(large, large.train)) & set(texts(large, large.val))
+    fresh = quiet(data.model_copy(update={"cache_dir": str(tmp_path / "fresh")}), budget_tokens=1000)
+    assert fresh.data_hash == small.data_hash
+
+
+def test_streaming_with_a_validation_split(tmp_path: Path) -> None:
+    data = config(tmp_path, source="huggingface", files=(), path=str(dataset(tmp_path / "set")), streaming=True)
+    corpus = quiet(data.model_copy(update={"val_split": "validation", "max_tokens": 10**6}))
+    val = texts(corpus, corpus.val)
+    assert val == [document(5 + 20 * i) for i in range(len(val))]
+    assert 100 < corpus.val.n_tokens < 300
+    assert texts(corpus, corpus.train) == [document(i) for i in range(200) if document(i) not in val]
+
+
+def damage_truncate(folder: Path) -> None:
+    os.truncate(folder / "train-00000.bin", 10)
+
+
+def damage_remove(folder: Path) -> None:
+    (folder / "val-documents.bin").unlink()
+
+
+def damage_manifest(folder: Path) -> None:
+    (folder / "manifest.json").write_text('{"format_version": 1,')
+
+
+@pytest.mark.parametrize("damage", [damage_truncate, damage_remove, damage_manifest])
+def test_damaged_cache_is_told_and_made_again(files: Path, damage, caplog: pytest.LogCaptureFixture) -> None:
+    corpus = quiet(config(files), BPE)
+    before = snapshot(corpus.folder)
+    damage(corpus.folder)
+    again = quiet(config(files), BPE)
+    assert "prepare the corpus again" in caplog.text
+    assert snapshot(again.folder) == before
+    verify(again.folder)
+
+
+def test_verify_sees_one_flipped_bit(files: Path) -> None:
+    corpus = quiet(config(files))
+    shard = corpus.folder / "train-00000.bin"
+    content = bytearray(shard.read_bytes())
+    content[100] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(UserError, match=r"train-00000.bin: content differs from the manifest"):
+        verify(corpus.folder)
+
+
+def test_bad_input_leaves_earlier_caches_alone(files: Path) -> None:
+    good = quiet(config(files))
+    before = {path: path.stat().st_mtime_ns for path in good.folder.iterdir()}
+    (files / "99.txt").write_bytes(b"\xff")
+    with pytest.raises(UserError, match=r"99.txt is not UTF-8 text"):
+        quiet(config(files))
+    assert {path: path.stat().st_mtime_ns for path in good.folder.iterdir()} == before
+    assert sorted(path.name for path in good.folder.parent.iterdir() if not path.name.endswith(".lock")) == [
+        good.folder.name
+    ]
+
+
+def test_too_few_documents_to_hold_one_out(tmp_path: Path) -> None:
+    (tmp_path / "only.txt").write_text("all there is")
+    (tmp_path / "copy.txt").write_text("all there is")
+    with pytest.raises(UserError, match=r"1 distinct non-empty document; .*data.val_files"):
+        quiet(config(tmp_path))
+    with pytest.raises(UserError, match=r"text-copy leaves no document for train"):
+        quiet(config(tmp_path, val_files=str(tmp_path / "only.txt")))
+
+
+def test_vocabulary_check(files: Path) -> None:
+    corpus = quiet(config(files))
+    check_vocab(corpus, 257)
+    with pytest.raises(UserError, match=r"model.vocab_size=256 is smaller than the tokenizer's 257 ids"):
+        check_vocab(corpus, 256)
+
+
+STALLED = """
+import sys, time
+import qtrain.data.shards as shards
+from qtrain.config import DataConfig, TokenizerConfig
+from qtrain.data import prepare
+close = shards.SplitWriter.close
+def stall(self):
+    split = close(self)
+    print("written", flush=True)
+    time.sleep(100)
+    return split
+shards.SplitWriter.close = stall
+prepare(DataConfig(**eval(sys.argv[1])), TokenizerConfig(kind="bytes"), progress=False)
+"""
+
+
+def test_killed_preparation_leaves_nothing_that_passes_for_whole(files: Path) -> None:
+    data = config(files)
+    command = [sys.executable, "-c", STALLED, repr(data.model_dump())]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == "written\n"
+        child.kill()
+    cache = Path(data.cache_dir)
+    (left,) = [path for path in cache.iterdir() if path.is_dir()]
+    assert left.name.endswith(".building") and list(left.glob("train-*.bin"))
+    corpus = quiet(data)
+    verify(corpus.folder)
+    assert [path for path in cache.iterdir() if path.is_dir()] == [corpus.folder]
+
+
+def _prepare_at(start: float, data: DataConfig, results) -> None:
+    time.sleep(max(0.0, start - time.time()))
+    results.put(quiet(data).data_hash)
+
+
+def test_processes_that_prepare_at_once_agree(files: Path) -> None:
+    data = config(files)
+    context = multiprocessing.get_context("fork")
+    results = context.Queue()
+    start = time.time() + 0.2
+    children = [context.Process(target=_prepare_at, args=(start, data, results)) for _ in range(4)]
+    for child in children:
+        child.start()
+    hashes = {results.get(timeout=60) for _ in children}
+    for child in children:
+        child.join()
+    assert hashes == {quiet(data).data_hash}
+    assert len([path for path in Path(data.cache_dir).iterdir() if path.is_dir()]) == 1

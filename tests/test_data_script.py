@@ -1,0 +1,57 @@
+"""scripts/prepare_data.py prints what it made, verifies on request, and explains a mistake without a traceback."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[1] / "scripts" / "prepare_data.py"
+
+
+@pytest.fixture
+def main():
+    spec = importlib.util.spec_from_file_location("prepare_data", SCRIPT)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.main
+
+
+def test_prepares_shows_and_verifies(main, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps({"text": f"line {i}"}) + "\n" for i in range(50)))
+    arguments = ["data=jsonl", f"data.files={tmp_path}/x.jsonl", f"data.cache_dir={tmp_path}/cache"]
+    assert main(arguments) == 0
+    shown = capsys.readouterr().out
+    (folder,) = [path for path in (tmp_path / "cache").iterdir() if path.is_dir()]
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert f"{manifest['splits']['train']['n_tokens']:,} tokens" in shown
+    assert manifest["data_hash"][:16] in shown and str(folder) in shown
+    assert main([*arguments, "verify=true"]) == 0
+    assert "checksums verified" in capsys.readouterr().out
+
+    shard = folder / "val-00000.bin"
+    shard.write_bytes(bytes(shard.stat().st_size))
+    assert main([*arguments, "verify=true"]) == 2
+    assert "val-00000.bin: content differs" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["data=jsonl", "data.files=/nowhere/x.jsonl"], "matches no file"),
+        (["data=jsonll"], "jsonl"),
+        (["data.val_frac=0.1"], "val_fraction"),
+        (["tokenizer=huggingface"], "tokenizer.path"),
+    ],
+)
+def test_mistakes_are_explained(main, arguments: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and told in error
+
+
+def test_help_names_the_groups(main, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    assert "c4" in shown and "bpe" in shown and "verify=true" in shown

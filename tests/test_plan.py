@@ -1,0 +1,148 @@
+import io
+from typing import Any
+
+import pytest
+import yaml
+from rich.console import Console
+
+from qtrain.config import Config, LinearRecipe, configs_dir, parse
+from qtrain.errors import UserError
+from qtrain.metrics import flops_per_token
+from qtrain.plan import describe_recipe, make_plan
+
+QUANTISED = {
+    "name": "mine",
+    "bits": 4,
+    "fprop": {"x": {}, "w": {"format": "mxfp4"}},
+    "dgrad": {"dy": {"format": "none"}, "w": {"source": "forward"}},
+    "wgrad": {"dy": {"format": "none"}, "x": {"format": "fp8_e4m3"}},
+}
+
+
+def config(**changes: Any) -> Config:
+    """The shipped defaults without Hydra: the first option of each group, then changes as {group: {key: value}}."""
+    options = {
+        "model": "nano",
+        "data": "stdlib",
+        "tokenizer": "bytes",
+        "recipe": "bf16",
+        "optimizer": "adamw",
+        "scheduler": "cosine",
+        "callbacks": "default",
+        "logger": "none",
+        "debug": "none",
+    }
+    tree: dict[str, Any] = {
+        group: yaml.safe_load((configs_dir() / group / f"{option}.yaml").read_text())
+        for group, option in options.items()
+    }
+    tree["trainer"] = {"tokens": 100_000, "batch_tokens": 4096, "micro_batch_size": 8}
+    tree["name"] = "test"
+    for group, values in changes.items():
+        tree[group] = tree[group] | values if isinstance(values, dict) else values
+    return parse(Config, tree)
+
+
+def test_a_budget_in_tokens() -> None:
+    plan = make_plan(config())
+    assert (plan.steps, plan.tokens, plan.micro_batches, plan.batch_tokens) == (24, 98304, 2, 4096)
+    assert (plan.parameters, plan.non_embedding_parameters, plan.vocab_size) == (492416, 426624, 257)
+    assert plan.flops == 98304 * flops_per_token(config().model, 257)
+    assert plan.warmup_steps == 2
+
+
+@pytest.mark.parametrize(
+    ("nominal", "ratio", "steps"),
+    [(None, 10, 10 * 426624 // 4096), (1_000_000, 10, 2441), (None, 0.5, 52), (None, 0.001, 1)],
+)
+def test_a_budget_per_parameter_counts_nominal_ones_where_given(nominal: int | None, ratio: float, steps: int) -> None:
+    budget = {"tokens": None, "tokens_per_parameter": ratio}
+    assert make_plan(config(trainer=budget, model={"nominal_parameters": nominal})).steps == steps
+
+
+def test_a_budget_below_one_batch_is_one_step() -> None:
+    plan = make_plan(config(trainer={"tokens": 5}))
+    assert (plan.steps, plan.val_every_steps, plan.checkpoint_every_steps) == (1, 1, 1)
+
+
+def test_debug_caps_the_steps() -> None:
+    plan = make_plan(config(debug={"max_steps": 5}))
+    assert (plan.steps, plan.tokens, plan.val_every_steps) == (5, 5 * 4096, 1)
+    assert make_plan(config(debug={"max_steps": 500})).steps == 24
+
+
+def test_intervals_are_a_tenth_of_the_run_unless_given() -> None:
+    long = {"tokens": 4096 * 257}
+    plan = make_plan(config(trainer=long))
+    assert (plan.val_every_steps, plan.checkpoint_every_steps, plan.log_every_steps) == (25, 25, 10)
+    given = {"val_every_steps": 7, "checkpoint_every_steps": 9, "log_every_steps": 3}
+    plan = make_plan(config(trainer=long, callbacks=given))
+    assert (plan.val_every_steps, plan.checkpoint_every_steps, plan.log_every_steps) == (7, 9, 3)
+
+
+def test_the_batch_is_split_over_devices_and_micro_batches() -> None:
+    assert make_plan(config(), world_size=2).micro_batches == 1
+    assert make_plan(config(trainer={"micro_batch_size": 2}), world_size=4).micro_batches == 2
+
+
+@pytest.mark.parametrize(
+    ("trainer", "world_size", "message"),
+    [
+        (
+            {"batch_tokens": 5000},
+            1,
+            r"batch_tokens=5,000 must be a multiple of 2,048 = trainer.micro_batch_size=8 x model.seq_len=256 x "
+            r"1 device; use trainer.batch_tokens=4096 or 6144$",
+        ),
+        (
+            {},
+            4,
+            r"4,096 must be a multiple of 8,192 = trainer.micro_batch_size=8 x model.seq_len=256 x 4 devices; "
+            r"use trainer.batch_tokens=8192, or trainer.micro_batch_size=4$",
+        ),
+        ({"batch_tokens": 100}, 1, r"use trainer.batch_tokens=2048$"),
+    ],
+)
+def test_a_batch_that_does_not_split_is_refused(trainer: dict[str, int], world_size: int, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        make_plan(config(trainer=trainer), world_size=world_size)
+
+
+def test_what_the_error_proposes_works() -> None:
+    for batch in (4096, 6144):
+        make_plan(config(trainer={"batch_tokens": batch}))
+    make_plan(config(trainer={"micro_batch_size": 4}), world_size=4)
+
+
+def test_where_the_vocabulary_comes_from() -> None:
+    hub = {"kind": "huggingface", "path": "some/tokenizer"}
+    assert make_plan(config(tokenizer={"kind": "bpe", "vocab_size": 4096})).vocab_size == 4096
+    assert make_plan(config(tokenizer=hub), vocab_size=1000).vocab_size == 1000
+    assert make_plan(config(tokenizer=hub, model={"vocab_size": 32000}), vocab_size=1000).vocab_size == 32000
+    with pytest.raises(UserError, match=r"vocabulary of tokenizer\.path=some/tokenizer .* set model\.vocab_size"):
+        make_plan(config(tokenizer=hub))
+
+
+def test_the_table_tells_the_numbers() -> None:
+    settings = config(model={"n_heads": 4, "n_kv_heads": 2, "tie_embeddings": True}, trainer={"micro_batch_size": 2})
+    plan = make_plan(settings, world_size=4)
+    console = Console(width=200, file=io.StringIO(), record=True)
+    console.print(plan.table(settings, device="cpu", run_directory="runs/test-1234"))
+    text = console.export_text()
+    for part in (
+        "nano: 2 layers, dim 128, 4 heads on 2, ffn 384, context 256",
+        f"{plan.parameters:,} ({plan.non_embedding_parameters:,} non-embedding; tied embeddings)",
+        "98,304 of stdlib, 0.25 per non-embedding parameter",
+        "24 of 4,096 tokens (2 x 2 sequences of 256 on 4 devices)",
+        "cosine after 2 steps of warm-up, weight decay 0.1, clip 1.0",
+        "run directory  runs/test-1234",
+    ):
+        assert part in text, text
+
+
+def test_describe_recipe() -> None:
+    recipe = parse(LinearRecipe, QUANTISED)
+    assert describe_recipe(recipe) == (
+        "mine: fprop int4 x mxfp4, dgrad high precision x int4, wgrad high precision x fp8_e4m3; not in lm_head"
+    )
+    assert describe_recipe(LinearRecipe(name="bf16")) == "bf16: every linear in the compute dtype"

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = ["convert", "fake_quantize", "load_run", "recipes", "set_step"]
 
-_HOME = {name: "qtrain.train" if name == "load_run" else "qtrain.quant" for name in __all__}
+_HOME = {name: "qtrain.run" if name == "load_run" else "qtrain.quant" for name in __all__}
 
 
 def __getattr__(name: str) -> Any:

@@ -17,9 +17,9 @@ from typing import Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
-from qtrain_kernels.formats import Format, check_scale, get_format
 
 from qtrain.errors import UserError
+from qtrain_kernels.formats import Format, check_scale, get_format
 
 Backend = Literal["auto", "reference", "compiled"]
 T = TypeVar("T", bound="Strict")
@@ -332,7 +332,7 @@ class TrainerConfig(Strict):
     grad_clip: float | None = Field(1.0, gt=0)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     devices: int = Field(1, gt=0)
-    precision: Literal["bf16-mixed", "32"] = "bf16-mixed"
+    precision: Literal["bf16-mixed", "32-true"] = "bf16-mixed"
     compile: bool = False
 
     @model_validator(mode="after")
@@ -354,7 +354,7 @@ class CallbacksConfig(Strict):
     keep_checkpoints: int = Field(2, ge=1)
     progress_bar: bool = True
     sample_tokens: int = Field(ge=0)
-    sample_prompt: str = "\n"
+    sample_prompt: str = Field("\n", min_length=1)
 
 
 class LoggerConfig(Strict):

@@ -7,13 +7,13 @@ from typing import Any
 
 import lightning
 import torch
-from qtrain.plan import RunPlan
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
 
 from qtrain.config import Config
 from qtrain.optim import build_optimizer, lr_factor
+from qtrain.plan import RunPlan
 from qtrain.quant import set_step
 
 # B sequences, T tokens, V vocabulary

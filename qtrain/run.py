@@ -43,7 +43,7 @@ def run(config: Config) -> float | None:
     UserError before anything is trained for settings that cannot work here; DivergedError for a loss that is not
     finite; KeyboardInterrupt after a checkpoint when asked to stop.
     """
-    console = Console(highlight=False, quiet=rank_zero_only.rank != 0)
+    console = Console(highlight=False, quiet=not is_main_process())
     _speak_through(console)
     device = pick_device(config)
     directory = RunDirectory.of(config)
@@ -70,9 +70,14 @@ def open_session(config: Config, console: Console | None = None) -> Iterator[Ses
     check_vocab(corpus, plan.vocab_size)
     model = build_model(config, plan.vocab_size)
     with RunDirectory.of(config) as directory:
-        if rank_zero_only.rank == 0:
+        if is_main_process():
             directory.open(config)
         yield Session(config, plan, corpus, model, directory, device, console or Console(quiet=True))
+
+
+def is_main_process() -> bool:
+    """Whether this process writes the files and speaks: rank zero of a run on several devices."""
+    return getattr(rank_zero_only, "rank", 0) == 0
 
 
 def pick_device(config: Config) -> torch.device:
@@ -162,7 +167,7 @@ class Session:
             if stop.asked and trainer.global_step < self.plan.steps:
                 self._write_summary("interrupted")
                 raise KeyboardInterrupt
-        return self._finish() if rank_zero_only.rank == 0 else float("nan")
+        return self._finish() if is_main_process() else float("nan")
 
     # ------------------------------------------------------------------------------------------------------------ begin
 
@@ -176,7 +181,7 @@ class Session:
             )
         newest = newest_checkpoint(self.directory.checkpoints)
         step, path = newest if newest else (0, None)
-        dropped = self.directory.discard_metrics_after(step) if rank_zero_only.rank == 0 else 0
+        dropped = self.directory.discard_metrics_after(step) if is_main_process() else 0
         if path is not None:
             log.info("resuming at step %d from %s", step, path.name)
         if dropped:
@@ -200,7 +205,7 @@ class Session:
         return lightning.Trainer(
             accelerator="gpu" if self.device.type == "cuda" else "cpu",
             devices=config.trainer.devices,
-            precision="bf16-mixed" if config.trainer.precision == "bf16-mixed" else "32-true",
+            precision=config.trainer.precision,
             max_steps=plan.steps,
             max_epochs=-1,
             accumulate_grad_batches=plan.micro_batches,
@@ -237,7 +242,7 @@ class Session:
         return values["val_loss"]
 
     def _write_summary(self, status: str, **results: float) -> None:
-        if rank_zero_only.rank != 0:
+        if not is_main_process():
             return
         plan, config = self.plan, self.config
         summary = {

@@ -1,4 +1,4 @@
-"""Tokens/s of the Lightning loop over those of a bare PyTorch loop: same model, batches, optimiser and machine, one run.
+"""Tokens/s of the Lightning loop over those of a bare PyTorch loop: same model, batches, optimiser, machine and run.
 
     python scripts/bench_training_loop.py                       # the quick start's model and recipe
     python scripts/bench_training_loop.py +experiment=bf16      # any settings of train.py
@@ -123,11 +123,11 @@ class Clock(lightning.Callback):
         self.ends: list[float] = []
         self.waits: list[float] = []
 
-    def on_train_batch_start(self, *_: Any) -> None:
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         if self.ends:
             self.waits.append(time.perf_counter() - self.ends[-1])
 
-    def on_train_batch_end(self, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.ends.append(now(self.device))
 
 

@@ -108,7 +108,7 @@ def test_micro_batches_do_not_change_the_mathematics(small, tmp_path):
     losses = [
         run(
             compose(
-                [*small, "recipe=bf16", "trainer.precision='32'", f"trainer.micro_batch_size={size}", f"name=m{size}"]
+                [*small, "recipe=bf16", "trainer.precision=32-true", f"trainer.micro_batch_size={size}", f"name=m{size}"]
             )
         )
         for size in (4, 1)
@@ -178,12 +178,14 @@ def test_other_data_under_the_same_settings_is_noticed(small, tmp_path, corpus):
         run(compose(settings))
 
 
-def test_overfit_memorises_one_batch(small):
-    settings = [*small, "recipe=bf16", "debug=overfit", "trainer.tokens=12800", "optimizer.lr=1e-2"]
-    run(compose([*settings, "callbacks.val_every_steps=100", "name=overfit"]))
+def test_overfit_memorises_one_batch(small, tmp_path):
+    settings = [*small, "recipe=quartet", "debug=overfit", "trainer.tokens=12800", "optimizer.lr=1e-2"]
+    run(compose([*settings, "callbacks.val_every_steps=100"]))
+    losses = [line["loss"] for line in only_run(tmp_path).lines("lr")]
+    assert losses[-1] < 0.2 < 5 < losses[0]
 
 
-# --------------------------------------------------------------------------------------------------------------- mistakes
+# ---------------------------------------------------------------------------------------------------- mistakes
 
 MISTAKES = [
     (["optimizer.lrr=3"], r"unknown key 'optimizer\.lrr'; did you mean 'optimizer\.lr'\?"),

@@ -14,8 +14,6 @@ from functools import cache
 from importlib.util import find_spec
 from typing import Literal
 
-import torch
-
 from qtrain_kernels import compiled, reference
 
 Backend = Literal["auto", "reference", "compiled"]
@@ -30,12 +28,7 @@ TABLE: dict[tuple[str, str], Callable[..., tuple]] = {
 
 
 def get(op: str, backend: Backend, device_type: str) -> Callable[..., tuple]:
-    """The function of an operation. ValueError for an unknown backend, or for `compiled` where it cannot work.
-
-    Under torch.compile of a whole model it is the reference: the model's own graph then holds the same operations.
-    """
-    if torch.compiler.is_compiling():
-        return TABLE[op, "reference"]
+    """The function of an operation. ValueError for an unknown backend, or for `compiled` where it cannot work."""
     return TABLE[op, resolve(backend, device_type)]
 
 

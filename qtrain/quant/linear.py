@@ -99,7 +99,7 @@ class _QuantLinearFunction(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> Any:
+    def backward(ctx: Any, *grads: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         dtype, x_dtype, weight_dtype = ctx.dtypes
         numerics: Numerics = ctx.numerics
         grad_output = grads[0]
@@ -120,6 +120,12 @@ class _QuantLinearFunction(torch.autograd.Function):
                 forward_space = numerics.wgrad.right.spec.source == "forward"
                 grad_weight = _leave_rotation(product, w_mask, matrix, forward_space).to(weight_dtype)
         return grad_input, grad_weight, None, None, None
+
+
+@torch.compiler.disable(reason="quantised GEMMs keep their own graphs, so that their bits stay those of the reference")
+def _apply(x: Tensor, weight: Tensor, keys: Tensor, numerics: Numerics, dtype: torch.dtype) -> Tensor:
+    """Under torch.compile of a whole model this is a graph break: the rest of the model compiles around it."""
+    return cast(Tensor, _QuantLinearFunction.apply(x, weight, keys, numerics, dtype))
 
 
 def _dgrad(gemm_: Gemm, grad_output: Tensor, weight: Tensor, keys: Tensor, dtype: torch.dtype) -> Tensor:
@@ -215,8 +221,8 @@ class QuantLinear(nn.Linear):
         if input.numel() == 0:
             return F.linear(input.to(dtype), self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype))
         tokens = input.reshape(-1, self.in_features)
-        y = _QuantLinearFunction.apply(tokens, self.weight, self.keys.clone(), self.numerics, dtype)
-        y = cast(Tensor, y).view(*input.shape[:-1], self.out_features)
+        y = _apply(tokens, self.weight, self.keys.clone(), self.numerics, dtype)
+        y = y.view(*input.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias.to(dtype)
 
     def extra_repr(self) -> str:

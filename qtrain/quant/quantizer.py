@@ -76,12 +76,12 @@ class Operand:
 def gemm(left: Operand, right: Operand) -> Tensor:
     """left (M, K) @ right (K, N) in their dtype; float32 where a post-scale multiplies the result."""
     product = left.values @ right.values
-    scales = [scale for scale in (left.post_scale, right.post_scale) if isinstance(scale, Tensor)]
-    constant = math.prod(scale for scale in (left.post_scale, right.post_scale) if isinstance(scale, float))
-    if constant != 1.0:
-        scales.append(torch.tensor(constant, device=product.device))
+    scales = [left.post_scale, right.post_scale]
+    if isinstance(scales[0], float) and isinstance(scales[1], float):
+        scales = [scales[0] * scales[1]]
     for scale in scales:
-        product = product.float().mul_(scale)
+        if isinstance(scale, Tensor) or scale != 1.0:
+            product = product.float().mul_(scale)
     return product
 
 

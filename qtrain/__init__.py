@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from qtrain.quant import convert, fake_quantize, recipes, set_step
-    from qtrain.train import load_run
+    from qtrain.run import load_run
 
 __all__ = ["convert", "fake_quantize", "load_run", "recipes", "set_step"]
 

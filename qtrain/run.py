@@ -54,7 +54,7 @@ def run(config: Config) -> float | None:
     if directory.finished and not config.force:
         directory.check_same(config)
         loss = directory.summary["val_loss"]
-        console.print(f"{directory.path} is finished (validation loss {loss:.4f}); force=true runs it again")
+        console.print(f"{directory.path} is finished (validation loss {loss:.4f}); force=true runs it again", soft_wrap=True)
         return loss
     with open_session(config, console) as session:
         return session.run()
@@ -145,7 +145,7 @@ class Session:
             num_workers=config.data.num_workers,
             overfit=config.debug.overfit,
         )
-        self.bytes_per_token = corpus.val.n_bytes / corpus.val.n_tokens
+        self.bytes_per_token = corpus.bytes_per_token(config.data.val_tokens)
 
     @property
     def model(self) -> Llama:
@@ -207,7 +207,7 @@ class Session:
             devices=config.trainer.devices,
             precision=config.trainer.precision,
             max_steps=plan.steps,
-            max_epochs=-1,
+            max_epochs=1,  # the data module's one epoch spans the run
             accumulate_grad_batches=plan.micro_batches,
             callbacks=[measure, validate, progress, checkpoints],
             logger=build_loggers(config, self.directory),

@@ -275,6 +275,11 @@ def test_too_few_documents_to_hold_one_out(tmp_path: Path) -> None:
         quiet(config(tmp_path, val_files=str(tmp_path / "only.txt")))
 
 
+def test_cache_folder_that_cannot_be_made(files: Path) -> None:
+    with pytest.raises(UserError, match=r"data.cache_dir=.*00.txt/cache cannot be made"):
+        quiet(config(files, cache_dir=str(files / "00.txt" / "cache")))
+
+
 def test_vocabulary_check(files: Path) -> None:
     corpus = quiet(config(files))
     check_vocab(corpus, 257)

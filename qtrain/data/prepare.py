@@ -47,7 +47,7 @@ from qtrain.data.tokenizer import (
     tokenizer_identity,
     train_bpe,
 )
-from qtrain.errors import UserError
+from qtrain.errors import UserError, first_line
 
 CHUNK_CHARACTERS = 1 << 18
 BPE_TEXT_BYTES = 64 << 20  # BPE is trained on this much text, from the first training documents on
@@ -86,7 +86,10 @@ def prepare(
     if (corpus := _find(plan)) is not None:
         return corpus
     cache = plan.folder.parent
-    cache.mkdir(parents=True, exist_ok=True)
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"data.cache_dir={data.cache_dir} cannot be made ({first_line(error)}); name another") from None
     with filelock.FileLock(cache / f".{plan.folder.name}.lock"):
         if (corpus := _find(plan)) is None:  # another process may have made it while this one waited
             _build_and_rename(plan, progress)

@@ -93,7 +93,7 @@ def make_plan(config: Config, world_size: int = 1, vocab_size: int | None = None
     parameters, non_embedding = count_parameters(config.model, vocab_size)
     steps = max(1, budget_tokens(config) // trainer.batch_tokens)
     steps = min(steps, config.debug.max_steps or steps)
-    tenth = max(1, steps // 10)
+    tenth = math.ceil(steps / 10)
     return RunPlan(
         vocab_size=vocab_size,
         parameters=parameters,

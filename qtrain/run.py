@@ -54,7 +54,8 @@ def run(config: Config) -> float | None:
     if directory.finished and not config.force:
         directory.check_same(config)
         loss = directory.summary["val_loss"]
-        console.print(f"{directory.path} is finished (validation loss {loss:.4f}); force=true runs it again", soft_wrap=True)
+        end = f"{directory.path} is finished (validation loss {loss:.4f}); force=true runs it again"
+        console.print(end, soft_wrap=True)
         return loss
     with open_session(config, console) as session:
         return session.run()

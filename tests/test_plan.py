@@ -74,7 +74,7 @@ def test_debug_caps_the_steps() -> None:
 def test_intervals_are_a_tenth_of_the_run_unless_given() -> None:
     long = {"tokens": 4096 * 257}
     plan = make_plan(config(trainer=long))
-    assert (plan.val_every_steps, plan.checkpoint_every_steps, plan.log_every_steps) == (25, 25, 10)
+    assert (plan.val_every_steps, plan.checkpoint_every_steps, plan.log_every_steps) == (26, 26, 10)
     given = {"val_every_steps": 7, "checkpoint_every_steps": 9, "log_every_steps": 3}
     plan = make_plan(config(trainer=long, callbacks=given))
     assert (plan.val_every_steps, plan.checkpoint_every_steps, plan.log_every_steps) == (7, 9, 3)

@@ -108,7 +108,7 @@ def test_micro_batches_do_not_change_the_mathematics(small, tmp_path):
     losses = [
         run(
             compose(
-                [*small, "recipe=bf16", "trainer.precision=32-true", f"trainer.micro_batch_size={size}", f"name=m{size}"]
+                [*small, "recipe=bf16", "trainer.precision=32-true", f"trainer.micro_batch_size={size}", f"name={size}"]
             )
         )
         for size in (4, 1)

@@ -1,0 +1,89 @@
+"""Finished runs side by side: one row a run, and each recipe's gap to a baseline, paired by seed. Reads files only."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from qtrain.errors import UserError
+
+COLUMNS = (
+    "name", "recipe", "seed", "val_loss", "val_bits_per_byte", "bigram_cross_entropy", "tokens", "steps",
+    "non_embedding_parameters", "flops", "tokens_per_second", "config_hash", "data_hash", "commit",
+)  # fmt: skip
+
+Row = dict[str, Any]
+
+
+def read_summaries(root: Path) -> list[Row]:
+    """The summaries of finished runs below root, by name and seed. UserError where there is none, or where they were
+    trained on different data, whose losses do not compare."""
+    summaries = [json.loads(path.read_text()) for path in root.rglob("summary.json")]
+    rows = [{key: row.get(key) for key in COLUMNS} for row in summaries if row.get("status") == "finished"]
+    if not rows:
+        raise UserError(f"{root} holds {len(summaries)} runs, none of them finished")
+    data = {row["data_hash"] for row in rows}
+    if len(data) > 1:
+        raise UserError(f"the runs below {root} were trained on {len(data)} different corpora; compare them apart")
+    return sorted(rows, key=lambda row: (row["name"], row["seed"]))
+
+
+def write_csv(rows: Iterable[Row], path: Path) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A named set of runs. gap: mean difference of val_loss to the baseline's run of the same seed, nats per token;
+    half_width: of its 95% interval by Student's t (NaN from one seed)."""
+
+    name: str
+    losses: dict[int, float]
+    gap: float
+    half_width: float
+
+
+def compare(rows: Iterable[Row], baseline: str) -> list[Comparison]:
+    """One Comparison a name, the baseline first. UserError when the baseline is not among the rows."""
+    losses: dict[str, dict[int, float]] = defaultdict(dict)
+    for row in rows:
+        losses[row["name"]][row["seed"]] = row["val_loss"]
+    if baseline not in losses:
+        raise UserError(f"there is no run named {baseline!r} to compare with; there are: {', '.join(losses)}")
+    names = sorted(losses, key=lambda name: (name != baseline, name))
+    return [_comparison(name, losses[name], losses[baseline]) for name in names]
+
+
+def _comparison(name: str, losses: dict[int, float], baseline: dict[int, float]) -> Comparison:
+    gaps = [loss - baseline[seed] for seed, loss in losses.items() if seed in baseline]
+    spread = (
+        stats.t.ppf(0.975, len(gaps) - 1) * np.std(gaps, ddof=1) / math.sqrt(len(gaps)) if len(gaps) > 1 else math.nan
+    )
+    return Comparison(name, losses, float(np.mean(gaps)) if gaps else math.nan, float(spread))
+
+
+def markdown(comparisons: list[Comparison]) -> str:
+    """A table: one column a seed, then the mean and the gap with its interval."""
+    seeds = sorted({seed for comparison in comparisons for seed in comparison.losses})
+    lines = [
+        "| run | " + " | ".join(f"seed {seed}" for seed in seeds) + " | mean | gap to " + comparisons[0].name + " |",
+        "|---|" + "---|" * (len(seeds) + 2),
+    ]
+    for comparison in comparisons:
+        cells = [f"{comparison.losses[seed]:.4f}" if seed in comparison.losses else "" for seed in seeds]
+        mean = sum(comparison.losses.values()) / len(comparison.losses)
+        gap = "" if comparison is comparisons[0] else f"{comparison.gap:+.4f} ± {comparison.half_width:.4f}"
+        lines.append(f"| {comparison.name} | {' | '.join(cells)} | {mean:.4f} | {gap} |")
+    return "\n".join(lines)

@@ -1,0 +1,93 @@
+"""compiled equals reference bit for bit: codes, scales, masks, operands; one graph serves all shapes of a plan."""
+
+import logging
+
+import pytest
+import torch
+from torch import Tensor
+
+from qtrain_kernels import compiled, dispatch, reference
+from qtrain_kernels.formats import get_format
+from qtrain_kernels.reference import Mask, Plan
+
+KEY = torch.tensor([5, -6], dtype=torch.int32)
+E2M1 = get_format("mxfp4").element
+PLANS = {
+    "quartet forward": Plan(E2M1, "e8m0", 32, "std", "nearest", Mask("inside", 6.0)),
+    "quartet backward": Plan(E2M1, "e8m0", 32, "floor_three_quarters", "stochastic"),
+    "least error": Plan(E2M1, "e8m0", 32, "mse", "nearest"),
+    "nvfp4": Plan(E2M1, "e4m3", 16, "absmax", "nearest", Mask("error", 1.0)),
+    "quest": Plan(get_format("int4").element, "float32", None, "gaussian", "nearest", Mask("error", 0.5)),
+}
+
+
+def hard_input(shape: tuple[int, int, int]) -> Tensor:
+    """Gaussians over many octaves, with whole zero, subnormal and huge blocks, and ties."""
+    generator = torch.Generator().manual_seed(sum(shape))
+    outer = shape[0]
+    octaves = torch.exp2(torch.randint(-20, 20, (outer, 1, 1), generator=generator).float())
+    x = torch.randn(shape, generator=generator) * octaves
+    x[0] = 0
+    if outer > 4:
+        x[1] *= 1e-42
+        x[2] = x[2].clamp(-1, 1) * 3e38
+        x[3] = torch.round(x[3] * 4) / 4
+    return x
+
+
+def same(a: Tensor | None, b: Tensor | None) -> bool:
+    """Equal bits, NaN included."""
+    if a is None or b is None:
+        return a is b
+    bits = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.uint8: torch.uint8}[a.dtype]
+    return a.dtype == b.dtype and torch.equal(a.view(bits), b.view(bits))
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_equal_bits_at_every_shape_without_recompiling(name: str) -> None:
+    plan = PLANS[name]
+    block = plan.block or 96
+    shapes = [(6, block, 1), (129, block, 1), (1, block, 1)]
+    if name == "quartet backward":  # along both dims
+        shapes += [(5, block, 33), (2, block, 128), (1, block, 64)]
+    if name == "quest":
+        shapes += [(7, 40, 1), (1, block, 33), (1, 128, 65)]
+    graphs = set()
+    for shape in shapes:
+        x = hard_input(shape)
+        scale = reference.tensor_scale(x, plan)
+        expected = reference.operand(x, scale, KEY, plan, torch.bfloat16)
+        found = compiled.operand(x, scale, KEY, plan, torch.bfloat16)
+        assert all(map(same, expected, found)), (name, shape)
+        graphs.add((x.shape[2] == 1, torch._dynamo.utils.counters["stats"]["unique_graphs"]))
+    assert len(graphs) <= 2  # one along each dim
+
+
+def test_encode_gives_equal_codes_and_scales() -> None:
+    plan = PLANS["quartet forward"]
+    x = hard_input((77, 32, 1))
+    x[5, 3], x[6, 4] = float("nan"), float("inf")
+    expected, found = reference.encode(x, 1.0, None, plan), compiled.encode(x, 1.0, None, plan)
+    for a, b in zip(expected, found, strict=True):
+        assert a is not None and b is not None
+        assert torch.equal(
+            a.nan_to_num(7.5) if a.is_floating_point() else a, b.nan_to_num(7.5) if b.is_floating_point() else b
+        )
+
+
+def test_auto_chooses_once_and_says_so(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    dispatch.resolve.cache_clear()
+    monkeypatch.setattr(dispatch, "_cpp_obstacle", lambda: "no C++ compiler was found; install g++ or set CXX")
+    with caplog.at_level(logging.INFO, "qtrain"):
+        assert dispatch.get("operand", "auto", "cpu") is reference.operand
+        assert dispatch.get("operand", "auto", "cpu") is reference.operand
+    assert [record.message for record in caplog.records] == [
+        "quantisers on cpu run on backend reference: no C++ compiler was found; install g++ or set CXX"
+    ]
+    with pytest.raises(
+        ValueError, match=r"'compiled' cannot run on cpu: no C\+\+ compiler .* ask for backend 'reference'"
+    ):
+        dispatch.get("operand", "compiled", "cpu")
+    with pytest.raises(ValueError, match="unknown backend 'triton'; backends: auto, reference, compiled"):
+        dispatch.get("operand", "triton", "cpu")  # pyright: ignore[reportArgumentType]
+    dispatch.resolve.cache_clear()

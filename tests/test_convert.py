@@ -1,0 +1,106 @@
+"""What convert changes, what it leaves, and what it refuses before touching anything."""
+
+import pytest
+import torch
+from torch import nn
+
+import qtrain
+from qtrain.errors import UserError
+from qtrain.quant import QuantLinear
+
+
+class Tied(nn.Module):
+    """An embedding tied to lm_head, two blocks, one layer shared between them, and an attention of torch's own."""
+
+    def __init__(self, width: int = 64) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(100, 64)
+        self.blocks = nn.ModuleList(
+            nn.ModuleDict({"up": nn.Linear(64, width), "down": nn.Linear(width, 64)}) for _ in "ab"
+        )
+        self.shared = self.blocks[0]["up"]  # pyright: ignore[reportIndexIssue]
+        self.attention = nn.MultiheadAttention(64, 2)
+        self.lm_head = nn.Linear(64, 100, bias=False)
+        self.lm_head.weight = self.embed.weight
+
+
+def test_swaps_in_place_and_says_what_it_did() -> None:
+    model = Tied()
+    before = {name: parameter.data_ptr() for name, parameter in model.named_parameters(remove_duplicate=False)}
+    keys = list(model.state_dict())
+    report = qtrain.convert(model, "quartet", backend="reference")
+    names = ["blocks.0.up", "blocks.0.down", "blocks.1.up", "blocks.1.down", "shared"]
+    assert report.converted == names
+    assert report.skipped["lm_head"] == "named by skip (lm_head)"
+    assert "NonDynamicallyQuantizableLinear" in report.skipped["attention.out_proj"]
+    assert list(model.state_dict()) == keys
+    assert {n: p.data_ptr() for n, p in model.named_parameters(remove_duplicate=False)} == before
+    assert model.lm_head.weight is model.embed.weight and type(model.lm_head) is nn.Linear
+    assert model.shared is model.blocks[0]["up"] and isinstance(model.shared, QuantLinear)  # pyright: ignore
+    assert str(report).splitlines()[0] == "recipe quartet: 5 of 7 linear layers converted"
+    assert "fwd x:mxfp4/std" in str(report) and "skipped lm_head: named by skip (lm_head)" in str(report)
+
+
+@pytest.mark.parametrize(("skip", "left"), [
+    ("lm_head", {"lm_head"}),
+    (["down"], {"blocks.0.down", "blocks.1.down"}),
+    (["blocks.0.*", "lm_head"], {"blocks.0.up", "blocks.0.down", "lm_head"}),
+    ([], set()),
+])  # fmt: skip
+def test_skip_takes_names_and_patterns(skip: str | list[str], left: set[str]) -> None:
+    model = Tied()
+    model.attention = None  # pyright: ignore[reportAttributeAccessIssue]
+    model.lm_head = nn.Linear(64, 96)
+    assert set(qtrain.convert(model, "quartet", skip=skip, backend="reference").skipped) == left
+
+
+def test_bf16_converts_nothing_and_says_why() -> None:
+    model = Tied()
+    report = qtrain.convert(model, "bf16")
+    assert report.converted == [] and set(report.skipped.values()) == {"recipe bf16 quantises nothing"}
+    assert not any(isinstance(module, QuantLinear) for module in model.modules())
+
+
+@pytest.mark.parametrize(("recipe", "skip", "message"), [
+    ("quartett", None, "did you mean 'quartet'"),
+    ("quartet", ["dwon"], r"'dwon', which matches no linear layer; the nearest are down"),
+    ({"name": "quest", "bits": 9}, None, "bits=9"),
+    ({"name": "quest", "format": "int9"}, None, "unknown format 'int9'"),
+    ({"name": "quest", "format": "mxfp8_e4m3"}, None, "no Gaussian fit is known for mxfp8_e4m3"),
+    ({"name": "quartet", "bits": 4}, None, "names its own format, so bits=4"),
+    ({"name": "quest", "colour": 1}, None, "unknown key 'colour'"),
+    ("quest", None, r"needs in_features % 128 == 0 \(.*hadamard128\); blocks.0.up has 64; pad it or add it to recipe.skip"),
+])  # fmt: skip
+def test_refuses_and_leaves_the_model_untouched(recipe: object, skip: list[str] | None, message: str) -> None:
+    model = Tied()
+    with pytest.raises(UserError, match=message):
+        qtrain.convert(model, recipe, skip=skip)  # pyright: ignore[reportArgumentType]
+    assert not any(isinstance(module, QuantLinear) for module in model.modules())
+
+
+def test_out_features_count_where_they_are_contracted() -> None:
+    """Quartet's dgrad runs over N in blocks of 32; QuEST's stays in 16 bit."""
+    with pytest.raises(UserError, match=r"needs out_features % 32 == 0 .*; 0 has 100"):
+        qtrain.convert(nn.Sequential(nn.Linear(128, 100)), "quartet")
+    assert qtrain.convert(nn.Sequential(nn.Linear(128, 100)), "quest").converted == ["0"]
+
+
+def test_a_second_conversion_raises() -> None:
+    model = Tied()
+    qtrain.convert(model, "quartet", backend="reference")
+    with pytest.raises(UserError, match="converted already"):
+        qtrain.convert(model, "bf16")
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
+def test_quest_takes_bits_and_formats(bits: int) -> None:
+    model = nn.Sequential(nn.Linear(128, 32))
+    report = qtrain.convert(model, {"name": "quest", "bits": bits}, backend="reference")
+    assert f"x:int{bits}/gaussian/nearest/had128/trust" in report.numerics
+    assert len(model(torch.eye(128)).unique()) > 1
+
+
+def test_the_package_offers_its_five_names() -> None:
+    assert {"bf16", "quest", "quartet", "quartet_v1"} <= set(qtrain.recipes())
+    with pytest.raises(AttributeError, match="has no attribute 'quantise'"):
+        qtrain.quantise  # noqa: B018  # pyright: ignore[reportAttributeAccessIssue]

@@ -1,0 +1,282 @@
+"""The three GEMMs of every recipe against a float64 oracle; gradients, randomness, replay, compile, edges.
+
+# T tokens, K in features, N out features
+"""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from oracles import quantization as oracle
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import qtrain
+from qtrain.config import LinearRecipe, read_recipe
+from qtrain.errors import UserError
+from qtrain.quant import QuantLinear
+from qtrain.quant.random import USES
+from qtrain.quant.rotation import signs
+from qtrain_kernels.formats import GAUSSIAN_CLIP
+
+T, K, N = 96, 256, 128
+
+
+def layer(recipe: object, backend: str = "reference", bias: bool = False, step: int | None = 1) -> QuantLinear:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(K, N, bias=bias))
+    qtrain.convert(model, recipe, backend=backend)  # pyright: ignore[reportArgumentType]
+    if step is not None:
+        qtrain.set_step(model, step)
+    assert isinstance(model[0], QuantLinear)
+    return model[0]
+
+
+def batch(tokens: int = T) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(tokens, K, generator=generator) * torch.exp2(torch.randn(tokens, 1, generator=generator))
+    return x, torch.randn(tokens, N, generator=generator) * 1e-3
+
+
+def run(module: nn.Module, x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Y, dX, dW."""
+    x = x.clone().requires_grad_()
+    module.zero_grad()
+    y = module(x)
+    y.backward(dy.to(y.dtype))
+    weight = module.get_parameter("weight")
+    assert x.grad is not None and weight.grad is not None
+    return y.detach(), x.grad, weight.grad
+
+
+def sqnr(found: Tensor, expected: np.ndarray) -> float:
+    error = found.double().numpy() - expected
+    return float(10 * np.log10((expected**2).sum() / (error**2).sum()))
+
+
+def numpy(*tensors: Tensor) -> list[np.ndarray]:
+    return [tensor.detach().double().numpy() for tensor in tensors]
+
+
+@pytest.mark.parametrize("backend", ["reference", "compiled"])
+def test_quartet_is_algorithm_one(backend: str) -> None:
+    """In float32 only near-ties differ from float64: 45 dB, where one wrong block, mask, sign or scale leaves under 25."""
+    module = layer("quartet", backend)
+    x, dy = batch()
+    keys = dict(zip(USES, module.keys, strict=True))
+    along_n, along_t = (signs(32, keys[f"{gemm}.signs"]).double().numpy() for gemm in ("dgrad", "wgrad"))
+    expected = oracle.quartet_linear(*numpy(x, module.weight, dy), along_n, along_t)
+    for name, found, want in zip(("y", "dx", "dw"), run(module, x, dy), expected, strict=True):
+        assert sqnr(found, want) > 45, name
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_quest_is_the_published_method(bits: int) -> None:
+    module = layer({"name": "quest", "bits": bits})
+    x, dy = batch()
+    expected = oracle.quest_linear(*numpy(x, module.weight, dy), bits, GAUSSIAN_CLIP[bits])
+    for name, found, want in zip(("y", "dx", "dw"), run(module, x, dy), expected, strict=True):
+        assert sqnr(found, want) > 45, name
+
+
+def test_quartet_v1_is_unbiased_about_the_forward_operands() -> None:
+    """Stochastic rounding: the mean gradient over steps is that of exact GEMMs of the quantised forward operands."""
+    module = layer("quartet_v1")
+    x, dy = batch()
+    x64, w64, dy64 = numpy(x, module.weight, dy)
+    fixed = oracle.rotation(32)
+    (xq, x_mask), (wq, w_mask) = (oracle.quartet_forward(oracle.rotate(value, fixed)) for value in (x64, w64))
+    expected = (
+        oracle.rotate((dy64 @ wq) * x_mask, fixed.T),
+        oracle.rotate((dy64.T @ xq) * w_mask, fixed.T),
+    )
+    steps = 128
+    totals: list[Tensor] = [torch.zeros(T, K), torch.zeros(N, K)]
+    for step in range(steps):
+        module.set_step(step, 0)
+        grads = run(module, x, dy)[1:]
+        for total, grad, want in zip(totals, grads, expected, strict=True):
+            total += grad / steps
+            assert 8 < sqnr(grad, want) < 16  # one draw is noisy
+    for total, want in zip(totals, expected, strict=True):
+        assert sqnr(total, want) > 8 + 10 * np.log10(steps) - 1  # the noise, and only noise, averages out
+
+
+def test_without_quantisers_it_is_an_ordinary_linear() -> None:
+    none = {"format": "none"}
+    rotated = none | {"rotation": "hadamard32", "signs": "step"}
+    forward = none | {"source": "forward"}
+    operands = {"fprop": {"x": rotated, "w": rotated}, "dgrad": {"dy": none, "w": forward}}
+    for gradients in ({"dy": none, "x": forward}, {"dy": rotated, "x": rotated}):
+        module = layer({"name": "off", **operands, "wgrad": gradients}, bias=True)
+        plain = nn.Linear(K, N)
+        plain.load_state_dict(module.state_dict())
+        x, dy = batch(45)
+        for found, want in zip(run(module, x, dy), run(plain, x, dy), strict=True):
+            assert sqnr(found, want.double().numpy()) > 110
+        assert module.bias is not None and plain.bias is not None
+        torch.testing.assert_close(module.bias.grad, plain.bias.grad)
+
+
+def test_a_masked_master_operand_leaves_and_enters_the_rotation() -> None:
+    """dgrad from the master weight: dX = ((dY W) H * mask) H^-1."""
+    spec = {"format": "mxfp4", "scale": "std", "rotation": "hadamard32", "estimator": "clip"}
+    none = {"format": "none"}
+    recipe = {
+        "name": "own",
+        "fprop": {"x": spec, "w": spec},
+        "dgrad": {"dy": none, "w": none},
+        "wgrad": {"dy": none, "x": none},
+    }
+    module = layer(recipe)
+    x, dy = batch()
+    x64, w64, dy64 = numpy(x, module.weight, dy)
+    fixed = oracle.rotation(32)
+    mask = oracle.quartet_forward(oracle.rotate(x64, fixed))[1]
+    assert sqnr(run(module, x, dy)[1], oracle.rotate(oracle.rotate(dy64 @ w64, fixed) * mask, fixed.T)) > 60
+
+
+@pytest.mark.parametrize("recipe", ["quartet", "quartet_v1", {"name": "quest", "format": "int1.585"}])
+def test_backends_agree_bit_for_bit_in_bfloat16(recipe: object) -> None:
+    x, dy = batch(50)  # wgrad pads its tokens
+    results = []
+    for backend in ("reference", "compiled"):
+        module = layer(recipe, backend)
+        with torch.autocast("cpu", torch.bfloat16):
+            results.append(run(module, x.view(5, 10, K), dy.view(5, 10, N)))
+    for reference, compiled in zip(*results, strict=True):
+        assert torch.equal(reference, compiled)
+    y, dx, dw = results[0]
+    assert (y.dtype, dx.dtype, dw.dtype) == (torch.bfloat16, torch.float32, torch.float32)
+    assert y.shape == (5, 10, N) and y.isfinite().all() and dw.isfinite().all()
+
+
+def test_steps_key_the_draws() -> None:
+    x, dy = batch()
+    module = layer("quartet_v1", step=3)
+    first = run(module, x, dy)
+    module.set_step(4, 0)
+    later = run(module, x, dy)
+    module.set_step(3, 1)
+    other = run(module, x, dy)
+    module.set_step(3, 0)
+    again = run(module, x, dy)
+    assert torch.equal(first[0], later[0])  # this recipe's forward draws nothing
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not torch.equal(first[1], later[1]) and not torch.equal(first[1], other[1])
+
+
+def test_layers_and_seeds_draw_apart() -> None:
+    keys = {}
+    for seed in (0, 1):
+        model = nn.ModuleDict({name: nn.Linear(32, 32) for name in ("a", "b")})
+        qtrain.convert(model, "quartet_v1", seed=seed, backend="reference")
+        qtrain.set_step(model, 7, 2)
+        keys |= {
+            (seed, name, use): tuple(row.tolist())
+            for name in model
+            for use, row in zip(USES, model[name].keys, strict=True)
+        }
+    assert len(set(keys.values())) == 2 * 2 * len(USES)
+    assert keys[0, "a", "dgrad.dy"] == (-1158064478, 1757410498)  # pinned: resumed runs depend on it
+
+
+def test_fixed_signs_do_not_see_the_step() -> None:
+    tree = read_recipe("quartet").model_dump()
+    for operand in (*tree["dgrad"].values(), *tree["wgrad"].values()):
+        operand["signs"] = "fixed"
+    module = layer(tree, step=None)
+    assert not module.numerics.stochastic
+    x, dy = batch()
+    first = run(module, x, dy)
+    module.set_step(9, 9)
+    assert all(torch.equal(a, b) for a, b in zip(first, run(module, x, dy), strict=True))
+
+
+def test_training_without_a_step_raises_and_evaluation_does_not() -> None:
+    module = layer("quartet", step=None)
+    with pytest.raises(UserError, match=r"0: its recipe draws random bits.*qtrain\.set_step\(model, step"):
+        module(batch()[0])
+    assert module.eval()(batch()[0]).isfinite().all()
+    assert layer("quest", step=None)(batch()[0]).isfinite().all()
+
+
+def test_a_recomputed_forward_draws_the_same_bits() -> None:
+    tree = read_recipe("quartet_v1").model_dump()
+    for operand in tree["fprop"].values():
+        operand |= {"rounding": "stochastic", "signs": "step"}
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
+    qtrain.convert(model, tree, backend="reference")
+    qtrain.set_step(model, 5)
+    grads = []
+    for recompute in (False, True):
+        x = torch.randn(40, 64, generator=torch.Generator().manual_seed(2)).requires_grad_()
+        model.zero_grad()
+        y = checkpoint(model, x, use_reentrant=False) if recompute else model(x)
+        assert isinstance(y, Tensor)
+        y.square().sum().backward()
+        grads.append([x.grad, *(parameter.grad for parameter in model.parameters())])
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+def test_backward_uses_the_keys_of_its_own_forward() -> None:
+    x, dy = batch()
+    module = layer("quartet_v1", step=3)
+    expected = run(module, x, dy)[1]
+    leaf = x.clone().requires_grad_()
+    y = module(leaf)
+    module.set_step(4, 0)
+    y.backward(dy)
+    assert leaf.grad is not None and torch.equal(leaf.grad, expected)
+
+
+def test_zero_and_empty_and_bad_inputs() -> None:
+    for recipe in ("quartet", "quest"):
+        module = layer(recipe)
+        y, dx, dw = run(module, torch.zeros(T, K), batch()[1])
+        assert (y == 0).all() and (dw == 0).all() and dx.isfinite().all() and (dx != 0).any()
+        y, dx, dw = run(module, torch.zeros(0, K), torch.zeros(0, N))
+        assert y.shape == (0, N) and dx.shape == (0, K) and (dw == 0).all()
+        x, dy = batch()
+        x[3, 7] = float("nan")
+        y = run(module, x, dy)[0]
+        assert y[3].isnan().all() and y[[0, 1, 2, 4]].isfinite().all()
+        with pytest.raises(UserError, match="compute dtype is torch.float16"), torch.autocast("cpu", torch.float16):
+            module(x)
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch 2.13's own, in dynamo
+def test_a_compiled_model_keeps_the_quantisers_bits() -> None:
+    model = nn.Sequential(nn.Linear(64, 96, bias=False), nn.ReLU(), nn.Linear(96, 64, bias=False))
+    qtrain.convert(model, "quartet", backend="reference")
+    whole = torch.compile(model, dynamic=False)
+    x = torch.randn(64, 64, generator=torch.Generator().manual_seed(3))
+    for step in (1, 2, 3):
+        qtrain.set_step(model, step)
+        results = []
+        for callable_ in (model, whole):
+            model.zero_grad()
+            y = callable_(x)
+            y.square().sum().backward()
+            results.append([y, *(parameter.grad for parameter in model.parameters())])
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+        graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        if step == 1:
+            first = graphs
+    assert graphs == first  # a step compiles nothing
+
+
+def test_state_dict_copies_and_print() -> None:
+    module = layer("quartet", bias=True)
+    assert list(module.state_dict()) == ["weight", "bias"]
+    twin = copy.deepcopy(module)
+    x, dy = batch()
+    assert all(torch.equal(a, b) for a, b in zip(run(module, x, dy), run(twin, x, dy), strict=True))
+    assert repr(module) == (
+        "QuantLinear(in_features=256, out_features=128, bias=True, "
+        "fwd x:mxfp4/std/nearest/had32/clip w:mxfp4/std/nearest/had32/clip "
+        "dgrad dy:mxfp4/floor_three_quarters/nearest/had32±step w:mxfp4/floor_three_quarters/nearest/had32±step/forward "
+        "wgrad dy:mxfp4/floor_three_quarters/nearest/had32±step x:mxfp4/floor_three_quarters/nearest/had32±step/forward)"
+    )
+    assert isinstance(read_recipe("quest"), LinearRecipe)

@@ -1,0 +1,157 @@
+"""fake_quantize and QuantizedTensor: errors of every scale rule and format against published and computed values."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from oracles import quantization as oracle
+from torch import Tensor
+
+import qtrain
+from qtrain.config import QuantSpec
+from qtrain.errors import UserError
+from qtrain.quant.quantizer import Quantizer, gemm
+from qtrain.quant.rotation import rotate, rotation_matrix
+from qtrain_kernels.formats import FORMATS
+
+RULES = {  # octave-averaged relative error on N(0, 1) in blocks of 32, E2M1
+    "floor": 1.334e-2, "even": 1.260e-2, "rceil": 1.367e-2, "ceil": 1.99e-2, "round": 1.464e-2, "std": 2.23e-2,
+    "mse": 1.251e-2, "floor_three_quarters": 1.366e-2,
+}  # fmt: skip
+QUEST = {1: 0.3633802, 2: 0.1188461, 3: 0.0374397, 4: 0.0115429, 8: 8.78212e-5}
+
+
+def gaussians(rows: int, columns: int, seed: int = 0) -> Tensor:
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+
+
+def relative_error(x: Tensor, found: Tensor) -> float:
+    return ((found.double() - x.double()).square().sum() / x.double().square().sum()).item()
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_error_of_every_mxfp4_scale_rule(rule: str) -> None:
+    """A power of two aliases with sigma: rows run over one octave of it, evenly in log. 4M elements: 0.4% is 5 sigma."""
+    x = gaussians(4096, 1024) * torch.exp2(torch.arange(4096) / 4096)[:, None]
+    found = qtrain.fake_quantize(x, "mxfp4", scale=rule, backend="reference")
+    per_row = (found - x).double().square().sum(1) / torch.exp2(torch.arange(4096) / 2048).double() / 1024
+    assert per_row.mean().item() == pytest.approx(RULES[rule], rel=5e-3)
+
+
+@pytest.mark.parametrize("bits", QUEST)
+def test_quest_error_is_the_published_one(bits: int) -> None:
+    x = gaussians(4096, 1024)
+    found = qtrain.fake_quantize(x, f"int{bits}", backend="reference")
+    sampling = 3e-3 if bits < 8 else 1e-2  # int8's error is in its clipped tail
+    assert relative_error(x, found) == pytest.approx(QUEST[bits], rel=sampling)
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_integers_have_two_to_the_b_levels(bits: int) -> None:
+    quantizer = Quantizer.build(QuantSpec(format=f"int{bits}"), "reference")
+    codes = quantizer.quantize(gaussians(64, 4096) * 3).codes
+    assert len(codes.unique()) == 2**bits
+    assert codes.max() == -codes.min() == (2**bits - 1) / 2
+
+
+def test_nvfp4_has_two_levels() -> None:
+    """s_tensor = amax / (6 * 448), s_block = e4m3(amax_block / 6 / s_tensor); codes of x / (both)."""
+    x = gaussians(8, 64) * torch.tensor([1, 3, 1e-3, 0, 40, 1e-6, 5, 1.0])[:, None]
+    found = qtrain.fake_quantize(x, "nvfp4", backend="reference").double().numpy()
+    blocks = oracle.blocks_of(x.double().numpy(), 16)
+    tensor = float(np.float32(np.abs(blocks).max()) / np.float32(2688))
+    grid = oracle.minifloat_grid(4, 3, 448.0)
+    scale = oracle.nearest(np.abs(blocks).max(-1, keepdims=True) / 6 / tensor, grid)
+    scale = np.where(scale == 0, 1, scale)
+    expected = oracle.nearest(np.clip(blocks / (scale * tensor), -6, 6), oracle.E2M1_GRID) * scale * tensor
+    np.testing.assert_allclose(found, expected.reshape(8, 64), rtol=3e-7)
+    assert (found[3] == 0).all()
+
+
+@pytest.mark.parametrize("name", [name for name in FORMATS if FORMATS[name].default_scale == "absmax"])
+def test_absmax_reaches_the_largest_code(name: str) -> None:
+    x = gaussians(4, 64)
+    found = qtrain.fake_quantize(x, name, backend="reference")
+    rows = torch.arange(4) if name != "nvfp4" else x.abs().amax(1).argmax()[None]
+    at = x.abs().argmax(1)
+    torch.testing.assert_close(found[rows, at[rows]], x[rows, at[rows]], rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_zeros_stay_zeros_and_dtype_and_shape_are_kept(name: str) -> None:
+    zeros = torch.zeros(2, 3, 64, dtype=torch.bfloat16)
+    found = qtrain.fake_quantize(zeros, name, backend="reference")
+    assert found.dtype == torch.bfloat16 and torch.equal(found, zeros)
+    x = gaussians(6, 64).view(2, 3, 64)
+    assert relative_error(x, qtrain.fake_quantize(x, name, rounding="stochastic", backend="reference")) < 1
+
+
+def test_stochastic_draws_depend_on_the_seed_alone() -> None:
+    x = gaussians(64, 64)
+    state = torch.get_rng_state()
+    first, again, other = (qtrain.fake_quantize(x, "mxfp4", rounding="stochastic", seed=seed) for seed in (1, 1, 2))
+    assert torch.equal(first, again) and torch.equal(torch.get_rng_state(), state)
+    up = (first > x).double().flatten(), (other > x).double().flatten()
+    assert abs(torch.corrcoef(torch.stack(up))[0, 1].item()) * 64 < 5 + 20  # rounding errors share x, not the draws
+    assert (first != other).double().mean() > 0.2
+
+
+def test_rotation_is_undone_and_preserves_products() -> None:
+    x, y = gaussians(8, 256), gaussians(8, 256, 1)
+    key = torch.tensor([3, 4], dtype=torch.int32)
+    for n in (16, 128):
+        for matrix in (rotation_matrix(n, None, x.device), rotation_matrix(n, key, x.device)):
+            torch.testing.assert_close(rotate(rotate(x, matrix), matrix.T), x, rtol=0, atol=2e-6)
+            torch.testing.assert_close(rotate(x, matrix) @ rotate(y, matrix).T, x @ y.T, rtol=0, atol=1e-4)
+            torch.testing.assert_close(rotate(x.T.contiguous(), matrix, -2), rotate(x, matrix).T, rtol=0, atol=2e-6)
+        signs = np.sign(rotation_matrix(n, key, x.device)[:, 0].double().numpy())
+        expected = oracle.rotate(x.double().numpy(), oracle.rotation(n, signs))
+        found = rotate(x, rotation_matrix(n, key, x.device)).double().numpy()
+        np.testing.assert_allclose(found, expected, atol=2e-6)
+
+
+def test_rotated_fake_quantize_spreads_an_outlier() -> None:
+    x = gaussians(32, 128)
+    x[:, 5] *= 100
+    plain = qtrain.fake_quantize(x, "int4", backend="reference")
+    rotated = qtrain.fake_quantize(x, "int4", rotation="hadamard128", backend="reference")
+    others = [column for column in range(128) if column != 5]
+    assert relative_error(x[:, others], rotated[:, others]) < 0.5 * relative_error(x[:, others], plain[:, others])
+    assert relative_error(x, rotated) < 0.02
+
+
+@pytest.mark.parametrize("dim", [-1, -2])
+@pytest.mark.parametrize(("name", "scale"), [("mxfp4", "floor_three_quarters"), ("nvfp4", None), ("int8", None)])
+def test_operands_are_exact_in_bfloat16(name: str, scale: str | None, dim: int) -> None:
+    """A bfloat16 operand and its post-scale hold the same numbers as codes and scales; so does a GEMM of two."""
+    quantizer = Quantizer.build(QuantSpec(format=name, scale=scale), "reference")
+    x = gaussians(64, 96) * torch.exp2(gaussians(64, 1) * 3)
+    exact = quantizer.quantize(x, dim=dim)
+    operand = quantizer.operand(x, torch.bfloat16, dim=dim)
+    torch.testing.assert_close(operand.dequantize().float(), exact.dequantize(), rtol=2e-7, atol=0)
+    left, right = quantizer.operand(x.T, torch.float32), quantizer.operand(x, torch.float32, dim=-2)
+    expected = left.dequantize().double() @ right.dequantize().double()
+    torch.testing.assert_close(gemm(left, right).double(), expected, rtol=1e-5, atol=1e-4 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    ({"format": "mxfp5"}, "did you mean 'mxfp4'"),
+    ({"format": "mxfp4", "scale": "absmax"}, "does not give mxfp4's e8m0 scales"),
+    ({"format": "mxfp4", "rounding": "eden"}, "'eden' is not available yet"),
+    ({"format": "mxfp4", "rotation": "hadamard48"}, "power of two; use hadamard32"),
+    ({"format": "mxfp4", "rotation": "fourier"}, "rotation"),
+    ({"format": "mxfp4", "rotation": "hadamard128"}, r"last dim % 128 == 0; x has shape \(4, 96\)"),
+])  # fmt: skip
+def test_what_does_not_fit_raises(arguments: dict[str, str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        qtrain.fake_quantize(torch.ones(4, 96), **arguments)  # pyright: ignore[reportArgumentType]
+
+
+def test_integer_tensors_and_scalars_raise() -> None:
+    with pytest.raises(UserError, match=r"float tensor; got torch.int64"):
+        qtrain.fake_quantize(torch.ones(32, dtype=torch.int64), "mxfp4")
+    with pytest.raises(UserError, match="last dim"):
+        qtrain.fake_quantize(torch.tensor(1.0), "mxfp4")
+    assert qtrain.fake_quantize(torch.ones(0, 32), "mxfp4").shape == (0, 32)
+    assert math.isnan(qtrain.fake_quantize(torch.full((32,), float("nan")), "mxfp4", backend="reference")[0])

@@ -63,11 +63,15 @@ class QuantSpec(Strict):
         return name
 
     @model_validator(mode="after")
-    def _signs_need_rotation(self) -> QuantSpec:
+    def _rotation_fits(self) -> QuantSpec:
         if self.signs != "none" and self.rotation is None:
             raise ValueError(
                 f"signs: {self.signs} has no effect without a rotation; name one (hadamard32) or drop signs"
             )
+        n = self.rotation_block or 1
+        if n & (n - 1):
+            below = f"hadamard{1 << n.bit_length() - 1}"
+            raise ValueError(f"rotation: the block of hadamard{n} must be a power of two; use {below}")
         return self
 
     @property

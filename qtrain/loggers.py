@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import netrc
 import os
+from collections.abc import Iterable
 
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 
@@ -25,6 +26,13 @@ def build_loggers(config: Config, directory: RunDirectory) -> list[Logger]:
     if kind == "tensorboard":
         return [TensorBoardLogger(directory.path, name="", version="tensorboard")]
     return [_wandb(config, directory)]
+
+
+def close_loggers(loggers: Iterable[Logger]) -> None:
+    """Lightning leaves the W&B run open, and the next run of a multirun would write into it."""
+    for logger in loggers:
+        if isinstance(logger, WandbLogger):
+            logger.experiment.finish()
 
 
 def _wandb(config: Config, directory: RunDirectory) -> WandbLogger:

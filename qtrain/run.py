@@ -27,7 +27,7 @@ from qtrain.data import Corpus, check_vocab, prepare
 from qtrain.data.datamodule import TokenDataModule
 from qtrain.errors import UserError
 from qtrain.lightning_module import CausalLM
-from qtrain.loggers import build_loggers
+from qtrain.loggers import build_loggers, close_loggers
 from qtrain.models.llama import Llama, generate
 from qtrain.plan import RunPlan, budget_tokens, make_plan
 from qtrain.quant import convert
@@ -44,7 +44,7 @@ def run(config: Config) -> float | None:
     finite; KeyboardInterrupt after a checkpoint when asked to stop.
     """
     console = Console(highlight=False, quiet=not is_main_process())
-    _speak_through(console)
+    speak_through(console)
     device = pick_device(config)
     directory = RunDirectory.of(config)
     if config.dry_run:
@@ -165,6 +165,8 @@ class Session:
             except DivergedError as error:
                 self._write_summary("diverged")
                 raise DivergedError(f"{error}; {self._last_good()}") from None
+            finally:
+                close_loggers(trainer.loggers)
             if stop.asked and trainer.global_step < self.plan.steps:
                 self._write_summary("interrupted")
                 raise KeyboardInterrupt
@@ -216,6 +218,7 @@ class Session:
             default_root_dir=self.directory.path,
             use_distributed_sampler=False,  # the data module slices each batch by rank itself
             enable_checkpointing=False,
+            log_every_n_steps=1,  # nothing is logged by Lightning itself; larger values only make it warn
             enable_progress_bar=False,
             enable_model_summary=False,
             limit_val_batches=0,
@@ -301,7 +304,7 @@ def _describe(device: torch.device) -> str:
     return f"cpu ({torch.get_num_threads()} threads)"
 
 
-def _speak_through(console: Console) -> None:
+def speak_through(console: Console) -> None:
     """Messages of qtrain through the console; Lightning's and torch's chatter about workers and processors silenced."""
     log.handlers = [RichHandler(console=console, show_time=False, show_path=False, markup=False)]
     log.setLevel(logging.INFO)

@@ -83,10 +83,12 @@ def checked_overrides(arguments: Iterable[str]) -> list[str]:
     """
     arguments = list(arguments)
     own_configs = any(argument.split("=")[0] in ("--config-dir", "-cd", "hydra.searchpath") for argument in arguments)
-    return [
-        _checked(argument, own_configs) if "=" in argument and not argument.startswith("-") else argument
-        for argument in arguments
-    ]
+    flags = [argument for argument in arguments if not _is_override(argument)]  # first: Hydra takes them in one piece
+    return flags + [_checked(argument, own_configs) for argument in arguments if _is_override(argument)]
+
+
+def _is_override(argument: str) -> bool:
+    return "=" in argument and not argument.startswith("-")
 
 
 def _checked(argument: str, own_configs: bool) -> str:

@@ -91,3 +91,16 @@ def test_auto_chooses_once_and_says_so(caplog: pytest.LogCaptureFixture, monkeyp
     with pytest.raises(ValueError, match="unknown backend 'triton'; backends: auto, reference, compiled"):
         dispatch.get("operand", "triton", "cpu")  # pyright: ignore[reportArgumentType]
     dispatch.resolve.cache_clear()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", PLANS)
+def test_cuda_equals_the_reference_on_cpu(name: str) -> None:
+    plan = PLANS[name]
+    x = hard_input((65, plan.block or 96, 1))
+    scale = reference.tensor_scale(x, plan)
+    expected = reference.operand(x, scale, KEY, plan, torch.bfloat16)
+    moved = scale.cuda() if isinstance(scale, Tensor) else scale
+    for function in (reference.operand, compiled.operand):
+        found = function(x.cuda(), moved, KEY.cuda(), plan, torch.bfloat16)
+        assert all(same(a, None if b is None else b.cpu()) for a, b in zip(expected, found, strict=True)), function

@@ -32,7 +32,7 @@ def relative_error(x: Tensor, found: Tensor) -> float:
 
 @pytest.mark.parametrize("rule", RULES)
 def test_error_of_every_mxfp4_scale_rule(rule: str) -> None:
-    """A power of two aliases with sigma: rows run over one octave of it, evenly in log. 4M elements: 0.4% is 5 sigma."""
+    """A power of two aliases with sigma: rows run over one octave of it, evenly in its logarithm."""
     x = gaussians(4096, 1024) * torch.exp2(torch.arange(4096) / 4096)[:, None]
     found = qtrain.fake_quantize(x, "mxfp4", scale=rule, backend="reference")
     per_row = (found - x).double().square().sum(1) / torch.exp2(torch.arange(4096) / 2048).double() / 1024
@@ -116,9 +116,7 @@ def test_rotated_fake_quantize_spreads_an_outlier() -> None:
     x[:, 5] *= 100
     plain = qtrain.fake_quantize(x, "int4", backend="reference")
     rotated = qtrain.fake_quantize(x, "int4", rotation="hadamard128", backend="reference")
-    others = [column for column in range(128) if column != 5]
-    assert relative_error(x[:, others], rotated[:, others]) < 0.5 * relative_error(x[:, others], plain[:, others])
-    assert relative_error(x, rotated) < 0.02
+    assert relative_error(x, rotated) < 0.02 and relative_error(x, plain) > 0.3
 
 
 @pytest.mark.parametrize("dim", [-1, -2])

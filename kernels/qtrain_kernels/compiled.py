@@ -10,9 +10,11 @@ from collections.abc import Callable
 from functools import cache
 from itertools import count
 from types import FunctionType
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch._inductor import config
 
 from qtrain_kernels import reference
 from qtrain_kernels.reference import Plan
@@ -35,9 +37,17 @@ def _graph(plan: Plan, dtype: torch.dtype | None, along_last: bool, device: str)
     # arguments varied: each graph gets a code object and a name of its own.
     code = graph.__code__.replace(co_name=f"graph_{next(_SERIAL)}")
     own = FunctionType(code, globals(), closure=graph.__closure__)
-    compiled = torch.compile(own, fullgraph=True)
+    compiled = torch.compile(own, fullgraph=True, options=_eager_arithmetic(device))
     compiled(*_example(plan, along_last, device))
     return compiled
+
+
+def _eager_arithmetic(device: str) -> dict[str, Any]:
+    """Inductor's options for the arithmetic of eager: no fused multiply-add, division rounded as IEEE says."""
+    if device == "cpu":
+        return {"cpp.enable_floating_point_contract_flag": "off"}
+    division = "eager_numerics.division_rounding" if hasattr(config, "eager_numerics") else "emulate_divison_rounding"
+    return {"emulate_precision_casts": True, division: True}
 
 
 def _example(plan: Plan, along_last: bool, device: str) -> tuple[Tensor, Tensor | float, Tensor]:

@@ -14,13 +14,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from qtrain.config import Backend, QuantSpec
+from qtrain.config import Backend, QuantSpec, parse
 from qtrain.errors import UserError
 from qtrain.quant.estimator import gradient_mask
 from qtrain.quant.random import key_words
 from qtrain.quant.rotation import rotate, rotation_matrix
 from qtrain_kernels import dispatch, reference
-from qtrain_kernels.formats import Format, check_scale, get_format
+from qtrain_kernels.formats import check_scale, get_format
 from qtrain_kernels.reference import Plan
 
 
@@ -102,7 +102,7 @@ class Quantizer:
             return Quantizer(spec, None, backend)
         if spec.rounding == "eden":
             raise UserError("rounding 'eden' is not available yet; use nearest or stochastic")
-        fmt = _known(spec.format)
+        fmt = get_format(spec.format)
         try:
             rule = check_scale(fmt, spec.scale)
         except ValueError as error:
@@ -166,13 +166,6 @@ def _flat(scale: Tensor | float) -> Tensor | float:
     return scale.squeeze(1) if isinstance(scale, Tensor) and scale.ndim else scale
 
 
-def _known(name: str) -> Format:
-    try:
-        return get_format(name)
-    except ValueError as error:
-        raise UserError(str(error)) from None
-
-
 @torch.no_grad()
 def fake_quantize(
     x: Tensor,
@@ -192,10 +185,7 @@ def fake_quantize(
     seed: of stochastic rounding, every value draws its own bits. NaN or infinity makes its block (row; with nvfp4 all
     of x) NaN. UserError for anything that does not fit.
     """
-    try:
-        spec = QuantSpec(format=format, scale=scale, rounding=rounding, rotation=rotation)
-    except ValueError as error:
-        raise UserError(str(error)) from None
+    spec = parse(QuantSpec, {"format": format, "scale": scale, "rounding": rounding, "rotation": rotation})
     quantizer = Quantizer.build(spec, backend)
     if not x.is_floating_point():
         raise UserError(f"fake_quantize takes a float tensor; got {x.dtype}; convert it with x.float()")

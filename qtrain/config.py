@@ -414,7 +414,6 @@ NOT_IN_HASH = (
     "data.prepare_workers",
     "trainer.device",
     "trainer.devices",
-    "trainer.micro_batch_size",
     "trainer.compile",
     "callbacks",
     "logger",

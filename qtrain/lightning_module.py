@@ -42,7 +42,8 @@ class CausalLM(lightning.LightningModule):
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         micro_batch = batch_idx % self.plan.micro_batches
-        set_step(self.model, self.trainer.global_step, micro_batch)
+        # numbered over all devices, as the data is: the same samples draw the same bits on any number of them
+        set_step(self.model, self.trainer.global_step, micro_batch * self.trainer.world_size + self.global_rank)
         loss = next_token_loss(self.model, batch)
         share = loss.detach() / self.plan.micro_batches
         self.step_loss = share if micro_batch == 0 else self.step_loss + share

@@ -30,7 +30,7 @@ from qtrain.lightning_module import CausalLM
 from qtrain.loggers import build_loggers, close_loggers
 from qtrain.models.llama import Llama, generate
 from qtrain.plan import RunPlan, budget_tokens, make_plan
-from qtrain.quant import convert
+from qtrain.quant import check_backend, convert
 from qtrain.report.loss import plot_loss
 from qtrain.run_directory import RunDirectory, commit
 
@@ -43,7 +43,7 @@ def run(config: Config) -> float | None:
     UserError before anything is trained for settings that cannot work here; DivergedError for a loss that is not
     finite; KeyboardInterrupt after a checkpoint when asked to stop.
     """
-    console = Console(highlight=False, quiet=not is_main_process())
+    console = Console(highlight=False, quiet=not is_main_process(), width=None if sys.stdout.isatty() else 120)
     speak_through(console)
     device = pick_device(config)
     directory = RunDirectory.of(config)
@@ -65,6 +65,8 @@ def run(config: Config) -> float | None:
 def open_session(config: Config, console: Console | None = None) -> Iterator[Session]:
     """Everything a run needs, built and ready; its directory is open (and locked) while the block runs."""
     device = pick_device(config)
+    if config.recipe.operands():
+        check_backend(config.backend, device.type)
     budget = budget_tokens(config)
     corpus = prepare(config.data, config.tokenizer, budget_tokens=budget)
     plan = make_plan(config, world_size=config.trainer.devices, vocab_size=corpus.vocab_size)

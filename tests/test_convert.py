@@ -6,7 +6,8 @@ from torch import nn
 
 import qtrain
 from qtrain.errors import UserError
-from qtrain.quant import QuantLinear
+from qtrain.quant import QuantLinear, check_backend
+from qtrain_kernels import dispatch
 
 
 class Tied(nn.Module):
@@ -104,3 +105,14 @@ def test_the_package_offers_its_five_names() -> None:
     assert {"bf16", "quest", "quartet", "quartet_v1"} <= set(qtrain.recipes())
     with pytest.raises(AttributeError, match="has no attribute 'quantise'"):
         qtrain.quantise  # noqa: B018  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_a_backend_that_cannot_work_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qtrain_kernels.dispatch._cpp_obstacle", lambda: "no C++ compiler was found; install g++")
+    dispatch.resolve.cache_clear()
+    try:
+        check_backend("auto", "cpu")
+        with pytest.raises(UserError, match=r"'compiled' cannot run on cpu: no C\+\+ compiler.*backend 'reference'"):
+            check_backend("compiled", "cpu")
+    finally:
+        dispatch.resolve.cache_clear()

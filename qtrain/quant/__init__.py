@@ -1,7 +1,17 @@
 """Quantised linear layers: recipes in, swapped layers out."""
 
-from qtrain.quant.convert import Report, convert, recipes, set_step
+from qtrain.quant.convert import Report, check_backend, convert, recipes, set_step
 from qtrain.quant.linear import QuantLinear
 from qtrain.quant.quantizer import QuantizedTensor, Quantizer, fake_quantize
 
-__all__ = ["QuantLinear", "QuantizedTensor", "Quantizer", "Report", "convert", "fake_quantize", "recipes", "set_step"]
+__all__ = [
+    "QuantLinear",
+    "QuantizedTensor",
+    "Quantizer",
+    "Report",
+    "check_backend",
+    "convert",
+    "fake_quantize",
+    "recipes",
+    "set_step",
+]

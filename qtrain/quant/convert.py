@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -14,6 +15,7 @@ from torch import nn
 from qtrain.config import Backend, LinearRecipe, group_names, read_recipe
 from qtrain.errors import UserError
 from qtrain.quant.linear import Numerics, QuantLinear
+from qtrain_kernels import dispatch
 
 log = logging.getLogger("qtrain")
 
@@ -31,9 +33,12 @@ class Report:
         total = len(self.converted) + len(self.skipped)
         lines = [f"recipe {self.recipe}: {len(self.converted)} of {total} linear layers converted"]
         if self.numerics:
-            lines.append(f"  {self.numerics}")
-        lines += [f"  skipped {name}: {reason}" for name, reason in self.skipped.items()]
-        return "\n".join(lines)
+            lines += re.split(r" (?=dgrad|wgrad)", self.numerics)
+        for reason in dict.fromkeys(self.skipped.values()):
+            names = [name for name, why in self.skipped.items() if why == reason]
+            shown = ", ".join(names) if len(names) <= 4 else f"{', '.join(names[:3])} and {len(names) - 3} more"
+            lines.append(f"skipped {shown}: {reason}")
+        return "\n  ".join(lines)
 
 
 def convert(
@@ -77,6 +82,14 @@ def set_step(model: nn.Module, step: int, micro_batch: int = 0) -> None:
     for module in model.modules():
         if isinstance(module, QuantLinear):
             module.set_step(step, micro_batch)
+
+
+def check_backend(backend: Backend, device_type: str) -> None:
+    """UserError when the backend cannot work on a device ("cpu", "cuda"): at once, not at the first forward."""
+    try:
+        dispatch.resolve(backend, device_type)
+    except ValueError as error:
+        raise UserError(str(error)) from None
 
 
 def recipes() -> list[str]:

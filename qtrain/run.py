@@ -30,7 +30,7 @@ from qtrain.lightning_module import CausalLM
 from qtrain.loggers import build_loggers, close_loggers
 from qtrain.models.llama import Llama, generate
 from qtrain.plan import RunPlan, budget_tokens, make_plan
-from qtrain.quant import check_backend, convert
+from qtrain.quant import Report, check_backend, convert
 from qtrain.report.loss import plot_loss
 from qtrain.run_directory import RunDirectory, commit
 
@@ -46,13 +46,15 @@ def run(config: Config) -> float | None:
     console = Console(highlight=False, quiet=not is_main_process(), width=None if sys.stdout.isatty() else 120)
     speak_through(console)
     device = pick_device(config)
+    log.info("%s", check_model(config))
     directory = RunDirectory.of(config)
+    if not config.force:
+        directory.check(config)
     if config.dry_run:
         plan = make_plan(config, world_size=config.trainer.devices)
         console.print(plan.table(config, device=str(device), run_directory=str(directory.path)))
         return None
     if directory.finished and not config.force:
-        directory.check_same(config)
         loss = directory.summary["val_loss"]
         end = f"{directory.path} is finished (validation loss {loss:.4f}); force=true runs it again"
         console.print(end, soft_wrap=True)
@@ -101,9 +103,16 @@ def build_model(config: Config, vocab_size: int) -> Llama:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         model = Llama(config.model, vocab_size)
-    report = convert(model, config.recipe, seed=config.seed, backend=config.backend)
-    log.debug("%s", report)
+    convert(model, config.recipe, seed=config.seed, backend=config.backend)
     return model
+
+
+def check_model(config: Config) -> Report:
+    """What the recipe will convert, found out on shapes alone, before any data is prepared. UserError for a width that
+    the recipe's blocks do not divide."""
+    with torch.device("meta"):
+        model = Llama(config.model, vocab_size=1)
+    return convert(model, config.recipe, seed=config.seed, backend=config.backend)
 
 
 def load_run(path: str | Path) -> nn.Module:

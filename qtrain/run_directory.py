@@ -74,14 +74,7 @@ class RunDirectory:
         when another process is training in it."""
         if config.force and self.path.exists():
             self._move_aside()
-        if self.path.exists() and not self.path.is_dir():
-            raise UserError(f"run_dir={self.path} is a file; name a directory")
-        if (self.path / "config.yaml").exists():
-            self.check_same(config)
-        elif self.path.is_dir() and any(not child.name.startswith(".") for child in self.path.iterdir()):
-            raise UserError(
-                f"run_dir={self.path} is not empty and holds no run (no config.yaml); name another directory"
-            )
+        self.check(config)
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         self._take_lock()
         if not (self.path / "config.yaml").exists():
@@ -106,8 +99,17 @@ class RunDirectory:
         self.path.rename(aside)
         log.info("force=true: the earlier run is now %s", aside)
 
-    def check_same(self, config: Config) -> None:
-        """UserError, naming the differences, when the directory was made with another config."""
+    def check(self, config: Config) -> None:
+        """UserError when the directory cannot hold this run: a file, something else's folder, or a run of another
+        config, whose differences it names. Nothing is touched."""
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError(f"run_dir={self.path} is a file; name a directory")
+        if not (self.path / "config.yaml").exists():
+            if self.path.is_dir() and any(not child.name.startswith(".") for child in self.path.iterdir()):
+                raise UserError(
+                    f"run_dir={self.path} is not empty and holds no run (no config.yaml); name another directory"
+                )
+            return
         there = self.read_config()
         if config_hash(there) == config_hash(config):
             return

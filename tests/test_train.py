@@ -106,20 +106,7 @@ def test_a_finished_run_is_skipped_and_loads_with_its_recipe(small, tmp_path, ca
 def test_micro_batches_do_not_change_the_mathematics(small, tmp_path):
     """The same batch in one forward or in four: equal up to float32 rounding (a wrong mean would be off by 4)."""
     exact = [*small, "recipe=bf16", "trainer.precision=32-true"]
-    losses = [
-        run(
-            compose(
-                [
-                    *small,
-                    "recipe=bf16",
-                    "trainer.precision=32-true",
-                    f"trainer.micro_batch_size={size}",
-                    f"name=m{size}",
-                ]
-            )
-        )
-        for size in (4, 1)
-    ]
+    losses = [run(compose([*exact, f"trainer.micro_batch_size={size}", f"name=m{size}"])) for size in (4, 1)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     rows = [[line["loss"] for line in RunDirectory(path).lines("lr")] for path in sorted((tmp_path / "runs").iterdir())]
     assert rows[0] == pytest.approx(rows[1], rel=1e-4)

@@ -73,7 +73,7 @@ def convert(
             report.skipped[name] = reason
     if report.converted:
         _swap(model, {name: linears[name] for name in report.converted}, recipe, seed, backend, report)
-    log.info("%s", report)
+    log.debug("%s", report)
     return report
 
 

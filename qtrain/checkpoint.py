@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
-from qtrain.errors import UserError
+from qtrain.errors import UserError, first_line
 
 log = logging.getLogger("qtrain")
 
@@ -52,22 +52,21 @@ def list_checkpoints(directory: Path) -> list[tuple[int, Path]]:
 
 
 def newest_checkpoint(directory: Path) -> tuple[int, Path] | None:
-    """(step, path) of the newest good checkpoint, None where there is none.
+    """(step, path) of the newest good checkpoint, None where there is none. Nothing is touched: another process may be
+    writing there."""
+    return next(((step, path) for step, path in reversed(list_checkpoints(directory)) if not _damage(path)), None)
 
-    A damaged one is renamed to *.damaged, so that it is neither tried again nor lost, and the one before it is taken.
-    """
+
+def tidy(directory: Path) -> None:
+    """Clear away half-written files and set damaged checkpoints aside as *.damaged, neither tried again nor lost. For
+    the process that holds the run's lock, before it writes."""
     for partial in directory.glob(".step-*"):
         partial.unlink()  # left by a process that was killed while it wrote
-    for step, path in reversed(list_checkpoints(directory)):
+    for _, path in list_checkpoints(directory):
         problem = _damage(path)
-        if problem is None:
-            return step, path
-        aside = path.with_suffix(".ckpt.damaged")
-        path.replace(aside)
-        log.warning(
-            "checkpoint %s is damaged (%s): set aside as %s, trying the one before it", path, problem, aside.name
-        )
-    return None
+        if problem is not None:
+            path.replace(path.with_suffix(".ckpt.damaged"))
+            log.warning("checkpoint %s is damaged (%s): set aside as *.damaged", path, problem)
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
@@ -84,10 +83,12 @@ def prune(directory: Path, keep: int) -> None:
 
 
 def _damage(path: Path) -> str | None:
-    """What is wrong with the file; None for a whole one. torch itself does not check the checksums in its archives."""
+    """What is wrong with the file; None if it loads whole. torch itself does not check its archives' checksums."""
     try:
         with zipfile.ZipFile(path) as archive:
             bad = archive.testzip()
-    except (zipfile.BadZipFile, OSError, EOFError) as error:
-        return f"{type(error).__name__}: {error}"
+        if bad is None:
+            torch.load(path, map_location="meta", weights_only=True)
+    except Exception as error:  # untrusted bytes: each kind of damage raises an exception of its own
+        return first_line(error)
     return f"wrong checksum of {bad}" if bad else None

@@ -39,7 +39,7 @@ class QuantSpec(Strict):
 
     format: a number format's name (`qtrain_kernels.formats`); None takes the recipe's own `format`; "none" leaves the
         operand in the compute dtype.
-    scale: a scale rule (`qtrain.quant.scale`); None is the format's default.
+    scale: a scale rule (`qtrain_kernels.formats.SCALE_RULES`); None is the format's default.
     rounding: nearest (ties to even), stochastic, or eden (nearest, then a stochastically rounded scale correction).
     rotation: "hadamard<n>" rotates blocks of n along the contraction dim; both operands of a GEMM must agree.
     signs: random signs applied before the rotation: none, fixed (one vector for the run), step (redrawn every step).
@@ -192,6 +192,9 @@ def _check_operand(where: str, gemm: str, operand: str, spec: QuantSpec) -> None
         raise ValueError(f"{where}: a gradient has no forward value; use source: master")
     if gemm != "fprop" and spec.estimator != "ste":
         raise ValueError(f"{where}: estimator belongs to the operands of fprop")
+    given = [name for name in ("scale", "rounding", "estimator") if getattr(spec, name) != QuantSpec.model_fields[name].default]
+    if spec.format == "none" and given:
+        raise ValueError(f"{where}: format none quantises nothing, so {', '.join(given)} would do nothing; drop it")
     if spec.number_format is not None:
         try:
             check_scale(spec.number_format, spec.scale)
@@ -262,7 +265,7 @@ class DataConfig(Strict):
     streaming: bool = False
     max_tokens: int | None = Field(None, gt=0)
     val_fraction: float = Field(0.05, gt=0, lt=1)
-    val_tokens: int = Field(gt=0, description="validation reads at most this many tokens")
+    val_tokens: int = Field(gt=0, description="validation reads at most this many tokens, spread over its split")
     cache_dir: str = ".cache/qtrain"
     num_workers: int = Field(0, ge=0, description="loader processes; 0 loads in the training process")
     prepare_workers: int | None = Field(None, gt=0, description="tokenising processes; None: one per core")

@@ -28,8 +28,8 @@ def next_token_loss(model: nn.Module, tokens: Tensor, reduction: str = "mean") -
 class CausalLM(lightning.LightningModule):
     """Trains `model` for plan.steps optimiser steps of plan.micro_batches forwards each.
 
-    step_loss and grad_norm hold the last optimiser step's mean loss (nats per token) and gradient norm before
-    clipping, as 0-dim tensors on the device: who wants them on the host pays for the wait.
+    step_loss and grad_norm hold the last optimiser step's mean loss on this device (nats per token) and gradient norm
+    before clipping, as 0-dim tensors there: who wants them on the host pays for the wait.
     """
 
     def __init__(self, config: Config, plan: RunPlan, model: nn.Module):

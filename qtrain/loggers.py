@@ -13,16 +13,19 @@ from qtrain.config import Config
 from qtrain.errors import UserError
 from qtrain.run_directory import RunDirectory
 
-_PACKAGES = {"wandb": "wandb", "tensorboard": "tensorboard"}
+
+def check_logger(config: Config) -> None:
+    """UserError when the package that logger.kind needs is not installed."""
+    kind = config.logger.kind
+    if kind != "none" and importlib.util.find_spec(kind) is None:
+        raise UserError(f"logger={kind} needs the package {kind}: pip install 'qtrain[{kind}]', or logger=none")
 
 
 def build_loggers(config: Config, directory: RunDirectory) -> list[Logger]:
-    """The mirrors that logger.kind asks for. UserError when its package is not installed."""
+    """The mirrors that logger.kind asks for."""
     kind = config.logger.kind
     if kind == "none":
         return []
-    if importlib.util.find_spec(_PACKAGES[kind]) is None:
-        raise UserError(f"logger={kind} needs the package {kind}: pip install 'qtrain[{kind}]', or logger=none")
     if kind == "tensorboard":
         return [TensorBoardLogger(directory.path, name="", version="tensorboard")]
     return [_wandb(config, directory)]

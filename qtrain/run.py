@@ -21,13 +21,13 @@ from torch import nn
 
 from qtrain.callbacks import Checkpoints, DivergedError, Measure, Progress, StopRequest, Validate
 from qtrain.callbacks.measure import Recorder
-from qtrain.checkpoint import AtomicCheckpointIO, load_checkpoint, newest_checkpoint
+from qtrain.checkpoint import AtomicCheckpointIO, load_checkpoint, newest_checkpoint, tidy
 from qtrain.config import Config, config_hash
 from qtrain.data import Corpus, check_vocab, prepare
 from qtrain.data.datamodule import TokenDataModule
 from qtrain.errors import UserError
 from qtrain.lightning_module import CausalLM
-from qtrain.loggers import build_loggers, close_loggers
+from qtrain.loggers import build_loggers, check_logger, close_loggers
 from qtrain.models.llama import Llama, generate
 from qtrain.plan import RunPlan, budget_tokens, make_plan
 from qtrain.quant import Report, check_backend, convert
@@ -48,8 +48,7 @@ def run(config: Config) -> float | None:
     device = pick_device(config)
     log.info("%s", check_model(config))
     directory = RunDirectory.of(config)
-    if not config.force:
-        directory.check(config)
+    directory.check(config)
     if config.dry_run:
         plan = make_plan(config, world_size=config.trainer.devices)
         console.print(plan.table(config, device=str(device), run_directory=str(directory.path)))
@@ -67,6 +66,7 @@ def run(config: Config) -> float | None:
 def open_session(config: Config, console: Console | None = None) -> Iterator[Session]:
     """Everything a run needs, built and ready; its directory is open (and locked) while the block runs."""
     device = pick_device(config)
+    check_logger(config)
     if config.recipe.operands():
         check_backend(config.backend, device.type)
     budget = budget_tokens(config)
@@ -157,7 +157,7 @@ class Session:
             num_workers=config.data.num_workers,
             overfit=config.debug.overfit,
         )
-        self.bytes_per_token = corpus.bytes_per_token(config.data.val_tokens)
+        self.bytes_per_token = corpus.bytes_per_token
 
     @property
     def model(self) -> Llama:
@@ -173,12 +173,15 @@ class Session:
                 self.model.compile()
             try:
                 trainer.fit(self.module, datamodule=self.data, ckpt_path=checkpoint, weights_only=True)
+                stopped = trainer.global_step < self.plan.steps
             except DivergedError as error:
                 self._write_summary("diverged")
                 raise DivergedError(f"{error}; {self._last_good()}") from None
+            except (SystemExit, KeyboardInterrupt):  # after a signal Lightning ends the process in ways of its own
+                stopped = True
             finally:
                 close_loggers(trainer.loggers)
-            if stop.asked and trainer.global_step < self.plan.steps:
+            if stopped:
                 self._write_summary("interrupted")
                 raise KeyboardInterrupt
         return self._finish() if is_main_process() else float("nan")
@@ -193,11 +196,15 @@ class Session:
                 f"{self.directory.path} was started on data {earlier}; the same settings now give data "
                 f"{self.corpus.data_hash}. Restore the data, or set force=true to start anew"
             )
+        if is_main_process():
+            tidy(self.directory.checkpoints)
         newest = newest_checkpoint(self.directory.checkpoints)
         step, path = newest if newest else (0, None)
         dropped = self.directory.discard_metrics_after(step) if is_main_process() else 0
         if path is not None:
             log.info("resuming at step %d from %s", step, path.name)
+        elif dropped:
+            log.info("there is no good checkpoint: starting again from step 0")
         if dropped:
             log.info("%d later lines of metrics.jsonl are now in metrics.discarded.jsonl", dropped)
         return path
@@ -250,8 +257,8 @@ class Session:
         last = self.directory.lines("val_loss")[-1]
         values = {key: last[key] for key in ("val_loss", "val_bits_per_byte")}
         speeds = [line["tokens_per_second"] for line in self.directory.lines("tokens_per_second")]
-        self._write_summary("finished", **values, tokens_per_second=median(speeds))
         plot_loss(self.directory.path)
+        self._write_summary("finished", **values, tokens_per_second=median(speeds))
         self._show_sample()
         self._show_end(values["val_loss"], values["val_bits_per_byte"])
         return values["val_loss"]

@@ -24,6 +24,7 @@ import secrets
 import shlex
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
@@ -35,6 +36,7 @@ from qtrain.errors import UserError
 
 log = logging.getLogger("qtrain")
 
+LOCK_SECONDS = 8.0  # the loader processes of a killed run notice its end, and let go of its lock, within five
 PACKAGES = ("qtrain", "torch", "triton", "lightning", "hydra-core", "datasets", "tokenizers", "numpy")
 
 
@@ -72,14 +74,21 @@ class RunDirectory:
     def open(self, config: Config) -> None:
         """Make the directory, or take up the one that is there. UserError when it holds another config or no run, or
         when another process is training in it."""
-        if config.force and self.path.exists():
-            self._move_aside()
-        self.check(config)
-        self.checkpoints.mkdir(parents=True, exist_ok=True)
-        self._take_lock()
-        if not (self.path / "config.yaml").exists():
-            write_atomically(self.path / "config.yaml", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
-        self._note_environment()
+        try:
+            if config.force and (self.path / "config.yaml").exists():
+                self._move_aside()
+            self.check(config)
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._take_lock()
+            if not (self.path / "config.yaml").exists():
+                text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+                write_atomically(self.path / "config.yaml", text)
+            self.checkpoints.mkdir(exist_ok=True)
+            self._note_environment()
+        except OSError as error:
+            raise UserError(
+                f"cannot write run directory {self.path}: {error.strerror}; set run_root or run_dir"
+            ) from error
 
     def close(self) -> None:
         if self._lock is not None:
@@ -93,10 +102,12 @@ class RunDirectory:
         self.close()
 
     def _move_aside(self) -> None:
+        self._take_lock()  # a process that trains there would go on writing by name
         number = 1
         while (aside := self.path.with_name(f"{self.path.name}.old{number}")).exists():
             number += 1
         self.path.rename(aside)
+        self.close()
         log.info("force=true: the earlier run is now %s", aside)
 
     def check(self, config: Config) -> None:
@@ -110,6 +121,8 @@ class RunDirectory:
                     f"run_dir={self.path} is not empty and holds no run (no config.yaml); name another directory"
                 )
             return
+        if config.force:
+            return
         there = self.read_config()
         if config_hash(there) == config_hash(config):
             return
@@ -121,11 +134,17 @@ class RunDirectory:
 
     def _take_lock(self) -> None:
         lock = (self.path / ".lock").open("w")
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.close()
-            raise UserError(f"another process is training in {self.path}; wait for it or stop it") from None
+        deadline = time.monotonic() + LOCK_SECONDS
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    lock.close()
+                    message = f"another process is training in {self.path}; wait for it or stop it"
+                    raise UserError(message) from None
+                time.sleep(0.2)
         self._lock = lock
 
     def _note_environment(self) -> None:
@@ -133,9 +152,9 @@ class RunDirectory:
         path = self.path / "environment.json"
         record = read_json(path) or {"wandb_id": f"{self.path.name}-{secrets.token_hex(3)}", "starts": []}
         start = environment()
-        commits = {earlier["commit"] for earlier in record["starts"]}
-        if commits and start["commit"] not in commits:
-            log.warning("this run was started at commit %s; the code is now at %s", *commits, start["commit"])
+        first = record["starts"][0]["commit"] if record["starts"] else start["commit"]
+        if start["commit"] != first:
+            log.warning("this run was started at commit %s; the code is now at %s", first, start["commit"])
         record["starts"].append(start)
         write_atomically(path, json.dumps(record, indent=2) + "\n")
 
@@ -168,7 +187,10 @@ class RunDirectory:
         path = self.path / "config.yaml"
         if not path.exists():
             raise UserError(f"{self.path} is no run directory: it has no config.yaml")
-        return parse(Config, yaml.safe_load(path.read_text()))
+        try:
+            return parse(Config, yaml.safe_load(path.read_text()))
+        except (yaml.YAMLError, UserError) as error:
+            raise UserError(f"{path} does not read as the settings of a run: {error}") from None
 
     def append_metrics(self, line: Mapping[str, Any]) -> None:
         with self.metrics.open("a") as file:

@@ -33,6 +33,10 @@ def main() -> None:
         _hydra_main()
     except (UserError, HydraException, OmegaConfBaseException) as error:
         _report(error)
+    except OSError as error:  # Hydra makes a sweep's folder itself
+        if error.filename is None:
+            raise
+        _report(UserError(f"cannot write {error.filename}: {error.strerror}; set run_root"))
     except KeyboardInterrupt:
         print("stopped; the same command continues from the last checkpoint", file=sys.stderr)
         sys.exit(130)
@@ -92,7 +96,10 @@ def _is_override(argument: str) -> bool:
 
 
 def _checked(argument: str, own_configs: bool) -> str:
-    (override,) = OverridesParser.create().parse_overrides([argument])
+    try:
+        (override,) = OverridesParser.create().parse_overrides([argument])
+    except HydraException as error:
+        raise UserError(f"cannot read {argument!r}: {error}") from None
     key = override.key_or_group
     if key.split(".")[0].split("/")[0] == "hydra":
         return argument

@@ -19,6 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from qtrain.config import group_names
 from qtrain.data import Corpus, prepare, verify
 from qtrain.errors import UserError
+from qtrain.plan import budget_tokens
 from qtrain.train import compose
 
 
@@ -30,7 +31,7 @@ def main(arguments: Sequence[str]) -> int:
     checked = "verify=true" in arguments
     try:
         config = compose([argument for argument in arguments if not argument.startswith("verify=")])
-        corpus = prepare(config.data, config.tokenizer)
+        corpus = prepare(config.data, config.tokenizer, budget_tokens=budget_tokens(config))
         if checked:
             verify(corpus.folder)
     except (UserError, HydraException, OmegaConfBaseException) as error:
@@ -44,7 +45,7 @@ def _show(corpus: Corpus, checked: bool) -> None:
     for split in (corpus.train, corpus.val):
         size = f"{split.n_bytes / 1e6:,.1f} MB"
         print(f"{split.name:<6} {split.n_tokens:>15,} tokens {split.n_documents:>12,} documents {size:>14}")
-    print(f"vocabulary {corpus.vocab_size:,}, {corpus.bytes_per_token():.3f} bytes per token in validation")
+    print(f"vocabulary {corpus.vocab_size:,}, {corpus.bytes_per_token:.3f} bytes per token in validation")
     print(f"bigram cross-entropy {corpus.bigram_cross_entropy:.4f} nats per token")
     if dropped := corpus.manifest["dropped_from_train"]:
         print(f"dropped from train, being in validation too: {dropped:,} documents")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
-
 import pytest
 import torch
 
@@ -14,11 +12,12 @@ from qtrain.checkpoint import (
     load_checkpoint,
     newest_checkpoint,
     prune,
+    tidy,
 )
 from qtrain.errors import UserError
 
 
-def save(directory, step, value=None):
+def save(directory, step):
     path = checkpoint_path(directory, step)
     AtomicCheckpointIO().save_checkpoint({"step": step, "state_dict": {"w": torch.full((1000,), float(step))}}, path)
     return path
@@ -43,6 +42,7 @@ def test_a_kill_while_writing_leaves_the_old_checkpoint_whole(tmp_path, monkeypa
             save(tmp_path, step)
     assert newest_checkpoint(tmp_path) == (4, old)
     assert load_checkpoint(old)["step"] == 4
+    tidy(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == [old.name], "the partial files are cleared away"
 
 
@@ -60,8 +60,24 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_taken(tmp_path,
     with pytest.raises(UserError, match="damaged"):
         load_checkpoint(bad)
     assert newest_checkpoint(tmp_path) == (10, good)
+    assert bad.exists(), "to look is not to touch: another process may be writing there"
+    tidy(tmp_path)
+    assert newest_checkpoint(tmp_path) == (10, good)
     assert "damaged" in caplog.text and bad.name in caplog.text
     assert bad.with_suffix(".ckpt.damaged").exists(), "nothing already written is lost"
+
+
+def test_no_damage_passes_for_good_or_raises(tmp_path):
+    """Bits flipped anywhere in the file: found, or the content still loads as it was written."""
+    path = save(tmp_path, 7)
+    whole = path.read_bytes()
+    for position in range(0, 8 * len(whole), 8 * len(whole) // 400 + 3):
+        content = bytearray(whole)
+        content[position // 8] ^= 1 << position % 8
+        path.write_bytes(content)
+        if newest_checkpoint(tmp_path) is not None:
+            loaded = load_checkpoint(path)
+            assert loaded["step"] == 7 and torch.equal(loaded["state_dict"]["w"], torch.full((1000,), 7.0))
 
 
 def test_code_in_a_checkpoint_is_not_run(tmp_path):
@@ -71,7 +87,7 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path):
 
     path = checkpoint_path(tmp_path, 1)
     torch.save({"state_dict": Bomb()}, path)
-    with pytest.raises(pickle.UnpicklingError):
+    with pytest.raises(UserError, match="UnpicklingError"):
         load_checkpoint(path)
 
 

@@ -77,7 +77,7 @@ def test_every_document_is_there_once_with_its_end(files: Path, tokenizer: Token
         assert split.n_bytes == sum(len(text.encode()) for text in split_texts)
     held_out = corpus.val.n_bytes / (corpus.val.n_bytes + corpus.train.n_bytes)
     assert 0.1 < held_out <= 0.2
-    assert corpus.bytes_per_token() == corpus.val.n_bytes / corpus.val.n_tokens
+    assert corpus.bytes_per_token == corpus.val.n_bytes / corpus.val.n_tokens
     verify(corpus.folder)
 
 

@@ -198,7 +198,7 @@ def test_overfit_repeats_the_first_batch(corpus: Corpus) -> None:
 )
 def test_validation_covers_every_window_once(corpus: Corpus, n_windows: int, world: int, micro_batch: int) -> None:
     stream = corpus.val.window(0, corpus.val.n_tokens)
-    ranks = [ValBatches(corpus.val, n_windows, r, world, micro_batch, T) for r in range(world)]
+    ranks = [ValBatches(corpus.val, np.arange(n_windows), r, world, micro_batch, T) for r in range(world)]
     batches = [[rank[i] for i in range(rank.n_batches)] for rank in ranks]
     assert len({len(rank) for rank in batches}) == 1
     assert all(1 <= len(batch) <= micro_batch for rank in batches for batch in rank)

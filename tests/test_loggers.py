@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from qtrain.errors import UserError
-from qtrain.loggers import build_loggers, has_wandb_key
+from qtrain.loggers import build_loggers, check_logger, has_wandb_key
 from qtrain.run_directory import RunDirectory
 from qtrain.train import compose
 
@@ -67,9 +67,10 @@ def test_tensorboard_mirrors_every_line(tmp_path):
 
 def test_a_logger_that_is_not_installed_is_an_error_only_when_asked_for(tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    check_logger(compose())
     assert build_loggers(compose(), RunDirectory(tmp_path)) == []
     with pytest.raises(UserError, match=r"logger=wandb needs the package wandb: pip install 'qtrain\[wandb\]'"):
-        build_loggers(compose(["logger=wandb"]), RunDirectory(tmp_path))
+        check_logger(compose(["logger=wandb"]))
 
 
 def test_wandb_is_offline_without_a_key(tmp_path, monkeypatch):

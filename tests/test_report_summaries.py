@@ -55,3 +55,13 @@ def test_mistakes(runs, tmp_path):
     write(runs, "other", 0, 1.0, data_hash="e")
     with pytest.raises(UserError, match="2 different corpora"):
         read_summaries(runs)
+
+
+def test_of_two_runs_with_one_name_none_is_picked_in_silence(runs):
+    (runs / "quartet-0").rename(runs / "quartet-0.old1")
+    write(runs, "quartet", 0, 1.2)
+    assert compare(read_summaries(runs), "bf16")[1].losses[0] == 1.2, "a run moved aside does not count"
+    (runs / "again").mkdir()
+    write(runs / "again", "quartet", 0, 1.3)
+    with pytest.raises(UserError, match=r"several runs named 'quartet' of seed 0"):
+        read_summaries(runs)

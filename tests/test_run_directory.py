@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
 
 import pytest
@@ -114,14 +115,62 @@ def test_force_moves_the_old_run_aside(tmp_path):
     assert losses == {"": 3.0, ".old1": 1.0, ".old2": 2.0}
 
 
-def test_two_processes_cannot_train_in_one_directory(tmp_path):
+@pytest.mark.parametrize("force", [False, True])
+def test_two_processes_cannot_train_in_one_directory(tmp_path, monkeypatch, force):
+    monkeypatch.setattr("qtrain.run_directory.LOCK_SECONDS", 0.3)
     settings = config(tmp_path)
     with RunDirectory.of(settings) as directory:
         directory.open(settings)
         with pytest.raises(UserError, match="another process"):
-            RunDirectory.of(settings).open(settings)
+            RunDirectory.of(settings).open(settings.model_copy(update={"force": force}))
+        assert directory.path.exists(), "force does not move a directory from under a running process"
     with RunDirectory.of(settings) as directory:
         directory.open(settings)
+
+
+def test_a_lock_that_is_let_go_of_soon_is_waited_for(tmp_path):
+    settings = config(tmp_path)
+    first = RunDirectory.of(settings)
+    first.open(settings)
+    threading.Timer(0.4, first.close).start()
+    with RunDirectory.of(settings) as directory:
+        directory.open(settings)
+
+
+def test_a_kill_before_the_config_is_written_leaves_a_directory_that_can_be_taken_up(tmp_path, monkeypatch):
+    settings = config(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr("qtrain.run_directory.write_atomically", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        directory = RunDirectory.of(settings)
+        with pytest.raises(KeyboardInterrupt):
+            directory.open(settings)
+        directory.close()
+    with RunDirectory.of(settings) as again:
+        again.open(settings)
+        assert again.read_config() == settings
+
+
+def test_places_that_cannot_be_written_are_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    for root in (tmp_path / "file", Path("/proc/nowhere")):
+        settings = config(root)
+        with pytest.raises(UserError, match=f"cannot write run directory {root}.*run_root"):
+            RunDirectory.of(settings).open(settings)
+
+
+def test_a_damaged_config_names_its_file(tmp_path):
+    for text in ("a: [1", "name: x\nold_key: 3\n"):
+        (tmp_path / "config.yaml").write_text(text)
+        with pytest.raises(UserError, match=r"config\.yaml does not read as the settings of a run"):
+            RunDirectory(tmp_path).read_config()
+
+
+def test_force_leaves_a_folder_that_is_no_run(tmp_path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    settings = config(tmp_path, f"run_dir={tmp_path}", "force=true")
+    with pytest.raises(UserError, match="holds no run"):
+        RunDirectory.of(settings).open(settings)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 
 def test_resuming_takes_back_later_and_half_written_lines(tmp_path):
@@ -139,11 +188,12 @@ def test_resuming_takes_back_later_and_half_written_lines(tmp_path):
 
 def test_another_commit_warns(tmp_path, monkeypatch, caplog):
     settings = config(tmp_path)
-    for commit in ("aaaa", "bbbb"):
+    for commit in ("aaaa", "bbbb", "cccc"):
         monkeypatch.setattr("qtrain.run_directory.commit", lambda commit=commit: commit)
         with RunDirectory.of(settings) as directory:
             directory.open(settings)
     assert "started at commit aaaa; the code is now at bbbb" in caplog.text
+    assert "started at commit aaaa; the code is now at cccc" in caplog.text
 
 
 def test_atomic_write_leaves_the_old_file_when_it_fails(tmp_path, monkeypatch):

@@ -38,7 +38,8 @@ def _graph(plan: Plan, dtype: torch.dtype | None, along_last: bool, device: str)
     code = graph.__code__.replace(co_name=f"graph_{next(_SERIAL)}")
     own = FunctionType(code, globals(), closure=graph.__closure__)
     compiled = torch.compile(own, fullgraph=True, options=_eager_arithmetic(device))
-    compiled(*_example(plan, along_last, device))
+    with torch.inference_mode(False), torch.no_grad():
+        compiled(*_example(plan, along_last, device))
     return compiled
 
 
@@ -63,7 +64,11 @@ def _example(plan: Plan, along_last: bool, device: str) -> tuple[Tensor, Tensor 
     return x, scale, torch.zeros(2, dtype=torch.int32, device=device)
 
 
-_NO_KEY: dict[torch.device, Tensor] = {}
+@cache
+def _no_key(device: torch.device) -> Tensor:
+    """A key for graphs that draw nothing."""
+    with torch.inference_mode(False):  # it is kept
+        return torch.zeros(2, dtype=torch.int32, device=device)
 
 
 def _one_outer(plan: Plan, along_last: bool) -> bool:
@@ -76,9 +81,9 @@ def _run(x: Tensor, scale: Tensor | float, key: Tensor | None, plan: Plan, dtype
     if x.shape[0] == 1 and not _one_outer(plan, along_last):  # a size of 1 would compile once more; the bits are equal
         return reference.encode(x, scale, key, plan) if dtype is None else reference.operand(x, scale, key, plan, dtype)
     graph = _graph(plan, dtype, along_last, x.device.type)
-    if key is None:
-        key = _NO_KEY.setdefault(x.device, torch.zeros(2, dtype=torch.int32, device=x.device))
-    return graph(x, scale if isinstance(scale, Tensor) else 1.0, key)  # encode reads no constant scale
+    key = _no_key(x.device) if key is None else key
+    with torch.no_grad():  # the graph's guards see the grad mode
+        return graph(x.contiguous(), scale if isinstance(scale, Tensor) else 1.0, key)  # reads no constant scale
 
 
 def encode(x: Tensor, scale: Tensor | float, key: Tensor | None, plan: Plan) -> tuple:

@@ -12,11 +12,9 @@ import sysconfig
 from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
-from typing import Literal
 
 from qtrain_kernels import compiled, reference
 
-Backend = Literal["auto", "reference", "compiled"]
 log = logging.getLogger("qtrain")
 
 TABLE: dict[tuple[str, str], Callable[..., tuple]] = {
@@ -27,13 +25,13 @@ TABLE: dict[tuple[str, str], Callable[..., tuple]] = {
 }
 
 
-def get(op: str, backend: Backend, device_type: str) -> Callable[..., tuple]:
+def get(op: str, backend: str, device_type: str) -> Callable[..., tuple]:
     """The function of an operation. ValueError for an unknown backend, or for `compiled` where it cannot work."""
     return TABLE[op, resolve(backend, device_type)]
 
 
 @cache
-def resolve(backend: Backend, device_type: str) -> str:
+def resolve(backend: str, device_type: str) -> str:
     """auto -> the backend in force on a device ("cpu", "cuda"). ValueError as in `get`."""
     obstacle = _obstacle_to_compiling(device_type)
     if backend == "auto":

@@ -92,8 +92,8 @@ class Format:
     default_scale: str
 
 
-# What each rule computes, as 2^e of the block's largest magnitude amax and the element's emax and largest code max:
-# see qtrain_kernels.reference. Keys: the rule; values: the scale formats that it can produce.
+# Rule -> the scale formats that it can produce; reference.py computes them (e8m0: `_e8m0_exponent`; float32 scales of
+# rows and tensors: `tensor_scale`; e4m3: `block_scale`).
 SCALE_RULES: dict[str, tuple[ScaleFormat, ...]] = {
     "floor": ("e8m0",),
     "floor_three_quarters": ("e8m0",),

@@ -161,7 +161,9 @@ def block_scale(x: Tensor, scale: Tensor | float, plan: Plan) -> Tensor | None:
     """(outer, 1, inner) float32 values of the format's block scale; None for formats without blocks."""
     if plan.scale_format == "float32":
         return None
-    if plan.scale_format == "e4m3":  # a block scale that rounds to zero becomes 1: its codes are zero either way
+    if plan.scale_format == "e4m3":
+        # A block scale that rounds to zero becomes 1: |u| is under 6 * 2^-10 there, which rounds to zero to nearest,
+        # and keeps its mean under stochastic rounding.
         ratio = amax(x) / plan.element.max / _nonzero(torch.as_tensor(scale))
         rounded = round_nearest(ratio, E4M3)
         return torch.where(rounded == 0, 1.0, rounded)

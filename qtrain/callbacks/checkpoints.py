@@ -46,7 +46,7 @@ class StopRequest:
 class Checkpoints(StepCallback):
     """Saves every `every` steps, after the last one, and when a stop is asked for; keeps the newest `keep`.
 
-    No state is saved whose loss has not been seen to be finite.
+    No state is saved before the losses and gradient norms that led to it have been seen to be finite.
     """
 
     def __init__(self, directory: RunDirectory, every: int, keep: int, stop: StopRequest, measure: Measure):
@@ -55,6 +55,10 @@ class Checkpoints(StepCallback):
         self.keep = keep
         self.stop = stop
         self.measure = measure
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        self.measure.resume_clock()  # validating and saving are not waiting for data
 
     def on_step_end(self, trainer: lightning.Trainer, module: CausalLM, step: int) -> None:
         due = step % self.every == 0 or step == module.plan.steps

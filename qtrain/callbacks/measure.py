@@ -59,6 +59,10 @@ class Measure(StepCallback):
         self.started = self.ready = time.perf_counter()
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        self.resume_clock()
+
+    def resume_clock(self) -> None:
+        """From here to the next batch is waiting for data. Called by the last callback of a batch's end."""
         self.ready = time.perf_counter()
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
@@ -68,7 +72,6 @@ class Measure(StepCallback):
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.busy += time.perf_counter() - self.started
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        self.ready = time.perf_counter()
 
     def on_step_end(self, trainer: lightning.Trainer, module: CausalLM, step: int) -> None:
         self.history.append((module.step_loss, module.grad_norm))
@@ -81,7 +84,7 @@ class Measure(StepCallback):
         self.busy += time.perf_counter() - started
         seconds = self.busy + self.waiting
         values = {
-            "loss": float(module.step_loss),
+            "loss": float(trainer.strategy.reduce(module.step_loss, reduce_op="mean")),
             "lr": module.config.optimizer.lr * module.lr_factor(step - 1),
             "grad_norm": float(module.grad_norm),
             "tokens_per_second": round(len(self.history) * module.plan.batch_tokens / seconds, 1),
@@ -119,7 +122,10 @@ class Validate(StepCallback):
             precision = module.config.trainer.precision
             total, count = evaluate(module.model, batches, module.device, precision)
             sums = trainer.strategy.reduce(torch.tensor([total, count], dtype=torch.float64), reduce_op="sum")
-            self.recorder.write(trainer, module, step, validation_values(*sums.tolist(), self.bytes_per_token))
+            values = validation_values(*sums.tolist(), self.bytes_per_token)
+            if not math.isfinite(values["val_loss"]):
+                raise DivergedError(f"the validation loss is {values['val_loss']} at step {step}")
+            self.recorder.write(trainer, module, step, values)
 
 
 def validation_values(total: float, count: float, bytes_per_token: float) -> dict[str, float]:

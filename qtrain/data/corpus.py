@@ -104,11 +104,10 @@ class Corpus:
     def vocab_size(self) -> int:
         return self.tokenizer.vocab_size
 
-    def bytes_per_token(self, val_tokens: int | None = None) -> float:
-        """UTF-8 bytes of text per token over the validation documents that hold the first val_tokens (None: over all):
-        bits per byte = loss in nats / ln 2 / bytes_per_token."""
-        val = self.val if val_tokens is None else self.val.head(val_tokens)
-        return val.n_bytes / val.n_tokens
+    @property
+    def bytes_per_token(self) -> float:
+        """UTF-8 bytes per token of the validation split: bits per byte = loss in nats / ln 2 / bytes_per_token."""
+        return self.val.n_bytes / self.val.n_tokens
 
 
 def shard_path(folder: Path, split: str, index: int) -> Path:

@@ -40,15 +40,17 @@ class TrainBatches(Dataset[Tensor]):
 
 
 class ValBatches(Dataset[Tensor]):
-    """Item i: batch i of this rank's share of the first n_windows windows, in fixed order, (<= B, T + 1) int64.
+    """Item i: batch i of this rank's share of the windows given, in their order, (<= B, T + 1) int64.
 
     Every window is on one rank, and every rank has as many batches (FSDP needs each rank in each forward): full ones
     first, then what is left, at least one window in each.
     """
 
-    def __init__(self, split: Split, n_windows: int, rank: int, world: int, micro_batch: int, seq_len: int) -> None:
+    def __init__(
+        self, split: Split, windows: np.ndarray, rank: int, world: int, micro_batch: int, seq_len: int
+    ) -> None:
         self.split, self.seq_len = split, seq_len
-        shares = [share.tolist() for share in np.array_split(np.arange(n_windows), world)]
+        shares = [share.tolist() for share in np.array_split(windows, world)]
         self.n_batches = -(-max(map(len, shares)) // micro_batch)
         mine = shares[rank]
         self.batches: list[list[int]] = []
@@ -59,6 +61,12 @@ class ValBatches(Dataset[Tensor]):
 
     def __getitem__(self, index: int) -> Tensor:
         return _windows(self.split, np.array(self.batches[index]), self.seq_len)
+
+
+def spread(total: int, wanted: int) -> np.ndarray:
+    """At most `wanted` of `total` windows, evenly over all of them: the first ones may all be of one document."""
+    count = min(total, wanted)
+    return np.arange(count) * total // max(1, count)
 
 
 def _windows(split: Split, windows: np.ndarray, seq_len: int) -> Tensor:
@@ -165,8 +173,8 @@ class TokenDataModule(pl.LightningDataModule):
         self.corpus, self.seq_len, self.seed, self.total_samples = corpus, seq_len, seed, total_samples
         self.micro_batch_size, self.num_workers, self.overfit = micro_batch_size, num_workers, overfit
         self.n_train_windows = _count_windows(corpus, "train", seq_len)
-        self.n_val_windows = min(_count_windows(corpus, "val", seq_len), val_tokens // seq_len)
-        if self.n_val_windows == 0:
+        self.val_windows = spread(_count_windows(corpus, "val", seq_len), val_tokens // seq_len)
+        if len(self.val_windows) == 0:
             raise UserError(
                 f"data.val_tokens={val_tokens} is less than one sequence of {seq_len} (model.seq_len); raise it"
             )
@@ -179,11 +187,11 @@ class TokenDataModule(pl.LightningDataModule):
 
     def val_dataloader(self) -> BatchLoader:
         rank, world = self._place()
-        if self.n_val_windows < world:
+        if len(self.val_windows) < world:
             raise UserError(
-                f"{self.n_val_windows} validation sequences are fewer than {world} devices; raise data.val_tokens"
+                f"{len(self.val_windows)} validation sequences are fewer than {world} devices; raise data.val_tokens"
             )
-        dataset = ValBatches(self.corpus.val, self.n_val_windows, rank, world, self.micro_batch_size, self.seq_len)
+        dataset = ValBatches(self.corpus.val, self.val_windows, rank, world, self.micro_batch_size, self.seq_len)
         # In this process: the split is small and read again and again; 16 x 257 tokens took 0.5 ms on a CPU core.
         return BatchLoader(dataset, dataset.n_batches, self._pin_memory())
 

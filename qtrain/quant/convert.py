@@ -55,18 +55,18 @@ def convert(
     they are, by full name, last component or pattern ("layers.0.*"); None takes the recipe's own. seed keys random
     bits, together with each layer's qualified name. backend: auto | reference | compiled.
     UserError, with the model untouched, for a width that the recipe's blocks do not divide, a skip name that matches
-    nothing, or a model that is already converted.
+    nothing (lm_head in the recipe's own may), or a model that is already converted.
     """
     recipe = read_recipe(recipe)
     linears = {name: module for name, module in model.named_modules(remove_duplicate=False) if _is_linear(module)}
     if any(isinstance(module, QuantLinear) for module in linears.values()):
         raise UserError("the model is converted already; build it afresh to convert it with another recipe")
     names = recipe.skip if skip is None else ((skip,) if isinstance(skip, str) else tuple(skip))
-    if skip is not None:
-        _check_skip_names(names, linears)
+    _check_skip_names([entry for entry in names if skip is not None or entry != "lm_head"], linears)
     report = Report(recipe.name)
     for name, module in linears.items():
-        reason = _reason_to_skip(name, module, recipe, names)
+        inside = model.get_submodule(name.rpartition(".")[0])
+        reason = _reason_to_skip(name, module, recipe, names) or _other_use(module, inside)
         if reason is None:
             report.converted.append(name)
         else:
@@ -78,7 +78,12 @@ def convert(
 
 
 def set_step(model: nn.Module, step: int, micro_batch: int = 0) -> None:
-    """Key the random bits of every QuantLinear in model by the optimiser step and the micro-batch within it."""
+    """Key the random bits of every QuantLinear in model by the optimiser step and the micro-batch within it.
+
+    Call it before every training forward: without it, a forward repeats the noise of the last. With activation
+    checkpointing, call it again only after the backward of the forward that it keyed. A layer used twice in one forward
+    draws the same bits twice. Signs of kind step are redrawn for every micro-batch.
+    """
     for module in model.modules():
         if isinstance(module, QuantLinear):
             module.set_step(step, micro_batch)
@@ -109,8 +114,19 @@ def _reason_to_skip(name: str, module: nn.Module, recipe: LinearRecipe, skip: Se
     entry = next((entry for entry in skip if _matches(entry, name)), None)
     if entry is not None:
         return f"named by skip ({entry})"
+    return None
+
+
+def _other_use(module: nn.Module, inside: nn.Module) -> str | None:
+    """Why a linear layer is more than its weight and bias; None for a plain one. inside: the module that holds it."""
     if type(module) is not nn.Linear:
         return f"a {type(module).__name__}, which may use its weight in its own way"
+    if not isinstance(module.weight, nn.Parameter):
+        return "its weight is computed from other parameters (weight_norm, spectral_norm)"
+    if any(getattr(module, f"_{kind}_hooks") for kind in ("forward", "forward_pre", "backward", "backward_pre")):
+        return "it carries hooks; remove them, or register them after the conversion"
+    if isinstance(inside, nn.TransformerEncoderLayer):
+        return "inside a TransformerEncoderLayer, whose fast path reads the weights without calling the layer"
     return None
 
 
@@ -145,6 +161,7 @@ def _swap(
         assert isinstance(module, nn.Linear)
         if module not in made:
             made[module] = QuantLinear(module, recipe, name, seed, backend)
+    for name, module in linears.items():  # all are built: nothing raises from here on
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, made[module])
 
@@ -152,13 +169,12 @@ def _swap(
 def _misfit(name: str, module: nn.Module, recipe: LinearRecipe, numerics: Numerics) -> str | None:
     """Why a layer's widths do not fit the recipe's blocks; None if they do."""
     assert isinstance(module, nn.Linear)
-    for kind, gemm, size in (
-        ("in_features", numerics.fprop, module.in_features),
-        ("out_features", numerics.dgrad, module.out_features),
-    ):
-        if size % gemm.multiple:
+    for operand, quantizer in numerics.operands.items():
+        gemm, multiple = operand.split(".")[0], quantizer.multiple
+        kind = {"fprop": "in_features", "dgrad": "out_features"}.get(gemm)  # wgrad pads its tokens
+        if kind and getattr(module, kind) % multiple:
             return (
-                f"recipe {recipe.name} needs {kind} % {gemm.multiple} == 0 ({gemm.left.spec.format} in blocks, "
-                f"{gemm.left.spec.rotation or 'no rotation'}); {name} has {size}; pad it or add it to recipe.skip"
+                f"recipe {recipe.name} needs {kind} % {multiple} == 0 for {operand} ({quantizer}); {name} has "
+                f"{getattr(module, kind)}; pad it or add it to recipe.skip"
             )
     return None

@@ -11,6 +11,7 @@ inverse. Masks are the forward's estimators. Weights are quantised from the floa
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, cast
 
 import torch
@@ -21,7 +22,7 @@ from torch.nn import functional as F
 from qtrain.config import Backend, LinearRecipe, QuantSpec
 from qtrain.errors import UserError
 from qtrain.quant.quantizer import Operand, Quantizer, gemm
-from qtrain.quant.random import USES, key_words
+from qtrain.quant.random import USES, key_of, key_words
 from qtrain.quant.rotation import rotate, rotation_matrix
 
 
@@ -69,7 +70,7 @@ class Numerics:
             for name, quantizer in zip(names, (getattr(self, gemm).left, getattr(self, gemm).right), strict=True)
         }
 
-    @property
+    @cached_property
     def stochastic(self) -> bool:
         return any(quantizer.stochastic or quantizer.spec.signs == "step" for quantizer in self.operands.values())
 
@@ -86,9 +87,9 @@ class _QuantLinearFunction(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, keys: Tensor, numerics: Numerics, dtype: torch.dtype) -> Tensor:
         """x (T, K), weight (N, K) master, keys (9, 2) int32 in the order of USES -> (T, N) in dtype."""
         with torch.autocast(x.device.type, enabled=False):
-            matrix = numerics.fprop.matrix(keys[6])
-            xq = numerics.fprop.left.operand(x, dtype, matrix, keys[0])
-            wq = numerics.fprop.right.operand(weight, dtype, matrix, keys[1])
+            matrix = numerics.fprop.matrix(key_of(keys, "fprop.signs"))
+            xq = numerics.fprop.left.operand(x, dtype, matrix, key_of(keys, "fprop.x"))
+            wq = numerics.fprop.right.operand(weight, dtype, matrix, key_of(keys, "fprop.w"))
             y = gemm(xq, wq.t).to(dtype)
         w_source = wq if numerics.dgrad.right.spec.source == "forward" else Operand(weight)
         x_source = xq if numerics.wgrad.right.spec.source == "forward" else Operand(x)
@@ -125,14 +126,15 @@ class _QuantLinearFunction(torch.autograd.Function):
 @torch.compiler.disable(reason="quantised GEMMs keep their own graphs, so that their bits stay those of the reference")
 def _apply(x: Tensor, weight: Tensor, keys: Tensor, numerics: Numerics, dtype: torch.dtype) -> Tensor:
     """Under torch.compile of a whole model this is a graph break: the rest of the model compiles around it."""
+    keys = keys.to(x.device, non_blocking=True)
     return cast(Tensor, _QuantLinearFunction.apply(x, weight, keys, numerics, dtype))
 
 
 def _dgrad(gemm_: Gemm, grad_output: Tensor, weight: Tensor, keys: Tensor, dtype: torch.dtype) -> Tensor:
     """(T, N) @ (N, K), both quantised along N."""
-    matrix = gemm_.matrix(keys[7])
-    dy = gemm_.left.operand(grad_output, dtype, matrix, keys[2], dim=-1)
-    w = gemm_.right.operand(weight, dtype, matrix, keys[3], dim=-2)
+    matrix = gemm_.matrix(key_of(keys, "dgrad.signs"))
+    dy = gemm_.left.operand(grad_output, dtype, matrix, key_of(keys, "dgrad.dy"), dim=-1)
+    w = gemm_.right.operand(weight, dtype, matrix, key_of(keys, "dgrad.w"), dim=-2)
     return gemm(dy, w)
 
 
@@ -141,9 +143,9 @@ def _wgrad(gemm_: Gemm, grad_output: Tensor, x: Tensor, keys: Tensor, dtype: tor
     padding = -x.shape[0] % gemm_.multiple
     if padding:
         grad_output, x = F.pad(grad_output, (0, 0, 0, padding)), F.pad(x, (0, 0, 0, padding))
-    matrix = gemm_.matrix(keys[8])
-    dy = gemm_.left.operand(grad_output, dtype, matrix, keys[4], dim=-2)
-    xq = gemm_.right.operand(x, dtype, matrix, keys[5], dim=-2)
+    matrix = gemm_.matrix(key_of(keys, "wgrad.signs"))
+    dy = gemm_.left.operand(grad_output, dtype, matrix, key_of(keys, "wgrad.dy"), dim=-2)
+    xq = gemm_.right.operand(x, dtype, matrix, key_of(keys, "wgrad.x"), dim=-2)
     return gemm(dy.t, xq)
 
 
@@ -175,8 +177,6 @@ class QuantLinear(nn.Linear):
     the master in its own dtype. A recipe that draws random bits needs `qtrain.set_step` before each training forward.
     """
 
-    keys: Tensor
-
     def __init__(self, linear: nn.Linear, recipe: LinearRecipe, name: str, seed: int, backend: Backend) -> None:
         """Takes over linear's parameters; name: its qualified name, which with seed keys its random bits."""
         super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
@@ -185,12 +185,10 @@ class QuantLinear(nn.Linear):
         self.name, self.seed = name, seed
         self.step_is_set = False
         self.train(linear.training)
-        keys = torch.zeros(len(USES), 2, dtype=torch.int32, device=linear.weight.device)
-        self.register_buffer("keys", keys, persistent=False)
         self._draw_keys(0, 0)
 
     def set_step(self, step: int, micro_batch: int) -> None:
-        """Keys every draw of the next forward and its backward; in place, so that nothing compiles again."""
+        """Keys every draw of the next forward and its backward; see `qtrain.set_step`."""
         self._draw_keys(step, micro_batch)
         self.step_is_set = True
 
@@ -198,8 +196,9 @@ class QuantLinear(nn.Linear):
         fixed = {f"{name}.signs" for name in ("fprop", "dgrad", "wgrad") if self._signs(name) == "fixed"}
         position = ("step", step, micro_batch)
         rows = [key_words(self.seed, self.name, use, *(() if use in fixed else position)) for use in USES]
-        if self.keys.device.type != "meta":
-            self.keys.copy_(torch.tensor(rows, dtype=torch.int32))
+        with torch.inference_mode(False):
+            # No buffer, which ranks would share and to_empty would lose; replaced, as a graph may hold the old one.
+            self.keys = torch.tensor(rows, dtype=torch.int32, device="cpu")
 
     def _signs(self, gemm_name: str) -> str:
         return cast(QuantSpec, getattr(self.numerics, gemm_name).left.spec).signs
@@ -218,10 +217,15 @@ class QuantLinear(nn.Linear):
                 f"{self.name}: quantised GEMMs run in bfloat16 or float32; the compute dtype is {dtype}; "
                 "use torch.autocast(..., dtype=torch.bfloat16)"
             )
+        if input.shape[-1:] != (self.in_features,):
+            raise UserError(
+                f"{self.name}: expected an input of last dim {self.in_features}, found shape {tuple(input.shape)}; "
+                "pass (..., in_features)"
+            )
         if input.numel() == 0:
             return F.linear(input.to(dtype), self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype))
         tokens = input.reshape(-1, self.in_features)
-        y = _apply(tokens, self.weight, self.keys.clone(), self.numerics, dtype)
+        y = _apply(tokens, self.weight, self.keys, self.numerics, dtype)
         y = y.view(*input.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias.to(dtype)
 

@@ -74,7 +74,10 @@ class Operand:
 
 
 def gemm(left: Operand, right: Operand) -> Tensor:
-    """left (M, K) @ right (K, N) in their dtype; float32 where a post-scale multiplies the result."""
+    """left (M, K) @ right (K, N) in their dtype; float32 where a post-scale multiplies the result.
+
+    In bfloat16 the product is then rounded once to bfloat16 before the post-scale, and once more by the caller's cast.
+    """
     product = left.values @ right.values
     scales = [left.post_scale, right.post_scale]
     if isinstance(scales[0], float) and isinstance(scales[1], float):

@@ -7,13 +7,23 @@ A key is two int32 words; `qtrain_kernels.reference.mix` turns it and an element
 from __future__ import annotations
 
 import hashlib
+import operator
+from typing import SupportsIndex
+
+from torch import Tensor
 
 # What one layer draws for, in the order of the rows of its key table.
 USES = ("fprop.x", "fprop.w", "dgrad.dy", "dgrad.w", "wgrad.dy", "wgrad.x", "fprop.signs", "dgrad.signs", "wgrad.signs")
 
 
-def key_words(*parts: int | str) -> list[int]:
-    """Two int32 words, a stable hash of the parts (equal on every machine and Python)."""
+def key_of(keys: Tensor, use: str) -> Tensor:
+    """The row (2,) of a layer's key table (9, 2) for one of USES."""
+    return keys[USES.index(use)]
+
+
+def key_words(*parts: SupportsIndex | str) -> list[int]:
+    """Two int32 words, a stable hash of the parts (equal on every machine and Python); any integer type counts."""
+    parts = tuple(part if isinstance(part, str) else int(operator.index(part)) for part in parts)
     text = "\x1f".join(f"{type(part).__name__}:{part}" for part in parts)
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
     return [int.from_bytes(digest[at : at + 4], "little", signed=True) for at in (0, 4)]

@@ -10,6 +10,7 @@ from functools import cache
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from qtrain_kernels.reference import mix
 
@@ -19,10 +20,11 @@ def hadamard(n: int, device: torch.device) -> Tensor:
     """(n, n) float32 Sylvester Hadamard / sqrt(n): its own inverse. ValueError unless n is a power of two."""
     if n < 1 or n & (n - 1):
         raise ValueError(f"hadamard{n}: the block must be a power of two; use hadamard{1 << n.bit_length() - 1}")
-    matrix = torch.ones(1, 1, dtype=torch.float64)
-    for _ in range(n.bit_length() - 1):
-        matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)), 0)
-    return (matrix / n**0.5).to(device, torch.float32)
+    with torch.inference_mode(False), unset_fake_temporarily():  # it is kept: whoever asks first must not mark it
+        matrix = torch.ones(1, 1, dtype=torch.float64, device="cpu")
+        for _ in range(n.bit_length() - 1):
+            matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)), 0)
+        return (matrix / n**0.5).to(device, torch.float32)
 
 
 def signs(n: int, key: Tensor) -> Tensor:
@@ -42,6 +44,7 @@ def rotate(x: Tensor, matrix: Tensor | None, dim: int = -1) -> Tensor:
     if matrix is None:
         return x
     n = matrix.shape[0]
-    if dim == -1:
-        return (x.reshape(-1, n) @ matrix).view(x.shape)
-    return (matrix.T @ x.reshape(-1, n, x.shape[1])).view(x.shape)
+    with torch.autocast(x.device.type, enabled=False):
+        if dim == -1:
+            return (x.reshape(-1, n) @ matrix).view(x.shape)
+        return (matrix.T @ x.reshape(-1, n, x.shape[1])).view(x.shape)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import math
-from collections import defaultdict
+import re
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,18 +23,24 @@ COLUMNS = (
 )  # fmt: skip
 
 Row = dict[str, Any]
+_MOVED_ASIDE = re.compile(r"\.old\d+$")  # by force=true
 
 
 def read_summaries(root: Path) -> list[Row]:
     """The summaries of finished runs below root, by name and seed. UserError where there is none, or where they were
     trained on different data, whose losses do not compare."""
-    summaries = [json.loads(path.read_text()) for path in root.rglob("summary.json")]
+    paths = [path for path in root.rglob("summary.json") if not _MOVED_ASIDE.search(path.parent.name)]
+    summaries = [json.loads(path.read_text()) for path in paths]
     rows = [{key: row.get(key) for key in COLUMNS} for row in summaries if row.get("status") == "finished"]
     if not rows:
         raise UserError(f"{root} holds {len(summaries)} runs, none of them finished")
     data = {row["data_hash"] for row in rows}
     if len(data) > 1:
         raise UserError(f"the runs below {root} were trained on {len(data)} different corpora; compare them apart")
+    twice = [key for key, count in Counter((row["name"], row["seed"]) for row in rows).items() if count > 1]
+    if twice:
+        name, seed = twice[0]
+        raise UserError(f"there are several runs named {name!r} of seed {seed} below {root}; give them their own names")
     return sorted(rows, key=lambda row: (row["name"], row["seed"]))
 
 

@@ -192,7 +192,11 @@ def _check_operand(where: str, gemm: str, operand: str, spec: QuantSpec) -> None
         raise ValueError(f"{where}: a gradient has no forward value; use source: master")
     if gemm != "fprop" and spec.estimator != "ste":
         raise ValueError(f"{where}: estimator belongs to the operands of fprop")
-    given = [name for name in ("scale", "rounding", "estimator") if getattr(spec, name) != QuantSpec.model_fields[name].default]
+    given = [
+        name
+        for name in ("scale", "rounding", "estimator")
+        if getattr(spec, name) != QuantSpec.model_fields[name].default
+    ]
     if spec.format == "none" and given:
         raise ValueError(f"{where}: format none quantises nothing, so {', '.join(given)} would do nothing; drop it")
     if spec.number_format is not None:

@@ -43,6 +43,10 @@ def same(a: Tensor | None, b: Tensor | None) -> bool:
     return a.dtype == b.dtype and torch.equal(a.view(bits), b.view(bits))
 
 
+def graphs() -> int:
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
 @pytest.mark.parametrize("name", PLANS)
 def test_equal_bits_at_every_shape_without_recompiling(name: str) -> None:
     plan = PLANS[name]
@@ -52,15 +56,20 @@ def test_equal_bits_at_every_shape_without_recompiling(name: str) -> None:
         shapes += [(5, block, 33), (2, block, 128), (1, block, 64)]
     if name == "quest":
         shapes += [(7, 40, 1), (1, block, 33), (1, 128, 65)]
-    graphs = set()
+    compiled._graph.cache_clear()
+    seen = set()
     for shape in shapes:
         x = hard_input(shape)
-        scale = reference.tensor_scale(x, plan)
-        expected = reference.operand(x, scale, KEY, plan, torch.bfloat16)
-        found = compiled.operand(x, scale, KEY, plan, torch.bfloat16)
-        assert all(map(same, expected, found)), (name, shape)
-        graphs.add((x.shape[2] == 1, torch._dynamo.utils.counters["stats"]["unique_graphs"]))
-    assert len(graphs) <= 2  # one along each dim
+        layout, block_alone = shape[2] == 1, shape[0] == 1 and (plan.block or shape[2] == 1)  # the latter runs eagerly
+        before = graphs()
+        for key, grad, given in ((KEY, True, x), (KEY + 1, False, x), (KEY, True, x.mT.contiguous().mT)):
+            with torch.set_grad_enabled(grad):
+                scale = reference.tensor_scale(x, plan)
+                expected = reference.operand(x, scale, key, plan, torch.bfloat16)
+                found = compiled.operand(given, scale, key, plan, torch.bfloat16)
+            assert all(map(same, expected, found)), (name, shape)
+        assert graphs() == before + (not block_alone and layout not in seen), (name, shape)
+        seen |= set() if block_alone else {layout}
 
 
 def test_encode_gives_equal_codes_and_scales() -> None:

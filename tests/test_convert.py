@@ -1,10 +1,13 @@
 """What convert changes, what it leaves, and what it refuses before touching anything."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
 
 import qtrain
+from qtrain.config import LinearRecipe, read_recipe
 from qtrain.errors import UserError
 from qtrain.quant import QuantLinear, check_backend
 from qtrain_kernels import dispatch
@@ -55,6 +58,61 @@ def test_skip_takes_names_and_patterns(skip: str | list[str], left: set[str]) ->
     assert set(qtrain.convert(model, "quartet", skip=skip, backend="reference").skipped) == left
 
 
+def test_layers_whose_weight_or_call_is_not_plain_stay() -> None:
+    parametrized = nn.utils.parametrizations.weight_norm(nn.Linear(64, 64))
+    hooks = {"after": "forward_hook", "before": "forward_pre_hook", "back": "full_backward_hook"}
+    model = nn.ModuleDict({
+        "computed": nn.utils.spectral_norm(nn.Linear(64, 64)),
+        "parametrized": parametrized,
+        "encoder": nn.TransformerEncoderLayer(64, 2, 64),
+        **{name: nn.Linear(64, 64) for name in (*hooks, "plain")},
+    })  # fmt: skip
+    for name, hook in hooks.items():
+        getattr(model[name], f"register_{hook}")(lambda *_: None)
+    report = qtrain.convert(model, "quartet", backend="reference")
+    assert report.converted == ["plain"]
+    assert "computed from other parameters" in report.skipped["computed"]
+    assert "ParametrizedLinear" in report.skipped["parametrized"]
+    assert all("carries hooks" in report.skipped[name] for name in hooks)
+    for name in ("encoder.linear1", "encoder.linear2"):
+        assert "TransformerEncoderLayer, whose fast path" in report.skipped[name]
+    inside = nn.TransformerEncoderLayer(64, 2, 64)
+    assert qtrain.convert(inside, "quartet", backend="reference").converted == []
+
+
+def test_an_error_while_building_leaves_the_model_untouched(monkeypatch: pytest.MonkeyPatch) -> None:
+    build = QuantLinear.__init__
+
+    def fails(self: QuantLinear, linear: nn.Linear, recipe: LinearRecipe, name: str, *rest: Any) -> None:
+        if name == "blocks.1.down":
+            raise RuntimeError("no memory")
+        build(self, linear, recipe, name, *rest)
+
+    monkeypatch.setattr(QuantLinear, "__init__", fails)
+    model = Tied()
+    with pytest.raises(RuntimeError, match="no memory"):
+        qtrain.convert(model, "quartet", backend="reference")
+    assert not any(isinstance(module, QuantLinear) for module in model.modules())
+
+
+def test_a_recipes_own_skip_must_match_but_for_lm_head() -> None:
+    model = nn.Sequential(nn.Linear(64, 64))
+    recipe = read_recipe("quartet")
+    with pytest.raises(UserError, match=r"skip names 'lm_haed', which matches no linear layer; the nearest are 0"):
+        qtrain.convert(model, recipe.model_copy(update={"skip": ("lm_haed",)}))
+    assert qtrain.convert(model, recipe, backend="reference").converted == ["0"]  # its skip is lm_head
+
+
+@pytest.mark.parametrize("field", [{"scale": "floor"}, {"rounding": "stochastic"}, {"estimator": "clip"}])
+def test_format_none_takes_no_numerics(field: dict[str, str]) -> None:
+    off = {"format": "none"}
+    recipe = {"name": "own", "fprop": {"x": off, "w": off | field}} | {
+        gemm: {"dy": off, other: off} for gemm, other in (("dgrad", "w"), ("wgrad", "x"))
+    }
+    with pytest.raises(UserError, match=rf"recipe own, fprop\.w: format none .*{next(iter(field))}"):
+        qtrain.convert(nn.Sequential(nn.Linear(64, 64)), recipe)
+
+
 def test_bf16_converts_nothing_and_says_why() -> None:
     model = Tied()
     report = qtrain.convert(model, "bf16")
@@ -70,7 +128,7 @@ def test_bf16_converts_nothing_and_says_why() -> None:
     ({"name": "quest", "format": "mxfp8_e4m3"}, None, "no Gaussian fit is known for mxfp8_e4m3"),
     ({"name": "quartet", "bits": 4}, None, "names its own format, so bits=4"),
     ({"name": "quest", "colour": 1}, None, "unknown key 'colour'"),
-    ("quest", None, r"in_features % 128 == 0 \(.*hadamard128\); blocks.0.up has 64; pad it or add it to recipe.skip"),
+    ("quest", None, r"in_features % 128 == 0 for fprop.x \(int4/.*had128/trust\); blocks.0.up has 64; pad it or add it to"),
 ])  # fmt: skip
 def test_refuses_and_leaves_the_model_untouched(recipe: object, skip: list[str] | None, message: str) -> None:
     model = Tied()
@@ -81,7 +139,7 @@ def test_refuses_and_leaves_the_model_untouched(recipe: object, skip: list[str] 
 
 def test_out_features_count_where_they_are_contracted() -> None:
     """Quartet's dgrad runs over N in blocks of 32; QuEST's stays in 16 bit."""
-    with pytest.raises(UserError, match=r"needs out_features % 32 == 0 .*; 0 has 100"):
+    with pytest.raises(UserError, match=r"needs out_features % 32 == 0 for dgrad.dy \(mxfp4/.*\); 0 has 100"):
         qtrain.convert(nn.Sequential(nn.Linear(128, 100)), "quartet")
     assert qtrain.convert(nn.Sequential(nn.Linear(128, 100)), "quest").converted == ["0"]
 

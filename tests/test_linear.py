@@ -4,20 +4,25 @@
 """
 
 import copy
+import io
 
 import numpy as np
 import pytest
 import torch
 from oracles import quantization as oracle
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 import qtrain
 from qtrain.config import LinearRecipe, read_recipe
 from qtrain.errors import UserError
-from qtrain.quant import QuantLinear
-from qtrain.quant.random import USES
+from qtrain.quant import QuantLinear, rotation
+from qtrain.quant.linear import Gemm
+from qtrain.quant.quantizer import Quantizer
+from qtrain.quant.random import USES, key_words
 from qtrain.quant.rotation import signs
+from qtrain_kernels import compiled
 from qtrain_kernels.formats import GAUSSIAN_CLIP
 
 T, K, N = 96, 256, 128
@@ -71,11 +76,15 @@ def test_quartet_is_algorithm_one(backend: str) -> None:
         assert sqnr(found, want) > 45, name
 
 
-@pytest.mark.parametrize("bits", [1, 2, 4, 8])
-def test_quest_is_the_published_method(bits: int) -> None:
-    module = layer({"name": "quest", "bits": bits})
+@pytest.mark.parametrize(("name", "grid", "clip", "trust"), [  # clip and trust in RMS
+    *((f"int{b}", oracle.centred_grid(b), GAUSSIAN_CLIP[b], GAUSSIAN_CLIP[b] / (2**b - 1)) for b in (1, 2, 4, 8)),
+    ("int1.585", [-1.0, 0.0, 1.0], 1.2240, 0.6120),
+    ("fp4_e2m1", oracle.E2M1_GRID, 2.92248, 0.3186),
+])  # fmt: skip
+def test_quest_is_the_published_method(name: str, grid: list[float], clip: float, trust: float) -> None:
+    module = layer({"name": "quest", "format": name})
     x, dy = batch()
-    expected = oracle.quest_linear(*numpy(x, module.weight, dy), bits, GAUSSIAN_CLIP[bits])
+    expected = oracle.quest_linear(*numpy(x, module.weight, dy), grid, clip, trust)
     for name, found, want in zip(("y", "dx", "dw"), run(module, x, dy), expected, strict=True):
         assert sqnr(found, want) > 45, name
 
@@ -145,8 +154,8 @@ def test_backends_agree_bit_for_bit_in_bfloat16(recipe: object) -> None:
         module = layer(recipe, backend)
         with torch.autocast("cpu", torch.bfloat16):
             results.append(run(module, x.view(5, 10, K), dy.view(5, 10, N)))
-    for reference, compiled in zip(*results, strict=True):
-        assert torch.equal(reference, compiled)
+    for found, want in zip(*results, strict=True):
+        assert torch.equal(found, want)
     y, dx, dw = results[0]
     assert (y.dtype, dx.dtype, dw.dtype) == (torch.bfloat16, torch.float32, torch.float32)
     assert y.shape == (5, 10, N) and y.isfinite().all() and dw.isfinite().all()
@@ -165,6 +174,37 @@ def test_steps_key_the_draws() -> None:
     assert torch.equal(first[0], later[0])  # this recipe's forward draws nothing
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     assert not torch.equal(first[1], later[1]) and not torch.equal(first[1], other[1])
+
+
+def test_every_draw_takes_the_key_of_its_own_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = layer("quartet")
+    module.set_step(5, 2)
+    names: dict[int, str] = {id(quantizer): name for name, quantizer in module.numerics.operands.items()}
+    names |= {id(getattr(module.numerics, gemm)): f"{gemm}.signs" for gemm in ("fprop", "dgrad", "wgrad")}
+    found = []
+    operand, matrix = Quantizer.operand, Gemm.matrix
+
+    def operand_seen(self: Quantizer, x: Tensor, dtype: torch.dtype, matrix: Tensor, key: Tensor, dim: int = -1):
+        found.append((names[id(self)], key.tolist()))
+        return operand(self, x, dtype, matrix, key, dim)
+
+    def matrix_seen(self: Gemm, key: Tensor) -> Tensor | None:
+        found.append((names[id(self)], key.tolist()))
+        return matrix(self, key)
+
+    monkeypatch.setattr(Quantizer, "operand", operand_seen)
+    monkeypatch.setattr(Gemm, "matrix", matrix_seen)
+    run(module, *batch())
+    assert sorted(found) == sorted((use, key_words(0, "0", use, "step", 5, 2)) for use in USES)
+
+
+def test_any_integer_type_keys_alike() -> None:
+    module = layer("quartet_v1")
+    for step, micro_batch in ((3, 1), (np.int64(3), np.int32(1)), (torch.tensor(3), torch.tensor(1))):
+        module.set_step(step, micro_batch)  # pyright: ignore[reportArgumentType]
+        assert module.keys[0].tolist() == key_words(0, "0", "fprop.x", "step", 3, 1)
+    with pytest.raises(TypeError, match="float"):
+        module.set_step(3.0, 1)  # pyright: ignore[reportArgumentType]
 
 
 def test_layers_and_seeds_draw_apart() -> None:
@@ -244,6 +284,50 @@ def test_zero_and_empty_and_bad_inputs() -> None:
         assert y[3].isnan().all() and y[[0, 1, 2, 4]].isfinite().all()
         with pytest.raises(UserError, match=r"compute dtype is torch\.float16"), torch.autocast("cpu", torch.float16):
             module(x)
+        for wrong in (x.T, torch.zeros(0, K + 1), torch.tensor(1.0)):  # the first has a multiple of K elements
+            with pytest.raises(UserError, match=rf"0: expected .* last dim {K}, found shape \("):
+                module(wrong)
+
+
+@pytest.mark.parametrize("backend", ["reference", "compiled"])
+def test_training_works_after_a_first_forward_in_inference_mode(backend: str) -> None:
+    x, dy = batch()
+    expected = run(layer("quartet", backend), x, dy)
+    rotation.hadamard.cache_clear()
+    compiled._graph.cache_clear()
+    compiled._no_key.cache_clear()
+    with torch.inference_mode():
+        module = layer("quartet", backend)
+        module.eval()(x)
+        qtrain.fake_quantize(x, "mxfp4", rotation="hadamard64", backend="reference")
+    plain = nn.Linear(K, N, bias=False)  # whose weight was not made in inference mode
+    module.weight = plain.weight
+    with torch.no_grad():
+        plain.weight.copy_(layer("quartet").weight)
+    module.train()
+    for found, want in zip(run(module, x, dy), expected, strict=True):
+        assert torch.equal(found, want)
+    assert not rotation.hadamard(64, x.device).is_inference()
+
+
+def test_the_cached_rotation_is_a_real_tensor_whoever_asks_first() -> None:
+    for mode in (FakeTensorMode(), torch.device("meta"), torch.inference_mode()):
+        rotation.hadamard.cache_clear()
+        with mode:
+            rotation.hadamard(32, torch.device("cpu"))
+        matrix = rotation.hadamard(32, torch.device("cpu"))
+        torch.testing.assert_close((matrix @ matrix).tolist(), torch.eye(32).tolist(), rtol=0, atol=1e-6)
+        assert not matrix.is_inference()
+
+
+def test_bias_keeps_the_autocast_dtype() -> None:
+    module = layer("quartet", bias=True)
+    assert module.bias is not None and module.bias.dtype == torch.float32
+    x, _ = batch()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = module(x)
+        bare = layer("quartet")(x)
+    assert y.dtype == torch.bfloat16 and torch.equal(y, bare + module.bias.bfloat16())
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # torch's own, at any graph break
@@ -269,10 +353,16 @@ def test_a_compiled_model_keeps_the_quantisers_bits() -> None:
 
 def test_state_dict_copies_and_print() -> None:
     module = layer("quartet", bias=True)
-    assert list(module.state_dict()) == ["weight", "bias"]
-    twin = copy.deepcopy(module)
+    assert list(module.state_dict()) == ["weight", "bias"] and list(module.buffers()) == []
+    saved = io.BytesIO()
+    torch.save(module, saved)
+    saved.seek(0)
+    emptied = copy.deepcopy(module).to("meta").to_empty(device="cpu")
+    emptied.load_state_dict(module.state_dict())
     x, dy = batch()
-    assert all(torch.equal(a, b) for a, b in zip(run(module, x, dy), run(twin, x, dy), strict=True))
+    for twin in (copy.deepcopy(module), torch.load(saved, weights_only=False), emptied):
+        for found, want in zip(run(twin, x, dy), run(module, x, dy), strict=True):
+            assert torch.equal(found, want)
     gradient = "mxfp4/floor_three_quarters/nearest/had32±step"
     assert repr(module) == (
         "QuantLinear(in_features=256, out_features=128, bias=True, "

@@ -11,9 +11,11 @@ from torch import Tensor
 import qtrain
 from qtrain.config import QuantSpec
 from qtrain.errors import UserError
+from qtrain.quant.estimator import gradient_mask
 from qtrain.quant.quantizer import Quantizer, gemm
 from qtrain.quant.rotation import rotate, rotation_matrix
-from qtrain_kernels.formats import FORMATS
+from qtrain_kernels.formats import FORMATS, get_format
+from qtrain_kernels.reference import Mask
 
 RULES = {  # octave-averaged relative error on N(0, 1) in blocks of 32, E2M1
     "floor": 1.334e-2, "even": 1.260e-2, "rceil": 1.367e-2, "ceil": 1.99e-2, "round": 1.464e-2, "std": 2.23e-2,
@@ -117,6 +119,31 @@ def test_rotated_fake_quantize_spreads_an_outlier() -> None:
     plain = qtrain.fake_quantize(x, "int4", backend="reference")
     rotated = qtrain.fake_quantize(x, "int4", rotation="hadamard128", backend="reference")
     assert relative_error(x, rotated) < 0.02 and relative_error(x, plain) > 0.3
+
+
+@pytest.mark.parametrize(("format", "rotation"), [("mxfp4", "hadamard32"), ("int8", "hadamard128")])
+def test_autocast_changes_nothing(format: str, rotation: str) -> None:
+    x = gaussians(16, 256)
+    expected = qtrain.fake_quantize(x, format, rotation=rotation)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(qtrain.fake_quantize(x, format, rotation=rotation), expected)
+
+
+def test_any_integer_type_seeds_alike() -> None:
+    x = gaussians(16, 64)
+    first, *rest = (
+        qtrain.fake_quantize(x, "mxfp4", rounding="stochastic", seed=seed)  # pyright: ignore[reportArgumentType]
+        for seed in (3, np.int64(3), torch.tensor(3))
+    )
+    assert all(torch.equal(first, other) for other in rest)
+
+
+def test_trust_thresholds_are_the_released_ones() -> None:
+    fp4 = gradient_mask("trust", get_format("fp4_e2m1"), True)
+    assert fp4 is not None and fp4.kind == "error"
+    assert fp4.limit * 2.92248 / 6 == pytest.approx(0.3186, rel=1e-5)  # in RMS: the largest code is at 2.92248
+    one_bit = [gradient_mask("trust", get_format("int1"), rotated) for rotated in (True, False)]
+    assert one_bit == [Mask("within", 1.30 / 2), Mask("within", 1.25 / 2)]  # codes are -1/2 and 1/2
 
 
 @pytest.mark.parametrize("dim", [-1, -2])

@@ -115,6 +115,12 @@ def test_least_error_scale_is_the_least_of_three() -> None:
     np.testing.assert_array_equal(found.flatten().double().numpy(), expected)
 
 
+def test_the_std_scale_of_a_tiny_constant_block_is_its_epsilon() -> None:
+    """log2(1e-8) = -26.58."""
+    x = torch.full((1, 32, 1), 1e-12)
+    assert reference.block_scale(x, 1.0, mx_plan("std")).item() == 2.0**-27  # pyright: ignore
+
+
 def test_tree_sum_adds_halves_and_carries_an_odd_last() -> None:
     """One float32 rounding per addition, in this order and no other: a value at which orders differ."""
     x = torch.tensor([1.0, 2.0**24, 1.0, -(2.0**24), 1.0]).view(1, 5, 1)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._inductor import config
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from qtrain_kernels import reference
 from qtrain_kernels.reference import Plan
@@ -67,7 +68,7 @@ def _example(plan: Plan, along_last: bool, device: str) -> tuple[Tensor, Tensor 
 @cache
 def _no_key(device: torch.device) -> Tensor:
     """A key for graphs that draw nothing."""
-    with torch.inference_mode(False):  # it is kept
+    with torch.inference_mode(False), unset_fake_temporarily():  # it is kept: whoever asks first must not mark it
         return torch.zeros(2, dtype=torch.int32, device=device)
 
 

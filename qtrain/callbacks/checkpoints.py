@@ -29,8 +29,14 @@ class StopRequest:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
-        self._before = {number: signal.signal(number, self._note) for number in self.SIGNALS}
+        self._before = {number: signal.getsignal(number) for number in self.SIGNALS}
+        self.listen()
         return self
+
+    def listen(self) -> None:
+        """Again once training starts: Lightning puts a handler of its own in front, which ends the run at once."""
+        for number in self.SIGNALS:
+            signal.signal(number, self._note)
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
@@ -55,6 +61,9 @@ class Checkpoints(StepCallback):
         self.keep = keep
         self.stop = stop
         self.measure = measure
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        self.stop.listen()
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)

@@ -169,7 +169,7 @@ def _swap(
 def _misfit(name: str, module: nn.Module, recipe: LinearRecipe, numerics: Numerics) -> str | None:
     """Why a layer's widths do not fit the recipe's blocks; None if they do."""
     assert isinstance(module, nn.Linear)
-    for operand, quantizer in numerics.operands.items():
+    for operand, quantizer in sorted(numerics.operands.items(), key=lambda item: -item[1].multiple):
         gemm, multiple = operand.split(".")[0], quantizer.multiple
         kind = {"fprop": "in_features", "dgrad": "out_features"}.get(gemm)  # wgrad pads its tokens
         if kind and getattr(module, kind) % multiple:

@@ -76,14 +76,14 @@ def quartet_backward(x: Array) -> Array:
     return (nearest(0.75 * blocks / scale, E2M1_GRID) * scale / 0.75).reshape(x.shape)
 
 
-def quest(x: Array, bits: int, clip: float) -> tuple[Array, Array]:
-    """QuEST of rotated rows: values and trust mask; clip in RMS."""
+def quest(x: Array, grid: list[float], clip: float, trust: float) -> tuple[Array, Array]:
+    """QuEST of rotated rows: values and trust mask; clip (of the largest code) and trust in RMS."""
     rms = np.sqrt((x**2).mean(-1, keepdims=True))
-    step = 2 * clip * rms / (2**bits - 1)
-    values = nearest(np.clip(x / step, -clip * rms / step, clip * rms / step), centred_grid(bits)) * step
-    if bits == 1:
+    step = clip * rms / max(grid)
+    values = nearest(np.clip(x / step, -max(grid), max(grid)), grid) * step
+    if len(grid) == 2:
         return values, np.abs(x) <= 1.30 * clip * rms
-    return values, np.abs(values - x) <= clip / (2**bits - 1) * rms
+    return values, np.abs(values - x) <= trust * rms
 
 
 def quartet_linear(x: Array, w: Array, dy: Array, signs_n: Array, signs_t: Array) -> tuple[Array, Array, Array]:
@@ -97,11 +97,13 @@ def quartet_linear(x: Array, w: Array, dy: Array, signs_n: Array, signs_t: Array
     return xq @ wq.T, rotate(dx * x_mask, fixed.T), rotate(dw * w_mask, fixed.T)
 
 
-def quest_linear(x: Array, w: Array, dy: Array, bits: int, clip: float) -> tuple[Array, Array, Array]:
+def quest_linear(
+    x: Array, w: Array, dy: Array, grid: list[float], clip: float, trust: float
+) -> tuple[Array, Array, Array]:
     """QuEST: quantised forward values in the backward's GEMMs, then mask, then inverse rotation (128)."""
     fixed = rotation(128)
-    xq, x_mask = quest(rotate(x, fixed), bits, clip)
-    wq, w_mask = quest(rotate(w, fixed), bits, clip)
+    xq, x_mask = quest(rotate(x, fixed), grid, clip, trust)
+    wq, w_mask = quest(rotate(w, fixed), grid, clip, trust)
     return xq @ wq.T, rotate((dy @ wq) * x_mask, fixed.T), rotate((dy.T @ xq) * w_mask, fixed.T)
 
 

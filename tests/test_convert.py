@@ -128,7 +128,7 @@ def test_bf16_converts_nothing_and_says_why() -> None:
     ({"name": "quest", "format": "mxfp8_e4m3"}, None, "no Gaussian fit is known for mxfp8_e4m3"),
     ({"name": "quartet", "bits": 4}, None, "names its own format, so bits=4"),
     ({"name": "quest", "colour": 1}, None, "unknown key 'colour'"),
-    ("quest", None, r"in_features % 128 == 0 for fprop.x \(int4/.*had128/trust\); blocks.0.up has 64; pad it or add it to"),
+    ("quest", None, r"in_features % 128 == 0 for fprop.x \(int4/.*had128/trust\); blocks.0.up has 64; pad it or"),
 ])  # fmt: skip
 def test_refuses_and_leaves_the_model_untouched(recipe: object, skip: list[str] | None, message: str) -> None:
     model = Tied()

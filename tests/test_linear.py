@@ -310,14 +310,17 @@ def test_training_works_after_a_first_forward_in_inference_mode(backend: str) ->
     assert not rotation.hadamard(64, x.device).is_inference()
 
 
-def test_the_cached_rotation_is_a_real_tensor_whoever_asks_first() -> None:
+def test_what_is_cached_is_a_real_tensor_whoever_asks_first() -> None:
     for mode in (FakeTensorMode(), torch.device("meta"), torch.inference_mode()):
         rotation.hadamard.cache_clear()
+        compiled._no_key.cache_clear()
         with mode:
             rotation.hadamard(32, torch.device("cpu"))
+            compiled._no_key(torch.device("cpu"))
         matrix = rotation.hadamard(32, torch.device("cpu"))
         torch.testing.assert_close((matrix @ matrix).tolist(), torch.eye(32).tolist(), rtol=0, atol=1e-6)
-        assert not matrix.is_inference()
+        key = compiled._no_key(torch.device("cpu"))
+        assert not matrix.is_inference() and not key.is_inference() and key.tolist() == [0, 0]
 
 
 def test_bias_keeps_the_autocast_dtype() -> None:

@@ -120,9 +120,9 @@ class Validate(StepCallback):
         if step % self.every == 0 or step == module.plan.steps:
             batches = trainer.datamodule.val_dataloader()  # pyright: ignore[reportAttributeAccessIssue]
             precision = module.config.trainer.precision
-            total, count = evaluate(module.model, batches, module.device, precision)
-            sums = trainer.strategy.reduce(torch.tensor([total, count], dtype=torch.float64), reduce_op="sum")
-            values = validation_values(*sums.tolist(), self.bytes_per_token)
+            here = torch.tensor(evaluate(module.model, batches, module.device, precision), dtype=torch.float64)
+            total, count = trainer.strategy.reduce(here.to(module.device), reduce_op="sum").tolist()
+            values = validation_values(total, count, self.bytes_per_token)
             if not math.isfinite(values["val_loss"]):
                 raise DivergedError(f"the validation loss is {values['val_loss']} at step {step}")
             self.recorder.write(trainer, module, step, values)

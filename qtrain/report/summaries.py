@@ -17,7 +17,7 @@ from scipy import stats
 
 from qtrain.errors import UserError
 
-COLUMNS = (
+COLUMNS: tuple[str, ...] = (
     "name", "recipe", "seed", "val_loss", "val_bits_per_byte", "bigram_cross_entropy", "tokens", "steps",
     "non_embedding_parameters", "flops", "tokens_per_second", "config_hash", "data_hash", "commit",
 )  # fmt: skip

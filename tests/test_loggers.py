@@ -39,7 +39,7 @@ def train(tmp_path: Path, *overrides: str) -> None:
 def test_every_run_of_a_multirun_is_a_wandb_run_of_its_own(tmp_path):
     pytest.importorskip("wandb", reason="the extra wandb is not installed")
     train(tmp_path, "-m", "seed=0,1", "logger=wandb")
-    runs = sorted((tmp_path / "runs").iterdir())
+    runs = sorted((tmp_path / "runs").glob("bf16-*"))
     assert len(runs) == 2
     for path in runs:
         identity = json.loads((path / "environment.json").read_text())["wandb_id"]

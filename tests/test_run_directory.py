@@ -135,6 +135,7 @@ def test_a_lock_that_is_let_go_of_soon_is_waited_for(tmp_path):
     threading.Timer(0.4, first.close).start()
     with RunDirectory.of(settings) as directory:
         directory.open(settings)
+        assert len(json.loads((directory.path / "environment.json").read_text())["starts"]) == 2
 
 
 def test_a_kill_before_the_config_is_written_leaves_a_directory_that_can_be_taken_up(tmp_path, monkeypatch):

@@ -61,11 +61,6 @@ def estimate_memory(config: ModelConfig, vocab_size: int, micro_batch_size: int,
     return Memory(4 * total, 4 * total, 8 * total, activations + weight_copies)
 
 
-def perplexity(loss: float) -> float:
-    """exp of a mean cross-entropy in nats per token; inf where that overflows."""
-    return math.exp(loss) if loss < 700 else math.inf
-
-
 def bits_per_byte(loss: float, n_tokens: float, n_bytes: float) -> float:
     """Mean cross-entropy in nats per token -> bits per byte of the text that these tokens spell.
 

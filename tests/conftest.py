@@ -7,7 +7,6 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "WANDB_MODE": 
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as qtrain.train does: a busy machine slows the tests less
 
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -43,11 +42,3 @@ def _poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for name in ("empty", "empty_like"):
         monkeypatch.setattr(torch, name, poisoned(getattr(torch, name)))
-
-
-@pytest.fixture
-def run_root(tmp_path: Path) -> Path:
-    """An empty folder for run directories."""
-    root = tmp_path / "runs"
-    root.mkdir()
-    return root

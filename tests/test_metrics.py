@@ -9,7 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from qtrain.config import ModelConfig, OptimizerConfig
-from qtrain.metrics import bits_per_byte, estimate_memory, flops_per_token, matmul_parameters, perplexity
+from qtrain.metrics import bits_per_byte, estimate_memory, flops_per_token, matmul_parameters
 from qtrain.models.llama import Llama
 from qtrain.optim import build_optimizer
 
@@ -92,8 +92,3 @@ def test_bits_per_byte() -> None:
     assert bits_per_byte(2 * math.log(2), 50, 200) == pytest.approx(0.5)  # a token of 2 bits spells four bytes
     with pytest.raises(ValueError, match="found 0 bytes for 3 tokens"):
         bits_per_byte(1.0, 3, 0)
-
-
-def test_perplexity() -> None:
-    assert perplexity(math.log(257)) == pytest.approx(257)
-    assert perplexity(1e4) == math.inf

@@ -78,5 +78,5 @@ def test_the_name_kernels_is_left_to_the_package_that_owns_it(tmp_path):
     """Our folder of that name, on the path through an editable install or the repository root, must not hide it."""
     (tmp_path / "kernels").mkdir()
     (tmp_path / "kernels" / "__init__.py").write_text("def get_kernel(): ...\n")
-    code = "from kernels import get_kernel; import qtrain_kernels"
+    code = "import kernels, qtrain_kernels; assert kernels.get_kernel, kernels.__path__"
     run(sys.executable, "-c", code, cwd=ROOT, pythonpath=[ROOT, ROOT / "kernels", tmp_path])

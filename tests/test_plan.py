@@ -109,9 +109,9 @@ def test_a_batch_that_does_not_split_is_refused(trainer: dict[str, int], world_s
 
 
 def test_what_the_error_proposes_works() -> None:
-    for batch in (4096, 6144):
-        make_plan(config(trainer={"batch_tokens": batch}))
-    make_plan(config(trainer={"micro_batch_size": 4}), world_size=4)
+    for batch, micro_batches in ((4096, 2), (6144, 3)):
+        assert make_plan(config(trainer={"batch_tokens": batch})).micro_batches == micro_batches
+    assert make_plan(config(trainer={"micro_batch_size": 4}), world_size=4).micro_batches == 1
 
 
 def test_where_the_vocabulary_comes_from() -> None:

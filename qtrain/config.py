@@ -250,6 +250,7 @@ class DataConfig(Strict):
     """Where the text comes from.
 
     source: stdlib | python_env | text | jsonl | parquet | huggingface.
+    packages: the installed distributions whose .py files are read (python_env).
     files, val_files: paths or globs (text, jsonl, parquet). Without val_files (or val_split) whole documents are held
         out by their content hash until about val_fraction of them are.
     text_field: the column that holds the text (jsonl, parquet, huggingface).
@@ -259,6 +260,7 @@ class DataConfig(Strict):
     """
 
     source: Literal["stdlib", "python_env", "text", "jsonl", "parquet", "huggingface"]
+    packages: tuple[str, ...] = ()
     files: tuple[str, ...] = ()
     val_files: tuple[str, ...] = ()
     text_field: str = "text"
@@ -274,7 +276,7 @@ class DataConfig(Strict):
     num_workers: int = Field(0, ge=0, description="loader processes; 0 loads in the training process")
     prepare_workers: int | None = Field(None, gt=0, description="tokenising processes; None: one per core")
 
-    @field_validator("files", "val_files", mode="before")
+    @field_validator("packages", "files", "val_files", mode="before")
     @classmethod
     def _one_or_many(cls, files: Any) -> Any:
         return (files,) if isinstance(files, str) else files
@@ -283,6 +285,8 @@ class DataConfig(Strict):
     def _complete(self) -> DataConfig:
         if self.source in ("text", "jsonl", "parquet") and not self.files:
             raise ValueError(f"data.source={self.source} needs data.files, a path or a glob: data.files='corpus/*.txt'")
+        if self.source == "python_env" and not self.packages:
+            raise ValueError("data.source=python_env needs data.packages, for example data.packages=[torch,numpy]")
         if self.source == "huggingface" and not self.path:
             raise ValueError("data.source=huggingface needs data.path, the dataset's name or a local folder")
         return self
@@ -429,21 +433,23 @@ NOT_IN_HASH = (
 )
 
 
-def result_keys(config: Config) -> dict[str, Any]:
+def result_keys(config: Config, exclude_defaults: bool = False) -> dict[str, Any]:
     """The settings that determine the result, as plain nested data."""
-    tree = config.model_dump(mode="json")
+    tree = config.model_dump(mode="json", exclude_defaults=exclude_defaults)
     for key in NOT_IN_HASH:
         *parents, leaf = key.split(".")
         node = tree
         for parent in parents:
-            node = node[parent]
-        del node[leaf]
+            node = node.get(parent, {})
+        node.pop(leaf, None)
     return tree
 
 
 def config_hash(config: Config) -> str:
-    """Eight hex digits of the settings that determine the result."""
-    text = json.dumps(result_keys(config), sort_keys=True, separators=(",", ":"))
+    """Eight hex digits of the settings that determine the result. Those that equal the default of their class are left
+    out: a setting that comes later, with what was done before as its default, keeps every run's name."""
+    tree = result_keys(config, exclude_defaults=True)
+    text = json.dumps(tree, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 

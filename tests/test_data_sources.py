@@ -49,13 +49,14 @@ def test_stdlib_is_python_code_in_sorted_order() -> None:
     assert 5e6 < sum(len(document.text) for document in documents) < 50e6
 
 
-def test_python_env_names_files_by_package_and_leaves_qtrain_out() -> None:
-    source, _ = open_sources(config(source="python_env"))
+def test_python_env_names_files_by_package() -> None:
+    source, _ = open_sources(config(source="python_env", packages=("rich", "Einops", "rich")))
     names = [name for name, *_ in source.identity]
-    assert names == sorted(names)
+    assert names == sorted(set(names))
     assert "einops/einops/einops.py" in names
-    assert not any(name.startswith(("qtrain/", "/")) or "/../" in name for name in names)
-    assert source.n_bytes is not None and source.n_bytes > 50e6
+    assert {name.split("/")[0] for name in names} == {"einops", "rich"} and not any("/../" in name for name in names)
+    with pytest.raises(UserError, match=r"not installed: no-such; install them, or leave them out of data\.packages"):
+        open_sources(config(source="python_env", packages=("einops", "no-such")))
 
 
 def test_globs_are_sorted_files_named_once_and_home_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from qtrain.config import DataConfig, configs_dir
+from qtrain.config import DataConfig
 from qtrain.errors import UserError, first_line
 
 # Folders of the standard library that are not code to learn from, and a file that differs with the build machine.
@@ -57,7 +57,7 @@ def open_sources(data: DataConfig) -> tuple[Source, Source | None]:
     if data.source == "stdlib":
         return _code("stdlib", _stdlib_files()), None
     if data.source == "python_env":
-        return _code("python_env", _environment_files()), None
+        return _code("python_env", _environment_files(data.packages)), None
     if data.source == "huggingface":
         return _dataset(data, data.split), _dataset(data, data.val_split) if data.val_split else None
     return _files(data, "files", data.files), _files(data, "val_files", data.val_files) if data.val_files else None
@@ -78,25 +78,24 @@ def _stdlib_files() -> list[_File]:
     return sorted(found)
 
 
-def _environment_files() -> list[_File]:
-    """The .py files of the pinned distributions (constraints.txt of a checkout), or of all of them but qtrain."""
-    pins = configs_dir().parent / "constraints.txt"
+def _environment_files(packages: Sequence[str]) -> list[_File]:
+    """The .py files of these installed distributions."""
     installed = {_canonical(dist.metadata["Name"]): dist for dist in importlib.metadata.distributions()}
-    wanted = _pinned_names(pins) if pins.is_file() else set(installed)
+    missing = [name for name in packages if _canonical(name) not in installed]
+    if missing:
+        raise UserError(
+            f"data.source=python_env reads packages that are not installed: {', '.join(missing)}; install them, or "
+            "leave them out of data.packages"
+        )
     found = []
-    for name in sorted(wanted & set(installed) - {"qtrain"}):
+    for name in sorted({_canonical(name) for name in packages}):
         for file in installed[name].files or ():
             if file.suffix == ".py" and ".." not in file.parts:
                 found.append(_File(f"{name}/{file.as_posix()}", Path(str(file.locate()))))
     files = [file for file in sorted(found) if file.path.is_file()]
     if not files:
-        raise UserError("data.source=python_env found no installed packages with .py files; use data=stdlib")
+        raise UserError(f"data.source=python_env found no .py files in {', '.join(packages)}; use data=stdlib")
     return files
-
-
-def _pinned_names(path: Path) -> set[str]:
-    lines = (line.split("#")[0].strip() for line in path.read_text().splitlines())
-    return {_canonical(match.group()) for line in lines if (match := re.match(r"[A-Za-z0-9][A-Za-z0-9._-]*", line))}
 
 
 def _canonical(name: str) -> str:

@@ -26,28 +26,54 @@ Row = dict[str, Any]
 _MOVED_ASIDE = re.compile(r"\.old\d+$")  # by force=true
 
 
-def read_summaries(root: Path) -> list[Row]:
-    """The summaries of finished runs below root, by name and seed. UserError where there is none, or where they were
-    trained on different data, whose losses do not compare."""
+def read_summaries(*places: Path) -> list[Row]:
+    """The finished runs of these places, by name and seed; a place is a folder of run directories or a results file of
+    `write_csv`. UserError where there is none, where two are of one name and seed, or where they were trained on
+    different data, whose losses do not compare."""
+    rows = [row for place in places for row in (read_csv(place) if place.suffix == ".csv" else _finished(place))]
+    where = " and ".join(map(str, places))
+    data = {row["data_hash"] for row in rows}
+    if len(data) > 1:
+        raise UserError(f"the runs in {where} were trained on {len(data)} different corpora; compare them apart")
+    twice = [key for key, count in Counter((row["name"], row["seed"]) for row in rows).items() if count > 1]
+    if twice:
+        name, seed = twice[0]
+        raise UserError(f"there are several runs named {name!r} of seed {seed} in {where}; give them their own names")
+    return sorted(rows, key=lambda row: (row["name"], row["seed"]))
+
+
+def _finished(root: Path) -> list[Row]:
     paths = [path for path in root.rglob("summary.json") if not _MOVED_ASIDE.search(path.parent.name)]
     summaries = [json.loads(path.read_text()) for path in paths]
     rows = [{key: row.get(key) for key in COLUMNS} for row in summaries if row.get("status") == "finished"]
     if not rows:
         raise UserError(f"{root} holds {len(summaries)} runs, none of them finished")
-    data = {row["data_hash"] for row in rows}
-    if len(data) > 1:
-        raise UserError(f"the runs below {root} were trained on {len(data)} different corpora; compare them apart")
-    twice = [key for key, count in Counter((row["name"], row["seed"]) for row in rows).items() if count > 1]
-    if twice:
-        name, seed = twice[0]
-        raise UserError(f"there are several runs named {name!r} of seed {seed} below {root}; give them their own names")
-    return sorted(rows, key=lambda row: (row["name"], row["seed"]))
+    return rows
 
 
-def write_csv(rows: Iterable[Row], path: Path) -> None:
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
+def read_csv(path: Path) -> list[Row]:
+    """The rows of a results file. UserError where it is none."""
+    try:
+        with path.open(newline="") as file:
+            rows: list[Row] = list(csv.DictReader(file))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    for row in rows:
+        missing = [column for column in COLUMNS if row.get(column) is None]
+        if missing:
+            raise UserError(f"{path} lacks {', '.join(missing)}; it is no results file of scripts/compare_runs.py")
+        row |= {key: int(row[key]) for key in ("seed", "tokens", "steps", "non_embedding_parameters", "flops")}
+        row |= {key: float(row[key]) for key in ("val_loss", "val_bits_per_byte", "tokens_per_second")}
+    return rows
+
+
+def write_csv(rows: Iterable[Row], path: Path, append: bool = False) -> None:
+    """append: add the rows to those that the file has; what it has is never rewritten."""
+    header = not (append and path.is_file())
+    with path.open("a" if append else "w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        if header:
+            writer.writeheader()
         writer.writerows(rows)
 
 

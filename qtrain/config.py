@@ -35,14 +35,19 @@ class Strict(BaseModel):
 
 
 class QuantSpec(Strict):
-    """How one operand of one GEMM is quantised, along the contraction dim: rotate -> scale -> round.
+    """How one operand of one GEMM is quantised, along the contraction dim: rotate -> scale -> prune -> round.
 
-    format: a number format's name (`qtrain_kernels.formats`); None takes the recipe's own `format`; "none" leaves the
-        operand in the compute dtype.
-    scale: a scale rule (`qtrain_kernels.formats.SCALE_RULES`); None is the format's default.
+    format: a number format, by name or as element/block/scale (`qtrain_kernels.formats`); None takes the recipe's own
+        `format`; "none" leaves the operand in the compute dtype.
+    scale: a scale rule (`qtrain_kernels.formats.SCALE_RULES`); None is the format's default. learned: a parameter, LSQ.
     rounding: nearest (ties to even), stochastic, or eden (nearest, then a stochastically rounded scale correction).
-    rotation: "hadamard<n>" rotates blocks of n along the contraction dim; both operands of a GEMM must agree.
-    signs: random signs applied before the rotation: none, fixed (one vector for the run), step (redrawn every step).
+    correction: elements that share an EDEN correction; None is the format's block.
+    rotation: "hadamard<n>" rotates blocks of n along the contraction dim, "hadamard" the whole dim; both operands of a
+        GEMM must agree.
+    signs: random signs applied before the rotation: none, fixed (one vector for the run, the same in every layer), step
+        (redrawn every step; of wgrad every micro-batch).
+    row_rotation: "hadamard<n>" rotates blocks of n rows (tokens), undone on the product; for dgrad.dy (HALO-2).
+    sparsity: 2:4 or 4:8 (in pairs), by magnitude after the rotation: what is pruned becomes zero.
     estimator: how the gradient passes the quantiser, for operands of fprop: ste, clip or trust.
     source: for operands of dgrad and wgrad: the master value, or the quantised (and rotated) value of the forward.
     """
@@ -50,8 +55,11 @@ class QuantSpec(Strict):
     format: str | None = None
     scale: str | None = None
     rounding: Literal["nearest", "stochastic", "eden"] = "nearest"
-    rotation: str | None = Field(None, pattern=r"^hadamard[1-9][0-9]*$")
+    correction: int | None = Field(None, gt=0)
+    rotation: str | None = Field(None, pattern=r"^hadamard([1-9][0-9]*)?$")
     signs: Literal["none", "fixed", "step"] = "none"
+    row_rotation: str | None = Field(None, pattern=r"^hadamard[1-9][0-9]*$")
+    sparsity: Literal["2:4", "4:8"] | None = None
     estimator: Literal["ste", "clip", "trust"] = "ste"
     source: Literal["master", "forward"] = "master"
 
@@ -68,10 +76,10 @@ class QuantSpec(Strict):
             raise ValueError(
                 f"signs: {self.signs} has no effect without a rotation; name one (hadamard32) or drop signs"
             )
-        n = self.rotation_block or 1
-        if n & (n - 1):
-            below = f"hadamard{1 << n.bit_length() - 1}"
-            raise ValueError(f"rotation: the block of hadamard{n} must be a power of two; use {below}")
+        for field, n in (("rotation", self.rotation_block), ("row_rotation", self.row_rotation_block)):
+            if n and n & (n - 1):
+                below = f"hadamard{1 << n.bit_length() - 1}"
+                raise ValueError(f"{field}: the block of hadamard{n} must be a power of two; use {below}")
         return self
 
     @property
@@ -84,7 +92,12 @@ class QuantSpec(Strict):
 
     @property
     def rotation_block(self) -> int | None:
-        return int(self.rotation.removeprefix("hadamard")) if self.rotation else None
+        """0 for a rotation of the whole dim."""
+        return int(self.rotation.removeprefix("hadamard") or 0) if self.rotation else None
+
+    @property
+    def row_rotation_block(self) -> int | None:
+        return int(self.row_rotation.removeprefix("hadamard")) if self.row_rotation else None
 
 
 class Fprop(Strict):
@@ -112,7 +125,10 @@ class LinearRecipe(Strict):
     """The numerics of a linear layer: three GEMMs of two operands each, and the layers that stay in high precision.
 
     `bits: b` is short for `format: int<b>`; both name the format of every operand that names none itself.
-    A recipe without GEMMs (bf16) converts nothing.
+    skip: layers left as they are, by full name, last component or pattern. overrides: pattern -> another recipe, by
+    name or written out; the first that matches a layer holds. first_blocks, last_blocks: so many transformer blocks at
+    either end stay as they are. high_precision_after: the fraction of the run's steps after which every layer computes
+    in the compute dtype. A recipe without GEMMs (bf16) converts nothing.
     """
 
     name: str
@@ -120,9 +136,18 @@ class LinearRecipe(Strict):
     bits: int | None = Field(None, ge=1, le=8)
     format: str | None = None
     skip: tuple[str, ...] = ("lm_head",)
+    overrides: dict[str, LinearRecipe] = Field(default_factory=dict)
+    first_blocks: int = Field(0, ge=0)
+    last_blocks: int = Field(0, ge=0)
+    high_precision_after: float | None = Field(None, ge=0, lt=1)
     fprop: Fprop | None = None
     dgrad: Dgrad | None = None
     wgrad: Wgrad | None = None
+
+    @field_validator("overrides", mode="before")
+    @classmethod
+    def _named_recipes(cls, overrides: Any) -> Any:
+        return {pattern: read_recipe(recipe) for pattern, recipe in dict(overrides).items()}
 
     @model_validator(mode="after")
     def _consistent(self) -> LinearRecipe:
@@ -190,20 +215,40 @@ def _check_operand(where: str, gemm: str, operand: str, spec: QuantSpec) -> None
         raise ValueError(f"{where}: source: forward is for operands of dgrad and wgrad")
     if operand == "dy" and spec.source == "forward":
         raise ValueError(f"{where}: a gradient has no forward value; use source: master")
-    if gemm != "fprop" and spec.estimator != "ste":
-        raise ValueError(f"{where}: estimator belongs to the operands of fprop")
+    if gemm != "fprop" and (spec.estimator != "ste" or spec.scale == "learned"):
+        raise ValueError(f"{where}: estimator and scale: learned belong to the operands of fprop")
+    if spec.row_rotation and (gemm, operand) != ("dgrad", "dy"):
+        raise ValueError(f"{where}: row_rotation is for dgrad.dy, whose rows are undone on dX; drop it")
+    if gemm == "wgrad" and spec.rotation == "hadamard":
+        raise ValueError(f"{where}: wgrad contracts over tokens, however many; name a block (hadamard128)")
     given = [
         name
-        for name in ("scale", "rounding", "estimator")
+        for name in ("scale", "rounding", "correction", "sparsity", "estimator", "row_rotation")
         if getattr(spec, name) != QuantSpec.model_fields[name].default
     ]
     if spec.format == "none" and given:
         raise ValueError(f"{where}: format none quantises nothing, so {', '.join(given)} would do nothing; drop it")
     if spec.number_format is not None:
         try:
-            check_scale(spec.number_format, spec.scale)
+            check_spec(spec, spec.number_format)
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
+
+
+def check_spec(spec: QuantSpec, fmt: Format) -> str:
+    """The scale rule in force. ValueError where scale, rounding or sparsity do not fit the format."""
+    rule = check_scale(fmt, spec.scale)
+    if spec.correction and spec.rounding != "eden":
+        raise ValueError(f"correction is of rounding eden; the rounding is {spec.rounding}")
+    if spec.rounding == "eden" and (fmt.scale_kind != "minifloat" or fmt.rows > 1):
+        raise ValueError(f"rounding eden corrects minifloat block scales (nvfp4); {fmt.name} has {fmt.scale} scales")
+    if spec.rounding == "eden" and spec.correction and spec.correction % (fmt.block_size or 1):
+        raise ValueError(f"correction={spec.correction} must be a multiple of the block of {fmt.name}, {fmt.block}")
+    if rule == "learned" and spec.rounding != "nearest":
+        raise ValueError(f"scale learned (LSQ) rounds to nearest; got {spec.rounding}")
+    if spec.sparsity and (fmt.rows > 1 or (fmt.block_size or 8) % 8):
+        raise ValueError(f"sparsity {spec.sparsity} needs blocks of a multiple of 8 along one dim; {fmt.name} has not")
+    return rule
 
 
 # ------------------------------------------------------------------------------------------ model, data, budget

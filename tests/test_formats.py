@@ -19,6 +19,8 @@ GRIDS = {
     "fp7_e3m3": oracle.minifloat_grid(3, 3, 30.0),
     "mxint8": [k / 64 for k in range(-127, 128)],
     "int1.585": [-1.0, 0.0, 1.0],
+    "fp4_e3m0": [-16.0, -8.0, -4.0, -2.0, -1.0, -0.5, -0.25, 0.0, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0],
+    **{f"int{bits}_sym": [float(k) for k in range(1 - 2 ** (bits - 1), 2 ** (bits - 1))] for bits in range(2, 9)},
     **{f"int{bits}": oracle.centred_grid(bits) for bits in range(1, 9)},
 }
 

@@ -5,6 +5,7 @@
 
 import copy
 import io
+from typing import Any
 
 import numpy as np
 import pytest
@@ -184,18 +185,20 @@ def test_every_draw_takes_the_key_of_its_own_use(monkeypatch: pytest.MonkeyPatch
     found = []
     operand, matrix = Quantizer.operand, Gemm.matrix
 
-    def operand_seen(self: Quantizer, x: Tensor, dtype: torch.dtype, matrix: Tensor, key: Tensor, dim: int = -1):
+    def operand_seen(self: Quantizer, x: Tensor, dtype: torch.dtype, matrix: Tensor, key: Tensor, **more: Any):
         found.append((names[id(self)], key.tolist()))
-        return operand(self, x, dtype, matrix, key, dim)
+        return operand(self, x, dtype, matrix, key, **more)
 
-    def matrix_seen(self: Gemm, key: Tensor) -> Tensor | None:
+    def matrix_seen(self: Gemm, key: Tensor, size: int) -> Tensor | None:
         found.append((names[id(self)], key.tolist()))
-        return matrix(self, key)
+        return matrix(self, key, size)
 
     monkeypatch.setattr(Quantizer, "operand", operand_seen)
     monkeypatch.setattr(Gemm, "matrix", matrix_seen)
     run(module, *batch())
-    assert sorted(found) == sorted((use, key_words(0, "0", use, "step", 5, 2)) for use in USES)
+    per_step = {"fprop.w", "dgrad.w", "fprop.signs", "dgrad.signs"}  # once for all micro-batches, as the weight is
+    expected = [(use, key_words(0, "0", use, "step", 5, 0 if use in per_step else 2)) for use in USES]
+    assert sorted(found) == sorted(expected)
 
 
 def test_any_integer_type_keys_alike() -> None:

@@ -86,7 +86,7 @@ def test_zeros_stay_zeros_and_dtype_and_shape_are_kept(name: str) -> None:
     found = qtrain.fake_quantize(zeros, name, backend="reference")
     assert found.dtype == torch.bfloat16 and torch.equal(found, zeros)
     x = gaussians(6, 64).view(2, 3, 64)
-    assert relative_error(x, qtrain.fake_quantize(x, name, rounding="stochastic", backend="reference")) < 1
+    assert relative_error(x, qtrain.fake_quantize(x, name, rounding="stochastic", backend="reference")) < 3  # two bits: 1.7
 
 
 def test_stochastic_draws_depend_on_the_seed_alone() -> None:
@@ -163,7 +163,7 @@ def test_operands_are_exact_in_bfloat16(name: str, scale: str | None, dim: int) 
 @pytest.mark.parametrize(("arguments", "message"), [
     ({"format": "mxfp5"}, "did you mean 'mxfp4'"),
     ({"format": "mxfp4", "scale": "absmax"}, "does not give mxfp4's e8m0 scales"),
-    ({"format": "mxfp4", "rounding": "eden"}, "'eden' is not available yet"),
+    ({"format": "mxfp4", "rounding": "eden"}, "rounding eden corrects minifloat block scales"),
     ({"format": "mxfp4", "rotation": "hadamard48"}, "power of two; use hadamard32"),
     ({"format": "mxfp4", "rotation": "fourier"}, "rotation"),
     ({"format": "mxfp4", "rotation": "hadamard128"}, r"last dim % 128 == 0; x has shape \(4, 96\)"),

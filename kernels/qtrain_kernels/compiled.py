@@ -55,12 +55,12 @@ def _eager_arithmetic(device: str) -> dict[str, Any]:
 def _example(plan: Plan, along_last: bool, device: str) -> tuple[Tensor, Tensor | float, Tensor]:
     """Arguments to trace with: every size but the block's, and a 1, marked as unknown."""
     outer = 1 if _one_outer(plan, along_last) else TRACED_OUTER
-    x = torch.ones(outer, plan.block or TRACED_ROW, 1 if along_last else TRACED_INNER, device=device)
+    x = torch.ones(outer, plan.span or TRACED_ROW, 1 if along_last else TRACED_INNER, device=device)
     scale = reference.tensor_scale(x, plan)
     for tensor in (x, scale):
         if isinstance(tensor, Tensor) and tensor.ndim:
             for dim in range(3):
-                if tensor.shape[dim] not in (1, plan.block):
+                if tensor.shape[dim] not in (1, plan.span):
                     torch._dynamo.mark_dynamic(tensor, dim)
     return x, scale, torch.zeros(2, dtype=torch.int32, device=device)
 
@@ -74,7 +74,7 @@ def _no_key(device: torch.device) -> Tensor:
 
 def _one_outer(plan: Plan, along_last: bool) -> bool:
     """Column scales: the whole matrix is one block high."""
-    return plan.block is None and not along_last
+    return plan.span is None and not along_last
 
 
 def _run(x: Tensor, scale: Tensor | float, key: Tensor | None, plan: Plan, dtype: torch.dtype | None) -> tuple:

@@ -1,15 +1,21 @@
-"""Number formats as data: the grid of the codes, the block that shares a scale, and the format of that scale.
+"""Number formats as data: the grid of the codes, the elements that share a scale, and the format of that scale.
 
-A tensor in any of them is x ≈ codes * block_scale * tensor_scale. Blocks run along the contraction dim; a format
-without a block has one float32 scale per row, which is then the tensor scale.
+A tensor in any of them is x ≈ codes * block_scale * tensor_scale, with blocks along the contraction dim. A format is
+written element/block/scale, and the usual ones have names:
 
-| names | codes | block | block scale | tensor scale |
-|---|---|---|---|---|
-| int1 ... int8 | k + 1/2: 2^b codes, none of them zero (QuEST, arXiv 2502.05003) | row | - | float32 per row |
-| int1.585 | -1, 0, 1 | row | - | float32 per row |
-| mxfp4, mxfp6_*, mxfp8_*, mxint8 | OCP Microscaling (MX) v1.0 | 32 | E8M0 | - |
-| nvfp4 | E2M1 | 16 | E4M3 | float32 |
-| fp<bits>_e<e>m<m> | any minifloat up to 8 bits | row | - | float32 per row |
+| names | written | codes | tensor scale |
+|---|---|---|---|
+| int1 ... int8 | int4/row/float32 | k + 1/2: 2^b codes, none of them zero (QuEST, arXiv 2502.05003) | float32 per row |
+| int2_sym ... int8_sym | int4_sym/row/float32 | integers up to ±(2^(b-1) - 1) (HALO, LUQ) | float32 per row |
+| int1.585 | int1.585/row/float32 | -1, 0, 1 | float32 per row |
+| mxfp4, mxfp6_*, mxfp8_* | e2m1/32/e8m0 | OCP Microscaling (MX) v1.0 | - |
+| mxint8 | mxint8/32/e8m0 | k / 64, OCP MX v1.0 | - |
+| nvfp4 | e2m1/16/e4m3 | E2M1 | float32 |
+| fp<bits>_e<e>m<m> | e4m3/row/float32 | any minifloat up to 8 bits | float32 per row |
+
+element: e<e>m<m>, int<b>, int<b>_sym, int1.585 or mxint8. block: tensor or row (one float32 scale each), a number of
+elements (32), or a tile of rows x elements (16x16). scale: e8m0 (powers of two), an unsigned minifloat under a float32
+scale of the whole tensor (e4m3, ue5m3), or float32.
 """
 
 from __future__ import annotations
@@ -20,9 +26,6 @@ import re
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
-from typing import Literal
-
-ScaleFormat = Literal["e8m0", "e4m3", "float32"]
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,11 @@ class Element:
             return self.mantissa_bits
         return self.max_exponent - math.frexp(self.step)[1] + 1
 
+    @property
+    def significant_bits(self) -> int:
+        """Of the code that needs most: bfloat16 holds 8. Centred codes are odd multiples of half a step."""
+        return self.precision_bits + (2 if self.offset else 1)
+
     @cache  # noqa: B019  (frozen and few)
     def levels(self) -> tuple[float, ...]:
         """All codes, ascending."""
@@ -78,34 +86,58 @@ class Element:
 
 @dataclass(frozen=True)
 class Format:
-    """An element grid, the block that shares a scale (None: a row), and the block scale's own format.
+    """An element grid, what shares a scale, and that scale's own format.
 
-    tensor_scale: whether a float32 scale of the whole tensor stands beside the block scales.
-    default_scale: the scale rule taken when none is named.
+    block: "tensor" or "row", or the elements along the contraction dim; rows: how many neighbouring rows share it too.
+    scale: "e8m0", "float32" or the name of an unsigned minifloat. default_scale: the rule taken when none is named.
     """
 
     name: str
     element: Element
-    block: int | None
-    scale_format: ScaleFormat
-    tensor_scale: bool
+    block: int | str
+    rows: int
+    scale: str
     default_scale: str
 
+    @property
+    def scale_kind(self) -> str:
+        """e8m0 | float32 | minifloat."""
+        return self.scale if self.scale in ("e8m0", "float32") else "minifloat"
 
-# Rule -> the scale formats that it can produce; reference.py computes them (e8m0: `_e8m0_exponent`; float32 scales of
-# rows and tensors: `tensor_scale`; e4m3: `block_scale`).
-SCALE_RULES: dict[str, tuple[ScaleFormat, ...]] = {
+    @property
+    def scale_element(self) -> Element | None:
+        """The grid of a minifloat scale."""
+        return _scale_element(self.scale) if self.scale_kind == "minifloat" else None
+
+    @property
+    def block_size(self) -> int | None:
+        """Elements under one block scale; None for one scale per row or tensor."""
+        return None if isinstance(self.block, str) else self.block * self.rows
+
+
+# Rule -> the kinds of scale that it can produce. reference.py computes them, and says there what they mean.
+SCALE_RULES: dict[str, tuple[str, ...]] = {
     "floor": ("e8m0",),
     "floor_three_quarters": ("e8m0",),
     "even": ("e8m0",),
     "rceil": ("e8m0",),
     "ceil": ("e8m0",),
     "round": ("e8m0",),
-    "mse": ("e8m0",),
     "std": ("e8m0",),
+    "std_round": ("e8m0",),
+    "mse": ("e8m0",),
+    "mse_phase": ("e8m0",),
     "gaussian": ("e8m0", "float32"),
-    "absmax": ("e4m3", "float32"),
+    "absmax": ("minifloat", "float32"),
+    "absmax_headroom": ("minifloat",),
+    "absmax_fitted": ("minifloat",),
+    "four_over_six": ("minifloat",),
+    "absmean": ("float32",),
+    "sawb": ("float32",),
+    "learned": ("float32",),
 }
+FITTED = ("gaussian", "std", "std_round")  # rules that need the element's Gaussian fit
+FP4_ONLY = ("absmax_fitted", "four_over_six", "mse_phase")  # rules whose constants are those of E2M1 codes
 
 
 def _minifloat(exponent_bits: int, mantissa_bits: int, **fitted: float) -> Element:
@@ -124,8 +156,9 @@ def _minifloat(exponent_bits: int, mantissa_bits: int, **fitted: float) -> Eleme
 # released FP4 code, 0.3186 RMS, which the published losses used; the paper's rule would be half_interval = 1 code unit.
 E2M1_GAUSSIAN = 0.4870795
 E2M1 = _minifloat(2, 1, gaussian=E2M1_GAUSSIAN, trust=0.3186 / E2M1_GAUSSIAN)
-E2M3, E3M2, E4M3, E5M2 = _minifloat(2, 3), _minifloat(3, 2), _minifloat(4, 3), _minifloat(5, 2)
+E4M3, E5M2 = _minifloat(4, 3), _minifloat(5, 2)
 MX_E2M1 = _minifloat(2, 1, gaussian=E2M1_GAUSSIAN)  # no released trust threshold: the paper's
+MXINT8 = Element(127 / 64, step=1 / 64)
 
 # a*(b): the released QuEST constants, clip range in RMS. tests/test_formats.py recomputes every optimum.
 GAUSSIAN_CLIP = {
@@ -138,6 +171,7 @@ GAUSSIAN_CLIP = {
     7: 3.6010497188221655,
     8: 3.884938678807525,
 }
+TERNARY = Element(1.0, gaussian=1.2240)
 
 
 def _centred(bits: int) -> Element:
@@ -145,46 +179,104 @@ def _centred(bits: int) -> Element:
     return Element(largest, offset=0.5, gaussian=GAUSSIAN_CLIP[bits] / largest)
 
 
-def _mx(name: str, element: Element) -> Format:
-    return Format(name, element, block=32, scale_format="e8m0", tensor_scale=False, default_scale="floor")
+def _symmetric(bits: int) -> Element:
+    return Element(2.0 ** (bits - 1) - 1)
 
 
-def _row(name: str, element: Element, default_scale: str) -> Format:
-    return Format(name, element, block=None, scale_format="float32", tensor_scale=True, default_scale=default_scale)
+ELEMENTS: dict[str, Element] = {
+    **{f"int{bits}": _centred(bits) for bits in range(1, 9)},
+    **{f"int{bits}_sym": _symmetric(bits) for bits in range(2, 9)},
+    "int1.585": TERNARY,
+    "mxint8": MXINT8,
+    "e2m1": MX_E2M1,
+}
+
+
+def _element(name: str) -> Element:
+    if name in ELEMENTS:
+        return ELEMENTS[name]
+    match = re.fullmatch(r"e(\d)m(\d)", name)
+    if match is None:
+        raise ValueError(f"unknown element {name!r}; elements: e<e>m<m> (e4m3), {', '.join(ELEMENTS)}")
+    exponent_bits, mantissa_bits = map(int, match.groups())
+    if exponent_bits < 1 or exponent_bits + mantissa_bits > 7:
+        raise ValueError(f"element {name!r}: e must be at least 1, and 1 + e + m at most 8")
+    return _minifloat(exponent_bits, mantissa_bits)
+
+
+@cache
+def _scale_element(name: str) -> Element:
+    """Unsigned minifloats: e4m3 (448), ue5m3 (one code is NaN: 114688), others with all codes finite."""
+    match = re.fullmatch(r"u?e(\d)m(\d)", name)
+    if match is None or not int(match[1]) >= 1 or int(match[1]) + int(match[2]) > 8:
+        raise ValueError(f"unknown scale format {name!r}; use e8m0, float32, e4m3, ue5m3 or another e<e>m<m>")
+    if (int(match[1]), int(match[2])) == (5, 3):
+        return Element(114688.0, mantissa_bits=3, min_exponent=-14)
+    return _minifloat(int(match[1]), int(match[2]))
+
+
+def _open_format(name: str) -> Format:
+    """element/block/scale, taken apart. ValueError says which part is wrong."""
+    parts = name.split("/")
+    if len(parts) != 3:
+        raise ValueError(f"format {name!r}: an open format has three parts, element/block/scale (e2m1/16x16/e4m3)")
+    element, block, scale = parts
+    tile = re.fullmatch(r"(?:([1-9]\d*)x)?([1-9]\d*)", block)
+    if block not in ("row", "tensor") and tile is None:
+        raise ValueError(f"format {name!r}: block {block!r} is none of tensor, row, <n> (32), <rows>x<n> (16x16)")
+    kind = scale if scale in ("e8m0", "float32") else "minifloat"
+    if kind == "minifloat":
+        _scale_element(scale)
+    if tile is None and kind != "float32":
+        raise ValueError(f"format {name!r}: one scale per {block} is a float32; got {scale!r}")
+    rows, size = (int(tile[1] or 1), int(tile[2])) if tile else (1, block)
+    grid = _element(element)
+    default = {"e8m0": "floor", "minifloat": "absmax"}.get(kind, "gaussian" if grid.offset else "absmax")
+    return Format(name, grid, size, rows, scale, default)
+
+
+def _named(name: str, written: str, element: Element | None = None, default_scale: str | None = None) -> Format:
+    fmt = _open_format(written)
+    return Format(name, element or fmt.element, fmt.block, fmt.rows, fmt.scale, default_scale or fmt.default_scale)
 
 
 FORMATS: dict[str, Format] = {
     fmt.name: fmt
     for fmt in (
-        *(_row(f"int{bits}", _centred(bits), "gaussian") for bits in range(1, 9)),
-        _row("int1.585", Element(1.0, gaussian=1.2240), "gaussian"),
-        _mx("mxfp4", MX_E2M1),
-        _mx("mxfp6_e3m2", E3M2),
-        _mx("mxfp6_e2m3", E2M3),
-        _mx("mxfp8_e4m3", E4M3),
-        _mx("mxfp8_e5m2", E5M2),
-        _mx("mxint8", Element(127 / 64, step=1 / 64)),
-        Format("nvfp4", MX_E2M1, block=16, scale_format="e4m3", tensor_scale=True, default_scale="absmax"),
-        _row("fp8_e4m3", E4M3, "absmax"),
-        _row("fp8_e5m2", E5M2, "absmax"),
-        _row("fp4_e2m1", E2M1, "absmax"),
+        *(_named(f"int{bits}", f"int{bits}/row/float32") for bits in range(1, 9)),
+        *(_named(f"int{bits}_sym", f"int{bits}_sym/row/float32") for bits in range(2, 9)),
+        _named("int1.585", "int1.585/row/float32", default_scale="gaussian"),
+        _named("mxfp4", "e2m1/32/e8m0"),
+        _named("mxfp6_e3m2", "e3m2/32/e8m0"),
+        _named("mxfp6_e2m3", "e2m3/32/e8m0"),
+        _named("mxfp8_e4m3", "e4m3/32/e8m0"),
+        _named("mxfp8_e5m2", "e5m2/32/e8m0"),
+        _named("mxint8", "mxint8/32/e8m0"),
+        _named("nvfp4", "e2m1/16/e4m3"),
+        _named("fp8_e4m3", "e4m3/row/float32"),
+        _named("fp8_e5m2", "e5m2/row/float32"),
+        _named("fp4_e2m1", "e2m1/row/float32", element=E2M1),
     )
 }
 
 
+@cache
 def get_format(name: str) -> Format:
-    """A format by name; open minifloats as fp<bits>_e<e>m<m>, bits = 1 + e + m. ValueError names the nearest one."""
+    """A format by name, as element/block/scale, or fp<bits>_e<e>m<m> (bits = 1 + e + m, one float32 scale per row).
+    ValueError names the nearest one, or the part that is wrong."""
     if name in FORMATS:
         return FORMATS[name]
-    match = re.fullmatch(r"fp(\d)_e(\d)m(\d)", name)
+    if "/" in name:
+        return _open_format(name)
+    match = re.fullmatch(r"fp(\d)_(e(\d)m(\d))", name)
     if match:
-        bits, exponent_bits, mantissa_bits = map(int, match.groups())
-        if bits == 1 + exponent_bits + mantissa_bits <= 8 and exponent_bits >= 1 and mantissa_bits >= 1:
-            return _row(name, _minifloat(exponent_bits, mantissa_bits), "absmax")
-        raise ValueError(f"format {name!r}: bits must be 1 + e + m, at most 8, with e >= 1 and m >= 1 (fp6_e3m2)")
+        if int(match[1]) != 1 + int(match[3]) + int(match[4]):
+            raise ValueError(f"format {name!r}: bits must be 1 + e + m, at most 8, with e >= 1 (fp6_e3m2)")
+        return _named(name, f"{match[2]}/row/float32")
     near = difflib.get_close_matches(name, FORMATS, n=1, cutoff=0.5)
     hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise ValueError(f"unknown format {name!r}{hint}; formats: {', '.join(FORMATS)}, fp<bits>_e<e>m<m>")
+    names = ", ".join(FORMATS)
+    raise ValueError(f"unknown format {name!r}{hint}; formats: {names}, fp<bits>_e<e>m<m>, element/block/scale")
 
 
 def check_scale(fmt: Format, rule: str | None) -> str:
@@ -195,12 +287,25 @@ def check_scale(fmt: Format, rule: str | None) -> str:
         near = difflib.get_close_matches(rule, SCALE_RULES, n=1, cutoff=0.5)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"unknown scale rule {rule!r}{hint}; rules: {', '.join(SCALE_RULES)}")
-    fits = [name for name, formats in SCALE_RULES.items() if fmt.scale_format in formats]
-    if rule not in fits:
-        raise ValueError(f"scale {rule!r} does not give {fmt.name}'s {fmt.scale_format} scales; use {', '.join(fits)}")
-    if rule == "gaussian" and fmt.element.gaussian is None:
-        others = [name for name in fits if name != "gaussian"]
-        raise ValueError(f"scale 'gaussian': no Gaussian fit is known for {fmt.name}; use {', '.join(others)}")
-    if rule == "std" and fmt.element.gaussian is None:
-        raise ValueError(f"scale 'std' is defined for E2M1 codes (mxfp4), not for {fmt.name}; use {fmt.default_scale}")
+    fits = [name for name in SCALE_RULES if not _misfit(fmt, name)]
+    reason = _misfit(fmt, rule)
+    if reason:
+        raise ValueError(f"scale {rule!r} {reason}; for {fmt.name} use {', '.join(fits)}")
     return rule
+
+
+def _misfit(fmt: Format, rule: str) -> str | None:
+    """Why a format cannot have its scale by this rule; None if it can."""
+    if fmt.scale_kind not in SCALE_RULES[rule]:
+        return f"does not give {fmt.name}'s {fmt.scale} scales"
+    if rule in FITTED and fmt.element.gaussian is None:
+        return f"needs a Gaussian fit, which is not known for the codes of {fmt.name}"
+    if rule in FP4_ONLY and fmt.element.levels() != E2M1.levels():
+        return "is fitted to E2M1 codes"
+    if rule == "sawb" and fmt.element != _symmetric(4):
+        return "is fitted to int4_sym codes"
+    if rule in ("sawb", "absmean", "learned") and fmt.block_size is not None:
+        return "is one scale per row or tensor"
+    if rule == "learned" and fmt.block != "tensor":
+        return "is one learned scale per tensor"
+    return None

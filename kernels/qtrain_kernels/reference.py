@@ -1,11 +1,12 @@
 """The torch twin of every operation: runs anywhere, and is the definition of correct.
 
-Layout of every operand here: (outer, block, inner) float32, quantised along dim 1. An operand (M, K) quantised along K
-is (M * K / block, block, 1); along M it is (M / block, block, K): no transpose is ever made. A format with one scale
-per row has block = the whole contraction dim.
+Layout of every operand here: (outer, span, inner) float32, quantised along dim 1. An operand (M, K) quantised along K
+is (M * K / span, span, 1); along M it is (M / span, span, K): no transpose is ever made. The span is the block that
+shares a scale, the blocks that share an EDEN correction, or, for a format with one scale per row or tensor, the whole
+contraction dim. Tiles of several rows come as blocks, one after the other.
 
 x ≈ codes * block_scale * tensor_scale. `tensor_scale` sees whole rows or tensors and is computed by this file on every
-backend; `encode` sees one block at a time and is what other backends replace. Exponents are read from the bits of a
+backend; `encode` sees one span at a time and is what other backends replace. Exponents are read from the bits of a
 float32, never from log2, and every sum that decides a scale is `tree_sum`, so that compiled code can agree bit for bit.
 
 NaN and infinity stay visible: either one in a block (or row, or, with a tensor scale, tensor) makes all of it NaN.
@@ -19,11 +20,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from qtrain_kernels.formats import E4M3, Element, ScaleFormat
+from qtrain_kernels.formats import Element
 
 HEADROOM = 0.75  # Quartet's backward: amax < 8 * 2^e, so 3/4 of it stays within 6 * 2^e
-NVFP4_RANGE = 6.0 * 448.0  # the largest code times the largest block scale
 STD_EPS = 1e-8
+FITTED_LIMIT = 6.0 * (16 / 17) / 0.93  # Quartet II: where amax lies on the grid, for the least error on N(0, 1)
+REDUCED_CAP = 256.0  # Quartet II: the largest block scale, with room for EDEN's correction or for 6 / 4 of it
+BEST_PHASE = 1.1637  # RMS of a row, in powers of two, at which `mse` has its least error on N(0, 1)
+SAWB = (12.68, 12.80)  # of the four-bit grid: clip at 12.68 RMS - 12.80 E|x|
 
 
 @dataclass(frozen=True)
@@ -37,17 +41,37 @@ class Mask:
 
 @dataclass(frozen=True)
 class Plan:
-    """What an operand's quantiser does after rotation. block None: one scale per row.
+    """What an operand's quantiser does after rotation.
 
-    rule: one of formats.SCALE_RULES; rounding: nearest (ties to even) | stochastic; mask: None where no gradient asks.
+    scale_kind: e8m0 | minifloat (scale_element is its grid) | float32. block: elements that share a block scale, None
+    for one float32 scale per row, or per tensor where per_tensor. rule: one of formats.SCALE_RULES.
+    rounding: nearest (ties to even) | stochastic | eden. mask: None where no gradient asks. correction: elements that
+    share an EDEN correction, a multiple of block. sparsity: 2:4 or 4:8 by magnitude before rounding.
     """
 
     element: Element
-    scale_format: ScaleFormat
+    scale_kind: Literal["e8m0", "minifloat", "float32"]
     block: int | None
     rule: str
-    rounding: Literal["nearest", "stochastic"]
+    rounding: Literal["nearest", "stochastic", "eden"] = "nearest"
     mask: Mask | None = None
+    scale_element: Element | None = None
+    per_tensor: bool = False
+    correction: int | None = None
+    sparsity: Literal["2:4", "4:8"] | None = None
+
+    @property
+    def span(self) -> int | None:
+        """The size of dim 1; None: the whole contraction dim."""
+        return self.correction or self.block
+
+    @property
+    def exact_in_bfloat16(self) -> bool:
+        """Whether codes * block_scale have at most bfloat16's 8 significant bits."""
+        if self.block is not None and self.scale_kind == "float32":
+            return False
+        scale_bits = self.scale_element.significant_bits if self.scale_element else 0
+        return self.element.significant_bits + scale_bits <= 8
 
 
 # ----------------------------------------------------------------------------------------------------------- reductions
@@ -107,7 +131,7 @@ def _e8m0_exponent(x: Tensor, plan: Plan) -> Tensor:
     """The biased E8M0 exponent by every rule that looks only at one magnitude of the block."""
     element, rule = plan.element, plan.rule
     emax = element.max_exponent
-    if rule in ("floor", "floor_three_quarters", "mse"):
+    if rule in ("floor", "floor_three_quarters", "mse", "mse_phase"):
         return _offset_exponent(amax(x).view(torch.int32), 0, emax)
     if rule == "even":  # half a unit of the element's last mantissa bit carries into the exponent
         return _offset_exponent(amax(x).view(torch.int32), 1 << (22 - element.precision_bits), emax)
@@ -118,8 +142,9 @@ def _e8m0_exponent(x: Tensor, plan: Plan) -> Tensor:
     if rule == "round":  # mantissas above sqrt(2), the float32 1.41421354 = 0x3FB504F3, go up
         return _offset_exponent((amax(x) / element.max).view(torch.int32), 0x800000 - 0x3504F4, 0)
     assert element.gaussian is not None
-    fitted = element.gaussian * std(x) + STD_EPS if rule == "std" else element.gaussian * rms(x)
-    return _offset_exponent(fitted.view(torch.int32), 0, 0)
+    fitted = element.gaussian * rms(x) if rule == "gaussian" else element.gaussian * std(x) + STD_EPS
+    nearest = 0x800000 - 0x3504F4 if rule == "std_round" else 0
+    return _offset_exponent(fitted.view(torch.int32), nearest, 0)
 
 
 def _least_error_exponent(x: Tensor, floor: Tensor, element: Element) -> Tensor:
@@ -145,32 +170,81 @@ def _squared_error(u: Tensor, scale: float, element: Element) -> Tensor:
 def tensor_scale(x: Tensor, plan: Plan) -> Tensor | float:
     """The scale above the blocks: (outer, 1, inner) float32 per row, () float32 per tensor, or a constant.
 
-    A row or tensor of zeros gets scale 0, which `encode` takes as codes of zero inputs: the product is 0.
+    x: whole rows, (outer, contraction, inner). A row or tensor of zeros gets scale 0, which `encode` takes as codes of
+    zero inputs: the product is 0.
     """
-    if plan.scale_format == "e8m0":
+    if plan.scale_kind == "minifloat":
+        limit, cap = _minifloat_range(plan)
+        return finite_or_nan(x.abs().amax() / (limit * cap))
+    if plan.rule == "mse_phase":
+        return finite_or_nan(rms(x) * (1.0 / BEST_PHASE))
+    if plan.scale_kind == "e8m0":
         return 1.0 / HEADROOM if plan.rule == "floor_three_quarters" else 1.0
-    if plan.scale_format == "e4m3":
-        return finite_or_nan(x.abs().amax() / NVFP4_RANGE)
+    if plan.block is not None:
+        return 1.0
+    scale = _float32_scale(x.reshape(1, -1, 1) if plan.per_tensor else x, plan)
+    return scale.reshape(()) if plan.per_tensor else scale
+
+
+def _float32_scale(x: Tensor, plan: Plan) -> Tensor:
+    """(outer, 1, inner): one scale for each dim 1."""
     if plan.rule == "gaussian":
         assert plan.element.gaussian is not None
         return finite_or_nan(plan.element.gaussian * rms(x))
+    if plan.rule == "absmean":
+        return finite_or_nan(tree_sum(x.abs()) / x.shape[1])
+    if plan.rule == "sawb":
+        clip = SAWB[0] * rms(x) - SAWB[1] * (tree_sum(x.abs()) / x.shape[1])
+        return finite_or_nan(clip / plan.element.max)
+    assert plan.rule == "absmax", plan.rule
     return finite_or_nan(amax(x) / plan.element.max)
+
+
+def _minifloat_range(plan: Plan) -> tuple[float, float]:
+    """(what amax becomes in code units, the largest block scale)."""
+    assert plan.scale_element is not None
+    if plan.rule == "absmax_headroom":  # a scale rounded down by its last half bit still clips nothing
+        return plan.element.max / (1.0 + 2.0 ** -(plan.scale_element.precision_bits + 1)), plan.scale_element.max
+    if plan.rule == "absmax_fitted":
+        return FITTED_LIMIT, REDUCED_CAP
+    if plan.rule == "four_over_six":
+        return plan.element.max, REDUCED_CAP
+    return plan.element.max, plan.scale_element.max
 
 
 def block_scale(x: Tensor, scale: Tensor | float, plan: Plan) -> Tensor | None:
     """(outer, 1, inner) float32 values of the format's block scale; None for formats without blocks."""
-    if plan.scale_format == "float32":
+    if plan.block is None:
         return None
-    if plan.scale_format == "e4m3":
-        # A block scale that rounds to zero becomes 1: |u| is under 6 * 2^-10 there, which rounds to zero to nearest,
-        # and keeps its mean under stochastic rounding.
-        ratio = amax(x) / plan.element.max / _nonzero(torch.as_tensor(scale))
-        rounded = round_nearest(ratio, E4M3)
-        return torch.where(rounded == 0, 1.0, rounded)
+    if plan.scale_kind == "float32":
+        return _float32_scale(x, plan)
+    if plan.scale_kind == "minifloat":
+        limit, _ = _minifloat_range(plan)
+        whole = _minifloat_block_scale(x, limit, scale, plan)
+        return _four_over_six(x, whole, scale, plan) if plan.rule == "four_over_six" else whole
     exponent = _e8m0_exponent(x, plan)
-    if plan.rule == "mse":
+    if plan.rule in ("mse", "mse_phase"):
         exponent = torch.where(exponent == 255, 255, _least_error_exponent(x, exponent, plan.element))
     return power_of_two(exponent)
+
+
+def _minifloat_block_scale(x: Tensor, limit: float, scale: Tensor | float, plan: Plan) -> Tensor:
+    """amax at `limit` code units. A block scale that rounds to zero becomes 1: in an E4M3 scale |u| is under 6 * 2^-10
+    there, which rounds to zero to nearest, and keeps its mean under stochastic rounding."""
+    assert plan.scale_element is not None
+    rounded = round_nearest(amax(x) / limit / _nonzero(torch.as_tensor(scale)), plan.scale_element)
+    return torch.where(rounded == 0, 1.0, rounded)
+
+
+def _four_over_six(x: Tensor, six: Tensor, scale: Tensor | float, plan: Plan) -> Tensor:
+    """amax at 6 or at 4 code units: the smaller squared error of rounding to nearest; a tie takes 6."""
+    four = _minifloat_block_scale(x, 4.0, scale, plan)
+    errors = []
+    for blocks in (six, four):
+        u = _in_code_units(x, scale, blocks, plan)
+        difference = (round_nearest(u, plan.element) - u) * blocks
+        errors.append(tree_sum(difference * difference))
+    return torch.where(errors[1] < errors[0], four, six)
 
 
 def finite_or_nan(scale: Tensor) -> Tensor:
@@ -254,10 +328,15 @@ def encode(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Codes, block scales and the gradient's mask of one operand.
 
-    x: (outer, block, inner) float32, rotated; scale: its tensor_scale; key: (2,) int32 for stochastic rounding.
-    Returns codes float32 on the element's grid, block_scale (outer, 1, inner) or None, mask
-    uint8 (1 passes the gradient) or None.
+    x: (outer, span, inner) float32, rotated; scale: its tensor_scale; key: (2,) int32 for stochastic rounding and EDEN.
+    Returns codes float32 on the element's grid, (outer, span, inner); block_scale (outer * span / block, 1, inner) or
+    None; mask uint8 (1 passes the gradient) or None.
     """
+    shape = x.shape
+    if plan.rule == "mse_phase":
+        x, scale = x / _nonzero(torch.as_tensor(scale)), 1.0
+    if plan.block is not None:
+        x = x.reshape(-1, plan.block, shape[2])
     blocks = block_scale(x, scale, plan)
     u = _in_code_units(x, scale, blocks, plan)
     if plan.rounding == "stochastic":
@@ -265,23 +344,63 @@ def encode(
         codes = round_stochastic(u, plan.element, uniform(element_index(x), key))
     else:
         codes = round_nearest(u, plan.element)
-    return codes, blocks, None if plan.mask is None else _mask(u, codes, plan.mask)
+    if plan.sparsity is not None:
+        codes = codes * _largest(x, plan.sparsity)
+    if plan.rounding == "eden":
+        assert key is not None and blocks is not None
+        blocks = _corrected(u, codes, blocks, key, plan)
+    mask = None if plan.mask is None else _mask(u, codes, plan.mask).reshape(shape)
+    return codes.reshape(shape), blocks, mask
+
+
+def _corrected(u: Tensor, codes: Tensor, blocks: Tensor, key: Tensor, plan: Plan) -> Tensor:
+    """EDEN: block scales times S = <x, x> / <x, q(x)>, rounded stochastically to the scale's grid. S is taken over
+    `correction` elements; one without any code but zero keeps its scales."""
+    assert plan.scale_element is not None and plan.block is not None and plan.correction is not None
+    group = plan.correction // plan.block
+    square, product = (
+        tree_sum(tree_sum(u * other * (blocks * blocks)).reshape(-1, group, u.shape[2])) for other in (u, codes)
+    )
+    correction = torch.where(product == 0, 1.0, square / _nonzero(product))
+    correction = correction[:, None].expand(-1, group, -1, -1).reshape(blocks.shape)
+    scales = blocks * correction
+    return round_stochastic(scales, plan.scale_element, uniform(element_index(scales), key))
+
+
+def _largest(x: Tensor, sparsity: str) -> Tensor:
+    """float32 1 at what stays of every 4 (2:4) or of every 4 pairs (4:8) along dim 1: the two of largest magnitude, or
+    of largest L2 norm; of equal ones the earlier."""
+    pair = 2 if sparsity == "4:8" else 1
+    outer, block, inner = x.shape
+    groups = x.reshape(outer, block // (4 * pair), 4, pair, inner)
+    size = groups.square().sum(3) if pair == 2 else groups[:, :, :, 0].abs()
+    rank = torch.zeros_like(size)
+    for other in range(4):
+        rival = size[:, :, other : other + 1]
+        earlier = (torch.arange(4, device=x.device) > other).view(1, 1, 4, 1)
+        rank = rank + ((rival > size) | ((rival == size) & earlier)).to(size.dtype)
+    keep = (rank < 2).to(x.dtype)[:, :, :, None].expand(groups.shape)
+    return keep.reshape(x.shape)
 
 
 def operand(
     x: Tensor, scale: Tensor | float, key: Tensor | None, plan: Plan, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor | None]:
-    """What a GEMM takes: codes * block_scale, exact in bfloat16 (and float32), and the mask. The tensor scale is left
-    to the GEMM's result. Same arguments as `encode`."""
+    """What a GEMM takes: codes * block_scale, and the mask. The tensor scale is left to the GEMM's result. dtype must
+    hold the product exactly, bfloat16 where plan.exact_in_bfloat16, else float32. Same arguments as `encode`."""
     codes, blocks, mask = encode(x, scale, key, plan)
-    return (codes if blocks is None else codes * blocks).to(dtype), mask
+    if blocks is not None:
+        codes = (codes.reshape(blocks.shape[0], -1, x.shape[2]) * blocks).reshape(x.shape)
+    return codes.to(dtype), mask
 
 
 def _in_code_units(x: Tensor, scale: Tensor | float, blocks: Tensor | None, plan: Plan) -> Tensor:
-    if plan.scale_format == "e8m0":
+    if plan.scale_kind == "e8m0":
         assert blocks is not None
         numerator = x * HEADROOM if plan.rule == "floor_three_quarters" else x
         return numerator * _reciprocal(blocks)
+    if plan.scale_kind == "float32" and blocks is not None:
+        return x / _nonzero(blocks)
     divisor = _nonzero(torch.as_tensor(scale))
     return x / (divisor if blocks is None else divisor * blocks)
 

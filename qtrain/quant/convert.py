@@ -5,16 +5,18 @@ from __future__ import annotations
 import difflib
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
+import torch
 from torch import nn
 
 from qtrain.config import Backend, LinearRecipe, group_names, read_recipe
 from qtrain.errors import UserError
 from qtrain.quant.linear import Numerics, QuantLinear
+from qtrain.quant.rotation import hadamard
 from qtrain_kernels import dispatch
 
 log = logging.getLogger("qtrain")
@@ -22,23 +24,29 @@ log = logging.getLogger("qtrain")
 
 @dataclass
 class Report:
-    """What convert did. converted: qualified names; skipped: name -> reason."""
+    """What convert did. converted: qualified names; skipped: name -> reason; numerics: converted name -> its GEMMs, as
+    `print(model)` shows them."""
 
     recipe: str
     converted: list[str] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
-    numerics: str = ""
+    numerics: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         total = len(self.converted) + len(self.skipped)
         lines = [f"recipe {self.recipe}: {len(self.converted)} of {total} linear layers converted"]
-        if self.numerics:
-            lines += re.split(r" (?=dgrad|wgrad)", self.numerics)
-        for reason in dict.fromkeys(self.skipped.values()):
-            names = [name for name, why in self.skipped.items() if why == reason]
-            shown = ", ".join(names) if len(names) <= 4 else f"{', '.join(names[:3])} and {len(names) - 3} more"
-            lines.append(f"skipped {shown}: {reason}")
+        kinds = list(dict.fromkeys(self.numerics.values()))
+        for numerics in kinds:
+            if len(kinds) > 1:
+                lines.append(f"{_listed(self.numerics, numerics)}:")
+            lines += re.split(r" (?=dgrad|wgrad)", numerics)
+        lines += [f"skipped {_listed(self.skipped, why)}: {why}" for why in dict.fromkeys(self.skipped.values())]
         return "\n  ".join(lines)
+
+
+def _listed(kinds: Mapping[str, str], kind: str) -> str:
+    names = [name for name, other in kinds.items() if other == kind]
+    return ", ".join(names) if len(names) <= 4 else f"{', '.join(names[:3])} and {len(names) - 3} more"
 
 
 def convert(
@@ -55,24 +63,29 @@ def convert(
     they are, by full name, last component or pattern ("layers.0.*"); None takes the recipe's own. seed keys random
     bits, together with each layer's qualified name. backend: auto | reference | compiled.
     UserError, with the model untouched, for a width that the recipe's blocks do not divide, a skip name that matches
-    nothing (lm_head in the recipe's own may), or a model that is already converted.
+    nothing (lm_head in the recipe's own may), a pattern of recipe.overrides that does, or a model that is already
+    converted.
     """
     recipe = read_recipe(recipe)
     linears = {name: module for name, module in model.named_modules(remove_duplicate=False) if _is_linear(module)}
     if any(isinstance(module, QuantLinear) for module in linears.values()):
         raise UserError("the model is converted already; build it afresh to convert it with another recipe")
     names = recipe.skip if skip is None else ((skip,) if isinstance(skip, str) else tuple(skip))
-    _check_skip_names([entry for entry in names if skip is not None or entry != "lm_head"], linears)
+    _check_names("skip", [entry for entry in names if skip is not None or entry != "lm_head"], linears)
+    _check_names("recipe.overrides", recipe.overrides, linears)
+    blocks = _high_precision_blocks(recipe, linears)
     report = Report(recipe.name)
+    recipes_of: dict[str, LinearRecipe] = {}
     for name, module in linears.items():
+        own = next((other for entry, other in recipe.overrides.items() if _matches(entry, name)), recipe)
         inside = model.get_submodule(name.rpartition(".")[0])
-        reason = _reason_to_skip(name, module, recipe, names) or _other_use(module, inside)
+        reason = _reason_to_skip(name, own, names) or blocks.get(name) or _other_use(module, inside)
         if reason is None:
-            report.converted.append(name)
+            recipes_of[name] = own
         else:
             report.skipped[name] = reason
-    if report.converted:
-        _swap(model, {name: linears[name] for name in report.converted}, recipe, seed, backend, report)
+    report.converted = list(recipes_of)
+    _swap(model, linears, recipes_of, seed, backend, report)
     log.debug("%s", report)
     return report
 
@@ -87,6 +100,13 @@ def set_step(model: nn.Module, step: int, micro_batch: int = 0) -> None:
     for module in model.modules():
         if isinstance(module, QuantLinear):
             module.set_step(step, micro_batch)
+
+
+def set_high_precision(model: nn.Module, high_precision: bool = True) -> None:
+    """Let every QuantLinear in model compute in the compute dtype, without its quantisers, or with them again."""
+    for module in model.modules():
+        if isinstance(module, QuantLinear):
+            module.high_precision = high_precision
 
 
 def check_backend(backend: Backend, device_type: str) -> None:
@@ -106,7 +126,7 @@ def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear)
 
 
-def _reason_to_skip(name: str, module: nn.Module, recipe: LinearRecipe, skip: Sequence[str]) -> str | None:
+def _reason_to_skip(name: str, recipe: LinearRecipe, skip: Sequence[str]) -> str | None:
     if not name:
         return "it is the model itself; put it inside a module to convert it"
     if recipe.fprop is None:
@@ -134,47 +154,77 @@ def _matches(entry: str, name: str) -> bool:
     return fnmatchcase(name, entry) or fnmatchcase(name.rpartition(".")[2], entry)
 
 
-def _check_skip_names(skip: Sequence[str], linears: Mapping[str, nn.Module]) -> None:
-    for entry in skip:
+def _check_names(where: str, entries: Iterable[str], linears: Mapping[str, nn.Module]) -> None:
+    for entry in entries:
         if any(_matches(entry, name) for name in linears):
             continue
         known = sorted({*linears, *(name.rpartition(".")[2] for name in linears)})
         near = difflib.get_close_matches(entry, known, n=3, cutoff=0.5) or known[:3]
-        raise UserError(f"skip names {entry!r}, which matches no linear layer; the nearest are {', '.join(near)}")
+        raise UserError(f"{where} names {entry!r}, which matches no linear layer; the nearest are {', '.join(near)}")
+
+
+def _high_precision_blocks(recipe: LinearRecipe, linears: Iterable[str]) -> dict[str, str]:
+    """name -> why it stays in high precision: it is in the recipe's first or last blocks. A block's number is the first
+    in its layers' names (layers.11.mlp.up)."""
+    if not recipe.first_blocks and not recipe.last_blocks:
+        return {}
+    found = {name: re.search(r"(?:^|\.)(\d+)\.", name) for name in linears}
+    numbers = {name: int(match[1]) for name, match in found.items() if match}
+    count = max(numbers.values(), default=-1) + 1
+    if recipe.first_blocks + recipe.last_blocks >= count:
+        raise UserError(
+            f"recipe {recipe.name} keeps the first {recipe.first_blocks} and the last {recipe.last_blocks} blocks in "
+            f"high precision; the model has {count} numbered blocks, so nothing would be converted; lower "
+            "recipe.first_blocks or recipe.last_blocks"
+        )
+    first = {
+        name: f"in the first {recipe.first_blocks} blocks" for name in numbers if numbers[name] < recipe.first_blocks
+    }
+    last = {n: f"in the last {recipe.last_blocks} blocks" for n in numbers if numbers[n] >= count - recipe.last_blocks}
+    return first | last
 
 
 def _swap(
     model: nn.Module,
     linears: Mapping[str, nn.Module],
-    recipe: LinearRecipe,
+    recipes_of: Mapping[str, LinearRecipe],
     seed: int,
     backend: Backend,
     report: Report,
 ) -> None:
-    numerics = Numerics.build(recipe, backend)
-    report.numerics = str(numerics)
-    problems = [problem for name, module in linears.items() if (problem := _misfit(name, module, recipe, numerics))]
+    problems = []
+    for name, recipe in recipes_of.items():
+        numerics = Numerics.build(recipe, backend)
+        report.numerics[name] = str(numerics)
+        problems += [problem for problem in [_misfit(name, linears[name], recipe, numerics)] if problem]
     if problems:
         raise UserError("\n".join(problems))
     made: dict[nn.Module, QuantLinear] = {}  # a layer used under two names stays one layer
-    for name, module in linears.items():
+    for name, recipe in recipes_of.items():
+        module = linears[name]
         assert isinstance(module, nn.Linear)
         if module not in made:
             made[module] = QuantLinear(module, recipe, name, seed, backend)
-    for name, module in linears.items():  # all are built: nothing raises from here on
+    for name in recipes_of:  # all are built: nothing raises from here on
         parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, made[module])
+        setattr(model.get_submodule(parent), child, made[linears[name]])
 
 
 def _misfit(name: str, module: nn.Module, recipe: LinearRecipe, numerics: Numerics) -> str | None:
     """Why a layer's widths do not fit the recipe's blocks; None if they do."""
-    assert isinstance(module, nn.Linear)
     for operand, quantizer in sorted(numerics.operands.items(), key=lambda item: -item[1].multiple):
-        gemm, multiple = operand.split(".")[0], quantizer.multiple
-        kind = {"fprop": "in_features", "dgrad": "out_features"}.get(gemm)  # wgrad pads its tokens
-        if kind and getattr(module, kind) % multiple:
+        kind = {"fprop": "in_features", "dgrad": "out_features"}.get(operand.split(".")[0])  # wgrad pads its tokens
+        if kind is None:
+            continue
+        size, multiple = getattr(module, kind), quantizer.multiple
+        if size % multiple:
             return (
                 f"recipe {recipe.name} needs {kind} % {multiple} == 0 for {operand} ({quantizer}); {name} has "
-                f"{getattr(module, kind)}; pad it or add it to recipe.skip"
+                f"{size}; pad it or add it to recipe.skip"
             )
+        if quantizer.spec.rotation == "hadamard":
+            try:
+                hadamard(size, torch.device("cpu"))
+            except ValueError as error:
+                return f"recipe {recipe.name}, {operand} of {name}: {error}"
     return None

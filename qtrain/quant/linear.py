@@ -5,11 +5,12 @@
     dgrad  dX = (Q(dY D' H) Q(W' D' H)  * mask_X) (D H)^-1   contraction over N
     wgrad  dW = (Q(dY^T D" H) Q(X' D" H) * mask_W) (D H)^-1  contraction over T
 X', W': the master values, or the rotated and quantised ones of the forward, whose gradients leave the rotation by its
-inverse. Masks are the forward's estimators. Weights are quantised from the float32 master in every forward.
+inverse. Masks are the forward's estimators. Weights are quantised from the float32 master, once per optimiser step.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, cast
@@ -19,11 +20,12 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from qtrain.config import Backend, LinearRecipe, QuantSpec
+from qtrain.config import Backend, LinearRecipe
 from qtrain.errors import UserError
 from qtrain.quant.quantizer import Operand, Quantizer, gemm
-from qtrain.quant.random import USES, key_of, key_words
-from qtrain.quant.rotation import rotate, rotation_matrix
+from qtrain.quant.random import PER_STEP, USES, key_of, key_words
+from qtrain.quant.rotation import hadamard, rotate, rotation_matrix
+from qtrain_kernels.reference import Plan
 
 
 @dataclass(frozen=True)
@@ -33,15 +35,16 @@ class Gemm:
     left: Quantizer
     right: Quantizer
 
-    def matrix(self, key: Tensor) -> Tensor | None:
+    def matrix(self, key: Tensor, size: int) -> Tensor | None:
+        """D H of the contraction dim, which has this size."""
         spec = self.left.spec
         if spec.rotation_block is None:
             return None
-        return rotation_matrix(spec.rotation_block, None if spec.signs == "none" else key, key.device)
+        return rotation_matrix(spec.rotation_block or size, None if spec.signs == "none" else key, key.device)
 
     @property
     def multiple(self) -> int:
-        return max(self.left.multiple, self.right.multiple)  # powers of two
+        return math.lcm(self.left.multiple, self.right.multiple)
 
 
 @dataclass(frozen=True)
@@ -82,60 +85,104 @@ class Numerics:
         return f"fwd {' '.join(texts['fprop'])} dgrad {' '.join(texts['dgrad'])} wgrad {' '.join(texts['wgrad'])}"
 
 
+class QuantizedWeight:
+    """A layer's weight as the GEMMs of one optimiser step take it: for fprop at once, for dgrad when first asked for.
+
+    Every micro-batch of the step, and every recomputed forward, uses the same one.
+    """
+
+    def __init__(self, weight: Tensor, scale: Tensor | None, keys: Tensor, numerics: Numerics, dtype: torch.dtype):
+        """weight (N, K) master; scale: the learned one; keys (9, 2) int32 on weight's device."""
+        self.numerics, self.dtype = numerics, dtype
+        self.matrix = numerics.fprop.matrix(key_of(keys, "fprop.signs"), weight.shape[1])
+        self.fprop = numerics.fprop.right.operand(
+            weight, dtype, self.matrix, key_of(keys, "fprop.w"), learned=None if scale is None else scale.float()
+        )
+        self._master = weight if numerics.dgrad.right.spec.source == "master" else None
+        self._dgrad: tuple[Operand, Tensor | None] | None = None
+
+    def dgrad(self, keys: Tensor) -> tuple[Operand, Tensor | None]:
+        """W' quantised along N, and the matrix that rotated it."""
+        if self._dgrad is None:
+            source = self.fprop.dequantize() if self._master is None else self._master
+            matrix = self.numerics.dgrad.matrix(key_of(keys, "dgrad.signs"), source.shape[0])
+            key = key_of(keys, "dgrad.w")
+            self._dgrad = (self.numerics.dgrad.right.operand(source, self.dtype, matrix, key, dim=-2), matrix)
+        return self._dgrad
+
+
 class _QuantLinearFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, keys: Tensor, numerics: Numerics, dtype: torch.dtype) -> Tensor:
-        """x (T, K), weight (N, K) master, keys (9, 2) int32 in the order of USES -> (T, N) in dtype."""
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        x_scale: Tensor | None,
+        w_scale: Tensor | None,
+        keys: Tensor,
+        quantized: QuantizedWeight,
+    ) -> Tensor:
+        """x (T, K), weight (N, K) master, keys (9, 2) int32 in the order of USES -> (T, N) in quantized.dtype."""
+        numerics, dtype, matrix = quantized.numerics, quantized.dtype, quantized.matrix
         with torch.autocast(x.device.type, enabled=False):
-            matrix = numerics.fprop.matrix(key_of(keys, "fprop.signs"))
-            xq = numerics.fprop.left.operand(x, dtype, matrix, key_of(keys, "fprop.x"))
-            wq = numerics.fprop.right.operand(weight, dtype, matrix, key_of(keys, "fprop.w"))
-            y = gemm(xq, wq.t).to(dtype)
-        w_source = wq if numerics.dgrad.right.spec.source == "forward" else Operand(weight)
+            learned = None if x_scale is None else x_scale.float()
+            xq = numerics.fprop.left.operand(x, dtype, matrix, key_of(keys, "fprop.x"), learned=learned)
+            y = gemm(xq, quantized.fprop.t).to(dtype)
+            slopes = [
+                None
+                if scale is None
+                else _scale_slope(rotate(source.float(), matrix), operand.values, scale.float(), plan)
+                for source, operand, scale, plan in (
+                    (x, xq, x_scale, numerics.fprop.left.plan),
+                    (weight, quantized.fprop, w_scale, numerics.fprop.right.plan),
+                )
+            ]
         x_source = xq if numerics.wgrad.right.spec.source == "forward" else Operand(x)
-        ctx.numerics, ctx.dtypes = numerics, (dtype, x.dtype, weight.dtype)
-        ctx.constants, tensors = _split([w_source.post_scale, x_source.post_scale])
-        ctx.save_for_backward(w_source.values, x_source.values, xq.mask, wq.mask, keys, matrix, *tensors)
+        ctx.quantized, ctx.dtypes = quantized, (x.dtype, weight.dtype)
+        ctx.constants, tensors = _split([x_source.post_scale])
+        master = weight if numerics.dgrad.right.spec.source == "master" else None  # saved so that autograd guards it
+        ctx.save_for_backward(x_source.values, xq.mask, keys, *slopes, master, *tensors)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        dtype, x_dtype, weight_dtype = ctx.dtypes
-        numerics: Numerics = ctx.numerics
+        x_dtype, weight_dtype = ctx.dtypes
+        quantized: QuantizedWeight = ctx.quantized
+        numerics, dtype, matrix = quantized.numerics, quantized.dtype, quantized.matrix
         grad_output = grads[0]
         if numerics.dgrad.left.plan or numerics.wgrad.left.plan:
             grad_output = grad_output.float()  # once for both
-        w_values, x_values, x_mask, w_mask, keys, matrix, *tensors = ctx.saved_tensors
-        w_post, x_post = _join(ctx.constants, tensors)
-        grad_input = grad_weight = None
+        x_values, x_mask, keys, x_slope, w_slope, _, *tensors = ctx.saved_tensors
+        (x_post,) = _join(ctx.constants, tensors)
+        grad_input = grad_weight = grad_x_scale = grad_w_scale = None
         with torch.autocast(grad_output.device.type, enabled=False):
-            if ctx.needs_input_grad[0]:
-                source = Operand(w_values, w_post).dequantize()
-                product = _dgrad(numerics.dgrad, grad_output, source, keys, dtype)
-                forward_space = numerics.dgrad.right.spec.source == "forward"
-                grad_input = _leave_rotation(product, x_mask, matrix, forward_space).to(x_dtype)
-            if ctx.needs_input_grad[1]:
+            if ctx.needs_input_grad[0] or x_slope is not None:
+                product = _dgrad(numerics.dgrad, grad_output, quantized, keys)
+                rotated = numerics.dgrad.right.spec.source == "forward"
+                grad, grad_x_scale = _to_operand(product, x_mask, x_slope, matrix, rotated, numerics.fprop.left)
+                grad_input = grad.to(x_dtype)
+            if ctx.needs_input_grad[1] or w_slope is not None:
                 source = Operand(x_values, x_post).dequantize()
                 product = _wgrad(numerics.wgrad, grad_output, source, keys, dtype)
-                forward_space = numerics.wgrad.right.spec.source == "forward"
-                grad_weight = _leave_rotation(product, w_mask, matrix, forward_space).to(weight_dtype)
-        return grad_input, grad_weight, None, None, None
+                rotated = numerics.wgrad.right.spec.source == "forward"
+                w_mask = quantized.fprop.mask
+                grad, grad_w_scale = _to_operand(product, w_mask, w_slope, matrix, rotated, numerics.fprop.right)
+                grad_weight = grad.to(weight_dtype)
+        return grad_input, grad_weight, grad_x_scale, grad_w_scale, None, None
 
 
-@torch.compiler.disable(reason="quantised GEMMs keep their own graphs, so that their bits stay those of the reference")
-def _apply(x: Tensor, weight: Tensor, keys: Tensor, numerics: Numerics, dtype: torch.dtype) -> Tensor:
-    """Under torch.compile of a whole model this is a graph break: the rest of the model compiles around it."""
-    keys = keys.to(x.device, non_blocking=True)
-    return cast(Tensor, _QuantLinearFunction.apply(x, weight, keys, numerics, dtype))
-
-
-def _dgrad(gemm_: Gemm, grad_output: Tensor, weight: Tensor, keys: Tensor, dtype: torch.dtype) -> Tensor:
+def _dgrad(gemm_: Gemm, grad_output: Tensor, quantized: QuantizedWeight, keys: Tensor) -> Tensor:
     """(T, N) @ (N, K), both quantised along N."""
-    matrix = gemm_.matrix(key_of(keys, "dgrad.signs"))
-    dy = gemm_.left.operand(grad_output, dtype, matrix, key_of(keys, "dgrad.dy"), dim=-1)
-    w = gemm_.right.operand(weight, dtype, matrix, key_of(keys, "dgrad.w"), dim=-2)
-    return gemm(dy, w)
+    tokens, block = grad_output.shape[0], gemm_.left.spec.row_rotation_block
+    weight, matrix = quantized.dgrad(keys)
+    rows = None if block is None else hadamard(block, grad_output.device)
+    if rows is not None:
+        assert block is not None
+        grad_output = rotate(F.pad(grad_output, (0, 0, 0, -tokens % block)), rows, dim=-2)
+    dy = gemm_.left.operand(grad_output, quantized.dtype, matrix, key_of(keys, "dgrad.dy"), dim=-1)
+    product = gemm(dy, weight)
+    return product if rows is None else rotate(product.float(), rows.T, dim=-2)[:tokens]
 
 
 def _wgrad(gemm_: Gemm, grad_output: Tensor, x: Tensor, keys: Tensor, dtype: torch.dtype) -> Tensor:
@@ -143,21 +190,39 @@ def _wgrad(gemm_: Gemm, grad_output: Tensor, x: Tensor, keys: Tensor, dtype: tor
     padding = -x.shape[0] % gemm_.multiple
     if padding:
         grad_output, x = F.pad(grad_output, (0, 0, 0, padding)), F.pad(x, (0, 0, 0, padding))
-    matrix = gemm_.matrix(key_of(keys, "wgrad.signs"))
+    matrix = gemm_.matrix(key_of(keys, "wgrad.signs"), x.shape[0])
     dy = gemm_.left.operand(grad_output, dtype, matrix, key_of(keys, "wgrad.dy"), dim=-2)
     xq = gemm_.right.operand(x, dtype, matrix, key_of(keys, "wgrad.x"), dim=-2)
     return gemm(dy.t, xq)
 
 
-def _leave_rotation(grad: Tensor, mask: Tensor | None, matrix: Tensor | None, forward_space: bool) -> Tensor:
-    """A gradient by the operand as quantised (forward_space: it is rotated; else not) -> by the operand itself."""
-    if mask is None and not forward_space:
-        return grad
-    if not forward_space and matrix is not None:
+def _to_operand(
+    grad: Tensor, mask: Tensor | None, slope: Tensor | None, matrix: Tensor | None, rotated: bool, quantizer: Quantizer
+) -> tuple[Tensor, Tensor | None]:
+    """A gradient by the operand as quantised (rotated: it is in rotated space) -> by the operand itself, and by its
+    learned scale."""
+    if mask is None and slope is None and not rotated:
+        return grad, None
+    if not rotated and matrix is not None:
         grad = rotate(grad.float(), matrix)
+    by_scale = None if slope is None else (grad.float() * slope).sum() * _scale_gradient_factor(slope, quantizer)
     if mask is not None:
-        grad = grad.float().mul_(mask)
-    return grad if matrix is None else rotate(grad.float(), matrix.T)
+        grad = grad.float().mul_(mask) if by_scale is None else grad.float() * mask
+    return (grad if matrix is None else rotate(grad.float(), matrix.T)), by_scale
+
+
+def _scale_slope(x: Tensor, codes: Tensor, scale: Tensor, plan: Plan | None) -> Tensor:
+    """d(codes * scale) / d scale by the straight-through estimator (LSQ, arXiv 1902.08153): codes - x / scale inside
+    the grid, the last code beyond it. x (M, N) float32 rotated -> float32."""
+    assert plan is not None
+    u = x / torch.where(scale == 0, 1.0, scale)
+    return torch.where(u.abs() > plan.element.max, codes.float(), codes.float() - u)
+
+
+def _scale_gradient_factor(x: Tensor, quantizer: Quantizer) -> float:
+    """LSQ's 1 / sqrt(numel * q_max), q_max the largest code of the grid with zero; 1 at one bit, where that is none."""
+    assert quantizer.plan is not None
+    return (x.numel() * max(math.floor(quantizer.plan.element.max), 1)) ** -0.5
 
 
 def _split(scales: list[Tensor | float]) -> tuple[list[float | None], list[Tensor]]:
@@ -174,41 +239,78 @@ class QuantLinear(nn.Linear):
     """An nn.Linear with the same parameters and state dict, whose GEMMs follow a recipe. Made by `qtrain.convert`.
 
     x (..., K) -> (..., N) in the autocast dtype, or x's own without autocast (bfloat16 or float32). The weight stays
-    the master in its own dtype. A recipe that draws random bits needs `qtrain.set_step` before each training forward.
+    the master in its own dtype. A recipe that draws random bits needs `qtrain.set_step` before each training forward. A
+    learned scale (LSQ) is one more parameter, input_scale or weight_scale, () float32; 0 until the first training
+    forward sets it from what it sees.
     """
+
+    input_scale: nn.Parameter | None
+    weight_scale: nn.Parameter | None
 
     def __init__(self, linear: nn.Linear, recipe: LinearRecipe, name: str, seed: int, backend: Backend) -> None:
         """Takes over linear's parameters; name: its qualified name, which with seed keys its random bits."""
         super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
         self.weight, self.bias = linear.weight, linear.bias
         self.numerics = Numerics.build(recipe, backend)
+        for side, quantizer in (("input", self.numerics.fprop.left), ("weight", self.numerics.fprop.right)):
+            learned = quantizer.plan is not None and quantizer.plan.rule == "learned"
+            zero = torch.zeros((), dtype=torch.float32, device=linear.weight.device)
+            self.register_parameter(f"{side}_scale", nn.Parameter(zero) if learned else None)
         self.name, self.seed = name, seed
-        self.step_is_set = False
+        self.step: int | None = None
+        self.high_precision = False
+        self._quantized: tuple[Any, QuantizedWeight] | None = None
         self.train(linear.training)
         self._draw_keys(0, 0)
 
     def set_step(self, step: int, micro_batch: int) -> None:
         """Keys every draw of the next forward and its backward; see `qtrain.set_step`."""
+        if step != self.step:
+            self._quantized = None
         self._draw_keys(step, micro_batch)
-        self.step_is_set = True
+        self.step = step
 
     def _draw_keys(self, step: int, micro_batch: int) -> None:
-        fixed = {f"{name}.signs" for name in ("fprop", "dgrad", "wgrad") if self._signs(name) == "fixed"}
-        position = ("step", step, micro_batch)
-        rows = [key_words(self.seed, self.name, use, *(() if use in fixed else position)) for use in USES]
+        rows = [self._words(use, step, micro_batch) for use in USES]
         with torch.inference_mode(False):
             # No buffer, which ranks would share and to_empty would lose; replaced, as a graph may hold the old one.
             self.keys = torch.tensor(rows, dtype=torch.int32, device="cpu")
 
-    def _signs(self, gemm_name: str) -> str:
-        return cast(QuantSpec, getattr(self.numerics, gemm_name).left.spec).signs
+    def _words(self, use: str, step: int, micro_batch: int) -> list[int]:
+        gemm_name, _, kind = use.partition(".")
+        if kind == "signs" and getattr(self.numerics, gemm_name).left.spec.signs == "fixed":
+            return key_words(self.seed, "signs")
+        return key_words(self.seed, self.name, use, "step", step, 0 if use in PER_STEP else micro_batch)
 
     def forward(self, input: Tensor) -> Tensor:
-        if self.training and self.numerics.stochastic and not self.step_is_set:
+        if self.high_precision:
+            return super().forward(input)
+        dtype = self._compute_dtype(input)
+        if input.shape[-1:] != (self.in_features,):
+            raise UserError(
+                f"{self.name}: expected an input of last dim {self.in_features}, found shape {tuple(input.shape)}; "
+                "pass (..., in_features)"
+            )
+        if input.numel() == 0:
+            return F.linear(input.to(dtype), self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype))
+        y = self._matmul(input.reshape(-1, self.in_features), dtype).view(*input.shape[:-1], self.out_features)
+        return y if self.bias is None else y + self.bias.to(dtype)
+
+    @torch.compiler.disable(reason="quantised GEMMs keep their own graphs, so that their bits stay the reference's")
+    def _matmul(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """x (T, K) -> (T, N). A graph break under torch.compile of a whole model, which compiles around it."""
+        if self.training and self.numerics.stochastic and self.step is None:  # here: a compiled graph would guard it
             raise UserError(
                 f"{self.name}: its recipe draws random bits, and no step is set to key them; call "
                 "qtrain.set_step(model, step, micro_batch) before each training forward"
             )
+        keys = self.keys.to(x.device, non_blocking=True)
+        x_scale = self._learned(self.input_scale, self.numerics.fprop.left, x)
+        w_scale = self._learned(self.weight_scale, self.numerics.fprop.right, self.weight)
+        quantized = self._quantized_weight(w_scale, keys, dtype)
+        return cast(Tensor, _QuantLinearFunction.apply(x, self.weight, x_scale, w_scale, keys, quantized))
+
+    def _compute_dtype(self, input: Tensor) -> torch.dtype:
         device_type = input.device.type
         autocast = torch.is_autocast_enabled(device_type)
         dtype = torch.get_autocast_dtype(device_type) if autocast else input.dtype
@@ -217,17 +319,34 @@ class QuantLinear(nn.Linear):
                 f"{self.name}: quantised GEMMs run in bfloat16 or float32; the compute dtype is {dtype}; "
                 "use torch.autocast(..., dtype=torch.bfloat16)"
             )
-        if input.shape[-1:] != (self.in_features,):
-            raise UserError(
-                f"{self.name}: expected an input of last dim {self.in_features}, found shape {tuple(input.shape)}; "
-                "pass (..., in_features)"
-            )
-        if input.numel() == 0:
-            return F.linear(input.to(dtype), self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype))
-        tokens = input.reshape(-1, self.in_features)
-        y = _apply(tokens, self.weight, self.keys, self.numerics, dtype)
-        y = y.view(*input.shape[:-1], self.out_features)
-        return y if self.bias is None else y + self.bias.to(dtype)
+        return dtype
+
+    def _quantized_weight(self, scale: Tensor | None, keys: Tensor, dtype: torch.dtype) -> QuantizedWeight:
+        """Kept from one micro-batch of a step to the next. Without a step, or in evaluation, nothing says how long the
+        weight stays what it is (an optimiser that writes to weight.data moves no version), so nothing is kept."""
+        weight = self.weight
+        keep = self.training and self.step is not None and not weight.is_inference()
+        state = (dtype, weight.device, weight.data_ptr(), weight._version) if keep else None
+        if keep and self._quantized is not None and self._quantized[0] == state:
+            return self._quantized[1]
+        with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
+            quantized = QuantizedWeight(weight.detach(), scale, keys, self.numerics, dtype)
+        self._quantized = (state, quantized) if keep else None
+        return quantized
+
+    @torch.no_grad()
+    def _learned(self, scale: nn.Parameter | None, quantizer: Quantizer, x: Tensor) -> Tensor | None:
+        """The learned scale, set at the first training forward to LSQ's 2 E|x| / sqrt(q_max)."""
+        if scale is None:
+            return None
+        assert quantizer.plan is not None
+        first = 2.0 * x.float().abs().mean() / max(math.floor(quantizer.plan.element.max), 1) ** 0.5
+        value = torch.where(scale == 0, first, scale)
+        if not self.training:
+            return value
+        scale.copy_(value)
+        return scale
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, {self.numerics}"
+        state = "high precision, after " if self.high_precision else ""
+        return f"{super().extra_repr()}, {state}{self.numerics}"

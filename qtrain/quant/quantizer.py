@@ -13,14 +13,15 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from qtrain.config import Backend, QuantSpec, parse
+from qtrain.config import Backend, QuantSpec, check_spec, parse
 from qtrain.errors import UserError
 from qtrain.quant.estimator import gradient_mask
 from qtrain.quant.random import key_words
 from qtrain.quant.rotation import rotate, rotation_matrix
 from qtrain_kernels import dispatch, reference
-from qtrain_kernels.formats import check_scale, get_format
+from qtrain_kernels.formats import get_format
 from qtrain_kernels.reference import Plan
 
 
@@ -28,31 +29,29 @@ from qtrain_kernels.reference import Plan
 class QuantizedTensor:
     """x (M, N) in rotated space as codes and scales.
 
-    codes: (M, N) float32 on the format's grid. block_scale: float32, one per block, (M, N / block) or (M / block, N);
-    None without blocks. tensor_scale: a float, a () tensor, or one per row (M, 1) or column (1, N).
-    mask: (M, N) bool, True where a gradient passes; None where all do.
+    codes: (M, N) float32 on the format's grid. block_scale: float32 (M, N), the block's at each of its elements; None
+    without blocks. tensor_scale: a float, a () tensor, or one per row (M, 1) or column (1, N). mask: (M, N) bool, True
+    where a gradient passes; None where all do.
     """
 
     codes: Tensor
     block_scale: Tensor | None
     tensor_scale: Tensor | float
     mask: Tensor | None
-    dim: int
 
     def dequantize(self) -> Tensor:
         """(M, N) float32."""
-        if self.block_scale is None:
-            return self.codes * self.tensor_scale
-        block = self.codes.shape[self.dim] // self.block_scale.shape[self.dim]
-        return self.codes * self.block_scale.repeat_interleave(block, dim=self.dim) * self.tensor_scale
+        values = self.codes if self.block_scale is None else self.codes * self.block_scale
+        return values * self.tensor_scale
 
 
 @dataclass(frozen=True)
 class Operand:
     """One side of a GEMM: values (M, N) in the compute dtype, and what multiplies the result instead of them.
 
-    post_scale: a float, () or, along the dim that is not contracted, (M, 1) or (1, N) float32. mask: (M, N) uint8, 1
-    where a gradient passes (a product with bool takes four times as long on CPU); None where all do.
+    values: in float32 where the compute dtype cannot hold codes * block_scale. post_scale: a float, () or, along the
+    dim that is not contracted, (M, 1) or (1, N) float32. mask: (M, N) uint8, 1 where a gradient passes (a product with
+    bool takes four times as long on CPU); None where all do.
     """
 
     values: Tensor
@@ -67,18 +66,19 @@ class Operand:
         return Operand(self.values.T, post_scale)
 
     def dequantize(self) -> Tensor:
-        """(M, N): the values themselves (compute dtype) where nothing is left to multiply, else float32."""
+        """(M, N): the values themselves where nothing is left to multiply, else float32."""
         if isinstance(self.post_scale, float) and self.post_scale == 1.0:
             return self.values
         return self.values.float() * self.post_scale
 
 
 def gemm(left: Operand, right: Operand) -> Tensor:
-    """left (M, K) @ right (K, N) in their dtype; float32 where a post-scale multiplies the result.
+    """left (M, K) @ right (K, N) in their dtype, float32 if either is; float32 where a post-scale multiplies it.
 
     In bfloat16 the product is then rounded once to bfloat16 before the post-scale, and once more by the caller's cast.
     """
-    product = left.values @ right.values
+    dtype = torch.promote_types(left.values.dtype, right.values.dtype)
+    product = left.values.to(dtype) @ right.values.to(dtype)
     scales = [left.post_scale, right.post_scale]
     if isinstance(scales[0], float) and isinstance(scales[1], float):
         scales = [scales[0] * scales[1]]
@@ -98,75 +98,152 @@ class Quantizer:
 
     @staticmethod
     def build(spec: QuantSpec, backend: Backend = "auto") -> Quantizer:
-        """UserError for a scale that the format lacks, or a rounding that is not there."""
+        """UserError for a scale, rounding or sparsity that the format does not have."""
         if spec.format is None:
             raise UserError("a QuantSpec without a format; name one, or 'none' for the compute dtype")
         if not spec.quantised:
             return Quantizer(spec, None, backend)
-        if spec.rounding == "eden":
-            raise UserError("rounding 'eden' is not available yet; use nearest or stochastic")
         fmt = get_format(spec.format)
         try:
-            rule = check_scale(fmt, spec.scale)
+            rule = check_spec(spec, fmt)
         except ValueError as error:
             raise UserError(str(error)) from None
-        mask = gradient_mask(spec.estimator, fmt, spec.rotation is not None)
-        return Quantizer(spec, Plan(fmt.element, fmt.scale_format, fmt.block, rule, spec.rounding, mask), backend)
+        plan = Plan(
+            fmt.element,
+            fmt.scale_kind,
+            fmt.block_size,
+            rule,
+            spec.rounding,
+            gradient_mask(spec.estimator, fmt, spec.rotation is not None),
+            scale_element=fmt.scale_element,
+            per_tensor=fmt.block == "tensor",
+            correction=(spec.correction or fmt.block_size) if spec.rounding == "eden" else None,
+            sparsity=spec.sparsity,
+        )
+        return Quantizer(spec, plan, backend)
 
     @property
     def stochastic(self) -> bool:
-        return self.spec.quantised and self.spec.rounding == "stochastic"
+        return self.spec.quantised and self.spec.rounding != "nearest"
+
+    @property
+    def tile(self) -> tuple[int, int]:
+        """(rows, elements along the contraction dim) that share a scale or a correction."""
+        if self.plan is None or self.spec.number_format is None:
+            return 1, 1
+        rows = self.spec.number_format.rows
+        return rows, (self.plan.span or 1) // rows
 
     @property
     def multiple(self) -> int:
         """What the contraction dim must be a multiple of."""
-        return math.lcm(self.plan.block or 1 if self.plan else 1, self.spec.rotation_block or 1)
+        return math.lcm(self.tile[1], self.spec.rotation_block or 1, 8 if self.spec.sparsity else 1)
 
     def quantize(
         self, x: Tensor, matrix: Tensor | None = None, key: Tensor | None = None, dim: int = -1
     ) -> QuantizedTensor:
         """x (M, N), float -> codes and scales of x rotated by matrix, along dim (-1 or -2); key (2,) int32."""
         assert self.plan is not None
-        blocks, scale = self._prepare(x, matrix, dim)
+        view = _View(x.shape, dim, *self.tile)
+        blocks, scale, post = self._prepare(x, matrix, view)
         encode = dispatch.get("encode", self.backend, x.device.type)
         codes, block_scale, mask = encode(blocks, scale, key, self.plan)
-        passes = None if mask is None else mask.view(torch.bool).view(x.shape)
+        passes = None if mask is None else view.undo(mask).view(torch.bool)
         if block_scale is not None:
-            block_scale = block_scale.view(*((x.shape[0], -1) if dim == -1 else (-1, x.shape[1])))
-        return QuantizedTensor(codes.view(x.shape), block_scale, _flat(scale), passes, dim)
+            size = self.plan.block or 1
+            block_scale = view.undo(block_scale.expand(-1, size, -1))
+        return QuantizedTensor(view.undo(codes), block_scale, post, passes)
 
     def operand(
-        self, x: Tensor, dtype: torch.dtype, matrix: Tensor | None = None, key: Tensor | None = None, dim: int = -1
+        self,
+        x: Tensor,
+        dtype: torch.dtype,
+        matrix: Tensor | None = None,
+        key: Tensor | None = None,
+        dim: int = -1,
+        learned: Tensor | None = None,
     ) -> Operand:
-        """As quantize, but ready for a GEMM in dtype (bfloat16 or float32)."""
+        """As quantize, but ready for a GEMM in dtype (bfloat16 or float32). learned: () float32, the scale itself where
+        the rule is `learned`."""
         if self.plan is None:
             return Operand((x if matrix is None else rotate(x.float(), matrix, dim)).to(dtype))
-        blocks, scale = self._prepare(x, matrix, dim)
-        values, mask = dispatch.get("operand", self.backend, x.device.type)(blocks, scale, key, self.plan, dtype)
-        return Operand(values.view(x.shape), _flat(scale), None if mask is None else mask.view(x.shape))
+        view = _View(x.shape, dim, *self.tile)
+        blocks, scale, post = self._prepare(x, matrix, view, learned)
+        exact = dtype if self.plan.exact_in_bfloat16 else torch.float32
+        values, mask = dispatch.get("operand", self.backend, x.device.type)(blocks, scale, key, self.plan, exact)
+        return Operand(view.undo(values), post, None if mask is None else view.undo(mask))
 
-    def _prepare(self, x: Tensor, matrix: Tensor | None, dim: int) -> tuple[Tensor, Tensor | float]:
-        """x rotated and viewed as (outer, block, inner), and its tensor scale."""
+    def _prepare(
+        self, x: Tensor, matrix: Tensor | None, view: _View, learned: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | float, Tensor | float]:
+        """x rotated and viewed in spans; its tensor scale for `encode`, and as it multiplies the matrix."""
         assert self.plan is not None
-        block = self.plan.block or x.shape[dim]
-        rotated = rotate(x.float(), matrix, dim)
-        blocks = rotated.reshape(-1, block, 1) if dim == -1 else rotated.reshape(-1, block, x.shape[1])
-        return blocks, reference.tensor_scale(blocks, self.plan)
+        rotated = rotate(x.float(), matrix, view.dim)
+        scale = learned if learned is not None else reference.tensor_scale(view.lines(rotated), self.plan)
+        blocks = view.spans(rotated)
+        if not isinstance(scale, Tensor) or not scale.ndim:
+            return blocks, scale, scale
+        post = scale.squeeze(1)
+        if scale.shape[0] != blocks.shape[0]:  # one scale per row over several blocks
+            scale = scale.repeat_interleave(blocks.shape[0] // scale.shape[0], 0)
+        return blocks, scale.expand(-1, -1, blocks.shape[2]).contiguous(), post
 
     def __str__(self) -> str:
         """mxfp4/std/nearest/had32/clip, as in the printed model."""
         spec, plan = self.spec, self.plan
-        rotation = (
-            f"had{spec.rotation_block}" + ("" if spec.signs == "none" else f"±{spec.signs}") if spec.rotation else None
-        )
-        parts = [spec.format, plan.rule if plan else None, plan.rounding if plan else None, rotation]
+        rotation = spec.rotation and spec.rotation.replace("hadamard", "had")
+        if rotation and spec.signs != "none":
+            rotation += f"±{spec.signs}"
+        rounding = plan.rounding if plan else None
+        if plan and plan.correction and plan.correction != plan.block:
+            rounding = f"{rounding}{plan.correction}"
+        parts = [spec.format, plan.rule if plan else None, rounding, rotation, spec.sparsity]
+        parts += [spec.row_rotation and spec.row_rotation.replace("hadamard", "rows-had")]
         parts += [spec.estimator if spec.estimator != "ste" else None, "forward" if spec.source == "forward" else None]
         return "/".join(part for part in parts if part)
 
 
-def _flat(scale: Tensor | float) -> Tensor | float:
-    """(outer, 1, inner) of a row or column scale -> (M, 1) or (1, N)."""
-    return scale.squeeze(1) if isinstance(scale, Tensor) and scale.ndim else scale
+@dataclass(frozen=True)
+class _View:
+    """A matrix of `shape` (M, N) as spans of `size` elements along dim -1 or -2; tiles of rows become blocks."""
+
+    shape: torch.Size
+    dim: int
+    rows: int
+    size: int
+
+    def lines(self, x: Tensor) -> Tensor:
+        """(outer, contraction, inner): whole rows or columns."""
+        return x.reshape(-1, x.shape[1], 1) if self.dim == -1 else x.reshape(1, *x.shape)
+
+    def spans(self, x: Tensor) -> Tensor:
+        """(outer, span, inner), without a copy unless in tiles."""
+        if self.rows > 1:
+            (height, width), (padding_down, padding_right) = self._tile, self._padding
+            x = F.pad(x, (0, padding_right, 0, padding_down))
+            tiles = x.view(x.shape[0] // height, height, -1, width).transpose(1, 2)
+            return tiles.reshape(-1, height * width, 1)
+        if self.size == 1:
+            return self.lines(x)
+        return x.reshape(-1, self.size, 1) if self.dim == -1 else x.reshape(-1, self.size, x.shape[1])
+
+    def undo(self, spans: Tensor) -> Tensor:
+        """(M, N) again."""
+        if self.rows == 1:
+            return spans.reshape(self.shape)
+        (height, width), padding = self._tile, self._padding
+        down, right = (size + extra for size, extra in zip(self.shape, padding, strict=True))
+        tiles = spans.reshape(down // height, right // width, height, width).transpose(1, 2)
+        return tiles.reshape(down, right)[: self.shape[0], : self.shape[1]]
+
+    @property
+    def _tile(self) -> tuple[int, int]:
+        return (self.rows, self.size) if self.dim == -1 else (self.size, self.rows)
+
+    @property
+    def _padding(self) -> tuple[int, int]:
+        """Zeros below and to the right of the matrix that fill its last tiles; no scale by magnitude sees them."""
+        return -self.shape[0] % self._tile[0], -self.shape[1] % self._tile[1]
 
 
 @torch.no_grad()
@@ -197,7 +274,9 @@ def fake_quantize(
         raise UserError(f"{quantizer} needs a last dim % {quantizer.multiple} == 0; x has {found}; pad it")
     if x.numel() == 0 or quantizer.plan is None:
         return x.clone()
-    matrix = rotation_matrix(spec.rotation_block, None, x.device) if spec.rotation_block else None
+    matrix = None
+    if spec.rotation_block is not None:
+        matrix = rotation_matrix(spec.rotation_block or x.shape[-1], None, x.device)
     key = torch.tensor(key_words("fake_quantize", seed), dtype=torch.int32, device=x.device)
     rows = quantizer.quantize(x.reshape(-1, x.shape[-1]), matrix, key).dequantize()
     return rotate(rows, None if matrix is None else matrix.T).view(x.shape).to(x.dtype)

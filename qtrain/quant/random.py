@@ -15,6 +15,9 @@ from torch import Tensor
 # What one layer draws for, in the order of the rows of its key table.
 USES = ("fprop.x", "fprop.w", "dgrad.dy", "dgrad.w", "wgrad.dy", "wgrad.x", "fprop.signs", "dgrad.signs", "wgrad.signs")
 
+# Drawn once per optimiser step, as a weight is quantised once for all its micro-batches; the others in each of them.
+PER_STEP = ("fprop.w", "dgrad.w", "fprop.signs", "dgrad.signs")
+
 
 def key_of(keys: Tensor, use: str) -> Tensor:
     """The row (2,) of a layer's key table (9, 2) for one of USES."""

@@ -127,8 +127,8 @@ class LinearRecipe(Strict):
     `bits: b` is short for `format: int<b>`; both name the format of every operand that names none itself.
     skip: layers left as they are, by full name, last component or pattern. overrides: pattern -> another recipe, by
     name or written out; the first that matches a layer holds. first_blocks, last_blocks: so many transformer blocks at
-    either end stay as they are. high_precision_after: the fraction of the run's steps after which every layer computes
-    in the compute dtype. A recipe without GEMMs (bf16) converts nothing.
+    either end stay as they are; below 1, that fraction of them, rounded. high_precision_after: the fraction of the
+    run's steps after which every layer computes in the compute dtype. A recipe without GEMMs (bf16) converts nothing.
     """
 
     name: str
@@ -137,8 +137,8 @@ class LinearRecipe(Strict):
     format: str | None = None
     skip: tuple[str, ...] = ("lm_head",)
     overrides: dict[str, LinearRecipe] = Field(default_factory=dict)
-    first_blocks: int = Field(0, ge=0)
-    last_blocks: int = Field(0, ge=0)
+    first_blocks: float = Field(0, ge=0)
+    last_blocks: float = Field(0, ge=0)
     high_precision_after: float | None = Field(None, ge=0, lt=1)
     fprop: Fprop | None = None
     dgrad: Dgrad | None = None
@@ -148,6 +148,13 @@ class LinearRecipe(Strict):
     @classmethod
     def _named_recipes(cls, overrides: Any) -> Any:
         return {pattern: read_recipe(recipe) for pattern, recipe in dict(overrides).items()}
+
+    @field_validator("first_blocks", "last_blocks")
+    @classmethod
+    def _whole_or_fraction(cls, blocks: float) -> float:
+        if blocks >= 1 and blocks % 1:
+            raise ValueError("a number of blocks, or a fraction of them below 1")
+        return blocks
 
     @model_validator(mode="after")
     def _consistent(self) -> LinearRecipe:

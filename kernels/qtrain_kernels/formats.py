@@ -306,6 +306,4 @@ def _misfit(fmt: Format, rule: str) -> str | None:
         return "is fitted to int4_sym codes"
     if rule in ("sawb", "absmean", "learned") and fmt.block_size is not None:
         return "is one scale per row or tensor"
-    if rule == "learned" and fmt.block != "tensor":
-        return "is one learned scale per tensor"
     return None

@@ -171,16 +171,15 @@ def _high_precision_blocks(recipe: LinearRecipe, linears: Iterable[str]) -> dict
     found = {name: re.search(r"(?:^|\.)(\d+)\.", name) for name in linears}
     numbers = {name: int(match[1]) for name, match in found.items() if match}
     count = max(numbers.values(), default=-1) + 1
-    if recipe.first_blocks + recipe.last_blocks >= count:
+    kept = [int(n if n >= 1 else round(n * count)) for n in (recipe.first_blocks, recipe.last_blocks)]
+    if sum(kept) >= max(count, 1):
         raise UserError(
-            f"recipe {recipe.name} keeps the first {recipe.first_blocks} and the last {recipe.last_blocks} blocks in "
-            f"high precision; the model has {count} numbered blocks, so nothing would be converted; lower "
-            "recipe.first_blocks or recipe.last_blocks"
+            f"recipe {recipe.name} keeps the first {kept[0]} and the last {kept[1]} blocks in high precision; the model "
+            f"has {count} numbered blocks, so nothing would be converted; lower recipe.first_blocks or "
+            "recipe.last_blocks"
         )
-    first = {
-        name: f"in the first {recipe.first_blocks} blocks" for name in numbers if numbers[name] < recipe.first_blocks
-    }
-    last = {n: f"in the last {recipe.last_blocks} blocks" for n in numbers if numbers[n] >= count - recipe.last_blocks}
+    first = {name: f"in the first {kept[0]} blocks" for name, number in numbers.items() if number < kept[0]}
+    last = {name: f"in the last {kept[1]} blocks" for name, n in numbers.items() if n >= count - kept[1]}
     return first | last
 
 

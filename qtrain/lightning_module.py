@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from qtrain.config import Config
 from qtrain.optim import build_optimizer, lr_factor
 from qtrain.plan import RunPlan
-from qtrain.quant import set_step
+from qtrain.quant import set_high_precision, set_step
 
 # B sequences, T tokens, V vocabulary
 
@@ -23,6 +23,13 @@ def next_token_loss(model: nn.Module, tokens: Tensor, reduction: str = "mean") -
     """Cross-entropy in nats of each next token. tokens: (B, T+1) int64; the loss is float32 whatever the logits are."""
     logits = model(tokens[:, :-1])
     return F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten(), reduction=reduction)
+
+
+def computes_in_high_precision(config: Config, plan: RunPlan, step: int) -> bool:
+    """Whether optimiser step `step` (from 0) lies in the last part of the run, which the recipe gives to the compute
+    dtype."""
+    after = config.recipe.high_precision_after
+    return after is not None and step >= after * plan.steps
 
 
 class CausalLM(lightning.LightningModule):
@@ -42,6 +49,8 @@ class CausalLM(lightning.LightningModule):
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         micro_batch = batch_idx % self.plan.micro_batches
+        if micro_batch == 0:
+            set_high_precision(self.model, computes_in_high_precision(self.config, self.plan, self.trainer.global_step))
         # numbered over all devices, as the data is: the same samples draw the same bits on any number of them
         set_step(self.model, self.trainer.global_step, micro_batch * self.trainer.world_size + self.global_rank)
         loss = next_token_loss(self.model, batch)

@@ -131,8 +131,14 @@ def describe_recipe(recipe: LinearRecipe) -> str:
     for gemm, operands in recipe.operands().items():
         formats = [spec.format or recipe.default_format or "none" for spec in operands.values()]
         gemms.append(f"{gemm} " + " x ".join("high precision" if name == "none" else name for name in formats))
-    skipped = f"; not in {', '.join(recipe.skip)}" if recipe.skip else ""
-    return f"{recipe.name}: {', '.join(gemms)}{skipped}"
+    ends = (("first", recipe.first_blocks), ("last", recipe.last_blocks))
+    skipped = [*recipe.skip, *(f"the {end} {n:.0%} of blocks" if n < 1 else f"the {end} {n:g}" for end, n in ends if n)]
+    parts = [f"{recipe.name}: {', '.join(gemms)}"]
+    parts += [f"not in {', '.join(skipped)}"] if skipped else []
+    parts += [f"{other.name} in {pattern}" for pattern, other in recipe.overrides.items()]
+    after = recipe.high_precision_after
+    parts += [] if after is None else [f"high precision after {after:.0%} of the steps"]
+    return "; ".join(parts)
 
 
 def _vocabulary(tokenizer: TokenizerConfig) -> int:

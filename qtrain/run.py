@@ -26,11 +26,11 @@ from qtrain.config import Config, config_hash
 from qtrain.data import Corpus, check_vocab, prepare
 from qtrain.data.datamodule import TokenDataModule
 from qtrain.errors import UserError
-from qtrain.lightning_module import CausalLM
+from qtrain.lightning_module import CausalLM, computes_in_high_precision
 from qtrain.loggers import build_loggers, check_logger, close_loggers
 from qtrain.models.llama import Llama, generate
 from qtrain.plan import RunPlan, budget_tokens, make_plan
-from qtrain.quant import Report, check_backend, convert
+from qtrain.quant import Report, check_backend, convert, set_high_precision
 from qtrain.report.loss import plot_loss
 from qtrain.run_directory import RunDirectory, commit
 
@@ -128,6 +128,8 @@ def load_run(path: str | Path) -> nn.Module:
     prefix = "model."
     weights = {name.removeprefix(prefix): value for name, value in checkpoint["state_dict"].items()}
     model.load_state_dict(weights)
+    plan = make_plan(config, world_size=config.trainer.devices, vocab_size=checkpoint["vocab_size"])
+    set_high_precision(model, computes_in_high_precision(config, plan, newest[0] - 1))  # as in its last step
     return model.eval()
 
 

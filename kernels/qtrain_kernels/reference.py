@@ -27,6 +27,8 @@ STD_EPS = 1e-8
 FITTED_LIMIT = 6.0 * (16 / 17) / 0.93  # Quartet II: where amax lies on the grid, for the least error on N(0, 1)
 REDUCED_CAP = 256.0  # Quartet II: the largest block scale, with room for EDEN's correction or for 6 / 4 of it
 BEST_PHASE = 1.1637  # RMS of a row, in powers of two, at which `mse` has its least error on N(0, 1)
+CARRY = 0x7FFFFF  # added to a float32's bits, makes any mantissa but 1.0 carry into the exponent
+CARRY_ABOVE_SQRT2 = 0x800000 - 0x3504F4  # makes mantissas above sqrt(2), the float32 1.41421354 = 0x3FB504F3, carry
 SAWB = (12.68, 12.80)  # of the four-bit grid: clip at 12.68 RMS - 12.80 E|x|
 
 
@@ -86,15 +88,25 @@ def tree_sum(x: Tensor) -> Tensor:
     return x
 
 
+def divide(x: Tensor, divisor: float) -> Tensor:
+    """x / divisor rounded once, on every device: by a Python number, torch multiplies with its reciprocal on CUDA."""
+    return x / torch.full((), divisor, dtype=x.dtype, device=x.device)
+
+
+def mean(x: Tensor) -> Tensor:
+    """(outer, 1, inner) over dim 1."""
+    return divide(tree_sum(x), x.shape[1])
+
+
 def rms(x: Tensor) -> Tensor:
     """(outer, 1, inner) root mean square over dim 1."""
-    return torch.sqrt(tree_sum(x * x) / x.shape[1])
+    return torch.sqrt(mean(x * x))
 
 
 def std(x: Tensor) -> Tensor:
     """(outer, 1, inner) standard deviation over dim 1 about the block's own mean, population variance."""
-    centred = x - tree_sum(x) / x.shape[1]
-    return torch.sqrt(tree_sum(centred * centred) / x.shape[1])
+    centred = x - mean(x)
+    return torch.sqrt(mean(centred * centred))
 
 
 def amax(x: Tensor) -> Tensor:
@@ -120,11 +132,15 @@ def _reciprocal(scale: Tensor) -> Tensor:
     return 1.0 / scale
 
 
-def _offset_exponent(bits: Tensor, increment: int, shift: int) -> Tensor:
-    """Biased exponent of the scale: the field of (bits + increment), less shift, from 2^-127; inf and NaN stay 255."""
+def _scale_exponent(magnitude: Tensor, increment: int, shift: int, divisor: float = 1.0) -> Tensor:
+    """The biased exponent of magnitude / divisor, after `increment` is added to its bits and `shift` taken off; from
+    2^-127 upwards, inf and NaN stay 255. Subnormals are lifted first: their bits have no exponent."""
+    tiny = magnitude < 2.0**-60
+    lifted = torch.where(tiny, magnitude * 2.0**64, magnitude)
+    bits = (lifted if divisor == 1.0 else divide(lifted, divisor)).view(torch.int32)
     biased = biased_exponent(bits)
-    moved = (biased_exponent(bits + increment) - shift).clamp(0, 254)
-    return torch.where(biased == 255, 255, moved)
+    moved = biased_exponent(bits + increment) - shift - 64 * tiny.to(torch.int32)
+    return torch.where(biased == 255, 255, moved.clamp(0, 254))
 
 
 def _e8m0_exponent(x: Tensor, plan: Plan) -> Tensor:
@@ -132,19 +148,18 @@ def _e8m0_exponent(x: Tensor, plan: Plan) -> Tensor:
     element, rule = plan.element, plan.rule
     emax = element.max_exponent
     if rule in ("floor", "floor_three_quarters", "mse", "mse_phase"):
-        return _offset_exponent(amax(x).view(torch.int32), 0, emax)
+        return _scale_exponent(amax(x), 0, emax)
     if rule == "even":  # half a unit of the element's last mantissa bit carries into the exponent
-        return _offset_exponent(amax(x).view(torch.int32), 1 << (22 - element.precision_bits), emax)
+        return _scale_exponent(amax(x), 1 << (22 - element.precision_bits), emax)
     if rule == "ceil":
-        return _offset_exponent(amax(x).view(torch.int32), 0x7FFFFF, emax)
+        return _scale_exponent(amax(x), CARRY, emax)
     if rule == "rceil":
-        return _offset_exponent((amax(x) / element.max).view(torch.int32), 0x7FFFFF, 0)
-    if rule == "round":  # mantissas above sqrt(2), the float32 1.41421354 = 0x3FB504F3, go up
-        return _offset_exponent((amax(x) / element.max).view(torch.int32), 0x800000 - 0x3504F4, 0)
+        return _scale_exponent(amax(x), CARRY, 0, element.max)
+    if rule == "round":
+        return _scale_exponent(amax(x), CARRY_ABOVE_SQRT2, 0, element.max)
     assert element.gaussian is not None
     fitted = element.gaussian * rms(x) if rule == "gaussian" else element.gaussian * std(x) + STD_EPS
-    nearest = 0x800000 - 0x3504F4 if rule == "std_round" else 0
-    return _offset_exponent(fitted.view(torch.int32), nearest, 0)
+    return _scale_exponent(fitted, CARRY_ABOVE_SQRT2 if rule == "std_round" else 0, 0)
 
 
 def _least_error_exponent(x: Tensor, floor: Tensor, element: Element) -> Tensor:
@@ -175,7 +190,7 @@ def tensor_scale(x: Tensor, plan: Plan) -> Tensor | float:
     """
     if plan.scale_kind == "minifloat":
         limit, cap = _minifloat_range(plan)
-        return finite_or_nan(x.abs().amax() / (limit * cap))
+        return finite_or_nan(divide(x.abs().amax(), limit * cap))
     if plan.rule == "mse_phase":
         return finite_or_nan(rms(x) * (1.0 / BEST_PHASE))
     if plan.scale_kind == "e8m0":
@@ -192,12 +207,12 @@ def _float32_scale(x: Tensor, plan: Plan) -> Tensor:
         assert plan.element.gaussian is not None
         return finite_or_nan(plan.element.gaussian * rms(x))
     if plan.rule == "absmean":
-        return finite_or_nan(tree_sum(x.abs()) / x.shape[1])
+        return finite_or_nan(mean(x.abs()))
     if plan.rule == "sawb":
-        clip = SAWB[0] * rms(x) - SAWB[1] * (tree_sum(x.abs()) / x.shape[1])
-        return finite_or_nan(clip / plan.element.max)
+        clip = SAWB[0] * rms(x) - SAWB[1] * mean(x.abs())
+        return finite_or_nan(divide(clip, plan.element.max))
     assert plan.rule == "absmax", plan.rule
-    return finite_or_nan(amax(x) / plan.element.max)
+    return finite_or_nan(divide(amax(x), plan.element.max))
 
 
 def _minifloat_range(plan: Plan) -> tuple[float, float]:
@@ -232,7 +247,7 @@ def _minifloat_block_scale(x: Tensor, limit: float, scale: Tensor | float, plan:
     """amax at `limit` code units. A block scale that rounds to zero becomes 1: in an E4M3 scale |u| is under 6 * 2^-10
     there, which rounds to zero to nearest, and keeps its mean under stochastic rounding."""
     assert plan.scale_element is not None
-    rounded = round_nearest(amax(x) / limit / _nonzero(torch.as_tensor(scale)), plan.scale_element)
+    rounded = round_nearest(divide(amax(x), limit) / _nonzero(torch.as_tensor(scale)), plan.scale_element)
     return torch.where(rounded == 0, 1.0, rounded)
 
 

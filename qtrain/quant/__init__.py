@@ -1,6 +1,6 @@
 """Quantised linear layers: recipes in, swapped layers out."""
 
-from qtrain.quant.convert import Report, check_backend, convert, recipes, set_step
+from qtrain.quant.convert import Report, check_backend, convert, recipes, set_high_precision, set_step
 from qtrain.quant.linear import QuantLinear
 from qtrain.quant.quantizer import QuantizedTensor, Quantizer, fake_quantize
 
@@ -13,5 +13,6 @@ __all__ = [
     "convert",
     "fake_quantize",
     "recipes",
+    "set_high_precision",
     "set_step",
 ]

@@ -174,13 +174,17 @@ def _high_precision_blocks(recipe: LinearRecipe, linears: Iterable[str]) -> dict
     kept = [int(n if n >= 1 else round(n * count)) for n in (recipe.first_blocks, recipe.last_blocks)]
     if sum(kept) >= max(count, 1):
         raise UserError(
-            f"recipe {recipe.name} keeps the first {kept[0]} and the last {kept[1]} blocks in high precision; the model "
-            f"has {count} numbered blocks, so nothing would be converted; lower recipe.first_blocks or "
+            f"recipe {recipe.name} keeps the first {kept[0]} and the last {kept[1]} blocks in high precision; the "
+            f"model has {count} numbered blocks, so nothing would be converted; lower recipe.first_blocks or "
             "recipe.last_blocks"
         )
-    first = {name: f"in the first {kept[0]} blocks" for name, number in numbers.items() if number < kept[0]}
-    last = {name: f"in the last {kept[1]} blocks" for name, n in numbers.items() if n >= count - kept[1]}
+    first = {name: f"in the first {_blocks(kept[0])}" for name, number in numbers.items() if number < kept[0]}
+    last = {name: f"in the last {_blocks(kept[1])}" for name, n in numbers.items() if n >= count - kept[1]}
     return first | last
+
+
+def _blocks(count: int) -> str:
+    return "block" if count == 1 else f"{count} blocks"
 
 
 def _swap(

@@ -46,6 +46,17 @@ class QuantizedTensor:
 
 
 @dataclass(frozen=True)
+class Counts:
+    """What quantising did to so many elements. not_a_number: of the result; a NaN or an infinity makes its whole block,
+    row or tensor so. saturated: pulled back to the largest code. flushed: became zero without being it."""
+
+    elements: int
+    not_a_number: int
+    saturated: int
+    flushed: int
+
+
+@dataclass(frozen=True)
 class Operand:
     """One side of a GEMM: values (M, N) in the compute dtype, and what multiplies the result instead of them.
 
@@ -153,6 +164,21 @@ class Quantizer:
             size = self.plan.block or 1
             block_scale = view.undo(block_scale.expand(-1, size, -1))
         return QuantizedTensor(view.undo(codes), block_scale, post, passes)
+
+    def count(self, x: Tensor, matrix: Tensor | None = None, key: Tensor | None = None, dim: int = -1) -> Counts:
+        """What `quantize` does to x: nothing becomes NaN, saturates or vanishes without being counted here."""
+        assert self.plan is not None
+        quantized, rotated = self.quantize(x, matrix, key, dim), rotate(x.float(), matrix, dim)
+        values = quantized.dequantize()
+        largest = QuantizedTensor(
+            torch.full_like(values, self.plan.element.max), quantized.block_scale, quantized.tensor_scale, None
+        ).dequantize()
+        return Counts(
+            elements=x.numel(),
+            not_a_number=int(values.isnan().sum()),
+            saturated=int((rotated.abs() > largest * (1 + 2.0**-22)).sum()),
+            flushed=int(((values == 0) & (rotated != 0)).sum()),
+        )
 
     def operand(
         self,

@@ -1,6 +1,7 @@
 """Plain float64 computations of what the papers say, importing nothing of qtrain: numpy, brute force, no tricks.
 
-Grids are lists of codes, rounding looks at every code, exponents come from frexp, rotations from scipy's Hadamard.
+Grids are lists of codes, rounding searches them, exponents come from frexp, rotations from scipy's Hadamard.
+recipes.py puts these together to the three GEMMs of each method.
 """
 
 from __future__ import annotations
@@ -32,12 +33,24 @@ def centred_grid(bits: int) -> list[float]:
     return [k + 0.5 for k in range(-(2 ** (bits - 1)), 2 ** (bits - 1))]
 
 
+def neighbours(u: Array, grid: list[float]) -> tuple[Array, Array, NDArray[np.bool_]]:
+    """Two adjacent codes, at or below and above u once that saturates, and whether the lower one's rank is even."""
+    levels = np.array(grid)
+    rank = np.clip(np.searchsorted(levels, u, side="right") - 1, 0, len(grid) - 2)
+    return levels[rank], levels[rank + 1], (rank - (len(grid) - 1) // 2) % 2 == 0
+
+
 def nearest(u: Array, grid: list[float]) -> Array:
     """The nearest code of each element; of two equally near, the one of even rank, counted from zero."""
-    levels, middle = np.array(grid), (len(grid) - 1) // 2
-    distance = np.abs(u[..., None] - levels)
-    odd = (np.arange(len(grid)) - middle) % 2
-    return levels[np.argmin(np.where(distance == distance.min(-1, keepdims=True), odd, 2), -1)]
+    lower, upper, lower_is_even = neighbours(u, grid)
+    below, above = u - lower, upper - u
+    return np.where((below < above) | ((below == above) & lower_is_even), lower, upper)
+
+
+def stochastic(u: Array, grid: list[float], uniform: Array) -> Array:
+    """The lower or upper neighbour, the upper one where uniform in [0, 1) is below the part of the way to it."""
+    lower, upper, _ = neighbours(u, grid)
+    return np.where(uniform * (upper - lower) < u - lower, upper, lower)
 
 
 def blocks_of(x: Array, block: int) -> Array:
@@ -68,43 +81,15 @@ def quartet_forward(x: Array) -> tuple[Array, Array]:
     return (nearest(np.clip(u, -6, 6), E2M1_GRID) * scale).reshape(x.shape), (np.abs(u) < 6).reshape(x.shape)
 
 
-def quartet_backward(x: Array) -> Array:
-    """Quartet's backward quantiser of rotated x, round to nearest: codes of 3/4 x / 2^e, times 4/3 2^e."""
+def quartet_backward(x: Array, uniform: Array | None = None) -> Array:
+    """Quartet's backward quantiser of rotated x: codes of 3/4 x / 2^e, e = floor(log2 amax) - 2, times 4/3 2^e. To
+    nearest, or stochastically where uniform in [0, 1) is given."""
     blocks = blocks_of(x, 32)
     largest = np.abs(blocks).max(-1, keepdims=True)
-    scale = np.vectorize(lambda a: 2.0 ** (power_below(a) - 2) if a else 1.0)(largest)
-    return (nearest(0.75 * blocks / scale, E2M1_GRID) * scale / 0.75).reshape(x.shape)
-
-
-def quest(x: Array, grid: list[float], clip: float, trust: float) -> tuple[Array, Array]:
-    """QuEST of rotated rows: values and trust mask; clip (of the largest code) and trust in RMS."""
-    rms = np.sqrt((x**2).mean(-1, keepdims=True))
-    step = clip * rms / max(grid)
-    values = nearest(np.clip(x / step, -max(grid), max(grid)), grid) * step
-    if len(grid) == 2:
-        return values, np.abs(x) <= 1.30 * clip * rms
-    return values, np.abs(values - x) <= trust * rms
-
-
-def quartet_linear(x: Array, w: Array, dy: Array, signs_n: Array, signs_t: Array) -> tuple[Array, Array, Array]:
-    """Algorithm 1 with round to nearest: Y, dX, dW of Y = X W^T. x (T, K), w (N, K), dy (T, N)."""
-    fixed = rotation(32)
-    xq, x_mask = quartet_forward(rotate(x, fixed))
-    wq, w_mask = quartet_forward(rotate(w, fixed))
-    along_n, along_t = rotation(32, signs_n), rotation(32, signs_t)
-    dx = quartet_backward(rotate(dy, along_n)) @ quartet_backward(rotate(wq.T, along_n)).T
-    dw = quartet_backward(rotate(dy.T, along_t)) @ quartet_backward(rotate(xq.T, along_t)).T
-    return xq @ wq.T, rotate(dx * x_mask, fixed.T), rotate(dw * w_mask, fixed.T)
-
-
-def quest_linear(
-    x: Array, w: Array, dy: Array, grid: list[float], clip: float, trust: float
-) -> tuple[Array, Array, Array]:
-    """QuEST: quantised forward values in the backward's GEMMs, then mask, then inverse rotation (128)."""
-    fixed = rotation(128)
-    xq, x_mask = quest(rotate(x, fixed), grid, clip, trust)
-    wq, w_mask = quest(rotate(w, fixed), grid, clip, trust)
-    return xq @ wq.T, rotate((dy @ wq) * x_mask, fixed.T), rotate((dy.T @ xq) * w_mask, fixed.T)
+    scale = np.vectorize(lambda a: 2.0 ** (power_below(a) - 2) if a else 1.0)(largest) / 0.75
+    u = blocks / scale
+    codes = nearest(u, E2M1_GRID) if uniform is None else stochastic(u, E2M1_GRID, blocks_of(uniform, 32))
+    return (codes * scale).reshape(x.shape)
 
 
 def gaussian_error(clip: float, grid: list[float]) -> float:

@@ -1,0 +1,169 @@
+"""The policy of kernels/README.md for zeros, tiny and huge values, NaN and infinity: every format, rule and rounding."""
+
+import math
+from itertools import product
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import qtrain
+from qtrain.config import QuantSpec
+from qtrain.errors import UserError
+from qtrain.quant.quantizer import Quantizer
+from qtrain_kernels.formats import FORMATS, SCALE_RULES, get_format
+
+OPEN = ("e2m1/16x16/e4m3", "e2m1/16/ue5m3", "e4m3/128/float32", "e4m3/128x128/float32", "int8_sym/tensor/float32",
+        "e3m0/tensor/float32", "int1.585/tensor/float32", "e4m3/16/e8m0")  # fmt: skip
+ROUNDINGS = ("nearest", "stochastic", "eden")
+
+
+def specs() -> list[QuantSpec]:
+    """Every rule and rounding that every format takes."""
+    found = []
+    for name, rule, rounding in product([*FORMATS, *OPEN], [r for r in SCALE_RULES if r != "learned"], ROUNDINGS):
+        spec = QuantSpec(format=name, scale=rule, rounding=rounding)  # pyright: ignore[reportArgumentType]
+        try:
+            Quantizer.build(spec)
+        except UserError:
+            continue
+        found.append(spec)
+    return found
+
+
+SPECS = specs()
+KEY = torch.tensor([3, -4], dtype=torch.int32)
+
+
+def gaussians(rows: int = 16, columns: int = 128) -> Tensor:
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(0))
+
+
+def name(spec: QuantSpec) -> str:
+    return f"{spec.format}-{spec.scale}-{spec.rounding}"
+
+
+def relative_error(spec: QuantSpec, x: Tensor) -> float:
+    found = Quantizer.build(spec, "reference").quantize(x, key=KEY).dequantize().double()
+    return ((found - x.double()).square().sum() / x.double().square().sum()).item()
+
+
+def test_there_is_a_spec_of_every_format_rule_and_rounding() -> None:
+    assert {spec.format for spec in SPECS} == {*FORMATS, *OPEN}
+    assert {spec.scale for spec in SPECS} == set(SCALE_RULES) - {"learned"}
+    assert {spec.rounding for spec in SPECS} == set(ROUNDINGS)
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=name)
+def test_zeros_give_zeros_and_keep_their_gradient(spec: QuantSpec) -> None:
+    masked = spec.model_copy(update={"estimator": "trust"})
+    for estimator in (spec, masked):
+        quantized = Quantizer.build(estimator, "reference").quantize(torch.zeros(16, 128), key=KEY)
+        assert (quantized.dequantize() == 0).all()
+        assert quantized.mask is None or quantized.mask.all()
+    x = gaussians()
+    x[:, 32:64] = 0  # whole blocks of 16 and 32
+    values = Quantizer.build(spec, "reference").quantize(x, key=KEY).dequantize()
+    fmt = get_format(spec.format or "")
+    if not fmt.element.offset:  # a centred grid has no zero: only a row of zeros, of scale 0, stays so
+        assert (values[:, 32:64] == 0).all()
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=name)
+def test_tiny_values_are_never_worse_than_zeros(spec: QuantSpec) -> None:
+    """Down to the subnormals of float32. Rounding to nearest always; stochastic rounding keeps the mean instead, and
+    below E8M0's smallest scale, 2^-127, is as coarse as that."""
+    x = gaussians()
+    usual = relative_error(spec, x)
+    e8m0 = get_format(spec.format or "").scale == "e8m0"
+    for exponent in (-30, -36, -38, -40, -42, -44):
+        if spec.rounding == "stochastic" and e8m0 and exponent < -38:
+            continue
+        assert relative_error(spec, x * 10.0**exponent) <= max(1.0, 1.05 * usual), exponent
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=name)
+def test_huge_values_are_quantised_or_visibly_lost(spec: QuantSpec) -> None:
+    """Up to 1e18 as any other; above, a sum of squares or a step upwards may leave float32: then NaN or infinity."""
+    x = gaussians()
+    usual = relative_error(spec, x)
+    assert relative_error(spec, x * 2.0**58) <= 1.1 * usual
+    for factor in (1e20, 7e37):
+        error = relative_error(spec, x * factor)
+        assert not error < math.inf or error <= max(1.0, 1.2 * usual)
+
+
+@pytest.mark.parametrize("backend", ["reference", "compiled"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize(("format", "lost"), [
+    ("mxfp4", (1, 32)), ("mxint8", (1, 32)), ("int4", (1, 128)), ("fp8_e4m3", (1, 128)), ("e4m3/32/float32", (1, 32)),
+    ("e4m3/16x16/float32", (16, 16)), ("nvfp4", (16, 128)), ("int8_sym/tensor/float32", (16, 128)),
+])  # fmt: skip
+def test_a_bad_value_makes_what_shares_its_scale_nan_and_is_counted(
+    format: str, lost: tuple[int, int], bad: float, backend: str
+) -> None:
+    x = gaussians()
+    x[0, 5] = bad
+    quantizer = Quantizer.build(QuantSpec(format=format), backend)  # pyright: ignore[reportArgumentType]
+    values = quantizer.quantize(x, key=KEY).dequantize()
+    expected = torch.zeros(16, 128, dtype=torch.bool)
+    expected[: lost[0], : lost[1]] = True
+    assert torch.equal(values.isnan(), expected) and not values.isinf().any()
+    assert quantizer.count(x).not_a_number == lost[0] * lost[1]
+
+
+def test_what_saturates_or_vanishes_is_counted() -> None:
+    x = torch.zeros(1, 32)
+    x[0, :6] = torch.tensor([7.0, -6.5, 6.0, 0.2, -0.1, 0.3])  # floor: scale 1; 7 and 6.5 lie beyond 6
+    counts = Quantizer.build(QuantSpec(format="mxfp4"), "reference").count(x)
+    assert (counts.elements, counts.not_a_number, counts.saturated, counts.flushed) == (32, 0, 2, 2)
+    no_clip = Quantizer.build(QuantSpec(format="mxfp4", scale="rceil"), "reference").count(gaussians())
+    assert no_clip.saturated == 0
+    floor = Quantizer.build(QuantSpec(format="mxfp4"), "reference").count(gaussians())
+    assert 0 < floor.saturated < 0.05 * floor.elements
+
+
+@pytest.mark.parametrize(("format", "rule", "saturates"), [
+    ("mxfp4", "floor", True), ("mxfp4", "even", True), ("mxfp4", "round", True), ("mxfp4", "std", True),
+    ("mxfp4", "std_round", True), ("mxfp4", "mse", True), ("mxfp4", "mse_phase", True), ("mxfp4", "gaussian", True),
+    ("mxfp4", "rceil", False), ("mxfp4", "ceil", False), ("mxfp4", "floor_three_quarters", False),
+    ("nvfp4", "absmax", True), ("nvfp4", "four_over_six", True), ("nvfp4", "absmax_fitted", True),
+    ("nvfp4", "absmax_headroom", False), ("e2m1/16x16/e4m3", "absmax_headroom", False),
+    ("int4", "gaussian", True), ("int1.585", "absmean", True), ("int4_sym", "sawb", True), ("int4_sym", "absmax", False),
+    ("fp8_e4m3", "absmax", False), ("e4m3/128/float32", "absmax", False), ("int8_sym/tensor/float32", "absmax", False),
+])  # fmt: skip
+def test_the_rules_that_saturate_are_those_that_say_so(format: str, rule: str, saturates: bool) -> None:
+    """By more than the last bit of a float32, which the product of codes and scale may lie off."""
+    x = gaussians(256, 128) * torch.exp2(torch.arange(256) / 256)[:, None]
+    counts = Quantizer.build(QuantSpec(format=format, scale=rule), "reference").count(x)
+    assert (counts.saturated > 0) == saturates
+
+
+@pytest.mark.parametrize("recipe", qtrain.recipes())
+def test_zero_inputs_and_gradients_stay_finite_through_every_recipe(recipe: str) -> None:
+    model = nn.Sequential(nn.Linear(128, 128, bias=False))
+    qtrain.convert(model, recipe, backend="reference")
+    for x, dy in (
+        (torch.zeros(40, 128), gaussians(40)),
+        (gaussians(40), torch.zeros(40, 128)),
+        (gaussians(40) * 1e-38, gaussians(40) * 1e-38),
+    ):
+        qtrain.set_step(model, 0)
+        x = x.requires_grad_()
+        y = model(x)
+        y.backward(dy)
+        for found in (y, x.grad, model[0].weight.grad):
+            assert found is not None and found.isfinite().all()
+        if (x == 0).all():
+            assert (y == 0).all()
+        if (dy == 0).all():
+            assert x.grad is not None and (x.grad == 0).all()
+
+
+@pytest.mark.parametrize("format", [f"int{b}{kind}" for b in range(1, 9) for kind in ("", "_sym") if b > 1 or not kind])
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+def test_b_bits_give_at_most_two_to_the_b_levels(format: str, rounding: str) -> None:
+    bits = int(format[3])
+    spec = QuantSpec(format=format, scale="absmax", rounding=rounding)  # pyright: ignore[reportArgumentType]
+    levels = Quantizer.build(spec, "reference").quantize(gaussians(64, 4096) * 3, key=KEY).codes.unique()
+    assert len(levels) == (2**bits - 1 if format.endswith("_sym") else 2**bits)

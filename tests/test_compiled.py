@@ -1,6 +1,7 @@
 """compiled equals reference bit for bit: codes, scales, masks, operands; one graph serves all shapes of a plan."""
 
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,13 +13,30 @@ from qtrain_kernels.reference import Mask, Plan
 
 KEY = torch.tensor([5, -6], dtype=torch.int32)
 E2M1 = get_format("mxfp4").element
+E4M3, UE5M3 = (get_format(name).scale_element for name in ("nvfp4", "e2m1/16/ue5m3"))
+NVFP4 = Plan(E2M1, "minifloat", 16, "absmax", scale_element=E4M3)
 PLANS = {
     "quartet forward": Plan(E2M1, "e8m0", 32, "std", "nearest", Mask("inside", 6.0)),
     "quartet backward": Plan(E2M1, "e8m0", 32, "floor_three_quarters", "stochastic"),
     "least error": Plan(E2M1, "e8m0", 32, "mse", "nearest"),
-    "nvfp4": Plan(E2M1, "e4m3", 16, "absmax", "nearest", Mask("error", 1.0)),
+    "best phase": Plan(E2M1, "e8m0", 32, "mse_phase", "nearest", Mask("inside", 6.0)),
+    "mxfp8": Plan(get_format("mxfp8_e4m3").element, "e8m0", 32, "rceil"),
+    "nvfp4": replace(NVFP4, mask=Mask("error", 1.0)),
+    "nvfp4 tile": replace(NVFP4, block=256),
+    "nvfp4 ue5m3": replace(NVFP4, scale_element=UE5M3, rounding="stochastic", rule="absmax_headroom"),
+    "four over six": replace(NVFP4, rule="four_over_six"),
+    "ms-eden": replace(NVFP4, rule="absmax_fitted", rounding="eden", correction=16),
+    "ms-eden 128": replace(NVFP4, rule="absmax_fitted", rounding="eden", correction=128),
     "quest": Plan(get_format("int4").element, "float32", None, "gaussian", "nearest", Mask("error", 0.5)),
+    "quest sparse": Plan(
+        get_format("int4").element, "float32", None, "gaussian", mask=Mask("error", 0.5), sparsity="4:8"
+    ),
+    "2:4": Plan(get_format("mxfp4").element, "e8m0", 32, "floor", sparsity="2:4"),
+    "fp8 block": Plan(get_format("fp8_e4m3").element, "float32", 128, "absmax"),
+    "luq": Plan(get_format("e3m0/tensor/float32").element, "float32", None, "absmax", "stochastic", per_tensor=True),
+    "sawb": Plan(get_format("int4_sym").element, "float32", None, "sawb", per_tensor=True),
 }
+BOTH_DIMS = {"quartet backward", "ms-eden", "ms-eden 128", "four over six", "best phase"}  # in recipes' backward
 
 
 def hard_input(shape: tuple[int, int, int]) -> Tensor:
@@ -50,9 +68,9 @@ def graphs() -> int:
 @pytest.mark.parametrize("name", PLANS)
 def test_equal_bits_at_every_shape_without_recompiling(name: str) -> None:
     plan = PLANS[name]
-    block = plan.block or 96
+    block = plan.span or 96
     shapes = [(6, block, 1), (129, block, 1), (1, block, 1)]
-    if name == "quartet backward":  # along both dims
+    if name in BOTH_DIMS:
         shapes += [(5, block, 33), (2, block, 128), (1, block, 64)]
     if name == "quest":
         shapes += [(7, 40, 1), (1, block, 33), (1, 128, 65)]
@@ -60,7 +78,7 @@ def test_equal_bits_at_every_shape_without_recompiling(name: str) -> None:
     seen = set()
     for shape in shapes:
         x = hard_input(shape)
-        layout, block_alone = shape[2] == 1, shape[0] == 1 and (plan.block or shape[2] == 1)  # the latter runs eagerly
+        layout, block_alone = shape[2] == 1, shape[0] == 1 and (plan.span or shape[2] == 1)  # the latter runs eagerly
         before = graphs()
         for key, grad, given in (
             (KEY, True, x),
@@ -110,7 +128,7 @@ def test_auto_chooses_once_and_says_so(caplog: pytest.LogCaptureFixture, monkeyp
 @pytest.mark.parametrize("name", PLANS)
 def test_cuda_equals_the_reference_on_cpu(name: str) -> None:
     plan = PLANS[name]
-    x = hard_input((65, plan.block or 96, 1))
+    x = hard_input((65, plan.span or 96, 1))
     scale = reference.tensor_scale(x, plan)
     expected = reference.operand(x, scale, KEY, plan, torch.bfloat16)
     moved = scale.cuda() if isinstance(scale, Tensor) else scale

@@ -20,8 +20,8 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from qtrain_kernels import reference
 from qtrain_kernels.reference import Plan
 
-# Traced at sizes of real work: inductor decides from them whether a loop is worth two threads.
-TRACED_OUTER, TRACED_INNER, TRACED_ROW = 1031, 387, 523
+# Traced at sizes of real work: inductor decides from them whether a loop is worth two threads. Rows in eights: sparsity.
+TRACED_OUTER, TRACED_INNER, TRACED_ROW = 1031, 387, 528
 _SERIAL = count()
 
 

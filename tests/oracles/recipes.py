@@ -8,7 +8,7 @@ arguments say where a paper, its released code and its neighbours differ; the de
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import numpy as np
@@ -28,6 +28,7 @@ from oracles.quantization import (
 
 Grid = list[float]
 Result = tuple[Array, ...]
+Quantise = Callable[[Array], Array]
 
 E4M3, E5M2 = minifloat_grid(4, 3, 448.0), minifloat_grid(5, 2, 57344.0)
 E3M2, E2M3 = minifloat_grid(3, 2, 28.0), minifloat_grid(2, 3, 7.5)
@@ -115,7 +116,7 @@ def filled(x: Array, multiple: int) -> Array:
     return np.pad(x, ((0, 0), (0, -x.shape[1] % multiple)))
 
 
-# ------------------------------------------------------------------------------------------------------------ QuEST, QAT
+# ----------------------------------------------------------------------------------------------------------- QuEST, QAT
 # QuEST (arXiv 2502.05003) and its baselines: a forward of quantised x, w; their values, and a dY in high precision, in
 # the backward GEMMs; then the mask of each operand; then the inverse of the forward's rotation.
 
@@ -205,9 +206,7 @@ def quarot(x: Array, w: Array, dy: Array, draws: Draws, codes: str = "int4") -> 
     return straight_through(scaled(xh, amax(xh) / max(grid), grid), scaled(wh, amax(wh) / max(grid), grid), dy, h)
 
 
-def lsq(
-    x: Array, w: Array, dy: Array, draws: Draws, bits: int = 4, steps: tuple[float, float] | None = None
-) -> Result:
+def lsq(x: Array, w: Array, dy: Array, draws: Draws, bits: int = 4, steps: tuple[float, float] | None = None) -> Result:
     """LSQ (arXiv 1902.08153): one learned step per tensor. Also returns the gradients of the two steps.
 
     steps: of x and w; None is LSQ's first, 2 E|x| / sqrt(q_max).
@@ -232,7 +231,7 @@ def trilm(x: Array, w: Array, dy: Array, draws: Draws, epsilon: float = 1e-5, pe
     return straight_through(x, scaled(w, gamma, [-1.0, 0.0, 1.0]), dy)
 
 
-# ------------------------------------------------------------------------------------------------------------------ HALO
+# ----------------------------------------------------------------------------------------------------------------- HALO
 
 
 def halo_0(x: Array, w: Array, dy: Array, draws: Draws, grid: Grid = INT8, saturate: float = 1.0) -> Result:
@@ -261,7 +260,7 @@ def halo_2(x: Array, w: Array, dy: Array, draws: Draws, grid: Grid = INT8, token
     return y, rotate(dx, h.T), dw
 
 
-# ------------------------------------------------------------------------------------------------------------------- LUQ
+# ------------------------------------------------------------------------------------------------------------------ LUQ
 
 
 def luq_int4(
@@ -286,10 +285,10 @@ def luq_int4(
     return xq @ wq.T, dgrad @ wq, wgrad @ xq
 
 
-# ------------------------------------------------------------------------------------------------------------- FP8, MX
+# -------------------------------------------------------------------------------------------------------------- FP8, MX
 
 
-def from_masters(x: Array, w: Array, dy: Array, q_x, q_w, q_dy) -> Result:
+def from_masters(x: Array, w: Array, dy: Array, q_x: Quantise, q_w: Quantise, q_dy: Quantise) -> Result:
     """Each of the six operands quantised from high precision, along its own contraction."""
     return q_x(x) @ q_w(w).T, q_dy(dy) @ q_w(w.T).T, q_dy(dy.T) @ q_x(x.T).T
 
@@ -311,7 +310,7 @@ def fp8_rowwise(x: Array, w: Array, dy: Array, draws: Draws, powers: bool = Fals
 
 def fp8_blockwise(x: Array, w: Array, dy: Array, draws: Draws, powers: bool = False, saved: bool = False) -> Result:
     """x and dY in 1x128, w in 128x128, as DeepSeek-V3 (arXiv 2412.19437). powers: scales rounded up to powers of two
-    (Transformer Engine's default). saved: wgrad takes x as quantised for the forward, and quantises it again."""
+    (Transformer Engine's default). saved: wgrad takes x as quantised for the forward, and quantises it again (the paper)."""
 
     def q(v: Array, rows: int = 1) -> Array:
         blocks = tiles_of(filled(v, 128), rows, 128)
@@ -327,7 +326,9 @@ def mx(v: Array, grid: Grid, rule: str) -> Array:
     """OCP Microscaling: blocks of 32. floor: 2^(floor(log2 amax) - emax); rceil: 2^ceil(log2(amax / max))."""
     blocks = blocks_of(filled(v, 32), 32)
     largest = amax(blocks)
-    scale = floor_power(largest) / floor_power(np.array(max(grid))) if rule == "floor" else ceil_power(largest / max(grid))
+    scale = (
+        floor_power(largest) / floor_power(np.array(max(grid))) if rule == "floor" else ceil_power(largest / max(grid))
+    )
     return scaled(blocks, np.where(largest == 0, 0.0, scale), grid).reshape(len(v), -1)[:, : v.shape[1]]
 
 
@@ -345,11 +346,11 @@ mxfp6 = partial(mxfp, grid=E3M2, rule="floor")
 # the same signs, each quantised (again); then, in Quartet, the forward's masks and inverse rotation.
 
 
-def requantised(xq: Array, wq: Array, dy: Array, draws: Draws, block: int, q, signs: bool = True) -> tuple[Array, Array]:
+def requantised(
+    xq: Array, wq: Array, dy: Array, draws: Draws, block: int, q: Callable[[Array, str], Array], signs: bool = True
+) -> Result:
     """dX and dW. q(v, use) quantises a rotated operand."""
-    n, t = (
-        rotation(block, draws.signs(f"{gemm}.signs", block) if signs else None) for gemm in ("dgrad", "wgrad")
-    )
+    n, t = (rotation(block, draws.signs(f"{gemm}.signs", block) if signs else None) for gemm in ("dgrad", "wgrad"))
     dx = q(rotate(dy, n), "dgrad.dy") @ q(rotate(wq.T, n), "dgrad.w").T
     dw = q(rotate(filled(dy.T, block), t), "wgrad.dy") @ q(rotate(filled(xq.T, block), t), "wgrad.x").T
     return dx, dw
@@ -367,7 +368,7 @@ def quartet(x: Array, w: Array, dy: Array, draws: Draws, version: int = 2) -> Re
     return xq @ wq.T, rotate(dx * x_mask, h.T), rotate(dw * w_mask, h.T)
 
 
-# ----------------------------------------------------------------------------------------------------------------- NVFP4
+# ---------------------------------------------------------------------------------------------------------------- NVFP4
 
 
 def block_scales(blocks: Array, limit: float, s_t: Array, grid: Grid) -> Array:
@@ -377,7 +378,12 @@ def block_scales(blocks: Array, limit: float, s_t: Array, grid: Grid) -> Array:
 
 
 def nvfp4(
-    v: Array, limit: float = 6.0, rows: int = 1, scales: Grid = E4M3, cap: float | None = None, uniform: Array | None = None
+    v: Array,
+    limit: float = 6.0,
+    rows: int = 1,
+    scales: Grid = E4M3,
+    cap: float | None = None,
+    uniform: Array | None = None,
 ) -> Array:
     """E2M1 in blocks of rows x 16, their scales on a minifloat grid under one of the tensor: amax at limit * cap."""
     blocks = tiles_of(v, rows, 16)
@@ -397,7 +403,8 @@ def four_over_six(v: Array) -> Array:
 
 def ms_eden(v: Array, uniform: Array, correction: int, cap: float) -> Array:
     """Quartet II's MS-EDEN: nearest codes, amax at 6 * 16/17 / 0.93 of the grid; block scales times S = <u, u> / <u,
-    codes> of `correction` elements u in code units, then stochastically rounded to E4M3."""
+    codes> of `correction` elements u in code units, then stochastically rounded to E4M3. cap: of the block scales; the
+    training code's 255.99 keeps the largest from rounding up, and leaves 45 dB between the two."""
     limit = 6 * (16 / 17) / 0.93
     blocks = blocks_of(v, 16)
     s_t = np.abs(v).max() / limit / cap
@@ -415,7 +422,7 @@ def quartet_ii(
     w: Array,
     dy: Array,
     draws: Draws,
-    forward=four_over_six,
+    forward: Quantise = four_over_six,
     correction: int = 16,
     cap: float = 256.0,
 ) -> Result:
@@ -429,7 +436,7 @@ def quartet_ii(
 
 
 quartet_ii_no46 = partial(quartet_ii, forward=nvfp4)
-quartet_ii_128 = partial(quartet_ii, correction=128, cap=255.99)  # as the released training code has it
+quartet_ii_128 = partial(quartet_ii, correction=128)
 
 
 def tetrajet_v2(x: Array, w: Array, dy: Array, draws: Draws, limit: float = 6 * 16 / 17) -> Result:

@@ -27,6 +27,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from decimal import Decimal
 from functools import cache, partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,7 +36,7 @@ import torch
 from torch import Tensor, nn
 
 import qtrain
-from qtrain.config import LinearRecipe, QuantSpec, read_recipe
+from qtrain.config import LinearRecipe, QuantSpec, parse, read_recipe
 from qtrain.quant import Quantizer
 from qtrain.quant.random import key_words
 from qtrain.quant.rotation import rotate, rotation_matrix
@@ -47,7 +48,7 @@ BATCH = 2**20
 TRIALS = 8  # inputs, weights and output gradients that the bias of gradients is averaged over
 DRAWS = 256  # backward passes of each
 MICRO_BATCHES = 8
-STEPS = 8
+STEPS = 4
 SIZE = 256  # tokens and widths of the layers whose gradients are taken
 DEVIATIONS = 3
 
@@ -110,9 +111,15 @@ def estimate(values: Iterable[float]) -> Measured:
 
 def tolerance(figure: str, measured: Measured) -> float:
     """Half of the last digit of a figure, none of an exact 0 or of a bound, and three standard errors."""
-    exact = not figure or figure.startswith(">") or float(figure) == 0
-    exponent = Decimal("nan").as_tuple().exponent if exact else Decimal(figure).as_tuple().exponent
-    return (0.5 * 10.0**exponent if isinstance(exponent, int) else 0.0) + DEVIATIONS * measured.error
+    return _half_digit(figure) + DEVIATIONS * measured.error
+
+
+def _half_digit(figure: str) -> float:
+    if not figure or figure.startswith(">") or float(figure) == 0:
+        return 0.0
+    exponent = Decimal(figure).as_tuple().exponent
+    assert isinstance(exponent, int), figure
+    return 0.5 * 10.0**exponent
 
 
 def meets(figure: str, measured: Measured) -> bool:
@@ -174,7 +181,7 @@ def errors(data: Data, reconstruct: Reconstruction, samples: int) -> tuple[Measu
 
 
 def batches(samples: int) -> int:
-    return max(samples // BATCH, 2)
+    return max(samples // BATCH, 8)  # fewer give no standard error to rely on
 
 
 def _errors(x: Tensor, found: Tensor) -> tuple[float, float]:
@@ -222,8 +229,9 @@ def method(format: str, **options: Any) -> Reconstruction:
 
 
 @cache
-def under_signs(spec: QuantSpec) -> Reconstruction:
+def under_signs(format: str, **options: Any) -> Reconstruction:
     """As method, with the random signs that an operand of a backward GEMM draws."""
+    spec = parse(QuantSpec, options | {"format": format, "signs": "step"})
     quantizer = Quantizer.build(spec, "reference")
 
     def reconstruct(x: Tensor, seed: int) -> Tensor:
@@ -242,7 +250,7 @@ def _matrix(spec: QuantSpec, seed: int) -> Tensor:
     return rotation_matrix(spec.rotation_block, _key("signs", seed), torch.device("cpu"))
 
 
-# ------------------------------------------------------------------------------------------- QuEST: Gaussian-fitted grids
+# ------------------------------------------------------------------------------------------------- QuEST: fitted grids
 
 
 def quest_rows() -> list[Row]:
@@ -271,7 +279,7 @@ def aligned(x: Tensor, seed: int) -> Tensor:
 
 def fitted_floor(x: Tensor, seed: int) -> Tensor:
     """2^floor(log2(0.72 std)), 0.72 in place of the released 0.4871: the least error of this form."""
-    quantizer = Quantizer.build(QuantSpec(format="mxfp4", scale="std", rotation="hadamard32"), "reference")
+    quantizer = Quantizer.build(parse(QuantSpec, ROTATED | {"format": "mxfp4", "scale": "std"}), "reference")
     assert quantizer.plan is not None
     plan = replace(quantizer.plan, element=replace(quantizer.plan.element, gaussian=0.72))
     matrix = rotation_matrix(32, None, x.device)
@@ -329,14 +337,15 @@ def scale_rule_rows() -> list[Row]:
 # ------------------------------------------------------------------------------------------------- Quartet II: NVFP4
 
 HEADROOM = {"scale": "absmax_headroom", "rounding": "stochastic"}
-EDEN = QuantSpec(format="nvfp4", scale="absmax_fitted", rounding="eden", rotation="hadamard128", signs="step")
-EDEN_128 = EDEN.model_copy(update={"correction": 128})
+FITTED = {"scale": "absmax_fitted", "rotation": "hadamard128"}
+EDEN = under_signs("nvfp4", **FITTED, rounding="eden")
+EDEN_128 = under_signs("nvfp4", **FITTED, rounding="eden", correction=128)
 
 
 def released_eden(x: Tensor, seed: int) -> Tensor:
     """MS-EDEN as in the released training code: S = <u, u> / <u, c> per 128, u = x / scale and c its codes, so that a
     block counts by its size in code units; the correction of qtrain takes the inner products of x itself."""
-    spec = EDEN_128.model_copy(update={"rounding": "nearest", "correction": None})
+    spec = parse(QuantSpec, FITTED | {"format": "nvfp4", "signs": "step"})
     matrix = _matrix(spec, seed)
     found = Quantizer.build(spec, "reference").quantize(x, matrix)
     assert found.block_scale is not None
@@ -349,7 +358,7 @@ def released_eden(x: Tensor, seed: int) -> Tensor:
 
 
 def released_four_over_six(x: Tensor, seed: int) -> Tensor:
-    """SR with 4/6 as released: both candidates are rounded stochastically, and the smaller of the two errors drawn wins."""
+    """SR with 4/6 as released: both candidates are rounded stochastically; the smaller of the errors drawn wins."""
     blocks, limit = x.reshape(-1, 16), 6 * 16 / 17
     tensor_scale = x.abs().amax() / (limit * 256)
     generator = torch.Generator().manual_seed(seed)
@@ -380,14 +389,12 @@ def nvfp4_rows() -> list[Row]:
 
 
 def four_over_six_rows() -> list[Row]:
-    chosen = (
-        "ours chooses by the error of rounding to nearest and then draws once; the paper by the errors of two draws"
-    )
+    chosen = "qtrain chooses by the error of rounding to nearest, then draws once; the paper by the errors of two draws"
     ours = method("nvfp4", scale="four_over_six", rounding="stochastic")
     clipping = method("nvfp4", rounding="stochastic")
     return [
         *_both("NVFP4 SR 1x16, plain absmax", OWN, square, clipping, Figure(), Figure()),
-        *_both("NVFP4 SR with 4/6, ours", QUARTET_II, square, ours, Figure("17.5e-3", "17.66e-3", chosen), Figure()),
+        *_both("NVFP4 SR with 4/6", QUARTET_II, square, ours, Figure("17.5e-3", "17.66e-3", chosen), Figure()),
         *_both(
             "NVFP4 SR with 4/6, as released", QUARTET_II, square, released_four_over_six, Figure("17.5e-3"), Figure()
         ),
@@ -398,9 +405,9 @@ def eden_rows() -> list[Row]:
     phase = "on N(0, 1) the E4M3 scales of one tensor have one phase; the published 9.4 is of eight octaves, next row"
     name = "NVFP4 MS-EDEN per 16"
     return [
-        *_both(f"{name}, N(0, 1)", QUARTET_II, square, under_signs(EDEN), Figure("9.4e-3", "9.34e-3", phase), Figure()),
-        *_both(f"{name}, eight octaves", QUARTET_II, eight_octaves, under_signs(EDEN), Figure("9.4e-3"), Figure()),
-        *_both("NVFP4 MS-EDEN per 128, N(0, 1)", OWN, square, under_signs(EDEN_128), Figure("9.73e-3"), Figure()),
+        *_both(f"{name}, N(0, 1)", QUARTET_II, square, EDEN, Figure("9.4e-3", "9.34e-3", phase), Figure()),
+        *_both(f"{name}, eight octaves", QUARTET_II, eight_octaves, EDEN, Figure("9.4e-3"), Figure()),
+        *_both("NVFP4 MS-EDEN per 128, N(0, 1)", OWN, square, EDEN_128, Figure("9.73e-3"), Figure()),
     ]
 
 
@@ -408,12 +415,11 @@ def stored_rows() -> list[Row]:
     """Effective bits and misalignment in the data behind Quartet II's figures, all on eight octaves."""
     code_units = "ours corrects by inner products of x, the released code by those of its code units, next rows"
     rotated = {"rotation": "hadamard128"}
-    nearest = method("nvfp4", **rotated, scale="absmax_fitted")
     stored: dict[str, tuple[Reconstruction, Figure, Figure]] = {
-        "NVFP4 RTN": (nearest, Figure("3.3993"), Figure("7.8e-3")),
+        "NVFP4 RTN": (method("nvfp4", **FITTED), Figure("3.3993"), Figure("7.8e-3")),
         "NVFP4 SR": (method("nvfp4", **rotated, **HEADROOM), Figure("2.7049"), Figure("0")),
-        "NVFP4 MS-EDEN per 128, ours": (
-            under_signs(EDEN_128),
+        "NVFP4 MS-EDEN per 128": (
+            EDEN_128,
             Figure("3.3396", "3.338", code_units),
             Figure("5.6e-4", "-0.9e-4", code_units),
         ),
@@ -434,14 +440,17 @@ def stored_rows() -> list[Row]:
 # ---------------------------------------------------------------------------------------------------- gradient masks
 
 
-def masked(data: Data, spec: QuantSpec) -> Callable[[int], Measured]:
+TRUST = {"format": "int8", "rotation": "hadamard128", "estimator": "trust"}
+
+
+def masked(data: Data, **options: Any) -> Callable[[int], Measured]:
     """The share of elements through which no gradient passes."""
+    spec = parse(QuantSpec, options)
     quantizer = Quantizer.build(spec, "reference")
+    block = spec.rotation_block
+    matrix = None if block is None else rotation_matrix(block, None, torch.device("cpu"))
 
     def share(seed: int) -> float:
-        matrix = (
-            None if spec.rotation_block is None else rotation_matrix(spec.rotation_block, None, torch.device("cpu"))
-        )
         mask = quantizer.quantize(data(seed), matrix).mask
         assert mask is not None
         return 1 - mask.double().mean().item()
@@ -460,46 +469,42 @@ def outlier_channel(seed: int) -> Tensor:
 
 
 def mask_ratio(samples: int) -> Measured:
-    spec = QuantSpec(format="int8", rotation="hadamard128", estimator="trust")
-    plain, rotated = (
-        masked(outlier_channel, own)(samples) for own in (spec.model_copy(update={"rotation": None}), spec)
-    )
+    plain, rotated = (masked(outlier_channel, **TRUST | own)(samples) for own in ({"rotation": None}, {}))
     ratio = plain.value / rotated.value
     return Measured(ratio, ratio * math.hypot(plain.error / plain.value, rotated.error / rotated.value))
 
 
 def mask_rows() -> list[Row]:
-    trust = QuantSpec(format="int1", rotation="hadamard128", estimator="trust")
-    released = QuantSpec(format="mxfp4", scale="std", rotation="hadamard32", estimator="clip")
+    """Of b bits from 2 up, the error passes half a step only beyond the grid by as much: a* 2^b / (2^b - 1) RMS."""
     limits = {f"int{b}": GAUSSIAN_CLIP[b] * 2**b / (2**b - 1) for b in (2, 4, 8)} | {"int1": 1.30 * GAUSSIAN_CLIP[1]}
+    shares = {name: masked(long_rows, **TRUST | {"format": name}) for name in limits}
     rows = [
-        Row(
-            f"QuEST {name}: share masked",
-            DERIVED,
-            Figure(f"{beyond(limit):.4g}"),
-            masked(long_rows, trust.model_copy(update={"format": name})),
-        )
-        for name, limit in sorted(limits.items())
+        Row(f"QuEST {name}: share masked", DERIVED, Figure(f"{beyond(limits[name]):.4g}"), shares[name])
+        for name in sorted(limits)
     ]
-    threshold = (
-        "the released threshold, 0.3186 RMS, masks (4.654, 5.346) and beyond 6.654 code units: 1.537% of N(0, 1)"
-    )
-    fp4 = {"format": "fp4_e2m1"}, {"format": "e2m1/row/float32", "scale": "gaussian"}
-    of_released, of_paper = (masked(long_rows, trust.model_copy(update=update)) for update in fp4)
-    ratio = "QuEST, int8, an outlier channel: share masked without over with a rotation (published: about 4)"
+    outlier = "QuEST int8, an outlier channel: share masked, without over with a rotation (published: about 4)"
     return [
         *rows,
-        Row("QuEST int8: share masked, as published", "arXiv 2502.05003", Figure("1e-4"), rows[-1].measure),
-        Row(
-            "QuEST fp4_e2m1, released threshold: share masked", OWN, Figure("0.0156", "0.01537", threshold), of_released
-        ),
-        Row("QuEST fp4_e2m1, the paper's threshold: share masked", OWN, Figure("6.5e-4"), of_paper),
-        Row("Quartet, released forward: share masked", OWN, Figure("0.053"), masked(octave, released)),
-        Row(ratio, "arXiv 2502.05003", Figure("> 1"), mask_ratio),
+        Row("QuEST int8: share masked, as published", "arXiv 2502.05003", Figure("1e-4"), shares["int8"]),
+        Row(outlier, "arXiv 2502.05003", Figure("> 1"), mask_ratio),
+        *fp4_mask_rows(),
     ]
 
 
-# ----------------------------------------------------------------------------------------------------- bias of gradients
+def fp4_mask_rows() -> list[Row]:
+    threshold = "0.3186 RMS masks (4.654, 5.346) and beyond 6.654 code units: 1.537% of N(0, 1)"
+    released = masked(long_rows, **TRUST | {"format": "fp4_e2m1"})
+    of_paper = masked(long_rows, **TRUST | {"format": "e2m1/row/float32", "scale": "gaussian"})
+    forward = masked(octave, **ROTATED, format="mxfp4", scale="std", estimator="clip")
+    name = "QuEST fp4_e2m1: share masked"
+    return [
+        Row(f"{name}, released threshold", OWN, Figure("0.0156", "0.01537", threshold), released),
+        Row(f"{name}, the paper's threshold", OWN, Figure("6.5e-4"), of_paper),
+        Row("Quartet in MXFP4, as released: share masked", OWN, Figure("0.053"), forward),
+    ]
+
+
+# ---------------------------------------------------------------------------------------------------- bias of gradients
 
 
 class Operands(NamedTuple):
@@ -587,7 +592,7 @@ def _gradient_errors(recipe: LinearRecipe, operands: Operands, trial: int) -> tu
     x, w, dy = operands
     exact = dy.double() @ w.double(), dy.double().T @ x.double()
     model = layers([w], recipe, trial)
-    found = tuple(torch.empty(DRAWS, x.numel()) for _ in exact)
+    found = [torch.empty(DRAWS, g.numel()) for g in exact]
     for draw in range(DRAWS):
         qtrain.set_step(model, draw)
         for errors, gradient, g in zip(found, gradients(model, x, dy), exact, strict=True):
@@ -606,9 +611,7 @@ def _concentration(errors: Tensor) -> tuple[float, float, float]:
 
 HEADROOM_DY = {"scale": "absmax_headroom"}
 BIASED = "E4M3 rounds the scale of a block up or down; where it goes down, plain absmax clips the largest value"
-FIXED = (
-    "X is rounded to nearest under one fixed rotation, so its error is the same in every draw; plain absmax clips too"
-)
+FIXED = "X is rounded to nearest under one fixed rotation: its error is the same in every draw; plain absmax clips too"
 NEAREST = "rounding to nearest shrinks both operands by 9.5e-3, see RTN absmax above: a squared bias of 3.5e-4"
 SPARSE = "MS-EDEN is unbiased where a rotated block is near Gaussian; two tokens that carry it all leave four values"
 UNBIASED, FLAT = Figure("-1.00"), "> -0.95"
@@ -650,6 +653,7 @@ BACKWARDS: dict[str, tuple[Callable[[], LinearRecipe], Figure, Figure]] = {
         Figure(FLAT),
     ),
 }
+BIASES = {("quartet", 0): Figure("3.5e-4")}  # (1 - (1 - 9.46e-3)^2)^2
 FEW_TOKENS = {"quartet_ii": SPARSE, "quartet_ii_128": SPARSE, "tetrajet_v2": ""}
 
 
@@ -665,7 +669,10 @@ def concentration_rows() -> list[Row]:
         for side, figure in enumerate(figures):
             of = f"concentration of {name}, {('input', 'weight')[side]} gradient"
             rows.append(Row(f"{of}: slope", "unbiased: -1", figure, _of(recipe, spread, side, "slope")))
-            rows.append(Row(f"{of}: squared bias", "", Figure(), _of(recipe, spread, side, "bias")))
+            bias = BIASES.get((name, side), Figure())
+            rows.append(
+                Row(f"{of}: squared bias", DERIVED if bias.published else "", bias, _of(recipe, spread, side, "bias"))
+            )
     for name, reason in FEW_TOKENS.items():
         recipe, of = BACKWARDS[name][0], f"concentration of {name}, few tokens, weight gradient"
         figure = Figure("-1.00", FLAT, reason) if reason else UNBIASED
@@ -678,7 +685,7 @@ def variance_rows() -> list[Row]:
     """The order of the recipes at B = 1; the published values are one draw each, of a trained model's gradients."""
     order = ["quartet_ii", "nvidia_nvfp4, signs redrawn", "tetrajet_v2"]
     rows = []
-    for less, more in zip(order, order[1:], strict=False):
+    for less, more in pairwise(order):
         source = "arXiv 2601.22813, 0.43 < 1.31 < 3.95"
         claim = f"concentration at B = 1, weight gradient: {more} over {less}"
         rows.append(Row(claim, source, Figure("> 1"), partial(_variance_ratio, more, less)))
@@ -695,72 +702,77 @@ def _variance_ratio(more: str, less: str, samples: int) -> Measured:
 # ------------------------------------------------------------- draws per optimiser step against draws per micro-batch
 
 
-def micro_batches(trial: int, noise: float, same: bool) -> list[tuple[Tensor, Tensor]]:
-    """(x, dy) of each: dy = x A + noise of so many times its size; in a micro-batch of 256 tokens, the gradient of the
-    weights then has a signal of 1 / noise times its own noise. same: the first one, MICRO_BATCHES times."""
+class MicroBatch(NamedTuple):
+    x: Tensor
+    dy: Tensor
+
+
+def micro_batches(trial: int, noise: float, same: bool) -> list[MicroBatch]:
+    """dy = x A + noise of so many times its size; x with an outlier channel. same: the first one again and again."""
     pull = normal((SIZE, SIZE), "pull", trial) / SIZE**0.5
     found = []
-    for number in range(MICRO_BATCHES):
-        x = normal((SIZE, SIZE), "micro-batch", trial, 0 if same else number)
+    for number in [0] * MICRO_BATCHES if same else range(MICRO_BATCHES):
+        x = normal((SIZE, SIZE), "micro-batch", trial, number)
         x[:, 3] *= 8
         dy = x @ pull
         scale = noise * dy.square().mean().sqrt()
-        found.append((x, dy + scale * normal((SIZE, SIZE), "noise", trial, 0 if same else number)))
+        found.append(MicroBatch(x, dy + scale * normal((SIZE, SIZE), "noise", trial, number)))
     return found
 
 
 def keying(name: str, noise: float, same: bool, side: int, samples: int) -> Measured:
     """E |mean gradient - exact|^2 with the signs of dgrad and the noise of its weight drawn once a step, over that with
-    both drawn in each micro-batch. side 0: the input gradient of two layers; 1: the weight gradient of the lower one."""
-    return estimate(_keying(name, noise, same, side, trial) for trial in range(TRIALS))
+    both drawn in each micro-batch. side 0: the input gradient of two layers; 1: the lower one's weight gradient."""
+    return estimate(_keying(name, micro_batches(trial, noise, same), side, trial) for trial in range(TRIALS))
 
 
-def _keying(name: str, noise: float, same: bool, side: int, trial: int) -> float:
+def _keying(name: str, data: list[MicroBatch], side: int, trial: int) -> float:
     weights = [normal((SIZE, SIZE), "keying", layer, trial) / SIZE**0.5 for layer in (0, 1)]
-    data = micro_batches(trial, noise, same)
-    exact = _mean_gradient(layers(weights, read_recipe("bf16"), trial), data, lambda number: None, side)
+    exact = _mean_gradient(layers(weights, read_recipe("bf16"), trial), data, side, [(0, 0)] * len(data))
     model = layers(weights, backward_only(name), trial)
 
-    def left(key: Callable[[int, int], tuple[int, int]]) -> float:
-        total = 0.0
-        for step in range(STEPS):
-            found = _mean_gradient(
-                model, data, lambda number, step=step: qtrain.set_step(model, *key(step, number)), side
-            )
-            total += (found - exact).square().sum().item()
-        return total
+    def left(keys: list[list[tuple[int, int]]]) -> float:
+        """Summed over steps; keys: of each step and micro-batch, what set_step is given."""
+        return sum((_mean_gradient(model, data, side, own) - exact).square().sum().item() for own in keys)
 
-    return left(lambda step, number: (step, number)) / left(
-        lambda step, number: (STEPS + step * MICRO_BATCHES + number, 0)
-    )
+    numbers = range(len(data))
+    per_step = [[(step, number) for number in numbers] for step in range(STEPS)]
+    per_micro_batch = [[(STEPS + step * len(data) + number, 0) for number in numbers] for step in range(STEPS)]
+    return left(per_step) / left(per_micro_batch)
 
 
-def _mean_gradient(
-    model: nn.Sequential, data: list[tuple[Tensor, Tensor]], key: Callable[[int], None], side: int
-) -> Tensor:
+def _mean_gradient(model: nn.Sequential, data: list[MicroBatch], side: int, keys: list[tuple[int, int]]) -> Tensor:
     total = torch.zeros(SIZE, SIZE, dtype=torch.float64)
-    for number, (x, dy) in enumerate(data):
-        key(number)
-        total += gradients(model, x, dy)[side]
+    for micro_batch, key in zip(data, keys, strict=True):
+        qtrain.set_step(model, *key)
+        total += gradients(model, *micro_batch)[side]
     return total / len(data)
 
 
+def likeness(noise: float, samples: int) -> Measured:
+    """Mean cosine of the exact lower weight gradients of two micro-batches."""
+
+    def cosine(trial: int) -> float:
+        weights = [normal((SIZE, SIZE), "keying", layer, trial) / SIZE**0.5 for layer in (0, 1)]
+        model = layers(weights, read_recipe("bf16"), trial)
+        found = [gradients(model, *micro_batch)[1].flatten() for micro_batch in micro_batches(trial, noise, False)]
+        return torch.corrcoef(torch.stack(found))[0, 1:].mean().item()
+
+    return estimate(cosine(trial) for trial in range(TRIALS))
+
+
 def keying_rows() -> list[Row]:
-    cases = {
-        "one micro-batch eight times, input gradient": (1.0, True, 0),
-        "fresh micro-batches, noise = signal, lower weight gradient": (1.0, False, 1),
-        "fresh micro-batches, noise = 4 signal, lower weight gradient": (4.0, False, 1),
-    }
-    return [
-        Row(
-            f"error with dgrad's draws per step over per micro-batch, {name}: {case}",
-            "",
-            Figure(),
-            partial(keying, name, *which),
-        )
-        for name in ("tetrajet_v2", "quartet_ii")
-        for case, which in cases.items()
-    ]
+    rows = []
+    for noise in (1.0, 4.0, 16.0):
+        claim = f"keys of dgrad, micro-batches with noise {noise:g}: cosine of their weight gradients"
+        rows.append(Row(claim, "", Figure(), partial(likeness, noise)))
+    cases = {"one micro-batch eight times, input gradient": (1.0, True, 0)}
+    cases |= {f"noise {noise:g}, weight gradient below": (noise, False, 1) for noise in (1.0, 4.0, 16.0)}
+    for name in ("tetrajet_v2", "quartet_ii"):
+        for case, which in cases.items():
+            claim = f"keys of dgrad per step over per micro-batch, {name}: squared error, {case}"
+            rows.append(Row(claim, "", Figure(), partial(keying, name, *which)))
+    return rows
 
 
 # ---------------------------------------------------------------------------------------------------------------- table

@@ -20,6 +20,7 @@ import qtrain
 from qtrain.config import read_recipe
 from qtrain.quant import QuantLinear
 from qtrain.quant.quantizer import Operand, Quantizer
+from qtrain_kernels import reference
 
 N = 128
 SHAPES = [(96, 256), (45, 384)]  # T, K; 45 tokens fill the last block of every wgrad in part
@@ -176,10 +177,6 @@ CASES = {
         1.699,
     ),
 }
-OPEN = {
-    "quartet_ii_128": "the released code sums <u, u> and <u, codes> in code units; here weighted by the block scales",
-    "trilm": "the paper's mean magnitude has 1e-5 added; here it has not",
-}
 NEIGHBOURS = [(name, neighbour) for name, case in CASES.items() for neighbour in case.neighbours]
 
 
@@ -203,7 +200,7 @@ def layer(recipe: Any, weight: Tensor, bias: bool = False) -> QuantLinear:
     model = nn.Sequential(linear)
     qtrain.convert(model, recipe, backend="reference")
     qtrain.set_step(model, 3)
-    (module,) = model
+    module = model.get_submodule("0")
     assert isinstance(module, QuantLinear)
     return module
 
@@ -256,9 +253,7 @@ def test_every_recipe_has_an_oracle() -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.xfail(reason=OPEN[n], strict=True)) if n in OPEN else n for n in CASES]
-)
+@pytest.mark.parametrize("name", CASES)
 def test_a_layer_computes_what_the_paper_says(name: str, shape: tuple[int, int]) -> None:
     found = agreement(name, CASES[name].paper, shape)
     assert len(found) == (5 if name == "lsq" else 3)
@@ -300,7 +295,7 @@ def test_ue5m3_scales_reach_tokens_that_e4m3_scales_lose() -> None:
         expected = oracle.nvfp4_masters(*given(module, x, dy), scales=scales)[0]
         for token in range(1, len(x)):
             assert lowest < sqnr(found[token], exact[token]) < highest
-            assert sqnr(found[token] + 1e-9, expected[token] + 1e-9) > BOUND
+            assert np.linalg.norm(found[token] - expected[token]) < 1e-3 * np.linalg.norm(exact[token])
 
 
 @pytest.mark.parametrize("name", sorted(set(qtrain.recipes()) - {"bf16"}))
@@ -386,3 +381,28 @@ def test_a_short_training_ends_where_this_precision_does(name: str) -> None:
 @pytest.mark.parametrize("name", ["quartet", "nvidia_nvfp4", "fp8_tensorwise"])  # scales E8M0, minifloat, float32
 def test_the_band_notices_a_scale_wrong_by_two(name: str, operand: str, factor: float) -> None:
     assert trained(name, (operand, factor)) / trained(None) != pytest.approx(CASES[name].loss, rel=1.25 * BAND)
+
+
+@pytest.mark.parametrize(
+    ("name", "function", "factor"),
+    [
+        ("quartet", "block_scale", 0.5),  # twice is nearly as good: 2.13 against 1.95, the published scale clips 5%
+        ("nvidia_nvfp4", "block_scale", 0.5),
+        ("nvidia_nvfp4", "block_scale", 2.0),
+        ("quest-int4", "tensor_scale", 0.5),
+        ("quest-int4", "tensor_scale", 2.0),
+    ],
+)
+def test_the_band_notices_codes_of_another_scale(
+    name: str, function: str, factor: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Values stay right on average, and lie on a grid half or twice as fine."""
+    scale = getattr(reference, function)
+
+    def wrong(*args: Any) -> Any:
+        found = scale(*args)
+        return None if found is None else found * factor
+
+    bfloat16 = trained(None)
+    monkeypatch.setattr(reference, function, wrong)
+    assert trained.__wrapped__(name) / bfloat16 != pytest.approx(CASES[name].loss, rel=1.25 * BAND)

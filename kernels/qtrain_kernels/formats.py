@@ -153,9 +153,9 @@ def _minifloat(exponent_bits: int, mantissa_bits: int, **fitted: float) -> Eleme
 
 
 # Released Quartet/QuEST constants: the fit of E2M1 (largest code at 2.92248 RMS), and the trust threshold of the
-# released FP4 code, 0.3186 RMS, which the published losses used; the paper's rule would be half_interval = 1 code unit.
+# released FP4 code, 0.31857661 RMS, which the published losses used; the paper's rule would be half_interval = 1 code unit.
 E2M1_GAUSSIAN = 0.4870795
-E2M1 = _minifloat(2, 1, gaussian=E2M1_GAUSSIAN, trust=0.3186 / E2M1_GAUSSIAN)
+E2M1 = _minifloat(2, 1, gaussian=E2M1_GAUSSIAN, trust=0.31857661 / E2M1_GAUSSIAN)
 E4M3, E5M2 = _minifloat(4, 3), _minifloat(5, 2)
 MX_E2M1 = _minifloat(2, 1, gaussian=E2M1_GAUSSIAN)  # no released trust threshold: the paper's
 MXINT8 = Element(127 / 64, step=1 / 64)
@@ -171,7 +171,7 @@ GAUSSIAN_CLIP = {
     7: 3.6010497188221655,
     8: 3.884938678807525,
 }
-TERNARY = Element(1.0, gaussian=1.2240)
+TERNARY = Element(1.0, gaussian=1.2240089519030855)
 
 
 def _centred(bits: int) -> Element:

@@ -24,6 +24,7 @@ from qtrain_kernels.formats import Element
 
 HEADROOM = 0.75  # Quartet's backward: amax < 8 * 2^e, so 3/4 of it stays within 6 * 2^e
 STD_EPS = 1e-8
+ABSMEAN_EPS = 1e-5  # TriLM's
 FITTED_LIMIT = 6.0 * (16 / 17) / 0.93  # Quartet II: where amax lies on the grid, for the least error on N(0, 1)
 REDUCED_CAP = 256.0  # Quartet II: the largest block scale, with room for EDEN's correction or for 6 / 4 of it
 BEST_PHASE = 1.1637  # RMS of a row, in powers of two, at which `mse` has its least error on N(0, 1)
@@ -207,7 +208,7 @@ def _float32_scale(x: Tensor, plan: Plan) -> Tensor:
         assert plan.element.gaussian is not None
         return finite_or_nan(plan.element.gaussian * rms(x))
     if plan.rule == "absmean":
-        return finite_or_nan(mean(x.abs()))
+        return finite_or_nan(mean(x.abs()) + ABSMEAN_EPS)
     if plan.rule == "sawb":
         clip = SAWB[0] * rms(x) - SAWB[1] * mean(x.abs())
         return finite_or_nan(divide(clip, plan.element.max))
@@ -370,12 +371,10 @@ def encode(
 
 def _corrected(u: Tensor, codes: Tensor, blocks: Tensor, key: Tensor, plan: Plan) -> Tensor:
     """EDEN: block scales times S = <x, x> / <x, q(x)>, rounded stochastically to the scale's grid. S is taken over
-    `correction` elements; one without any code but zero keeps its scales."""
+    `correction` elements, in code units as Quartet II's training code does; one whose codes are all zero is left."""
     assert plan.scale_element is not None and plan.block is not None and plan.correction is not None
     group = plan.correction // plan.block
-    square, product = (
-        tree_sum(tree_sum(u * other * (blocks * blocks)).reshape(-1, group, u.shape[2])) for other in (u, codes)
-    )
+    square, product = (tree_sum(tree_sum(u * other).reshape(-1, group, u.shape[2])) for other in (u, codes))
     correction = torch.where(product == 0, 1.0, square / _nonzero(product))
     correction = correction[:, None].expand(-1, group, -1, -1).reshape(blocks.shape)
     scales = blocks * correction

@@ -259,6 +259,7 @@ class QuantLinear(nn.Linear):
         self.name, self.seed = name, seed
         self.step: int | None = None
         self.high_precision = False
+        self._set_scales: set[nn.Parameter] = set()  # those that this process has seen set
         self._quantized: tuple[Any, QuantizedWeight] | None = None
         self.train(linear.training)
         self._draw_keys(0, 0)
@@ -326,7 +327,10 @@ class QuantLinear(nn.Linear):
         weight stays what it is (an optimiser that writes to weight.data moves no version), so nothing is kept."""
         weight = self.weight
         keep = self.training and self.step is not None and not weight.is_inference()
-        state = (dtype, weight.device, weight.data_ptr(), weight._version) if keep else None
+        state = None
+        if keep:
+            versions = weight._version, None if scale is None else scale._version
+            state = dtype, weight.device, weight.data_ptr(), versions
         if keep and self._quantized is not None and self._quantized[0] == state:
             return self._quantized[1]
         with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
@@ -340,11 +344,14 @@ class QuantLinear(nn.Linear):
         if scale is None:
             return None
         assert quantizer.plan is not None
+        if scale in self._set_scales:
+            return scale
         first = 2.0 * x.float().abs().mean() / max(math.floor(quantizer.plan.element.max), 1) ** 0.5
         value = torch.where(scale == 0, first, scale)
         if not self.training:
             return value
         scale.copy_(value)
+        self._set_scales.add(scale)
         return scale
 
     def extra_repr(self) -> str:

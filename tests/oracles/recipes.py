@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 import numpy as np
+from numpy.typing import NDArray
 from oracles.quantization import (
     E2M1_GRID,
     Array,
@@ -48,7 +49,7 @@ class Draws:
     def __init__(self, keys: Sequence[Sequence[int]]) -> None:
         self.keys = {use: [word % 2**32 for word in key] for use, key in zip(USES, keys, strict=True)}
 
-    def bits(self, use: str, count: int) -> np.ndarray:
+    def bits(self, use: str, count: int) -> NDArray[np.int64]:
         low, high = self.keys[use]
         mixed = []
         for position in range(count):
@@ -131,7 +132,11 @@ QUEST = {  # codes, the largest of them in RMS (a*), the trust threshold in RMS
 
 
 def straight_through(
-    xq: Array, wq: Array, dy: Array, h: Array | None = None, masks: tuple[Array | float, Array | float] = (1.0, 1.0)
+    xq: Array,
+    wq: Array,
+    dy: Array,
+    h: Array | None = None,
+    masks: tuple[np.ndarray | float, np.ndarray | float] = (1.0, 1.0),
 ) -> Result:
     dx, dw = (dy @ wq) * masks[0], (dy.T @ xq) * masks[1]
     return (xq @ wq.T, dx, dw) if h is None else (xq @ wq.T, rotate(dx, h.T), rotate(dw, h.T))
@@ -152,7 +157,7 @@ def kept(x: Array, sparsity: str | None) -> Array:
     return np.broadcast_to((rank < 2)[..., None], groups.shape).reshape(x.shape).astype(float)
 
 
-def trust_mask(x: Array, xq: Array, codes: str, one_bit: float, threshold: float | None) -> Array:
+def trust_mask(x: Array, xq: Array, codes: str, one_bit: float, threshold: float | None) -> np.ndarray:
     """At one bit a clip mask, at one_bit times the largest code."""
     _, clip, trust = QUEST[codes]
     if codes == "int1":
@@ -275,7 +280,7 @@ def luq_int4(
 
     Below alpha: alpha with probability |x| / alpha, else zero; above: the two powers next to it, unbiased. sawb: the
     coefficients of the four-bit grid; 12.1, 12.2 in LUQ's own code. lowest: 6 makes seven magnitudes, as four bits
-    have; the paper's formula (7) makes eight.
+    have; the paper's formula (7) makes eight. Each GEMM draws for itself; the authors' code draws once for both.
     """
     xq, wq = (scaled(v, (sawb[0] * np.sqrt((v * v).mean()) - sawb[1] * np.abs(v).mean()) / 7, INT4) for v in (x, w))
     grid = sorted([0.0, *(sign * 2.0**k for k in range(lowest + 1) for sign in (-1, 1))])
@@ -310,7 +315,7 @@ def fp8_rowwise(x: Array, w: Array, dy: Array, draws: Draws, powers: bool = Fals
 
 def fp8_blockwise(x: Array, w: Array, dy: Array, draws: Draws, powers: bool = False, saved: bool = False) -> Result:
     """x and dY in 1x128, w in 128x128, as DeepSeek-V3 (arXiv 2412.19437). powers: scales rounded up to powers of two
-    (Transformer Engine's default). saved: wgrad takes x as quantised for the forward, and quantises it again (the paper)."""
+    (Transformer Engine's default). saved: wgrad quantises the forward's x again, as the paper; else x itself."""
 
     def q(v: Array, rows: int = 1) -> Array:
         blocks = tiles_of(filled(v, 128), rows, 128)

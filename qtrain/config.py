@@ -49,6 +49,7 @@ class QuantSpec(Strict):
     row_rotation: "hadamard<n>" rotates blocks of n rows (tokens), undone on the product; for dgrad.dy (HALO-2).
     sparsity: 2:4 or 4:8 (in pairs), by magnitude after the rotation: what is pruned becomes zero.
     estimator: how the gradient passes the quantiser, for operands of fprop: ste, clip or trust.
+    clip_scale: where clip begins, in largest codes.
     source: for operands of dgrad and wgrad: the master value, or the quantised (and rotated) value of the forward.
     """
 
@@ -61,6 +62,7 @@ class QuantSpec(Strict):
     row_rotation: str | None = Field(None, pattern=r"^hadamard[1-9][0-9]*$")
     sparsity: Literal["2:4", "4:8"] | None = None
     estimator: Literal["ste", "clip", "trust"] = "ste"
+    clip_scale: float = Field(1.0, gt=0)
     source: Literal["master", "forward"] = "master"
 
     @field_validator("format")
@@ -224,6 +226,8 @@ def _check_operand(where: str, gemm: str, operand: str, spec: QuantSpec) -> None
         raise ValueError(f"{where}: a gradient has no forward value; use source: master")
     if gemm != "fprop" and (spec.estimator != "ste" or spec.scale == "learned"):
         raise ValueError(f"{where}: estimator and scale: learned belong to the operands of fprop")
+    if spec.clip_scale != 1.0 and spec.estimator != "clip":
+        raise ValueError(f"{where}: clip_scale is of estimator clip; the estimator is {spec.estimator}")
     if spec.row_rotation and (gemm, operand) != ("dgrad", "dy"):
         raise ValueError(f"{where}: row_rotation is for dgrad.dy, whose rows are undone on dX; drop it")
     if gemm == "wgrad" and spec.rotation == "hadamard":

@@ -125,7 +125,7 @@ def test_bf16_converts_nothing_and_says_why() -> None:
     ("quartet", ["dwon"], r"'dwon', which matches no linear layer; the nearest are down"),
     ({"name": "quest", "bits": 9}, None, "bits=9"),
     ({"name": "quest", "format": "int9"}, None, "unknown format 'int9'"),
-    ({"name": "quest", "format": "mxfp8_e4m3"}, None, "needs a Gaussian fit, which is not known for the codes of mxfp8"),
+    ({"name": "quest", "format": "mxfp8_e4m3"}, None, "needs a Gaussian fit, which is not known for the codes"),
     ({"name": "quartet", "bits": 4}, None, "names its own format, so bits=4"),
     ({"name": "quest", "colour": 1}, None, "unknown key 'colour'"),
     ("quest", None, r"in_features % 128 == 0 for fprop.x \(int4/.*had128/trust\); blocks.0.up has 64; pad it or"),

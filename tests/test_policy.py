@@ -1,4 +1,4 @@
-"""The policy of kernels/README.md for zeros, tiny and huge values, NaN and infinity: every format, rule and rounding."""
+"""The policy of kernels/README.md for zeros, tiny and huge values, NaN and infinity: all formats, rules, roundings."""
 
 import math
 from itertools import product
@@ -129,7 +129,8 @@ def test_what_saturates_or_vanishes_is_counted() -> None:
     ("mxfp4", "rceil", False), ("mxfp4", "ceil", False), ("mxfp4", "floor_three_quarters", False),
     ("nvfp4", "absmax", True), ("nvfp4", "four_over_six", True), ("nvfp4", "absmax_fitted", True),
     ("nvfp4", "absmax_headroom", False), ("e2m1/16x16/e4m3", "absmax_headroom", False),
-    ("int4", "gaussian", True), ("int1.585", "absmean", True), ("int4_sym", "sawb", True), ("int4_sym", "absmax", False),
+    ("int4", "gaussian", True), ("int1.585", "absmean", True), ("int4_sym", "sawb", True),
+    ("int4_sym", "absmax", False),
     ("fp8_e4m3", "absmax", False), ("e4m3/128/float32", "absmax", False), ("int8_sym/tensor/float32", "absmax", False),
 ])  # fmt: skip
 def test_the_rules_that_saturate_are_those_that_say_so(format: str, rule: str, saturates: bool) -> None:

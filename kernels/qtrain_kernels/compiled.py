@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from qtrain_kernels import reference
 from qtrain_kernels.reference import Plan
 
-# Traced at sizes of real work: inductor decides from them whether a loop is worth two threads. Rows in eights: sparsity.
+# Traced at sizes of real work: inductor decides from them if a loop is worth two threads. Rows in eights: sparsity.
 TRACED_OUTER, TRACED_INNER, TRACED_ROW = 1031, 387, 528
 _SERIAL = count()
 

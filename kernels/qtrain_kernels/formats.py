@@ -26,6 +26,9 @@ import re
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
+from typing import Literal
+
+ScaleKind = Literal["e8m0", "minifloat", "float32"]
 
 
 @dataclass(frozen=True)
@@ -100,9 +103,11 @@ class Format:
     default_scale: str
 
     @property
-    def scale_kind(self) -> str:
+    def scale_kind(self) -> ScaleKind:
         """e8m0 | float32 | minifloat."""
-        return self.scale if self.scale in ("e8m0", "float32") else "minifloat"
+        if self.scale == "e8m0" or self.scale == "float32":
+            return self.scale
+        return "minifloat"
 
     @property
     def scale_element(self) -> Element | None:
@@ -153,7 +158,7 @@ def _minifloat(exponent_bits: int, mantissa_bits: int, **fitted: float) -> Eleme
 
 
 # Released Quartet/QuEST constants: the fit of E2M1 (largest code at 2.92248 RMS), and the trust threshold of the
-# released FP4 code, 0.31857661 RMS, which the published losses used; the paper's rule would be half_interval = 1 code unit.
+# released FP4 code, 0.31857661 RMS, which the published losses used; the paper's rule would be half_interval, 1.
 E2M1_GAUSSIAN = 0.4870795
 E2M1 = _minifloat(2, 1, gaussian=E2M1_GAUSSIAN, trust=0.31857661 / E2M1_GAUSSIAN)
 E4M3, E5M2 = _minifloat(4, 3), _minifloat(5, 2)

@@ -20,7 +20,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from qtrain_kernels.formats import Element
+from qtrain_kernels.formats import Element, ScaleKind
 
 HEADROOM = 0.75  # Quartet's backward: amax < 8 * 2^e, so 3/4 of it stays within 6 * 2^e
 STD_EPS = 1e-8
@@ -53,7 +53,7 @@ class Plan:
     """
 
     element: Element
-    scale_kind: Literal["e8m0", "minifloat", "float32"]
+    scale_kind: ScaleKind
     block: int | None
     rule: str
     rounding: Literal["nearest", "stochastic", "eden"] = "nearest"

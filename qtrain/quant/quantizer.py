@@ -125,7 +125,7 @@ class Quantizer:
             fmt.block_size,
             rule,
             spec.rounding,
-            gradient_mask(spec.estimator, fmt, spec.rotation is not None),
+            gradient_mask(spec.estimator, fmt, spec.rotation is not None, spec.clip_scale),
             scale_element=fmt.scale_element,
             per_tensor=fmt.block == "tensor",
             correction=(spec.correction or fmt.block_size) if spec.rounding == "eden" else None,
@@ -225,7 +225,8 @@ class Quantizer:
             rounding = f"{rounding}{plan.correction}"
         parts = [spec.format, plan.rule if plan else None, rounding, rotation, spec.sparsity]
         parts += [spec.row_rotation and spec.row_rotation.replace("hadamard", "rows-had")]
-        parts += [spec.estimator if spec.estimator != "ste" else None, "forward" if spec.source == "forward" else None]
+        estimator = spec.estimator if spec.clip_scale == 1.0 else f"{spec.estimator}{spec.clip_scale:g}"
+        parts += [estimator if estimator != "ste" else None, "forward" if spec.source == "forward" else None]
         return "/".join(part for part in parts if part)
 
 

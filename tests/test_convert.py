@@ -174,3 +174,89 @@ def test_a_backend_that_cannot_work_is_said_at_once(monkeypatch: pytest.MonkeyPa
             check_backend("compiled", "cpu")
     finally:
         dispatch.resolve.cache_clear()
+
+
+class Numbered(nn.Module):
+    """Seven blocks of two layers, and a head."""
+
+    def __init__(self, blocks: int = 7) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(
+            nn.ModuleDict({"up": nn.Linear(64, 128), "down": nn.Linear(128, 64)}) for _ in range(blocks)
+        )
+        self.lm_head = nn.Linear(64, 100)
+
+
+@pytest.mark.parametrize(("first", "last", "left"), [
+    (2, 1, {0, 1, 6}), (0, 0.15, {6}), (0.3, 0, {0, 1}), (0, 0, set()), (0, 0.05, set()),
+])  # fmt: skip
+def test_first_and_last_blocks_stay_in_high_precision(first: float, last: float, left: set[int]) -> None:
+    model = Numbered()
+    report = qtrain.convert(model, {"name": "quartet", "first_blocks": first, "last_blocks": last}, backend="reference")
+    assert {int(name.split(".")[1]) for name in report.skipped if name != "lm_head"} == left
+    assert {int(name.split(".")[1]) for name in report.converted} == set(range(7)) - left
+    if (first, last) == (2, 1):
+        assert report.skipped["layers.1.up"] == "in the first 2 blocks"
+        assert "skipped layers.6.up, layers.6.down: in the last block" in str(report)
+        assert type(model.layers[6]["up"]) is nn.Linear  # pyright: ignore[reportIndexIssue]
+
+
+def test_overrides_take_the_first_pattern_that_matches() -> None:
+    model = Numbered(2)
+    overrides = {"layers.0.*": "ste", "down": {"name": "ste", "bits": 2}, "up": "quartet"}
+    report = qtrain.convert(model, {"name": "quartet_v1", "overrides": overrides}, backend="reference")
+    kinds = {name: text.split()[1].split("/")[0] for name, text in report.numerics.items()}
+    assert kinds == {
+        "layers.0.up": "x:int4",
+        "layers.0.down": "x:int4",
+        "layers.1.up": "x:mxfp4",
+        "layers.1.down": "x:int2",
+    }
+    assert "layers.0.up, layers.0.down:\n" in str(report) and "fwd x:int2/gaussian" in repr(model)
+    assert report.skipped == {"lm_head": "named by skip (lm_head)"}
+    bare = {"name": "ste", "overrides": {"*.up": "bf16"}}
+    assert set(qtrain.convert(Numbered(2), bare, backend="reference").converted) == {"layers.0.down", "layers.1.down"}
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"overrides": {"*.upp": "bf16"}}, r"recipe\.overrides names '\*\.upp', which matches no linear layer"),
+    ({"overrides": {"up": "qest"}}, r"unknown recipe 'qest'; did you mean 'quest'\?"),
+    ({"overrides": {"up": {"name": "quest", "bit": 2}}}, r"unknown key 'bit'"),
+    ({"first_blocks": 4, "last_blocks": 3}, r"first 4 and the last 3 blocks .* the model has 7 numbered blocks"),
+    ({"first_blocks": 1.5}, r"a number of blocks, or a fraction of them below 1"),
+    ({"high_precision_after": 1.0}, r"high_precision_after=1\.0: Input should be less than 1"),
+])  # fmt: skip
+def test_what_the_model_does_not_have_is_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        qtrain.convert(Numbered(), {"name": "quartet", **change}, backend="reference")
+
+
+@pytest.mark.parametrize(("gemm", "operand", "change", "message"), [
+    ("fprop", "x", {"format": "mxfp4", "rounding": "eden"}, "eden corrects minifloat block scales"),
+    ("fprop", "x", {"format": "nvfp4", "correction": 32}, "correction is of rounding eden; the rounding is nearest"),
+    ("fprop", "x", {"format": "nvfp4", "rounding": "eden", "correction": 24}, "correction=24 must be a multiple of"),
+    ("fprop", "x", {"format": "int4", "scale": "learned", "rounding": "stochastic"}, "learned .* rounds to nearest"),
+    ("fprop", "x", {"format": "mxfp4", "scale": "learned"}, "scale 'learned' does not give mxfp4's e8m0 scales"),
+    ("fprop", "x", {"format": "e2m1/16x16/e4m3", "sparsity": "2:4"}, "sparsity 2:4 needs blocks of a multiple of 8"),
+    ("fprop", "x", {"format": "int4", "clip_scale": 2.0}, "clip_scale is of estimator clip; the estimator is ste"),
+    ("fprop", "x", {"format": "int4", "row_rotation": "hadamard32"}, r"row_rotation is for dgrad\.dy"),
+    ("wgrad", "dy", {"format": "int4", "rotation": "hadamard"}, "wgrad contracts over tokens, however many"),
+    ("dgrad", "w", {"format": "int4", "scale": "learned"}, "learned belong to the operands of fprop"),
+    ("fprop", "x", {"format": "e9m3/32/e8m0"}, "unknown element|e must be at least 1"),
+    ("fprop", "x", {"format": "e2m1/row/e8m0"}, "one scale per row is a float32; got 'e8m0'"),
+    ("fprop", "x", {"format": "e2m1/32"}, "has three parts, element/block/scale"),
+    ("fprop", "x", {"format": "e2m1/32/ue5m9"}, "unknown scale format 'ue5m9'"),
+])  # fmt: skip
+def test_a_spec_that_does_not_fit_its_place_is_refused(
+    gemm: str, operand: str, change: dict[str, Any], message: str
+) -> None:
+    none: dict[str, Any] = {"format": "none"}
+    tree = {
+        "name": "own",
+        "fprop": {"x": none, "w": none},
+        "dgrad": {"dy": none, "w": none},
+        "wgrad": {"dy": none, "x": none},
+    }
+    tree[gemm] = {**tree[gemm], operand: change}  # pyright: ignore[reportGeneralTypeIssues]
+    with pytest.raises(UserError, match=message):
+        read_recipe(tree)

@@ -16,9 +16,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 import qtrain
-from qtrain.config import LinearRecipe, read_recipe
+from qtrain.config import LinearRecipe, QuantSpec, read_recipe
 from qtrain.errors import UserError
-from qtrain.quant import QuantLinear, rotation
+from qtrain.quant import QuantLinear, rotation, set_high_precision
 from qtrain.quant.linear import Gemm
 from qtrain.quant.quantizer import Quantizer
 from qtrain.quant.random import USES, key_words
@@ -333,3 +333,110 @@ def test_state_dict_copies_and_print() -> None:
         f"dgrad dy:{gradient} w:{gradient}/forward wgrad dy:{gradient} x:{gradient}/forward)"
     )
     assert isinstance(read_recipe("quest"), LinearRecipe)
+
+
+# ------------------------------------------------------------------------------------------- once per optimiser step
+
+
+def weight_quantisations(monkeypatch: pytest.MonkeyPatch, module: QuantLinear) -> list[str]:
+    """Filled with the name of each weight operand that is quantised from here on."""
+    seen: list[str] = []
+    names = {id(module.numerics.fprop.right): "fprop.w", id(module.numerics.dgrad.right): "dgrad.w"}
+    operand = Quantizer.operand
+
+    def counted(self: Quantizer, *args: Any, **more: Any):
+        seen.extend([names[id(self)]] if id(self) in names else [])
+        return operand(self, *args, **more)
+
+    monkeypatch.setattr(Quantizer, "operand", counted)
+    return seen
+
+
+def test_a_weight_is_quantised_once_a_step_and_again_when_it_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = layer("tetrajet_v2", step=0)
+    x, dy = batch()
+    seen = weight_quantisations(monkeypatch, module)
+    for micro_batch in range(3):
+        module.set_step(0, micro_batch)
+        run(module, x, dy)
+    assert seen == ["fprop.w", "dgrad.w"]
+    first = run(module, x, dy)[0]
+    with torch.no_grad():
+        module.weight.mul_(1.5)  # as an optimiser does
+    assert not torch.equal(run(module, x, dy)[0], first) and len(seen) == 4
+    module.weight.data.mul_(2.0)  # moves no version: the next step sees it
+    module.set_step(1, 0)
+    assert not torch.equal(run(module, x, dy)[0], first) and len(seen) == 6
+    module.eval()(x)
+    module(x)
+    assert len(seen) == 8  # evaluation keeps nothing
+    module.train().double().float()(x)
+    assert len(seen) == 9
+
+
+def test_without_a_step_the_weight_is_quantised_in_every_forward() -> None:
+    """An optimiser may write to weight.data, which moves no version."""
+    module = layer("quest", step=None)
+    x, dy = batch()
+    first = run(module, x, dy)[0]
+    module.weight.data.mul_(2.0)
+    torch.testing.assert_close(run(module, x, dy)[0], 2 * first)
+
+
+def test_micro_batches_share_what_belongs_to_the_weight_and_nothing_else() -> None:
+    """Signs and noise of a GEMM with the weight are the step's; the gradient's noise and wgrad's signs are redrawn."""
+    module = layer("tetrajet_v2")
+    rows = []
+    for micro_batch in (0, 1):
+        module.set_step(4, micro_batch)
+        rows.append(dict(zip(USES, module.keys.tolist(), strict=True)))
+    shared = {use for use in USES if rows[0][use] == rows[1][use]}
+    assert shared == {"fprop.w", "dgrad.w", "fprop.signs", "dgrad.signs"}
+
+
+def test_accumulated_micro_batches_equal_a_recomputed_forward() -> None:
+    """A kept weight is the one that a fresh layer quantises for the same step."""
+    x, dy = batch()
+    kept, fresh = layer("tetrajet_v2"), layer("tetrajet_v2")
+    for micro_batch in (0, 1):
+        kept.set_step(2, micro_batch)
+        found = run(kept, x, dy)
+    fresh.set_step(2, 1)
+    assert all(torch.equal(a, b) for a, b in zip(found, run(fresh, x, dy), strict=True))
+
+
+def test_fixed_signs_are_one_vector_for_all_layers() -> None:
+    model = nn.ModuleDict({name: nn.Linear(32, 32) for name in ("a", "b")})
+    qtrain.convert(model, {"name": "nvidia_nvfp4", "last_blocks": 0}, backend="reference")
+    qtrain.set_step(model, 7, 2)
+    rows = [dict(zip(USES, model[name].keys.tolist(), strict=True)) for name in model]
+    assert rows[0]["wgrad.signs"] == rows[1]["wgrad.signs"] == key_words(0, "signs")
+    assert rows[0]["wgrad.dy"] != rows[1]["wgrad.dy"]
+
+
+def test_tiles_that_a_matrix_does_not_fill_are_padded() -> None:
+    """16x16 scales over 40 rows: equal to the same matrix with zero rows below it."""
+    spec = QuantSpec(format="e2m1/16x16/e4m3")
+    x = torch.randn(40, 64, generator=torch.Generator().manual_seed(0))
+    for dim in (-1, -2):
+        matrix = x if dim == -1 else x.T.contiguous()
+        filled = torch.zeros(48, 64) if dim == -1 else torch.zeros(64, 48)
+        filled[: matrix.shape[0], : matrix.shape[1]] = matrix
+        quantizer = Quantizer.build(spec, "reference")
+        found = quantizer.quantize(matrix, dim=dim).dequantize()
+        expected = quantizer.quantize(filled, dim=dim).dequantize()
+        assert torch.equal(found, expected[: matrix.shape[0], : matrix.shape[1]])
+
+
+def test_high_precision_is_an_ordinary_linear_and_back() -> None:
+    module = layer("quartet_ii", bias=True)
+    plain = nn.Linear(K, N)
+    plain.load_state_dict(module.state_dict())
+    x, dy = batch()
+    before = run(module, x, dy)
+    set_high_precision(module)
+    assert "high precision, after fwd x:nvfp4" in repr(module)
+    for found, want in zip(run(module, x, dy), run(plain, x, dy), strict=True):
+        assert torch.equal(found, want)
+    set_high_precision(module, False)
+    assert all(torch.equal(a, b) for a, b in zip(run(module, x, dy), before, strict=True))

@@ -286,14 +286,17 @@ def fake_quantize(
 ) -> Tensor:
     """x quantised and dequantised along its last dim, rotated back; same shape, dtype and device, no gradient.
 
-    x: (..., K), a float dtype; computed in float32. K % block == 0 and % rotation == 0. format: a name of
-    qtrain_kernels.formats; scale: one of its rules, None for the format's default (mxfp*: floor; nvfp4: absmax of the
-    whole x, then of each block; int*: the Gaussian fit; other minifloats: absmax); rotation: None or "hadamard<n>";
-    seed: of stochastic rounding, every value draws its own bits. NaN or infinity makes its block (row; with nvfp4 all
-    of x) NaN. UserError for anything that does not fit.
+    x: (..., K), a float dtype; computed in float32. K % block == 0 and % rotation == 0; rows are padded to whole tiles.
+    format: a name of qtrain_kernels.formats, or element/block/scale; scale: one of its rules, None for the format's
+    default (mxfp*: floor; nvfp4: absmax of the whole x, then of each block; int*: the Gaussian fit; other minifloats:
+    absmax); rotation: None, "hadamard<n>" or "hadamard" for all of K; seed: of stochastic rounding and EDEN, each value
+    (scale) draws its own bits. NaN or infinity makes its block (row; with nvfp4 all of x) NaN. UserError for anything
+    that does not fit.
     """
     spec = parse(QuantSpec, {"format": format, "scale": scale, "rounding": rounding, "rotation": rotation})
     quantizer = Quantizer.build(spec, backend)
+    if quantizer.plan is not None and quantizer.plan.rule == "learned":
+        raise UserError("scale 'learned' is a parameter of a layer; name another rule here (gaussian)")
     if not x.is_floating_point():
         raise UserError(f"fake_quantize takes a float tensor; got {x.dtype}; convert it with x.float()")
     if x.ndim == 0 or x.shape[-1] % quantizer.multiple:

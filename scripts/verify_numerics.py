@@ -609,7 +609,7 @@ HEADROOM_DY = {"scale": "absmax_headroom"}
 BIASED = "E4M3 rounds the scale of a block up or down; where it goes down, plain absmax clips the largest value"
 FIXED = "X is rounded to nearest under one fixed rotation: its error is the same in every draw; plain absmax clips too"
 NEAREST = "rounding to nearest shrinks both operands by 9.4e-3, see RTN absmax above: a squared bias of 3.5e-4"
-SPARSE = "MS-EDEN is unbiased where a rotated block is near Gaussian; two tokens that carry it all leave four values"
+SPARSE = "MS-EDEN is unbiased where a rotated block is near Gaussian; four tokens that carry all of it leave few values"
 UNBIASED, FLAT = Figure("-1.00"), "> -0.95"
 
 # name -> (recipe, figures of the slopes of input and weight gradient)

@@ -17,6 +17,7 @@ import qtrain
 from qtrain.callbacks import DivergedError
 from qtrain.checkpoint import list_checkpoints, load_checkpoint
 from qtrain.errors import UserError
+from qtrain.quant import QuantLinear
 from qtrain.run import run
 from qtrain.run_directory import RunDirectory
 from qtrain.train import checked_overrides, compose
@@ -269,3 +270,28 @@ def test_a_multirun_leaves_comparable_runs_and_outlives_a_failing_one(small, tmp
     summaries = [json.loads(path.read_text()) for path in (tmp_path / "runs").glob("*/summary.json")]
     assert sorted(summary["recipe"] for summary in summaries) == ["bf16", "bf16", "quartet", "quartet"]
     assert len({summary["data_hash"] for summary in summaries}) == 1
+
+
+def test_the_last_part_of_a_run_can_be_in_high_precision(small, tmp_path, monkeypatch):
+    """From that step on the layers are ordinary ones, in training, in validation, and in the model that is loaded."""
+    import qtrain.lightning_module as module
+
+    seen = []
+    loss = module.next_token_loss
+
+    def watched(model, tokens, **more):
+        seen.append((model.training, next(m for m in model.modules() if isinstance(m, QuantLinear)).high_precision))
+        return loss(model, tokens, **more)
+
+    monkeypatch.setattr(module, "next_token_loss", watched)
+    run(compose([*small, "recipe=tetrajet_v2", "recipe.high_precision_after=0.5"]))
+    training = [high for is_training, high in seen if is_training]
+    assert training == [False] * 6 + [True] * 6
+    assert seen[-1] == (False, True)
+    directory = only_run(tmp_path)
+    model = qtrain.load_run(directory.path)
+    assert all(layer.high_precision for layer in model.modules() if isinstance(layer, QuantLinear))
+    list_checkpoints(directory.checkpoints)[-1][1].unlink()
+    list_checkpoints(directory.checkpoints)[-1][1].rename(directory.checkpoints / "step-00000006.ckpt")
+    model = qtrain.load_run(directory.path)
+    assert not any(layer.high_precision for layer in model.modules() if isinstance(layer, QuantLinear))

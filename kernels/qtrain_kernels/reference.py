@@ -192,7 +192,7 @@ def tensor_scale(x: Tensor, plan: Plan) -> Tensor | float:
     if plan.scale_kind == "minifloat":
         limit, cap = _minifloat_range(plan)
         low, high = torch.aminmax(x)  # one pass and no copy: a third of x.abs().amax()
-        return finite_or_nan(divide(torch.maximum(-low, high), limit * cap))
+        return finite_or_nan(divide(torch.maximum(low.abs(), high.abs()), limit * cap))
     if plan.rule == "mse_phase":
         return finite_or_nan(rms(x) * (1.0 / BEST_PHASE))
     if plan.scale_kind == "e8m0":

@@ -10,19 +10,21 @@ from torch import nn
 from qtrain.config import OptimizerConfig, SchedulerConfig
 
 NO_DECAY = ("embed", "lm_head")
+LEARNED = ("input_scale", "weight_scale")  # LSQ's steps, which QuEST's search found best with the weights' decay
 
 
 def parameter_groups(model: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
     """(with weight decay, without), each {name: parameter} sorted by name; every trainable parameter in exactly one.
 
-    Matrices decay, but not those of embed and lm_head; vectors (norms, biases) do not. A tied weight counts once, under
-    the name that `named_parameters` gives it.
+    Matrices and the learned steps of quantisers decay; embed and lm_head do not, nor do vectors (norms, biases). A tied
+    weight counts once, under the name that `named_parameters` gives it.
     """
     decay: dict[str, nn.Parameter] = {}
     no_decay: dict[str, nn.Parameter] = {}
     for name, parameter in sorted(model.named_parameters()):
         if parameter.requires_grad:
-            exempt = parameter.ndim < 2 or not set(NO_DECAY).isdisjoint(name.split("."))
+            small = parameter.ndim < 2 and not name.endswith(LEARNED)
+            exempt = small or not set(NO_DECAY).isdisjoint(name.split("."))
             (no_decay if exempt else decay)[name] = parameter
     return decay, no_decay
 

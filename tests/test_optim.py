@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import qtrain
 from qtrain.config import ModelConfig, OptimizerConfig, SchedulerConfig
 from qtrain.models.llama import Llama
 from qtrain.optim import build_optimizer, decay_steps, lr_factor, parameter_groups, warmup_steps
@@ -45,6 +46,14 @@ def test_a_frozen_parameter_is_in_no_group() -> None:
     decay, no_decay = parameter_groups(model)
     assert [name for name in [*decay, *no_decay] if name.startswith("layers.0.")] == []
     assert list(decay) == LINEARS[7:]
+
+
+def test_learned_steps_decay_as_the_weights_do() -> None:
+    model = llama()
+    qtrain.convert(model, "lsq", backend="reference")
+    decay, no_decay = parameter_groups(model)
+    steps = {f"{name.removesuffix('weight')}{side}_scale" for name in LINEARS for side in ("input", "weight")}
+    assert set(decay) == {*LINEARS, *steps} and not any(name.endswith("_scale") for name in no_decay)
 
 
 def test_weight_decay_reaches_the_decay_group_alone() -> None:

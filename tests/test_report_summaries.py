@@ -37,6 +37,7 @@ def test_gaps_are_paired_by_seed(runs):
     assert quartet.half_width == pytest.approx(4.3027 * 0.02 / math.sqrt(3), rel=1e-4)
     assert quest.gap == pytest.approx(0.5) and math.isnan(quest.half_width)
     assert quest.losses == {2: 3.5}, "an unfinished run is not used"
+    assert "|  |  | 3.5000 | 3.5000 | +0.5000 |" in markdown([bf16, quartet, quest])
     assert "| quartet | 1.1000 | 2.1200 | 3.1400 | 2.1200 | +0.1200 ± 0.0497 |" in markdown([bf16, quartet, quest])
 
 

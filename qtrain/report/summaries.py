@@ -117,6 +117,7 @@ def markdown(comparisons: list[Comparison]) -> str:
     for comparison in comparisons:
         cells = [f"{comparison.losses[seed]:.4f}" if seed in comparison.losses else "" for seed in seeds]
         mean = sum(comparison.losses.values()) / len(comparison.losses)
-        gap = "" if comparison is comparisons[0] else f"{comparison.gap:+.4f} ± {comparison.half_width:.4f}"
+        spread = "" if math.isnan(comparison.half_width) else f" ± {comparison.half_width:.4f}"
+        gap = "" if comparison is comparisons[0] else f"{comparison.gap:+.4f}{spread}"
         lines.append(f"| {comparison.name} | {' | '.join(cells)} | {mean:.4f} | {gap} |")
     return "\n".join(lines)

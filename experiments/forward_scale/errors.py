@@ -1,0 +1,42 @@
+"""Error, misalignment and masked share of the study's forward scale rules on N(0, 1), averaged over an octave of sigma.
+
+python experiments/forward_scale/errors.py
+"""
+
+from __future__ import annotations
+
+import torch
+
+from qtrain.config import QuantSpec
+from qtrain.quant.quantizer import Quantizer
+
+RULES = ("std", "std_round", "even", "mse", "mse_phase")
+MASKS = (("clip", 1.0), ("clip", 0.77), ("clip", 0.75), ("trust", 1.0))
+
+
+def row(rule: str, estimator: str, clip_scale: float, x: torch.Tensor) -> str:
+    spec = QuantSpec.model_validate(
+        {"format": "mxfp4", "scale": rule, "estimator": estimator, "clip_scale": clip_scale}
+    )
+    quantized = Quantizer.build(spec).quantize(x)
+    values, exact = quantized.dequantize().double(), x.double()
+    energy = exact.square().sum(1)
+    error = ((values - exact).square().sum(1) / energy).mean()
+    misalignment = 1 - ((values * exact).sum(1) / energy).mean()
+    assert quantized.mask is not None
+    masked = 1 - quantized.mask.double().mean()
+    return f"| {rule} | {estimator} {clip_scale:g} | {error:.3e} | {misalignment:.2e} | {masked:.2%} |"
+
+
+def main() -> None:
+    rows = 1024
+    x = torch.randn(rows, 8192, generator=torch.Generator().manual_seed(0))
+    x = x * torch.exp2(torch.arange(rows) / rows)[:, None]
+    print("| rule | mask | squared error | misalignment | masked |\n|---|---|---|---|---|")
+    for rule in RULES:
+        for estimator, clip_scale in MASKS:
+            print(row(rule, estimator, clip_scale, x))
+
+
+if __name__ == "__main__":
+    main()

@@ -123,14 +123,18 @@ class Wgrad(Strict):
     x: QuantSpec
 
 
+OF_THE_WHOLE_MODEL = ("skip", "overrides", "first_blocks", "last_blocks", "high_precision_after")
+
+
 class LinearRecipe(Strict):
     """The numerics of a linear layer: three GEMMs of two operands each, and the layers that stay in high precision.
 
     `bits: b` is short for `format: int<b>`; both name the format of every operand that names none itself.
     skip: layers left as they are, by full name, last component or pattern. overrides: pattern -> another recipe, by
-    name or written out; the first that matches a layer holds. first_blocks, last_blocks: so many transformer blocks at
-    either end stay as they are; below 1, that fraction of them, rounded. high_precision_after: the fraction of the
-    run's steps after which every layer computes in the compute dtype. A recipe without GEMMs (bf16) converts nothing.
+    name or written out, of which the GEMMs count; the first that matches a layer holds, before skip. first_blocks,
+    last_blocks: so many transformer blocks at either end stay as they are; below 1, that fraction of them, rounded.
+    high_precision_after: the fraction of the run's steps after which every layer computes in the compute dtype, for
+    train.py to act on. A recipe without GEMMs (bf16) converts nothing but what its overrides name.
     """
 
     name: str
@@ -149,7 +153,9 @@ class LinearRecipe(Strict):
     @field_validator("overrides", mode="before")
     @classmethod
     def _named_recipes(cls, overrides: Any) -> Any:
-        return {pattern: read_recipe(recipe) for pattern, recipe in dict(overrides).items()}
+        if not isinstance(overrides, Mapping):
+            raise ValueError("give {pattern: recipe, ...}, {} for none")
+        return {str(pattern): _for_some_layers(str(pattern), recipe) for pattern, recipe in overrides.items()}
 
     @field_validator("first_blocks", "last_blocks")
     @classmethod
@@ -244,6 +250,23 @@ def _check_operand(where: str, gemm: str, operand: str, spec: QuantSpec) -> None
             check_spec(spec, spec.number_format)
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
+
+
+def _for_some_layers(pattern: str, recipe: Any) -> LinearRecipe:
+    """A recipe as an override takes it: its GEMMs. ValueError where one was given what belongs to a whole model."""
+    parsed = read_recipe(recipe)
+    default = {
+        name: LinearRecipe.model_fields[name].get_default(call_default_factory=True) for name in OF_THE_WHOLE_MODEL
+    }
+    given = [
+        name for name in default if isinstance(recipe, Mapping) and recipe.get(name, default[name]) != default[name]
+    ]
+    given = [name for name in given if list(recipe[name]) != list(default[name])] if given == ["skip"] else given
+    if given:
+        raise ValueError(
+            f"overrides of {pattern!r}: {', '.join(given)} belong to the recipe of the whole model; drop them"
+        )
+    return parsed.model_copy(update=default)
 
 
 def check_spec(spec: QuantSpec, fmt: Format) -> str:
@@ -505,6 +528,10 @@ def config_hash(config: Config) -> str:
     """Eight hex digits of the settings that determine the result. Those that equal the default of their class are left
     out: a setting that comes later, with what was done before as its default, keeps every run's name."""
     tree = result_keys(config, exclude_defaults=True)
+    overrides = tree.get("recipe", {}).get("overrides", {})  # the first match holds: their order counts
+    if overrides:
+        pairs = ((pattern, {k: v for k, v in other.items() if k != "source"}) for pattern, other in overrides.items())
+        tree["recipe"]["overrides"] = list(pairs)
     text = json.dumps(tree, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
@@ -535,9 +562,13 @@ def read_recipe(recipe: str | Mapping[str, Any] | LinearRecipe) -> LinearRecipe:
         return recipe
     if isinstance(recipe, str):
         recipe = {"name": recipe}
+    if not isinstance(recipe, Mapping):
+        raise UserError(f"a recipe is a name, a mapping or a LinearRecipe; got {type(recipe).__name__} {recipe!r}")
     tree = dict(recipe)
     if not {"fprop", "dgrad", "wgrad"} & set(tree):
-        name = str(tree.get("name"))
+        if "name" not in tree:
+            raise UserError("a recipe needs a name ({name: quest, bits: 2}), or fprop, dgrad and wgrad written out")
+        name = str(tree["name"])
         known = group_names("recipe")
         if name not in known:
             raise UserError(f"unknown recipe {name!r}{_nearest(name, known)}; recipes: {', '.join(known)}")

@@ -1,7 +1,7 @@
 """Compare finished runs: validation losses, and gaps to a baseline paired by seed.
 
 python scripts/compare_runs.py runs/ --baseline bf16 --csv results.csv
-python scripts/compare_runs.py experiments/*/results.csv
+python scripts/compare_runs.py experiments/recipes/results.csv experiments/forward_scale/results.csv
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ def main() -> None:
     parser.add_argument("--csv", type=Path, help="write one row a run to this file")
     arguments = parser.parse_args()
     try:
+        if arguments.csv and not arguments.csv.parent.is_dir():
+            raise UserError(f"--csv {arguments.csv}: there is no folder {arguments.csv.parent}; make it")
         rows = read_summaries(*arguments.runs)
         print(markdown(compare(rows, arguments.baseline)))
     except UserError as error:

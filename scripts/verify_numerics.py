@@ -1,7 +1,7 @@
 """Hold the quantisers against the figures that the papers publish: errors, bias of gradients, masked shares.
 
     python scripts/verify_numerics.py                            # all rows, some minutes on one core
-    python scripts/verify_numerics.py --only "quartet ii" --samples 2e6
+    python scripts/verify_numerics.py --only quartet_ii --samples 2e6
     python scripts/verify_numerics.py --csv experiments/numerics/results.csv
 
 One row a claim. The tolerance is half the last published digit and three standard errors of the measurement, which come
@@ -802,14 +802,21 @@ def write_csv(results: list[Result], path: Path) -> None:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--csv", type=Path, help="write the table to this file too")
-    parser.add_argument("--only", default="", help="only rows whose claim contains this, in any case")
+    parser.add_argument(
+        "--only",
+        default="",
+        help="only rows whose claim or source contains this, in any case (quartet_ii, 2505.14669)",
+    )
     parser.add_argument(
         "--samples", type=float, default=SAMPLES, help=f"per row of errors and shares (default {SAMPLES})"
     )
     options = parser.parse_args(arguments)
-    chosen = [row for row in rows() if options.only.lower() in row.claim.lower()]
+    if options.csv and not options.csv.parent.is_dir():
+        parser.error(f"--csv {options.csv}: there is no folder {options.csv.parent}; make it")
+    wanted = options.only.lower()
+    chosen = [row for row in rows() if wanted in row.claim.lower() or wanted in row.source.lower()]
     if not chosen:
-        parser.error(f"no row's claim contains {options.only!r}")
+        parser.error(f"no row's claim or source contains {options.only!r}")
     print("| claim | source | published | measured | tolerance | verdict |\n|---|---|---|---|---|---|")
     results = []
     for row in chosen:

@@ -352,26 +352,49 @@ def weight_quantisations(monkeypatch: pytest.MonkeyPatch, module: QuantLinear) -
     return seen
 
 
+def accumulate(module: QuantLinear, x: Tensor, dy: Tensor) -> Tensor:
+    """Y; gradients add to those that are there."""
+    y = module(x)
+    y.backward(dy)
+    return y.detach()
+
+
 def test_a_weight_is_quantised_once_a_step_and_again_when_it_changes(monkeypatch: pytest.MonkeyPatch) -> None:
     module = layer("tetrajet_v2", step=0)
     x, dy = batch()
+    x.requires_grad_()
     seen = weight_quantisations(monkeypatch, module)
     for micro_batch in range(3):
         module.set_step(0, micro_batch)
-        run(module, x, dy)
+        first = accumulate(module, x, dy)
     assert seen == ["fprop.w", "dgrad.w"]
-    first = run(module, x, dy)[0]
     with torch.no_grad():
-        module.weight.mul_(1.5)  # as an optimiser does
-    assert not torch.equal(run(module, x, dy)[0], first) and len(seen) == 4
+        module.weight.mul_(1.5)  # within the step, seen by its version
+    assert not torch.equal(accumulate(module, x, dy), first) and len(seen) == 4
     module.weight.data.mul_(2.0)  # moves no version: the next step sees it
     module.set_step(1, 0)
-    assert not torch.equal(run(module, x, dy)[0], first) and len(seen) == 6
+    assert not torch.equal(accumulate(module, x, dy), first) and len(seen) == 6
+    module.weight = nn.Parameter(module.weight.detach().clone())
+    assert accumulate(module, x, dy) is not None and len(seen) == 8
     module.eval()(x)
     module(x)
-    assert len(seen) == 8  # evaluation keeps nothing
-    module.train().double().float()(x)
-    assert len(seen) == 9
+    assert len(seen) == 10  # evaluation keeps nothing
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_step_that_is_never_set_again_does_not_freeze_the_weight(fused: bool) -> None:
+    """A fused optimiser moves no version of the weight."""
+    module = layer("quest", step=0)
+    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-2, fused=fused)
+    x, _ = batch()
+    losses = []
+    for _ in range(5):
+        optimizer.zero_grad()
+        loss = module(x).square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses == sorted(losses, reverse=True) and losses[-1] < 0.9 * losses[0]
 
 
 def test_without_a_step_the_weight_is_quantised_in_every_forward() -> None:

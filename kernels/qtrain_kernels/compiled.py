@@ -56,7 +56,7 @@ def _example(plan: Plan, along_last: bool, device: str) -> tuple[Tensor, Tensor 
     """Arguments to trace with: every size but the block's, and a 1, marked as unknown."""
     outer = 1 if _one_outer(plan, along_last) else TRACED_OUTER
     x = torch.ones(outer, plan.span or TRACED_ROW, 1 if along_last else TRACED_INNER, device=device)
-    scale = reference.tensor_scale(x, plan)
+    scale = torch.ones((), device=device) if plan.rule == "learned" else reference.tensor_scale(x, plan)
     for tensor in (x, scale):
         if isinstance(tensor, Tensor) and tensor.ndim:
             for dim in range(3):
@@ -78,6 +78,10 @@ def _one_outer(plan: Plan, along_last: bool) -> bool:
 
 
 def _run(x: Tensor, scale: Tensor | float, key: Tensor | None, plan: Plan, dtype: torch.dtype | None) -> tuple:
+    x, scale = (
+        x.detach(),
+        scale.detach() if isinstance(scale, Tensor) else scale,
+    )  # the graph would guard what needs grad
     along_last = x.shape[2] == 1
     if x.shape[0] == 1 and not _one_outer(plan, along_last):  # a size of 1 would compile once more; the bits are equal
         return reference.encode(x, scale, key, plan) if dtype is None else reference.operand(x, scale, key, plan, dtype)

@@ -311,4 +311,8 @@ def _misfit(fmt: Format, rule: str) -> str | None:
         return "is fitted to int4_sym codes"
     if rule in ("sawb", "absmean", "learned") and fmt.block_size is not None:
         return "is one scale per row or tensor"
+    if rule == "absmean" and fmt.element.offset:
+        return "needs codes with a zero"
+    if rule == "floor_three_quarters" and fmt.element.max < 1.5 * 2.0**fmt.element.max_exponent:
+        return "leaves 3/4 of the next power of two, which is beyond these codes"
     return None

@@ -222,10 +222,11 @@ def _minifloat_range(plan: Plan) -> tuple[float, float]:
     assert plan.scale_element is not None
     if plan.rule == "absmax_headroom":  # a scale rounded down by its last half bit still clips nothing
         return plan.element.max / (1.0 + 2.0 ** -(plan.scale_element.precision_bits + 1)), plan.scale_element.max
+    reduced = min(REDUCED_CAP, plan.scale_element.max * REDUCED_CAP / 448)  # of E4M3, and as much of a shorter range
     if plan.rule == "absmax_fitted":
-        return FITTED_LIMIT, REDUCED_CAP
+        return FITTED_LIMIT, reduced
     if plan.rule == "four_over_six":
-        return plan.element.max, REDUCED_CAP
+        return plan.element.max, reduced
     return plan.element.max, plan.scale_element.max
 
 

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import nn
@@ -66,7 +66,11 @@ def convert(
     nothing (lm_head in the recipe's own may), a pattern of recipe.overrides that does, or a model that is already
     converted.
     """
+    if not isinstance(model, nn.Module):
+        raise UserError(f"convert takes a torch.nn.Module; got {type(model).__name__}")
     recipe = read_recipe(recipe)
+    if backend not in get_args(Backend):
+        raise UserError(f"unknown backend {backend!r}; backends: {', '.join(get_args(Backend))}")
     linears = {name: module for name, module in model.named_modules(remove_duplicate=False) if _is_linear(module)}
     if any(isinstance(module, QuantLinear) for module in linears.values()):
         raise UserError("the model is converted already; build it afresh to convert it with another recipe")
@@ -79,7 +83,8 @@ def convert(
     for name, module in linears.items():
         own = next((other for entry, other in recipe.overrides.items() if _matches(entry, name)), recipe)
         inside = model.get_submodule(name.rpartition(".")[0])
-        reason = _reason_to_skip(name, own, names) or blocks.get(name) or _other_use(module, inside)
+        kept = names if own is recipe or skip is not None else ()  # an override comes before the recipe's own skip
+        reason = _reason_to_skip(name, own, kept) or blocks.get(name) or _other_use(module, inside)
         if reason is None:
             recipes_of[name] = own
         else:
@@ -93,9 +98,10 @@ def convert(
 def set_step(model: nn.Module, step: int, micro_batch: int = 0) -> None:
     """Key the random bits of every QuantLinear in model by the optimiser step and the micro-batch within it.
 
-    Call it before every training forward: without it, a forward repeats the noise of the last. With activation
-    checkpointing, call it again only after the backward of the forward that it keyed. A layer used twice in one forward
-    draws the same bits twice. Signs of kind step are redrawn for every micro-batch.
+    Call it before every training forward, with another step after every optimiser step: without it, a forward repeats
+    the noise of the last. With activation checkpointing, call it again only after the backward of the forward that it
+    keyed. A layer used twice in one forward draws the same bits twice. What belongs to a weight (its noise, and the
+    signs of the two GEMMs that it enters) is drawn once a step, for all micro-batches; published code draws it in each.
     """
     for module in model.modules():
         if isinstance(module, QuantLinear):
@@ -171,7 +177,7 @@ def _high_precision_blocks(recipe: LinearRecipe, linears: Iterable[str]) -> dict
     found = {name: re.search(r"(?:^|\.)(\d+)\.", name) for name in linears}
     numbers = {name: int(match[1]) for name, match in found.items() if match}
     count = max(numbers.values(), default=-1) + 1
-    kept = [int(n if n >= 1 else round(n * count)) for n in (recipe.first_blocks, recipe.last_blocks)]
+    kept = [int(n if n >= 1 else n * count + 0.5) for n in (recipe.first_blocks, recipe.last_blocks)]
     if sum(kept) >= max(count, 1):
         raise UserError(
             f"recipe {recipe.name} keeps the first {kept[0]} and the last {kept[1]} blocks in high precision; the "

@@ -3,9 +3,9 @@
 ste: everything passes. clip: what lies strictly inside clip_scale times the largest code (released Quartet: once, so
 |x| / scale < 6).
 trust: what rounding moved by at most half an interval (QuEST, arXiv 2502.05003). With u = x / scale in code units, the
-threshold on |codes - u| is 1/2 for integer grids, the released 0.3186 RMS for fp4_e2m1, and half the largest interval
-for other minifloats. At one bit, as in the published runs, trust is a clip of |u| at s times the largest code, s = 1.30
-with a rotation and 1.25 without.
+threshold on |codes - u| is 1/2 for integer grids, the released 0.31857661 RMS for fp4_e2m1, and half the largest
+interval for other minifloats. At one bit, as in the published runs, trust is a clip of |u| at s times the largest code,
+s = 1.30 with a rotation and 1.25 without.
 A row or block of zeros has u = 0 and codes within the threshold: it keeps its whole gradient under each of them.
 """
 

@@ -16,7 +16,7 @@ from functools import cached_property
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
@@ -96,7 +96,7 @@ class QuantizedWeight:
         self.numerics, self.dtype = numerics, dtype
         self.matrix = numerics.fprop.matrix(key_of(keys, "fprop.signs"), weight.shape[1])
         self.fprop = numerics.fprop.right.operand(
-            weight, dtype, self.matrix, key_of(keys, "fprop.w"), learned=None if scale is None else scale.float()
+            weight, dtype, self.matrix, key_of(keys, "fprop.w"), learned=_scalar(scale)
         )
         self._master = weight if numerics.dgrad.right.spec.source == "master" else None
         self._dgrad: tuple[Operand, Tensor | None] | None = None
@@ -104,11 +104,21 @@ class QuantizedWeight:
     def dgrad(self, keys: Tensor) -> tuple[Operand, Tensor | None]:
         """W' quantised along N, and the matrix that rotated it."""
         if self._dgrad is None:
-            source = self.fprop.dequantize() if self._master is None else self._master
-            matrix = self.numerics.dgrad.matrix(key_of(keys, "dgrad.signs"), source.shape[0])
-            key = key_of(keys, "dgrad.w")
-            self._dgrad = (self.numerics.dgrad.right.operand(source, self.dtype, matrix, key, dim=-2), matrix)
+            source = self.fprop if self._master is None else Operand(self._master)
+            matrix = self.numerics.dgrad.matrix(key_of(keys, "dgrad.signs"), source.values.shape[0])
+            quantizer = self.numerics.dgrad.right
+            self._dgrad = (_again(quantizer, source, self.dtype, matrix, key_of(keys, "dgrad.w")), matrix)
         return self._dgrad
+
+
+def _again(quantizer: Quantizer, source: Operand, dtype: torch.dtype, matrix: Tensor | None, key: Tensor) -> Operand:
+    """An operand of the backward, along dim -2, from a master or forward value. A forward value that is neither rotated
+    nor quantised again keeps its codes, and its tensor scale stays on the result; a scale per row lies along the
+    contraction and is multiplied in."""
+    per_row = isinstance(source.post_scale, Tensor) and source.post_scale.ndim > 0
+    if quantizer.spec.source == "forward" and quantizer.plan is None and matrix is None and not per_row:
+        return Operand(source.values, source.post_scale)
+    return quantizer.operand(source.dequantize(), dtype, matrix, key, dim=-2)
 
 
 class _QuantLinearFunction(torch.autograd.Function):
@@ -125,8 +135,7 @@ class _QuantLinearFunction(torch.autograd.Function):
         """x (T, K), weight (N, K) master, keys (9, 2) int32 in the order of USES -> (T, N) in quantized.dtype."""
         numerics, dtype, matrix = quantized.numerics, quantized.dtype, quantized.matrix
         with torch.autocast(x.device.type, enabled=False):
-            learned = None if x_scale is None else x_scale.float()
-            xq = numerics.fprop.left.operand(x, dtype, matrix, key_of(keys, "fprop.x"), learned=learned)
+            xq = numerics.fprop.left.operand(x, dtype, matrix, key_of(keys, "fprop.x"), learned=_scalar(x_scale))
             y = gemm(xq, quantized.fprop.t).to(dtype)
             slopes = [
                 None
@@ -163,7 +172,7 @@ class _QuantLinearFunction(torch.autograd.Function):
                 grad, grad_x_scale = _to_operand(product, x_mask, x_slope, matrix, rotated, numerics.fprop.left)
                 grad_input = grad.to(x_dtype)
             if ctx.needs_input_grad[1] or w_slope is not None:
-                source = Operand(x_values, x_post).dequantize()
+                source = Operand(x_values, x_post)
                 product = _wgrad(numerics.wgrad, grad_output, source, keys, dtype)
                 rotated = numerics.wgrad.right.spec.source == "forward"
                 w_mask = quantized.fprop.mask
@@ -185,15 +194,22 @@ def _dgrad(gemm_: Gemm, grad_output: Tensor, quantized: QuantizedWeight, keys: T
     return product if rows is None else rotate(product.float(), rows.T, dim=-2)[:tokens]
 
 
-def _wgrad(gemm_: Gemm, grad_output: Tensor, x: Tensor, keys: Tensor, dtype: torch.dtype) -> Tensor:
+def _versions(weight: Tensor, scale: Tensor | None) -> tuple[int, int]:
+    """What moves when either is written to in place."""
+    return weight._version, -1 if scale is None else scale._version
+
+
+def _wgrad(gemm_: Gemm, grad_output: Tensor, x: Operand, keys: Tensor, dtype: torch.dtype) -> Tensor:
     """(T, N)^T @ (T, K), both quantised along T, filled with zeros to whole blocks: the product stays."""
-    padding = -x.shape[0] % gemm_.multiple
+    padding = -grad_output.shape[0] % gemm_.multiple
     if padding:
-        grad_output, x = F.pad(grad_output, (0, 0, 0, padding)), F.pad(x, (0, 0, 0, padding))
-    matrix = gemm_.matrix(key_of(keys, "wgrad.signs"), x.shape[0])
+        grad_output = F.pad(grad_output, (0, 0, 0, padding))
+        per_row = isinstance(x.post_scale, Tensor) and x.post_scale.ndim
+        values = x.dequantize() if per_row else x.values
+        x = Operand(F.pad(values, (0, 0, 0, padding)), 1.0 if per_row else x.post_scale)
+    matrix = gemm_.matrix(key_of(keys, "wgrad.signs"), grad_output.shape[0])
     dy = gemm_.left.operand(grad_output, dtype, matrix, key_of(keys, "wgrad.dy"), dim=-2)
-    xq = gemm_.right.operand(x, dtype, matrix, key_of(keys, "wgrad.x"), dim=-2)
-    return gemm(dy.t, xq)
+    return gemm(dy.t, _again(gemm_.right, x, dtype, matrix, key_of(keys, "wgrad.x")))
 
 
 def _to_operand(
@@ -205,10 +221,16 @@ def _to_operand(
         return grad, None
     if not rotated and matrix is not None:
         grad = rotate(grad.float(), matrix)
-    by_scale = None if slope is None else (grad.float() * slope).sum() * _scale_gradient_factor(slope, quantizer)
+    by_scale = (
+        None if slope is None else (grad.float() * slope).sum().view(1) * _scale_gradient_factor(slope, quantizer)
+    )
     if mask is not None:
         grad = grad.float().mul_(mask) if by_scale is None else grad.float() * mask
     return (grad if matrix is None else rotate(grad.float(), matrix.T)), by_scale
+
+
+def _scalar(scale: Tensor | None) -> Tensor | None:
+    return None if scale is None else scale.detach().float().view(())
 
 
 def _scale_slope(x: Tensor, codes: Tensor, scale: Tensor, plan: Plan | None) -> Tensor:
@@ -240,8 +262,8 @@ class QuantLinear(nn.Linear):
 
     x (..., K) -> (..., N) in the autocast dtype, or x's own without autocast (bfloat16 or float32). The weight stays
     the master in its own dtype. A recipe that draws random bits needs `qtrain.set_step` before each training forward. A
-    learned scale (LSQ) is one more parameter, input_scale or weight_scale, () float32; 0 until the first training
-    forward sets it from what it sees.
+    learned scale (LSQ) is one more parameter, input_scale or weight_scale, (1,) float32; NaN until the first training
+    forward sets it from what it sees. Convert before the optimiser is made: it must know of them.
     """
 
     input_scale: nn.Parameter | None
@@ -254,22 +276,21 @@ class QuantLinear(nn.Linear):
         self.numerics = Numerics.build(recipe, backend)
         for side, quantizer in (("input", self.numerics.fprop.left), ("weight", self.numerics.fprop.right)):
             learned = quantizer.plan is not None and quantizer.plan.rule == "learned"
-            zero = torch.zeros((), dtype=torch.float32, device=linear.weight.device)
-            self.register_parameter(f"{side}_scale", nn.Parameter(zero) if learned else None)
+            unset = torch.full((1,), math.nan, dtype=torch.float32, device=linear.weight.device)
+            self.register_parameter(f"{side}_scale", nn.Parameter(unset) if learned else None)
         self.name, self.seed = name, seed
-        self.step: int | None = None
+        self.step, self.step_is_set = 0, False
         self.high_precision = False
-        self._set_scales: set[nn.Parameter] = set()  # those that this process has seen set
-        self._quantized: tuple[Any, QuantizedWeight] | None = None
+        self._quantized: tuple[Tensor, tuple[int, int], QuantizedWeight] | None = None
         self.train(linear.training)
         self._draw_keys(0, 0)
 
     def set_step(self, step: int, micro_batch: int) -> None:
         """Keys every draw of the next forward and its backward; see `qtrain.set_step`."""
-        if step != self.step:
+        if micro_batch == 0 or step != self.step:
             self._quantized = None
         self._draw_keys(step, micro_batch)
-        self.step = step
+        self.step, self.step_is_set = step, True
 
     def _draw_keys(self, step: int, micro_batch: int) -> None:
         rows = [self._words(use, step, micro_batch) for use in USES]
@@ -300,7 +321,7 @@ class QuantLinear(nn.Linear):
     @torch.compiler.disable(reason="quantised GEMMs keep their own graphs, so that their bits stay the reference's")
     def _matmul(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """x (T, K) -> (T, N). A graph break under torch.compile of a whole model, which compiles around it."""
-        if self.training and self.numerics.stochastic and self.step is None:  # here: a compiled graph would guard it
+        if self.training and self.numerics.stochastic and not self.step_is_set:  # here: a compiled graph would guard it
             raise UserError(
                 f"{self.name}: its recipe draws random bits, and no step is set to key them; call "
                 "qtrain.set_step(model, step, micro_batch) before each training forward"
@@ -324,18 +345,17 @@ class QuantLinear(nn.Linear):
 
     def _quantized_weight(self, scale: Tensor | None, keys: Tensor, dtype: torch.dtype) -> QuantizedWeight:
         """Kept from one micro-batch of a step to the next. Without a step, or in evaluation, nothing says how long the
-        weight stays what it is (an optimiser that writes to weight.data moves no version), so nothing is kept."""
+        weight stays what it is (fused optimisers and writes to weight.data move no version), so nothing is kept."""
         weight = self.weight
-        keep = self.training and self.step is not None and not weight.is_inference()
-        state = None
-        if keep:
-            versions = weight._version, None if scale is None else scale._version
-            state = dtype, weight.device, weight.data_ptr(), versions
-        if keep and self._quantized is not None and self._quantized[0] == state:
-            return self._quantized[1]
+        keep = self.training and self.step_is_set and not weight.is_inference()
+        first = weight.requires_grad and weight.grad is None  # of its step: a fused optimiser moves no version either
+        if keep and not first and self._quantized is not None:
+            kept, versions, quantized = self._quantized
+            if kept is weight and versions == _versions(weight, scale) and quantized.dtype == dtype:
+                return quantized
         with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
             quantized = QuantizedWeight(weight.detach(), scale, keys, self.numerics, dtype)
-        self._quantized = (state, quantized) if keep else None
+        self._quantized = (weight, _versions(weight, scale), quantized) if keep else None
         return quantized
 
     @torch.no_grad()
@@ -344,14 +364,15 @@ class QuantLinear(nn.Linear):
         if scale is None:
             return None
         assert quantizer.plan is not None
-        if scale in self._set_scales:
+        if not scale.isnan().item():
             return scale
         first = 2.0 * x.float().abs().mean() / max(math.floor(quantizer.plan.element.max), 1) ** 0.5
-        value = torch.where(scale == 0, first, scale)
         if not self.training:
-            return value
-        scale.copy_(value)
-        self._set_scales.add(scale)
+            return first.view(1)
+        if distributed.is_initialized():  # all ranks begin alike
+            distributed.all_reduce(first)
+            first = first / distributed.get_world_size()
+        scale.copy_(first)
         return scale
 
     def extra_repr(self) -> str:

@@ -22,6 +22,9 @@ COLUMNS: tuple[str, ...] = (
     "non_embedding_parameters", "flops", "tokens_per_second", "config_hash", "data_hash", "commit",
 )  # fmt: skip
 
+INTEGERS = ("seed", "tokens", "steps", "non_embedding_parameters", "flops")
+NUMBERS = ("val_loss", "val_bits_per_byte", "tokens_per_second")
+
 Row = dict[str, Any]
 _MOVED_ASIDE = re.compile(r"\.old\d+$")  # by force=true
 
@@ -30,8 +33,10 @@ def read_summaries(*places: Path) -> list[Row]:
     """The finished runs of these places, by name and seed; a place is a folder of run directories or a results file of
     `write_csv`. UserError where there is none, where two are of one name and seed, or where they were trained on
     different data, whose losses do not compare."""
-    rows = [row for place in places for row in (read_csv(place) if place.suffix == ".csv" else _finished(place))]
+    rows = [row for place in places for row in (read_csv(place) if place.suffix == ".csv" else _some_finished(place))]
     where = " and ".join(map(str, places))
+    if not rows:
+        raise UserError(f"{where} holds no run: there is nothing to compare")
     data = {row["data_hash"] for row in rows}
     if len(data) > 1:
         raise UserError(f"the runs in {where} were trained on {len(data)} different corpora; compare them apart")
@@ -42,35 +47,70 @@ def read_summaries(*places: Path) -> list[Row]:
     return sorted(rows, key=lambda row: (row["name"], row["seed"]))
 
 
-def _finished(root: Path) -> list[Row]:
-    paths = [path for path in root.rglob("summary.json") if not _MOVED_ASIDE.search(path.parent.name)]
-    summaries = [json.loads(path.read_text()) for path in paths]
-    rows = [{key: row.get(key) for key in COLUMNS} for row in summaries if row.get("status") == "finished"]
+def _some_finished(root: Path) -> list[Row]:
+    rows = finished_runs(root)
     if not rows:
-        raise UserError(f"{root} holds {len(summaries)} runs, none of them finished")
+        raise UserError(f"{root} holds {len(_summaries(root, '**'))} runs, none of them finished")
     return rows
+
+
+def finished_runs(root: Path, folders: str = "**") -> list[Row]:
+    """A row for each finished run in those folders below root: "**" all, "*" its own alone. UserError for a summary
+    that cannot be read."""
+    summaries = [_read_json(path) for path in _summaries(root, folders)]
+    return [{key: row.get(key) for key in COLUMNS} for row in summaries if row.get("status") == "finished"]
+
+
+def _summaries(root: Path, folders: str) -> list[Path]:
+    return [path for path in root.glob(f"{folders}/summary.json") if not _MOVED_ASIDE.search(path.parent.name)]
+
+
+def _read_json(path: Path) -> Row:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {error}") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path} is no run's summary")
+    return found
 
 
 def read_csv(path: Path) -> list[Row]:
-    """The rows of a results file. UserError where it is none."""
+    """The rows of a results file, perhaps none. UserError where it is no such file; of a field it names the row, the
+    header being row 1, and the column."""
     try:
-        with path.open(newline="") as file:
-            rows: list[Row] = list(csv.DictReader(file))
+        with path.open(newline="", encoding="utf-8") as file:
+            reader = csv.DictReader(file)
+            columns, rows = reader.fieldnames or (), list(reader)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
-    for row in rows:
-        missing = [column for column in COLUMNS if row.get(column) is None]
-        if missing:
-            raise UserError(f"{path} lacks {', '.join(missing)}; it is no results file of scripts/compare_runs.py")
-        row |= {key: int(row[key]) for key in ("seed", "tokens", "steps", "non_embedding_parameters", "flops")}
-        row |= {key: float(row[key]) for key in ("val_loss", "val_bits_per_byte", "tokens_per_second")}
-    return rows
+    except (UnicodeDecodeError, csv.Error):
+        raise UserError(f"{path} is no text; a results file is what scripts/compare_runs.py writes") from None
+    if not columns:
+        raise UserError(f"{path} is empty, not even a header; delete it")
+    missing = [column for column in COLUMNS if column not in columns]
+    if missing:
+        raise UserError(f"{path} lacks {', '.join(missing)}; it is no results file of scripts/compare_runs.py")
+    return [_parsed(row, f"{path}, row {number}") for number, row in enumerate(rows, 2)]
+
+
+def _parsed(row: dict[str, Any], where: str) -> Row:
+    if None in row or None in row.values():
+        raise UserError(f"{where} has {'more' if None in row else 'fewer'} fields than the header")
+    parsed = {column: row[column] for column in COLUMNS}
+    for columns, kind, what in ((INTEGERS, int, "an integer"), (NUMBERS, float, "a number")):
+        for column in columns:
+            try:
+                parsed[column] = kind(row[column])
+            except ValueError:
+                raise UserError(f"{where}: {column} is {row[column]!r}, not {what}") from None
+    return parsed
 
 
 def write_csv(rows: Iterable[Row], path: Path, append: bool = False) -> None:
     """append: add the rows to those that the file has; what it has is never rewritten."""
     header = not (append and path.is_file())
-    with path.open("a" if append else "w", newline="") as file:
+    with path.open("a" if append else "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         if header:
             writer.writeheader()

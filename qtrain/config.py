@@ -129,7 +129,7 @@ OF_THE_WHOLE_MODEL = ("skip", "overrides", "first_blocks", "last_blocks", "high_
 class LinearRecipe(Strict):
     """The numerics of a linear layer: three GEMMs of two operands each, and the layers that stay in high precision.
 
-    `bits: b` is short for `format: int<b>`; both name the format of every operand that names none itself.
+    format: of every operand that names none itself; `bits: b` is short for int<b>, and where given stands for it.
     skip: layers left as they are, by full name, last component or pattern. overrides: pattern -> another recipe, by
     name or written out, of which the GEMMs count; the first that matches a layer holds, before skip. first_blocks,
     last_blocks: so many transformer blocks at either end stay as they are; below 1, that fraction of them, rounded.
@@ -178,9 +178,10 @@ class LinearRecipe(Strict):
         gemms = [gemm for gemm in (self.fprop, self.dgrad, self.wgrad) if gemm is not None]
         given = [getattr(gemm, field).format for gemm in gemms for field in type(gemm).model_fields]
         if None not in given and self.default_format is not None:
+            given = f"bits={self.bits}" if self.bits is not None else f"format={self.format}"
             raise ValueError(
-                f"every operand of recipe {self.name} names its own format, so bits={self.bits}, format={self.format} "
-                "would change nothing; drop them, or use a recipe that takes them (quest)"
+                f"every operand of recipe {self.name} names its own format, so {given} would change nothing; drop it,"
+                " or use a recipe that takes it (quest)"
             )
         for gemm, operands in self.operands().items():
             for operand, spec in operands.items():
@@ -209,10 +210,8 @@ class LinearRecipe(Strict):
 
     @property
     def default_format(self) -> str | None:
-        """The format of operands that name none: `format` where given, else int<bits>."""
-        if self.format is not None:
-            return self.format
-        return f"int{self.bits}" if self.bits is not None else None
+        """The format of operands that name none: int<bits> where bits is given, else `format`."""
+        return f"int{self.bits}" if self.bits is not None else self.format
 
     @field_validator("format")
     @classmethod

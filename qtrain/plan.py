@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 
 from rich.table import Table
 
-from qtrain.config import Config, LinearRecipe, TokenizerConfig
+from qtrain.config import Config, LinearRecipe, QuantSpec, TokenizerConfig
 from qtrain.errors import UserError
 from qtrain.metrics import Memory, estimate_memory, flops_per_token
 from qtrain.models.llama import count_parameters
@@ -124,21 +124,22 @@ def budget_tokens(config: Config) -> int:
 
 
 def describe_recipe(recipe: LinearRecipe) -> str:
-    """One line: the formats of both operands of each GEMM, and the layers left out."""
-    if not recipe.operands():
-        return f"{recipe.name}: every linear in the compute dtype"
-    gemms = []
-    for gemm, operands in recipe.operands().items():
-        formats = [spec.format or recipe.default_format or "none" for spec in operands.values()]
-        gemms.append(f"{gemm} " + " x ".join("high precision" if name == "none" else name for name in formats))
-    ends = (("first", recipe.first_blocks), ("last", recipe.last_blocks))
-    skipped = [*recipe.skip, *(f"the {end} {n:.0%} of blocks" if n < 1 else f"the {end} {n:g}" for end, n in ends if n)]
-    parts = [f"{recipe.name}: {', '.join(gemms)}"]
-    parts += [f"not in {', '.join(skipped)}"] if skipped else []
+    """One line: the formats of both operands of each GEMM, and where the recipe does not hold. Which layers its blocks
+    are is the report's to say: it has seen the model."""
+    operands = recipe.operands()
+    gemms = [f"{gemm} " + " x ".join(map(_operand_format, pair, pair.values())) for gemm, pair in operands.items()]
+    parts = [f"{recipe.name}: {', '.join(gemms) or 'every linear in the compute dtype'}"]
+    parts += [f"not in {', '.join(recipe.skip)}"] if operands and recipe.skip else []
     parts += [f"{other.name} in {pattern}" for pattern, other in recipe.overrides.items()]
     after = recipe.high_precision_after
     parts += [] if after is None else [f"high precision after {after:.0%} of the steps"]
     return "; ".join(parts)
+
+
+def _operand_format(operand: str, spec: QuantSpec) -> str:
+    if spec.format != "none":
+        return str(spec.format)
+    return f"forward's {operand}" if spec.source == "forward" else "high precision"
 
 
 def _vocabulary(tokenizer: TokenizerConfig) -> int:

@@ -126,7 +126,7 @@ def test_bf16_converts_nothing_and_says_why() -> None:
     ({"name": "quest", "bits": 9}, None, "bits=9"),
     ({"name": "quest", "format": "int9"}, None, "unknown format 'int9'"),
     ({"name": "quest", "format": "mxfp8_e4m3"}, None, "needs a Gaussian fit, which is not known for the codes"),
-    ({"name": "quartet", "bits": 4}, None, "names its own format, so bits=4"),
+    ({"name": "quartet", "bits": 4}, None, "names its own format, so bits=4 would change nothing"),
     ({"name": "quest", "colour": 1}, None, "unknown key 'colour'"),
     ("quest", None, r"in_features % 128 == 0 for fprop.x \(int4/.*had128/trust\); blocks.0.up has 64; pad it or"),
 ])  # fmt: skip
@@ -214,6 +214,10 @@ def test_overrides_take_the_first_pattern_that_matches() -> None:
     }
     assert "layers.0.up, layers.0.down:\n" in str(report) and "fwd x:int2/gaussian" in repr(model)
     assert report.skipped == {"lm_head": "named by skip (lm_head)"}
+    head = {"name": "ste", "overrides": {"lm_head": "quartet"}}  # an override comes before the recipe's own skip
+    model = Numbered(2)
+    model.lm_head = nn.Linear(64, 96)
+    assert "lm_head" in qtrain.convert(model, head, backend="reference").converted
     bare = {"name": "ste", "overrides": {"*.up": "bf16"}}
     assert set(qtrain.convert(Numbered(2), bare, backend="reference").converted) == {"layers.0.down", "layers.1.down"}
 
@@ -223,6 +227,9 @@ def test_overrides_take_the_first_pattern_that_matches() -> None:
     ({"overrides": {"up": "qest"}}, r"unknown recipe 'qest'; did you mean 'quest'\?"),
     ({"overrides": {"up": {"name": "quest", "bit": 2}}}, r"unknown key 'bit'"),
     ({"first_blocks": 4, "last_blocks": 3}, r"first 4 and the last 3 blocks .* the model has 7 numbered blocks"),
+    ({"overrides": {"up": {"name": "quest", "last_blocks": 1, "skip": ["down"]}}}, r"skip, last_blocks belong to"),
+    ({"overrides": None}, r"give \{pattern: recipe, \.\.\.\}, \{\} for none"),
+    ({"overrides": {"up": 3}}, r"a recipe is a name, a mapping or a LinearRecipe; got int 3"),
     ({"first_blocks": 1.5}, r"a number of blocks, or a fraction of them below 1"),
     ({"high_precision_after": 1.0}, r"high_precision_after=1\.0: Input should be less than 1"),
 ])  # fmt: skip
@@ -242,7 +249,7 @@ def test_what_the_model_does_not_have_is_refused(change: dict[str, Any], message
     ("fprop", "x", {"format": "int4", "row_rotation": "hadamard32"}, r"row_rotation is for dgrad\.dy"),
     ("wgrad", "dy", {"format": "int4", "rotation": "hadamard"}, "wgrad contracts over tokens, however many"),
     ("dgrad", "w", {"format": "int4", "scale": "learned"}, "learned belong to the operands of fprop"),
-    ("fprop", "x", {"format": "e9m3/32/e8m0"}, "unknown element|e must be at least 1"),
+    ("fprop", "x", {"format": "e9m3/32/e8m0"}, "element 'e9m3': e must be 1 to 5"),
     ("fprop", "x", {"format": "e2m1/row/e8m0"}, "one scale per row is a float32; got 'e8m0'"),
     ("fprop", "x", {"format": "e2m1/32"}, "has three parts, element/block/scale"),
     ("fprop", "x", {"format": "e2m1/32/ue5m9"}, "unknown scale format 'ue5m9'"),

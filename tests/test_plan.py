@@ -14,7 +14,7 @@ QUANTISED = {
     "name": "mine",
     "bits": 4,
     "fprop": {"x": {}, "w": {"format": "mxfp4"}},
-    "dgrad": {"dy": {"format": "none"}, "w": {"source": "forward"}},
+    "dgrad": {"dy": {"format": "none"}, "w": {"format": "none", "source": "forward"}},
     "wgrad": {"dy": {"format": "none"}, "x": {"format": "fp8_e4m3"}},
 }
 
@@ -143,6 +143,10 @@ def test_the_table_tells_the_numbers() -> None:
 def test_describe_recipe() -> None:
     recipe = parse(LinearRecipe, QUANTISED)
     assert describe_recipe(recipe) == (
-        "mine: fprop int4 x mxfp4, dgrad high precision x int4, wgrad high precision x fp8_e4m3; not in lm_head"
+        "mine: fprop int4 x mxfp4, dgrad high precision x forward's w, wgrad high precision x fp8_e4m3; not in lm_head"
     )
     assert describe_recipe(LinearRecipe(name="bf16")) == "bf16: every linear in the compute dtype"
+    mixed = parse(LinearRecipe, {"name": "bf16", "overrides": {"*.up": "quest"}, "high_precision_after": 0.8})
+    assert describe_recipe(mixed) == (
+        "bf16: every linear in the compute dtype; quest in *.up; high precision after 80% of the steps"
+    )

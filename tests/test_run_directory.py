@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from qtrain.config import config_hash
+from qtrain.config import Config, config_hash, parse
 from qtrain.errors import UserError
 from qtrain.run_directory import RunDirectory, write_atomically
 from qtrain.train import compose
@@ -55,6 +55,19 @@ def test_hash_ignores_what_cannot_change_the_result(tmp_path, override):
 def test_hash_tells_apart_what_can(tmp_path):
     hashes = [config_hash(compose([override])) for override in OTHER_RESULT]
     assert len({*hashes, config_hash(compose())}) == len(OTHER_RESULT) + 1
+
+
+def test_the_order_of_overrides_counts_and_their_wording_does_not():
+    """The first pattern that matches holds."""
+    one, other = (compose(["recipe=quest", f"recipe.overrides={{{a},{b}}}"]) for a, b in (
+        ("down:bf16", "*.down:quartet"), ("*.down:quartet", "down:bf16")
+    ))  # fmt: skip
+    assert config_hash(one) != config_hash(other)
+    again = parse(Config, one.model_dump(mode="json"))
+    assert again == one and config_hash(again) == config_hash(one)
+    reworded = one.recipe.overrides["down"].model_copy(update={"source": "other words"})
+    recipe = one.recipe.model_copy(update={"overrides": one.recipe.overrides | {"down": reworded}})
+    assert config_hash(one.model_copy(update={"recipe": recipe})) == config_hash(one)
 
 
 def test_bits_of_a_recipe_change_the_hash():

@@ -204,8 +204,8 @@ def _element(name: str) -> Element:
     if match is None:
         raise ValueError(f"unknown element {name!r}; elements: e<e>m<m> (e4m3), {', '.join(ELEMENTS)}")
     exponent_bits, mantissa_bits = map(int, match.groups())
-    if exponent_bits < 1 or exponent_bits + mantissa_bits > 7:
-        raise ValueError(f"element {name!r}: e must be at least 1, and 1 + e + m at most 8")
+    if not 1 <= exponent_bits <= 5 or exponent_bits + mantissa_bits > 7:
+        raise ValueError(f"element {name!r}: e must be 1 to 5, and 1 + e + m at most 8")
     return _minifloat(exponent_bits, mantissa_bits)
 
 
@@ -213,7 +213,7 @@ def _element(name: str) -> Element:
 def _scale_element(name: str) -> Element:
     """Unsigned minifloats: e4m3 (448), ue5m3 (one code is NaN: 114688), others with all codes finite."""
     match = re.fullmatch(r"u?e(\d)m(\d)", name)
-    if match is None or not int(match[1]) >= 1 or int(match[1]) + int(match[2]) > 8:
+    if match is None or not 1 <= int(match[1]) <= 5 or int(match[1]) + int(match[2]) > 8:
         raise ValueError(f"unknown scale format {name!r}; use e8m0, float32, e4m3, ue5m3 or another e<e>m<m>")
     if (int(match[1]), int(match[2])) == (5, 3):
         return Element(114688.0, mantissa_bits=3, min_exponent=-14)
@@ -311,6 +311,8 @@ def _misfit(fmt: Format, rule: str) -> str | None:
         return "is fitted to int4_sym codes"
     if rule in ("sawb", "absmean", "learned") and fmt.block_size is not None:
         return "is one scale per row or tensor"
+    if fmt.rows > 1 and (rule in FITTED or rule == "mse_phase"):
+        return "looks at whole rows or at a block's spread, which zeros at a tile's edge would change"
     if rule == "absmean" and fmt.element.offset:
         return "needs codes with a zero"
     if rule == "floor_three_quarters" and fmt.element.max < 1.5 * 2.0**fmt.element.max_exponent:

@@ -1,9 +1,12 @@
 """Every shipped config composes and validates; the ladder and the papers' experiments say what was published."""
 
+import re
+
 import pytest
 import torch
 import yaml
 
+import qtrain
 from qtrain.config import ModelConfig, configs_dir, group_names, parse
 from qtrain.models.llama import Llama, count_parameters
 from qtrain.plan import RunPlan, make_plan
@@ -21,7 +24,8 @@ LADDER = {
 }
 LARGER = {"1600m": (20, 2560, 20, 1600e6), "3200m": (28, 3072, 24, 3200e6), "7b": (32, 4096, 32, 7000e6)}
 CPU_SIZES = {"nano": (2, 128, 2, 384), "micro": (4, 128, 2, 384), "mini": (4, 256, 4, 768)}
-RECIPES = ("bf16", "quest", "quartet", "quartet_v1")
+RECIPES = qtrain.recipes()
+IN_THE_PAPER = ("bf16", "quest", "quartet", "quartet_v1")  # of Quartet
 ONLY_THE_USER_KNOWS = {
     "data=text": ["data.files=corpus/*"],
     "data=jsonl": ["data.files=corpus/*"],
@@ -63,6 +67,15 @@ def test_experiments_are_listed_without_their_shared_parts() -> None:
     names = group_names("experiment")
     assert {*RECIPES, "paper/quartet_30m", "paper/bf16_800m"} <= set(names)
     assert not [name for name in names if "_base" in name or "/_" in name]
+
+
+def test_every_recipe_has_an_experiment_and_a_place_in_the_readme() -> None:
+    """A row of the README's table begins with the names of its recipes; the table names no others."""
+    readme = (configs_dir().parent / "README.md").read_text()
+    table = readme.split("| recipe | what it is | source |\n", 1)[1].split("\n\n", 1)[0]
+    named = [name for line in table.splitlines() for name in re.findall(r"`(\w+)`", line.split("|")[1])]
+    assert sorted(named) == sorted(RECIPES)
+    assert set(RECIPES) <= set(group_names("experiment"))
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -117,7 +130,7 @@ def test_parameter_counts_are_the_published_ones(size: str) -> None:
 
 
 @pytest.mark.parametrize("size", LADDER)
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", IN_THE_PAPER)
 def test_paper_experiments_have_the_published_settings(recipe: str, size: str) -> None:
     config = compose([f"+experiment=paper/{recipe}_{size}"])
     assert (config.name, config.recipe.name, config.model.name) == (f"{recipe}_{size}", recipe, f"llama_{size}")

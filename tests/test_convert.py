@@ -250,6 +250,7 @@ def test_what_the_model_does_not_have_is_refused(change: dict[str, Any], message
     ("wgrad", "dy", {"format": "int4", "rotation": "hadamard"}, "wgrad contracts over tokens, however many"),
     ("dgrad", "w", {"format": "int4", "scale": "learned"}, "learned belong to the operands of fprop"),
     ("fprop", "x", {"format": "e9m3/32/e8m0"}, "element 'e9m3': e must be 1 to 5"),
+    ("fprop", "x", {"format": "int4/32/e8m0"}, "int4 has no zero and e8m0 neither, so zeros would not stay zeros"),
     ("fprop", "x", {"format": "e2m1/row/e8m0"}, "one scale per row is a float32; got 'e8m0'"),
     ("fprop", "x", {"format": "e2m1/32"}, "has three parts, element/block/scale"),
     ("fprop", "x", {"format": "e2m1/32/ue5m9"}, "unknown scale format 'ue5m9'"),

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import json
 import math
+import sys
+from pathlib import Path
 
 import pytest
 
 from qtrain.errors import UserError
-from qtrain.report.summaries import compare, markdown, read_summaries, write_csv
+from qtrain.report.summaries import COLUMNS, compare, markdown, read_csv, read_summaries, write_csv
 
 
 def write(root, name, seed, loss, **more):
@@ -66,3 +69,72 @@ def test_of_two_runs_with_one_name_none_is_picked_in_silence(runs):
     write(runs / "again", "quartet", 0, 1.3)
     with pytest.raises(UserError, match=r"several runs named 'quartet' of seed 0"):
         read_summaries(runs)
+
+
+HEADER = ",".join(COLUMNS)
+NUMBERS = "1.5,2.5,,192,3,100,600,10.5,c,d,e"
+
+
+def test_a_results_file_reads_back_as_it_was_written(tmp_path):
+    row = dict.fromkeys(COLUMNS, "x") | {
+        "seed": 2,
+        "tokens": 192,
+        "steps": 3,
+        "non_embedding_parameters": 7,
+        "flops": 9,
+    }
+    row |= {"val_loss": 1 / 3, "val_bits_per_byte": 2e-300, "tokens_per_second": 1e9, "name": "Größe, 3"}
+    path = tmp_path / "results.csv"
+    write_csv([row], path, append=True)
+    write_csv([row | {"seed": 3}], path, append=True)
+    assert read_csv(path) == [row, row | {"seed": 3}]
+    path.write_text(HEADER + "\n")
+    assert read_csv(path) == []
+    with pytest.raises(UserError, match=r"results\.csv holds no run"):
+        read_summaries(path)
+
+
+@pytest.mark.parametrize(("content", "message"), [
+    ("", "results.csv is empty, not even a header"),
+    (f"{HEADER}\na,r,0,{NUMBERS}\nb,r,1,{NUMBERS.replace('2.5', 'low')}\n",
+     "results.csv, row 3: val_bits_per_byte is 'low', not a number"),
+    (f"{HEADER}\na,r,zero,{NUMBERS}\n", "results.csv, row 2: seed is 'zero', not an integer"),
+    (f"{HEADER}\na,r,0,{NUMBERS.replace('600', '6.5')}\n", "results.csv, row 2: flops is '6.5', not an integer"),
+    (f"{HEADER}\na,r,0,{NUMBERS.replace('10.5', '')}\n", "results.csv, row 2: tokens_per_second is '', not a number"),
+    (f"{HEADER}\na,r,0,1.5\n", "results.csv, row 2 has fewer fields than the header"),
+    (f"{HEADER}\na,r,0,{NUMBERS},more\n", "results.csv, row 2 has more fields than the header"),
+    (f"{HEADER.replace('flops', 'flop')}\n", "lacks flops; it is no results file"),
+    (b"\x89PNG\r\n\x1a\n\x00\xff", "results.csv is no text"),
+    (b"\x00\x01\x02\n", "results.csv"),
+])  # fmt: skip
+def test_a_results_file_that_is_none_is_told_apart(tmp_path, content, message):
+    path = tmp_path / "results.csv"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UserError) as raised:
+        read_csv(path)
+    assert message in str(raised.value)
+
+
+@pytest.mark.parametrize("content", [b"{", b"[1]", b"\xff\xfe"])
+def test_a_summary_that_cannot_be_read_is_named(runs, content):
+    (runs / "quartet-0" / "summary.json").write_bytes(content)
+    with pytest.raises(UserError, match=r"quartet-0/summary\.json"):
+        read_summaries(runs)
+
+
+def test_the_folder_of_the_table_must_exist(runs, tmp_path, monkeypatch, capsys):
+    """Said before anything is read or printed; with it, the table is written as it was read."""
+    path = Path(__file__).parents[1] / "scripts" / "compare_runs.py"
+    spec = importlib.util.spec_from_file_location("compare_runs", path)
+    assert spec is not None and spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    table = tmp_path / "tables" / "results.csv"
+    monkeypatch.setattr(sys, "argv", ["compare_runs.py", str(runs), "--csv", str(table)])
+    with pytest.raises(SystemExit, match=r"there is no folder .*tables; make it"):
+        script.main()
+    assert capsys.readouterr().out == ""
+    table.parent.mkdir()
+    script.main()
+    assert "| quartet | 1.1000 | 2.1200 | 3.1400 |" in capsys.readouterr().out
+    assert len(table.read_text().splitlines()) == 8

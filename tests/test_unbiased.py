@@ -84,15 +84,25 @@ def test_the_mean_of_every_element_is_its_value(format: str, rule: str) -> None:
 
 @pytest.mark.parametrize(("format", "rule"), CLIPS)
 def test_a_scale_that_clips_is_biased(format: str, rule: str) -> None:
-    """Published recipes round stochastically beneath such scales: block maxima lie beyond the grid, where they end."""
+    """Published recipes round stochastically beneath such scales: what lies beyond the grid becomes its end in every
+    draw, and so has a mean that is too small, whereas all the rest keeps its own."""
     z, u = scores(format, rule)
-    beyond = u.abs() > 1.01 * get_format(format).element.max
-    assert beyond.any() and (z[~z.isnan() & ~beyond].abs() < 5).all()
+    _, quantized, quantizer = draws(format, rule)
+    assert quantizer.plan is not None
+    largest = quantizer.plan.element.max
+    beyond = u.abs() > largest
+    assert (u.abs() > 1.01 * largest).any()
+    end = (u[beyond].sign() * largest).float()
+    assert torch.equal(quantized.codes[:, beyond], end.expand(ROWS, -1))
+    assert (quantized.codes[:, beyond].double().mean(0).abs() < u[beyond].abs()).all()
+    assert (z[~z.isnan() & ~beyond].abs() < 5).all()
 
 
 @pytest.mark.parametrize("correction", [16, 128])
 def test_the_scale_of_eden_keeps_its_mean(correction: int) -> None:
-    """Given x, codes are fixed and each block scale is one of two neighbours, with mean <x, x> / <x, q(x)> times it."""
+    """Given x, codes are fixed, and each block scale is one of two neighbours whose mean is S times it: S = <u, u> /
+    <u, codes> over `correction` elements in code units, u = x / (block_scale * tensor_scale), as Quartet II's training
+    code takes it. Where that is one block, it is <x, x> / <x, q(x)> as well."""
     spec = QuantSpec(format="nvfp4", scale="absmax_fitted", rounding="eden", correction=correction)
     x = hard_row()
     quantizer = Quantizer.build(spec, "reference")
@@ -101,9 +111,14 @@ def test_the_scale_of_eden_keeps_its_mean(correction: int) -> None:
     found, nearest = quantizer.quantize(rows, key=torch.tensor([5, 6], dtype=torch.int32)), plain.quantize(rows)
     assert torch.equal(found.codes, nearest.codes)
     assert found.block_scale is not None and nearest.block_scale is not None
-    groups = x.double().view(-1, correction)
-    q = nearest.dequantize()[0].double().view(-1, correction)
-    factor = groups.square().sum(1) / (groups * q).sum(1)
+    assert isinstance(nearest.tensor_scale, Tensor)
+    u = x.double() / (nearest.block_scale[0].double() * nearest.tensor_scale.double())
+    codes = nearest.codes[0].double()
+    factor = u.square().view(-1, correction).sum(1) / (u * codes).view(-1, correction).sum(1)
+    if correction == 16:
+        values = nearest.dequantize()[0].double().view(-1, 16)
+        unscaled = x.double().view(-1, 16).square().sum(1) / (x.double().view(-1, 16) * values).sum(1)
+        torch.testing.assert_close(factor, unscaled, rtol=1e-6, atol=0)
     wanted = nearest.block_scale[0].double().view(-1, 16)[:, 0] * factor.repeat_interleave(correction // 16)
     scales = found.block_scale.double().view(ROWS, -1, 16)[:, :, 0]
     levels = torch.tensor(

@@ -3,6 +3,7 @@
 import csv
 import importlib.util
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -175,4 +176,28 @@ def test_the_table_goes_to_a_file_as_printed(
 def test_a_name_that_no_claim_has_is_an_error(script: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         script.main(["--only", "int9"])
-    assert "no row's claim contains 'int9'" in capsys.readouterr().err
+    assert "no row's claim or source contains 'int9'" in capsys.readouterr().err
+
+
+def test_only_looks_at_claims_and_sources_in_any_case(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The examples of the docstring and of the help text among them."""
+    rows = [replace(row, measure=lambda samples: script.Measured(0.0, 1.0)) for row in script.rows()]
+    monkeypatch.setattr(script, "rows", lambda: rows)
+
+    def found(only: str) -> set[str]:
+        script.main(["--only", only])
+        return set(verdicts(capsys.readouterr().out))
+
+    assert found("quartet_ii") == found("QUARTET_II") == {row.claim for row in rows if "quartet_ii" in row.claim}
+    assert found("quartet_ii") and found("2505.14669") == {row.claim for row in rows if "2505.14669" in row.source}
+
+
+def test_the_folder_of_the_table_must_exist(
+    script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        script.main(["--csv", str(tmp_path / "tables" / "results.csv")])
+    shown = capsys.readouterr()
+    assert "there is no folder" in shown.err and not shown.out, "before any row is measured"

@@ -236,6 +236,8 @@ def _open_format(name: str) -> Format:
         raise ValueError(f"format {name!r}: one scale per {block} is a float32; got {scale!r}")
     rows, size = (int(tile[1] or 1), int(tile[2])) if tile else (1, block)
     grid = _element(element)
+    if grid.offset and kind != "float32":
+        raise ValueError(f"format {name!r}: {element} has no zero and {scale} neither, so zeros would not stay zeros")
     default = {"e8m0": "floor", "minifloat": "absmax"}.get(kind, "gaussian" if grid.offset else "absmax")
     return Format(name, grid, size, rows, scale, default)
 

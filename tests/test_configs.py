@@ -1,16 +1,19 @@
 """Every shipped config composes and validates; the ladder and the papers' experiments say what was published."""
 
 import re
+from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
 import qtrain
-from qtrain.config import ModelConfig, configs_dir, group_names, parse
+from qtrain.config import ModelConfig, config_hash, configs_dir, group_names, parse
 from qtrain.models.llama import Llama, count_parameters
 from qtrain.plan import RunPlan, make_plan
 from qtrain.train import compose
+
+ROOT = Path(__file__).parents[1]
 
 # Quartet, arXiv 2505.14669, tables 4 and 5, and the released main_setup.sh; counts from the released run data.
 # size: layers, width, heads, nominal parameters, non-embedding parameters, learning rate
@@ -158,3 +161,14 @@ def test_paper_runs_fit_one_device_and_eight(size: str) -> None:
     config = compose([f"+experiment=paper/quartet_{size}"])
     assert make_plan(config, world_size=1).micro_batches == 8 * make_plan(config, world_size=8).micro_batches
     assert make_plan(config).memory.total < 70 * 2**30  # leaves an 80 GB device room for what the estimate leaves out
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "experiments").rglob("points.yaml")), ids=lambda path: path.parent.name)
+def test_every_point_of_a_study_is_a_run(path: Path) -> None:
+    """Names and settings compose, and no two points of a study are the same run."""
+    tree = yaml.safe_load(path.read_text())
+    hashes = {}
+    for name, entry in tree["points"].items():
+        config = compose([*tree["settings"], *entry["settings"], f"name={name}"])
+        assert hashes.setdefault(config_hash(config), name) == name
+        assert config.data.source == "python_env" and config.model.name == "nano"

@@ -212,6 +212,7 @@ def _float32_scale(x: Tensor, plan: Plan) -> Tensor:
         return finite_or_nan(mean(x.abs()) + ABSMEAN_EPS)
     if plan.rule == "sawb":
         clip = SAWB[0] * rms(x) - SAWB[1] * mean(x.abs())
+        clip = torch.where(clip <= 0, amax(x), clip)  # below zero where magnitudes are nearly equal: the fit is no fit
         return finite_or_nan(divide(clip, plan.element.max))
     assert plan.rule == "absmax", plan.rule
     return finite_or_nan(divide(amax(x), plan.element.max))

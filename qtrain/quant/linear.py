@@ -148,9 +148,10 @@ class _QuantLinearFunction(torch.autograd.Function):
             ]
         x_source = xq if numerics.wgrad.right.spec.source == "forward" else Operand(x)
         ctx.quantized, ctx.dtypes = quantized, (x.dtype, weight.dtype)
-        ctx.constants, tensors = _split([x_source.post_scale])
+        post = x_source.post_scale
+        ctx.x_post, saved_post = (None, post) if isinstance(post, Tensor) else (post, None)
         master = weight if numerics.dgrad.right.spec.source == "master" else None  # saved so that autograd guards it
-        ctx.save_for_backward(x_source.values, xq.mask, keys, *slopes, master, *tensors)
+        ctx.save_for_backward(x_source.values, xq.mask, keys, *slopes, master, saved_post)
         return y
 
     @staticmethod
@@ -162,8 +163,8 @@ class _QuantLinearFunction(torch.autograd.Function):
         grad_output = grads[0]
         if numerics.dgrad.left.plan or numerics.wgrad.left.plan:
             grad_output = grad_output.float()  # once for both
-        x_values, x_mask, keys, x_slope, w_slope, _, *tensors = ctx.saved_tensors
-        (x_post,) = _join(ctx.constants, tensors)
+        x_values, x_mask, keys, x_slope, w_slope, _, saved_post = ctx.saved_tensors
+        x_post = ctx.x_post if saved_post is None else saved_post
         grad_input = grad_weight = grad_x_scale = grad_w_scale = None
         with torch.autocast(grad_output.device.type, enabled=False):
             if ctx.needs_input_grad[0] or x_slope is not None:
@@ -245,16 +246,6 @@ def _scale_gradient_factor(x: Tensor, quantizer: Quantizer) -> float:
     """LSQ's 1 / sqrt(numel * q_max), q_max the largest code of the grid with zero; 1 at one bit, where that is none."""
     assert quantizer.plan is not None
     return (x.numel() * max(math.floor(quantizer.plan.element.max), 1)) ** -0.5
-
-
-def _split(scales: list[Tensor | float]) -> tuple[list[float | None], list[Tensor]]:
-    """Constants to keep on the context (None where a tensor stands), and tensors to save for backward."""
-    return [None if isinstance(s, Tensor) else s for s in scales], [s for s in scales if isinstance(s, Tensor)]
-
-
-def _join(constants: list[float | None], tensors: list[Tensor]) -> list[Tensor | float]:
-    rest = iter(tensors)
-    return [next(rest) if constant is None else constant for constant in constants]
 
 
 class QuantLinear(nn.Linear):
@@ -374,6 +365,10 @@ class QuantLinear(nn.Linear):
             first = first / distributed.get_world_size()
         scale.copy_(first)
         return scale
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles leave out the kept weight."""
+        return super().__getstate__() | {"_quantized": None}
 
     def extra_repr(self) -> str:
         state = "high precision, after " if self.high_precision else ""

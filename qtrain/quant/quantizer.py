@@ -297,6 +297,10 @@ def fake_quantize(
     quantizer = Quantizer.build(spec, backend)
     if quantizer.plan is not None and quantizer.plan.rule == "learned":
         raise UserError("scale 'learned' is a parameter of a layer; name another rule here (gaussian)")
+    if not isinstance(x, Tensor):
+        raise UserError(
+            f"fake_quantize takes a torch.Tensor; got {type(x).__name__}; convert it with torch.as_tensor(x)"
+        )
     if not x.is_floating_point():
         raise UserError(f"fake_quantize takes a float tensor; got {x.dtype}; convert it with x.float()")
     if x.ndim == 0 or x.shape[-1] % quantizer.multiple:

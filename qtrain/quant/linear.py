@@ -25,7 +25,6 @@ from qtrain.errors import UserError
 from qtrain.quant.quantizer import Operand, Quantizer, gemm
 from qtrain.quant.random import PER_STEP, USES, key_of, key_words
 from qtrain.quant.rotation import hadamard, rotate, rotation_matrix
-from qtrain_kernels.reference import Plan
 
 
 @dataclass(frozen=True)
@@ -137,21 +136,14 @@ class _QuantLinearFunction(torch.autograd.Function):
         with torch.autocast(x.device.type, enabled=False):
             xq = numerics.fprop.left.operand(x, dtype, matrix, key_of(keys, "fprop.x"), learned=_scalar(x_scale))
             y = gemm(xq, quantized.fprop.t).to(dtype)
-            slopes = [
-                None
-                if scale is None
-                else _scale_slope(rotate(source.float(), matrix), operand.values, scale.float(), plan)
-                for source, operand, scale, plan in (
-                    (x, xq, x_scale, numerics.fprop.left.plan),
-                    (weight, quantized.fprop, w_scale, numerics.fprop.right.plan),
-                )
-            ]
+            x_slope = _scale_slope(x, matrix, xq, x_scale, numerics.fprop.left)
+            w_slope = _scale_slope(weight, matrix, quantized.fprop, w_scale, numerics.fprop.right)
         x_source = xq if numerics.wgrad.right.spec.source == "forward" else Operand(x)
         ctx.quantized, ctx.dtypes = quantized, (x.dtype, weight.dtype)
         post = x_source.post_scale
         ctx.x_post, saved_post = (None, post) if isinstance(post, Tensor) else (post, None)
         master = weight if numerics.dgrad.right.spec.source == "master" else None  # saved so that autograd guards it
-        ctx.save_for_backward(x_source.values, xq.mask, keys, *slopes, master, saved_post)
+        ctx.save_for_backward(x_source.values, xq.mask, keys, x_slope, w_slope, master, saved_post)
         return y
 
     @staticmethod
@@ -195,11 +187,6 @@ def _dgrad(gemm_: Gemm, grad_output: Tensor, quantized: QuantizedWeight, keys: T
     return product if rows is None else rotate(product.float(), rows.T, dim=-2)[:tokens]
 
 
-def _versions(weight: Tensor, scale: Tensor | None) -> tuple[int, int]:
-    """What moves when either is written to in place."""
-    return weight._version, -1 if scale is None else scale._version
-
-
 def _wgrad(gemm_: Gemm, grad_output: Tensor, x: Operand, keys: Tensor, dtype: torch.dtype) -> Tensor:
     """(T, N)^T @ (T, K), both quantised along T, filled with zeros to whole blocks: the product stays."""
     padding = -grad_output.shape[0] % gemm_.multiple
@@ -234,18 +221,28 @@ def _scalar(scale: Tensor | None) -> Tensor | None:
     return None if scale is None else scale.detach().float().view(())
 
 
-def _scale_slope(x: Tensor, codes: Tensor, scale: Tensor, plan: Plan | None) -> Tensor:
-    """d(codes * scale) / d scale by the straight-through estimator (LSQ, arXiv 1902.08153): codes - x / scale inside
-    the grid, the last code beyond it. x (M, N) float32 rotated -> float32."""
-    assert plan is not None
-    u = x / torch.where(scale == 0, 1.0, scale)
-    return torch.where(u.abs() > plan.element.max, codes.float(), codes.float() - u)
+def _scale_slope(
+    x: Tensor, matrix: Tensor | None, operand: Operand, scale: Tensor | None, quantizer: Quantizer
+) -> Tensor | None:
+    """d(codes * scale) / d scale by the straight-through estimator (LSQ, arXiv 1902.08153), (M, N) float32: codes - x /
+    scale inside the grid, the last code beyond it. None where no scale is learned."""
+    if scale is None:
+        return None
+    assert quantizer.plan is not None
+    u = rotate(x.float(), matrix) / torch.where(scale == 0, 1.0, scale.float())
+    codes = operand.values.float()
+    return torch.where(u.abs() > quantizer.plan.element.max, codes, codes - u)
 
 
 def _scale_gradient_factor(x: Tensor, quantizer: Quantizer) -> float:
     """LSQ's 1 / sqrt(numel * q_max), q_max the largest code of the grid with zero; 1 at one bit, where that is none."""
     assert quantizer.plan is not None
     return (x.numel() * max(math.floor(quantizer.plan.element.max), 1)) ** -0.5
+
+
+def _versions(weight: Tensor, scale: Tensor | None) -> tuple[int, int]:
+    """What moves when either is written to in place."""
+    return weight._version, -1 if scale is None else scale._version
 
 
 class QuantLinear(nn.Linear):

@@ -257,10 +257,8 @@ def _for_some_layers(pattern: str, recipe: Any) -> LinearRecipe:
     default = {
         name: LinearRecipe.model_fields[name].get_default(call_default_factory=True) for name in OF_THE_WHOLE_MODEL
     }
-    given = [
-        name for name in default if isinstance(recipe, Mapping) and recipe.get(name, default[name]) != default[name]
-    ]
-    given = [name for name in given if list(recipe[name]) != list(default[name])] if given == ["skip"] else given
+    written = set(recipe) if isinstance(recipe, Mapping) else set()
+    given = [name for name in default if name in written and getattr(parsed, name) != default[name]]
     if given:
         raise ValueError(
             f"overrides of {pattern!r}: {', '.join(given)} belong to the recipe of the whole model; drop them"

@@ -29,8 +29,8 @@ def row(rule: str, estimator: str, clip_scale: float, x: torch.Tensor) -> str:
 
 
 def main() -> None:
-    rows = 1024
-    x = torch.randn(rows, 8192, generator=torch.Generator().manual_seed(0))
+    rows = 4096
+    x = torch.randn(rows, 4096, generator=torch.Generator().manual_seed(0))
     x = x * torch.exp2(torch.arange(rows) / rows)[:, None]
     print("| rule | mask | squared error | misalignment | masked |\n|---|---|---|---|---|")
     for rule in RULES:

@@ -78,10 +78,8 @@ def _one_outer(plan: Plan, along_last: bool) -> bool:
 
 
 def _run(x: Tensor, scale: Tensor | float, key: Tensor | None, plan: Plan, dtype: torch.dtype | None) -> tuple:
-    x, scale = (
-        x.detach(),
-        scale.detach() if isinstance(scale, Tensor) else scale,
-    )  # the graph would guard what needs grad
+    x = x.detach()  # the graph would guard what needs a gradient
+    scale = scale.detach() if isinstance(scale, Tensor) else scale
     along_last = x.shape[2] == 1
     if x.shape[0] == 1 and not _one_outer(plan, along_last):  # a size of 1 would compile once more; the bits are equal
         return reference.encode(x, scale, key, plan) if dtype is None else reference.operand(x, scale, key, plan, dtype)

@@ -7,11 +7,12 @@ from dataclasses import asdict, dataclass
 
 from rich.table import Table
 
-from qtrain.config import Config, LinearRecipe, QuantSpec, TokenizerConfig
+from qtrain.config import Config, TokenizerConfig
 from qtrain.errors import UserError
 from qtrain.metrics import Memory, estimate_memory, flops_per_token
 from qtrain.models.llama import count_parameters
 from qtrain.optim import warmup_steps
+from qtrain.recipe import LinearRecipe, QuantSpec
 
 BYTES_VOCABULARY = 257  # 256 values and the end-of-document token
 

@@ -31,8 +31,9 @@ from typing import Any, TextIO
 
 import yaml
 
-from qtrain.config import Config, config_hash, configs_dir, parse, result_keys
+from qtrain.config import Config, config_hash, result_keys
 from qtrain.errors import UserError
+from qtrain.settings import configs_dir, parse
 
 log = logging.getLogger("qtrain")
 

@@ -20,8 +20,9 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from qtrain.config import Config, check_group_option, check_key, configs_dir, parse
+from qtrain.config import Config, check_key
 from qtrain.errors import UserError
+from qtrain.settings import check_group_option, configs_dir, parse
 
 
 def main() -> None:

@@ -36,10 +36,11 @@ import torch
 from torch import Tensor, nn
 
 import qtrain
-from qtrain.config import LinearRecipe, QuantSpec, parse, read_recipe
 from qtrain.quant import Quantizer
 from qtrain.quant.random import key_words
 from qtrain.quant.rotation import rotate, rotation_matrix
+from qtrain.recipe import LinearRecipe, QuantSpec, read_recipe
+from qtrain.settings import parse
 from qtrain_kernels import reference
 from qtrain_kernels.formats import E2M1, E4M3, GAUSSIAN_CLIP
 

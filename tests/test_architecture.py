@@ -24,17 +24,19 @@ MAY_IMPORT = {
     "qtrain_kernels.formats": "",
     "qtrain": "(qtrain.quant qtrain.run)",
     "qtrain.errors": "",
-    "qtrain.config": "yaml pydantic qtrain_kernels.formats",
-    "qtrain.quant": "torch qtrain.config qtrain_kernels qtrain_kernels.formats",
+    "qtrain.settings": "pydantic",
+    "qtrain.recipe": "yaml pydantic qtrain.settings qtrain_kernels.formats",
+    "qtrain.config": "pydantic qtrain.settings qtrain.recipe",
+    "qtrain.quant": "torch qtrain.settings qtrain.recipe qtrain_kernels qtrain_kernels.formats",
     "qtrain.models": "torch einops qtrain.config",
     "qtrain.metrics": "torch qtrain.config qtrain.models",
     "qtrain.optim": "torch qtrain.config",
-    "qtrain.plan": "rich qtrain.config qtrain.models qtrain.metrics qtrain.optim",
+    "qtrain.plan": "rich qtrain.config qtrain.recipe qtrain.models qtrain.metrics qtrain.optim",
     "qtrain.data": (
         "numpy torch tokenizers filelock rich (datasets huggingface_hub pyarrow transformers) qtrain.config"
     ),
     "qtrain.data.datamodule": "numpy torch lightning qtrain.config qtrain.data",
-    "qtrain.run_directory": "yaml qtrain.config",
+    "qtrain.run_directory": "yaml qtrain.config qtrain.settings",
     "qtrain.checkpoint": "torch lightning qtrain.run_directory",
     "qtrain.loggers": "lightning qtrain.config qtrain.run_directory",
     "qtrain.lightning_module": (
@@ -51,7 +53,7 @@ MAY_IMPORT = {
         "qtrain.data qtrain.data.datamodule qtrain.run_directory qtrain.checkpoint qtrain.loggers "
         "qtrain.lightning_module qtrain.callbacks qtrain.report"
     ),
-    "qtrain.train": "hydra omegaconf qtrain.config (qtrain.run rich)",
+    "qtrain.train": "hydra omegaconf qtrain.config qtrain.settings (qtrain.run rich)",
 }
 NOBODY_IMPORTS = {
     "kernels": "the name of another package; ours is qtrain_kernels",

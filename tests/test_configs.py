@@ -8,9 +8,10 @@ import torch
 import yaml
 
 import qtrain
-from qtrain.config import ModelConfig, config_hash, configs_dir, group_names, parse
+from qtrain.config import ModelConfig, config_hash
 from qtrain.models.llama import Llama, count_parameters
 from qtrain.plan import RunPlan, make_plan
+from qtrain.settings import configs_dir, group_names, parse
 from qtrain.train import compose
 
 ROOT = Path(__file__).parents[1]

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 import qtrain
-from qtrain.config import LinearRecipe, read_recipe
 from qtrain.errors import UserError
 from qtrain.quant import QuantLinear, check_backend
+from qtrain.recipe import LinearRecipe, read_recipe
 from qtrain_kernels import dispatch
 
 
@@ -149,6 +149,13 @@ def test_a_second_conversion_raises() -> None:
     qtrain.convert(model, "quartet", backend="reference")
     with pytest.raises(UserError, match="converted already"):
         qtrain.convert(model, "bf16")
+
+
+def test_a_model_without_linear_layers_and_a_seed_that_is_none_raise() -> None:
+    with pytest.raises(UserError, match=r"the model \(ReLU\) holds no nn.Linear"):
+        qtrain.convert(nn.ReLU(), "quartet")
+    with pytest.raises(UserError, match="seed is 'a'; give an integer"):
+        qtrain.convert(nn.Sequential(nn.Linear(32, 32)), "quartet", seed="a")  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])

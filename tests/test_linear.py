@@ -16,12 +16,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 import qtrain
-from qtrain.config import LinearRecipe, QuantSpec, read_recipe
 from qtrain.errors import UserError
 from qtrain.quant import QuantLinear, rotation, set_high_precision
 from qtrain.quant.linear import Gemm
 from qtrain.quant.quantizer import Quantizer
 from qtrain.quant.random import USES, key_words
+from qtrain.recipe import LinearRecipe, QuantSpec, read_recipe
 from qtrain_kernels import compiled
 
 T, K, N = 96, 256, 128

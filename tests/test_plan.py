@@ -5,10 +5,12 @@ import pytest
 import yaml
 from rich.console import Console
 
-from qtrain.config import Config, LinearRecipe, configs_dir, parse
+from qtrain.config import Config
 from qtrain.errors import UserError
 from qtrain.metrics import flops_per_token
 from qtrain.plan import describe_recipe, make_plan
+from qtrain.recipe import LinearRecipe
+from qtrain.settings import configs_dir, parse
 
 QUANTISED = {
     "name": "mine",

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 import qtrain
-from qtrain.config import QuantSpec
 from qtrain.errors import UserError
 from qtrain.quant.quantizer import Quantizer
+from qtrain.recipe import QuantSpec
 from qtrain_kernels.formats import FORMATS, SCALE_RULES, get_format
 
 OPEN = ("e2m1/16x16/e4m3", "e2m1/16/ue5m3", "e4m3/128/float32", "e4m3/128x128/float32", "int8_sym/tensor/float32",

@@ -1,6 +1,7 @@
 """fake_quantize and QuantizedTensor: errors of every scale rule and format against published and computed values."""
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,11 +10,11 @@ from oracles import quantization as oracle
 from torch import Tensor
 
 import qtrain
-from qtrain.config import QuantSpec
 from qtrain.errors import UserError
 from qtrain.quant.estimator import gradient_mask
 from qtrain.quant.quantizer import Quantizer, gemm
 from qtrain.quant.rotation import rotate, rotation_matrix
+from qtrain.recipe import QuantSpec
 from qtrain_kernels.formats import FORMATS, get_format
 from qtrain_kernels.reference import Mask
 
@@ -166,12 +167,14 @@ def test_operands_are_exact_in_bfloat16(name: str, scale: str | None, dim: int) 
     ({"format": "mxfp4", "scale": "absmax"}, "does not give mxfp4's e8m0 scales"),
     ({"format": "mxfp4", "rounding": "eden"}, "rounding eden corrects minifloat block scales"),
     ({"format": "mxfp4", "rotation": "hadamard48"}, "power of two; use hadamard32"),
-    ({"format": "mxfp4", "rotation": "fourier"}, "rotation"),
+    ({"format": "mxfp4", "rotation": "had32"}, r"rotation='had32': give hadamard<n>, .* or hadamard for the whole dim"),
+    ({"format": "MXFP4"}, "did you mean 'mxfp4'"),
+    ({"format": "mxfp4", "rounding": "stochastic", "seed": 1.5}, "seed is 1.5; give an integer"),
     ({"format": "mxfp4", "rotation": "hadamard128"}, r"last dim % 128 == 0; x has shape \(4, 96\)"),
 ])  # fmt: skip
-def test_what_does_not_fit_raises(arguments: dict[str, str], message: str) -> None:
+def test_what_does_not_fit_raises(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        qtrain.fake_quantize(torch.ones(4, 96), **arguments)  # pyright: ignore[reportArgumentType]
+        qtrain.fake_quantize(torch.ones(4, 96), **arguments)
 
 
 def test_integer_tensors_and_scalars_raise() -> None:

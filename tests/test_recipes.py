@@ -17,9 +17,9 @@ from oracles import recipes as oracle
 from torch import Tensor, nn
 
 import qtrain
-from qtrain.config import read_recipe
 from qtrain.quant import QuantLinear
 from qtrain.quant.quantizer import Operand, Quantizer
+from qtrain.recipe import read_recipe
 from qtrain_kernels import reference
 
 N = 128

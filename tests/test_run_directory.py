@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from qtrain.config import Config, config_hash, parse
+from qtrain.config import Config, config_hash
 from qtrain.errors import UserError
 from qtrain.run_directory import RunDirectory, write_atomically
+from qtrain.settings import parse
 from qtrain.train import compose
 
 

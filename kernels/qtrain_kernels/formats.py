@@ -280,7 +280,7 @@ def get_format(name: str) -> Format:
         if int(match[1]) != 1 + int(match[3]) + int(match[4]):
             raise ValueError(f"format {name!r}: bits must be 1 + e + m, at most 8, with e >= 1 (fp6_e3m2)")
         return _named(name, f"{match[2]}/row/float32")
-    near = difflib.get_close_matches(name, FORMATS, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(name.lower(), FORMATS, n=1, cutoff=0.5)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     names = ", ".join(FORMATS)
     raise ValueError(f"unknown format {name!r}{hint}; formats: {names}, fp<bits>_e<e>m<m>, element/block/scale")

@@ -13,10 +13,12 @@ from typing import Any, get_args
 import torch
 from torch import nn
 
-from qtrain.config import Backend, LinearRecipe, group_names, read_recipe
 from qtrain.errors import UserError
 from qtrain.quant.linear import Numerics, QuantLinear
+from qtrain.quant.random import checked_seed
 from qtrain.quant.rotation import hadamard
+from qtrain.recipe import LinearRecipe, read_recipe
+from qtrain.settings import Backend, group_names
 from qtrain_kernels import dispatch
 
 log = logging.getLogger("qtrain")
@@ -63,18 +65,20 @@ def convert(
     they are, by full name, last component or pattern ("layers.0.*"); None takes the recipe's own. seed keys random
     bits, together with each layer's qualified name. backend: auto | reference | compiled.
     UserError, with the model untouched, for a width that the recipe's blocks do not divide, a skip name that matches
-    nothing (lm_head in the recipe's own may), a pattern of recipe.overrides that does, or a model that is already
-    converted.
+    nothing (lm_head in the recipe's own may), a pattern of recipe.overrides that does, or a model that has no linear
+    layer or is already converted.
     """
     if not isinstance(model, nn.Module):
         raise UserError(f"convert takes a torch.nn.Module; got {type(model).__name__}")
-    recipe = read_recipe(recipe)
+    recipe, seed = read_recipe(recipe), checked_seed(seed)
     if backend not in get_args(Backend):
         raise UserError(f"unknown backend {backend!r}; backends: {', '.join(get_args(Backend))}")
     linears = {name: module for name, module in model.named_modules(remove_duplicate=False) if _is_linear(module)}
     if any(isinstance(module, QuantLinear) for module in linears.values()):
         raise UserError("the model is converted already; build it afresh to convert it with another recipe")
     names = recipe.skip if skip is None else ((skip,) if isinstance(skip, str) else tuple(skip))
+    if not linears:
+        raise UserError(f"the model ({type(model).__name__}) holds no nn.Linear, so there is nothing to convert")
     _check_names("skip", [entry for entry in names if skip is not None or entry != "lm_head"], linears)
     _check_names("recipe.overrides", recipe.overrides, linears)
     blocks = _high_precision_blocks(recipe, linears)

@@ -20,11 +20,12 @@ from torch import Tensor, distributed, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from qtrain.config import Backend, LinearRecipe
 from qtrain.errors import UserError
 from qtrain.quant.quantizer import Operand, Quantizer, gemm
 from qtrain.quant.random import PER_STEP, USES, key_of, key_words
 from qtrain.quant.rotation import hadamard, rotate, rotation_matrix
+from qtrain.recipe import LinearRecipe
+from qtrain.settings import Backend
 
 
 @dataclass(frozen=True)

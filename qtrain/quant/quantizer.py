@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from qtrain.config import Backend, QuantSpec, check_spec, parse
 from qtrain.errors import UserError
 from qtrain.quant.estimator import gradient_mask
-from qtrain.quant.random import key_words
+from qtrain.quant.random import checked_seed, key_words
 from qtrain.quant.rotation import rotate, rotation_matrix
+from qtrain.recipe import QuantSpec, check_spec
+from qtrain.settings import Backend, parse
 from qtrain_kernels import dispatch, reference
 from qtrain_kernels.formats import get_format
 from qtrain_kernels.reference import Plan
@@ -311,6 +312,6 @@ def fake_quantize(
     matrix = None
     if spec.rotation_block is not None:
         matrix = rotation_matrix(spec.rotation_block or x.shape[-1], None, x.device)
-    key = torch.tensor(key_words("fake_quantize", seed), dtype=torch.int32, device=x.device)
+    key = torch.tensor(key_words("fake_quantize", checked_seed(seed)), dtype=torch.int32, device=x.device)
     rows = quantizer.quantize(x.reshape(-1, x.shape[-1]), matrix, key).dequantize()
     return rotate(rows, None if matrix is None else matrix.T).view(x.shape).to(x.dtype)

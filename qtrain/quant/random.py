@@ -12,11 +12,21 @@ from typing import SupportsIndex
 
 from torch import Tensor
 
+from qtrain.errors import UserError
+
 # What one layer draws for, in the order of the rows of its key table.
 USES = ("fprop.x", "fprop.w", "dgrad.dy", "dgrad.w", "wgrad.dy", "wgrad.x", "fprop.signs", "dgrad.signs", "wgrad.signs")
 
 # Drawn once per optimiser step, as a weight is quantised once for all its micro-batches; the others in each of them.
 PER_STEP = ("fprop.w", "dgrad.w", "fprop.signs", "dgrad.signs")
+
+
+def checked_seed(seed: SupportsIndex) -> int:
+    """UserError for what is no integer."""
+    try:
+        return operator.index(seed)
+    except TypeError:
+        raise UserError(f"seed is {seed!r}; give an integer") from None
 
 
 def key_of(keys: Tensor, use: str) -> Tensor:

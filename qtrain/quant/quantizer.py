@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from qtrain.errors import UserError
 from qtrain.quant.estimator import gradient_mask
+from qtrain.quant.precision import matmul
 from qtrain.quant.random import checked_seed, key_words
 from qtrain.quant.rotation import rotate, rotation_matrix
 from qtrain.recipe import QuantSpec, check_spec
@@ -90,7 +91,7 @@ def gemm(left: Operand, right: Operand) -> Tensor:
     In bfloat16 the product is then rounded once to bfloat16 before the post-scale, and once more by the caller's cast.
     """
     dtype = torch.promote_types(left.values.dtype, right.values.dtype)
-    product = left.values.to(dtype) @ right.values.to(dtype)
+    product = matmul(left.values.to(dtype), right.values.to(dtype))
     scales = [left.post_scale, right.post_scale]
     if isinstance(scales[0], float) and isinstance(scales[1], float):
         scales = [scales[0] * scales[1]]

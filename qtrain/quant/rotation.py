@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
+from qtrain.quant.precision import matmul
 from qtrain_kernels.reference import mix
 
 
@@ -71,5 +72,5 @@ def rotate(x: Tensor, matrix: Tensor | None, dim: int = -1) -> Tensor:
     n = matrix.shape[0]
     with torch.autocast(x.device.type, enabled=False):
         if dim == -1:
-            return (x.reshape(-1, n) @ matrix).view(x.shape)
-        return (matrix.T @ x.reshape(-1, n, x.shape[1])).view(x.shape)
+            return matmul(x.reshape(-1, n), matrix).view(x.shape)
+        return matmul(matrix.T, x.reshape(-1, n, x.shape[1])).view(x.shape)

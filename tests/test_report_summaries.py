@@ -10,9 +10,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 
 from qtrain.errors import UserError
-from qtrain.report.summaries import COLUMNS, compare, markdown, read_csv, read_summaries, write_csv
+from qtrain.report.gaps import plot_gaps
+from qtrain.report.summaries import COLUMNS, compare, markdown, read_csv, read_published, read_summaries, write_csv
 
 
 def write(root, name, seed, loss, **more):
@@ -138,3 +140,32 @@ def test_the_folder_of_the_table_must_exist(runs, tmp_path, monkeypatch, capsys)
     script.main()
     assert "| quartet | 1.1000 | 2.1200 | 3.1400 |" in capsys.readouterr().out
     assert len(table.read_text().splitlines()) == 8
+
+
+def test_published_gaps_stand_beside_ours(runs, tmp_path):
+    path = tmp_path / "published.csv"
+    path.write_text("name,gap,source\nquartet,0.0801,a paper\nother,1.0,another\n")
+    table = markdown(compare(read_summaries(runs), "bf16"), read_published(path)).splitlines()
+    assert table[0].endswith("| gap to bf16 | published |") and table[1].count("---") == 7
+    assert [line.split("|")[-2].strip() for line in table[2:]] == ["", "+0.080", ""]
+    path.write_text("name,gap\nquartet,small\n")
+    with pytest.raises(UserError, match=r"published\.csv, row 2: needs the columns name and gap, a number"):
+        read_published(path)
+
+
+def test_the_picture_holds_every_gap_at_its_place(runs, tmp_path, monkeypatch):
+    """Read from what is drawn: seeds, means, intervals, published gaps, the axis that all of them fit."""
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **options: drawn.append(figure))
+    comparisons = compare(read_summaries(runs), "bf16")
+    plot_gaps(comparisons, tmp_path / "gaps.png", {"quartet": 0.08, "other": 1.0})
+    (axes,) = drawn[0].axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["quest", "quartet"]
+    points = {(round(x, 4), y) for line in axes.lines for x, y in zip(line.get_xdata(), line.get_ydata(), strict=True)}
+    assert points >= {(0.1, 1), (0.12, 1), (0.14, 1), (0.08, 1), (0.5, 0)} and not any(x == 1.0 for x, _ in points)
+    low, high = sorted(point[0] for point in axes.collections[1].get_segments()[0])
+    assert (low, high) == pytest.approx((0.12 - comparisons[1].half_width, 0.12 + comparisons[1].half_width))
+    assert axes.get_xscale() == "log"
+    write(runs, "better", 0, 0.9)
+    plot_gaps(compare(read_summaries(runs), "bf16"), tmp_path / "gaps.png")
+    assert drawn[1].axes[0].get_xscale() == "linear", "a gap below zero"

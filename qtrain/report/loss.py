@@ -129,7 +129,7 @@ def _draw_losses(axes: Axes, train: Curve, validation: Curve, bigram: float | No
         axes.axhline(bigram, color=GREEN, linestyle="--", linewidth=1.4, label=f"bigram model {bigram:.3f}")
     axes.set_ylabel("loss (nats per token)")
     axes.legend(frameon=False)
-    _tidy(axes)
+    tidy(axes)
 
 
 def _draw_learning_rate(axes: Axes, lr: Curve) -> None:
@@ -141,9 +141,10 @@ def _draw_learning_rate(axes: Axes, lr: Curve) -> None:
     axes.xaxis.set_major_formatter(FuncFormatter(lambda count, _: readable(count)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.2g}"))
     axes.locator_params(axis="y", nbins=2)
-    _tidy(axes)
+    tidy(axes)
 
 
-def _tidy(axes: Axes) -> None:
+def tidy(axes: Axes) -> None:
+    """The frame and the grid that all pictures have."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)

@@ -7,7 +7,7 @@ import json
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -147,17 +147,39 @@ def _comparison(name: str, losses: dict[int, float], baseline: dict[int, float])
     return Comparison(name, losses, float(np.mean(gaps)) if gaps else math.nan, float(spread))
 
 
-def markdown(comparisons: list[Comparison]) -> str:
-    """A table: one column a seed, then the mean and the gap with its interval."""
+def read_published(path: Path) -> dict[str, float]:
+    """name -> gap in nats per token, of a CSV file with these two columns among its own. UserError naming the row."""
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"cannot read {path}: {error}") from None
+    found = {}
+    for number, row in enumerate(rows, 2):
+        try:
+            found[row["name"]] = float(row["gap"])
+        except (KeyError, TypeError, ValueError):
+            raise UserError(f"{path}, row {number}: needs the columns name and gap, a number; found {row}") from None
+    return found
+
+
+def markdown(comparisons: list[Comparison], published: Mapping[str, float] | None = None) -> str:
+    """A table: one column a seed, then the mean, the gap with its interval, and published gaps where given."""
     seeds = sorted({seed for comparison in comparisons for seed in comparison.losses})
-    lines = [
-        "| run | " + " | ".join(f"seed {seed}" for seed in seeds) + " | mean | gap to " + comparisons[0].name + " |",
-        "|---|" + "---|" * (len(seeds) + 2),
-    ]
+    head = ["run", *(f"seed {seed}" for seed in seeds), "mean", f"gap to {comparisons[0].name}"]
+    head += ["published"] if published else []
+    lines = [_line(head), "|" + "---|" * len(head)]
     for comparison in comparisons:
         cells = [f"{comparison.losses[seed]:.4f}" if seed in comparison.losses else "" for seed in seeds]
         mean = sum(comparison.losses.values()) / len(comparison.losses)
         spread = "" if math.isnan(comparison.half_width) else f" ± {comparison.half_width:.4f}"
         gap = "" if comparison is comparisons[0] else f"{comparison.gap:+.4f}{spread}"
-        lines.append(f"| {comparison.name} | {' | '.join(cells)} | {mean:.4f} | {gap} |")
+        cells = [comparison.name, *cells, f"{mean:.4f}", gap]
+        if published:
+            cells.append(f"{published[comparison.name]:+.3f}" if comparison.name in published else "")
+        lines.append(_line(cells))
     return "\n".join(lines)
+
+
+def _line(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cells)} |"

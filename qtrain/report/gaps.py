@@ -1,0 +1,52 @@
+"""The picture of a comparison: each name's gap to the baseline, its seeds, and what others published."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from qtrain.report.loss import BLUE, GREY, ORANGE, tidy
+from qtrain.report.summaries import Comparison
+
+
+def plot_gaps(comparisons: list[Comparison], path: Path, published: Mapping[str, float] | None = None) -> None:
+    """Draws gaps in nats per token, the least at the top, into path (png, pdf, svg).
+
+    comparisons: as `compare` gives them, the baseline first. Every seed a small dot, their mean a large one with its
+    95% interval; published: name -> the gap that others found, a diamond. Names without a seed in common with the
+    baseline are left out. The axis is logarithmic where all that is drawn lies above zero.
+    """
+    baseline, *others = comparisons
+    shown = sorted((other for other in others if np.isfinite(other.gap)), key=lambda other: -other.gap)
+    published = {name: gap for name, gap in (published or {}).items() if name in {other.name for other in shown}}
+    figure = Figure(figsize=(7.2, 1.3 + 0.32 * len(shown)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    lowest = []
+    for height, other in enumerate(shown):
+        gaps = [loss - baseline.losses[seed] for seed, loss in other.losses.items() if seed in baseline.losses]
+        half_width = float(np.nan_to_num(other.half_width))
+        lowest += [*gaps, other.gap - half_width]
+        axes.plot(gaps, [height] * len(gaps), ".", color=BLUE, alpha=0.45, label="" if height else "a seed")
+        label = "" if height else "mean, 95% interval"
+        axes.errorbar(other.gap, height, xerr=half_width, fmt="o", color=BLUE, capsize=3, label=label)
+    if published:
+        heights = [height for height, other in enumerate(shown) if other.name in published]
+        gaps = [published[shown[height].name] for height in heights]
+        axes.plot(gaps, heights, "D", markerfacecolor="none", color=ORANGE, label="published")
+    if shown and min(lowest) > 0:
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter("{x:g}")
+        axes.tick_params(axis="x", which="minor", labelsize=7)
+    else:
+        axes.axvline(0, color=GREY, linewidth=1)
+    axes.set_yticks(range(len(shown)), [other.name for other in shown])
+    axes.set_xlabel(f"gap to {baseline.name} (nats per token)")
+    axes.legend(frameon=False, loc="best")
+    tidy(axes)
+    figure.savefig(path, dpi=150)

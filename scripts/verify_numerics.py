@@ -42,14 +42,16 @@ from torch import Tensor, nn
 import qtrain
 from qtrain.quant import Quantizer, QuantLinear
 from qtrain.quant.linear import Numerics
-from qtrain.quant.quantizer import Operand
+from qtrain.quant.quantizer import Operand, rotate, unrotate
 from qtrain.quant.random import key_words
-from qtrain.quant.rotation import rotate, rotation_matrix
+from qtrain.quant.rotation import hadamard
 from qtrain.recipe import LinearRecipe, QuantSpec, read_recipe
-from qtrain.settings import parse
+from qtrain.settings import Backend, parse
 from qtrain_kernels import reference
 from qtrain_kernels.formats import E2M1, E4M3, GAUSSIAN_CLIP
+from qtrain_kernels.reference import Rotation
 
+BACKEND: Backend = "reference"
 SAMPLES = 2**26  # elements per row of the table: a misalignment is then known to 2e-5
 BATCH = 2**20
 TRIALS = 8  # inputs, weights and output gradients that the bias of gradients is averaged over
@@ -235,7 +237,7 @@ def method(format: str, **options: Any) -> Reconstruction:
     """fake_quantize with these options; the same one for the same options, so that rows share its measurement."""
 
     def reconstruct(x: Tensor, seed: int) -> Tensor:
-        return qtrain.fake_quantize(x, format, seed=seed, backend="reference", **options)
+        return qtrain.fake_quantize(x, format, seed=seed, backend=BACKEND, **options)
 
     return reconstruct
 
@@ -244,11 +246,11 @@ def method(format: str, **options: Any) -> Reconstruction:
 def under_signs(format: str, **options: Any) -> Reconstruction:
     """As method, with the random signs that an operand of a backward GEMM draws."""
     spec = parse(QuantSpec, options | {"format": format, "signs": "step"})
-    quantizer = Quantizer.build(spec, "reference")
+    quantizer = Quantizer.build(spec, BACKEND)
 
     def reconstruct(x: Tensor, seed: int) -> Tensor:
-        matrix, key = _matrix(spec, seed), _key("noise", seed)
-        return rotate(quantizer.quantize(x, matrix, key).dequantize(), matrix.T)
+        rotation, key = _rotation(spec, seed), _key("noise", seed)
+        return unrotate(quantizer.quantize(x, rotation, key).dequantize(), rotation, BACKEND)
 
     return reconstruct
 
@@ -257,9 +259,9 @@ def _key(use: str, seed: int) -> Tensor:
     return torch.tensor(key_words("verify_numerics", use, seed), dtype=torch.int32)
 
 
-def _matrix(spec: QuantSpec, seed: int) -> Tensor:
+def _rotation(spec: QuantSpec, seed: int) -> Rotation:
     assert spec.rotation_block
-    return rotation_matrix(spec.rotation_block, _key("signs", seed), torch.device("cpu"))
+    return hadamard(spec.rotation_block, _key("signs", seed), torch.device("cpu"))
 
 
 # ------------------------------------------------------------------------------------------------- QuEST: fitted grids
@@ -291,11 +293,11 @@ def aligned(x: Tensor, seed: int) -> Tensor:
 
 def fitted_floor(x: Tensor, seed: int) -> Tensor:
     """2^floor(log2(0.72 std)), 0.72 in place of the released 0.4871: the least error of this form."""
-    quantizer = Quantizer.build(parse(QuantSpec, ROTATED | {"format": "mxfp4", "scale": "std"}), "reference")
+    quantizer = Quantizer.build(parse(QuantSpec, ROTATED | {"format": "mxfp4", "scale": "std"}), BACKEND)
     assert quantizer.plan is not None
     plan = replace(quantizer.plan, element=replace(quantizer.plan.element, gaussian=0.72))
-    matrix = rotation_matrix(32, None, x.device)
-    return rotate(replace(quantizer, plan=plan).quantize(x, matrix).dequantize(), matrix.T)
+    rotation = hadamard(32, None, x.device)
+    return unrotate(replace(quantizer, plan=plan).quantize(x, rotation).dequantize(), rotation, BACKEND)
 
 
 def quartet_rows() -> list[Row]:
@@ -359,16 +361,16 @@ def eden_by_magnitude(x: Tensor, seed: int) -> Tensor:
     """MS-EDEN per 128 with S from the inner products of x itself; the released training code, and qtrain, take them of
     x / scale and its codes, where a block counts by its size in code units. Per 16 the two are one."""
     spec = parse(QuantSpec, FITTED | {"format": "nvfp4", "signs": "step"})
-    matrix = _matrix(spec, seed)
-    rotated = rotate(x, matrix)
-    found = Quantizer.build(spec, "reference").quantize(x, matrix)
+    rotation = _rotation(spec, seed)
+    rotated = rotate(x, rotation, BACKEND)
+    found = Quantizer.build(spec, BACKEND).quantize(x, rotation)
     assert found.block_scale is not None
     groups, nearest = rotated.view(-1, 128), found.dequantize().view(-1, 128)
     correction = groups.square().sum(1, keepdim=True) / (groups * nearest).sum(1, keepdim=True)
     scale = (found.block_scale.view(-1, 128) * correction).view(-1, 16)[:, :1].contiguous()
     noise = torch.rand(scale.shape, generator=torch.Generator().manual_seed(seed))
     scale = reference.round_stochastic(scale, E4M3, noise)
-    return rotate((found.codes.view(-1, 16) * scale).view(x.shape) * found.tensor_scale, matrix.T)
+    return unrotate((found.codes.view(-1, 16) * scale).view(x.shape) * found.tensor_scale, rotation, BACKEND)
 
 
 def released_four_over_six(x: Tensor, seed: int) -> Tensor:
@@ -452,12 +454,12 @@ TRUST = {"format": "int8", "scale": "gaussian", "rotation": "hadamard128", "esti
 def masked(data: Data, **options: Any) -> Callable[[int], Measured]:
     """The share of elements through which no gradient passes."""
     spec = parse(QuantSpec, options)
-    quantizer = Quantizer.build(spec, "reference")
+    quantizer = Quantizer.build(spec, BACKEND)
     block = spec.rotation_block
-    matrix = None if block is None else rotation_matrix(block, None, torch.device("cpu"))
+    rotation = None if block is None else hadamard(block, None, torch.device("cpu"))
 
     def share(seed: int) -> float:
-        mask = quantizer.quantize(data(seed), matrix).mask
+        mask = quantizer.quantize(data(seed), rotation).mask
         assert mask is not None
         return 1 - mask.double().mean().item()
 
@@ -556,7 +558,7 @@ def layers(weights: Iterable[Tensor], recipe: LinearRecipe, seed: int) -> nn.Seq
     model = nn.Sequential(*linears)
     for linear, w in zip(linears, weights, strict=True):
         linear.weight.data.copy_(w)
-    qtrain.convert(model, recipe, seed=seed, backend="reference")
+    qtrain.convert(model, recipe, seed=seed, backend=BACKEND)
     return model
 
 

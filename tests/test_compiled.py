@@ -1,4 +1,5 @@
-"""compiled equals reference bit for bit: codes, scales, masks, operands; one graph serves all shapes of a plan."""
+"""Compiled code equals the reference bit for bit: C++ on CPU for every plan, shape, dtype and rotation; torch.compile's
+graphs, which serve CUDA, for some plans, one graph for all shapes."""
 
 import logging
 from dataclasses import replace
@@ -7,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from qtrain_kernels import compiled, dispatch, reference
+from qtrain_kernels import cpu, dispatch, graphs, reference
 from qtrain_kernels.formats import SCALE_RULES, get_format
-from qtrain_kernels.reference import Mask, Plan
+from qtrain_kernels.reference import Mask, Plan, Rotation
 
 KEY = torch.tensor([5, -6], dtype=torch.int32)
 E2M1 = get_format("mxfp4").element
@@ -42,8 +43,7 @@ PLANS = {
     "gaussian": Plan(E2M1, "e8m0", 32, "gaussian", mask=Mask("error", 0.5)),
     "quest one bit": Plan(get_format("int1").element, "float32", None, "gaussian", mask=Mask("within", 0.65)),
 }
-ONE_SHAPE = {"even", "ceil", "round", "std and round", "gaussian", "quest one bit"}  # what differs has no shape
-BOTH_DIMS = {"quartet backward", "ms-eden", "ms-eden 128", "four over six", "best phase"}  # in recipes' backward
+GRAPHS = ("quartet backward", "quest", "ms-eden 128", "four over six")  # one of each kind of scale; two dims, noise
 
 
 def hard_input(shape: tuple[int, int, int]) -> Tensor:
@@ -68,38 +68,106 @@ def same(a: Tensor | None, b: Tensor | None) -> bool:
     return a.dtype == b.dtype and torch.equal(a.view(bits), b.view(bits))
 
 
-def graphs() -> int:
-    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+def alike(a: Tensor | float | None, b: Tensor | float | None) -> bool:
+    """Equal bits, and NaN in the same places."""
+    if not isinstance(a, Tensor) or not isinstance(b, Tensor):
+        return a == b
+    return same(one_nan(a), one_nan(b))
+
+
+def one_nan(x: Tensor) -> Tensor:
+    """The sign and the payload of a NaN are no promise."""
+    return torch.where(x.isnan(), float("nan"), x) if x.is_floating_point() else x
+
+
+def shapes_of(plan: Plan) -> list[tuple[int, int, int]]:
+    """Both dims; whole and broken vectors of sixteen lines; lines that sixteen does not divide."""
+    span = plan.span or 96
+    rows = [(1, span, 1), (6, span, 1), (131, span, 1)]
+    columns = [(1 if plan.span is None else 5, span, 33), (1 if plan.span is None else 2, span, 64)]
+    if plan.span is None and plan.sparsity is None:
+        rows += [(7, 100, 1), (3, 1, 1)]
+        columns += [(1, 37, 18)]
+    return rows + columns
 
 
 @pytest.mark.parametrize("name", PLANS)
-def test_equal_bits_at_every_shape_without_recompiling(name: str) -> None:
+def test_cpp_equals_the_reference(name: str) -> None:
     plan = PLANS[name]
-    block = plan.span or 96
-    shapes = [(6, block, 1), (129, block, 1), (1, block, 1)]
-    if name in ONE_SHAPE:
-        shapes = shapes[1:2]
-    if name in BOTH_DIMS:
-        shapes += [(5, block, 33), (2, block, 128), (1, block, 64)]
-    if name == "quest":
-        shapes += [(7, 40, 1), (1, block, 33), (1, 128, 65)]
-    compiled._graph.cache_clear()
+    signs = torch.tensor([1.0, -1.0, -1.0, 1.0] * 8)
+    for shape in shapes_of(plan):
+        x = hard_input(shape)
+        if shape[0] > 5:
+            x[4, 0], x[5, -1] = float("nan"), float("inf")
+        length = shape[1] if plan.span is None else shape[0] * shape[1]
+        rotations = [None] if length % 32 else [None, Rotation(32, signs), Rotation(16)]
+        for rotation in rotations:
+            for given in (x, x.bfloat16(), x.transpose(0, 1).contiguous().transpose(0, 1)):
+                where = (name, shape, rotation and rotation.size, given.dtype)
+                scale = reference.tensor_scale(given, plan, rotation)
+                assert alike(scale, cpu.tensor_scale(given, plan, rotation)), where
+                for dtype in (torch.bfloat16, torch.float32):
+                    expected = reference.operand(given, scale, KEY, plan, dtype, rotation)
+                    found = cpu.operand(given, scale, KEY, plan, dtype, rotation)
+                    assert all(map(alike, expected, found)), (*where, dtype)
+                expected = reference.encode(given, scale, KEY, plan, rotation)
+                assert all(map(alike, expected, cpu.encode(given, scale, KEY, plan, rotation))), where
+
+
+@pytest.mark.parametrize("size", [2, 16, 32, 128, 512])
+@pytest.mark.parametrize("inner", [1, 21, 32])
+def test_cpp_turns_as_the_reference(size: int, inner: int) -> None:
+    rotation = Rotation(size, torch.tensor([1.0, -1.0]).repeat(size // 2))
+    x = hard_input((7, 2 * size, inner))
+    mask = (x > 0).to(torch.uint8)
+    for given in (x, x.bfloat16()):
+        assert alike(reference.rotate(given, rotation), cpu.rotate(given, rotation))
+        for passes in (mask, None):
+            for dtype in (torch.float32, torch.bfloat16):
+                expected = reference.unrotate(given, rotation, passes, dtype)
+                assert alike(expected, cpu.unrotate(given, rotation, passes, dtype)), (given.dtype, dtype)
+
+
+def test_threads_and_empty_tensors_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, rotation = PLANS["quartet backward"], Rotation(32)
+    x = hard_input((150, 32, 1))
+    expected = cpu.operand(x, 1.0, KEY, plan, torch.bfloat16, rotation)
+    monkeypatch.setattr(cpu, "_threads", lambda x: 3)
+    assert all(map(alike, expected, cpu.operand(x, 1.0, KEY, plan, torch.bfloat16, rotation)))
+    assert cpu.operand(x[:0], 1.0, KEY, plan, torch.bfloat16, rotation)[0].shape == (0, 32, 1)
+    low, high = x.clone(), x.clone()
+    low[0, 0], high[149, 31] = -1e38, 1e38
+    nvfp4 = PLANS["nvfp4"]
+    for given in (low, high):
+        assert alike(cpu.tensor_scale(given, nvfp4), reference.tensor_scale(given, nvfp4)), "whichever thread has it"
+
+
+def test_a_compiler_that_fails_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "flags", lambda: ("-std=c++17", "-not-a-flag"))
+    cpu._library.cache_clear()
+    with pytest.raises(RuntimeError, match=r"-not-a-flag(?s:.*)ask for backend 'reference'"):
+        cpu._library("#define ROTATE\n")
+
+
+def compiled_graphs() -> int:
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+def test_a_graph_equals_the_reference_at_every_shape_without_recompiling(name: str) -> None:
+    plan = PLANS[name]
+    graphs._graph.cache_clear()
     seen = set()
-    for shape in shapes:
+    for shape in [*shapes_of(plan)[:3], (1 if plan.span is None else 5, plan.span or 96, 33)]:
         x = hard_input(shape)
         layout, block_alone = shape[2] == 1, shape[0] == 1 and (plan.span or shape[2] == 1)  # the latter runs eagerly
-        before = graphs()
-        for key, grad, given in (
-            (KEY, True, x),
-            (KEY + 1, False, x),
-            (KEY, True, x.transpose(0, 1).contiguous().transpose(0, 1)),
-        ):
+        before = compiled_graphs()
+        for key, grad in ((KEY, True), (KEY + 1, False)):
             with torch.set_grad_enabled(grad):
                 scale = reference.tensor_scale(x, plan)
                 expected = reference.operand(x, scale, key, plan, torch.bfloat16)
-                found = compiled.operand(given, scale, key, plan, torch.bfloat16)
-            assert all(map(same, expected, found)), (name, shape)
-        assert graphs() == before + (not block_alone and layout not in seen), (name, shape)
+                assert all(map(same, expected, graphs.operand(x, scale, key, plan, torch.bfloat16))), (name, shape)
+        assert compiled_graphs() == before + (not block_alone and layout not in seen), (name, shape)
         seen |= set() if block_alone else {layout}
 
 
@@ -107,21 +175,6 @@ def test_every_e8m0_rule_and_every_mask_has_a_plan() -> None:
     rules = {rule for rule, kinds in SCALE_RULES.items() if "e8m0" in kinds}
     assert rules <= {plan.rule for plan in PLANS.values() if plan.scale_kind == "e8m0"}
     assert {plan.mask.kind for plan in PLANS.values() if plan.mask} == {"inside", "within", "error"}
-
-
-def one_nan(x: Tensor) -> Tensor:
-    """In float32, compiled code makes a NaN of another sign and payload (0xffffffff, not 0x7fc00000): no promise."""
-    return torch.where(x.isnan(), float("nan"), x) if x.is_floating_point() else x
-
-
-def test_encode_gives_equal_codes_and_scales() -> None:
-    """Bit for bit, the sign of zero included."""
-    plan = PLANS["quartet forward"]
-    x = hard_input((77, 32, 1))
-    x[5, 3], x[6, 4] = float("nan"), float("inf")
-    expected, found = reference.encode(x, 1.0, None, plan), compiled.encode(x, 1.0, None, plan)
-    for a, b in zip(expected, found, strict=True):
-        assert a is not None and b is not None and same(one_nan(a), one_nan(b))
 
 
 def test_auto_chooses_once_and_says_so(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,6 +203,6 @@ def test_cuda_equals_the_reference_on_cpu(name: str) -> None:
     scale = reference.tensor_scale(x, plan)
     expected = reference.operand(x, scale, KEY, plan, torch.bfloat16)
     moved = scale.cuda() if isinstance(scale, Tensor) else scale
-    for function in (reference.operand, compiled.operand):
+    for function in (reference.operand, graphs.operand):
         found = function(x.cuda(), moved, KEY.cuda(), plan, torch.bfloat16)
         assert all(same(a, None if b is None else b.cpu()) for a, b in zip(expected, found, strict=True)), function

@@ -22,7 +22,8 @@ from qtrain.quant.linear import Gemm
 from qtrain.quant.quantizer import Quantizer
 from qtrain.quant.random import USES, key_words
 from qtrain.recipe import LinearRecipe, QuantSpec, read_recipe
-from qtrain_kernels import compiled
+from qtrain_kernels import graphs
+from qtrain_kernels.reference import Rotation
 
 T, K, N = 96, 256, 128
 
@@ -140,18 +141,18 @@ def test_every_draw_takes_the_key_of_its_own_use(monkeypatch: pytest.MonkeyPatch
     names: dict[int, str] = {id(quantizer): name for name, quantizer in module.numerics.operands.items()}
     names |= {id(getattr(module.numerics, gemm)): f"{gemm}.signs" for gemm in ("fprop", "dgrad", "wgrad")}
     found = []
-    operand, matrix = Quantizer.operand, Gemm.matrix
+    operand, rotation = Quantizer.operand, Gemm.rotation
 
-    def operand_seen(self: Quantizer, x: Tensor, dtype: torch.dtype, matrix: Tensor, key: Tensor, **more: Any):
+    def operand_seen(self: Quantizer, x: Tensor, dtype: torch.dtype, rotation: Rotation, key: Tensor, **more: Any):
         found.append((names[id(self)], key.tolist()))
-        return operand(self, x, dtype, matrix, key, **more)
+        return operand(self, x, dtype, rotation, key, **more)
 
-    def matrix_seen(self: Gemm, key: Tensor, size: int) -> Tensor | None:
+    def rotation_seen(self: Gemm, key: Tensor, size: int) -> Rotation | None:
         found.append((names[id(self)], key.tolist()))
-        return matrix(self, key, size)
+        return rotation(self, key, size)
 
     monkeypatch.setattr(Quantizer, "operand", operand_seen)
-    monkeypatch.setattr(Gemm, "matrix", matrix_seen)
+    monkeypatch.setattr(Gemm, "rotation", rotation_seen)
     run(module, *batch())
     per_step = {"fprop.w", "dgrad.w", "fprop.signs", "dgrad.signs"}  # once for all micro-batches, as the weight is
     expected = [(use, key_words(0, "0", use, "step", 5, 0 if use in per_step else 2)) for use in USES]
@@ -253,13 +254,11 @@ def test_zero_and_empty_and_bad_inputs() -> None:
 def test_training_works_after_a_first_forward_in_inference_mode(backend: str) -> None:
     x, dy = batch()
     expected = run(layer("quartet", backend), x, dy)
-    rotation.hadamard.cache_clear()
-    compiled._graph.cache_clear()
-    compiled._no_key.cache_clear()
+    rotation.base.cache_clear()
     with torch.inference_mode():
         module = layer("quartet", backend)
         module.eval()(x)
-        qtrain.fake_quantize(x, "mxfp4", rotation="hadamard64", backend="reference")
+        qtrain.fake_quantize(x[:, :48], "int4", rotation="hadamard", backend="reference")
     plain = nn.Linear(K, N, bias=False)  # whose weight was not made in inference mode
     module.weight = plain.weight
     with torch.no_grad():
@@ -267,19 +266,19 @@ def test_training_works_after_a_first_forward_in_inference_mode(backend: str) ->
     module.train()
     for found, want in zip(run(module, x, dy), expected, strict=True):
         assert torch.equal(found, want)
-    assert not rotation.hadamard(64, x.device).is_inference()
+    base = rotation.base(12, x.device)
+    assert base is not None and not base.is_inference()
 
 
 def test_what_is_cached_is_a_real_tensor_whoever_asks_first() -> None:
     for mode in (FakeTensorMode(), torch.device("meta"), torch.inference_mode()):
-        rotation.hadamard.cache_clear()
-        compiled._no_key.cache_clear()
+        rotation.base.cache_clear()
+        graphs._no_key.cache_clear()
         with mode:
-            rotation.hadamard(32, torch.device("cpu"))
-            compiled._no_key(torch.device("cpu"))
-        matrix = rotation.hadamard(32, torch.device("cpu"))
-        torch.testing.assert_close((matrix @ matrix).tolist(), torch.eye(32).tolist(), rtol=0, atol=1e-6)
-        key = compiled._no_key(torch.device("cpu"))
+            rotation.base(12, torch.device("cpu"))
+            graphs._no_key(torch.device("cpu"))
+        matrix, key = rotation.base(12, torch.device("cpu")), graphs._no_key(torch.device("cpu"))
+        assert matrix is not None and (matrix @ matrix.T).tolist() == (12 * torch.eye(12)).tolist()
         assert not matrix.is_inference() and not key.is_inference() and key.tolist() == [0, 0]
 
 

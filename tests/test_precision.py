@@ -8,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import qtrain
-from qtrain.quant.precision import matmul
+from qtrain_kernels.precision import matmul
 
 SETTINGS = torch.backends.mkldnn.matmul
 
@@ -52,11 +52,11 @@ def test_the_setting_is_there_and_comes_back() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_rotations_and_float32_operands_are_exact(dtype: torch.dtype) -> None:
-    """Forward and backward of a layer with rotations, in bfloat16 and in float32."""
-    layer = torch.nn.Sequential(torch.nn.Linear(64, 64))
-    qtrain.convert(layer, "quartet", backend="reference")
+    """Forward and backward of a layer that is rotated over all of 48 = 4 * 12 features, in bfloat16 and in float32."""
+    layer = torch.nn.Sequential(torch.nn.Linear(48, 64))
+    qtrain.convert(layer, "halo_1", backend="reference")
     qtrain.set_step(layer, 0)
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16), Allowed() as allowed:
-        layer(torch.randn(64, 64)).sum().backward()
+        layer(torch.randn(64, 48)).sum().backward()
     assert (torch.float32, "ieee") in allowed.found
     assert (torch.float32, "bf16") not in allowed.found

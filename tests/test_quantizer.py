@@ -12,9 +12,10 @@ from torch import Tensor
 import qtrain
 from qtrain.errors import UserError
 from qtrain.quant.estimator import gradient_mask
-from qtrain.quant.quantizer import Quantizer, gemm
-from qtrain.quant.rotation import rotate, rotation_matrix
+from qtrain.quant.quantizer import Quantizer, gemm, rotate, unrotate
+from qtrain.quant.rotation import hadamard
 from qtrain.recipe import QuantSpec
+from qtrain.settings import Backend
 from qtrain_kernels.formats import FORMATS, get_format
 from qtrain_kernels.reference import Mask
 
@@ -101,18 +102,23 @@ def test_stochastic_draws_depend_on_the_seed_alone() -> None:
     assert (first != other).double().mean() > 0.2
 
 
-def test_rotation_is_undone_and_preserves_products() -> None:
-    x, y = gaussians(8, 256), gaussians(8, 256, 1)
+@pytest.mark.parametrize("backend", ["reference", "compiled"])
+@pytest.mark.parametrize("n", [16, 128, 12, 96])
+def test_rotation_is_undone_and_preserves_products(n: int, backend: Backend) -> None:
+    x, y = gaussians(8, 384), gaussians(8, 384, 1)
     key = torch.tensor([3, 4], dtype=torch.int32)
-    for n in (16, 128):
-        for matrix in (rotation_matrix(n, None, x.device), rotation_matrix(n, key, x.device)):
-            torch.testing.assert_close(rotate(rotate(x, matrix), matrix.T), x, rtol=0, atol=2e-6)
-            torch.testing.assert_close(rotate(x, matrix) @ rotate(y, matrix).T, x @ y.T, rtol=0, atol=1e-4)
-            torch.testing.assert_close(rotate(x.T.contiguous(), matrix, -2), rotate(x, matrix).T, rtol=0, atol=2e-6)
-        signs = np.sign(rotation_matrix(n, key, x.device)[:, 0].double().numpy())
-        expected = oracle.rotate(x.double().numpy(), oracle.rotation(n, signs))
-        found = rotate(x, rotation_matrix(n, key, x.device)).double().numpy()
-        np.testing.assert_allclose(found, expected, atol=2e-6)
+    for rotation in (hadamard(n, None, x.device), hadamard(n, key, x.device)):
+        xr, yr = rotate(x, rotation, backend), rotate(y, rotation, backend)
+        torch.testing.assert_close(unrotate(xr, rotation, backend), x, rtol=0, atol=2e-6)
+        torch.testing.assert_close(xr @ yr.T, x @ y.T, rtol=0, atol=1e-4)
+        torch.testing.assert_close(rotate(x.T, rotation, backend, -2), xr.T, rtol=0, atol=2e-6)
+    signs = rotation.signs
+    assert signs is not None
+    if n in (12, 96):  # orthogonal, as the products show, and of one magnitude: a Hadamard matrix
+        assert rotate(torch.eye(n), rotation, backend).abs().sub(n**-0.5).abs().max() < 1e-7
+        return
+    expected = oracle.rotate(x.double().numpy(), oracle.rotation(n, signs.double().numpy()))
+    np.testing.assert_allclose(xr.double().numpy(), expected, atol=2e-6)
 
 
 def test_rotated_fake_quantize_spreads_an_outlier() -> None:

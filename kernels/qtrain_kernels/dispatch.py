@@ -1,33 +1,32 @@
-"""One table: (operation, backend) -> function. Chosen once per device and said once; never fallen back from.
+"""One table: (backend, device) -> the module that has its operations. Chosen once per device and said once; never
+fallen back from.
 
-reference: eager torch, anywhere. compiled: the same functions through torch.compile; needs a C++ compiler on CPU and
-Triton on CUDA. auto: compiled where it can work, else reference.
+Operations: rotate, unrotate, tensor_scale, encode, operand, as reference.py defines them.
+reference: eager torch, anywhere. compiled: code made for each plan, by a C++ compiler on CPU, by torch.compile on CUDA.
+auto: compiled where it can work, else reference.
 """
 
 from __future__ import annotations
 
 import logging
 import subprocess
-import sysconfig
 from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
+from types import ModuleType
+from typing import Any
 
-from qtrain_kernels import compiled, reference
+from qtrain_kernels import cpu, graphs, reference
 
 log = logging.getLogger("qtrain")
 
-TABLE: dict[tuple[str, str], Callable[..., tuple]] = {
-    ("encode", "reference"): reference.encode,
-    ("encode", "compiled"): compiled.encode,
-    ("operand", "reference"): reference.operand,
-    ("operand", "compiled"): compiled.operand,
-}
+COMPILED: dict[str, ModuleType] = {"cpu": cpu, "cuda": graphs}
 
 
-def get(op: str, backend: str, device_type: str) -> Callable[..., tuple]:
+def get(op: str, backend: str, device_type: str) -> Callable[..., Any]:
     """The function of an operation. ValueError for an unknown backend, or for `compiled` where it cannot work."""
-    return TABLE[op, resolve(backend, device_type)]
+    chosen = resolve(backend, device_type)
+    return getattr(COMPILED[device_type] if chosen == "compiled" else reference, op)
 
 
 @cache
@@ -46,32 +45,24 @@ def resolve(backend: str, device_type: str) -> str:
 
 
 def _obstacle_to_compiling(device_type: str) -> str | None:
-    """Why torch.compile cannot work there, with the remedy; None if it can."""
+    """Why nothing can be compiled there, with the remedy; None if it can."""
     if device_type == "cuda":
         return None if find_spec("triton") else "triton is not installed; install it"
     if device_type != "cpu":
-        return f"torch.compile of these functions is not tried on {device_type}"
+        return f"nothing is compiled for {device_type}"
     return _cpp_obstacle()
 
 
 def _cpp_obstacle() -> str | None:
-    """Tries what inductor will need: a C++ compiler, the C++ library, OpenMP, and Python's headers."""
-    from torch._inductor import cpp_builder, exc
-
+    """Tries what cpu.py will ask of the compiler."""
     try:
-        compiler = cpp_builder.get_cpp_compiler()
-    except (exc.InvalidCxxCompiler, RuntimeError):
-        return "no C++ compiler was found; install g++ or set CXX"
-    source = "#include <Python.h>\n#include <omp.h>\n#include <vector>\n"
-    include = f"-I{sysconfig.get_path('include')}"
-    trial = subprocess.run(
-        [compiler, "-std=c++17", "-fsyntax-only", include, "-x", "c++", "-"],
-        input=source,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+        compiler = cpu.compiler()
+    except RuntimeError as error:
+        return str(error)
+    source = "#include <omp.h>\n#include <cstring>\nint main() { return omp_get_max_threads() > 0 ? 0 : 1; }\n"
+    command = [compiler, *cpu.flags(), "-x", "c++", "-", "-o", "/dev/null"]
+    trial = subprocess.run(command, input=source, capture_output=True, text=True, check=False)
     if trial.returncode == 0:
         return None
     missing = trial.stderr.strip().splitlines()[0] if trial.stderr.strip() else "it failed"
-    return f"the C++ compiler {compiler} lacks a header ({missing}); install the headers of C++, OpenMP and Python"
+    return f"the C++ compiler {compiler} cannot build ({missing}); install the headers of C++ and OpenMP"

@@ -1,9 +1,9 @@
 """The torch twin of every operation: runs anywhere, and is the definition of correct.
 
-Layout of every operand here: (outer, span, inner) float32, quantised along dim 1. An operand (M, K) quantised along K
-is (M * K / span, span, 1); along M it is (M / span, span, K): no transpose is ever made. The span is the block that
-shares a scale, the blocks that share an EDEN correction, or, for a format with one scale per row or tensor, the whole
-contraction dim. Tiles of several rows come as blocks, one after the other.
+Layout of every operand here: (outer, span, inner), quantised along dim 1, computed in float32. An operand (M, K)
+quantised along K is (M * K / span, span, 1); along M it is (M / span, span, K): no transpose is ever made. The span is
+the block that shares a scale, the blocks that share an EDEN correction, or, for a format with one scale per row or
+tensor, the whole contraction dim. Tiles of several rows come as blocks, one after the other.
 
 x ≈ codes * block_scale * tensor_scale. `tensor_scale` sees whole rows or tensors and is computed by this file on every
 backend; `encode` sees one span at a time and is what other backends replace. Exponents are read from the bits of a
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from qtrain_kernels.formats import Element, ScaleKind
+from qtrain_kernels.precision import matmul
 
 HEADROOM = 0.75  # Quartet's backward: amax < 8 * 2^e, so 3/4 of it stays within 6 * 2^e
 STD_EPS = 1e-8
@@ -99,15 +100,20 @@ def mean(x: Tensor) -> Tensor:
     return divide(tree_sum(x), x.shape[1])
 
 
+def root(x: Tensor) -> Tensor:
+    """The square root rounded once: torch's own of float32 is off by one unit on a fifth of all values on CPU (MKL)."""
+    return torch.sqrt(x.double()).to(x.dtype)
+
+
 def rms(x: Tensor) -> Tensor:
     """(outer, 1, inner) root mean square over dim 1."""
-    return torch.sqrt(mean(x * x))
+    return root(mean(x * x))
 
 
 def std(x: Tensor) -> Tensor:
     """(outer, 1, inner) standard deviation over dim 1 about the block's own mean, population variance."""
     centred = x - mean(x)
-    return torch.sqrt(mean(centred * centred))
+    return root(mean(centred * centred))
 
 
 def amax(x: Tensor) -> Tensor:
@@ -144,23 +150,51 @@ def _scale_exponent(magnitude: Tensor, increment: int, shift: int, divisor: floa
     return torch.where(biased == 255, 255, moved.clamp(0, 254))
 
 
+@dataclass(frozen=True)
+class Exponent:
+    """How a block's E8M0 scale follows from one magnitude, rms and std times the element's Gaussian fit: the exponent
+    of it / divisor after `increment` is added to its bits, less `shift`; search: the least error of that and its
+    neighbours."""
+
+    magnitude: Literal["amax", "rms", "std"]
+    increment: int = 0
+    shift: int = 0
+    divisor: float = 1.0
+    search: bool = False
+
+
+def exponent_rule(plan: Plan) -> Exponent:
+    """Of a plan with E8M0 scales."""
+    element, emax = plan.element, plan.element.max_exponent
+    half_a_unit = 1 << (22 - element.precision_bits)  # of the element's last mantissa bit
+    return {
+        "floor": Exponent("amax", shift=emax),
+        "floor_three_quarters": Exponent("amax", shift=emax),
+        "mse": Exponent("amax", shift=emax, search=True),
+        "mse_phase": Exponent("amax", shift=emax, search=True),
+        "even": Exponent("amax", half_a_unit, emax),
+        "ceil": Exponent("amax", CARRY, emax),
+        "rceil": Exponent("amax", CARRY, divisor=element.max),
+        "round": Exponent("amax", CARRY_ABOVE_SQRT2, divisor=element.max),
+        "gaussian": Exponent("rms"),
+        "std": Exponent("std"),
+        "std_round": Exponent("std", CARRY_ABOVE_SQRT2),
+    }[plan.rule]
+
+
 def _e8m0_exponent(x: Tensor, plan: Plan) -> Tensor:
-    """The biased E8M0 exponent by every rule that looks only at one magnitude of the block."""
-    element, rule = plan.element, plan.rule
-    emax = element.max_exponent
-    if rule in ("floor", "floor_three_quarters", "mse", "mse_phase"):
-        return _scale_exponent(amax(x), 0, emax)
-    if rule == "even":  # half a unit of the element's last mantissa bit carries into the exponent
-        return _scale_exponent(amax(x), 1 << (22 - element.precision_bits), emax)
-    if rule == "ceil":
-        return _scale_exponent(amax(x), CARRY, emax)
-    if rule == "rceil":
-        return _scale_exponent(amax(x), CARRY, 0, element.max)
-    if rule == "round":
-        return _scale_exponent(amax(x), CARRY_ABOVE_SQRT2, 0, element.max)
-    assert element.gaussian is not None
-    fitted = element.gaussian * rms(x) if rule == "gaussian" else element.gaussian * std(x) + STD_EPS
-    return _scale_exponent(fitted, CARRY_ABOVE_SQRT2 if rule == "std_round" else 0, 0)
+    """The biased exponent of a block's scale."""
+    rule = exponent_rule(plan)
+    if rule.magnitude == "amax":
+        magnitude = amax(x)
+    else:
+        assert plan.element.gaussian is not None
+        rms_ = rule.magnitude == "rms"
+        magnitude = plan.element.gaussian * (rms(x) if rms_ else std(x)) + (0.0 if rms_ else STD_EPS)
+    exponent = _scale_exponent(magnitude, rule.increment, rule.shift, rule.divisor)
+    if not rule.search:
+        return exponent
+    return torch.where(exponent == 255, 255, _least_error_exponent(x, exponent, plan.element))
 
 
 def _least_error_exponent(x: Tensor, floor: Tensor, element: Element) -> Tensor:
@@ -180,27 +214,88 @@ def _squared_error(u: Tensor, scale: float, element: Element) -> Tensor:
     return tree_sum(difference * difference)
 
 
+# ------------------------------------------------------------------------------------------------------------- rotation
+
+
+@dataclass(frozen=True, eq=False)
+class Rotation:
+    """x -> x D H in blocks of `size` along dim 1: random signs D, then H / sqrt(size), H a Hadamard matrix.
+
+    signs: (size,) float32 of ±1, or None. H is Sylvester's of order 2^k; base, (m, m) float32 of ±1 with size = 2^k m,
+    makes it Sylvester's times base.
+    """
+
+    size: int
+    signs: Tensor | None = None
+    base: Tensor | None = None
+
+
+def rotate(x: Tensor, rotation: Rotation | None) -> Tensor:
+    """x (outer, span, inner) -> x D H, float32. outer * span: whole rows one after the other, or one of columns; a
+    multiple of rotation.size. Sums are taken in pairs, elements half a block apart first; those of base by a matmul,
+    whose order is its own."""
+    if rotation is None:
+        return x.float()
+    blocks = x.float().reshape(-1, rotation.size, x.shape[2])
+    if rotation.signs is not None:
+        blocks = blocks * rotation.signs[:, None]
+    return _hadamard(blocks, None if rotation.base is None else rotation.base.T).reshape(x.shape)
+
+
+def unrotate(x: Tensor, rotation: Rotation | None, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """(x * mask) (D H)^-1 in dtype, computed in float32; x as in `rotate`, mask of its shape, uint8 or None: a gradient
+    that leaves a rotation."""
+    x = x.float() if mask is None else x.float() * mask
+    if rotation is None:
+        return x.to(dtype)
+    blocks = _hadamard(x.reshape(-1, rotation.size, x.shape[2]), rotation.base)
+    if rotation.signs is not None:
+        blocks = blocks * rotation.signs[:, None]
+    return blocks.reshape(x.shape).to(dtype)
+
+
+def _hadamard(x: Tensor, base: Tensor | None) -> Tensor:
+    """(blocks, size, inner) times the symmetric Sylvester part and base from the left, over sqrt(size)."""
+    blocks, size, inner = x.shape
+    half = size // 2
+    while half >= (1 if base is None else base.shape[0]):
+        pairs = x.reshape(-1, 2, half, inner)
+        first, second = pairs[:, 0], pairs[:, 1]
+        x = torch.stack((first + second, first - second), dim=1)
+        half //= 2
+    if base is not None:
+        x = matmul(base, x.reshape(-1, base.shape[0], inner))
+    return x.reshape(blocks, size, inner) * size**-0.5
+
+
 # --------------------------------------------------------------------------------------------------------------- scales
 
 
-def tensor_scale(x: Tensor, plan: Plan) -> Tensor | float:
+def tensor_scale(x: Tensor, plan: Plan, rotation: Rotation | None = None) -> Tensor | float:
     """The scale above the blocks: (outer, 1, inner) float32 per row, () float32 per tensor, or a constant.
 
-    x: whole rows, (outer, contraction, inner). A row or tensor of zeros gets scale 0, which `encode` takes as codes of
-    zero inputs: the product is 0.
+    x: whole rows, (outer, contraction, inner), before the rotation. A row or tensor of zeros gets scale 0, which
+    `encode` takes as codes of zero inputs: the product is 0.
     """
+    constant = constant_scale(plan)
+    if constant is not None:
+        return constant
+    x = rotate(x, rotation)
     if plan.scale_kind == "minifloat":
-        limit, cap = _minifloat_range(plan)
+        limit, cap = minifloat_range(plan)
         low, high = torch.aminmax(x)  # one pass and no copy: a third of x.abs().amax()
         return finite_or_nan(divide(torch.maximum(low.abs(), high.abs()), limit * cap))
     if plan.rule == "mse_phase":
         return finite_or_nan(rms(x) * (1.0 / BEST_PHASE))
-    if plan.scale_kind == "e8m0":
-        return 1.0 / HEADROOM if plan.rule == "floor_three_quarters" else 1.0
-    if plan.block is not None:
-        return 1.0
     scale = _float32_scale(x.reshape(1, -1, 1) if plan.per_tensor else x, plan)
     return scale.reshape(()) if plan.per_tensor else scale
+
+
+def constant_scale(plan: Plan) -> float | None:
+    """The scale above the blocks where it does not depend on x."""
+    if plan.scale_kind == "minifloat" or plan.rule == "mse_phase" or plan.block is None:
+        return None
+    return 1.0 / HEADROOM if plan.rule == "floor_three_quarters" else 1.0
 
 
 def _float32_scale(x: Tensor, plan: Plan) -> Tensor:
@@ -218,7 +313,7 @@ def _float32_scale(x: Tensor, plan: Plan) -> Tensor:
     return finite_or_nan(divide(amax(x), plan.element.max))
 
 
-def _minifloat_range(plan: Plan) -> tuple[float, float]:
+def minifloat_range(plan: Plan) -> tuple[float, float]:
     """(what amax becomes in code units, the largest block scale)."""
     assert plan.scale_element is not None
     if plan.rule == "absmax_headroom":  # a scale rounded down by its last half bit still clips nothing
@@ -238,13 +333,10 @@ def block_scale(x: Tensor, scale: Tensor | float, plan: Plan) -> Tensor | None:
     if plan.scale_kind == "float32":
         return _float32_scale(x, plan)
     if plan.scale_kind == "minifloat":
-        limit, _ = _minifloat_range(plan)
+        limit, _ = minifloat_range(plan)
         whole = _minifloat_block_scale(x, limit, scale, plan)
         return _four_over_six(x, whole, scale, plan) if plan.rule == "four_over_six" else whole
-    exponent = _e8m0_exponent(x, plan)
-    if plan.rule in ("mse", "mse_phase"):
-        exponent = torch.where(exponent == 255, 255, _least_error_exponent(x, exponent, plan.element))
-    return power_of_two(exponent)
+    return power_of_two(_e8m0_exponent(x, plan))
 
 
 def _minifloat_block_scale(x: Tensor, limit: float, scale: Tensor | float, plan: Plan) -> Tensor:
@@ -343,14 +435,16 @@ def element_index(x: Tensor) -> Tensor:
 
 
 def encode(
-    x: Tensor, scale: Tensor | float, key: Tensor | None, plan: Plan
+    x: Tensor, scale: Tensor | float, key: Tensor | None, plan: Plan, rotation: Rotation | None = None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Codes, block scales and the gradient's mask of one operand.
 
-    x: (outer, span, inner) float32, rotated; scale: its tensor_scale; key: (2,) int32 for stochastic rounding and EDEN.
+    x: (outer, span, inner), before the rotation; scale: its tensor_scale, () or (outer, 1, inner); key: (2,) int32 for
+    stochastic rounding and EDEN.
     Returns codes float32 on the element's grid, (outer, span, inner); block_scale (outer * span / block, 1, inner) or
     None; mask uint8 (1 passes the gradient) or None.
     """
+    x = rotate(x, rotation)
     shape = x.shape
     if plan.rule == "mse_phase":
         x, scale = x / _nonzero(torch.as_tensor(scale)), 1.0
@@ -401,11 +495,16 @@ def _largest(x: Tensor, sparsity: str) -> Tensor:
 
 
 def operand(
-    x: Tensor, scale: Tensor | float, key: Tensor | None, plan: Plan, dtype: torch.dtype
+    x: Tensor,
+    scale: Tensor | float,
+    key: Tensor | None,
+    plan: Plan,
+    dtype: torch.dtype,
+    rotation: Rotation | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """What a GEMM takes: codes * block_scale, and the mask. The tensor scale is left to the GEMM's result. dtype must
     hold the product exactly, bfloat16 where plan.exact_in_bfloat16, else float32. Same arguments as `encode`."""
-    codes, blocks, mask = encode(x, scale, key, plan)
+    codes, blocks, mask = encode(x, scale, key, plan, rotation)
     if blocks is not None:
         codes = (codes.reshape(blocks.shape[0], -1, x.shape[2]) * blocks).reshape(x.shape)
     return codes.to(dtype), mask

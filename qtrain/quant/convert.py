@@ -16,7 +16,7 @@ from torch import nn
 from qtrain.errors import UserError
 from qtrain.quant.linear import Numerics, QuantLinear
 from qtrain.quant.random import checked_seed
-from qtrain.quant.rotation import hadamard
+from qtrain.quant.rotation import base
 from qtrain.recipe import LinearRecipe, read_recipe
 from qtrain.settings import Backend, group_names
 from qtrain_kernels import dispatch
@@ -237,7 +237,7 @@ def _misfit(name: str, module: nn.Module, recipe: LinearRecipe, numerics: Numeri
             )
         if quantizer.spec.rotation == "hadamard":
             try:
-                hadamard(size, torch.device("cpu"))
+                base(size, torch.device("cpu"))
             except ValueError as error:
                 return f"recipe {recipe.name}, {operand} of {name}: {error}"
     return None

@@ -21,11 +21,12 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from qtrain.errors import UserError
-from qtrain.quant.quantizer import Operand, Quantizer, gemm
+from qtrain.quant.quantizer import Operand, Quantizer, gemm, rotate, unrotate
 from qtrain.quant.random import PER_STEP, USES, key_of, key_words
-from qtrain.quant.rotation import hadamard, rotate, rotation_matrix
+from qtrain.quant.rotation import hadamard
 from qtrain.recipe import LinearRecipe
 from qtrain.settings import Backend
+from qtrain_kernels.reference import Rotation
 
 
 @dataclass(frozen=True)
@@ -35,12 +36,12 @@ class Gemm:
     left: Quantizer
     right: Quantizer
 
-    def matrix(self, key: Tensor, size: int) -> Tensor | None:
-        """D H of the contraction dim, which has this size."""
+    def rotation(self, key: Tensor, size: int) -> Rotation | None:
+        """Of the contraction dim, which has this size."""
         spec = self.left.spec
         if spec.rotation_block is None:
             return None
-        return rotation_matrix(spec.rotation_block or size, None if spec.signs == "none" else key, key.device)
+        return hadamard(spec.rotation_block or size, None if spec.signs == "none" else key, key.device)
 
     @property
     def multiple(self) -> int:
@@ -94,31 +95,33 @@ class QuantizedWeight:
     def __init__(self, weight: Tensor, scale: Tensor | None, keys: Tensor, numerics: Numerics, dtype: torch.dtype):
         """weight (N, K) master; scale: the learned one; keys (9, 2) int32 on weight's device."""
         self.numerics, self.dtype = numerics, dtype
-        self.matrix = numerics.fprop.matrix(key_of(keys, "fprop.signs"), weight.shape[1])
+        self.rotation = numerics.fprop.rotation(key_of(keys, "fprop.signs"), weight.shape[1])
         self.fprop = numerics.fprop.right.operand(
-            weight, dtype, self.matrix, key_of(keys, "fprop.w"), learned=_scalar(scale)
+            weight, dtype, self.rotation, key_of(keys, "fprop.w"), learned=_scalar(scale)
         )
         self._master = weight if numerics.dgrad.right.spec.source == "master" else None
-        self._dgrad: tuple[Operand, Tensor | None] | None = None
+        self._dgrad: tuple[Operand, Rotation | None] | None = None
 
-    def dgrad(self, keys: Tensor) -> tuple[Operand, Tensor | None]:
-        """W' quantised along N, and the matrix that rotated it."""
+    def dgrad(self, keys: Tensor) -> tuple[Operand, Rotation | None]:
+        """W' quantised along N, and how it was rotated."""
         if self._dgrad is None:
             source = self.fprop if self._master is None else Operand(self._master)
-            matrix = self.numerics.dgrad.matrix(key_of(keys, "dgrad.signs"), source.values.shape[0])
+            rotation = self.numerics.dgrad.rotation(key_of(keys, "dgrad.signs"), source.values.shape[0])
             quantizer = self.numerics.dgrad.right
-            self._dgrad = (_again(quantizer, source, self.dtype, matrix, key_of(keys, "dgrad.w")), matrix)
+            self._dgrad = (_again(quantizer, source, self.dtype, rotation, key_of(keys, "dgrad.w")), rotation)
         return self._dgrad
 
 
-def _again(quantizer: Quantizer, source: Operand, dtype: torch.dtype, matrix: Tensor | None, key: Tensor) -> Operand:
+def _again(
+    quantizer: Quantizer, source: Operand, dtype: torch.dtype, rotation: Rotation | None, key: Tensor
+) -> Operand:
     """An operand of the backward, along dim -2, from a master or forward value. A forward value that is neither rotated
     nor quantised again keeps its codes, and its tensor scale stays on the result; a scale per row lies along the
     contraction and is multiplied in."""
     per_row = isinstance(source.post_scale, Tensor) and source.post_scale.ndim > 0
-    if quantizer.spec.source == "forward" and quantizer.plan is None and matrix is None and not per_row:
+    if quantizer.spec.source == "forward" and quantizer.plan is None and rotation is None and not per_row:
         return Operand(source.values, source.post_scale)
-    return quantizer.operand(source.dequantize(), dtype, matrix, key, dim=-2)
+    return quantizer.operand(source.dequantize(), dtype, rotation, key, dim=-2)
 
 
 class _QuantLinearFunction(torch.autograd.Function):
@@ -133,12 +136,12 @@ class _QuantLinearFunction(torch.autograd.Function):
         quantized: QuantizedWeight,
     ) -> Tensor:
         """x (T, K), weight (N, K) master, keys (9, 2) int32 in the order of USES -> (T, N) in quantized.dtype."""
-        numerics, dtype, matrix = quantized.numerics, quantized.dtype, quantized.matrix
+        numerics, dtype, rotation = quantized.numerics, quantized.dtype, quantized.rotation
         with torch.autocast(x.device.type, enabled=False):
-            xq = numerics.fprop.left.operand(x, dtype, matrix, key_of(keys, "fprop.x"), learned=_scalar(x_scale))
+            xq = numerics.fprop.left.operand(x, dtype, rotation, key_of(keys, "fprop.x"), learned=_scalar(x_scale))
             y = gemm(xq, quantized.fprop.t).to(dtype)
-            x_slope = _scale_slope(x, matrix, xq, x_scale, numerics.fprop.left)
-            w_slope = _scale_slope(weight, matrix, quantized.fprop, w_scale, numerics.fprop.right)
+            x_slope = _scale_slope(x, rotation, xq, x_scale, numerics.fprop.left)
+            w_slope = _scale_slope(weight, rotation, quantized.fprop, w_scale, numerics.fprop.right)
         x_source = xq if numerics.wgrad.right.spec.source == "forward" else Operand(x)
         ctx.quantized, ctx.dtypes = quantized, (x.dtype, weight.dtype)
         post = x_source.post_scale
@@ -152,10 +155,8 @@ class _QuantLinearFunction(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         x_dtype, weight_dtype = ctx.dtypes
         quantized: QuantizedWeight = ctx.quantized
-        numerics, dtype, matrix = quantized.numerics, quantized.dtype, quantized.matrix
+        numerics, dtype, rotation = quantized.numerics, quantized.dtype, quantized.rotation
         grad_output = grads[0]
-        if numerics.dgrad.left.plan or numerics.wgrad.left.plan:
-            grad_output = grad_output.float()  # once for both
         x_values, x_mask, keys, x_slope, w_slope, _, saved_post = ctx.saved_tensors
         x_post = ctx.x_post if saved_post is None else saved_post
         grad_input = grad_weight = grad_x_scale = grad_w_scale = None
@@ -163,29 +164,31 @@ class _QuantLinearFunction(torch.autograd.Function):
             if ctx.needs_input_grad[0] or x_slope is not None:
                 product = _dgrad(numerics.dgrad, grad_output, quantized, keys)
                 rotated = numerics.dgrad.right.spec.source == "forward"
-                grad, grad_x_scale = _to_operand(product, x_mask, x_slope, matrix, rotated, numerics.fprop.left)
-                grad_input = grad.to(x_dtype)
+                grad_input, grad_x_scale = _to_operand(
+                    product, x_mask, x_slope, rotation, rotated, numerics.fprop.left, x_dtype
+                )
             if ctx.needs_input_grad[1] or w_slope is not None:
                 source = Operand(x_values, x_post)
                 product = _wgrad(numerics.wgrad, grad_output, source, keys, dtype)
                 rotated = numerics.wgrad.right.spec.source == "forward"
                 w_mask = quantized.fprop.mask
-                grad, grad_w_scale = _to_operand(product, w_mask, w_slope, matrix, rotated, numerics.fprop.right)
-                grad_weight = grad.to(weight_dtype)
+                grad_weight, grad_w_scale = _to_operand(
+                    product, w_mask, w_slope, rotation, rotated, numerics.fprop.right, weight_dtype
+                )
         return grad_input, grad_weight, grad_x_scale, grad_w_scale, None, None
 
 
 def _dgrad(gemm_: Gemm, grad_output: Tensor, quantized: QuantizedWeight, keys: Tensor) -> Tensor:
     """(T, N) @ (N, K), both quantised along N."""
     tokens, block = grad_output.shape[0], gemm_.left.spec.row_rotation_block
-    weight, matrix = quantized.dgrad(keys)
-    rows = None if block is None else hadamard(block, grad_output.device)
+    weight, rotation = quantized.dgrad(keys)
+    backend = gemm_.left.backend
+    rows = None if block is None else hadamard(block, None, grad_output.device)
     if rows is not None:
-        assert block is not None
-        grad_output = rotate(F.pad(grad_output, (0, 0, 0, -tokens % block)), rows, dim=-2)
-    dy = gemm_.left.operand(grad_output, quantized.dtype, matrix, key_of(keys, "dgrad.dy"), dim=-1)
+        grad_output = rotate(F.pad(grad_output, (0, 0, 0, -tokens % rows.size)), rows, backend, dim=-2)
+    dy = gemm_.left.operand(grad_output, quantized.dtype, rotation, key_of(keys, "dgrad.dy"), dim=-1)
     product = gemm(dy, weight)
-    return product if rows is None else rotate(product.float(), rows.T, dim=-2)[:tokens]
+    return product if rows is None else unrotate(product, rows, backend, dim=-2)[:tokens]
 
 
 def _wgrad(gemm_: Gemm, grad_output: Tensor, x: Operand, keys: Tensor, dtype: torch.dtype) -> Tensor:
@@ -196,26 +199,30 @@ def _wgrad(gemm_: Gemm, grad_output: Tensor, x: Operand, keys: Tensor, dtype: to
         per_row = isinstance(x.post_scale, Tensor) and x.post_scale.ndim
         values = x.dequantize() if per_row else x.values
         x = Operand(F.pad(values, (0, 0, 0, padding)), 1.0 if per_row else x.post_scale)
-    matrix = gemm_.matrix(key_of(keys, "wgrad.signs"), grad_output.shape[0])
-    dy = gemm_.left.operand(grad_output, dtype, matrix, key_of(keys, "wgrad.dy"), dim=-2)
-    return gemm(dy.t, _again(gemm_.right, x, dtype, matrix, key_of(keys, "wgrad.x")))
+    rotation = gemm_.rotation(key_of(keys, "wgrad.signs"), grad_output.shape[0])
+    dy = gemm_.left.operand(grad_output, dtype, rotation, key_of(keys, "wgrad.dy"), dim=-2)
+    return gemm(dy.t, _again(gemm_.right, x, dtype, rotation, key_of(keys, "wgrad.x")))
 
 
 def _to_operand(
-    grad: Tensor, mask: Tensor | None, slope: Tensor | None, matrix: Tensor | None, rotated: bool, quantizer: Quantizer
+    grad: Tensor,
+    mask: Tensor | None,
+    slope: Tensor | None,
+    rotation: Rotation | None,
+    rotated: bool,
+    quantizer: Quantizer,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor | None]:
-    """A gradient by the operand as quantised (rotated: it is in rotated space) -> by the operand itself, and by its
-    learned scale."""
+    """A gradient by the operand as quantised (rotated: it is in rotated space) -> by the operand itself in dtype, and
+    by its learned scale."""
     if mask is None and slope is None and not rotated:
-        return grad, None
-    if not rotated and matrix is not None:
-        grad = rotate(grad.float(), matrix)
+        return grad.to(dtype), None
+    if not rotated:
+        grad = rotate(grad, rotation, quantizer.backend)
     by_scale = (
         None if slope is None else (grad.float() * slope).sum().view(1) * _scale_gradient_factor(slope, quantizer)
     )
-    if mask is not None:
-        grad = grad.float().mul_(mask) if by_scale is None else grad.float() * mask
-    return (grad if matrix is None else rotate(grad.float(), matrix.T)), by_scale
+    return unrotate(grad, rotation, quantizer.backend, mask=mask, dtype=dtype), by_scale
 
 
 def _scalar(scale: Tensor | None) -> Tensor | None:
@@ -223,14 +230,14 @@ def _scalar(scale: Tensor | None) -> Tensor | None:
 
 
 def _scale_slope(
-    x: Tensor, matrix: Tensor | None, operand: Operand, scale: Tensor | None, quantizer: Quantizer
+    x: Tensor, rotation: Rotation | None, operand: Operand, scale: Tensor | None, quantizer: Quantizer
 ) -> Tensor | None:
     """d(codes * scale) / d scale by the straight-through estimator (LSQ, arXiv 1902.08153), (M, N) float32: codes - x /
     scale inside the grid, the last code beyond it. None where no scale is learned."""
     if scale is None:
         return None
     assert quantizer.plan is not None
-    u = rotate(x.float(), matrix) / torch.where(scale == 0, 1.0, scale.float())
+    u = rotate(x, rotation, quantizer.backend) / torch.where(scale == 0, 1.0, scale.float())
     codes = operand.values.float()
     return torch.where(u.abs() > quantizer.plan.element.max, codes, codes - u)
 

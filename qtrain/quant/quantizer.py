@@ -17,14 +17,14 @@ from torch.nn import functional as F
 
 from qtrain.errors import UserError
 from qtrain.quant.estimator import gradient_mask
-from qtrain.quant.precision import matmul
 from qtrain.quant.random import checked_seed, key_words
-from qtrain.quant.rotation import rotate, rotation_matrix
+from qtrain.quant.rotation import hadamard
 from qtrain.recipe import QuantSpec, check_spec
 from qtrain.settings import Backend, parse
-from qtrain_kernels import dispatch, reference
+from qtrain_kernels import dispatch
 from qtrain_kernels.formats import get_format
-from qtrain_kernels.reference import Plan
+from qtrain_kernels.precision import matmul
+from qtrain_kernels.reference import Plan, Rotation
 
 
 @dataclass(frozen=True)
@@ -101,6 +101,31 @@ def gemm(left: Operand, right: Operand) -> Tensor:
     return product
 
 
+def rotate(x: Tensor, rotation: Rotation | None, backend: Backend, dim: int = -1) -> Tensor:
+    """x (M, N) -> x D H in blocks along dim -1 or -2, float32."""
+    turned = dispatch.get("rotate", backend, x.device.type)(_lines(x, dim), rotation)
+    return turned.view(x.shape)
+
+
+def unrotate(
+    x: Tensor,
+    rotation: Rotation | None,
+    backend: Backend,
+    dim: int = -1,
+    mask: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """(x * mask) (D H)^-1 in dtype; mask (M, N) uint8."""
+    passes = None if mask is None else _lines(mask, dim)
+    turned = dispatch.get("unrotate", backend, x.device.type)(_lines(x, dim), rotation, passes, dtype)
+    return turned.view(x.shape)
+
+
+def _lines(x: Tensor, dim: int) -> Tensor:
+    """(outer, contraction, inner): whole rows or columns."""
+    return x.reshape(-1, x.shape[1], 1) if dim == -1 else x.reshape(1, *x.shape)
+
+
 @dataclass(frozen=True)
 class Quantizer:
     """One operand's numerics, resolved: spec with its format named; plan None leaves it in the compute dtype."""
@@ -153,24 +178,24 @@ class Quantizer:
         return math.lcm(self.tile[1], self.spec.rotation_block or 1, 8 if self.spec.sparsity else 1)
 
     def quantize(
-        self, x: Tensor, matrix: Tensor | None = None, key: Tensor | None = None, dim: int = -1
+        self, x: Tensor, rotation: Rotation | None = None, key: Tensor | None = None, dim: int = -1
     ) -> QuantizedTensor:
-        """x (M, N), float -> codes and scales of x rotated by matrix, along dim (-1 or -2); key (2,) int32."""
+        """x (M, N), float -> codes and scales of x rotated, along dim (-1 or -2); key (2,) int32."""
         assert self.plan is not None
         view = _View(x.shape, dim, *self.tile)
-        blocks, scale, post = self._prepare(x, matrix, view)
+        blocks, scale, post, rotation = self._prepare(x, rotation, view)
         encode = dispatch.get("encode", self.backend, x.device.type)
-        codes, block_scale, mask = encode(blocks, scale, key, self.plan)
+        codes, block_scale, mask = encode(blocks, scale, key, self.plan, rotation)
         passes = None if mask is None else view.undo(mask).view(torch.bool)
         if block_scale is not None:
             size = self.plan.block or 1
             block_scale = view.undo(block_scale.expand(-1, size, -1))
         return QuantizedTensor(view.undo(codes), block_scale, post, passes)
 
-    def count(self, x: Tensor, matrix: Tensor | None = None, key: Tensor | None = None, dim: int = -1) -> Counts:
+    def count(self, x: Tensor, rotation: Rotation | None = None, key: Tensor | None = None, dim: int = -1) -> Counts:
         """What `quantize` does to x: nothing becomes NaN, saturates or vanishes without being counted here."""
         assert self.plan is not None
-        quantized, rotated = self.quantize(x, matrix, key, dim), rotate(x.float(), matrix, dim)
+        quantized, rotated = self.quantize(x, rotation, key, dim), rotate(x, rotation, self.backend, dim)
         values = quantized.dequantize()
         largest = QuantizedTensor(
             torch.full_like(values, self.plan.element.max), quantized.block_scale, quantized.tensor_scale, None
@@ -186,7 +211,7 @@ class Quantizer:
         self,
         x: Tensor,
         dtype: torch.dtype,
-        matrix: Tensor | None = None,
+        rotation: Rotation | None = None,
         key: Tensor | None = None,
         dim: int = -1,
         learned: Tensor | None = None,
@@ -194,27 +219,30 @@ class Quantizer:
         """As quantize, but ready for a GEMM in dtype (bfloat16 or float32). learned: () float32, the scale itself where
         the rule is `learned`."""
         if self.plan is None:
-            return Operand((x if matrix is None else rotate(x.float(), matrix, dim)).to(dtype))
+            return Operand((x if rotation is None else rotate(x, rotation, self.backend, dim)).to(dtype))
         view = _View(x.shape, dim, *self.tile)
-        blocks, scale, post = self._prepare(x, matrix, view, learned)
+        blocks, scale, post, rotation = self._prepare(x, rotation, view, learned)
         exact = dtype if self.plan.exact_in_bfloat16 else torch.float32
-        values, mask = dispatch.get("operand", self.backend, x.device.type)(blocks, scale, key, self.plan, exact)
+        operand = dispatch.get("operand", self.backend, x.device.type)
+        values, mask = operand(blocks, scale, key, self.plan, exact, rotation)
         return Operand(view.undo(values), post, None if mask is None else view.undo(mask))
 
     def _prepare(
-        self, x: Tensor, matrix: Tensor | None, view: _View, learned: Tensor | None = None
-    ) -> tuple[Tensor, Tensor | float, Tensor | float]:
-        """x rotated and viewed in spans; its tensor scale for `encode`, and as it multiplies the matrix."""
+        self, x: Tensor, rotation: Rotation | None, view: _View, learned: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | float, Tensor | float, Rotation | None]:
+        """x in spans; its tensor scale for `encode`, and as it multiplies the matrix; the rotation left to do."""
         assert self.plan is not None
-        rotated = rotate(x.float(), matrix, view.dim)
-        scale = learned if learned is not None else reference.tensor_scale(view.lines(rotated), self.plan)
-        blocks = view.spans(rotated)
+        if view.rows > 1 and rotation is not None:  # tiles are copies, in which a rotation's blocks do not lie together
+            x, rotation = rotate(x, rotation, self.backend, view.dim), None
+        tensor_scale = dispatch.get("tensor_scale", self.backend, x.device.type)
+        scale = learned if learned is not None else tensor_scale(view.lines(x), self.plan, rotation)
+        blocks = view.spans(x)
         if not isinstance(scale, Tensor) or not scale.ndim:
-            return blocks, scale, scale
+            return blocks, scale, scale, rotation
         post = scale.squeeze(1)
         if scale.shape[0] != blocks.shape[0]:  # one scale per row over several blocks
             scale = scale.repeat_interleave(blocks.shape[0] // scale.shape[0], 0)
-        return blocks, scale.expand(-1, -1, blocks.shape[2]).contiguous(), post
+        return blocks, scale.expand(-1, -1, blocks.shape[2]).contiguous(), post, rotation
 
     def __str__(self) -> str:
         """mxfp4/std/nearest/had32/clip, as in the printed model."""
@@ -242,8 +270,7 @@ class _View:
     size: int
 
     def lines(self, x: Tensor) -> Tensor:
-        """(outer, contraction, inner): whole rows or columns."""
-        return x.reshape(-1, x.shape[1], 1) if self.dim == -1 else x.reshape(1, *x.shape)
+        return _lines(x, self.dim)
 
     def spans(self, x: Tensor) -> Tensor:
         """(outer, span, inner), without a copy unless in tiles."""
@@ -310,9 +337,9 @@ def fake_quantize(
         raise UserError(f"{quantizer} needs a last dim % {quantizer.multiple} == 0; x has {found}; pad it")
     if x.numel() == 0 or quantizer.plan is None:
         return x.clone()
-    matrix = None
+    blocks = None
     if spec.rotation_block is not None:
-        matrix = rotation_matrix(spec.rotation_block or x.shape[-1], None, x.device)
+        blocks = hadamard(spec.rotation_block or x.shape[-1], None, x.device)
     key = torch.tensor(key_words("fake_quantize", checked_seed(seed)), dtype=torch.int32, device=x.device)
-    rows = quantizer.quantize(x.reshape(-1, x.shape[-1]), matrix, key).dequantize()
-    return rotate(rows, None if matrix is None else matrix.T).view(x.shape).to(x.dtype)
+    rows = quantizer.quantize(x.reshape(-1, x.shape[-1]), blocks, key).dequantize()
+    return unrotate(rows, blocks, backend).view(x.shape).to(x.dtype)

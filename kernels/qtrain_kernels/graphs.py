@@ -1,4 +1,4 @@
-"""The functions of reference.py through torch.compile: one graph per plan, for every number of blocks.
+"""The functions of reference.py through torch.compile: one graph per plan, for every number of blocks. On CUDA.
 
 Each graph is traced once on sizes that coincide in nothing, with the sizes marked as unknown: torch.compile would
 otherwise take equal sizes for one symbol, or a first shape for a constant, and compile again at the next layer.
@@ -18,7 +18,9 @@ from torch._inductor import config
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from qtrain_kernels import reference
-from qtrain_kernels.reference import Plan
+from qtrain_kernels.reference import Plan, Rotation, rotate, tensor_scale, unrotate
+
+__all__ = ["encode", "operand", "rotate", "tensor_scale", "unrotate"]
 
 # Traced at sizes of real work: inductor decides from them if a loop is worth two threads. Rows in eights: sparsity.
 TRACED_OUTER, TRACED_INNER, TRACED_ROW = 1031, 387, 528
@@ -77,8 +79,15 @@ def _one_outer(plan: Plan, along_last: bool) -> bool:
     return plan.span is None and not along_last
 
 
-def _run(x: Tensor, scale: Tensor | float, key: Tensor | None, plan: Plan, dtype: torch.dtype | None) -> tuple:
-    x = x.detach()  # the graph would guard what needs a gradient
+def _run(
+    x: Tensor,
+    scale: Tensor | float,
+    key: Tensor | None,
+    plan: Plan,
+    dtype: torch.dtype | None,
+    rotation: Rotation | None,
+) -> tuple:
+    x = rotate(x, rotation).detach()  # the graph would guard what needs a gradient
     scale = scale.detach() if isinstance(scale, Tensor) else scale
     along_last = x.shape[2] == 1
     if x.shape[0] == 1 and not _one_outer(plan, along_last):  # a size of 1 would compile once more; the bits are equal
@@ -89,11 +98,18 @@ def _run(x: Tensor, scale: Tensor | float, key: Tensor | None, plan: Plan, dtype
         return graph(x.contiguous(), scale if isinstance(scale, Tensor) else 1.0, key)  # reads no constant scale
 
 
-def encode(x: Tensor, scale: Tensor | float, key: Tensor | None, plan: Plan) -> tuple:
+def encode(x: Tensor, scale: Tensor | float, key: Tensor | None, plan: Plan, rotation: Rotation | None = None) -> tuple:
     """Equals reference.encode bit for bit."""
-    return _run(x, scale, key, plan, None)
+    return _run(x, scale, key, plan, None, rotation)
 
 
-def operand(x: Tensor, scale: Tensor | float, key: Tensor | None, plan: Plan, dtype: torch.dtype) -> tuple:
+def operand(
+    x: Tensor,
+    scale: Tensor | float,
+    key: Tensor | None,
+    plan: Plan,
+    dtype: torch.dtype,
+    rotation: Rotation | None = None,
+) -> tuple:
     """Equals reference.operand bit for bit."""
-    return _run(x, scale, key, plan, dtype)
+    return _run(x, scale, key, plan, dtype, rotation)

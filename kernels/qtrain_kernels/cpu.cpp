@@ -1,0 +1,539 @@
+// The operations of reference.py for one plan, compiled for the processor at hand: one read of the input, one write.
+//
+// cpu.py writes the constants that this file uses (the plan, the dtypes, the order of the rotation) before it. Sixteen
+// lines are worked on at once, one a lane of a vector: along dim -1 sixteen runs of memory, transposed on the way in and
+// out; along dim -2 sixteen columns. A tile is `height` elements of each, in the cache of one core. Every value goes
+// through the same float32 operations as in reference.py, in the same order; no multiply-add is fused.
+
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+
+namespace {
+
+constexpr int LANES = 16;
+typedef float vf __attribute__((vector_size(4 * LANES)));
+typedef int32_t vi __attribute__((vector_size(4 * LANES)));
+typedef uint32_t vu __attribute__((vector_size(4 * LANES)));
+typedef uint16_t vh __attribute__((vector_size(2 * LANES)));
+typedef uint8_t vb __attribute__((vector_size(LANES)));
+
+constexpr float INF = std::numeric_limits<float>::infinity();
+constexpr float NOT_A_NUMBER = std::numeric_limits<float>::quiet_NaN();
+
+inline vf all(float x) { return vf{} + x; }
+inline vi bits_of(vf x) { return (vi)x; }
+inline vf absolute(vf x) { return (vf)(bits_of(x) & 0x7fffffff); }
+inline vf larger(vf a, vf b) { return ((b > a) | (b != b)) ? b : a; }  // a NaN on either side stays
+inline vf clamped(vf x, float limit) { return x < -limit ? all(-limit) : (x > limit ? all(limit) : x); }
+inline vf finite_or_nan(vf x) { return x < INF ? x : all(NOT_A_NUMBER); }
+inline vf nonzero(vf x) { return x == 0.0f ? all(1.0f) : x; }
+
+inline vf root(vf x) {
+  for (int l = 0; l < LANES; l++) x[l] = __builtin_sqrtf(x[l]);
+  return x;
+}
+inline vf rounded(vf x) {
+  for (int l = 0; l < LANES; l++) x[l] = __builtin_rintf(x[l]);
+  return x;
+}
+inline vf floored(vf x) {
+  for (int l = 0; l < LANES; l++) x[l] = __builtin_floorf(x[l]);
+  return x;
+}
+inline vf raised(vf x) {
+  for (int l = 0; l < LANES; l++) x[l] = __builtin_ceilf(x[l]);
+  return x;
+}
+
+// ----------------------------------------------------------------------------------------------------------- reductions
+
+// Halves are added until one is left, an odd last one waiting: reference.tree_sum. Destroys v.
+inline vf tree_sum(vf* v, int64_t n) {
+  while (n > 1) {
+    int64_t half = n / 2;
+    for (int64_t i = 0; i < half; i++) v[i] += v[i + half];
+    if (n % 2) v[half] = v[n - 1];
+    n = half + n % 2;
+  }
+  return v[0];
+}
+
+template <class F>
+inline vf mean_of(int64_t n, vf* space, F value) {
+  for (int64_t i = 0; i < n; i++) space[i] = value(i);
+  return tree_sum(space, n) / all((float)n);
+}
+inline vf rms(const vf* x, int64_t n, vf* space) {
+  return root(mean_of(n, space, [&](int64_t i) { return x[i] * x[i]; }));
+}
+inline vf deviation(const vf* x, int64_t n, vf* space) {
+  vf mean = mean_of(n, space, [&](int64_t i) { return x[i]; });
+  return root(mean_of(n, space, [&](int64_t i) { vf centred = x[i] - mean; return centred * centred; }));
+}
+inline vf largest(const vf* x, int64_t n) {
+  vf found = absolute(x[0]);
+  for (int64_t i = 1; i < n; i++) found = larger(found, absolute(x[i]));
+  return found;
+}
+
+// -------------------------------------------------------------------------------------------------------------- grids
+
+struct Grid {
+  float max;
+  bool minifloat;
+  int mantissa_bits, min_exponent, max_exponent;
+  float step, offset, gaussian;
+};
+
+inline vi biased_exponent(vi bits) { return (bits >> 23) & 0xff; }
+inline vf power_of_two(vi biased) {
+  vf normal = (vf)(biased << 23);
+  return biased == 0 ? all(0x1p-127f) : (biased == 255 ? all(NOT_A_NUMBER) : normal);
+}
+inline vi clamp_exponent(vi x) { return x < 0 ? vi{} : (x > 254 ? vi{} + 254 : x); }
+
+struct Place { vf v, step; };  // codes are (an integer next to v, + offset) * step
+inline Place on_grid(vf u, const Grid& g) {
+  u = clamped(u, g.max);
+  if (!g.minifloat) return {u * all(1.0f / g.step) - g.offset, all(g.step)};
+  vi biased = biased_exponent(bits_of(u));
+  biased = (biased < g.min_exponent + 127 ? vi{} + (g.min_exponent + 127) : biased) - g.mantissa_bits;
+  return {u * (vf)((254 - biased) << 23), (vf)(biased << 23)};
+}
+inline vf round_nearest(vf u, const Grid& g) {
+  if (g.offset != 0.0f) return rounded(clamped(u, g.max) + 0.5f) - 0.5f;
+  Place place = on_grid(u, g);
+  return rounded(place.v) * place.step;
+}
+inline vf round_stochastic(vf u, const Grid& g, vf uniform) {
+  Place place = on_grid(u, g);
+  vf lower = floored(place.v);
+  vf code = lower + raised((place.v - lower) - uniform);
+  return (g.offset != 0.0f ? code + g.offset : code) * place.step;
+}
+
+// --------------------------------------------------------------------------------------------------------- randomness
+
+inline vf uniform(vu index, uint32_t key0, uint32_t key1) {
+  vu h = index ^ key0;
+  h = (h ^ (h >> 16)) * 0x7FEB352Du;
+  h = h ^ key1;
+  h = (h ^ (h >> 15)) * 0x846CA68Bu;
+  h = h ^ (h >> 16);
+  return __builtin_convertvector((vi)(h >> 8), vf) * 0x1p-24f;
+}
+
+// ------------------------------------------------------------------------------------------------------------ rotation
+
+// v (n lines of lanes) -> v D H, H the orthonormal Sylvester-Hadamard matrix; signs NULL: H alone.
+inline void hadamard(vf* v, int n, float norm) {
+  for (int half = n / 2; half; half /= 2)
+    for (int at = 0; at < n; at += 2 * half)
+      for (int i = at; i < at + half; i++) {
+        vf a = v[i], b = v[i + half];
+        v[i] = a + b;
+        v[i + half] = a - b;
+      }
+  for (int i = 0; i < n; i++) v[i] *= norm;
+}
+inline void times_signs(vf* v, int n, const float* signs) {
+  if (signs)
+    for (int i = 0; i < n; i++) v[i] *= signs[i];
+}
+
+// ------------------------------------------------------------------------------------------------- in and out of a tile
+
+template <class T>
+inline vf load(const T* from) {
+  if constexpr (sizeof(T) == 4) {
+    vf x;
+    memcpy(&x, from, sizeof x);
+    return x;
+  } else if constexpr (sizeof(T) == 2) {
+    vh x;
+    memcpy(&x, from, sizeof x);
+    return (vf)(__builtin_convertvector(x, vu) << 16);
+  } else {
+    vb x;
+    memcpy(&x, from, sizeof x);
+    return __builtin_convertvector(__builtin_convertvector(x, vi), vf);
+  }
+}
+
+inline vh to_bfloat16(vf x) {  // to nearest, ties to even
+  vu bits = (vu)x;
+  vu even = (bits + (0x7fff + ((bits >> 16) & 1))) >> 16;
+  return __builtin_convertvector(x != x ? vu{} + 0x7fc0 : even, vh);
+}
+template <class T>
+inline void store(T* to, vf x) {
+  if constexpr (sizeof(T) == 4) {
+    memcpy(to, &x, sizeof x);
+  } else if constexpr (sizeof(T) == 2) {
+    vh short_ = to_bfloat16(x);
+    memcpy(to, &short_, sizeof short_);
+  } else {
+    vb byte = __builtin_convertvector(__builtin_convertvector(x, vi), vb);
+    memcpy(to, &byte, sizeof byte);
+  }
+}
+
+#define PAIRS(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+inline void transpose(vf* r) {  // 16x16: blocks of 8, 4, 2, 1 change places
+  vf t[LANES];
+  for (int i = 0; i < 8; i++) {
+    t[i] = PAIRS(r[i], r[i + 8], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23);
+    t[i + 8] = PAIRS(r[i], r[i + 8], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+  }
+  for (int k = 0; k < 16; k += 8)
+    for (int i = k; i < k + 4; i++) {
+      r[i] = PAIRS(t[i], t[i + 4], 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27);
+      r[i + 4] = PAIRS(t[i], t[i + 4], 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31);
+    }
+  for (int k = 0; k < 16; k += 4)
+    for (int i = k; i < k + 2; i++) {
+      t[i] = PAIRS(r[i], r[i + 2], 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29);
+      t[i + 2] = PAIRS(r[i], r[i + 2], 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+    }
+  for (int i = 0; i < 16; i += 2) {
+    r[i] = PAIRS(t[i], t[i + 1], 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30);
+    r[i + 1] = PAIRS(t[i], t[i + 1], 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
+  }
+}
+
+// Where a tile lies: element e of lane l is at first + e * along + l * across; `lanes` of the sixteen are in use.
+struct Tile {
+  int64_t first, along, across;
+  int lanes;
+};
+
+template <class T>
+inline void read(vf* v, const T* x, Tile t, int64_t height) {
+  if (t.across == 1 && t.lanes == LANES) {
+    for (int64_t e = 0; e < height; e++) v[e] = load(x + t.first + e * t.along);
+  } else if (t.along == 1 && t.lanes == LANES && height % LANES == 0) {
+    for (int64_t e = 0; e < height; e += LANES) {
+      for (int l = 0; l < LANES; l++) v[e + l] = load(x + t.first + e + l * t.across);
+      transpose(v + e);
+    }
+  } else {
+    for (int64_t e = 0; e < height; e++) {
+      T line[LANES] = {};
+      for (int l = 0; l < t.lanes; l++) line[l] = x[t.first + e * t.along + l * t.across];
+      v[e] = load(line);
+    }
+  }
+}
+
+// Leaves v transposed where it writes runs of memory.
+template <class T>
+inline void write(T* to, vf* v, Tile t, int64_t height) {
+  if (t.across == 1 && t.lanes == LANES) {
+    for (int64_t e = 0; e < height; e++) store(to + t.first + e * t.along, v[e]);
+  } else if (t.along == 1 && t.lanes == LANES && height % LANES == 0) {
+    for (int64_t e = 0; e < height; e += LANES) {
+      transpose(v + e);
+      for (int l = 0; l < LANES; l++) store(to + t.first + e + l * t.across, v[e + l]);
+    }
+  } else {
+    for (int64_t e = 0; e < height; e++) {
+      T line[LANES];
+      store(line, v[e]);
+      for (int l = 0; l < t.lanes; l++) to[t.first + e * t.along + l * t.across] = line[l];
+    }
+  }
+}
+
+// Runs work(tile, number of the tile's run, its first column, space) over x (outer, span, inner), in runs of `height`
+// along the contraction; space: room for `scratch` vectors.
+template <class F>
+inline void over_tiles(int64_t rows, int64_t inner, int64_t height, int64_t scratch, int threads, F work) {
+  int64_t runs = rows / height, wide = (inner + LANES - 1) / LANES;
+  int64_t tiles = inner == 1 ? (runs + LANES - 1) / LANES : runs * wide;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    vf* space = (vf*)aligned_alloc(sizeof(vf), sizeof(vf) * scratch);
+#pragma omp for schedule(static)
+    for (int64_t tile = 0; tile < tiles; tile++) {
+      if (inner == 1) {
+        int64_t run = tile * LANES, left = runs - run;
+        work(Tile{run * height, 1, height, (int)(left < LANES ? left : LANES)}, run, (int64_t)0, space);
+      } else {
+        int64_t run = tile / wide, column = tile % wide * LANES, left = inner - column;
+        work(Tile{run * height * inner + column, inner, 1, (int)(left < LANES ? left : LANES)}, run, column, space);
+      }
+    }
+    free(space);
+  }
+}
+
+}  // namespace
+
+#ifdef QUANTIZE
+// ------------------------------------------------------------------------------------------------------------ the plan
+
+namespace {
+
+enum class Kind { E8M0, MINIFLOAT, FLOAT32 };
+enum class Rule { OTHER, GAUSSIAN, MSE_PHASE, ABSMEAN, SAWB, FOUR_OVER_SIX };
+enum class Magnitude { AMAX, RMS, STD };
+enum class Mask { NONE, INSIDE, WITHIN, ERROR };
+
+constexpr Grid ELEMENT = PLAN_ELEMENT, SCALE = PLAN_SCALE;
+constexpr Kind KIND = Kind::PLAN_KIND;
+constexpr Rule RULE = Rule::PLAN_RULE;
+constexpr Magnitude MAGNITUDE = Magnitude::PLAN_MAGNITUDE;
+constexpr Mask MASK = Mask::PLAN_MASK;
+
+// -------------------------------------------------------------------------------------------------------------- scales
+
+inline vi scale_exponent(vf magnitude, int increment, int shift, float divisor) {
+  vi tiny = magnitude < 0x1p-60f;
+  vf lifted = tiny ? magnitude * 0x1p64f : magnitude;
+  vi bits = bits_of(divisor == 1.0f ? lifted : lifted / all(divisor));
+  vi moved = biased_exponent(bits + increment) - shift - (tiny & 64);
+  return biased_exponent(bits) == 255 ? vi{} + 255 : clamp_exponent(moved);
+}
+
+inline vf squared_error(const vf* u, int64_t n, float scale, vf* space) {
+  for (int64_t i = 0; i < n; i++) {
+    vf difference = round_nearest(u[i] * (1.0f / scale), ELEMENT) * scale - u[i];
+    space[i] = difference * difference;
+  }
+  return tree_sum(space, n);
+}
+
+inline vf e8m0_scale(const vf* x, int64_t n, vf* space) {
+  vf magnitude;
+  if (MAGNITUDE == Magnitude::AMAX) magnitude = largest(x, n);
+  if (MAGNITUDE == Magnitude::RMS) magnitude = all(ELEMENT.gaussian) * rms(x, n, space);
+  if (MAGNITUDE == Magnitude::STD) magnitude = all(ELEMENT.gaussian) * deviation(x, n, space) + STD_EPS;
+  vi exponent = scale_exponent(magnitude, INCREMENT, SHIFT, DIVISOR);
+  if (!SEARCH) return power_of_two(exponent);
+  vf *u = space, *errors = space + n;
+  vf reciprocal = 1.0f / power_of_two(exponent);
+  for (int64_t i = 0; i < n; i++) u[i] = x[i] * reciprocal;
+  vf least = squared_error(u, n, 1.0f, errors);
+  vi best = exponent;
+  for (int shift = -1; shift <= 1; shift += 2) {
+    vf error = squared_error(u, n, shift < 0 ? 0.5f : 2.0f, errors);
+    vi better = (error < least) & (exponent + shift >= 0) & (exponent + shift <= 254);
+    best = better ? exponent + shift : best;
+    least = better ? error : least;
+  }
+  return power_of_two(exponent == 255 ? exponent : best);
+}
+
+inline vf minifloat_scale(vf amax, float limit, vf scale) {
+  vf found = round_nearest(amax / all(limit) / nonzero(scale), SCALE);
+  return found == 0.0f ? all(1.0f) : found;
+}
+
+inline vf four_over_six(const vf* x, int64_t n, vf amax, vf scale, vf* space) {
+  vf chosen[2] = {minifloat_scale(amax, LIMIT, scale), minifloat_scale(amax, 4.0f, scale)}, error[2];
+  for (int which = 0; which < 2; which++) {
+    vf divisor = nonzero(scale) * chosen[which];
+    for (int64_t i = 0; i < n; i++) {
+      vf u = x[i] / divisor;
+      vf difference = (round_nearest(u, ELEMENT) - u) * chosen[which];
+      space[i] = difference * difference;
+    }
+    error[which] = tree_sum(space, n);
+  }
+  return error[1] < error[0] ? chosen[1] : chosen[0];
+}
+
+// One scale for x[0 .. n): of a block, or of a whole line.
+inline vf float32_scale(const vf* x, int64_t n, vf* space) {
+  if (RULE == Rule::GAUSSIAN) return finite_or_nan(all(ELEMENT.gaussian) * rms(x, n, space));
+  if (RULE == Rule::MSE_PHASE) return finite_or_nan(rms(x, n, space) * PHASE);
+  if (RULE == Rule::ABSMEAN)
+    return finite_or_nan(mean_of(n, space, [&](int64_t i) { return absolute(x[i]); }) + ABSMEAN_EPS);
+  if (RULE == Rule::SAWB) {
+    vf magnitude = mean_of(n, space, [&](int64_t i) { return absolute(x[i]); });
+    vf clip = all(SAWB_RMS) * rms(x, n, space) - all(SAWB_MEAN) * magnitude;
+    return finite_or_nan((clip <= 0.0f ? largest(x, n) : clip) / all(ELEMENT.max));
+  }
+  return finite_or_nan(largest(x, n) / all(ELEMENT.max));
+}
+
+inline vf block_scale(const vf* x, vf scale, vf* space) {
+  if (KIND == Kind::FLOAT32) return float32_scale(x, BLOCK, space);
+  if (KIND == Kind::E8M0) return e8m0_scale(x, BLOCK, space);
+  vf amax = largest(x, BLOCK);
+  return RULE == Rule::FOUR_OVER_SIX ? four_over_six(x, BLOCK, amax, scale, space) : minifloat_scale(amax, LIMIT, scale);
+}
+
+// 1.0 at what stays of every four, or of every four pairs, of the largest magnitude; of equal ones the earlier.
+inline void keep_largest(const vf* x, vf* keep, int64_t n) {
+  for (int64_t at = 0; at < n; at += 4 * PAIR) {
+    vf size[4];
+    for (int i = 0; i < 4; i++) {
+      const vf* group = x + at + i * PAIR;
+      size[i] = PAIR == 1 ? absolute(group[0]) : group[0] * group[0] + group[1] * group[1];
+    }
+    for (int i = 0; i < 4; i++) {
+      vi rank = {};
+      for (int other = 0; other < 4; other++)
+        rank -= (size[other] > size[i]) | (i > other ? size[other] == size[i] : vi{});
+      for (int j = 0; j < PAIR; j++) keep[at + i * PAIR + j] = rank < 2 ? all(1.0f) : all(0.0f);
+    }
+  }
+}
+
+}  // namespace
+
+// x (outer, span, inner) -> values (codes, or codes * block scale), block scales and mask as reference.encode gives them.
+// rows = outer * span. scale: NULL, one number, or one per (span, inner); span: the length of a line where one per line.
+extern "C" void quantize(const void* x_, int64_t rows, int64_t span, int64_t inner, int64_t height, const float* signs,
+                         const float* scale_, int scale_per_span, uint32_t key0, uint32_t key1, void* values_,
+                         float* blocks_out, uint8_t* mask_out, int threads) {
+  const Input* x = (const Input*)x_;
+  Output* values = (Output*)values_;
+  const int64_t block = BLOCK ? BLOCK : height, per_tile = height / block, all_blocks = rows / block;
+  over_tiles(rows, inner, height, 5 * height + per_tile, threads,
+             [=](Tile t, int64_t run, int64_t column, vf* v) {
+    vf *u = v + height, *passes = v + 2 * height, *space = v + 3 * height, *scales = v + 5 * height;
+    read(v, x, t, height);
+    if (ROTATION)
+      for (int64_t at = 0; at < height; at += ROTATION) {
+        times_signs(v + at, ROTATION, signs);
+        hadamard(v + at, ROTATION, NORM);
+      }
+    vf scale = all(1.0f);
+    if (scale_ && !scale_per_span) scale = all(scale_[0]);
+    if (scale_ && scale_per_span)
+      for (int l = 0; l < t.lanes; l++)
+        scale[l] = inner == 1 ? scale_[(run + l) * height / span] : scale_[run * height / span * inner + column + l];
+    if (RULE == Rule::MSE_PHASE) {
+      for (int64_t e = 0; e < height; e++) v[e] /= nonzero(scale);
+      scale = all(1.0f);
+    }
+    for (int64_t b = 0; b < per_tile; b++) {
+      vf* x = v + b * block;
+      vf blocks = all(1.0f), divisor = nonzero(scale);
+      if (BLOCK) {
+        scales[b] = blocks = block_scale(x, scale, space);
+        divisor = KIND == Kind::FLOAT32 ? nonzero(blocks) : divisor * blocks;
+      }
+      vf reciprocal = 1.0f / blocks;
+      if (SPARSE) keep_largest(x, space, block);
+      for (int64_t i = 0; i < block; i++) {
+        int64_t e = b * block + i;
+        vf in_codes = KIND != Kind::E8M0 ? x[i] / divisor : (HEADROOM == 1.0f ? x[i] : x[i] * HEADROOM) * reciprocal;
+        vf code;
+        if (STOCHASTIC) {
+          vu lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+          vu index = inner == 1 ? (uint32_t)(run * height + e) + lane * (uint32_t)height
+                                : (uint32_t)(run * height + e) + ((uint32_t)column + lane) * (uint32_t)rows;
+          code = round_stochastic(in_codes, ELEMENT, uniform(index, key0, key1));
+        } else {
+          code = round_nearest(in_codes, ELEMENT);
+        }
+        if (SPARSE) code *= space[i];
+        if (MASK == Mask::INSIDE) passes[e] = absolute(in_codes) < MASK_LIMIT ? all(1.0f) : all(0.0f);
+        if (MASK == Mask::WITHIN) passes[e] = absolute(in_codes) <= MASK_LIMIT ? all(1.0f) : all(0.0f);
+        if (MASK == Mask::ERROR) passes[e] = absolute(code - in_codes) <= MASK_LIMIT ? all(1.0f) : all(0.0f);
+        u[e] = in_codes;
+        x[i] = code;
+      }
+    }
+    if (CORRECTION)
+      for (int64_t first = 0; first < per_tile; first += CORRECTION) {
+        vf sums[2][CORRECTION ? CORRECTION : 1];
+        for (int64_t g = 0; g < CORRECTION; g++)
+          for (int which = 0; which < 2; which++) {
+            for (int64_t i = 0; i < block; i++) {
+              int64_t e = (first + g) * block + i;
+              space[i] = u[e] * (which ? v[e] : u[e]);
+            }
+            sums[which][g] = tree_sum(space, block);
+          }
+        vf square = tree_sum(sums[0], CORRECTION), product = tree_sum(sums[1], CORRECTION);
+        vf correction = product == 0.0f ? all(1.0f) : square / nonzero(product);
+        for (int64_t g = first; g < first + CORRECTION; g++) {
+          vu lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+          vu index = inner == 1 ? (uint32_t)(run * per_tile + g) + lane * (uint32_t)per_tile
+                                : (uint32_t)(run * per_tile + g) + ((uint32_t)column + lane) * (uint32_t)all_blocks;
+          scales[g] = round_stochastic(scales[g] * correction, SCALE, uniform(index, key0, key1));
+        }
+      }
+    if (BLOCK && blocks_out)
+      for (int64_t b = 0; b < per_tile; b++)
+        for (int l = 0; l < t.lanes; l++)
+          blocks_out[inner == 1 ? (run + l) * per_tile + b : (run * per_tile + b) * inner + column + l] = scales[b][l];
+    if (BLOCK && !blocks_out)
+      for (int64_t e = 0; e < height; e++) v[e] *= scales[e / block];
+    write(values, v, t, height);
+    if (MASK != Mask::NONE) write(mask_out, passes, t, height);
+  });
+}
+
+// One float32 scale per line of x (outer, height, inner), rotated.
+extern "C" void line_scales(const void* x_, int64_t rows, int64_t inner, int64_t height, const float* signs,
+                            float* scales, int threads) {
+  const Input* x = (const Input*)x_;
+  over_tiles(rows, inner, height, 2 * height, threads, [=](Tile t, int64_t run, int64_t column, vf* v) {
+    read(v, x, t, height);
+    if (ROTATION)
+      for (int64_t at = 0; at < height; at += ROTATION) {
+        times_signs(v + at, ROTATION, signs);
+        hadamard(v + at, ROTATION, NORM);
+      }
+    vf found = float32_scale(v, height, v + height);
+    for (int l = 0; l < t.lanes; l++) scales[inner == 1 ? run + l : run * inner + column + l] = found[l];
+  });
+}
+
+// The largest magnitude of x, rotated; NaN where it holds one.
+extern "C" void extent(const void* x_, int64_t rows, int64_t inner, int64_t height, const float* signs, float* found,
+                       int threads) {
+  const Input* x = (const Input*)x_;
+  float result = 0.0f;
+  bool nan = false;
+  over_tiles(rows, inner, height, height, threads, [=, &result, &nan](Tile t, int64_t, int64_t, vf* v) {
+    read(v, x, t, height);
+    if (ROTATION)
+      for (int64_t at = 0; at < height; at += ROTATION) {
+        times_signs(v + at, ROTATION, signs);
+        hadamard(v + at, ROTATION, NORM);
+      }
+    vf here = largest(v, height);
+    float most = 0.0f;
+    bool bad = false;
+    for (int l = 0; l < t.lanes; l++) {
+      bad |= here[l] != here[l];
+      most = here[l] > most ? here[l] : most;
+    }
+#pragma omp critical
+    {
+      nan |= bad;
+      result = most > result ? most : result;
+    }
+  });
+  *found = nan ? NOT_A_NUMBER : result;
+}
+#endif
+
+#ifdef ROTATE
+// x (rows, inner), its runs of ROTATION rows turned: forward x D H, backward (x * mask) H D.
+extern "C" void rotate(const void* x_, int64_t rows, int64_t inner, const uint8_t* mask, const float* signs,
+                       int backward, void* out_, int threads) {
+  const Input* x = (const Input*)x_;
+  Output* out = (Output*)out_;
+  over_tiles(rows, inner, ROTATION, 2 * ROTATION, threads, [=](Tile t, int64_t, int64_t, vf* v) {
+    read(v, x, t, ROTATION);
+    if (mask) {
+      vf* passes = v + ROTATION;
+      read(passes, mask, t, ROTATION);
+      for (int e = 0; e < ROTATION; e++) v[e] *= passes[e];
+    }
+    if (!backward) times_signs(v, ROTATION, signs);
+    hadamard(v, ROTATION, NORM);
+    if (backward) times_signs(v, ROTATION, signs);
+    write(out, v, t, ROTATION);
+  });
+}
+#endif

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from qtrain.errors import UserError
 
-Backend = Literal["auto", "reference", "compiled"]
+Backend = Literal["auto", "reference", "compiled", "triton"]
 T = TypeVar("T", bound="Strict")
 
 

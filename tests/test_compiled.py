@@ -43,6 +43,7 @@ PLANS = {
     "gaussian": Plan(E2M1, "e8m0", 32, "gaussian", mask=Mask("error", 0.5)),
     "quest one bit": Plan(get_format("int1").element, "float32", None, "gaussian", mask=Mask("within", 0.65)),
 }
+SIGNS = torch.tensor([1.0, -1.0, -1.0, 1.0] * 8)
 GRAPHS = ("quartet backward", "quest", "ms-eden 128", "four over six")  # one of each kind of scale; two dims, noise
 
 
@@ -94,24 +95,29 @@ def shapes_of(plan: Plan) -> list[tuple[int, int, int]]:
 @pytest.mark.parametrize("name", PLANS)
 def test_cpp_equals_the_reference(name: str) -> None:
     plan = PLANS[name]
-    signs = torch.tensor([1.0, -1.0, -1.0, 1.0] * 8)
     for shape in shapes_of(plan):
         x = hard_input(shape)
         if shape[0] > 5:
             x[4, 0], x[5, -1] = float("nan"), float("inf")
         length = shape[1] if plan.span is None else shape[0] * shape[1]
-        rotations = [None] if length % 32 else [None, Rotation(32, signs), Rotation(16)]
-        for rotation in rotations:
-            for given in (x, x.bfloat16(), x.transpose(0, 1).contiguous().transpose(0, 1)):
-                where = (name, shape, rotation and rotation.size, given.dtype)
-                scale = reference.tensor_scale(given, plan, rotation)
-                assert alike(scale, cpu.tensor_scale(given, plan, rotation)), where
-                for dtype in (torch.bfloat16, torch.float32):
-                    expected = reference.operand(given, scale, KEY, plan, dtype, rotation)
-                    found = cpu.operand(given, scale, KEY, plan, dtype, rotation)
-                    assert all(map(alike, expected, found)), (*where, dtype)
-                expected = reference.encode(given, scale, KEY, plan, rotation)
-                assert all(map(alike, expected, cpu.encode(given, scale, KEY, plan, rotation))), where
+        for given, dtype, rotation in (
+            (x, torch.float32, None),
+            (x.bfloat16(), torch.bfloat16, Rotation(32, SIGNS)),
+            (x.transpose(0, 1).contiguous().transpose(0, 1), torch.bfloat16, Rotation(16)),
+        ):
+            if rotation and length % rotation.size:
+                continue
+            scale = reference.tensor_scale(given, plan, rotation)
+            assert alike(scale, cpu.tensor_scale(given, plan, rotation)), (shape, given.dtype)
+            arguments = given, scale, KEY, plan
+            expected, found = (module.operand(*arguments, dtype, rotation) for module in (reference, cpu))
+            assert all(map(alike, expected, found)), (shape, given.dtype)
+            if dtype == torch.float32:
+                expected, found = (module.encode(*arguments, rotation) for module in (reference, cpu))
+                assert all(map(alike, expected, found)), (shape, given.dtype)
+            else:
+                expected, found = (module.fake_quantize(*arguments, dtype, rotation) for module in (reference, cpu))
+                assert alike(expected, found), (shape, given.dtype)
 
 
 @pytest.mark.parametrize("size", [2, 16, 32, 128, 512])
@@ -178,6 +184,7 @@ def test_every_e8m0_rule_and_every_mask_has_a_plan() -> None:
 
 
 def test_auto_chooses_once_and_says_so(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    dispatch.get.cache_clear()
     dispatch.resolve.cache_clear()
     monkeypatch.setattr(dispatch, "_cpp_obstacle", lambda: "no C++ compiler was found; install g++ or set CXX")
     with caplog.at_level(logging.INFO, "qtrain"):
@@ -190,8 +197,11 @@ def test_auto_chooses_once_and_says_so(caplog: pytest.LogCaptureFixture, monkeyp
         ValueError, match=r"'compiled' cannot run on cpu: no C\+\+ compiler .* ask for backend 'reference'"
     ):
         dispatch.get("operand", "compiled", "cpu")
-    with pytest.raises(ValueError, match="unknown backend 'triton'; backends: auto, reference, compiled"):
-        dispatch.get("operand", "triton", "cpu")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match=r"'triton' cannot run on cpu: .*move the tensor to cuda; or ask for"):
+        dispatch.get("operand", "triton", "cpu")
+    with pytest.raises(ValueError, match="unknown backend 'cuda'; backends: auto, reference, compiled, triton"):
+        dispatch.get("operand", "cuda", "cpu")
+    dispatch.get.cache_clear()
     dispatch.resolve.cache_clear()
 
 

@@ -52,13 +52,15 @@ def test_the_wheel_holds_the_packages_and_every_config_and_nothing_else(wheel):
     expected = {f"qtrain/{path.relative_to(ROOT / 'qtrain').as_posix()}" for path in (ROOT / "qtrain").rglob("*.py")}
     kernels = ROOT / "kernels"
     expected |= {path.relative_to(kernels).as_posix() for path in (kernels / "qtrain_kernels").rglob("*.py")}
+    expected.add("qtrain_kernels/cpu.cpp")
     expected |= {f"qtrain/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "configs").rglob("*.yaml")}
     assert found == expected
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
 
 def test_the_installed_package_finds_its_configs(site, tmp_path):
-    code = "import qtrain.config as c; print(c.__file__); print(*c.group_names('recipe')); c.read_recipe('bf16')"
+    code = "from qtrain import recipe, settings; print(settings.__file__); print(*settings.group_names('recipe'));"
+    code += "recipe.read_recipe('bf16')"
     place, recipes = run(sys.executable, "-c", code, cwd=tmp_path, pythonpath=[site]).splitlines()
     assert Path(place).is_relative_to(site)
     assert recipes.split() == sorted(path.stem for path in (ROOT / "configs" / "recipe").glob("*.yaml"))

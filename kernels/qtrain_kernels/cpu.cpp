@@ -271,7 +271,7 @@ inline void over_tiles(int64_t rows, int64_t inner, int64_t height, int64_t scra
 
 }  // namespace
 
-#ifdef QUANTIZE
+#if defined(QUANTIZE) || defined(TENSOR_SCALE)
 // ------------------------------------------------------------------------------------------------------------ the plan
 
 namespace {
@@ -384,12 +384,15 @@ inline void keep_largest(const vf* x, vf* keep, int64_t n) {
 }
 
 }  // namespace
+#endif
 
+#ifdef QUANTIZE
 // x (outer, span, inner) -> values (codes, or codes * block scale), block scales and mask as reference.encode gives them.
 // rows = outer * span. scale: NULL, one number, or one per (span, inner); span: the length of a line where one per line.
+// back: values are multiplied by scale and rotated back.
 extern "C" void quantize(const void* x_, int64_t rows, int64_t span, int64_t inner, int64_t height, const float* signs,
                          const float* scale_, int scale_per_span, uint32_t key0, uint32_t key1, void* values_,
-                         float* blocks_out, uint8_t* mask_out, int threads) {
+                         float* blocks_out, uint8_t* mask_out, int back, int threads) {
   const Input* x = (const Input*)x_;
   Output* values = (Output*)values_;
   const int64_t block = BLOCK ? BLOCK : height, per_tile = height / block, all_blocks = rows / block;
@@ -407,6 +410,7 @@ extern "C" void quantize(const void* x_, int64_t rows, int64_t span, int64_t inn
     if (scale_ && scale_per_span)
       for (int l = 0; l < t.lanes; l++)
         scale[l] = inner == 1 ? scale_[(run + l) * height / span] : scale_[run * height / span * inner + column + l];
+    const vf outside = scale;
     if (RULE == Rule::MSE_PHASE) {
       for (int64_t e = 0; e < height; e++) v[e] /= nonzero(scale);
       scale = all(1.0f);
@@ -466,11 +470,22 @@ extern "C" void quantize(const void* x_, int64_t rows, int64_t span, int64_t inn
           blocks_out[inner == 1 ? (run + l) * per_tile + b : (run * per_tile + b) * inner + column + l] = scales[b][l];
     if (BLOCK && !blocks_out)
       for (int64_t e = 0; e < height; e++) v[e] *= scales[e / block];
+    if (back) {
+      for (int64_t e = 0; e < height; e++) v[e] *= outside;
+      if (ROTATION)
+        for (int64_t at = 0; at < height; at += ROTATION) {
+          hadamard(v + at, ROTATION, NORM);
+          times_signs(v + at, ROTATION, signs);
+        }
+    }
     write(values, v, t, height);
     if (MASK != Mask::NONE) write(mask_out, passes, t, height);
   });
 }
 
+#endif
+
+#ifdef TENSOR_SCALE
 // One float32 scale per line of x (outer, height, inner), rotated.
 extern "C" void line_scales(const void* x_, int64_t rows, int64_t inner, int64_t height, const float* signs,
                             float* scales, int threads) {

@@ -13,6 +13,7 @@ import platform
 import subprocess
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -26,8 +27,8 @@ from qtrain_kernels.reference import Plan, Rotation
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 FLAGS = (
-    "-std=c++17", "-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fopenmp",
-    "-shared", "-fPIC", "-Wno-psabi",
+    "-std=c++17", "-O2", "-fvect-cost-model=dynamic", "-march=native", "-ffp-contract=off", "-fno-math-errno",
+    "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC", "-Wno-psabi",
 )  # fmt: skip
 CHUNK = 64  # elements of a line in a tile, where neither blocks nor a rotation say how many
 GRAIN = 32768  # elements that are worth a thread of their own
@@ -69,7 +70,7 @@ def tensor_scale(x: Tensor, plan: Plan, rotation: Rotation | None = None) -> Ten
         return reference.tensor_scale(rotate(x, rotation), plan)
     x, signs = _ready(x), _signs(rotation)
     outer, length, inner = x.shape
-    library = _quantize(plan, x.dtype, torch.float32, rotation.size if rotation else 0)
+    library = _tensor_scale(replace(plan, mask=None, rounding="nearest"), x.dtype, rotation.size if rotation else 0)
     if plan.scale_kind == "minifloat":
         found = torch.empty((), dtype=torch.float32)
         height = rotation.size if rotation else math.gcd(outer * length, CHUNK)
@@ -88,7 +89,7 @@ def encode(
     blocks = None
     if plan.block is not None:
         blocks = torch.empty(x.shape[0] * x.shape[1] // plan.block, 1, x.shape[2])
-    codes, mask = _run(x, scale, key, plan, torch.float32, rotation, blocks)
+    codes, mask = _run(x, scale, key, plan, torch.float32, rotation, blocks=blocks)
     return codes, blocks, mask
 
 
@@ -101,7 +102,22 @@ def operand(
     rotation: Rotation | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Equals reference.operand bit for bit."""
-    return _run(x, scale, key, plan, dtype, rotation, None)
+    return _run(x, scale, key, plan, dtype, rotation)
+
+
+def fake_quantize(
+    x: Tensor,
+    scale: Tensor | float,
+    key: Tensor | None,
+    plan: Plan,
+    dtype: torch.dtype,
+    rotation: Rotation | None = None,
+) -> Tensor:
+    """Equals reference.fake_quantize bit for bit."""
+    if dtype not in TYPES or (rotation is not None and rotation.base is not None):
+        values, _ = operand(x, scale, key, plan, torch.float32, rotation)
+        return unrotate(values * scale, rotation, None, dtype)
+    return _run(x, scale, key, replace(plan, mask=None), dtype, rotation, back=True)[0]
 
 
 def _run(
@@ -111,7 +127,8 @@ def _run(
     plan: Plan,
     dtype: torch.dtype,
     rotation: Rotation | None,
-    blocks: Tensor | None,
+    blocks: Tensor | None = None,
+    back: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     if rotation is not None and rotation.base is not None:
         x, rotation = rotate(x, rotation), None
@@ -123,12 +140,12 @@ def _run(
         height = math.gcd(span, CHUNK)
     values = torch.empty(x.shape, dtype=dtype)
     mask = None if plan.mask is None else torch.empty(x.shape, dtype=torch.uint8)
-    scales = scale.detach().contiguous() if isinstance(scale, Tensor) else None
+    scales = scale.detach().contiguous() if isinstance(scale, Tensor) else torch.full((), scale)
     words = (0, 0) if key is None else key.tolist()
-    library = _quantize(plan, x.dtype, dtype, rotation.size if rotation else 0)
-    library.quantize(
-        _at(x), outer * span, span, inner, height, _at(signs), _at(scales), int(scales is not None and scales.ndim > 0),
-        *(word & 0xFFFFFFFF for word in words), _at(values), _at(blocks), _at(mask), _threads(x),
+    _quantize(plan, x.dtype, dtype, rotation.size if rotation else 0)(
+
+        _at(x), outer * span, span, inner, height, _at(signs), _at(scales), int(scales.ndim > 0),
+        *(word & 0xFFFFFFFF for word in words), _at(values), _at(blocks), _at(mask), int(back), _threads(x),
     )  # fmt: skip
     return values, mask
 
@@ -163,12 +180,23 @@ def _rotate(size: int, source: torch.dtype, result: torch.dtype) -> Callable[...
 
 
 @cache
-def _quantize(plan: Plan, source: torch.dtype, result: torch.dtype, rotation: int) -> ctypes.CDLL:
-    library = _library(_defines({"QUANTIZE": 1, **_types(source, result), **_rotation(rotation), **_plan(plan)}))
+def _quantize(plan: Plan, source: torch.dtype, result: torch.dtype, rotation: int) -> Callable[..., None]:
+    constants = {"QUANTIZE": 1, **_types(source, result), **_rotation(rotation), **_plan(plan)}
+    function = _library(_defines(constants)).quantize
     pointer, long, word, integer = ctypes.c_void_p, ctypes.c_int64, ctypes.c_uint32, ctypes.c_int
-    library.quantize.argtypes = (
+    function.argtypes = (
         pointer, long, long, long, long, pointer, pointer, integer, word, word, pointer, pointer, pointer, integer,
+        integer,
     )  # fmt: skip
+    return function
+
+
+@cache
+def _tensor_scale(plan: Plan, source: torch.dtype, rotation: int) -> ctypes.CDLL:
+    """Of a plan without mask or noise, which play no part in it."""
+    constants = {"TENSOR_SCALE": 1, **_types(source, torch.float32), **_rotation(rotation), **_plan(plan)}
+    library = _library(_defines(constants))
+    pointer, long, integer = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     library.line_scales.argtypes = library.extent.argtypes = (pointer, long, long, long, pointer, pointer, integer)
     return library
 

@@ -1,9 +1,9 @@
 """One table: (backend, device) -> the module that has its operations. Chosen once per device and said once; never
 fallen back from.
 
-Operations: rotate, unrotate, tensor_scale, encode, operand, as reference.py defines them.
+Operations: rotate, unrotate, tensor_scale, encode, operand, fake_quantize, as reference.py defines them.
 reference: eager torch, anywhere. compiled: code made for each plan, by a C++ compiler on CPU, by torch.compile on CUDA.
-auto: compiled where it can work, else reference.
+triton: fused kernels on CUDA. auto: compiled where it can work, else reference.
 """
 
 from __future__ import annotations
@@ -13,34 +13,37 @@ import subprocess
 from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
-from types import ModuleType
 from typing import Any
 
-from qtrain_kernels import cpu, graphs, reference
+from qtrain_kernels import cpu, gpu, graphs, reference
 
 log = logging.getLogger("qtrain")
 
-COMPILED: dict[str, ModuleType] = {"cpu": cpu, "cuda": graphs}
+BACKENDS = ("auto", "reference", "compiled", "triton")
 
 
+@cache
 def get(op: str, backend: str, device_type: str) -> Callable[..., Any]:
-    """The function of an operation. ValueError for an unknown backend, or for `compiled` where it cannot work."""
-    chosen = resolve(backend, device_type)
-    return getattr(COMPILED[device_type] if chosen == "compiled" else reference, op)
+    """The function of an operation. ValueError for an unknown backend, or for one that cannot work there."""
+    compiled = cpu if device_type == "cpu" else graphs
+    modules = {"reference": reference, "compiled": compiled, "triton": gpu}
+    return getattr(modules[resolve(backend, device_type)], op)
 
 
 @cache
 def resolve(backend: str, device_type: str) -> str:
     """auto -> the backend in force on a device ("cpu", "cuda"). ValueError as in `get`."""
-    obstacle = _obstacle_to_compiling(device_type)
+    if backend not in BACKENDS:
+        raise ValueError(f"unknown backend {backend!r}; backends: {', '.join(BACKENDS)}")
     if backend == "auto":
+        obstacle = _obstacle_to_compiling(device_type)
         chosen, why = ("reference", f": {obstacle}") if obstacle else ("compiled", "")
         log.info("quantisers on %s run on backend %s%s", device_type, chosen, why)
         return chosen
-    if backend == "compiled" and obstacle:
-        raise ValueError(f"backend 'compiled' cannot run on {device_type}: {obstacle}; or ask for backend 'reference'")
-    if backend not in ("reference", "compiled"):
-        raise ValueError(f"unknown backend {backend!r}; backends: auto, reference, compiled")
+    obstacles = {"compiled": _obstacle_to_compiling, "triton": gpu.obstacle}
+    obstacle = obstacles[backend](device_type) if backend in obstacles else None
+    if obstacle:
+        raise ValueError(f"backend {backend!r} cannot run on {device_type}: {obstacle}; or ask for backend 'reference'")
     return backend
 
 

@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from qtrain_kernels import reference
 from qtrain_kernels.reference import Plan, Rotation, rotate, tensor_scale, unrotate
 
-__all__ = ["encode", "operand", "rotate", "tensor_scale", "unrotate"]
+__all__ = ["encode", "fake_quantize", "operand", "rotate", "tensor_scale", "unrotate"]
 
 # Traced at sizes of real work: inductor decides from them if a loop is worth two threads. Rows in eights: sparsity.
 TRACED_OUTER, TRACED_INNER, TRACED_ROW = 1031, 387, 528
@@ -113,3 +113,16 @@ def operand(
 ) -> tuple:
     """Equals reference.operand bit for bit."""
     return _run(x, scale, key, plan, dtype, rotation)
+
+
+def fake_quantize(
+    x: Tensor,
+    scale: Tensor | float,
+    key: Tensor | None,
+    plan: Plan,
+    dtype: torch.dtype,
+    rotation: Rotation | None = None,
+) -> Tensor:
+    """Equals reference.fake_quantize bit for bit."""
+    values, _ = operand(x, scale, key, plan, torch.float32, rotation)
+    return unrotate(values * scale, rotation, None, dtype)

@@ -510,6 +510,19 @@ def operand(
     return codes.to(dtype), mask
 
 
+def fake_quantize(
+    x: Tensor,
+    scale: Tensor | float,
+    key: Tensor | None,
+    plan: Plan,
+    dtype: torch.dtype,
+    rotation: Rotation | None = None,
+) -> Tensor:
+    """x quantised, dequantised and rotated back, in dtype. Same arguments as `encode`."""
+    values, _ = operand(x, scale, key, plan, torch.float32, rotation)
+    return unrotate(values * scale, rotation, None, dtype)
+
+
 def _in_code_units(x: Tensor, scale: Tensor | float, blocks: Tensor | None, plan: Plan) -> Tensor:
     if plan.scale_kind == "e8m0":
         assert blocks is not None

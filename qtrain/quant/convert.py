@@ -63,7 +63,7 @@ def convert(
 
     recipe: a name ({name: quest, bits: 2} for its options), a mapping, or a LinearRecipe. skip: layers that stay as
     they are, by full name, last component or pattern ("layers.0.*"); None takes the recipe's own. seed keys random
-    bits, together with each layer's qualified name. backend: auto | reference | compiled.
+    bits, together with each layer's qualified name. backend: auto | reference | compiled | triton.
     UserError, with the model untouched, for a width that the recipe's blocks do not divide, a skip name that matches
     nothing (lm_head in the recipe's own may), a pattern of recipe.overrides that does, or a model that has no linear
     layer or is already converted.

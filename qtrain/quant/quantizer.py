@@ -227,6 +227,16 @@ class Quantizer:
         values, mask = operand(blocks, scale, key, self.plan, exact, rotation)
         return Operand(view.undo(values), post, None if mask is None else view.undo(mask))
 
+    def fake_quantize(self, x: Tensor, rotation: Rotation | None = None, key: Tensor | None = None) -> Tensor:
+        """x (M, N) quantised along dim -1, dequantised and rotated back, in its own dtype."""
+        assert self.plan is not None
+        view = _View(x.shape, -1, *self.tile)
+        blocks, scale, _, left = self._prepare(x, rotation, view)
+        function = dispatch.get("fake_quantize", self.backend, x.device.type)
+        dtype = x.dtype if left is rotation else torch.float32
+        values = view.undo(function(blocks, scale, key, self.plan, dtype, left))
+        return values if left is rotation else unrotate(values, rotation, self.backend, dtype=x.dtype)
+
     def _prepare(
         self, x: Tensor, rotation: Rotation | None, view: _View, learned: Tensor | None = None
     ) -> tuple[Tensor, Tensor | float, Tensor | float, Rotation | None]:
@@ -341,5 +351,4 @@ def fake_quantize(
     if spec.rotation_block is not None:
         blocks = hadamard(spec.rotation_block or x.shape[-1], None, x.device)
     key = torch.tensor(key_words("fake_quantize", checked_seed(seed)), dtype=torch.int32, device=x.device)
-    rows = quantizer.quantize(x.reshape(-1, x.shape[-1]), blocks, key).dequantize()
-    return unrotate(rows, blocks, backend).view(x.shape).to(x.dtype)
+    return quantizer.fake_quantize(x.reshape(-1, x.shape[-1]), blocks, key).view(x.shape)

@@ -1,0 +1,502 @@
+"""Quantisers on the GPU by Triton: rotate, scale, round and store, the matrix read once and its result written once.
+
+`encode` and `operand` are the reference's, bit for bit. `quantize` works on a matrix along either dim, with the
+rotation inside and the result packed if asked; `quantize_both` reads a matrix once for both of its dims. Each is a
+torch.library operator, which torch.compile, checkpointing and FSDP see as one node.
+
+An operator's plan travels as a string that spells all of it (a registry's number would mean another plan in the next
+process, and compiled graphs are kept on disk across processes).
+"""
+
+from __future__ import annotations
+
+import json
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from importlib.util import find_spec
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from qtrain_kernels import reference
+from qtrain_kernels.formats import Element
+from qtrain_kernels.reference import Exponent, Mask, Plan, Rotation
+
+Output = Literal["codes", "bfloat16", "float32", "packed"]
+LARGEST_SPAN = 256
+LEAST_BFLOAT16 = 2.0**-133
+UNFUSED = {
+    "enable_fp_fusion": False
+}  # of every launch: a fused multiply-add rounds once where the reference rounds twice
+
+
+class Quantized(NamedTuple):
+    """x (M, K), quantised along dim -1 or -2.
+
+    codes, float32 by output "codes"; codes * block_scale by "bfloat16" and "float32"; both (M, K). Packed: (L, n) with
+    the contraction last, L = M rows along dim -1, L = K columns along dim -2; E2M1 uint8, two codes a byte, low nibble
+    first; float8_e4m3fn and float8_e5m2; other minifloats uint8, sign, exponent and mantissa in the low bits; integers
+    int8 q, where code = (q + offset) * unit of `packed_integer`.
+    block_scale: for "codes" float32 in the place of its block, (M, K / block) or (M / block, K); packed: (L, n / block)
+    uint8, the byte of E8M0, E4M3 or UE5M3, or float32; None without blocks, and where codes hold it.
+    mask: uint8 (M, K) of 0 and 1; packed: (L, ceil(n / 8)), 8 a byte, the first lowest; None where the plan has none.
+    """
+
+    values: Tensor
+    block_scale: Tensor | None
+    mask: Tensor | None
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One quantisation of a matrix: plan, dim (-1 | -2), order of the rotation or None, output."""
+
+    plan: Plan
+    dim: int = -1
+    rotation: int | None = None
+    output: Output = "bfloat16"
+
+    def __str__(self) -> str:
+        """JSON of all of it, which `_read` takes."""
+        return _json(asdict(self))
+
+    @property
+    def span(self) -> int:
+        """What the contraction must be a multiple of."""
+        groups = {None: 1, "2:4": 4, "4:8": 8}[self.plan.sparsity]
+        return max(self.plan.span or 1, self.rotation or 1, groups)
+
+
+def _json(value: Any) -> str:
+    """json.dumps, which torch.compile cannot trace."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f'"{name}": {_json(each)}' for name, each in value.items()) + "}"
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return f'"{value}"' if isinstance(value, str) else repr(value)
+
+
+@cache
+def _read(text: str) -> Spec:
+    """The Spec of its spelling."""
+    fields = json.loads(text)
+    plan = fields["plan"]
+    for name, kind in (("element", Element), ("scale_element", Element), ("mask", Mask)):
+        plan[name] = None if plan[name] is None else kind(**plan[name])
+    return Spec(**(fields | {"plan": Plan(**plan)}))
+
+
+# -------------------------------------------------------------------------------------------- what the device code asks
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything that a kernel is compiled for; every constant is a field, since fields name the compiled kernel.
+
+    rows, columns: of a tile; groups and block: blocks in it and their elements (without block scales: its lines).
+    scales: whether the tensor scale is not read, single, or one per line. aligned: both dims of the matrix are
+    multiples of 128. fit: the element's Gaussian scale; epsilon: of standard deviations; limit: what amax becomes in
+    code units; unit, offset: as of `packed_integer`; bits: of a packed minifloat; scale_nan: a packed scale's NaN;
+    inexact: bfloat16 does not hold every product.
+    """
+
+    plan: Plan
+    dim: int
+    rotation: int | None
+    output: Output
+    rows: int
+    columns: int
+    block: int
+    groups: int
+    scales: Literal["none", "single", "lines"]
+    exponent: Exponent | None
+    fit: float
+    epsilon: float
+    limit: float
+    headroom: float
+    unit: float
+    offset: float
+    bits: int
+    scale_nan: int
+    aligned: bool
+    inexact: bool
+
+
+def packed_integer(element: Element) -> tuple[float, float]:
+    """(unit, offset): a packed integer q stands for the code (q + offset) * unit. Centred codes up to 7 bits are stored
+    twice, as odd integers, which an INT8 GEMM takes as they are; those of 8 bits do not fit, and lose their half."""
+    if not element.offset:
+        return element.step, 0.0
+    return (0.5, 0.0) if 2 * element.max <= 127 else (1.0, element.offset)
+
+
+def _element_bits(element: Element) -> int:
+    """Of a packed code."""
+    if element.mantissa_bits is None:
+        return 8
+    return (element.max_exponent - element.min_exponent + 1).bit_length() + element.mantissa_bits + 1
+
+
+def _least_product(plan: Plan) -> float:
+    """The smallest code times the smallest block scale; E8M0's is 2^-127."""
+    finest = plan.element.step / 2
+    if plan.element.mantissa_bits is not None:
+        finest = 2.0 ** (plan.element.min_exponent - plan.element.mantissa_bits)
+    return finest * (2.0**-127 if plan.scale_kind == "e8m0" else 1.0)
+
+
+def _job(spec: Spec, tile: Tile, scales: Literal["none", "single", "lines"], aligned: bool) -> Job:
+    plan, rows, columns = spec.plan, tile.rows, tile.columns
+    block = plan.block or (columns if spec.dim == -1 else rows)
+    contraction, lines = (columns, rows) if spec.dim == -1 else (rows, 1)
+    unit, offset = packed_integer(plan.element)
+    limit = plan.element.max
+    if plan.scale_kind == "minifloat":
+        limit, _ = reference.minifloat_range(plan)
+    return Job(
+        plan=plan,
+        dim=spec.dim,
+        rotation=spec.rotation,
+        output=spec.output,
+        rows=rows,
+        columns=columns,
+        block=block,
+        groups=contraction // block * lines,
+        scales=scales,
+        exponent=reference.exponent_rule(plan) if plan.scale_kind == "e8m0" else None,
+        fit=plan.element.gaussian or 0.0,
+        epsilon=reference.STD_EPS,
+        limit=limit,
+        headroom=reference.HEADROOM if plan.rule == "floor_three_quarters" else 1.0,
+        unit=unit,
+        offset=offset,
+        bits=_element_bits(plan.element),
+        scale_nan=0x7F if plan.scale_element and plan.scale_element.max <= 448 else 0xFF,
+        aligned=aligned,
+        inexact=not plan.exact_in_bfloat16 or _least_product(plan) < LEAST_BFLOAT16,
+    )
+
+
+class Tile(NamedTuple):
+    """What one program works on, and its warps."""
+
+    rows: int
+    columns: int
+    warps: int
+
+
+def tile_of(dim: int, span: int, columns: int) -> Tile:
+    """32 elements a thread along rows; along columns 64 and more, where a warp then holds whole blocks and sums them in
+    its registers. A function of the span and of how the matrix's columns divide."""
+    if dim == -2:
+        rows = max(span, 32)
+        return Tile(rows, 64 if rows == 32 else 32, max(1, rows // 128))
+    fitting = columns & -columns
+    if fitting < 64:
+        fitting = 1 << (columns - 1).bit_length()
+    wide = max(span, 16, min(fitting, 256))
+    return Tile(4096 // wide, wide, 4)
+
+
+def _common_tile(rows: Spec, columns: Spec) -> Tile:
+    """Of a matrix that is quantised along both dims."""
+    height, width = max(columns.span, 32), max(rows.span, 64)
+    return Tile(height, width, max(1, height * width // 4096))
+
+
+# --------------------------------------------------------------------------------------------------------------- checks
+
+
+def obstacle(device_type: str) -> str | None:
+    """Why Triton's kernels cannot run there, with the remedy; None if they can."""
+    if find_spec("triton") is None:
+        return "triton is not installed; install it"
+    if device_type == "cuda" or (device_type == "cpu" and _interpreted()):
+        return None
+    return f"Triton makes no code for {device_type}; move the tensor to cuda"
+
+
+def _interpreted() -> bool:
+    """Whether Triton runs kernels by its interpreter: TRITON_INTERPRET=1 stood in the environment at their import."""
+    from qtrain_kernels import triton_quantize
+
+    return type(triton_quantize.quantize_kernel).__name__ == "InterpretedFunction"
+
+
+def check_matrix(x: Tensor, dim: int, span: int) -> None:
+    """ValueError for a device, dtype or size that there is no kernel for."""
+    reason = obstacle(x.device.type)
+    if reason:
+        raise ValueError(f"backend 'triton' cannot run on {x.device.type}: {reason}")
+    if x.dtype not in (torch.float32, torch.bfloat16):
+        raise ValueError(f"backend 'triton' takes float32 or bfloat16; got {x.dtype}; convert it with x.float()")
+    if x.shape[dim] % span:
+        raise ValueError(f"dim {dim} must be a multiple of {span}; x has {tuple(x.shape)}; pad it with zeros")
+
+
+def check_power_of_two(name: str, size: int | None) -> None:
+    if size is not None and (size & (size - 1) or size > LARGEST_SPAN):
+        raise ValueError(f"backend 'triton' needs a {name} that is a power of two up to {LARGEST_SPAN}; got {size}")
+
+
+def signs_of(rotation: Rotation | None) -> Tensor | None:
+    """ValueError for a rotation that is not Sylvester's."""
+    if rotation is None:
+        return None
+    if rotation.base is not None:
+        raise ValueError(f"backend 'triton' needs a rotation that is a power of two; got {rotation.size}")
+    return rotation.signs
+
+
+def _check(x: Tensor, spec: Spec, key: Tensor | None, signs: Tensor | None) -> None:
+    """ValueError for what the kernels cannot do."""
+    plan = spec.plan
+    check_power_of_two("block", plan.block)
+    check_power_of_two("correction", plan.correction)
+    check_power_of_two("rotation", spec.rotation)
+    check_matrix(x, spec.dim, spec.span)
+    if plan.rounding != "nearest" and key is None:
+        raise ValueError(f"rounding {plan.rounding!r} draws random bits; got no key; give (2,) int32")
+    if signs is not None and signs.shape != (spec.rotation,):
+        raise ValueError(f"a rotation of {spec.rotation} takes as many signs; got {tuple(signs.shape)}")
+    if spec.output == "packed":
+        _check_packed(plan)
+
+
+def _check_packed(plan: Plan) -> None:
+    if plan.rule == "learned":
+        raise ValueError("rule 'learned' cannot be packed: a NaN would be lost, as its scale stays finite; use 'codes'")
+    if plan.scale_element is not None and plan.scale_element.max not in (448.0, 114688.0):
+        raise ValueError(
+            f"block scales up to {plan.scale_element.max} cannot be packed: their format has no NaN; use e4m3 or ue5m3"
+        )
+
+
+def _reads_scale(plan: Plan) -> bool:
+    """Whether `encode` looks at the tensor scale."""
+    return plan.rule == "mse_phase" or plan.scale_kind == "minifloat" or plan.block is None
+
+
+def _scale(scale: Tensor | float | None, plan: Plan, lines: int, x: Tensor) -> Tensor | None:
+    """The tensor scale as kernels read it: None, (), or (lines,) float32."""
+    if not _reads_scale(plan):
+        return None
+    if scale is None:
+        raise ValueError(f"rule {plan.rule!r} needs a tensor scale; got None; give reference.tensor_scale of x rotated")
+    if not isinstance(scale, Tensor):
+        return torch.full((), scale, dtype=torch.float32, device=x.device)
+    if scale.ndim and scale.numel() != lines:
+        raise ValueError(f"a tensor scale is () or one of {lines} lines; got {tuple(scale.shape)}")
+    if scale.dtype != torch.float32:
+        raise ValueError(f"a tensor scale is float32; got {scale.dtype}")
+    return scale.detach().reshape(-1).contiguous() if scale.ndim else scale.detach()
+
+
+# --------------------------------------------------------------------------------------------------------------- launch
+
+
+def _shapes(spec: Spec, rows: int, columns: int) -> list[tuple[tuple[int, int], torch.dtype] | None]:
+    """(shape, dtype) of values, block scales and mask; None for what the spec does not have."""
+    plan, packed = spec.plan, spec.output == "packed"
+    lines, length = (rows, columns) if spec.dim == -1 else (columns, rows)
+
+    def shape(share: int) -> tuple[int, int]:
+        short = -(-length // share)
+        return (lines, short) if packed or spec.dim == -1 else (short, lines)
+
+    dtypes = {"codes": torch.float32, "float32": torch.float32, "bfloat16": torch.bfloat16}
+    values = dtypes.get(spec.output, torch.int8 if plan.element.mantissa_bits is None else torch.uint8)
+    scales = mask = None
+    if plan.block is not None and spec.output in ("codes", "packed"):
+        scales = shape(plan.block), torch.uint8 if packed and plan.scale_kind != "float32" else torch.float32
+    if plan.mask is not None:
+        mask = shape(8 if packed else 1), torch.uint8
+    return [(shape(2 if packed and _element_bits(plan.element) == 4 else 1), values), scales, mask]
+
+
+def _allocate(spec: Spec, x: Tensor) -> list[Tensor | None]:
+    wanted = _shapes(spec, *x.shape)
+    return [None if one is None else torch.empty(one[0], dtype=one[1], device=x.device) for one in wanted]
+
+
+def _present(tensors: list[Tensor | None]) -> list[Tensor]:
+    return [tensor for tensor in tensors if tensor is not None]
+
+
+def _named(tensors: list[Tensor], spec: Spec) -> Quantized:
+    """`_present` undone, and float8 codes by their dtype."""
+    rest = iter(tensors)
+    values, block_scale, mask = (None if one is None else next(rest) for one in _shapes(spec, 0, 0))
+    assert values is not None
+    kinds = {(4, 3): torch.float8_e4m3fn, (5, 2): torch.float8_e5m2}
+    bits, mantissa = _element_bits(spec.plan.element), spec.plan.element.mantissa_bits
+    if spec.output == "packed" and bits == 8 and mantissa is not None and (7 - mantissa, mantissa) in kinds:
+        values = values.view(kinds[7 - mantissa, mantissa])
+    return Quantized(values, block_scale, mask)
+
+
+_cached_job = cache(_job)
+
+
+def _job_of(x: Tensor, scale: Tensor | None, spec: Spec, tile: Tile) -> Job:
+    lined = "none" if scale is None else "lines" if scale.ndim else "single"
+    return _cached_job(spec, tile, lined, not any(size % 128 for size in x.shape))
+
+
+def launch(kernel: Any, x: Tensor, tile: Tile, *arguments: object) -> None:
+    """One program for each tile of x (M, K); x comes before the arguments."""
+    grid = (-(-x.shape[0] // tile.rows), -(-x.shape[1] // tile.columns))
+    with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
+        kernel[grid](x, *arguments, num_warps=tile.warps, **UNFUSED)
+
+
+@torch.library.custom_op("qtrain::quantize", mutates_args=())
+def _quantize(
+    x: Tensor, scale: Tensor | None, key: Tensor | None, signs: Tensor | None, spec: str, per: int
+) -> list[Tensor]:
+    """Those of values, block scales and mask that the spec has."""
+    from qtrain_kernels.triton_quantize import quantize_kernel
+
+    what = _read(spec)
+    found = _allocate(what, x)
+    if x.numel():
+        tile = tile_of(what.dim, what.span, x.shape[1])
+        launch(quantize_kernel, x, tile, *x.shape, per, scale, key, signs, *found, _job_of(x, scale, what, tile))
+    return _present(found)
+
+
+@_quantize.register_fake
+def _(x: Tensor, scale: Tensor | None, key: Tensor | None, signs: Tensor | None, spec: str, per: int) -> list[Tensor]:
+    return _present(_allocate(_read(spec), x))
+
+
+@torch.library.custom_op("qtrain::quantize_both", mutates_args=())
+def _quantize_both(
+    x: Tensor,
+    row_scale: Tensor | None,
+    row_key: Tensor | None,
+    row_signs: Tensor | None,
+    row_spec: str,
+    column_scale: Tensor | None,
+    column_key: Tensor | None,
+    column_signs: Tensor | None,
+    column_spec: str,
+) -> list[Tensor]:
+    """`_quantize` along the rows, and along the columns."""
+    from qtrain_kernels.triton_quantize import quantize_both_kernel
+
+    rows, columns = _read(row_spec), _read(column_spec)
+    row_found, column_found = _allocate(rows, x), _allocate(columns, x)
+    if x.numel():
+        tile = _common_tile(rows, columns)
+        along_rows = (row_scale, row_key, row_signs, *row_found, _job_of(x, row_scale, rows, tile))
+        along_columns = (column_scale, column_key, column_signs, *column_found, _job_of(x, column_scale, columns, tile))
+        launch(quantize_both_kernel, x, tile, *x.shape, *along_rows, *along_columns)
+    return _present(row_found) + _present(column_found)
+
+
+@_quantize_both.register_fake
+def _(
+    x: Tensor,
+    row_scale: Tensor | None,
+    row_key: Tensor | None,
+    row_signs: Tensor | None,
+    row_spec: str,
+    column_scale: Tensor | None,
+    column_key: Tensor | None,
+    column_signs: Tensor | None,
+    column_spec: str,
+) -> list[Tensor]:
+    return [tensor for spec in (row_spec, column_spec) for tensor in _present(_allocate(_read(spec), x))]
+
+
+# --------------------------------------------------------------------------------------------------------- entry points
+
+
+def quantize(
+    x: Tensor,
+    spec: Spec,
+    scale: Tensor | float | None = None,
+    key: Tensor | None = None,
+    signs: Tensor | None = None,
+) -> Quantized:
+    """x (M, K) float32 or bfloat16, rotated as spec says and quantised along spec.dim.
+
+    scale: reference.tensor_scale of x rotated: a float, () float32, or one for each row (dim -1) or column (dim -2),
+    (M,) or (K,) in any shape; None where the plan reads none. key: (2,) int32 for stochastic rounding and EDEN. signs:
+    (n,) float32 of ±1, D in x D H; None for H alone. ValueError for a dtype, device, block or rotation that there is no
+    kernel for.
+    """
+    _check(x, spec, key, signs)
+    scale = _scale(scale, spec.plan, x.shape[0] if spec.dim == -1 else x.shape[1], x)
+    return _named(_quantize(x.detach().contiguous(), scale, key, signs, str(spec), x.shape[spec.dim]), spec)
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of two quantisations: what `quantize` takes beside the matrix."""
+
+    spec: Spec
+    scale: Tensor | float | None = None
+    key: Tensor | None = None
+    signs: Tensor | None = None
+
+
+def quantize_both(x: Tensor, rows: Side, columns: Side) -> tuple[Quantized, Quantized]:
+    """`quantize` of x (M, K) along its rows (spec.dim -1) and along its columns (-2), in one reading of x. ValueError
+    as there, and where the dims are others."""
+    if (rows.spec.dim, columns.spec.dim) != (-1, -2):
+        raise ValueError(f"quantize_both needs dims (-1, -2); got {(rows.spec.dim, columns.spec.dim)}")
+    operands = []
+    for side, lines in ((rows, x.shape[0]), (columns, x.shape[1])):
+        _check(x, side.spec, side.key, side.signs)
+        operands += [_scale(side.scale, side.spec.plan, lines, x), side.key, side.signs, str(side.spec)]
+    found = _quantize_both(x.detach().contiguous(), *operands)
+    own = sum(shape is not None for shape in _shapes(rows.spec, 0, 0))
+    return _named(found[:own], rows.spec), _named(found[own:], columns.spec)
+
+
+def encode(
+    x: Tensor, scale: Tensor | float, key: Tensor | None, plan: Plan, rotation: Rotation | None = None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Equals reference.encode bit for bit. ValueError as `quantize`."""
+    values, blocks, mask = _of_spans(x, scale, key, Spec(plan, output="codes"), rotation)
+    return values, None if blocks is None else blocks.reshape(-1, 1, x.shape[2]), mask
+
+
+def operand(
+    x: Tensor,
+    scale: Tensor | float,
+    key: Tensor | None,
+    plan: Plan,
+    dtype: torch.dtype,
+    rotation: Rotation | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Equals reference.operand bit for bit. ValueError as `quantize`."""
+    outputs: dict[torch.dtype, Output] = {torch.bfloat16: "bfloat16", torch.float32: "float32"}
+    if dtype not in outputs:
+        raise ValueError(f"an operand is bfloat16 or float32; asked for {dtype}")
+    values, _, mask = _of_spans(x, scale, key, Spec(plan, output=outputs[dtype]), rotation)
+    return values, mask
+
+
+def _of_spans(x: Tensor, scale: Tensor | float, key: Tensor | None, spec: Spec, rotation: Rotation | None) -> Quantized:
+    """x (outer, span, inner) as a matrix, quantised along its rows if inner is 1, else along its columns."""
+    outer, span, inner = x.shape
+    signs = signs_of(rotation)
+    if rotation is not None:
+        spec = replace(spec, rotation=rotation.size)
+    if inner != 1:
+        spec = replace(spec, dim=-2)
+        if spec.plan.block is None and outer > 1:
+            raise ValueError(f"columns with one scale each need an outer size of 1; got {tuple(x.shape)}")
+    width = span if spec.plan.block is None else spec.span
+    if inner == 1 and x.numel() % width:
+        raise ValueError(f"x must fill rotations of {width}; got {tuple(x.shape)}; pad it with zeros")
+    matrix = x.detach().contiguous().view((x.numel() // width, width) if inner == 1 else (outer * span, inner))
+    _check(matrix, spec, key, signs)
+    lined = _scale(scale, spec.plan, outer * inner, matrix)
+    values, blocks, mask = _named(_quantize(matrix, lined, key, signs, str(spec), span), spec)
+    return Quantized(values.view(x.shape), blocks, None if mask is None else mask.view(x.shape))

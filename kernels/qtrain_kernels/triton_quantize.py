@@ -1,0 +1,590 @@
+"""Device code of the Triton quantisers: reference.py once more, on one tile of a matrix at a time.
+
+# R, C rows and columns of the tile; G blocks in it; B elements of a block; I lanes beside it
+# axis 1 of (G, B, I) is the contraction: (R, C) is (R * C / B, B, 1) along rows and (R / B, B, C) along columns
+
+Equal to the reference bit for bit, on the GPU and in Triton's interpreter. Therefore every kernel is launched with
+enable_fp_fusion=False; divisions and roots are the IEEE ones; floats are rounded by adding and taking off a large
+number, never by a cast (the interpreter's casts truncate); and a tensor is summed in halves, by reductions of two
+terms, which have no order. NaN passes through comparisons and integer maxima, not through tl.max of floats.
+"""
+
+# A constexpr stands for the object that it holds.
+# pyright: reportAttributeAccessIssue=false, reportAssignmentType=false, reportGeneralTypeIssues=false
+
+import triton
+import triton.language as tl
+
+ABS: tl.constexpr = tl.constexpr(0x7FFFFFFF)
+INFINITY: tl.constexpr = tl.constexpr(0x7F800000)
+NAN: tl.constexpr = tl.constexpr(0x7FC00000)
+LARGE: tl.constexpr = tl.constexpr(1.5 * 2.0**23)
+
+
+@triton.constexpr_function
+def log2(n):
+    return n.bit_length() - 1
+
+
+@triton.jit
+def bits_of(x):
+    return x.to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def float_of(bits):
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def to_float32(x):
+    """bfloat16 by its bits: the interpreter's cast is wrong for subnormals."""
+    if x.dtype == tl.bfloat16:
+        x = float_of(x.to(tl.int16, bitcast=True).to(tl.int32) << 16)
+    return x
+
+
+@triton.jit
+def to_bfloat16(x, INEXACT: tl.constexpr):
+    """By the bits too. INEXACT: x is no bfloat16 yet; rounded to nearest, ties to even."""
+    bits = bits_of(x)
+    if INEXACT:
+        bits = tl.where(x == x, bits + 0x7FFF + ((bits >> 16) & 1), bits)
+    return (bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+
+
+@triton.jit
+def constant(value: tl.constexpr):
+    return tl.full((1, 1, 1), value, tl.float32)
+
+
+# ----------------------------------------------------------------------------------------------------------- reductions
+
+
+@triton.jit
+def tree_sum(x):
+    """(G, B, I) -> (G, 1, I): reference.tree_sum for B a power of two."""
+    for _ in tl.static_range(log2(x.shape[1])):
+        x = tl.sum(tl.reshape(x, (x.shape[0], 2, x.shape[1] // 2, x.shape[2])), axis=1)
+    return x
+
+
+@triton.jit
+def mean(x):
+    return tree_sum(x) * (1.0 / x.shape[1])  # a power of two: rounds as the division does
+
+
+@triton.jit
+def rms(x):
+    return tl.sqrt_rn(mean(x * x))
+
+
+@triton.jit
+def std(x):
+    centred = x - mean(x)
+    return tl.sqrt_rn(mean(centred * centred))
+
+
+@triton.jit
+def amax(x):
+    """By the bits, whose order is that of the magnitudes with NaN above all."""
+    return float_of(tl.max(bits_of(x) & ABS, axis=1, keep_dims=True))
+
+
+# ----------------------------------------------------------------------------------------------------------- randomness
+
+
+@triton.jit
+def mix(index, key):
+    """reference.mix in uint32, whose shifts are logical. key: pointer to two int32."""
+    h = (index ^ tl.load(key)).to(tl.uint32, bitcast=True)
+    h = (h ^ (h >> 16)) * 0x7FEB352D
+    h = h ^ tl.load(key + 1).to(tl.uint32, bitcast=True)
+    h = (h ^ (h >> 15)) * 0x846CA68B
+    return h ^ (h >> 16)
+
+
+@triton.jit
+def uniform(index, key):
+    return (mix(index, key) >> 8).to(tl.float32) * (2.0**-24)
+
+
+# ------------------------------------------------------------------------------------------------------------- rounding
+
+
+@triton.jit
+def clamp(u, largest: tl.constexpr):
+    """NaN stays."""
+    return tl.clamp(u, -largest, largest, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def rint(u, large):
+    """u to the nearest multiple of a step, ties to even; large: 1.5 * 2^23 steps, around which floats are one step
+    apart. |u| at most 2^22 steps; a zero keeps its sign."""
+    return float_of(bits_of((u + large) - large) | (bits_of(u) & ~ABS))
+
+
+@triton.jit
+def floor(v):
+    """tl.floor flushes subnormals on the GPU: -1e-40 would give 0."""
+    nearest = rint(v, LARGE)
+    return tl.where(nearest > v, nearest - 1.0, nearest)
+
+
+@triton.jit
+def round_nearest(u, ELEMENT: tl.constexpr):
+    """reference.round_nearest."""
+    u = clamp(u, ELEMENT.max)
+    if ELEMENT.offset != 0:
+        code = rint(u + 0.5, LARGE) - 0.5
+    elif ELEMENT.mantissa_bits is None:
+        code = rint(u, LARGE * ELEMENT.step)
+    else:
+        power = tl.maximum(bits_of(u) & INFINITY, (ELEMENT.min_exponent + 127) << 23)
+        code = rint(u, float_of(power + (((23 - ELEMENT.mantissa_bits) << 23) | 0x400000)))
+    return code
+
+
+@triton.jit
+def round_stochastic(u, ELEMENT: tl.constexpr, draw):
+    """reference.round_stochastic; draw: the uniform numbers."""
+    u = clamp(u, ELEMENT.max)
+    if ELEMENT.mantissa_bits is None:
+        step = ELEMENT.step
+        v = u * (1.0 / ELEMENT.step) - ELEMENT.offset
+    else:
+        exponent = tl.maximum((bits_of(u) >> 23) & 0xFF, ELEMENT.min_exponent + 127) - ELEMENT.mantissa_bits
+        step = float_of(exponent << 23)
+        v = u * float_of((254 - exponent) << 23)
+    lower = floor(v)
+    above = (v - lower) - draw
+    code = lower + tl.where(above > 0, 1.0, above * 0.0)  # its ceiling, with the sign of a zero
+    if ELEMENT.offset != 0:
+        code = code + ELEMENT.offset
+    return code * step
+
+
+# --------------------------------------------------------------------------------------------------------------- scales
+
+
+@triton.jit
+def nonzero(scale):
+    return tl.where(scale == 0, 1.0, scale)
+
+
+@triton.jit
+def finite_or_nan(scale):
+    return tl.where(bits_of(scale) < INFINITY, scale, float_of(tl.full((1, 1, 1), NAN, tl.int32)))
+
+
+@triton.jit
+def power_of_two(biased):
+    """2^(biased - 127): 0 is a float32 subnormal, 255 NaN."""
+    return float_of(tl.where(biased == 0, 0x400000, tl.where(biased == 255, NAN, biased << 23)))
+
+
+@triton.jit
+def reciprocal(scale):
+    """Of a power of two that `power_of_two` made."""
+    biased = bits_of(scale) >> 23
+    return power_of_two(tl.where(biased == 255, 255, 254 - biased))
+
+
+@triton.jit
+def e8m0_exponent(x, JOB: tl.constexpr):
+    """The biased exponent that a rule reads from one magnitude of the block; see reference._scale_exponent."""
+    RULE: tl.constexpr = JOB.exponent
+    if RULE.magnitude == "amax":
+        magnitude = amax(x)
+    elif RULE.magnitude == "rms":
+        magnitude = JOB.fit * rms(x)
+    else:
+        magnitude = JOB.fit * std(x) + JOB.epsilon
+    tiny = magnitude < 2.0**-60
+    lifted = tl.where(tiny, magnitude * 2.0**64, magnitude)
+    if RULE.divisor != 1.0:
+        lifted = tl.div_rn(lifted, constant(RULE.divisor))
+    bits = bits_of(lifted)
+    moved = (((bits + RULE.increment) >> 23) & 0xFF) - RULE.shift - tl.where(tiny, 64, 0)
+    return tl.where(((bits >> 23) & 0xFF) == 255, 255, tl.minimum(tl.maximum(moved, 0), 254))
+
+
+@triton.jit
+def squared_error(u, scale: tl.constexpr, ELEMENT: tl.constexpr):
+    difference = round_nearest(u * (1.0 / scale), ELEMENT) * scale - u
+    return tree_sum(difference * difference)
+
+
+@triton.jit
+def least_error_exponent(x, floor, ELEMENT: tl.constexpr):
+    """floor, floor - 1 or floor + 1: the least squared error, a tie to the earlier."""
+    u = x * reciprocal(power_of_two(floor))
+    least = squared_error(u, 1.0, ELEMENT)
+    lower = squared_error(u, 0.5, ELEMENT)
+    upper = squared_error(u, 2.0, ELEMENT)
+    take_lower = (lower < least) & (floor >= 1)
+    best = tl.where(take_lower, floor - 1, floor)
+    take_upper = (upper < tl.where(take_lower, lower, least)) & (floor <= 253)
+    best = tl.where(take_upper, floor + 1, best)
+    return tl.where(floor == 255, 255, best)
+
+
+@triton.jit
+def minifloat_scale(largest, limit: tl.constexpr, scale, ELEMENT: tl.constexpr):
+    rounded = round_nearest(tl.div_rn(tl.div_rn(largest, constant(limit)), scale), ELEMENT)
+    return tl.where(rounded == 0, 1.0, rounded)
+
+
+@triton.jit
+def minifloat_error(x, blocks, scale, ELEMENT: tl.constexpr):
+    u = tl.div_rn(x, scale * blocks)
+    difference = (round_nearest(u, ELEMENT) - u) * blocks
+    return tree_sum(difference * difference)
+
+
+@triton.jit
+def block_scale(x, scale, JOB: tl.constexpr):
+    """(G, 1, I) float32: reference.block_scale. scale: the tensor scale, zero made one."""
+    ELEMENT: tl.constexpr = JOB.plan.element
+    GRID: tl.constexpr = JOB.plan.scale_element
+    if JOB.plan.scale_kind == "e8m0":
+        exponent = e8m0_exponent(x, JOB)
+        if JOB.exponent.search:
+            exponent = least_error_exponent(x, exponent, ELEMENT)
+        blocks = power_of_two(exponent)
+    elif JOB.plan.scale_kind == "minifloat":
+        largest = amax(x)
+        blocks = minifloat_scale(largest, JOB.limit, scale, GRID)
+        if JOB.plan.rule == "four_over_six":
+            four = minifloat_scale(largest, 4.0, scale, GRID)
+            better = minifloat_error(x, four, scale, ELEMENT) < minifloat_error(x, blocks, scale, ELEMENT)
+            blocks = tl.where(better, four, blocks)
+    elif JOB.plan.rule == "gaussian":
+        blocks = finite_or_nan(JOB.fit * rms(x))
+    else:
+        blocks = finite_or_nan(tl.div_rn(amax(x), constant(JOB.limit)))
+    return blocks
+
+
+# --------------------------------------------------------------------------------------------------------------- encode
+
+
+@triton.jit
+def code_units(x, scale, blocks, JOB: tl.constexpr):
+    """What is rounded: reference._in_code_units."""
+    if JOB.plan.scale_kind == "e8m0":
+        u = (x * JOB.headroom) * reciprocal(blocks)
+    elif JOB.plan.block is None:
+        u = tl.div_rn(x, scale)
+    elif JOB.plan.scale_kind == "float32":
+        u = tl.div_rn(x, nonzero(blocks))
+    else:
+        u = tl.div_rn(x, scale * blocks)
+    return u
+
+
+@triton.jit
+def largest_of_four(x, PAIR: tl.constexpr):
+    """float32 1 at what reference._largest keeps. PAIR: elements that stay or go together, 1 or 2."""
+    grouped: tl.constexpr = (x.shape[0], x.shape[1] // (4 * PAIR), 4, PAIR, x.shape[2])
+    groups = tl.reshape(x, grouped)
+    size = tl.sum(groups * groups, axis=3) if PAIR == 2 else tl.sum(tl.abs(groups), axis=3)
+    place = tl.arange(0, 4)[None, None, :, None]
+    rank = tl.zeros(size.shape, tl.int32)
+    for other in tl.static_range(4):
+        rival = tl.sum(tl.where(place == other, size, 0.0), axis=2, keep_dims=True)  # one term is not zero
+        rank += ((rival > size) | ((rival == size) & (place > other))).to(tl.int32)
+    keep = tl.where(rank < 2, 1.0, 0.0)[:, :, :, None, :]
+    return tl.reshape(tl.broadcast_to(keep, grouped), x.shape)
+
+
+@triton.jit
+def corrected(u, codes, blocks, block_index, key, JOB: tl.constexpr):
+    """EDEN: reference._corrected."""
+    GROUP: tl.constexpr = JOB.plan.correction // JOB.plan.block
+    GRID: tl.constexpr = JOB.plan.scale_element
+    grouped: tl.constexpr = (blocks.shape[0] // GROUP, GROUP, blocks.shape[2])
+    square = tree_sum(tl.reshape(tree_sum(u * u), grouped))
+    product = tree_sum(tl.reshape(tree_sum(u * codes), grouped))
+    correction = tl.where(product == 0, 1.0, tl.div_rn(square, nonzero(product)))
+    correction = tl.reshape(tl.broadcast_to(correction, grouped), blocks.shape)
+    return round_stochastic(blocks * correction, GRID, uniform(block_index, key))
+
+
+@triton.jit
+def gradient_mask(u, codes, MASK: tl.constexpr):
+    if MASK.kind == "inside":
+        passed = tl.abs(u) < MASK.limit
+    elif MASK.kind == "within":
+        passed = tl.abs(u) <= MASK.limit
+    else:
+        passed = tl.abs(codes - u) <= MASK.limit
+    return passed.to(tl.int32)
+
+
+# ------------------------------------------------------------------------------------------------------------- rotation
+
+
+@triton.jit
+def hadamard(x, N: tl.constexpr):
+    """(G, N, I) times the Hadamard matrix over sqrt(N), in the order of additions of reference.rotate: elements half a
+    block apart first. An element's partner is the sum of both, as integers, less itself: moved, not computed."""
+    shape: tl.constexpr = x.shape
+    side = tl.arange(0, 2)[None, :, None, None]
+    for stage in tl.static_range(log2(N)):
+        pairs = tl.reshape(x, (x.shape[0] * x.shape[1] // (N >> stage), 2, N >> (stage + 1), x.shape[2]))
+        partner = float_of(tl.sum(bits_of(pairs), axis=1, keep_dims=True) - bits_of(pairs))
+        x = tl.reshape(tl.where(side == 0, pairs + partner, partner - pairs), shape)
+    return x * (N**-0.5)
+
+
+@triton.jit
+def in_blocks(tile, N: tl.constexpr, JOB: tl.constexpr):
+    """(R, C) -> (R * C / N, N, 1) along rows, (R / N, N, C) along columns."""
+    LANES: tl.constexpr = 1 if JOB.dim == -1 else JOB.columns
+    return tl.reshape(tile, (JOB.rows * JOB.columns // (N * LANES), N, LANES))
+
+
+@triton.jit
+def rotate(x, signs, INVERSE: tl.constexpr, JOB: tl.constexpr):
+    """float32 (R, C) -> x D H in blocks along the contraction, or x (D H)^-1: reference.rotate, unrotate."""
+    N: tl.constexpr = JOB.rotation
+    blocks = in_blocks(x, N, JOB)
+    if signs is None:
+        blocks = hadamard(blocks, N)
+    else:
+        diagonal = tl.load(signs + tl.arange(0, N))[None, :, None]
+        blocks = hadamard(blocks, N) * diagonal if INVERSE else hadamard(blocks * diagonal, N)
+    return tl.reshape(blocks, (JOB.rows, JOB.columns))
+
+
+# --------------------------------------------------------------------------------------------------------------- output
+
+
+@triton.jit
+def store(pointer, tile, row, column, rows, columns):
+    """The part of tile (R, C) that lies inside a (rows, columns) matrix, at (row, column)."""
+    r, c = tl.arange(0, tile.shape[0])[:, None], tl.arange(0, tile.shape[1])[None, :]
+    inside = (row + r < rows) & (column + c < columns)
+    pointer += row.to(tl.int64) * columns + column
+    tl.store(pointer + r * columns + c, tile, mask=inside)
+
+
+@triton.jit
+def share(length, SHARE: tl.constexpr, JOB: tl.constexpr):
+    """Elements along a dim of `length` where one stands for SHARE; written so that Triton sees what they are a multiple
+    of, and makes wide stores."""
+    if JOB.aligned and SHARE <= 64:
+        shared = length // 128 * (128 // SHARE)
+    else:
+        shared = tl.cdiv(length, SHARE)
+    return shared
+
+
+@triton.jit
+def emit(pointer, tile, i, j, rows, columns, SHARE: tl.constexpr, JOB: tl.constexpr):
+    """Stores tile (i, j) (any shape in row-major order), of which one element stands for SHARE along the contraction.
+    Packed results are (lines, contraction), so along columns their tile is transposed."""
+    if JOB.dim == -1:
+        flat = tl.reshape(tile, (JOB.rows, JOB.columns // SHARE))
+        store(pointer, flat, i * JOB.rows, j * (JOB.columns // SHARE), rows, share(columns, SHARE, JOB))
+    else:
+        flat = tl.reshape(tile, (JOB.rows // SHARE, JOB.columns))
+        row, column = i * (JOB.rows // SHARE), j * JOB.columns
+        if JOB.output == "packed":
+            store(pointer, tl.trans(flat), column, row, columns, share(rows, SHARE, JOB))
+        else:
+            store(pointer, flat, row, column, share(rows, SHARE, JOB), columns)
+
+
+@triton.jit
+def minifloat_field(code, ELEMENT: tl.constexpr):
+    """The bits of a code without its sign, int32: scaled so, the element's exponents and subnormals are float32's."""
+    return (bits_of(code * (2.0 ** (-126 - ELEMENT.min_exponent))) & ABS) >> (23 - ELEMENT.mantissa_bits)
+
+
+@triton.jit
+def packed_in_bytes(field, BITS: tl.constexpr, JOB: tl.constexpr):
+    """8 / BITS neighbours along the contraction in one byte, the first in the low bits."""
+    COUNT: tl.constexpr = 8 // BITS
+    if JOB.dim == -1:
+        apart = tl.reshape(field, (JOB.rows, JOB.columns // COUNT, COUNT, 1))
+    else:
+        apart = tl.reshape(field, (1, JOB.rows // COUNT, COUNT, JOB.columns))
+    return tl.sum(apart << (tl.arange(0, COUNT) * BITS)[None, None, :, None], axis=2).to(tl.uint8)
+
+
+@triton.jit
+def emit_packed_codes(pointer, codes, i, j, rows, columns, JOB: tl.constexpr):
+    ELEMENT: tl.constexpr = JOB.plan.element
+    if ELEMENT.mantissa_bits is None:
+        whole = codes * (1.0 / JOB.unit) - JOB.offset
+        emit(pointer, whole.to(tl.int32).to(tl.int8), i, j, rows, columns, 1, JOB)
+    else:
+        magnitude = minifloat_field(codes, ELEMENT) & ((1 << (JOB.bits - 1)) - 1)
+        field = magnitude | (((bits_of(codes) >> 31) & 1) << (JOB.bits - 1))
+        if JOB.bits == 4:
+            emit(pointer, packed_in_bytes(field, 4, JOB), i, j, rows, columns, 2, JOB)
+        else:
+            emit(pointer, field.to(tl.uint8), i, j, rows, columns, 1, JOB)
+
+
+@triton.jit
+def scale_field(blocks, JOB: tl.constexpr):
+    """A block scale as it is stored when packed: its byte, or float32."""
+    if JOB.plan.scale_kind == "float32":
+        field = blocks
+    elif JOB.plan.scale_kind == "e8m0":
+        field = (bits_of(blocks) >> 23).to(tl.uint8)
+    else:
+        GRID: tl.constexpr = JOB.plan.scale_element
+        field = tl.where(blocks == blocks, minifloat_field(blocks, GRID), JOB.scale_nan).to(tl.uint8)
+    return field
+
+
+@triton.jit
+def tensor_scale_of_blocks(pointer, i, j, rows, columns, per, JOB: tl.constexpr):
+    """The tensor scale of the tile's blocks, zero made one: (1, 1, 1), (G, 1, 1) or (G, 1, I). per: neighbours along
+    the contraction that share one."""
+    if JOB.scales == "none":
+        scale = constant(1.0)
+    elif JOB.scales == "single":
+        scale = tl.load(pointer) + constant(0.0)
+    elif JOB.dim == -1 and JOB.plan.block is None:
+        r = i * JOB.rows + tl.arange(0, JOB.rows)
+        scale = tl.load(pointer + r, mask=r < rows, other=0.0)[:, None, None]
+    elif JOB.dim == -1:
+        width = columns // JOB.block
+        r = i * JOB.rows + tl.arange(0, JOB.rows)[:, None]
+        c = j * (JOB.columns // JOB.block) + tl.arange(0, JOB.columns // JOB.block)[None, :]
+        scale = tl.load(pointer + (r * width + c) // (per // JOB.block), mask=(r < rows) & (c < width), other=0.0)
+        scale = tl.reshape(scale, (JOB.groups, 1, 1))
+    else:
+        r = i * JOB.rows + tl.arange(0, JOB.groups)[:, None] * JOB.block
+        c = j * JOB.columns + tl.arange(0, JOB.columns)[None, :]
+        scale = tl.load(pointer + (r // per) * columns + c, mask=(r < rows) & (c < columns), other=0.0)
+        scale = tl.reshape(scale, (JOB.groups, 1, JOB.columns))
+    return nonzero(scale)
+
+
+@triton.jit
+def quantize_tile(tile, scale, key, signs, values, block_scales, masks, i, j, rows, columns, per, JOB: tl.constexpr):
+    """One quantisation of a loaded tile (i, j) of (rows, columns): every output of it."""
+    x = to_float32(tile)
+    if JOB.rotation is not None:
+        x = rotate(x, signs, False, JOB)
+    x = in_blocks(x, JOB.block, JOB)
+    above = tensor_scale_of_blocks(scale, i, j, rows, columns, per, JOB)
+    if JOB.plan.rule == "mse_phase":
+        x = tl.div_rn(x, above)
+    if JOB.plan.block is not None:
+        blocks = block_scale(x, above, JOB)
+    else:
+        blocks = above
+    u = code_units(x, above, blocks, JOB)
+    if JOB.plan.rounding == "stochastic":
+        codes = round_stochastic(u, JOB.plan.element, uniform(element_index(i, j, rows, columns, 1, JOB), key))
+    else:
+        codes = round_nearest(u, JOB.plan.element)
+    if JOB.plan.sparsity is not None:
+        codes = codes * largest_of_four(x, 2 if JOB.plan.sparsity == "4:8" else 1)
+    if JOB.plan.rounding == "eden":
+        blocks = corrected(u, codes, blocks, element_index(i, j, rows, columns, JOB.block, JOB), key, JOB)
+
+    if JOB.plan.mask is not None:
+        passed = gradient_mask(u, codes, JOB.plan.mask)
+        if JOB.output == "packed":
+            emit(masks, packed_in_bytes(passed, 1, JOB), i, j, rows, columns, 8, JOB)
+        else:
+            emit(masks, passed.to(tl.uint8), i, j, rows, columns, 1, JOB)
+    if JOB.output == "packed":
+        emit_packed_codes(values, codes, i, j, rows, columns, JOB)
+        if JOB.plan.block is not None:
+            emit(block_scales, scale_field(blocks, JOB), i, j, rows, columns, JOB.block, JOB)
+    elif JOB.output == "codes":
+        emit(values, codes, i, j, rows, columns, 1, JOB)
+        if JOB.plan.block is not None:
+            emit(block_scales, blocks, i, j, rows, columns, JOB.block, JOB)
+    else:
+        if JOB.plan.block is not None:
+            codes = codes * blocks
+        if JOB.output == "bfloat16":
+            codes = to_bfloat16(codes, JOB.inexact)
+        emit(values, codes, i, j, rows, columns, 1, JOB)
+
+
+@triton.jit
+def element_index(i, j, rows, columns, SHARE: tl.constexpr, JOB: tl.constexpr):
+    """reference.element_index of the tile's elements (SHARE 1) or of its block scales (SHARE block), int32."""
+    if JOB.dim == -1:
+        r = i * JOB.rows + tl.arange(0, JOB.rows)[:, None]
+        c = j * (JOB.columns // SHARE) + tl.arange(0, JOB.columns // SHARE)[None, :]
+        index = tl.reshape(r * (columns // SHARE) + c, (JOB.groups, JOB.block // SHARE, 1))
+    else:
+        r = i * (JOB.rows // SHARE) + tl.arange(0, JOB.rows // SHARE)[:, None]
+        c = j * JOB.columns + tl.arange(0, JOB.columns)[None, :]
+        index = tl.reshape(r + c * (rows // SHARE), (JOB.groups, JOB.block // SHARE, JOB.columns))
+    return index
+
+
+@triton.jit
+def load_tile(x, i, j, rows, columns, JOB: tl.constexpr):
+    r, c = tl.arange(0, JOB.rows)[:, None], tl.arange(0, JOB.columns)[None, :]
+    row, column = i * JOB.rows, j * JOB.columns
+    inside = (row + r < rows) & (column + c < columns)
+    x += row.to(tl.int64) * columns + column
+    return tl.load(x + r * columns + c, mask=inside, other=0.0)
+
+
+@triton.jit
+def quantize_kernel(x, rows, columns, per, scale, key, signs, values, block_scales, masks, JOB: tl.constexpr):
+    """x (rows, columns), read once; one program for each tile."""
+    i, j = tl.program_id(0), tl.program_id(1)
+    tile = load_tile(x, i, j, rows, columns, JOB)
+    quantize_tile(tile, scale, key, signs, values, block_scales, masks, i, j, rows, columns, per, JOB)
+
+
+@triton.jit
+def quantize_both_kernel(
+    x, rows, columns,
+    scale, key, signs, values, block_scales, masks, JOB: tl.constexpr,
+    scale_2, key_2, signs_2, values_2, block_scales_2, masks_2, JOB_2: tl.constexpr,
+):  # fmt: skip
+    """x (rows, columns), read once and quantised along its rows and along its columns, each its own way."""
+    i, j = tl.program_id(0), tl.program_id(1)
+    tile = load_tile(x, i, j, rows, columns, JOB)
+    quantize_tile(tile, scale, key, signs, values, block_scales, masks, i, j, rows, columns, columns, JOB)
+    quantize_tile(tile, scale_2, key_2, signs_2, values_2, block_scales_2, masks_2, i, j, rows, columns, rows, JOB_2)
+
+
+@triton.jit
+def rotate_kernel(x, mask, signs, y, rows, columns, JOB: tl.constexpr):
+    """y = x D H, or (x * mask) (D H)^-1 where JOB.inverse; x, mask, y (rows, columns)."""
+    i, j = tl.program_id(0), tl.program_id(1)
+    tile = to_float32(load_tile(x, i, j, rows, columns, JOB))
+    if mask is not None:
+        tile = tile * load_tile(mask, i, j, rows, columns, JOB).to(tl.float32)
+    tile = rotate(tile, signs, JOB.inverse, JOB)
+    if JOB.output == "bfloat16":
+        tile = to_bfloat16(tile, True)
+    store(y, tile, i * JOB.rows, j * JOB.columns, rows, columns)
+
+
+@triton.jit
+def amax_kernel(x, signs, largest, rows, columns, JOB: tl.constexpr):
+    """The bits of the largest magnitude of x D H, of each line along the contraction, or of all where JOB.single: a
+    maximum, of which no order changes anything. largest: int32 zeros, (lines,) or ()."""
+    i, j = tl.program_id(0), tl.program_id(1)
+    tile = to_float32(load_tile(x, i, j, rows, columns, JOB))
+    if JOB.rotation is not None:
+        tile = rotate(tile, signs, False, JOB)
+    magnitude = bits_of(tile) & ABS
+    if JOB.single:
+        tl.atomic_max(largest, tl.max(tl.max(magnitude, axis=1), axis=0))
+    elif JOB.dim == -1:
+        line = i * JOB.rows + tl.arange(0, JOB.rows)
+        tl.atomic_max(largest + line, tl.max(magnitude, axis=1), mask=line < rows)
+    else:
+        line = j * JOB.columns + tl.arange(0, JOB.columns)
+        tl.atomic_max(largest + line, tl.max(magnitude, axis=0), mask=line < columns)

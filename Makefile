@@ -10,10 +10,10 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip --disable-pip-version-check install -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help train test lint format hooks constraints clean
+.PHONY: help train test lint format hooks bench bench-gpu constraints clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-13s%s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s%s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 train: $(VENV)/.train ## train the nano Llama in MXFP4 (ARGS="trainer.tokens=2e6" adds settings)
 	$(BIN)/python train.py +experiment=quartet $(ARGS)
@@ -32,6 +32,22 @@ format: $(VENV)/.dev ## apply the format and the safe fixes of ruff
 
 hooks: $(VENV)/.dev ## run the checks before every commit
 	$(BIN)/pre-commit install
+
+bench: $(VENV)/.dev ## time quantisers, linear layers and training on CPU, into build/bench
+	@mkdir -p build/bench
+	$(BIN)/python kernels/bench/bench_quantize.py --device cpu --out build/bench/quantize.json
+	$(BIN)/python kernels/bench/bench_linear.py --device cpu --out build/bench/linear.json
+	$(BIN)/python kernels/bench/bench_training.py --device cpu --out build/bench/training.json
+
+bench-gpu: $(VENV)/.dev ## the same on a GPU, at the sizes of large models
+	@mkdir -p build/bench
+	$(BIN)/python kernels/bench/bench_quantize.py --device cuda --size 8192 --out build/bench/quantize_gpu.json
+	$(BIN)/python kernels/bench/bench_linear.py --device cuda --tokens 16384 --features 4096 --out-features 4096 \
+		--out build/bench/linear_gpu_4096.json
+	$(BIN)/python kernels/bench/bench_linear.py --device cuda --tokens 16384 --features 4096 --out-features 14336 \
+		--out build/bench/linear_gpu_14336.json
+	$(BIN)/python kernels/bench/bench_training.py --device cuda --model llama_800m --batch 16 --compile 1 \
+		--out build/bench/training_gpu.json
 
 # The two stamps are written last, so an interrupted installation is taken up again.
 $(VENV)/.train: pyproject.toml constraints.txt

@@ -129,9 +129,11 @@ def test_rotated_fake_quantize_spreads_an_outlier() -> None:
     assert relative_error(x, rotated) < 0.02 and relative_error(x, plain) > 0.3
 
 
-@pytest.mark.parametrize(("format", "rotation"), [("mxfp4", "hadamard32"), ("int8", "hadamard128")])
+@pytest.mark.parametrize(
+    ("format", "rotation"), [("mxfp4", "hadamard32"), ("int8", "hadamard128"), ("int4", "hadamard")]
+)
 def test_autocast_changes_nothing(format: str, rotation: str) -> None:
-    x = gaussians(16, 256)
+    x = gaussians(16, 384)  # 32 * 12: the last one is a product with Paley's matrix
     expected = qtrain.fake_quantize(x, format, rotation=rotation)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(qtrain.fake_quantize(x, format, rotation=rotation), expected)

@@ -83,7 +83,7 @@ inline vf largest(const vf* x, int64_t n) {
 struct Grid {
   float max;
   bool minifloat;
-  int mantissa_bits, min_exponent, max_exponent;
+  int mantissa_bits, min_exponent;
   float step, offset, gaussian;
 };
 
@@ -116,6 +116,11 @@ inline vf round_stochastic(vf u, const Grid& g, vf uniform) {
 
 // --------------------------------------------------------------------------------------------------------- randomness
 
+// reference.element_index of sixteen lanes: `apart` from one to the next, which are rows' runs or columns.
+inline vu positions(bool of_rows, int64_t first, int64_t column, int64_t apart) {
+  const vu lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  return (uint32_t)first + ((of_rows ? 0 : (uint32_t)column) + lane) * (uint32_t)apart;
+}
 inline vf uniform(vu index, uint32_t key0, uint32_t key1) {
   vu h = index ^ key0;
   h = (h ^ (h >> 16)) * 0x7FEB352Du;
@@ -141,6 +146,18 @@ inline void hadamard(vf* v, int n, float norm) {
 inline void times_signs(vf* v, int n, const float* signs) {
   if (signs)
     for (int i = 0; i < n; i++) v[i] *= signs[i];
+}
+inline void turn(vf* v, int64_t height, const float* signs) {
+  for (int64_t at = 0; ROTATION && at < height; at += ROTATION) {
+    times_signs(v + at, ROTATION, signs);
+    hadamard(v + at, ROTATION, NORM);
+  }
+}
+inline void turn_back(vf* v, int64_t height, const float* signs) {
+  for (int64_t at = 0; ROTATION && at < height; at += ROTATION) {
+    hadamard(v + at, ROTATION, NORM);
+    times_signs(v + at, ROTATION, signs);
+  }
 }
 
 // ------------------------------------------------------------------------------------------------- in and out of a tile
@@ -180,23 +197,33 @@ inline void store(T* to, vf x) {
   }
 }
 
+#ifdef __clang__
 #define PAIRS(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define PAIRS(a, b, ...) __builtin_shuffle(a, b, vi{__VA_ARGS__})
+#endif
 inline void transpose(vf* r) {  // 16x16: blocks of 8, 4, 2, 1 change places
   vf t[LANES];
+#pragma GCC unroll 8
   for (int i = 0; i < 8; i++) {
     t[i] = PAIRS(r[i], r[i + 8], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23);
     t[i + 8] = PAIRS(r[i], r[i + 8], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
   }
+#pragma GCC unroll 8
   for (int k = 0; k < 16; k += 8)
+#pragma GCC unroll 8
     for (int i = k; i < k + 4; i++) {
       r[i] = PAIRS(t[i], t[i + 4], 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27);
       r[i + 4] = PAIRS(t[i], t[i + 4], 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31);
     }
+#pragma GCC unroll 8
   for (int k = 0; k < 16; k += 4)
+#pragma GCC unroll 8
     for (int i = k; i < k + 2; i++) {
       t[i] = PAIRS(r[i], r[i + 2], 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29);
       t[i + 2] = PAIRS(r[i], r[i + 2], 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
     }
+#pragma GCC unroll 8
   for (int i = 0; i < 16; i += 2) {
     r[i] = PAIRS(t[i], t[i + 1], 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30);
     r[i + 1] = PAIRS(t[i], t[i + 1], 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
@@ -271,7 +298,7 @@ inline void over_tiles(int64_t rows, int64_t inner, int64_t height, int64_t scra
 
 }  // namespace
 
-#if defined(QUANTIZE) || defined(TENSOR_SCALE)
+#if defined(QUANTIZE) || defined(LINE_SCALES)
 // ------------------------------------------------------------------------------------------------------------ the plan
 
 namespace {
@@ -400,11 +427,7 @@ extern "C" void quantize(const void* x_, int64_t rows, int64_t span, int64_t inn
              [=](Tile t, int64_t run, int64_t column, vf* v) {
     vf *u = v + height, *passes = v + 2 * height, *space = v + 3 * height, *scales = v + 5 * height;
     read(v, x, t, height);
-    if (ROTATION)
-      for (int64_t at = 0; at < height; at += ROTATION) {
-        times_signs(v + at, ROTATION, signs);
-        hadamard(v + at, ROTATION, NORM);
-      }
+    turn(v, height, signs);
     vf scale = all(1.0f);
     if (scale_ && !scale_per_span) scale = all(scale_[0]);
     if (scale_ && scale_per_span)
@@ -429,9 +452,7 @@ extern "C" void quantize(const void* x_, int64_t rows, int64_t span, int64_t inn
         vf in_codes = KIND != Kind::E8M0 ? x[i] / divisor : (HEADROOM == 1.0f ? x[i] : x[i] * HEADROOM) * reciprocal;
         vf code;
         if (STOCHASTIC) {
-          vu lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-          vu index = inner == 1 ? (uint32_t)(run * height + e) + lane * (uint32_t)height
-                                : (uint32_t)(run * height + e) + ((uint32_t)column + lane) * (uint32_t)rows;
+          vu index = positions(inner == 1, run * height + e, column, inner == 1 ? height : rows);
           code = round_stochastic(in_codes, ELEMENT, uniform(index, key0, key1));
         } else {
           code = round_nearest(in_codes, ELEMENT);
@@ -440,7 +461,7 @@ extern "C" void quantize(const void* x_, int64_t rows, int64_t span, int64_t inn
         if (MASK == Mask::INSIDE) passes[e] = absolute(in_codes) < MASK_LIMIT ? all(1.0f) : all(0.0f);
         if (MASK == Mask::WITHIN) passes[e] = absolute(in_codes) <= MASK_LIMIT ? all(1.0f) : all(0.0f);
         if (MASK == Mask::ERROR) passes[e] = absolute(code - in_codes) <= MASK_LIMIT ? all(1.0f) : all(0.0f);
-        u[e] = in_codes;
+        if (CORRECTION) u[e] = in_codes;
         x[i] = code;
       }
     }
@@ -458,9 +479,7 @@ extern "C" void quantize(const void* x_, int64_t rows, int64_t span, int64_t inn
         vf square = tree_sum(sums[0], CORRECTION), product = tree_sum(sums[1], CORRECTION);
         vf correction = product == 0.0f ? all(1.0f) : square / nonzero(product);
         for (int64_t g = first; g < first + CORRECTION; g++) {
-          vu lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-          vu index = inner == 1 ? (uint32_t)(run * per_tile + g) + lane * (uint32_t)per_tile
-                                : (uint32_t)(run * per_tile + g) + ((uint32_t)column + lane) * (uint32_t)all_blocks;
+          vu index = positions(inner == 1, run * per_tile + g, column, inner == 1 ? per_tile : all_blocks);
           scales[g] = round_stochastic(scales[g] * correction, SCALE, uniform(index, key0, key1));
         }
       }
@@ -472,11 +491,7 @@ extern "C" void quantize(const void* x_, int64_t rows, int64_t span, int64_t inn
       for (int64_t e = 0; e < height; e++) v[e] *= scales[e / block];
     if (back) {
       for (int64_t e = 0; e < height; e++) v[e] *= outside;
-      if (ROTATION)
-        for (int64_t at = 0; at < height; at += ROTATION) {
-          hadamard(v + at, ROTATION, NORM);
-          times_signs(v + at, ROTATION, signs);
-        }
+      turn_back(v, height, signs);
     }
     write(values, v, t, height);
     if (MASK != Mask::NONE) write(mask_out, passes, t, height);
@@ -485,37 +500,31 @@ extern "C" void quantize(const void* x_, int64_t rows, int64_t span, int64_t inn
 
 #endif
 
-#ifdef TENSOR_SCALE
+#ifdef LINE_SCALES
 // One float32 scale per line of x (outer, height, inner), rotated.
 extern "C" void line_scales(const void* x_, int64_t rows, int64_t inner, int64_t height, const float* signs,
                             float* scales, int threads) {
   const Input* x = (const Input*)x_;
   over_tiles(rows, inner, height, 2 * height, threads, [=](Tile t, int64_t run, int64_t column, vf* v) {
     read(v, x, t, height);
-    if (ROTATION)
-      for (int64_t at = 0; at < height; at += ROTATION) {
-        times_signs(v + at, ROTATION, signs);
-        hadamard(v + at, ROTATION, NORM);
-      }
+    turn(v, height, signs);
     vf found = float32_scale(v, height, v + height);
     for (int l = 0; l < t.lanes; l++) scales[inner == 1 ? run + l : run * inner + column + l] = found[l];
   });
 }
 
+#endif
+
+#ifdef EXTENT
 // The largest magnitude of x, rotated; NaN where it holds one.
-extern "C" void extent(const void* x_, int64_t rows, int64_t inner, int64_t height, const float* signs, float* found,
-                       int threads) {
+extern "C" void extent(const void* x_, int64_t rows, int64_t inner, const float* signs, float* found, int threads) {
   const Input* x = (const Input*)x_;
   float result = 0.0f;
   bool nan = false;
-  over_tiles(rows, inner, height, height, threads, [=, &result, &nan](Tile t, int64_t, int64_t, vf* v) {
-    read(v, x, t, height);
-    if (ROTATION)
-      for (int64_t at = 0; at < height; at += ROTATION) {
-        times_signs(v + at, ROTATION, signs);
-        hadamard(v + at, ROTATION, NORM);
-      }
-    vf here = largest(v, height);
+  over_tiles(rows, inner, ROTATION, ROTATION, threads, [=, &result, &nan](Tile t, int64_t, int64_t, vf* v) {
+    read(v, x, t, ROTATION);
+    turn(v, ROTATION, signs);
+    vf here = largest(v, ROTATION);
     float most = 0.0f;
     bool bad = false;
     for (int l = 0; l < t.lanes; l++) {
@@ -545,9 +554,8 @@ extern "C" void rotate(const void* x_, int64_t rows, int64_t inner, const uint8_
       read(passes, mask, t, ROTATION);
       for (int e = 0; e < ROTATION; e++) v[e] *= passes[e];
     }
-    if (!backward) times_signs(v, ROTATION, signs);
-    hadamard(v, ROTATION, NORM);
-    if (backward) times_signs(v, ROTATION, signs);
+    if (backward) turn_back(v, ROTATION, signs);
+    else turn(v, ROTATION, signs);
     write(out, v, t, ROTATION);
   });
 }

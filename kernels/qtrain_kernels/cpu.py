@@ -12,7 +12,7 @@ import math
 import platform
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch._inductor.runtime.cache_dir_utils import cache_dir
+from torch._subclasses.fake_tensor import FakeTensor
 
 from qtrain_kernels import reference
 from qtrain_kernels.formats import Element
@@ -27,9 +28,11 @@ from qtrain_kernels.reference import Plan, Rotation
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 FLAGS = (
-    "-std=c++17", "-O2", "-fvect-cost-model=dynamic", "-march=native", "-ffp-contract=off", "-fno-math-errno",
-    "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC", "-Wno-psabi",
+    "-std=c++17", "-O2", "-ftree-vectorize", "-march=native", "-ffp-contract=off", "-fno-math-errno",
+    "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC",
 )  # fmt: skip
+GCC_FLAGS = ("-fvect-cost-model=dynamic", "-Wno-psabi")
+LONGEST = 2**14  # elements of a line in a tile, sixteen of which must stay in cache; beyond, the reference
 CHUNK = 64  # elements of a line in a tile, where neither blocks nor a rotation say how many
 GRAIN = 32768  # elements that are worth a thread of their own
 TYPES = {torch.float32: "float", torch.bfloat16: "uint16_t"}
@@ -38,26 +41,28 @@ NO_ELEMENT = Element(1.0)
 
 def rotate(x: Tensor, rotation: Rotation | None) -> Tensor:
     """Equals reference.rotate bit for bit."""
-    if rotation is None or rotation.base is not None:
+    if rotation is None or not _fits(rotation):
         return reference.rotate(x, rotation)
     return _turn(x, rotation, None, torch.float32, backward=False)
 
 
 def unrotate(x: Tensor, rotation: Rotation | None, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
     """Equals reference.unrotate bit for bit."""
-    if rotation is None or rotation.base is not None or dtype not in TYPES:
+    if rotation is None or not _fits(rotation) or dtype not in TYPES:
         return reference.unrotate(x, rotation, mask, dtype)
     return _turn(x, rotation, mask, dtype, backward=True)
 
 
 def _turn(x: Tensor, rotation: Rotation, mask: Tensor | None, dtype: torch.dtype, backward: bool) -> Tensor:
     x = _ready(x)
-    out = torch.empty_like(x, dtype=dtype)
-    function = _rotate(rotation.size, x.dtype, dtype)
-    rows, inner = x.shape[0] * x.shape[1], x.shape[2]
-    passes = None if mask is None else mask.contiguous()
+    outer, span, inner = x.shape
+    _check_filled(outer * span, rotation.size, x)
+    out = _empty(x.shape, dtype)
+    passes = None if mask is None else mask.expand(x.shape).contiguous()
     signs = _signs(rotation)
-    function(_at(x), rows, inner, _at(passes), _at(signs), int(backward), _at(out), _threads(x))
+    _rotate(rotation.size, x.dtype, dtype)(
+        _at(x), outer * span, inner, _at(passes), _at(signs), int(backward), _at(out), _threads(x)
+    )
     return out
 
 
@@ -66,29 +71,44 @@ def tensor_scale(x: Tensor, plan: Plan, rotation: Rotation | None = None) -> Ten
     constant = reference.constant_scale(plan)
     if constant is not None:
         return constant
-    if plan.per_tensor or (rotation is not None and rotation.base is not None) or not x.numel():
+    if rotation is not None and not _fits(rotation):
+        x, rotation = rotate(x, rotation), None
+    if plan.scale_kind == "minifloat":
+        limit, cap = reference.minifloat_range(plan)
+        return reference.finite_or_nan(reference.divide(_amax(x, rotation), limit * cap))
+    if plan.per_tensor or x.shape[1] > LONGEST or not x.numel():
         return reference.tensor_scale(rotate(x, rotation), plan)
     x, signs = _ready(x), _signs(rotation)
     outer, length, inner = x.shape
-    library = _tensor_scale(replace(plan, mask=None, rounding="nearest"), x.dtype, rotation.size if rotation else 0)
-    if plan.scale_kind == "minifloat":
-        found = torch.empty((), dtype=torch.float32)
-        height = rotation.size if rotation else math.gcd(outer * length, CHUNK)
-        library.extent(_at(x), outer * length, inner, height, _at(signs), _at(found), _threads(x))
-        limit, cap = reference.minifloat_range(plan)
-        return reference.finite_or_nan(reference.divide(found, limit * cap))
-    scales = torch.empty(outer, 1, inner)
-    library.line_scales(_at(x), outer * length, inner, length, _at(signs), _at(scales), _threads(x))
+    _check_filled(length, rotation.size if rotation else 1, x)
+    scales = _empty((outer, 1, inner), torch.float32)
+    line_scales = _line_scales(replace(plan, mask=None, rounding="nearest"), x.dtype, rotation.size if rotation else 0)
+    line_scales(_at(x), outer * length, inner, length, _at(signs), _at(scales), _threads(x))
     return scales
+
+
+def _amax(x: Tensor, rotation: Rotation | None) -> Tensor:
+    """() float32: the largest magnitude of x, rotated."""
+    if rotation is None:
+        low, high = torch.aminmax(x)
+        return torch.maximum(low.abs(), high.abs()).float()
+    x, signs = _ready(x), _signs(rotation)
+    outer, span, inner = x.shape
+    _check_filled(outer * span, rotation.size, x)
+    found = _empty((), torch.float32)
+    _extent(rotation.size, x.dtype)(_at(x), outer * span, inner, _at(signs), _at(found), _threads(x))
+    return found
 
 
 def encode(
     x: Tensor, scale: Tensor | float, key: Tensor | None, plan: Plan, rotation: Rotation | None = None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Equals reference.encode bit for bit."""
+    if (plan.span or 1) > LONGEST:
+        return reference.encode(x, scale, key, plan, rotation)
     blocks = None
     if plan.block is not None:
-        blocks = torch.empty(x.shape[0] * x.shape[1] // plan.block, 1, x.shape[2])
+        blocks = _empty((x.shape[0] * x.shape[1] // plan.block, 1, x.shape[2]), torch.float32)
     codes, mask = _run(x, scale, key, plan, torch.float32, rotation, blocks=blocks)
     return codes, blocks, mask
 
@@ -102,6 +122,8 @@ def operand(
     rotation: Rotation | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Equals reference.operand bit for bit."""
+    if (plan.span or 1) > LONGEST:
+        return reference.operand(x, scale, key, plan, dtype, rotation)
     return _run(x, scale, key, plan, dtype, rotation)
 
 
@@ -114,7 +136,7 @@ def fake_quantize(
     rotation: Rotation | None = None,
 ) -> Tensor:
     """Equals reference.fake_quantize bit for bit."""
-    if dtype not in TYPES or (rotation is not None and rotation.base is not None):
+    if dtype not in TYPES or (rotation is not None and not _fits(rotation)) or (plan.span or 1) > LONGEST:
         values, _ = operand(x, scale, key, plan, torch.float32, rotation)
         return unrotate(values * scale, rotation, None, dtype)
     return _run(x, scale, key, replace(plan, mask=None), dtype, rotation, back=True)[0]
@@ -130,37 +152,58 @@ def _run(
     blocks: Tensor | None = None,
     back: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    if rotation is not None and rotation.base is not None:
+    if rotation is not None and not _fits(rotation):
         x, rotation = rotate(x, rotation), None
     x, signs = _ready(x), _signs(rotation)
     outer, span, inner = x.shape
     size = rotation.size if rotation else 1
-    height = math.lcm(size, plan.span or 1, 8 if plan.sparsity else 1)
+    height = math.lcm(size, plan.span or 1, {None: 1, "2:4": 4, "4:8": 8}[plan.sparsity])
     if height == 1:
         height = math.gcd(span, CHUNK)
-    values = torch.empty(x.shape, dtype=dtype)
-    mask = None if plan.mask is None else torch.empty(x.shape, dtype=torch.uint8)
-    scales = scale.detach().contiguous() if isinstance(scale, Tensor) else torch.full((), scale)
-    words = (0, 0) if key is None else key.tolist()
+    _check_filled(span if plan.block is None else outer * span, height, x)
+    values = _empty(x.shape, dtype)
+    mask = None if plan.mask is None else _empty(x.shape, torch.uint8)
+    scales = torch.as_tensor(scale, dtype=torch.float32, device="cpu").detach()
+    if scales.ndim:
+        scales = scales.expand(outer, 1, inner).contiguous()
+    words = key.tolist() if key is not None and plan.rounding != "nearest" else (0, 0)
     _quantize(plan, x.dtype, dtype, rotation.size if rotation else 0)(
-
         _at(x), outer * span, span, inner, height, _at(signs), _at(scales), int(scales.ndim > 0),
         *(word & 0xFFFFFFFF for word in words), _at(values), _at(blocks), _at(mask), int(back), _threads(x),
     )  # fmt: skip
     return values, mask
 
 
+def _fits(rotation: Rotation) -> bool:
+    return rotation.base is None and rotation.size <= LONGEST
+
+
+def _check_filled(length: int, height: int, x: Tensor) -> None:
+    if length % height:
+        raise ValueError(f"x must fill blocks and rotations of {height}; got {tuple(x.shape)}; pad it with zeros")
+
+
 def _ready(x: Tensor) -> Tensor:
     """Contiguous float32 or bfloat16, without a graph."""
-    return (x if x.dtype in TYPES else x.float()).detach().contiguous()
+    return (x if x.dtype in TYPES else x.float()).detach().resolve_neg().contiguous()
+
+
+def _empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="cpu")  # whatever the defaults are
 
 
 def _signs(rotation: Rotation | None) -> Tensor | None:
-    return None if rotation is None or rotation.signs is None else rotation.signs.contiguous()
+    return None if rotation is None or rotation.signs is None else rotation.signs.float().contiguous()
 
 
 def _at(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
+    """The address for C++. ValueError for a tensor without memory."""
+    if tensor is None:
+        return None
+    address = 0 if isinstance(tensor, FakeTensor) else tensor.data_ptr()
+    if not address and tensor.numel():
+        raise ValueError(f"{type(tensor).__name__} on {tensor.device} has no memory; ask for backend 'reference'")
+    return address
 
 
 def _threads(x: Tensor) -> int:
@@ -192,13 +235,21 @@ def _quantize(plan: Plan, source: torch.dtype, result: torch.dtype, rotation: in
 
 
 @cache
-def _tensor_scale(plan: Plan, source: torch.dtype, rotation: int) -> ctypes.CDLL:
+def _line_scales(plan: Plan, source: torch.dtype, rotation: int) -> Callable[..., None]:
     """Of a plan without mask or noise, which play no part in it."""
-    constants = {"TENSOR_SCALE": 1, **_types(source, torch.float32), **_rotation(rotation), **_plan(plan)}
-    library = _library(_defines(constants))
+    constants = {"LINE_SCALES": 1, **_types(source, torch.float32), **_rotation(rotation), **_plan(plan)}
+    function = _library(_defines(constants)).line_scales
     pointer, long, integer = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-    library.line_scales.argtypes = library.extent.argtypes = (pointer, long, long, long, pointer, pointer, integer)
-    return library
+    function.argtypes = (pointer, long, long, long, pointer, pointer, integer)
+    return function
+
+
+@cache
+def _extent(size: int, source: torch.dtype) -> Callable[..., None]:
+    function = _library(_defines({"EXTENT": 1, **_types(source, torch.float32), **_rotation(size)})).extent
+    pointer, long, integer = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+    function.argtypes = (pointer, long, long, pointer, pointer, integer)
+    return function
 
 
 def _types(source: torch.dtype, result: torch.dtype) -> dict[str, object]:
@@ -244,7 +295,7 @@ def _plan(plan: Plan) -> dict[str, object]:
 def _grid(element: Element) -> str:
     minifloat = element.mantissa_bits is not None
     fields = (
-        _float(element.max), int(minifloat), element.mantissa_bits or 0, element.min_exponent, element.max_exponent,
+        _float(element.max), int(minifloat), element.mantissa_bits or 0, element.min_exponent,
         _float(element.step), _float(element.offset), _float(element.gaussian or 0.0),
     )  # fmt: skip
     return f"{{{', '.join(map(str, fields))}}}"
@@ -274,9 +325,14 @@ def _library(defines: str) -> ctypes.CDLL:
             text.write_text(source)
             result = subprocess.run([*command, str(text), "-o", str(made)], capture_output=True, text=True, check=False)
             if result.returncode:
-                raise RuntimeError(f"{' '.join(command)} failed:\n{result.stderr}\nask for backend 'reference'")
+                lines = result.stderr.strip().splitlines() or ["it says nothing"]
+                first = next((line for line in lines if "error" in line), lines[0])
+                raise RuntimeError(f"{' '.join(command)} cannot build cpu.cpp ({first})")
             made.replace(path)  # another process may have made the same
-    return ctypes.CDLL(str(path))
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError as error:
+        raise RuntimeError(f"cannot load {path} ({error}); delete it, or set TORCHINDUCTOR_CACHE_DIR") from None
 
 
 def compiler() -> str:
@@ -290,8 +346,10 @@ def compiler() -> str:
 
 
 def flags() -> tuple[str, ...]:
+    """GCC 11 or newer, or clang."""
+    own = () if "clang" in _version(compiler()) else GCC_FLAGS
     wide = ("-mprefer-vector-width=512",) if platform.machine().lower() in ("x86_64", "amd64") else ()
-    return FLAGS + wide
+    return FLAGS + own + wide
 
 
 @cache

@@ -16,13 +16,17 @@ _SETTINGS: dict[str, Any] = {
 
 def matmul(left: Tensor, right: Tensor) -> Tensor:
     """left @ right. Float32 operands are multiplied as float32, also where torch.set_float32_matmul_precision or
-    torch.backends allow TF32 (CUDA) or bfloat16 (CPU): quantised values would lose bits, and codes would change."""
+    torch.backends allow TF32 (CUDA) or bfloat16 (CPU), and under autocast: quantised values would lose bits, and codes
+    would change. Where fewer bits are allowed the setting is changed for the time of the product, for all threads, and
+    set again after it, at its own level even if it had come from a general one."""
     settings = _SETTINGS.get(left.device.type)
     if settings is None or left.dtype != torch.float32 or settings.fp32_precision in _EXACT:
-        return left @ right
+        with torch.autocast(left.device.type, enabled=False):
+            return left @ right
     allowed = settings.fp32_precision
     settings.fp32_precision = "ieee"
     try:
-        return left @ right
+        with torch.autocast(left.device.type, enabled=False):
+            return left @ right
     finally:
         settings.fp32_precision = allowed

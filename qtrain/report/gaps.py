@@ -38,7 +38,7 @@ def plot_gaps(comparisons: list[Comparison], path: Path, published: Mapping[str,
         heights = [height for height, other in enumerate(shown) if other.name in published]
         gaps = [published[shown[height].name] for height in heights]
         axes.plot(gaps, heights, "D", markerfacecolor="none", color=ORANGE, label="published")
-    if shown and min(lowest) > 0:
+    if min([*lowest, *published.values()], default=0) > 0:
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter("{x:g}")
         axes.xaxis.set_minor_formatter("{x:g}")
@@ -47,6 +47,7 @@ def plot_gaps(comparisons: list[Comparison], path: Path, published: Mapping[str,
         axes.axvline(0, color=GREY, linewidth=1)
     axes.set_yticks(range(len(shown)), [other.name for other in shown])
     axes.set_xlabel(f"gap to {baseline.name} (nats per token)")
-    axes.legend(frameon=False, loc="best")
+    if shown:
+        axes.legend(frameon=False, loc="best")
     tidy(axes)
     figure.savefig(path, dpi=150)

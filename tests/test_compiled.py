@@ -230,7 +230,6 @@ def test_every_e8m0_rule_and_every_mask_has_a_plan() -> None:
 
 
 def test_auto_chooses_once_and_says_so(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    dispatch.get.cache_clear()
     dispatch.resolve.cache_clear()
     monkeypatch.setattr(dispatch, "_cpp_obstacle", lambda: "no C++ compiler was found; install g++ or set CXX")
     with caplog.at_level(logging.INFO, "qtrain"):
@@ -247,7 +246,6 @@ def test_auto_chooses_once_and_says_so(caplog: pytest.LogCaptureFixture, monkeyp
         dispatch.get("operand", "triton", "cpu")
     with pytest.raises(ValueError, match="unknown backend 'cuda'; backends: auto, reference, compiled, triton"):
         dispatch.get("operand", "cuda", "cpu")
-    dispatch.get.cache_clear()
     dispatch.resolve.cache_clear()
 
 

@@ -12,6 +12,7 @@ import torch
 
 from qtrain.quant import quantizer
 from qtrain.quant.quantizer import Operand, QuantizedTensor, Quantizer
+from qtrain_kernels import reference
 from qtrain_kernels.reference import Mask
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "verify_numerics.py"
@@ -69,6 +70,8 @@ def test_a_scale_one_percent_off_fails(
 ) -> None:
     dequantize = QuantizedTensor.dequantize
     monkeypatch.setattr(QuantizedTensor, "dequantize", lambda tensor: dequantize(tensor) * factor)
+    fake_quantize = reference.fake_quantize
+    monkeypatch.setattr(reference, "fake_quantize", lambda *arguments: fake_quantize(*arguments) * factor)
     assert script.main([*FEW, "--only", only]) == 1
     shown = capsys.readouterr().out
     assert list(verdicts(shown).values()) == ["FAILS"] and "1 rows, 1 fail: " in shown

@@ -23,7 +23,6 @@ log = logging.getLogger("qtrain")
 BACKENDS = ("auto", "reference", "compiled", "triton")
 
 
-@cache
 def get(op: str, backend: str, device_type: str) -> Callable[..., Any]:
     """The function of an operation. ValueError for an unknown backend, or for one that cannot work there."""
     compiled = cpu if device_type == "cpu" else graphs

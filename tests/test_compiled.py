@@ -3,12 +3,14 @@ graphs, which serve CUDA, for some plans, one graph for all shapes."""
 
 import logging
 from dataclasses import replace
+from typing import get_args
 
 import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from qtrain.settings import Backend
 from qtrain_kernels import cpu, dispatch, graphs, reference
 from qtrain_kernels.formats import SCALE_RULES, get_format
 from qtrain_kernels.reference import Mask, Plan, Rotation
@@ -223,10 +225,24 @@ def test_a_graph_equals_the_reference_at_every_shape_without_recompiling(name: s
         seen |= set() if block_alone else {layout}
 
 
+@pytest.mark.parametrize("name", GRAPHS)
+def test_fake_quantize_by_a_graph_equals_the_reference(name: str) -> None:
+    plan = PLANS[name]
+    x, rotation = hard_input((64, plan.span or 96, 1)), Rotation(32, SIGNS)
+    scale = reference.tensor_scale(x, plan, rotation)
+    for dtype in (torch.float32, torch.bfloat16):
+        expected, found = (module.fake_quantize(x, scale, KEY, plan, dtype, rotation) for module in (reference, graphs))
+        assert same(expected, found), dtype
+
+
 def test_every_e8m0_rule_and_every_mask_has_a_plan() -> None:
     rules = {rule for rule, kinds in SCALE_RULES.items() if "e8m0" in kinds}
     assert rules <= {plan.rule for plan in PLANS.values() if plan.scale_kind == "e8m0"}
     assert {plan.mask.kind for plan in PLANS.values() if plan.mask} == {"inside", "within", "error"}
+
+
+def test_settings_name_the_backends_that_there_are() -> None:
+    assert get_args(Backend) == dispatch.BACKENDS
 
 
 def test_auto_chooses_once_and_says_so(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qtrain_kernels import hadamard, quantize, reference
+from qtrain_kernels import gpu, hadamard, quantize, reference
 from qtrain_kernels.formats import SCALE_RULES, Format, _misfit, get_format
 from qtrain_kernels.quantize import Side, Spec
 from qtrain_kernels.reference import Mask, Plan, Rotation
@@ -181,6 +181,21 @@ def test_a_bad_value_under_a_tensor_scale_makes_all_nan(bad: float, device: str)
         scale = reference.tensor_scale(x, plan)
         values, _ = results(quantize.operand, device, x, scale, KEY, plan, torch.bfloat16)
         assert values is not None and values.isnan().all()
+
+
+@pytest.mark.parametrize(
+    "rotation", [None, Rotation(16, torch.tensor([1.0, -1.0, -1.0, 1.0] * 4))], ids=["plain", "rotated"]
+)
+def test_fake_quantize_equals_the_reference(rotation: Rotation | None, device: str) -> None:
+    turned = rotation and Rotation(rotation.size, moved(rotation.signs, device))  # pyright: ignore[reportArgumentType]
+    x = matrix(6, 64)[:, :, None]
+    for plan, dtype in product((QUEST, replace(NVFP4, rounding="stochastic")), (torch.float32, torch.bfloat16)):
+        x = x.reshape(-1, plan.span or 64, 1)
+        scale = reference.tensor_scale(x, plan, rotation)
+        expected = reference.fake_quantize(x, scale, KEY, plan, dtype, rotation)
+        arguments = (moved(scale, device), KEY.to(device), plan, dtype, turned)
+        found = gpu.fake_quantize(x.to(device), *arguments)  # pyright: ignore[reportArgumentType]
+        assert same(found.cpu(), expected), (plan, dtype)
 
 
 def test_a_learned_scale(device: str) -> None:
@@ -485,12 +500,14 @@ def test_the_operators_keep_torchs_rules(device: str) -> None:
     passed = torch.ones(64, 128, dtype=torch.uint8, device=device)
     rows = {out: str(Spec(replace(MXFP4, rounding="stochastic"), -1, 32, out)) for out in ("codes", "packed")}
     columns = str(Spec(replace(NVFP4, mask=MASKS[2]), -2, None, "packed"))
-    for spec in rows.values():
-        torch.library.opcheck(quantize._quantize, (x, None, key, signs, spec, 128))
-    both = (x, None, key, None, rows["codes"], scale, None, None, columns)
-    torch.library.opcheck(quantize._quantize_both, both)
-    torch.library.opcheck(hadamard._turn, (x, passed, signs, 32, -2, True, torch.bfloat16))
-    torch.library.opcheck(hadamard._largest, (x, signs, 32, -1, False))
+    calls = [
+        *((quantize._quantize, (x, None, key, signs, spec, 128)) for spec in rows.values()),
+        (quantize._quantize_both, (x, None, key, None, rows["codes"], scale, None, None, columns)),
+        (hadamard._turn, (x, passed, signs, 32, -2, True, torch.bfloat16)),
+        (hadamard._largest, (x, signs, 32, -1, False)),
+    ]
+    for operator, arguments in calls:
+        assert set(torch.library.opcheck(operator, arguments).values()) == {"SUCCESS"}
 
 
 def test_a_compiled_model_sees_the_operators(device: str) -> None:

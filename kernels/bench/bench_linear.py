@@ -78,7 +78,8 @@ def main() -> None:
     unfused = {f"{recipe} reference": layer(recipe, size, device, "reference") for recipe in RECIPES}
     functions = {name: trainer(model, x, dy) for name, model in {"bfloat16": plain, **models, **unfused}.items()}
     times = in_turns(functions, options.rounds, device)
-    exact = x.detach().float() @ plain[0].weight.detach().float().T
+    (weight,) = plain.parameters()
+    exact = x.detach().float() @ weight.detach().float().T
     flops = 6 * options.tokens * size[0] * size[1]
 
     def row(name: str) -> dict[str, Any]:

@@ -137,9 +137,11 @@ def fake_quantize(
 ) -> Tensor:
     """Equals reference.fake_quantize bit for bit."""
     if dtype not in TYPES or (rotation is not None and not _fits(rotation)) or (plan.span or 1) > LONGEST:
-        values, _ = operand(x, scale, key, plan, torch.float32, rotation)
-        return unrotate(values * scale, rotation, None, dtype)
+        return _composed(x, scale, key, plan, dtype, rotation)
     return _run(x, scale, key, replace(plan, mask=None), dtype, rotation, back=True)[0]
+
+
+_composed = reference.fake_quantize_by(operand, unrotate)
 
 
 def _run(
@@ -346,7 +348,7 @@ def compiler() -> str:
 
 
 def flags() -> tuple[str, ...]:
-    """GCC 11 or newer, or clang."""
+    """Of GCC, or of clang."""
     own = () if "clang" in _version(compiler()) else GCC_FLAGS
     wide = ("-mprefer-vector-width=512",) if platform.machine().lower() in ("x86_64", "amd64") else ()
     return FLAGS + own + wide

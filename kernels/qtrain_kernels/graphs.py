@@ -115,14 +115,4 @@ def operand(
     return _run(x, scale, key, plan, dtype, rotation)
 
 
-def fake_quantize(
-    x: Tensor,
-    scale: Tensor | float,
-    key: Tensor | None,
-    plan: Plan,
-    dtype: torch.dtype,
-    rotation: Rotation | None = None,
-) -> Tensor:
-    """Equals reference.fake_quantize bit for bit."""
-    values, _ = operand(x, scale, key, plan, torch.float32, rotation)
-    return unrotate(values * scale, rotation, None, dtype)
+fake_quantize = reference.fake_quantize_by(operand, unrotate)

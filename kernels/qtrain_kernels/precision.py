@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-_EXACT = ("none", "ieee")  # none: torch's default, which is ieee
 _SETTINGS: dict[str, Any] = {
     "cuda": torch.backends.cuda.matmul,
     "cpu": torch.backends.mkldnn.matmul,  # pyright: ignore[reportAttributeAccessIssue]
@@ -15,18 +16,25 @@ _SETTINGS: dict[str, Any] = {
 
 
 def matmul(left: Tensor, right: Tensor) -> Tensor:
-    """left @ right. Float32 operands are multiplied as float32, also where torch.set_float32_matmul_precision or
-    torch.backends allow TF32 (CUDA) or bfloat16 (CPU), and under autocast: quantised values would lose bits, and codes
-    would change. Where fewer bits are allowed the setting is changed for the time of the product, for all threads, and
-    set again after it, at its own level even if it had come from a general one."""
-    settings = _SETTINGS.get(left.device.type)
-    if settings is None or left.dtype != torch.float32 or settings.fp32_precision in _EXACT:
-        with torch.autocast(left.device.type, enabled=False):
-            return left @ right
+    """left @ right in the dtype of the two, under any autocast. Float32 stays float32 also where
+    torch.set_float32_matmul_precision or torch.backends allow TF32 (CUDA) or bfloat16 (CPU): quantised values would
+    lose bits, and codes would change."""
+    device = left.device.type
+    with torch.autocast(device, enabled=False), _ieee(device):
+        return left @ right
+
+
+@contextmanager
+def _ieee(device: str) -> Iterator[None]:
+    """Torch's setting for float32 products at "ieee", for all threads; after it as it was, at its own level even if it
+    had come from a general one."""
+    settings = _SETTINGS.get(device)
+    if settings is None or settings.fp32_precision in ("none", "ieee"):  # none: torch's default, which is ieee
+        yield
+        return
     allowed = settings.fp32_precision
     settings.fp32_precision = "ieee"
     try:
-        with torch.autocast(left.device.type, enabled=False):
-            return left @ right
+        yield
     finally:
         settings.fp32_precision = allowed

@@ -14,6 +14,7 @@ NaN and infinity stay visible: either one in a block (or row, or, with a tensor 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -510,17 +511,25 @@ def operand(
     return codes.to(dtype), mask
 
 
-def fake_quantize(
-    x: Tensor,
-    scale: Tensor | float,
-    key: Tensor | None,
-    plan: Plan,
-    dtype: torch.dtype,
-    rotation: Rotation | None = None,
-) -> Tensor:
-    """x quantised, dequantised and rotated back, in dtype. Same arguments as `encode`."""
-    values, _ = operand(x, scale, key, plan, torch.float32, rotation)
-    return unrotate(values * scale, rotation, None, dtype)
+def fake_quantize_by(operand: Callable[..., tuple], unrotate: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The operation fake_quantize of a backend, out of two of its others."""
+
+    def fake_quantize(
+        x: Tensor,
+        scale: Tensor | float,
+        key: Tensor | None,
+        plan: Plan,
+        dtype: torch.dtype,
+        rotation: Rotation | None = None,
+    ) -> Tensor:
+        """x quantised, dequantised and rotated back, in dtype. Same arguments as `encode`."""
+        values, _ = operand(x, scale, key, plan, torch.float32, rotation)
+        return unrotate(values * scale, rotation, None, dtype)
+
+    return fake_quantize
+
+
+fake_quantize = fake_quantize_by(operand, unrotate)
 
 
 def _in_code_units(x: Tensor, scale: Tensor | float, blocks: Tensor | None, plan: Plan) -> Tensor:

@@ -14,7 +14,7 @@ from pydantic import Field, field_validator, model_validator
 
 from qtrain.errors import UserError
 from qtrain.recipe import LinearRecipe
-from qtrain.settings import Backend, Strict, fields_at, nearest
+from qtrain.settings import Backend, GemmKind, Strict, fields_at, nearest
 
 
 class ModelConfig(Strict):
@@ -209,6 +209,7 @@ class Config(Strict):
     force: bool = False
     dry_run: bool = False
     backend: Backend = "auto"
+    gemm: GemmKind = "auto"
     model: ModelConfig
     data: DataConfig
     tokenizer: TokenizerConfig

@@ -68,7 +68,7 @@ def open_session(config: Config, console: Console | None = None) -> Iterator[Ses
     device = pick_device(config)
     check_logger(config)
     if config.recipe.operands():
-        check_backend(config.backend, device.type)
+        check_backend(config.backend, config.gemm, device.type)
     budget = budget_tokens(config)
     corpus = prepare(config.data, config.tokenizer, budget_tokens=budget)
     plan = make_plan(config, world_size=config.trainer.devices, vocab_size=corpus.vocab_size)
@@ -103,7 +103,7 @@ def build_model(config: Config, vocab_size: int) -> Llama:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         model = Llama(config.model, vocab_size)
-    convert(model, config.recipe, seed=config.seed, backend=config.backend)
+    convert(model, config.recipe, seed=config.seed, backend=config.backend, gemm=config.gemm)
     return model
 
 
@@ -112,7 +112,7 @@ def check_model(config: Config) -> Report:
     the recipe's blocks do not divide."""
     with torch.device("meta"):
         model = Llama(config.model, vocab_size=1)
-    return convert(model, config.recipe, seed=config.seed, backend=config.backend)
+    return convert(model, config.recipe, seed=config.seed, backend=config.backend, gemm=config.gemm)
 
 
 def load_run(path: str | Path) -> nn.Module:

@@ -176,9 +176,9 @@ def test_a_backend_that_cannot_work_is_said_at_once(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("qtrain_kernels.dispatch._cpp_obstacle", lambda: "no C++ compiler was found; install g++")
     dispatch.resolve.cache_clear()
     try:
-        check_backend("auto", "cpu")
+        check_backend("auto", "auto", "cpu")
         with pytest.raises(UserError, match=r"'compiled' cannot run on cpu: no C\+\+ compiler.*backend 'reference'"):
-            check_backend("compiled", "cpu")
+            check_backend("compiled", "auto", "cpu")
     finally:
         dispatch.resolve.cache_clear()
 

@@ -329,7 +329,8 @@ def test_state_dict_copies_and_print() -> None:
     assert repr(module) == (
         "QuantLinear(in_features=256, out_features=128, bias=True, "
         "fwd x:mxfp4/std/nearest/had32/clip w:mxfp4/std/nearest/had32/clip "
-        f"dgrad dy:{gradient} w:{gradient}/forward wgrad dy:{gradient} x:{gradient}/forward)"
+        f"dgrad dy:{gradient} w:{gradient}/forward wgrad dy:{gradient} x:{gradient}/forward | "
+        "reference on cpu, gemms float float float)"
     )
     assert isinstance(read_recipe("quest"), LinearRecipe)
 

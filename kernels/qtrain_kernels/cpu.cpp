@@ -414,7 +414,7 @@ inline void keep_largest(const vf* x, vf* keep, int64_t n) {
 #endif
 
 #ifdef QUANTIZE
-// x (outer, span, inner) -> values (codes, or codes * block scale), block scales and mask as reference.encode gives them.
+// x (outer, span, inner) -> values (codes, codes * block scale, or stored integers), block scales and mask as reference.encode gives them.
 // rows = outer * span. scale: NULL, one number, or one per (span, inner); span: the length of a line where one per line.
 // back: values are multiplied by scale and rotated back.
 extern "C" void quantize(const void* x_, int64_t rows, int64_t span, int64_t inner, int64_t height, const float* signs,
@@ -493,6 +493,8 @@ extern "C" void quantize(const void* x_, int64_t rows, int64_t span, int64_t inn
       for (int64_t e = 0; e < height; e++) v[e] *= outside;
       turn_back(v, height, signs);
     }
+    if (sizeof(Output) == 1)
+      for (int64_t e = 0; e < height; e++) v[e] = v[e] * (1.0f / UNIT) - OFFSET;
     write(values, v, t, height);
     if (MASK != Mask::NONE) write(mask_out, passes, t, height);
   });

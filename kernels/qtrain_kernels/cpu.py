@@ -36,6 +36,7 @@ LONGEST = 2**14  # elements of a line in a tile, sixteen of which must stay in c
 CHUNK = 64  # elements of a line in a tile, where neither blocks nor a rotation say how many
 GRAIN = 32768  # elements that are worth a thread of their own
 TYPES = {torch.float32: "float", torch.bfloat16: "uint16_t"}
+RESULTS = TYPES | {torch.int8: "int8_t"}
 NO_ELEMENT = Element(1.0)
 
 
@@ -255,7 +256,7 @@ def _extent(size: int, source: torch.dtype) -> Callable[..., None]:
 
 
 def _types(source: torch.dtype, result: torch.dtype) -> dict[str, object]:
-    return {"Input": TYPES[source], "Output": TYPES[result]}
+    return {"Input": TYPES[source], "Output": RESULTS[result]}
 
 
 def _rotation(size: int) -> dict[str, object]:
@@ -266,6 +267,7 @@ def _plan(plan: Plan) -> dict[str, object]:
     """A plan as the constants of cpu.cpp."""
     exponent = reference.exponent_rule(plan) if plan.scale_kind == "e8m0" else reference.Exponent("amax")
     limit = reference.minifloat_range(plan)[0] if plan.scale_kind == "minifloat" else 1.0
+    unit, offset = reference.stored_integer(plan.element)
     special = {"gaussian", "mse_phase", "absmean", "sawb", "four_over_six"}
     return {
         "PLAN_ELEMENT": _grid(plan.element),
@@ -284,6 +286,8 @@ def _plan(plan: Plan) -> dict[str, object]:
         "HEADROOM": _float(reference.HEADROOM if plan.rule == "floor_three_quarters" else 1.0),
         "STOCHASTIC": int(plan.rounding == "stochastic"),
         "CORRECTION": plan.correction // plan.block if plan.correction and plan.block else 0,
+        "UNIT": _float(unit),
+        "OFFSET": _float(offset),
         "SPARSE": int(plan.sparsity is not None),
         "PAIR": 2 if plan.sparsity == "4:8" else 1,
         "STD_EPS": _float(reference.STD_EPS),

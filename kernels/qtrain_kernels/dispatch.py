@@ -1,9 +1,13 @@
-"""One table: (backend, device) -> the module that has its operations. Chosen once per device and said once; never
-fallen back from.
+"""What runs where, chosen once per device and said once; never fallen back from.
+
+One table: (backend, device) -> the module that has its operations.
 
 Operations: rotate, unrotate, tensor_scale, encode, operand, fake_quantize, as reference.py defines them.
 reference: eager torch, anywhere. compiled: code made for each plan, by a C++ compiler on CPU, by torch.compile on CUDA.
 triton: fused kernels on CUDA. auto: compiled where it can work, else reference.
+
+GEMMs: float multiplies values in the compute dtype, whatever their codes; int8 multiplies integer codes, exactly. auto:
+int8 on the devices that have it.
 """
 
 from __future__ import annotations
@@ -20,6 +24,8 @@ from qtrain_kernels import cpu, gpu, graphs, reference
 
 log = logging.getLogger("qtrain")
 
+GEMMS = ("auto", "float", "int8")
+INT8_DEVICES = ("cpu", "cuda")
 BACKENDS = ("auto", "reference", "compiled", "triton")
 
 
@@ -45,6 +51,16 @@ def resolve(backend: str, device_type: str) -> str:
     if obstacle:
         raise ValueError(f"backend {backend!r} cannot run on {device_type}: {obstacle}; or ask for backend 'reference'")
     return backend
+
+
+def resolve_gemm(gemm: str, device_type: str) -> str:
+    """auto -> how integer codes are multiplied on a device. ValueError for an unknown gemm, or one that it lacks."""
+    if gemm not in GEMMS:
+        raise ValueError(f"unknown gemm {gemm!r}; gemms: {', '.join(GEMMS)}")
+    has_int8 = device_type in INT8_DEVICES
+    if gemm == "int8" and not has_int8:
+        raise ValueError(f"gemm 'int8' cannot run on {device_type}: it has no INT8 product; ask for gemm 'float'")
+    return "float" if gemm == "float" or not has_int8 else "int8"
 
 
 def _obstacle_to_compiling(device_type: str) -> str | None:

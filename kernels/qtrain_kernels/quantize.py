@@ -22,9 +22,9 @@ from torch import Tensor
 
 from qtrain_kernels import reference
 from qtrain_kernels.formats import Element
-from qtrain_kernels.reference import Exponent, Mask, Plan, Rotation
+from qtrain_kernels.reference import Exponent, Mask, Plan, Rotation, stored_integer
 
-Output = Literal["codes", "bfloat16", "float32", "packed"]
+Output = Literal["codes", "bfloat16", "float32", "int8", "packed"]
 LARGEST_SPAN = 256
 LEAST_BFLOAT16 = 2.0**-133
 UNFUSED = {
@@ -35,10 +35,10 @@ UNFUSED = {
 class Quantized(NamedTuple):
     """x (M, K), quantised along dim -1 or -2.
 
-    codes, float32 by output "codes"; codes * block_scale by "bfloat16" and "float32"; both (M, K). Packed: (L, n) with
-    the contraction last, L = M rows along dim -1, L = K columns along dim -2; E2M1 uint8, two codes a byte, low nibble
-    first; float8_e4m3fn and float8_e5m2; other minifloats uint8, sign, exponent and mantissa in the low bits; integers
-    int8 q, where code = (q + offset) * unit of `packed_integer`.
+    codes, float32 by output "codes"; codes * block_scale by "bfloat16" and "float32"; integers q by "int8"; all (M, K).
+    q int8, where code = (q + offset) * unit of `reference.stored_integer`. Packed: (L, n) with the contraction last,
+    L = M rows along dim -1, L = K columns along dim -2; E2M1 uint8, two codes a byte, low nibble first; float8_e4m3fn
+    and float8_e5m2; other minifloats uint8, sign, exponent and mantissa in the low bits; integers q.
     block_scale: for "codes" float32 in the place of its block, (M, K / block) or (M / block, K); packed: (L, n / block)
     uint8, the byte of E8M0, E4M3 or UE5M3, or float32; None without blocks, and where codes hold it.
     mask: uint8 (M, K) of 0 and 1; packed: (L, ceil(n / 8)), 8 a byte, the first lowest; None where the plan has none.
@@ -98,7 +98,7 @@ class Job:
     rows, columns: of a tile; groups and block: blocks in it and their elements (without block scales: its lines).
     scales: whether the tensor scale is not read, single, or one per line. aligned: both dims of the matrix are
     multiples of 128. fit: the element's Gaussian scale; epsilon: of standard deviations; limit: what amax becomes in
-    code units; unit, offset: as of `packed_integer`; bits: of a packed minifloat; scale_nan: a packed scale's NaN;
+    code units; unit, offset: as of `stored_integer`; bits: of a packed minifloat; scale_nan: a packed scale's NaN;
     inexact: bfloat16 does not hold every product.
     """
 
@@ -124,14 +124,6 @@ class Job:
     inexact: bool
 
 
-def packed_integer(element: Element) -> tuple[float, float]:
-    """(unit, offset): a packed integer q stands for the code (q + offset) * unit. Centred codes up to 7 bits are stored
-    twice, as odd integers, which an INT8 GEMM takes as they are; those of 8 bits do not fit, and lose their half."""
-    if not element.offset:
-        return element.step, 0.0
-    return (0.5, 0.0) if 2 * element.max <= 127 else (1.0, element.offset)
-
-
 def _element_bits(element: Element) -> int:
     """Of a packed code."""
     if element.mantissa_bits is None:
@@ -151,7 +143,7 @@ def _job(spec: Spec, tile: Tile, scales: Literal["none", "single", "lines"], ali
     plan, rows, columns = spec.plan, tile.rows, tile.columns
     block = plan.block or (columns if spec.dim == -1 else rows)
     contraction, lines = (columns, rows) if spec.dim == -1 else (rows, 1)
-    unit, offset = packed_integer(plan.element)
+    unit, offset = stored_integer(plan.element)
     limit = plan.element.max
     if plan.scale_kind == "minifloat":
         limit, _ = reference.minifloat_range(plan)
@@ -475,9 +467,9 @@ def operand(
     rotation: Rotation | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Equals reference.operand bit for bit. ValueError as `quantize`."""
-    outputs: dict[torch.dtype, Output] = {torch.bfloat16: "bfloat16", torch.float32: "float32"}
+    outputs: dict[torch.dtype, Output] = {torch.bfloat16: "bfloat16", torch.float32: "float32", torch.int8: "int8"}
     if dtype not in outputs:
-        raise ValueError(f"an operand is bfloat16 or float32; asked for {dtype}")
+        raise ValueError(f"an operand is bfloat16, float32 or int8; asked for {dtype}")
     values, _, mask = _of_spans(x, scale, key, Spec(plan, output=outputs[dtype]), rotation)
     return values, mask
 

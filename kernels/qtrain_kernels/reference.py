@@ -79,6 +79,14 @@ class Plan:
         return self.element.significant_bits + scale_bits <= 8
 
 
+def stored_integer(element: Element) -> tuple[float, float]:
+    """(unit, offset): an int8 q stands for the code (q + offset) * unit of an integer grid. Centred codes of up to 7
+    bits are stored twice, as odd integers; those of 8 bits do not fit, and lose their half."""
+    if not element.offset:
+        return element.step, 0.0
+    return (0.5, 0.0) if 2 * element.max <= 127 else (1.0, element.offset)
+
+
 # ----------------------------------------------------------------------------------------------------------- reductions
 
 
@@ -504,8 +512,13 @@ def operand(
     rotation: Rotation | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """What a GEMM takes: codes * block_scale, and the mask. The tensor scale is left to the GEMM's result. dtype must
-    hold the product exactly, bfloat16 where plan.exact_in_bfloat16, else float32. Same arguments as `encode`."""
+    hold the product exactly: bfloat16 where plan.exact_in_bfloat16, else float32. int8, of integer codes without
+    blocks: the codes as `stored_integer` says; a NaN, whose scale is NaN too, is any of them. Same arguments as
+    `encode`."""
     codes, blocks, mask = encode(x, scale, key, plan, rotation)
+    if dtype == torch.int8:
+        unit, offset = stored_integer(plan.element)
+        return (codes * (1.0 / unit) - offset).to(torch.int8), mask
     if blocks is not None:
         codes = (codes.reshape(blocks.shape[0], -1, x.shape[2]) * blocks).reshape(x.shape)
     return codes.to(dtype), mask

@@ -416,11 +416,16 @@ def packed_in_bytes(field, BITS: tl.constexpr, JOB: tl.constexpr):
 
 
 @triton.jit
+def stored_integer(codes, JOB: tl.constexpr):
+    whole = codes * (1.0 / JOB.unit) - JOB.offset
+    return whole.to(tl.int32).to(tl.int8)
+
+
+@triton.jit
 def emit_packed_codes(pointer, codes, i, j, rows, columns, JOB: tl.constexpr):
     ELEMENT: tl.constexpr = JOB.plan.element
     if ELEMENT.mantissa_bits is None:
-        whole = codes * (1.0 / JOB.unit) - JOB.offset
-        emit(pointer, whole.to(tl.int32).to(tl.int8), i, j, rows, columns, 1, JOB)
+        emit(pointer, stored_integer(codes, JOB), i, j, rows, columns, 1, JOB)
     else:
         magnitude = minifloat_field(codes, ELEMENT) & ((1 << (JOB.bits - 1)) - 1)
         field = magnitude | (((bits_of(codes) >> 31) & 1) << (JOB.bits - 1))
@@ -511,6 +516,8 @@ def quantize_tile(tile, scale, key, signs, values, block_scales, masks, i, j, ro
             codes = codes * blocks
         if JOB.output == "bfloat16":
             codes = to_bfloat16(codes, JOB.inexact)
+        elif JOB.output == "int8":
+            codes = stored_integer(codes, JOB)
         emit(values, codes, i, j, rows, columns, 1, JOB)
 
 

@@ -18,7 +18,7 @@ from qtrain.quant.linear import Numerics, QuantLinear
 from qtrain.quant.random import checked_seed
 from qtrain.quant.rotation import base
 from qtrain.recipe import LinearRecipe, read_recipe
-from qtrain.settings import Backend, group_names
+from qtrain.settings import Backend, GemmKind, group_names
 from qtrain_kernels import dispatch
 
 log = logging.getLogger("qtrain")
@@ -58,12 +58,14 @@ def convert(
     skip: Sequence[str] | None = None,
     seed: int = 0,
     backend: Backend = "auto",
+    gemm: GemmKind = "auto",
 ) -> Report:
     """Replace every nn.Linear inside model by a QuantLinear that shares its parameters.
 
     recipe: a name ({name: quest, bits: 2} for its options), a mapping, or a LinearRecipe. skip: layers that stay as
     they are, by full name, last component or pattern ("layers.0.*"); None takes the recipe's own. seed keys random
-    bits, together with each layer's qualified name. backend: auto | reference | compiled | triton.
+    bits, together with each layer's qualified name. backend, which quantises: auto | reference | compiled | triton.
+    gemm, which multiplies integer codes: auto | int8 (exactly) | float (as values in the compute dtype).
     UserError, with the model untouched, for a width that the recipe's blocks do not divide, a skip name that matches
     nothing (lm_head in the recipe's own may), a pattern of recipe.overrides that does, or a model that has no linear
     layer or is already converted.
@@ -73,6 +75,8 @@ def convert(
     recipe, seed = read_recipe(recipe), checked_seed(seed)
     if backend not in get_args(Backend):
         raise UserError(f"unknown backend {backend!r}; backends: {', '.join(get_args(Backend))}")
+    if gemm not in get_args(GemmKind):
+        raise UserError(f"unknown gemm {gemm!r}; gemms: {', '.join(get_args(GemmKind))}")
     linears = {name: module for name, module in model.named_modules(remove_duplicate=False) if _is_linear(module)}
     if any(isinstance(module, QuantLinear) for module in linears.values()):
         raise UserError("the model is converted already; build it afresh to convert it with another recipe")
@@ -94,7 +98,7 @@ def convert(
         else:
             report.skipped[name] = reason
     report.converted = list(recipes_of)
-    _swap(model, linears, recipes_of, seed, backend, report)
+    _swap(model, linears, recipes_of, seed, backend, gemm, report)
     log.debug("%s", report)
     return report
 
@@ -119,10 +123,11 @@ def set_high_precision(model: nn.Module, high_precision: bool = True) -> None:
             module.high_precision = high_precision
 
 
-def check_backend(backend: Backend, device_type: str) -> None:
-    """UserError when the backend cannot work on a device ("cpu", "cuda"): at once, not at the first forward."""
+def check_backend(backend: Backend, gemm: GemmKind, device_type: str) -> None:
+    """UserError when one of them cannot work on a device ("cpu", "cuda"): at once, not at the first forward."""
     try:
         dispatch.resolve(backend, device_type)
+        dispatch.resolve_gemm(gemm, device_type)
     except ValueError as error:
         raise UserError(str(error)) from None
 
@@ -203,21 +208,28 @@ def _swap(
     recipes_of: Mapping[str, LinearRecipe],
     seed: int,
     backend: Backend,
+    gemm: GemmKind,
     report: Report,
 ) -> None:
-    problems = []
+    problems, found = [], []
     for name, recipe in recipes_of.items():
-        numerics = Numerics.build(recipe, backend)
+        numerics = Numerics.build(recipe, backend, gemm)
         report.numerics[name] = str(numerics)
+        found.append(numerics)
         problems += [problem for problem in [_misfit(name, linears[name], recipe, numerics)] if problem]
     if problems:
         raise UserError("\n".join(problems))
+    if gemm == "int8" and recipes_of and not any(numerics.integer for numerics in found):
+        raise UserError(
+            f"gemm 'int8' multiplies integer codes, and recipe {report.recipe} has no GEMM with such codes on both "
+            "sides; ask for gemm 'auto'"
+        )
     made: dict[nn.Module, QuantLinear] = {}  # a layer used under two names stays one layer
     for name, recipe in recipes_of.items():
         module = linears[name]
         assert isinstance(module, nn.Linear)
         if module not in made:
-            made[module] = QuantLinear(module, recipe, name, seed, backend)
+            made[module] = QuantLinear(module, recipe, name, seed, backend, gemm)
     for name in recipes_of:  # all are built: nothing raises from here on
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, made[linears[name]])

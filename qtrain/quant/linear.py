@@ -11,7 +11,7 @@ inverse. Masks are the forward's estimators. Weights are quantised from the floa
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, cast
 
@@ -25,16 +25,18 @@ from qtrain.quant.quantizer import Operand, Quantizer, gemm, rotate, unrotate
 from qtrain.quant.random import PER_STEP, USES, key_of, key_words
 from qtrain.quant.rotation import hadamard
 from qtrain.recipe import LinearRecipe
-from qtrain.settings import Backend
-from qtrain_kernels.reference import Rotation
+from qtrain.settings import Backend, GemmKind
+from qtrain_kernels import dispatch
+from qtrain_kernels.reference import Rotation, stored_integer
 
 
 @dataclass(frozen=True)
 class Gemm:
-    """The two operands of one GEMM; they share the rotation and its signs."""
+    """The two operands of one GEMM; they share the rotation and its signs. integer: both are integer codes."""
 
     left: Quantizer
     right: Quantizer
+    integer: bool
 
     def rotation(self, key: Tensor, size: int) -> Rotation | None:
         """Of the contraction dim, which has this size."""
@@ -42,6 +44,11 @@ class Gemm:
         if spec.rotation_block is None:
             return None
         return hadamard(spec.rotation_block or size, None if spec.signs == "none" else key, key.device)
+
+    def dtype(self, compute: torch.dtype, kind: GemmKind, device_type: str) -> torch.dtype:
+        """Of both operands: int8, or the compute dtype."""
+        int8 = self.integer and dispatch.resolve_gemm(kind, device_type) == "int8"
+        return torch.int8 if int8 else compute
 
     @property
     def multiple(self) -> int:
@@ -55,15 +62,34 @@ class Numerics:
     fprop: Gemm
     dgrad: Gemm
     wgrad: Gemm
+    gemm: GemmKind
 
     @staticmethod
-    def build(recipe: LinearRecipe, backend: Backend) -> Numerics:
+    def build(recipe: LinearRecipe, backend: Backend, gemm: GemmKind = "auto") -> Numerics:
         """UserError for a recipe that asks for what is not there."""
-        gemms = {}
+        gemms: dict[str, Gemm] = {}
         for gemm_name, operands in recipe.operands().items():
             left, right = (Quantizer.build(spec, backend) for spec in operands.values())
-            gemms[gemm_name] = Gemm(left, right)
-        return Numerics(**gemms)
+            integer = right.integer
+            if right.reuses and gemms["fprop"].integer:
+                integer = _reused_as_integers(gemms["fprop"].right if gemm_name == "dgrad" else gemms["fprop"].left)
+            gemms[gemm_name] = Gemm(left, right, left.integer and integer)
+        return Numerics(**gemms, gemm=gemm)
+
+    @property
+    def integer(self) -> bool:
+        """Whether one of its GEMMs can multiply integer codes."""
+        return self.fprop.integer or self.dgrad.integer or self.wgrad.integer
+
+    def runs_on(self, device_type: str) -> str:
+        """compiled on cpu, gemms int8 float float: what quantises on a device, and how fprop, dgrad, wgrad multiply."""
+        try:
+            backend = dispatch.resolve(self.fprop.left.backend, device_type)
+            kind = dispatch.resolve_gemm(self.gemm, device_type)
+        except ValueError as error:
+            return str(error)
+        gemms = " ".join(kind if each.integer else "float" for each in (self.fprop, self.dgrad, self.wgrad))
+        return f"{backend} on {device_type}, gemms {gemms}"
 
     @property
     def operands(self) -> dict[str, Quantizer]:
@@ -86,6 +112,14 @@ class Numerics:
         return f"fwd {' '.join(texts['fprop'])} dgrad {' '.join(texts['dgrad'])} wgrad {' '.join(texts['wgrad'])}"
 
 
+def _reused_as_integers(forward: Quantizer) -> bool:
+    """Whether the backward multiplies the forward's integers: a scale per row would lie along its contraction, and
+    wgrad fills up the tokens with zeros, which integers without their half are not."""
+    assert forward.plan is not None
+    _, offset = stored_integer(forward.plan.element)
+    return forward.plan.per_tensor and not offset
+
+
 class QuantizedWeight:
     """A layer's weight as the GEMMs of one optimiser step take it: for fprop at once, for dgrad when first asked for.
 
@@ -96,19 +130,25 @@ class QuantizedWeight:
         """weight (N, K) master; scale: the learned one; keys (9, 2) int32 on weight's device."""
         self.numerics, self.dtype = numerics, dtype
         self.rotation = numerics.fprop.rotation(key_of(keys, "fprop.signs"), weight.shape[1])
+        self.device_type = weight.device.type
         self.fprop = numerics.fprop.right.operand(
-            weight, dtype, self.rotation, key_of(keys, "fprop.w"), learned=_scalar(scale)
+            weight, self.dtype_in(numerics.fprop), self.rotation, key_of(keys, "fprop.w"), learned=_scalar(scale)
         )
         self._master = weight if numerics.dgrad.right.spec.source == "master" else None
         self._dgrad: tuple[Operand, Rotation | None] | None = None
+
+    def dtype_in(self, gemm_: Gemm) -> torch.dtype:
+        """Of the operands of one of the GEMMs."""
+        return gemm_.dtype(self.dtype, self.numerics.gemm, self.device_type)
 
     def dgrad(self, keys: Tensor) -> tuple[Operand, Rotation | None]:
         """W' quantised along N, and how it was rotated."""
         if self._dgrad is None:
             source = self.fprop if self._master is None else Operand(self._master)
             rotation = self.numerics.dgrad.rotation(key_of(keys, "dgrad.signs"), source.values.shape[0])
-            quantizer = self.numerics.dgrad.right
-            self._dgrad = (_again(quantizer, source, self.dtype, rotation, key_of(keys, "dgrad.w")), rotation)
+            gemm_ = self.numerics.dgrad
+            operand = _again(gemm_.right, source, self.dtype_in(gemm_), rotation, key_of(keys, "dgrad.w"))
+            self._dgrad = (operand, rotation)
         return self._dgrad
 
 
@@ -119,8 +159,8 @@ def _again(
     nor quantised again keeps its codes, and its tensor scale stays on the result; a scale per row lies along the
     contraction and is multiplied in."""
     per_row = isinstance(source.post_scale, Tensor) and source.post_scale.ndim > 0
-    if quantizer.spec.source == "forward" and quantizer.plan is None and rotation is None and not per_row:
-        return Operand(source.values, source.post_scale)
+    if quantizer.reuses and not per_row:
+        return source if dtype == torch.int8 else source.floating(dtype)
     return quantizer.operand(source.dequantize(), dtype, rotation, key, dim=-2)
 
 
@@ -138,7 +178,9 @@ class _QuantLinearFunction(torch.autograd.Function):
         """x (T, K), weight (N, K) master, keys (9, 2) int32 in the order of USES -> (T, N) in quantized.dtype."""
         numerics, dtype, rotation = quantized.numerics, quantized.dtype, quantized.rotation
         with torch.autocast(x.device.type, enabled=False):
-            xq = numerics.fprop.left.operand(x, dtype, rotation, key_of(keys, "fprop.x"), learned=_scalar(x_scale))
+            xq = numerics.fprop.left.operand(
+                x, quantized.dtype_in(numerics.fprop), rotation, key_of(keys, "fprop.x"), learned=_scalar(x_scale)
+            )
             y = gemm(xq, quantized.fprop.t).to(dtype)
             x_slope = _scale_slope(x, rotation, xq, x_scale, numerics.fprop.left)
             w_slope = _scale_slope(weight, rotation, quantized.fprop, w_scale, numerics.fprop.right)
@@ -146,6 +188,7 @@ class _QuantLinearFunction(torch.autograd.Function):
         ctx.quantized, ctx.dtypes = quantized, (x.dtype, weight.dtype)
         post = x_source.post_scale
         ctx.x_post, saved_post = (None, post) if isinstance(post, Tensor) else (post, None)
+        ctx.x_grid = x_source.unit, x_source.offset
         master = weight if numerics.dgrad.right.spec.source == "master" else None  # saved so that autograd guards it
         ctx.save_for_backward(x_source.values, xq.mask, keys, x_slope, w_slope, master, saved_post)
         return y
@@ -155,7 +198,7 @@ class _QuantLinearFunction(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         x_dtype, weight_dtype = ctx.dtypes
         quantized: QuantizedWeight = ctx.quantized
-        numerics, dtype, rotation = quantized.numerics, quantized.dtype, quantized.rotation
+        numerics, rotation = quantized.numerics, quantized.rotation
         grad_output = grads[0]
         x_values, x_mask, keys, x_slope, w_slope, _, saved_post = ctx.saved_tensors
         x_post = ctx.x_post if saved_post is None else saved_post
@@ -168,8 +211,8 @@ class _QuantLinearFunction(torch.autograd.Function):
                     product, x_mask, x_slope, rotation, rotated, numerics.fprop.left, x_dtype
                 )
             if ctx.needs_input_grad[1] or w_slope is not None:
-                source = Operand(x_values, x_post)
-                product = _wgrad(numerics.wgrad, grad_output, source, keys, dtype)
+                source = Operand(x_values, x_post, None, *ctx.x_grid)
+                product = _wgrad(numerics.wgrad, grad_output, source, keys, quantized.dtype_in(numerics.wgrad))
                 rotated = numerics.wgrad.right.spec.source == "forward"
                 w_mask = quantized.fprop.mask
                 grad_weight, grad_w_scale = _to_operand(
@@ -186,7 +229,7 @@ def _dgrad(gemm_: Gemm, grad_output: Tensor, quantized: QuantizedWeight, keys: T
     rows = None if block is None else hadamard(block, None, grad_output.device)
     if rows is not None:
         grad_output = rotate(F.pad(grad_output, (0, 0, 0, -tokens % rows.size)), rows, backend, dim=-2)
-    dy = gemm_.left.operand(grad_output, quantized.dtype, rotation, key_of(keys, "dgrad.dy"), dim=-1)
+    dy = gemm_.left.operand(grad_output, quantized.dtype_in(gemm_), rotation, key_of(keys, "dgrad.dy"), dim=-1)
     product = gemm(dy, weight)
     return product if rows is None else unrotate(product, rows, backend, dim=-2)[:tokens]
 
@@ -196,9 +239,11 @@ def _wgrad(gemm_: Gemm, grad_output: Tensor, x: Operand, keys: Tensor, dtype: to
     padding = -grad_output.shape[0] % gemm_.multiple
     if padding:
         grad_output = F.pad(grad_output, (0, 0, 0, padding))
-        per_row = isinstance(x.post_scale, Tensor) and x.post_scale.ndim
-        values = x.dequantize() if per_row else x.values
-        x = Operand(F.pad(values, (0, 0, 0, padding)), 1.0 if per_row else x.post_scale)
+        if isinstance(x.post_scale, Tensor) and x.post_scale.ndim:
+            x = Operand(x.dequantize())
+        elif x.offset:  # integers without their half hold no zero
+            x = x.floating(dtype)
+        x = replace(x, values=F.pad(x.values, (0, 0, 0, padding)))
     rotation = gemm_.rotation(key_of(keys, "wgrad.signs"), grad_output.shape[0])
     dy = gemm_.left.operand(grad_output, dtype, rotation, key_of(keys, "wgrad.dy"), dim=-2)
     return gemm(dy.t, _again(gemm_.right, x, dtype, rotation, key_of(keys, "wgrad.x")))
@@ -265,11 +310,13 @@ class QuantLinear(nn.Linear):
     input_scale: nn.Parameter | None
     weight_scale: nn.Parameter | None
 
-    def __init__(self, linear: nn.Linear, recipe: LinearRecipe, name: str, seed: int, backend: Backend) -> None:
+    def __init__(
+        self, linear: nn.Linear, recipe: LinearRecipe, name: str, seed: int, backend: Backend, gemm: GemmKind = "auto"
+    ) -> None:
         """Takes over linear's parameters; name: its qualified name, which with seed keys its random bits."""
         super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
         self.weight, self.bias = linear.weight, linear.bias
-        self.numerics = Numerics.build(recipe, backend)
+        self.numerics = Numerics.build(recipe, backend, gemm)
         for side, quantizer in (("input", self.numerics.fprop.left), ("weight", self.numerics.fprop.right)):
             learned = quantizer.plan is not None and quantizer.plan.rule == "learned"
             unset = torch.full((1,), math.nan, dtype=torch.float32, device=linear.weight.device)
@@ -377,4 +424,4 @@ class QuantLinear(nn.Linear):
 
     def extra_repr(self) -> str:
         state = "high precision, after " if self.high_precision else ""
-        return f"{super().extra_repr()}, {state}{self.numerics}"
+        return f"{super().extra_repr()}, {state}{self.numerics} | {self.numerics.runs_on(self.weight.device.type)}"

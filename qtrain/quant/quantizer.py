@@ -2,13 +2,14 @@
 
 # M, N the matrix; quantised along dim -1 (each row) or -2 (each column): no transpose is made.
 x ≈ codes * block_scale * tensor_scale. A GEMM takes codes * block_scale, exact in bfloat16, and its result takes the
-tensor scale: one GEMM in bfloat16 thus holds exactly the operands that a low-precision GEMM would.
+tensor scale: one GEMM in bfloat16 thus holds exactly the operands that a low-precision GEMM would. Integer codes
+without blocks go into an INT8 GEMM as they are.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -23,8 +24,9 @@ from qtrain.recipe import QuantSpec, check_spec
 from qtrain.settings import Backend, parse
 from qtrain_kernels import dispatch
 from qtrain_kernels.formats import get_format
+from qtrain_kernels.gemm import int8_matmul
 from qtrain_kernels.precision import matmul
-from qtrain_kernels.reference import Plan, Rotation
+from qtrain_kernels.reference import Plan, Rotation, stored_integer
 
 
 @dataclass(frozen=True)
@@ -62,37 +64,53 @@ class Counts:
 class Operand:
     """One side of a GEMM: values (M, N) in the compute dtype, and what multiplies the result instead of them.
 
-    values: in float32 where the compute dtype cannot hold codes * block_scale. post_scale: a float, () or, along the
-    dim that is not contracted, (M, 1) or (1, N) float32. mask: (M, N) uint8, 1 where a gradient passes (a product with
-    bool takes four times as long on CPU); None where all do.
+    values: in float32 where the compute dtype cannot hold codes * block_scale; int8 for integer codes, which are
+    (values + offset) * unit. post_scale: a float, () or, along the dim that is not contracted, (M, 1) or (1, N)
+    float32. mask: (M, N) uint8, 1 where a gradient passes (a product with bool takes four times as long on CPU); None
+    where all do.
     """
 
     values: Tensor
     post_scale: Tensor | float = 1.0
     mask: Tensor | None = None
+    unit: float = 1.0
+    offset: float = 0.0
 
     @property
     def t(self) -> Operand:
         post_scale = (
             self.post_scale.T if isinstance(self.post_scale, Tensor) and self.post_scale.ndim else self.post_scale
         )
-        return Operand(self.values.T, post_scale)
+        return replace(self, values=self.values.T, post_scale=post_scale, mask=None)
+
+    def floating(self, dtype: torch.dtype) -> Operand:
+        """The same with float values: integer codes in dtype, bfloat16 or float32, both of which hold them."""
+        if self.values.dtype != torch.int8:
+            return self
+        codes = self.values.to(dtype)
+        if self.offset:
+            codes = codes.add_(self.offset)
+        return replace(self, values=codes.mul_(self.unit), unit=1.0, offset=0.0)
 
     def dequantize(self) -> Tensor:
         """(M, N): the values themselves where nothing is left to multiply, else float32."""
-        if isinstance(self.post_scale, float) and self.post_scale == 1.0:
+        if self.values.dtype != torch.int8 and isinstance(self.post_scale, float) and self.post_scale == 1.0:
             return self.values
-        return self.values.float() * self.post_scale
+        return self.floating(torch.float32).values.float() * self.post_scale
 
 
 def gemm(left: Operand, right: Operand) -> Tensor:
     """left (M, K) @ right (K, N) in their dtype, float32 if either is; float32 where a post-scale multiplies it.
 
     In bfloat16 the product is then rounded once to bfloat16 before the post-scale, and once more by the caller's cast.
+    Of two int8 operands it is exact, and float32.
     """
-    dtype = torch.promote_types(left.values.dtype, right.values.dtype)
-    product = matmul(left.values.to(dtype), right.values.to(dtype))
     scales = [left.post_scale, right.post_scale]
+    if left.values.dtype == torch.int8:
+        product = int8_matmul(left.values, right.values, left.offset, right.offset).mul_(left.unit * right.unit)
+    else:
+        dtype = torch.promote_types(left.values.dtype, right.values.dtype)
+        product = matmul(left.values.to(dtype), right.values.to(dtype))
     if isinstance(scales[0], float) and isinstance(scales[1], float):
         scales = [scales[0] * scales[1]]
     for scale in scales:
@@ -165,6 +183,21 @@ class Quantizer:
         return self.spec.quantised and self.spec.rounding != "nearest"
 
     @property
+    def integer(self) -> bool:
+        """Whether its codes can be multiplied as INT8: an integer grid, with scales that multiply the product."""
+        plan = self.plan
+        if plan is None or plan.element.mantissa_bits is not None or plan.block is not None:
+            return False
+        _, offset = stored_integer(plan.element)
+        dropped = plan.sparsity is not None and offset  # what sparsity drops is zero, which a centred grid lacks
+        return not dropped and plan.rule != "learned"  # a NaN has no integer, and a learned scale does not show it
+
+    @property
+    def reuses(self) -> bool:
+        """Whether it leaves the forward's codes as they are."""
+        return self.plan is None and self.spec.source == "forward" and self.spec.rotation_block is None
+
+    @property
     def tile(self) -> tuple[int, int]:
         """(rows, elements along the contraction dim) that share a scale or a correction."""
         if self.plan is None or self.spec.number_format is None:
@@ -216,16 +249,17 @@ class Quantizer:
         dim: int = -1,
         learned: Tensor | None = None,
     ) -> Operand:
-        """As quantize, but ready for a GEMM in dtype (bfloat16 or float32). learned: () float32, the scale itself where
-        the rule is `learned`."""
+        """As quantize, but ready for a GEMM in dtype: bfloat16, float32, or where `integer` int8. learned: () float32,
+        the scale itself where the rule is `learned`."""
         if self.plan is None:
             return Operand((x if rotation is None else rotate(x, rotation, self.backend, dim)).to(dtype))
         view = _View(x.shape, dim, *self.tile)
         blocks, scale, post, rotation = self._prepare(x, rotation, view, learned)
-        exact = dtype if self.plan.exact_in_bfloat16 else torch.float32
+        exact = dtype if dtype == torch.int8 or self.plan.exact_in_bfloat16 else torch.float32
         operand = dispatch.get("operand", self.backend, x.device.type)
         values, mask = operand(blocks, scale, key, self.plan, exact, rotation)
-        return Operand(view.undo(values), post, None if mask is None else view.undo(mask))
+        unit, offset = stored_integer(self.plan.element) if dtype == torch.int8 else (1.0, 0.0)
+        return Operand(view.undo(values), post, None if mask is None else view.undo(mask), unit, offset)
 
     def fake_quantize(self, x: Tensor, rotation: Rotation | None = None, key: Tensor | None = None) -> Tensor:
         """x (M, N) quantised along dim -1, dequantised and rotated back, in its own dtype."""

@@ -221,6 +221,15 @@ class Config(Strict):
     logger: LoggerConfig
     debug: DebugConfig
 
+    @model_validator(mode="after")
+    def _fp8_gives_bfloat16(self) -> Config:
+        if self.gemm == "fp8" and self.trainer.precision != "bf16-mixed":
+            raise ValueError(
+                f"gemm=fp8 gives products in bfloat16, and trainer.precision is {self.trainer.precision}; set "
+                "trainer.precision=bf16-mixed or gemm=auto"
+            )
+        return self
+
 
 NOT_IN_HASH = (
     "name",  # stands beside the hash

@@ -1,4 +1,4 @@
-"""INT8 products of integer codes: exact, and what a layer makes of them."""
+"""Products on 8-bit units: INT8 exact, FP8 exact in its operands, and what a layer makes of them."""
 
 from dataclasses import replace
 
@@ -10,9 +10,9 @@ import qtrain
 from qtrain.errors import UserError
 from qtrain.quant.linear import Numerics, QuantLinear
 from qtrain.recipe import read_recipe
-from qtrain_kernels import cpu, gemm, reference
+from qtrain_kernels import cpu, dispatch, gemm, reference
 from qtrain_kernels.formats import get_format
-from qtrain_kernels.gemm import int8_matmul
+from qtrain_kernels.gemm import fold, fp8_matmul, int8_matmul
 from qtrain_kernels.reference import Plan
 
 FORMATS = ("int1", "int4", "int7", "int8", "int1.585", "int4_sym", "int8_sym")
@@ -95,7 +95,7 @@ def test_a_forward_is_the_exact_product_of_codes_and_scales(recipe: object) -> N
     """Rounded to float32, times one scale, times the other, then to bfloat16."""
     model = layer(recipe)
     linear = model[0]
-    assert isinstance(linear, QuantLinear) and linear.numerics.fprop.integer
+    assert isinstance(linear, QuantLinear) and linear.numerics.fprop.held == "int8"
     x = torch.randn(33, 128, generator=torch.Generator().manual_seed(1))
     with torch.autocast("cpu", torch.bfloat16):
         y = model(x)
@@ -136,7 +136,7 @@ def test_gradients_are_those_of_float_products(recipe: object) -> None:
     x = torch.randn(40, 128, generator=torch.Generator().manual_seed(1))
     dy = torch.randn(40, 128, generator=torch.Generator().manual_seed(2))
     results = []
-    for kind in ("int8", "float"):
+    for kind in ("auto", "float"):
         model = layer(recipe, kind, (128, 128))
         given = x.clone().requires_grad_()
         with torch.autocast("cpu", torch.bfloat16):
@@ -150,14 +150,120 @@ def test_gradients_are_those_of_float_products(recipe: object) -> None:
 def test_tokens_are_filled_up_with_what_multiplies_to_zero() -> None:
     """A centred grid of 8 bits has no zero for them: its wgrad multiplies values."""
     recipe = read_recipe("halo_1").model_dump()
-    for format_, integer in (("int8/tensor/float32", False), ("int7/tensor/float32", True)):
+    for format_, integer in (("int8/tensor/float32", "float"), ("int7/tensor/float32", "int8")):
         numerics = Numerics.build(read_recipe(recipe | {"format": format_}), "reference")
-        assert (numerics.fprop.integer, numerics.wgrad.integer) == (True, integer)
+        assert (numerics.fprop.held, numerics.wgrad.held) == ("int8", integer)
         assert replace(numerics, gemm="float").runs_on("cpu").endswith("float float float")
 
 
-def test_what_cannot_multiply_integers_says_so() -> None:
-    with pytest.raises(UserError, match="unknown gemm 'fp8'; gemms: auto, float, int8"):
-        layer("quest", "fp8")
-    with pytest.raises(UserError, match=r"gemm 'int8' .* recipe quartet .* ask for gemm 'auto'"):
-        layer("quartet", "int8", (128, 128))
+# ----------------------------------------------------------------------------------------------------------------- FP8
+
+E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+
+
+def mxfp4(rows: int, columns: int, octaves: int) -> Tensor:
+    """Codes of two significant bits under block scales that spread over so many octaves, the least in each row."""
+    generator = torch.Generator().manual_seed(rows)
+    codes = torch.tensor([0.0, 0.5, 1, 1.5, 2, 3, 4, 6])[torch.randint(0, 8, (rows, columns), generator=generator)]
+    blocks = torch.exp2(-torch.randint(0, octaves + 1, (rows, columns // 32), generator=generator).float())
+    blocks[:, 0], blocks[:, 1] = 1.0, 2.0**-octaves
+    codes[:, 0], codes[:, 32] = 6.0, 0.5
+    signs = torch.randint(0, 2, (rows, columns), generator=generator) * 2 - 1
+    return codes * signs * blocks.repeat_interleave(32, 1) * torch.exp2(torch.arange(rows) - 40.0)[:, None]
+
+
+@pytest.mark.parametrize("dim", [-1, -2])
+def test_folding_is_exact_as_far_as_e4m3_reaches(dim: int) -> None:
+    for octaves, exact in ((13, True), (16, False)):
+        values = mxfp4(6, 256, octaves)
+        folded = fold(values.bfloat16() if dim == -1 else values.T, dim, E4M3)
+        back = (folded.codes.double() * folded.scale).float()
+        lost = int((back != (values if dim == -1 else values.T)).sum())
+        assert (lost == 0) == exact and folded.inexact.item() == lost
+        assert folded.codes.float().abs().amax(dim).tolist() == [384.0] * 6
+        assert folded.scale.shape == ((6, 1) if dim == -1 else (1, 6))
+
+
+@pytest.mark.parametrize(("dtype", "largest"), [(E4M3, 448.0), (E5M2, 57344.0)])
+def test_the_largest_of_a_line_takes_the_top_of_the_range(dtype: torch.dtype, largest: float) -> None:
+    top = torch.tensor([1.0, 1.5, 1.75, 1.875, 0.0, 2.0**-126, 1e-40, 2.0**127 * 1.75])[:, None]
+    folded = fold(torch.cat((top, -top / 2), 1), -1, dtype)
+    found = folded.codes.float().abs().amax(1)
+    assert ((found <= largest) & (found > largest / 2))[[0, 1, 2, 3, 7]].all()
+    assert found[4] == 0 and folded.inexact.item() == (2 if dtype == E5M2 else 0) + 2  # 1.875 in E5M2; 1e-40 in both
+    bad = fold(torch.tensor([[1.0, float("nan")], [float("inf"), 1.0], [1.0, 1.0]]), -1, dtype)
+    assert bad.scale.isnan().flatten().tolist() == [True, True, False] and bad.inexact == 0
+
+
+def test_sizes_are_filled_for_the_fp8_product() -> None:
+    left, right = (torch.randint(-6, 7, shape).float() for shape in ((5, 40), (40, 23)))
+    scale = torch.exp2(torch.arange(5.0))[:, None]
+    found = fp8_matmul(fold(left * scale, -1, E4M3), fold(right, -2, E4M3))
+    assert torch.equal(found, ((left * scale).double() @ right.double()).bfloat16())
+
+
+@pytest.mark.parametrize("recipe", ["quartet", "mxfp8", "mxfp6", "fp8_rowwise", "fp8_tensorwise"])
+def test_a_layer_multiplies_in_fp8_what_it_would_in_float(recipe: str) -> None:
+    """FP8's sums are float32 on CPU and rounded once, so that they lie nearer to the exact product."""
+    x, dy = (torch.randn(64, 128, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2))
+    results = []
+    cases = [(kind, precision) for precision in (torch.bfloat16, torch.float32) for kind in ("fp8", "float")]
+    for kind, precision in cases:
+        model = layer(recipe, kind, (128, 128))
+        given = x.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16):
+            y = model(given)
+        y.backward(dy.to(y.dtype))
+        results.append((y, given.grad, model[0].weight.grad))
+        counted = qtrain.inexact_elements(model)
+        assert counted == 0 or (kind == "fp8" and recipe.startswith("mx"))
+    for found, rounded, exact, also_exact in zip(*results, strict=True):
+        assert torch.equal(exact, also_exact)  # a float32 layer is no place for a product in bfloat16
+        error, other = ((each.float() - exact).norm() / exact.norm() for each in (found, rounded))
+        assert error < max(1.05 * other, 2e-3)
+
+
+def test_what_fp8_does_not_hold_is_counted() -> None:
+    model = layer("quartet", "fp8", (128, 128))
+    x = torch.randn(32, 128)
+    x[:, 32:64] *= 2.0**-20
+    with torch.autocast("cpu", torch.bfloat16):
+        model(x)
+        first = qtrain.inexact_elements(model)
+        model(x)
+    assert 500 < first < 32 * 32 and qtrain.inexact_elements(model) == 2 * first
+
+
+def test_gradients_of_many_octaves_keep_to_e5m2() -> None:
+    model = layer("fp8_tensorwise", "fp8", (128, 128))
+    with torch.autocast("cpu", torch.bfloat16):
+        y = model(torch.randn(32, 128))
+    y.backward((torch.randn(32, 128) * torch.exp2(-torch.arange(128.0) / 5)).bfloat16())
+    assert qtrain.inexact_elements(model) == 0
+
+
+def test_e5m2_on_the_right_multiplies_as_float() -> None:
+    fprop = {"x": {"format": "e4m3/row/float32"}, "w": {"format": "e5m2/row/float32"}}
+    numerics = Numerics.build(read_recipe(read_recipe("fp8_rowwise").model_dump() | {"fprop": fprop}), "reference")
+    assert [each.held for each in numerics.gemms] == ["float", "fp8", "fp8"]
+
+
+def test_the_model_says_where_it_multiplies_in_fp8() -> None:
+    kinds = {
+        "quartet": "fp8 fp8 fp8",
+        "quest": "int8 float float",
+        "fp8_tensorwise": "fp8 fp8 fp8",
+        "halo_1": "int8 int8 int8",
+    }
+    for recipe, expected in kinds.items():
+        assert f"gemms {expected}" in str(layer(recipe, "fp8" if "fp8" in expected else "auto", (128, 128)))
+
+
+def test_what_cannot_multiply_so_says_so() -> None:
+    with pytest.raises(UserError, match="unknown gemm 'int4'; gemms: auto, float, fp8"):
+        layer("quest", "int4")
+    with pytest.raises(UserError, match=r"gemm 'fp8' .* recipe quartet_ii has no .* ask for gemm 'auto'"):
+        layer("quartet_ii", "fp8", (128, 128))
+    with pytest.raises(ValueError, match="gemm 'fp8' cannot run on mps: it has no FP8 product; ask for gemm 'auto'"):
+        dispatch.resolve_gemm("fp8", "fp8", "mps")
+    assert dispatch.resolve_gemm("auto", "int8", "mps") == "float"

@@ -89,6 +89,15 @@ def test_a_run_leaves_what_it_promises(small, tmp_path, capsys):
         assert word in shown.replace("\n", "")
 
 
+def test_fp8_products_are_said_and_counted(small, tmp_path):
+    run(compose([*small, "recipe=quartet", "gemm=fp8", "debug.max_steps=4"]))
+    directory = only_run(tmp_path)
+    assert [line["fp8_inexact"] for line in directory.lines("lr")] == [0, 0]
+    assert "gemms fp8 fp8 fp8" in repr(qtrain.load_run(directory.path))
+    with pytest.raises(UserError, match="gemm=fp8 gives products in bfloat16, and trainer.precision is 32-true; set"):
+        compose([*small, "recipe=quartet", "gemm=fp8", "trainer.precision=32-true"])
+
+
 def test_a_finished_run_is_skipped_and_loads_with_its_recipe(small, tmp_path, capsys):
     first = run(compose([*small, "recipe=quartet_v1"]))
     directory = only_run(tmp_path)

@@ -6,8 +6,9 @@ Operations: rotate, unrotate, tensor_scale, encode, operand, fake_quantize, as r
 reference: eager torch, anywhere. compiled: code made for each plan, by a C++ compiler on CPU, by torch.compile on CUDA.
 triton: fused kernels on CUDA. auto: compiled where it can work, else reference.
 
-GEMMs: float multiplies values in the compute dtype, whatever their codes; int8 multiplies integer codes, exactly. auto:
-int8 on the devices that have it.
+GEMMs: auto multiplies integer codes as INT8, exactly, on the devices that have it, and all else as float, which is
+values in the compute dtype. fp8 multiplies values of few bits as FP8 besides, whose sums some devices take in fewer
+bits.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ from qtrain_kernels import cpu, gpu, graphs, reference
 
 log = logging.getLogger("qtrain")
 
-GEMMS = ("auto", "float", "int8")
-INT8_DEVICES = ("cpu", "cuda")
+GEMMS = ("auto", "float", "fp8")
+EIGHT_BIT_DEVICES = ("cpu", "cuda")
 BACKENDS = ("auto", "reference", "compiled", "triton")
 
 
@@ -53,14 +54,17 @@ def resolve(backend: str, device_type: str) -> str:
     return backend
 
 
-def resolve_gemm(gemm: str, device_type: str) -> str:
-    """auto -> how integer codes are multiplied on a device. ValueError for an unknown gemm, or one that it lacks."""
+def resolve_gemm(gemm: str, held: str, device_type: str) -> str:
+    """How a product is taken on a device, int8 | fp8 | float, whose operands fit `held`, one of these. ValueError for
+    an unknown gemm, or one that the device lacks."""
     if gemm not in GEMMS:
         raise ValueError(f"unknown gemm {gemm!r}; gemms: {', '.join(GEMMS)}")
-    has_int8 = device_type in INT8_DEVICES
-    if gemm == "int8" and not has_int8:
-        raise ValueError(f"gemm 'int8' cannot run on {device_type}: it has no INT8 product; ask for gemm 'float'")
-    return "float" if gemm == "float" or not has_int8 else "int8"
+    eight_bit = device_type in EIGHT_BIT_DEVICES
+    if gemm == "fp8" and (not eight_bit or (device_type == "cuda" and torch.cuda.get_device_capability() < (8, 9))):
+        raise ValueError(f"gemm 'fp8' cannot run on {device_type}: it has no FP8 product; ask for gemm 'auto'")
+    if gemm == "float" or not eight_bit or (held == "fp8" and gemm != "fp8"):
+        return "float"
+    return held
 
 
 def _obstacle_to_compiling(device_type: str) -> str | None:

@@ -1,13 +1,20 @@
-"""Matrix products of integer codes, exact: INT8 by INT8, summed in INT32."""
+"""Matrix products on 8-bit units: integer codes as INT8, exactly; values of few bits as FP8 with a scale per line."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.functional import ScalingType, scaled_mm
+
+from qtrain_kernels.reference import biased_exponent, power_of_two
 
 LONGEST = 2**15  # of a contraction whose doubled products of 8 bits stay within int32: 255^2 * 2^15 < 2^31
 CUDA_MULTIPLE, CUDA_ROWS = 8, 32  # torch._int_mm there: more than 16 rows; the other sizes multiples of 8
+FP8_MULTIPLE = 16  # of its contraction and columns, on CUDA
+TOP = {torch.float8_e4m3fn: 8, torch.float8_e5m2: 15}  # exponent of the largest number, 1.75 * 2^TOP in both
 
 
 def int8_matmul(left: Tensor, right: Tensor, left_offset: float = 0.0, right_offset: float = 0.0) -> Tensor:
@@ -44,3 +51,43 @@ def _int_mm(left: Tensor, right: Tensor) -> Tensor:
 
 def _device_type(x: Tensor) -> str:
     return x.device.type
+
+
+# ----------------------------------------------------------------------------------------------------------------- FP8
+
+
+class Folded(NamedTuple):
+    """A matrix as codes * scale. codes: float8, its shape; scale: float32 powers of two, (M, 1) or (1, N); inexact: ()
+    int64, elements that codes * scale does not give back."""
+
+    codes: Tensor
+    scale: Tensor
+    inexact: Tensor
+
+
+def fold(values: Tensor, dim: int, dtype: torch.dtype) -> Folded:
+    """values (M, N) float32 or bfloat16 in float8, with one power of two along dim (-1: per row, -2: per column).
+
+    The largest magnitude of a line comes to lie in (1.75 * 2^(TOP - 1), 1.75 * 2^TOP], so that float8_e4m3fn is exact
+    for numbers of two significant bits, as MXFP4's are, down to 2^-16 of it; smaller ones are rounded, and counted. A
+    line with a NaN has scale NaN.
+    """
+    largest = values.abs().amax(dim, keepdim=True).float()
+    carried = largest.view(torch.int32) + 0x1FFFFF  # above 1.75: the next power of two
+    biased = (biased_exponent(carried) - TOP[dtype]).clamp(1, 253)
+    scale = torch.where(largest.isfinite(), power_of_two(biased), float("nan"))
+    scaled = values * (1.0 / scale)
+    codes = scaled.to(dtype)
+    return Folded(codes, scale, ((codes.float() != scaled) & scaled.isfinite()).sum())
+
+
+def fp8_matmul(left: Folded, right: Folded) -> Tensor:
+    """(M, K) @ (K, N) of matrices folded along K -> bfloat16, the sum as the device's FP8 units take it, without fast
+    accumulation."""
+    rows, columns = left.codes.shape[0], right.codes.shape[1]
+    missing = -left.codes.shape[1] % FP8_MULTIPLE
+    wide = -columns % FP8_MULTIPLE
+    a = F.pad(left.codes.view(torch.uint8), (0, missing)).view(left.codes.dtype)
+    b = F.pad(right.codes.T.contiguous().view(torch.uint8), (0, missing, 0, wide)).view(right.codes.dtype)
+    by_row = ScalingType.RowWise
+    return scaled_mm(a.contiguous(), b.T, left.scale, by_row, F.pad(right.scale, (0, wide)), by_row)[:rows, :columns]

@@ -17,6 +17,7 @@ from qtrain.callbacks.step import StepCallback
 from qtrain.errors import UserError
 from qtrain.lightning_module import CausalLM, evaluate
 from qtrain.metrics import bits_per_byte
+from qtrain.quant import inexact_elements
 from qtrain.run_directory import RunDirectory
 
 Line = Mapping[str, Any]
@@ -91,6 +92,8 @@ class Measure(StepCallback):
             "data_wait": round(self.waiting / seconds, 5),
             "memory_bytes": memory_bytes(module.device),
         }
+        if module.config.gemm == "fp8":
+            values["fp8_inexact"] = inexact_elements(module.model)
         self.history.clear()
         self.busy = self.waiting = 0.0
         self.recorder.write(trainer, module, step, values)

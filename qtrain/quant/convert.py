@@ -65,7 +65,8 @@ def convert(
     recipe: a name ({name: quest, bits: 2} for its options), a mapping, or a LinearRecipe. skip: layers that stay as
     they are, by full name, last component or pattern ("layers.0.*"); None takes the recipe's own. seed keys random
     bits, together with each layer's qualified name. backend, which quantises: auto | reference | compiled | triton.
-    gemm, which multiplies integer codes: auto | int8 (exactly) | float (as values in the compute dtype).
+    gemm, which multiplies: auto (integer codes as INT8, exactly, all else in the compute dtype) | float (all in the
+    compute dtype) | fp8 (as auto, and MXFP4, FP8 and the like on FP8 units).
     UserError, with the model untouched, for a width that the recipe's blocks do not divide, a skip name that matches
     nothing (lm_head in the recipe's own may), a pattern of recipe.overrides that does, or a model that has no linear
     layer or is already converted.
@@ -123,11 +124,18 @@ def set_high_precision(model: nn.Module, high_precision: bool = True) -> None:
             module.high_precision = high_precision
 
 
+def inexact_elements(model: nn.Module) -> int:
+    """How many elements of operands gemm 'fp8' has rounded so far, because their line holds larger ones by 2^16 and
+    more. Waits for the device."""
+    counts = [module.inexact for module in model.modules() if isinstance(module, QuantLinear)]
+    return sum(int(count) for count in counts if count is not None)
+
+
 def check_backend(backend: Backend, gemm: GemmKind, device_type: str) -> None:
     """UserError when one of them cannot work on a device ("cpu", "cuda"): at once, not at the first forward."""
     try:
         dispatch.resolve(backend, device_type)
-        dispatch.resolve_gemm(gemm, device_type)
+        dispatch.resolve_gemm(gemm, "float", device_type)
     except ValueError as error:
         raise UserError(str(error)) from None
 
@@ -219,10 +227,10 @@ def _swap(
         problems += [problem for problem in [_misfit(name, linears[name], recipe, numerics)] if problem]
     if problems:
         raise UserError("\n".join(problems))
-    if gemm == "int8" and recipes_of and not any(numerics.integer for numerics in found):
+    if gemm == "fp8" and found and all(each.held == "float" for numerics in found for each in numerics.gemms):
         raise UserError(
-            f"gemm 'int8' multiplies integer codes, and recipe {report.recipe} has no GEMM with such codes on both "
-            "sides; ask for gemm 'auto'"
+            f"gemm 'fp8' multiplies codes of 8 bits or less, and recipe {report.recipe} has no GEMM with such codes on "
+            "both sides (NVFP4's values need more); ask for gemm 'auto'"
         )
     made: dict[nn.Module, QuantLinear] = {}  # a layer used under two names stays one layer
     for name, recipe in recipes_of.items():

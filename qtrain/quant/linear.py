@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from qtrain.errors import UserError
-from qtrain.quant.quantizer import Operand, Quantizer, gemm, rotate, unrotate
+from qtrain.quant.quantizer import Operand, Quantizer, fp8_gemm, gemm, rotate, unrotate
 from qtrain.quant.random import PER_STEP, USES, key_of, key_words
 from qtrain.quant.rotation import hadamard
 from qtrain.recipe import LinearRecipe
@@ -32,11 +32,12 @@ from qtrain_kernels.reference import Rotation, stored_integer
 
 @dataclass(frozen=True)
 class Gemm:
-    """The two operands of one GEMM; they share the rotation and its signs. integer: both are integer codes."""
+    """The two operands of one GEMM; they share the rotation and its signs. eight_bits: the dtypes in which 8-bit units
+    can multiply them, or None."""
 
     left: Quantizer
     right: Quantizer
-    integer: bool
+    eight_bits: tuple[torch.dtype, torch.dtype] | None = None
 
     def rotation(self, key: Tensor, size: int) -> Rotation | None:
         """Of the contraction dim, which has this size."""
@@ -45,10 +46,12 @@ class Gemm:
             return None
         return hadamard(spec.rotation_block or size, None if spec.signs == "none" else key, key.device)
 
-    def dtype(self, compute: torch.dtype, kind: GemmKind, device_type: str) -> torch.dtype:
-        """Of both operands: int8, or the compute dtype."""
-        int8 = self.integer and dispatch.resolve_gemm(kind, device_type) == "int8"
-        return torch.int8 if int8 else compute
+    @property
+    def held(self) -> str:
+        """int8 | fp8 | float: the narrowest that holds both operands."""
+        if self.eight_bits is None:
+            return "float"
+        return "int8" if self.eight_bits[0] == torch.int8 else "fp8"
 
     @property
     def multiple(self) -> int:
@@ -70,26 +73,27 @@ class Numerics:
         gemms: dict[str, Gemm] = {}
         for gemm_name, operands in recipe.operands().items():
             left, right = (Quantizer.build(spec, backend) for spec in operands.values())
-            integer = right.integer
-            if right.reuses and gemms["fprop"].integer:
-                integer = _reused_as_integers(gemms["fprop"].right if gemm_name == "dgrad" else gemms["fprop"].left)
-            gemms[gemm_name] = Gemm(left, right, left.integer and integer)
+            dtypes = left.eight_bits, right.eight_bits
+            if right.reuses:
+                dtypes = left.eight_bits, _reused(gemms["fprop"], gemm_name)
+            gemms[gemm_name] = Gemm(left, right, _multiplied(*dtypes))
         return Numerics(**gemms, gemm=gemm)
 
     @property
-    def integer(self) -> bool:
-        """Whether one of its GEMMs can multiply integer codes."""
-        return self.fprop.integer or self.dgrad.integer or self.wgrad.integer
+    def gemms(self) -> tuple[Gemm, Gemm, Gemm]:
+        return self.fprop, self.dgrad, self.wgrad
+
+    def kind(self, gemm_: Gemm, device_type: str) -> str:
+        """int8 | fp8 | float: how one of the GEMMs is multiplied on a device."""
+        return dispatch.resolve_gemm(self.gemm, gemm_.held, device_type)
 
     def runs_on(self, device_type: str) -> str:
         """compiled on cpu, gemms int8 float float: what quantises on a device, and how fprop, dgrad, wgrad multiply."""
         try:
             backend = dispatch.resolve(self.fprop.left.backend, device_type)
-            kind = dispatch.resolve_gemm(self.gemm, device_type)
+            return f"{backend} on {device_type}, gemms {' '.join(self.kind(each, device_type) for each in self.gemms)}"
         except ValueError as error:
             return str(error)
-        gemms = " ".join(kind if each.integer else "float" for each in (self.fprop, self.dgrad, self.wgrad))
-        return f"{backend} on {device_type}, gemms {gemms}"
 
     @property
     def operands(self) -> dict[str, Quantizer]:
@@ -112,12 +116,22 @@ class Numerics:
         return f"fwd {' '.join(texts['fprop'])} dgrad {' '.join(texts['dgrad'])} wgrad {' '.join(texts['wgrad'])}"
 
 
-def _reused_as_integers(forward: Quantizer) -> bool:
-    """Whether the backward multiplies the forward's integers: a scale per row would lie along its contraction, and
-    wgrad fills up the tokens with zeros, which integers without their half are not."""
-    assert forward.plan is not None
-    _, offset = stored_integer(forward.plan.element)
-    return forward.plan.per_tensor and not offset
+def _reused(fprop: Gemm, gemm_name: str) -> torch.dtype | None:
+    """The 8-bit dtype of the forward's codes in a backward GEMM. None where they have a scale per row, which lies along
+    its contraction; and of integers without their half, among which there is no zero for wgrad to fill up tokens."""
+    forward = fprop.right if gemm_name == "dgrad" else fprop.left
+    if forward.plan is None or not forward.plan.per_tensor:
+        return None
+    if forward.eight_bits == torch.int8 and (fprop.held != "int8" or stored_integer(forward.plan.element)[1]):
+        return None
+    return forward.eight_bits
+
+
+def _multiplied(left: torch.dtype | None, right: torch.dtype | None) -> tuple[torch.dtype, torch.dtype] | None:
+    """The dtypes of a product, if there is one of them: INT8 by INT8, or FP8 whose right side is E4M3 (as on CUDA)."""
+    if left is None or right is None or (left == torch.int8) != (right == torch.int8) or right == torch.float8_e5m2:
+        return None
+    return left, right
 
 
 class QuantizedWeight:
@@ -126,9 +140,19 @@ class QuantizedWeight:
     Every micro-batch of the step, and every recomputed forward, uses the same one.
     """
 
-    def __init__(self, weight: Tensor, scale: Tensor | None, keys: Tensor, numerics: Numerics, dtype: torch.dtype):
-        """weight (N, K) master; scale: the learned one; keys (9, 2) int32 on weight's device."""
+    def __init__(
+        self,
+        weight: Tensor,
+        scale: Tensor | None,
+        keys: Tensor,
+        numerics: Numerics,
+        dtype: torch.dtype,
+        inexact: Tensor,
+    ):
+        """weight (N, K) master; scale: the learned one; keys (9, 2) int32 on weight's device; inexact: () int64, to
+        which elements that FP8 did not hold are added."""
         self.numerics, self.dtype = numerics, dtype
+        self.inexact = inexact
         self.rotation = numerics.fprop.rotation(key_of(keys, "fprop.signs"), weight.shape[1])
         self.device_type = weight.device.type
         self.fprop = numerics.fprop.right.operand(
@@ -139,7 +163,16 @@ class QuantizedWeight:
 
     def dtype_in(self, gemm_: Gemm) -> torch.dtype:
         """Of the operands of one of the GEMMs."""
-        return gemm_.dtype(self.dtype, self.numerics.gemm, self.device_type)
+        return torch.int8 if self.numerics.kind(gemm_, self.device_type) == "int8" else self.dtype
+
+    def multiply(self, gemm_: Gemm, left: Operand, right: Operand) -> Tensor:
+        """left @ right as one of the GEMMs is multiplied; what FP8 does not hold is counted."""
+        if self.dtype != torch.bfloat16 or self.numerics.kind(gemm_, self.device_type) != "fp8":
+            return gemm(left, right)
+        assert gemm_.eight_bits is not None
+        product, inexact = fp8_gemm(left, right, gemm_.eight_bits)
+        self.inexact += inexact
+        return product
 
     def dgrad(self, keys: Tensor) -> tuple[Operand, Rotation | None]:
         """W' quantised along N, and how it was rotated."""
@@ -181,7 +214,7 @@ class _QuantLinearFunction(torch.autograd.Function):
             xq = numerics.fprop.left.operand(
                 x, quantized.dtype_in(numerics.fprop), rotation, key_of(keys, "fprop.x"), learned=_scalar(x_scale)
             )
-            y = gemm(xq, quantized.fprop.t).to(dtype)
+            y = quantized.multiply(numerics.fprop, xq, quantized.fprop.t).to(dtype)
             x_slope = _scale_slope(x, rotation, xq, x_scale, numerics.fprop.left)
             w_slope = _scale_slope(weight, rotation, quantized.fprop, w_scale, numerics.fprop.right)
         x_source = xq if numerics.wgrad.right.spec.source == "forward" else Operand(x)
@@ -212,7 +245,7 @@ class _QuantLinearFunction(torch.autograd.Function):
                 )
             if ctx.needs_input_grad[1] or w_slope is not None:
                 source = Operand(x_values, x_post, None, *ctx.x_grid)
-                product = _wgrad(numerics.wgrad, grad_output, source, keys, quantized.dtype_in(numerics.wgrad))
+                product = _wgrad(numerics.wgrad, grad_output, source, keys, quantized)
                 rotated = numerics.wgrad.right.spec.source == "forward"
                 w_mask = quantized.fprop.mask
                 grad_weight, grad_w_scale = _to_operand(
@@ -230,12 +263,13 @@ def _dgrad(gemm_: Gemm, grad_output: Tensor, quantized: QuantizedWeight, keys: T
     if rows is not None:
         grad_output = rotate(F.pad(grad_output, (0, 0, 0, -tokens % rows.size)), rows, backend, dim=-2)
     dy = gemm_.left.operand(grad_output, quantized.dtype_in(gemm_), rotation, key_of(keys, "dgrad.dy"), dim=-1)
-    product = gemm(dy, weight)
+    product = quantized.multiply(gemm_, dy, weight)
     return product if rows is None else unrotate(product, rows, backend, dim=-2)[:tokens]
 
 
-def _wgrad(gemm_: Gemm, grad_output: Tensor, x: Operand, keys: Tensor, dtype: torch.dtype) -> Tensor:
+def _wgrad(gemm_: Gemm, grad_output: Tensor, x: Operand, keys: Tensor, quantized: QuantizedWeight) -> Tensor:
     """(T, N)^T @ (T, K), both quantised along T, filled with zeros to whole blocks: the product stays."""
+    dtype = quantized.dtype_in(gemm_)
     padding = -grad_output.shape[0] % gemm_.multiple
     if padding:
         grad_output = F.pad(grad_output, (0, 0, 0, padding))
@@ -246,7 +280,7 @@ def _wgrad(gemm_: Gemm, grad_output: Tensor, x: Operand, keys: Tensor, dtype: to
         x = replace(x, values=F.pad(x.values, (0, 0, 0, padding)))
     rotation = gemm_.rotation(key_of(keys, "wgrad.signs"), grad_output.shape[0])
     dy = gemm_.left.operand(grad_output, dtype, rotation, key_of(keys, "wgrad.dy"), dim=-2)
-    return gemm(dy.t, _again(gemm_.right, x, dtype, rotation, key_of(keys, "wgrad.x")))
+    return quantized.multiply(gemm_, dy.t, _again(gemm_.right, x, dtype, rotation, key_of(keys, "wgrad.x")))
 
 
 def _to_operand(
@@ -324,6 +358,7 @@ class QuantLinear(nn.Linear):
         self.name, self.seed = name, seed
         self.step, self.step_is_set = 0, False
         self.high_precision = False
+        self.inexact: Tensor | None = None  # () int64: elements of operands that FP8 did not hold, so far
         self._quantized: tuple[Tensor, tuple[int, int], QuantizedWeight] | None = None
         self.train(linear.training)
         self._draw_keys(0, 0)
@@ -397,9 +432,15 @@ class QuantLinear(nn.Linear):
             if kept is weight and versions == _versions(weight, scale) and quantized.dtype == dtype:
                 return quantized
         with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
-            quantized = QuantizedWeight(weight.detach(), scale, keys, self.numerics, dtype)
+            quantized = QuantizedWeight(weight.detach(), scale, keys, self.numerics, dtype, self._counter())
         self._quantized = (weight, _versions(weight, scale), quantized) if keep else None
         return quantized
+
+    def _counter(self) -> Tensor:
+        if self.inexact is None or self.inexact.device != self.weight.device:
+            with torch.inference_mode(False):
+                self.inexact = torch.zeros((), dtype=torch.int64, device=self.weight.device)
+        return self.inexact
 
     @torch.no_grad()
     def _learned(self, scale: nn.Parameter | None, quantizer: Quantizer, x: Tensor) -> Tensor | None:

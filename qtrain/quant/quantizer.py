@@ -24,7 +24,7 @@ from qtrain.recipe import QuantSpec, check_spec
 from qtrain.settings import Backend, parse
 from qtrain_kernels import dispatch
 from qtrain_kernels.formats import get_format
-from qtrain_kernels.gemm import int8_matmul
+from qtrain_kernels.gemm import fold, fp8_matmul, int8_matmul
 from qtrain_kernels.precision import matmul
 from qtrain_kernels.reference import Plan, Rotation, stored_integer
 
@@ -97,6 +97,13 @@ class Operand:
         if self.values.dtype != torch.int8 and isinstance(self.post_scale, float) and self.post_scale == 1.0:
             return self.values
         return self.floating(torch.float32).values.float() * self.post_scale
+
+
+def fp8_gemm(left: Operand, right: Operand, dtypes: tuple[torch.dtype, torch.dtype]) -> tuple[Tensor, Tensor]:
+    """left (M, K) @ right (K, N) by FP8 units, bfloat16; and how many elements of both FP8 does not hold, () int64."""
+    a, b = fold(left.values, -1, dtypes[0]), fold(right.values, -2, dtypes[1])
+    product = fp8_matmul(a._replace(scale=a.scale * left.post_scale), b._replace(scale=b.scale * right.post_scale))
+    return product, a.inexact + b.inexact
 
 
 def gemm(left: Operand, right: Operand) -> Tensor:
@@ -183,14 +190,19 @@ class Quantizer:
         return self.spec.quantised and self.spec.rounding != "nearest"
 
     @property
-    def integer(self) -> bool:
-        """Whether its codes can be multiplied as INT8: an integer grid, with scales that multiply the product."""
+    def eight_bits(self) -> torch.dtype | None:
+        """The 8-bit dtype that a GEMM can take it in: int8 for integer codes with scales that multiply the product;
+        float8 for values of few significant bits, each line of them times a power of two. None where there is none."""
         plan = self.plan
-        if plan is None or plan.element.mantissa_bits is not None or plan.block is not None:
-            return False
-        _, offset = stored_integer(plan.element)
-        dropped = plan.sparsity is not None and offset  # what sparsity drops is zero, which a centred grid lacks
-        return not dropped and plan.rule != "learned"  # a NaN has no integer, and a learned scale does not show it
+        if plan is None or plan.rule == "learned":  # a NaN has no integer, and a learned scale does not show it
+            return None
+        if plan.element.mantissa_bits is None:
+            _, offset = stored_integer(plan.element)
+            dropped = plan.sparsity is not None and offset  # what sparsity drops is zero, which a centred grid lacks
+            return torch.int8 if plan.block is None and not dropped else None
+        if plan.element.mantissa_bits > 3 or (plan.block is not None and plan.scale_kind != "e8m0"):
+            return None
+        return torch.float8_e5m2 if plan.element.max > 448 else torch.float8_e4m3fn
 
     @property
     def reuses(self) -> bool:
@@ -249,8 +261,8 @@ class Quantizer:
         dim: int = -1,
         learned: Tensor | None = None,
     ) -> Operand:
-        """As quantize, but ready for a GEMM in dtype: bfloat16, float32, or where `integer` int8. learned: () float32,
-        the scale itself where the rule is `learned`."""
+        """As quantize, but ready for a GEMM in dtype: bfloat16, float32, or int8 where `eight_bits` says so. learned:
+        () float32, the scale itself where the rule is `learned`."""
         if self.plan is None:
             return Operand((x if rotation is None else rotate(x, rotation, self.backend, dim)).to(dtype))
         view = _View(x.shape, dim, *self.tile)

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from qtrain.errors import UserError
 
 Backend = Literal["auto", "reference", "compiled", "triton"]
-GemmKind = Literal["auto", "float", "fp8"]
+GemmKind = Literal["auto", "float", "fp8", "fp4"]
 T = TypeVar("T", bound="Strict")
 
 

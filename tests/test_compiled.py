@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from qtrain.settings import Backend
+from qtrain.settings import Backend, GemmKind
 from qtrain_kernels import cpu, dispatch, graphs, reference
 from qtrain_kernels.formats import SCALE_RULES, get_format
 from qtrain_kernels.reference import Mask, Plan, Rotation
@@ -242,7 +242,7 @@ def test_every_e8m0_rule_and_every_mask_has_a_plan() -> None:
 
 
 def test_settings_name_the_backends_that_there_are() -> None:
-    assert get_args(Backend) == dispatch.BACKENDS
+    assert get_args(Backend) == dispatch.BACKENDS and get_args(GemmKind) == dispatch.GEMMS
 
 
 def test_auto_chooses_once_and_says_so(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:

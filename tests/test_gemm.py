@@ -260,10 +260,12 @@ def test_the_model_says_where_it_multiplies_in_fp8() -> None:
 
 
 def test_what_cannot_multiply_so_says_so() -> None:
-    with pytest.raises(UserError, match="unknown gemm 'int4'; gemms: auto, float, fp8"):
+    with pytest.raises(UserError, match="unknown gemm 'int4'; gemms: auto, float, fp8, fp4"):
         layer("quest", "int4")
     with pytest.raises(UserError, match=r"gemm 'fp8' .* recipe quartet_ii has no .* ask for gemm 'auto'"):
         layer("quartet_ii", "fp8", (128, 128))
     with pytest.raises(ValueError, match="gemm 'fp8' cannot run on mps: it has no FP8 product; ask for gemm 'auto'"):
         dispatch.resolve_gemm("fp8", "fp8", "mps")
+    with pytest.raises(UserError, match=r"gemm 'fp4' needs FP4 units \(sm_100\), for which there is no kernel yet"):
+        layer("quartet", "fp4", (128, 128))
     assert dispatch.resolve_gemm("auto", "int8", "mps") == "float"

@@ -25,7 +25,6 @@ constexpr float NOT_A_NUMBER = std::numeric_limits<float>::quiet_NaN();
 inline vf all(float x) { return vf{} + x; }
 inline vi bits_of(vf x) { return (vi)x; }
 inline vf absolute(vf x) { return (vf)(bits_of(x) & 0x7fffffff); }
-inline vf larger(vf a, vf b) { return ((b > a) | (b != b)) ? b : a; }  // a NaN on either side stays
 inline vf clamped(vf x, float limit) { return x < -limit ? all(-limit) : (x > limit ? all(limit) : x); }
 inline vf finite_or_nan(vf x) { return x < INF ? x : all(NOT_A_NUMBER); }
 inline vf nonzero(vf x) { return x == 0.0f ? all(1.0f) : x; }
@@ -72,10 +71,13 @@ inline vf deviation(const vf* x, int64_t n, vf* space) {
   vf mean = mean_of(n, space, [&](int64_t i) { return x[i]; });
   return root(mean_of(n, space, [&](int64_t i) { vf centred = x[i] - mean; return centred * centred; }));
 }
-inline vf largest(const vf* x, int64_t n) {
-  vf found = absolute(x[0]);
-  for (int64_t i = 1; i < n; i++) found = larger(found, absolute(x[i]));
-  return found;
+inline vf largest(const vf* x, int64_t n) {  // as integers: magnitudes keep their order, and NaN is above all
+  vu found = (vu)absolute(x[0]);
+  for (int64_t i = 1; i < n; i++) {
+    vu other = (vu)absolute(x[i]);
+    found = other > found ? other : found;
+  }
+  return (vf)found;
 }
 
 // -------------------------------------------------------------------------------------------------------------- grids
@@ -104,8 +106,17 @@ inline Place on_grid(vf u, const Grid& g) {
 }
 inline vf round_nearest(vf u, const Grid& g) {
   if (g.offset != 0.0f) return rounded(clamped(u, g.max) + 0.5f) - 0.5f;
-  Place place = on_grid(u, g);
-  return rounded(place.v) * place.step;
+  if (!g.minifloat) {
+    Place place = on_grid(u, g);
+    return rounded(place.v) * place.step;
+  }
+  // Beside 1.5 * 2^23 steps, float32 holds whole steps: the sum is rounded to one, ties to even. Zeros keep their sign.
+  u = clamped(u, g.max);
+  vi exponent = bits_of(u) & 0x7f800000, least = vi{} + ((g.min_exponent + 127) << 23);
+  exponent = exponent < least ? least : exponent;
+  vf steps = (vf)(exponent + (((23 - g.mantissa_bits) << 23) + 0x400000));
+  vf found = (u + steps) - steps;
+  return (vf)((bits_of(found) & 0x7fffffff) | (bits_of(u) & ~0x7fffffff));
 }
 inline vf round_stochastic(vf u, const Grid& g, vf uniform) {
   Place place = on_grid(u, g);
@@ -133,15 +144,28 @@ inline vf uniform(vu index, uint32_t key0, uint32_t key1) {
 // ------------------------------------------------------------------------------------------------------------ rotation
 
 // v (n lines of lanes) -> v D H, H the orthonormal Sylvester-Hadamard matrix; signs NULL: H alone.
+inline void two_stages(vf* v, int n, int half, float norm) {  // elements half apart, then a quarter
+  const int quarter = half / 2;
+  for (int at = 0; at < n; at += 2 * half)
+    for (int i = at; i < at + quarter; i++) {
+      vf *a = v + i, *b = a + quarter, *c = a + half, *d = c + quarter;
+      vf sum = *a + *c, difference = *a - *c, sum_2 = *b + *d, difference_2 = *b - *d;
+      *a = (sum + sum_2) * norm;
+      *b = (sum - sum_2) * norm;
+      *c = (difference + difference_2) * norm;
+      *d = (difference - difference_2) * norm;
+    }
+}
 inline void hadamard(vf* v, int n, float norm) {
-  for (int half = n / 2; half; half /= 2)
-    for (int at = 0; at < n; at += 2 * half)
-      for (int i = at; i < at + half; i++) {
-        vf a = v[i], b = v[i + half];
-        v[i] = a + b;
-        v[i + half] = a - b;
-      }
-  for (int i = 0; i < n; i++) v[i] *= norm;
+  int half = n / 2;
+  for (; half > 2; half /= 4) two_stages(v, n, half, 1.0f);
+  if (half == 2) two_stages(v, n, 2, norm);
+  if (half == 1)
+    for (int i = 0; i < n; i += 2) {
+      vf a = v[i], b = v[i + 1];
+      v[i] = (a + b) * norm;
+      v[i + 1] = (a - b) * norm;
+    }
 }
 inline void times_signs(vf* v, int n, const float* signs) {
   if (signs)
@@ -236,20 +260,26 @@ struct Tile {
   int lanes;
 };
 
+// x, times mask if there is one.
 template <class T>
-inline void read(vf* v, const T* x, Tile t, int64_t height) {
+inline void read(vf* v, const T* x, const uint8_t* mask, Tile t, int64_t height) {
+  auto at = [=](int64_t place) { return mask ? load(x + place) * load(mask + place) : load(x + place); };
   if (t.across == 1 && t.lanes == LANES) {
-    for (int64_t e = 0; e < height; e++) v[e] = load(x + t.first + e * t.along);
+    for (int64_t e = 0; e < height; e++) v[e] = at(t.first + e * t.along);
   } else if (t.along == 1 && t.lanes == LANES && height % LANES == 0) {
-    for (int64_t e = 0; e < height; e += LANES) {
-      for (int l = 0; l < LANES; l++) v[e + l] = load(x + t.first + e + l * t.across);
-      transpose(v + e);
-    }
+    for (int l = 0; l < LANES; l++)  // line by line, as memory lies
+      for (int64_t e = 0; e < height; e += LANES) v[e + l] = at(t.first + e + l * t.across);
+    for (int64_t e = 0; e < height; e += LANES) transpose(v + e);
   } else {
     for (int64_t e = 0; e < height; e++) {
       T line[LANES] = {};
-      for (int l = 0; l < t.lanes; l++) line[l] = x[t.first + e * t.along + l * t.across];
-      v[e] = load(line);
+      uint8_t passes[LANES] = {};
+      for (int l = 0; l < t.lanes; l++) {
+        int64_t place = t.first + e * t.along + l * t.across;
+        line[l] = x[place];
+        passes[l] = mask ? mask[place] : 1;
+      }
+      v[e] = load(line) * load(passes);
     }
   }
 }
@@ -260,10 +290,9 @@ inline void write(T* to, vf* v, Tile t, int64_t height) {
   if (t.across == 1 && t.lanes == LANES) {
     for (int64_t e = 0; e < height; e++) store(to + t.first + e * t.along, v[e]);
   } else if (t.along == 1 && t.lanes == LANES && height % LANES == 0) {
-    for (int64_t e = 0; e < height; e += LANES) {
-      transpose(v + e);
-      for (int l = 0; l < LANES; l++) store(to + t.first + e + l * t.across, v[e + l]);
-    }
+    for (int64_t e = 0; e < height; e += LANES) transpose(v + e);
+    for (int l = 0; l < LANES; l++)
+      for (int64_t e = 0; e < height; e += LANES) store(to + t.first + e + l * t.across, v[e + l]);
   } else {
     for (int64_t e = 0; e < height; e++) {
       T line[LANES];
@@ -426,7 +455,7 @@ extern "C" void quantize(const void* x_, int64_t rows, int64_t span, int64_t inn
   over_tiles(rows, inner, height, 5 * height + per_tile, threads,
              [=](Tile t, int64_t run, int64_t column, vf* v) {
     vf *u = v + height, *passes = v + 2 * height, *space = v + 3 * height, *scales = v + 5 * height;
-    read(v, x, t, height);
+    read(v, x, nullptr, t, height);
     turn(v, height, signs);
     vf scale = all(1.0f);
     if (scale_ && !scale_per_span) scale = all(scale_[0]);
@@ -445,7 +474,7 @@ extern "C" void quantize(const void* x_, int64_t rows, int64_t span, int64_t inn
         scales[b] = blocks = block_scale(x, scale, space);
         divisor = KIND == Kind::FLOAT32 ? nonzero(blocks) : divisor * blocks;
       }
-      vf reciprocal = 1.0f / blocks;
+      vf reciprocal = 1.0f / blocks, factor = BLOCK && !CORRECTION && !blocks_out ? blocks : all(1.0f);
       if (SPARSE) keep_largest(x, space, block);
       for (int64_t i = 0; i < block; i++) {
         int64_t e = b * block + i;
@@ -462,7 +491,7 @@ extern "C" void quantize(const void* x_, int64_t rows, int64_t span, int64_t inn
         if (MASK == Mask::WITHIN) passes[e] = absolute(in_codes) <= MASK_LIMIT ? all(1.0f) : all(0.0f);
         if (MASK == Mask::ERROR) passes[e] = absolute(code - in_codes) <= MASK_LIMIT ? all(1.0f) : all(0.0f);
         if (CORRECTION) u[e] = in_codes;
-        x[i] = code;
+        x[i] = back && !CORRECTION ? code * factor * outside : code * factor;
       }
     }
     if (CORRECTION)
@@ -487,12 +516,11 @@ extern "C" void quantize(const void* x_, int64_t rows, int64_t span, int64_t inn
       for (int64_t b = 0; b < per_tile; b++)
         for (int l = 0; l < t.lanes; l++)
           blocks_out[inner == 1 ? (run + l) * per_tile + b : (run * per_tile + b) * inner + column + l] = scales[b][l];
-    if (BLOCK && !blocks_out)
+    if (CORRECTION && !blocks_out)
       for (int64_t e = 0; e < height; e++) v[e] *= scales[e / block];
-    if (back) {
+    if (CORRECTION && back)
       for (int64_t e = 0; e < height; e++) v[e] *= outside;
-      turn_back(v, height, signs);
-    }
+    if (back) turn_back(v, height, signs);
     if (sizeof(Output) == 1)
       for (int64_t e = 0; e < height; e++) v[e] = v[e] * (1.0f / UNIT) - OFFSET;
     write(values, v, t, height);
@@ -508,7 +536,7 @@ extern "C" void line_scales(const void* x_, int64_t rows, int64_t inner, int64_t
                             float* scales, int threads) {
   const Input* x = (const Input*)x_;
   over_tiles(rows, inner, height, 2 * height, threads, [=](Tile t, int64_t run, int64_t column, vf* v) {
-    read(v, x, t, height);
+    read(v, x, nullptr, t, height);
     turn(v, height, signs);
     vf found = float32_scale(v, height, v + height);
     for (int l = 0; l < t.lanes; l++) scales[inner == 1 ? run + l : run * inner + column + l] = found[l];
@@ -524,7 +552,7 @@ extern "C" void extent(const void* x_, int64_t rows, int64_t inner, const float*
   float result = 0.0f;
   bool nan = false;
   over_tiles(rows, inner, ROTATION, ROTATION, threads, [=, &result, &nan](Tile t, int64_t, int64_t, vf* v) {
-    read(v, x, t, ROTATION);
+    read(v, x, nullptr, t, ROTATION);
     turn(v, ROTATION, signs);
     vf here = largest(v, ROTATION);
     float most = 0.0f;
@@ -549,13 +577,8 @@ extern "C" void rotate(const void* x_, int64_t rows, int64_t inner, const uint8_
                        int backward, void* out_, int threads) {
   const Input* x = (const Input*)x_;
   Output* out = (Output*)out_;
-  over_tiles(rows, inner, ROTATION, 2 * ROTATION, threads, [=](Tile t, int64_t, int64_t, vf* v) {
-    read(v, x, t, ROTATION);
-    if (mask) {
-      vf* passes = v + ROTATION;
-      read(passes, mask, t, ROTATION);
-      for (int e = 0; e < ROTATION; e++) v[e] *= passes[e];
-    }
+  over_tiles(rows, inner, ROTATION, ROTATION, threads, [=](Tile t, int64_t, int64_t, vf* v) {
+    read(v, x, mask, t, ROTATION);
     if (backward) turn_back(v, ROTATION, signs);
     else turn(v, ROTATION, signs);
     write(out, v, t, ROTATION);

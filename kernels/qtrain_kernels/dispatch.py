@@ -8,7 +8,7 @@ triton: fused kernels on CUDA. auto: compiled where it can work, else reference.
 
 GEMMs: auto multiplies integer codes as INT8, exactly, on the devices that have it, and all else as float, which is
 values in the compute dtype. fp8 multiplies values of few bits as FP8 besides, whose sums some devices take in fewer
-bits.
+bits. fp4, on FP4 units, has no kernel yet.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from qtrain_kernels import cpu, gpu, graphs, reference
 
 log = logging.getLogger("qtrain")
 
-GEMMS = ("auto", "float", "fp8")
+GEMMS = ("auto", "float", "fp8", "fp4")
 EIGHT_BIT_DEVICES = ("cpu", "cuda")
 BACKENDS = ("auto", "reference", "compiled", "triton")
 
@@ -59,6 +59,10 @@ def resolve_gemm(gemm: str, held: str, device_type: str) -> str:
     an unknown gemm, or one that the device lacks."""
     if gemm not in GEMMS:
         raise ValueError(f"unknown gemm {gemm!r}; gemms: {', '.join(GEMMS)}")
+    if gemm == "fp4":
+        raise ValueError(
+            "gemm 'fp4' needs FP4 units (sm_100), for which there is no kernel yet; ask for 'auto' or 'fp8'"
+        )
     eight_bit = device_type in EIGHT_BIT_DEVICES
     if gemm == "fp8" and (not eight_bit or (device_type == "cuda" and torch.cuda.get_device_capability() < (8, 9))):
         raise ValueError(f"gemm 'fp8' cannot run on {device_type}: it has no FP8 product; ask for gemm 'auto'")

@@ -76,8 +76,10 @@ def convert(
     recipe, seed = read_recipe(recipe), checked_seed(seed)
     if backend not in get_args(Backend):
         raise UserError(f"unknown backend {backend!r}; backends: {', '.join(get_args(Backend))}")
-    if gemm not in get_args(GemmKind):
-        raise UserError(f"unknown gemm {gemm!r}; gemms: {', '.join(get_args(GemmKind))}")
+    try:
+        dispatch.resolve_gemm(gemm, "float", "cpu")  # where all can be multiplied that can be anywhere
+    except ValueError as error:
+        raise UserError(str(error)) from None
     linears = {name: module for name, module in model.named_modules(remove_duplicate=False) if _is_linear(module)}
     if any(isinstance(module, QuantLinear) for module in linears.values()):
         raise UserError("the model is converted already; build it afresh to convert it with another recipe")

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 import qtrain
 from qtrain.errors import UserError
 from qtrain.quant import QuantLinear, rotation, set_high_precision
-from qtrain.quant.linear import _INPUTS, Gemm
+from qtrain.quant.linear import Gemm
 from qtrain.quant.quantizer import Quantizer
 from qtrain.quant.random import USES, key_words
 from qtrain.recipe import LinearRecipe, QuantSpec, read_recipe
@@ -463,75 +463,3 @@ def test_high_precision_is_an_ordinary_linear_and_back() -> None:
         assert torch.equal(found, want)
     set_high_precision(module, False)
     assert all(torch.equal(a, b) for a, b in zip(run(module, x, dy), before, strict=True))
-
-
-# ------------------------------------------------------------------------------------------- siblings share their input
-
-
-def siblings(recipe: str) -> nn.ModuleDict:
-    torch.manual_seed(0)
-    model = nn.ModuleDict({name: nn.Linear(K, N, bias=False) for name in "qkv"})
-    qtrain.convert(model, recipe, backend="reference")
-    qtrain.set_step(model, 1)
-    return model
-
-
-def inputs_quantised(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
-    """Every (T, K) matrix that is quantised along its rows from here on."""
-    seen, operand = [], Quantizer.operand
-
-    def counted(self: Quantizer, x: Tensor, *arguments: Any, **settings: Any) -> Any:
-        if x.shape == (T, K) and settings.get("dim", -1) == -1:
-            seen.append(x)
-        return operand(self, x, *arguments, **settings)
-
-    monkeypatch.setattr(Quantizer, "operand", counted)
-    return seen
-
-
-@pytest.mark.parametrize(("recipe", "times"), [("quartet", 1), ("quest", 1), ("lsq", 3), ("bf16", 0)])
-def test_layers_that_read_one_tensor_quantise_it_once(recipe: str, times: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, (x, dy) = siblings(recipe), batch()
-    together, apart = x.clone().requires_grad_(), x.clone().requires_grad_()
-    expected = [layer(apart.clone()) for layer in model.values()]
-    seen = inputs_quantised(monkeypatch)
-    found = [layer(together) for layer in model.values()]
-    assert len(seen) == times
-    assert all(map(torch.equal, found, expected))
-    torch.stack(found).backward(dy.expand(3, -1, -1))
-    torch.stack(expected).backward(dy.expand(3, -1, -1))
-    assert together.grad is not None and apart.grad is not None and torch.equal(together.grad, apart.grad)
-
-
-def test_draws_are_not_shared() -> None:
-    spec = {"format": "mxfp4", "rounding": "stochastic"}
-    recipe = {"name": "own", "fprop": {"x": spec, "w": {"format": "none"}}, **dict.fromkeys(("dgrad", "wgrad"))}
-    recipe |= {"dgrad": {"dy": {"format": "none"}, "w": {"format": "none"}}}
-    recipe |= {"wgrad": {"dy": {"format": "none"}, "x": {"format": "none"}}}
-    model = nn.ModuleDict({name: nn.Linear(K, N, bias=False) for name in "qk"})
-    model["k"].load_state_dict(model["q"].state_dict())
-    qtrain.convert(model, recipe, backend="reference")
-    qtrain.set_step(model, 1)
-    x, _ = batch()
-    assert not torch.equal(model["q"](x), model["k"](x))
-
-
-def test_an_input_that_is_written_to_is_quantised_again() -> None:
-    model, (x, _) = siblings("quartet"), batch()
-    first = model["q"](x)
-    x.mul_(-1)
-    assert torch.equal(model["q"](x), -first)
-    with torch.inference_mode():  # which counts no versions
-        x = x.clone()
-        assert torch.equal(model["q"](x), -first)
-        x.mul_(-1)
-        assert torch.equal(model["q"](x), first)
-
-
-def test_what_is_shared_goes_with_the_input() -> None:
-    model, (x, _) = siblings("quartet"), batch()
-    before = len(_INPUTS)
-    model["q"](x)
-    assert len(_INPUTS) == before + 1
-    del x
-    assert len(_INPUTS) == before

@@ -11,7 +11,6 @@ inverse. Masks are the forward's estimators. Weights are quantised from the floa
 from __future__ import annotations
 
 import math
-from collections.abc import MutableMapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, cast
@@ -20,7 +19,6 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from qtrain.errors import UserError
 from qtrain.quant.quantizer import Operand, Quantizer, fp8_gemm, gemm, rotate, unrotate
@@ -199,11 +197,6 @@ def _again(
     return quantizer.operand(source.dequantize(), dtype, rotation, key, dim=-2)
 
 
-# What the layers that read one tensor (q, k and v; gate and up) share: input -> how -> (its version, the operand). It
-# lives as long as the input does.
-_INPUTS: MutableMapping[Tensor, dict[tuple[Quantizer, torch.dtype], tuple[int, Operand]]] = WeakTensorKeyDictionary()
-
-
 class _QuantLinearFunction(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -213,13 +206,14 @@ class _QuantLinearFunction(torch.autograd.Function):
         x_scale: Tensor | None,
         w_scale: Tensor | None,
         keys: Tensor,
-        xq: Operand,
         quantized: QuantizedWeight,
     ) -> Tensor:
-        """x (T, K) and as fprop takes it, weight (N, K) master, keys (9, 2) int32 in the order of USES -> (T, N) in
-        quantized.dtype."""
+        """x (T, K), weight (N, K) master, keys (9, 2) int32 in the order of USES -> (T, N) in quantized.dtype."""
         numerics, dtype, rotation = quantized.numerics, quantized.dtype, quantized.rotation
         with torch.autocast(x.device.type, enabled=False):
+            xq = numerics.fprop.left.operand(
+                x, quantized.dtype_in(numerics.fprop), rotation, key_of(keys, "fprop.x"), learned=_scalar(x_scale)
+            )
             y = quantized.multiply(numerics.fprop, xq, quantized.fprop.t).to(dtype)
             x_slope = _scale_slope(x, rotation, xq, x_scale, numerics.fprop.left)
             w_slope = _scale_slope(weight, rotation, quantized.fprop, w_scale, numerics.fprop.right)
@@ -257,7 +251,7 @@ class _QuantLinearFunction(torch.autograd.Function):
                 grad_weight, grad_w_scale = _to_operand(
                     product, w_mask, w_slope, rotation, rotated, numerics.fprop.right, weight_dtype
                 )
-        return grad_input, grad_weight, grad_x_scale, grad_w_scale, None, None, None
+        return grad_input, grad_weight, grad_x_scale, grad_w_scale, None, None
 
 
 def _dgrad(gemm_: Gemm, grad_output: Tensor, quantized: QuantizedWeight, keys: Tensor) -> Tensor:
@@ -399,42 +393,22 @@ class QuantLinear(nn.Linear):
             )
         if input.numel() == 0:
             return F.linear(input.to(dtype), self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype))
-        y = self._matmul(input, dtype).view(*input.shape[:-1], self.out_features)
+        y = self._matmul(input.reshape(-1, self.in_features), dtype).view(*input.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias.to(dtype)
 
     @torch.compiler.disable(reason="quantised GEMMs keep their own graphs, so that their bits stay the reference's")
-    def _matmul(self, input: Tensor, dtype: torch.dtype) -> Tensor:
-        """(..., K) -> (T, N). A graph break under torch.compile of a whole model, which compiles around it."""
+    def _matmul(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """x (T, K) -> (T, N). A graph break under torch.compile of a whole model, which compiles around it."""
         if self.training and self.numerics.stochastic and not self.step_is_set:  # here: a compiled graph would guard it
             raise UserError(
                 f"{self.name}: its recipe draws random bits, and no step is set to key them; call "
                 "qtrain.set_step(model, step, micro_batch) before each training forward"
             )
-        x = input.reshape(-1, self.in_features)
         keys = self.keys.to(x.device, non_blocking=True)
         x_scale = self._learned(self.input_scale, self.numerics.fprop.left, x)
         w_scale = self._learned(self.weight_scale, self.numerics.fprop.right, self.weight)
         quantized = self._quantized_weight(w_scale, keys, dtype)
-        xq = self._quantized_input(input, x, x_scale, keys, quantized)
-        return cast(Tensor, _QuantLinearFunction.apply(x, self.weight, x_scale, w_scale, keys, xq, quantized))
-
-    @torch.no_grad()
-    def _quantized_input(
-        self, input: Tensor, x: Tensor, scale: Tensor | None, keys: Tensor, quantized: QuantizedWeight
-    ) -> Operand:
-        """x, input as (T, K), as fprop takes it: as a sibling found it where both must find the same."""
-        quantizer, dtype = self.numerics.fprop.left, quantized.dtype_in(self.numerics.fprop)
-        shared = quantizer.deterministic and not input.is_inference()
-        place = (quantizer, dtype)
-        found = _INPUTS.setdefault(input, {}) if shared else {}
-        version, operand = found.get(place, (None, None))
-        if operand is None or version != input._version:
-            with torch.autocast(x.device.type, enabled=False):
-                key = key_of(keys, "fprop.x")
-                operand = quantizer.operand(x, dtype, quantized.rotation, key, learned=_scalar(scale))
-            if shared:
-                found[place] = (input._version, operand)
-        return operand
+        return cast(Tensor, _QuantLinearFunction.apply(x, self.weight, x_scale, w_scale, keys, quantized))
 
     def _compute_dtype(self, input: Tensor) -> torch.dtype:
         device_type = input.device.type

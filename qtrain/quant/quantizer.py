@@ -190,13 +190,6 @@ class Quantizer:
         return self.spec.quantised and self.spec.rounding != "nearest"
 
     @property
-    def deterministic(self) -> bool:
-        """Whether it quantises and gives the same, whoever asks: nothing is drawn, and nothing learned."""
-        if self.plan is None or self.plan.rule == "learned":
-            return False
-        return not self.stochastic and self.spec.signs == "none"
-
-    @property
     def eight_bits(self) -> torch.dtype | None:
         """The 8-bit dtype that a GEMM can take it in: int8 for integer codes with scales that multiply the product;
         float8 for values of few significant bits, each line of them times a power of two. None where there is none."""

@@ -10,10 +10,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from qtrain.quant import convert, fake_quantize, inexact_elements, recipes, set_step
+    from qtrain.quant import convert, fake_quantize, fp8_rounded, recipes, set_step
     from qtrain.run import load_run
 
-__all__ = ["convert", "fake_quantize", "inexact_elements", "load_run", "recipes", "set_step"]
+__all__ = ["convert", "fake_quantize", "fp8_rounded", "load_run", "recipes", "set_step"]
 
 _HOME = {name: "qtrain.run" if name == "load_run" else "qtrain.quant" for name in __all__}
 

@@ -41,8 +41,9 @@ def test_the_setting_is_there_and_comes_back() -> None:
         _ = x @ x
     with Allowed() as ours:
         matmul(x, x)
+        matmul(x.bfloat16(), x.bfloat16())
     assert plain.found == {(torch.float32, "bf16")}
-    assert ours.found == {(torch.float32, "ieee")}
+    assert ours.found == {(torch.float32, "ieee"), (torch.bfloat16, "bf16")}
     assert SETTINGS.fp32_precision == "bf16"
     with pytest.raises(RuntimeError):
         matmul(x, torch.ones(3, 3))

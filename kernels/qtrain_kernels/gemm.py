@@ -9,10 +9,12 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.functional import ScalingType, scaled_mm
 
+from qtrain_kernels.precision import matmul
 from qtrain_kernels.reference import biased_exponent, power_of_two
 
 LONGEST = 2**15  # of a contraction whose doubled products of 8 bits stay within int32: 255^2 * 2^15 < 2^31
 CUDA_MULTIPLE, CUDA_ROWS = 8, 32  # torch._int_mm there: more than 16 rows; the other sizes multiples of 8
+EXACT_IN_FLOAT32 = 2**10  # products of 2^14, within 2^24
 FP8_MULTIPLE = 16  # of its contraction and columns, on CUDA
 TOP = {torch.float8_e4m3fn: 8, torch.float8_e5m2: 15}  # exponent of the largest number, 1.75 * 2^TOP in both
 
@@ -39,14 +41,35 @@ def int8_matmul(left: Tensor, right: Tensor, left_offset: float = 0.0, right_off
 
 
 def _int_mm(left: Tensor, right: Tensor) -> Tensor:
-    """(M, K) @ (K, N) int8 -> int32, filled with zeros to the sizes that CUDA takes."""
-    if _device_type(left) != "cuda":
-        return torch._int_mm(left, right)
+    """(M, K) @ (K, N) int8 -> int32, exact."""
+    device = _device_type(left)
+    if device == "cuda":
+        return _int_mm_cuda(left, right)
+    if not torch.cpu._is_vnni_supported() or 1 in (*left.shape, right.shape[1]):
+        return _int_mm_by_float(left, right)
+    return torch._int_mm(left, right)
+
+
+def _int_mm_cuda(left: Tensor, right: Tensor) -> Tensor:
+    """In the sizes and the layout that cuBLASLt takes: rows by columns."""
     rows, columns = left.shape[0], right.shape[1]
-    missing = -left.shape[1] % CUDA_MULTIPLE
-    left = F.pad(left, (0, missing, 0, max(CUDA_ROWS - rows, 0)))
-    right = F.pad(right, (0, -columns % CUDA_MULTIPLE, 0, missing))
-    return torch._int_mm(left, right)[:rows, :columns]
+    few, missing, wide = max(CUDA_ROWS - rows, 0), -left.shape[1] % CUDA_MULTIPLE, -columns % CUDA_MULTIPLE
+    right = right.T
+    if few or missing:
+        left = F.pad(left, (0, missing, 0, few))
+    if wide or missing:
+        right = F.pad(right, (0, missing, 0, wide))
+    return torch._int_mm(left.contiguous(), right.contiguous().T)[:rows, :columns]
+
+
+def _int_mm_by_float(left: Tensor, right: Tensor) -> Tensor:
+    """In float32, whose sums of 1024 products are exact. Processors without VNNI saturate sums of two products at 16
+    bits; and oneDNN refuses some matrices with a size of 1, which torch (2.13) does not notice."""
+    pieces = range(0, left.shape[1], EXACT_IN_FLOAT32)
+    products = (
+        matmul(left[:, at : at + EXACT_IN_FLOAT32].float(), right[at : at + EXACT_IN_FLOAT32].float()) for at in pieces
+    )
+    return sum((product.int() for product in products), torch.zeros((), dtype=torch.int32))
 
 
 def _device_type(x: Tensor) -> str:
@@ -68,9 +91,9 @@ class Folded(NamedTuple):
 def fold(values: Tensor, dim: int, dtype: torch.dtype) -> Folded:
     """values (M, N) float32 or bfloat16 in float8, with one power of two along dim (-1: per row, -2: per column).
 
-    The largest magnitude of a line comes to lie in (1.75 * 2^(TOP - 1), 1.75 * 2^TOP], so that float8_e4m3fn is exact
-    for numbers of two significant bits, as MXFP4's are, down to 2^-16 of it; smaller ones are rounded, and counted. A
-    line with a NaN has scale NaN.
+    The largest magnitude of a line comes to lie in (1.75 * 2^(TOP - 1), 1.75 * 2^TOP], or below where it is less than
+    2^-117, so that float8_e4m3fn is exact for numbers of two significant bits, as MXFP4's are, down to 2^-16 of it, for
+    four down to 2^-14; smaller ones are rounded, and counted. A line with a NaN has scale NaN.
     """
     largest = values.abs().amax(dim, keepdim=True).float()
     carried = largest.view(torch.int32) + 0x1FFFFF  # above 1.75: the next power of two

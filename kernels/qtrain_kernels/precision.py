@@ -19,16 +19,15 @@ def matmul(left: Tensor, right: Tensor) -> Tensor:
     """left @ right in the dtype of the two, under any autocast. Float32 stays float32 also where
     torch.set_float32_matmul_precision or torch.backends allow TF32 (CUDA) or bfloat16 (CPU): quantised values would
     lose bits, and codes would change."""
-    device = left.device.type
-    with torch.autocast(device, enabled=False), _ieee(device):
+    with torch.autocast(left.device.type, enabled=False), _ieee(left):
         return left @ right
 
 
 @contextmanager
-def _ieee(device: str) -> Iterator[None]:
-    """Torch's setting for float32 products at "ieee", for all threads; after it as it was, at its own level even if it
-    had come from a general one."""
-    settings = _SETTINGS.get(device)
+def _ieee(x: Tensor) -> Iterator[None]:
+    """Torch's setting for float32 products like x's at "ieee", for all threads; after it as it was, at its own level
+    even if it had come from a general one."""
+    settings = _SETTINGS.get(x.device.type) if x.dtype == torch.float32 else None
     if settings is None or settings.fp32_precision in ("none", "ieee"):  # none: torch's default, which is ieee
         yield
         return

@@ -17,7 +17,7 @@ from qtrain.callbacks.step import StepCallback
 from qtrain.errors import UserError
 from qtrain.lightning_module import CausalLM, evaluate
 from qtrain.metrics import bits_per_byte
-from qtrain.quant import inexact_elements
+from qtrain.quant import fp8_rounded
 from qtrain.run_directory import RunDirectory
 
 Line = Mapping[str, Any]
@@ -93,7 +93,8 @@ class Measure(StepCallback):
             "memory_bytes": memory_bytes(module.device),
         }
         if module.config.gemm == "fp8":
-            values["fp8_inexact"] = inexact_elements(module.model)
+            rounded = torch.tensor(fp8_rounded(module.model), device=module.device)
+            values["fp8_rounded"] = float(trainer.strategy.reduce(rounded, reduce_op="mean"))
         self.history.clear()
         self.busy = self.waiting = 0.0
         self.recorder.write(trainer, module, step, values)

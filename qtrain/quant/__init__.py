@@ -1,6 +1,6 @@
 """Quantised linear layers: recipes in, swapped layers out."""
 
-from qtrain.quant.convert import Report, check_backend, convert, inexact_elements, recipes, set_high_precision, set_step
+from qtrain.quant.convert import Report, check_backend, convert, fp8_rounded, recipes, set_high_precision, set_step
 from qtrain.quant.linear import QuantLinear
 from qtrain.quant.quantizer import QuantizedTensor, Quantizer, fake_quantize
 
@@ -12,7 +12,7 @@ __all__ = [
     "check_backend",
     "convert",
     "fake_quantize",
-    "inexact_elements",
+    "fp8_rounded",
     "recipes",
     "set_high_precision",
     "set_step",

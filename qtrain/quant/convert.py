@@ -126,11 +126,16 @@ def set_high_precision(model: nn.Module, high_precision: bool = True) -> None:
             module.high_precision = high_precision
 
 
-def inexact_elements(model: nn.Module) -> int:
-    """How many elements of operands gemm 'fp8' has rounded so far, because their line holds larger ones by 2^16 and
-    more. Waits for the device."""
-    counts = [module.inexact for module in model.modules() if isinstance(module, QuantLinear)]
-    return sum(int(count) for count in counts if count is not None)
+def fp8_rounded(model: nn.Module) -> float:
+    """The share of elements that gemm 'fp8' has rounded since the last call, because their line holds far larger ones;
+    of all that it multiplied, each as often as it did. 0 where it multiplied none. Waits for the device."""
+    total = torch.zeros(2, dtype=torch.int64)
+    for module in model.modules():
+        if isinstance(module, QuantLinear) and module.fp8_counts is not None:
+            total += module.fp8_counts.cpu()
+            module.fp8_counts.zero_()
+    rounded, elements = total.tolist()
+    return rounded / max(elements, 1)
 
 
 def check_backend(backend: Backend, gemm: GemmKind, device_type: str) -> None:
@@ -229,10 +234,10 @@ def _swap(
         problems += [problem for problem in [_misfit(name, linears[name], recipe, numerics)] if problem]
     if problems:
         raise UserError("\n".join(problems))
-    if gemm == "fp8" and found and all(each.held == "float" for numerics in found for each in numerics.gemms):
+    if gemm == "fp8" and found and not any(each.held == "fp8" for numerics in found for each in numerics.gemms):
         raise UserError(
-            f"gemm 'fp8' multiplies codes of 8 bits or less, and recipe {report.recipe} has no GEMM with such codes on "
-            "both sides (NVFP4's values need more); ask for gemm 'auto'"
+            f"gemm 'fp8' needs MXFP4, MXFP6, MXFP8 or FP8 codes on both sides of a GEMM, and recipe {report.recipe} "
+            "has none such; ask for gemm 'auto'"
         )
     made: dict[nn.Module, QuantLinear] = {}  # a layer used under two names stays one layer
     for name, recipe in recipes_of.items():

@@ -89,6 +89,8 @@ class Numerics:
 
     def runs_on(self, device_type: str) -> str:
         """compiled on cpu, gemms int8 float float: what quantises on a device, and how fprop, dgrad, wgrad multiply."""
+        if device_type == "meta":
+            return "on no device yet"
         try:
             backend = dispatch.resolve(self.fprop.left.backend, device_type)
             return f"{backend} on {device_type}, gemms {' '.join(self.kind(each, device_type) for each in self.gemms)}"
@@ -117,13 +119,16 @@ class Numerics:
 
 
 def _reused(fprop: Gemm, gemm_name: str) -> torch.dtype | None:
-    """The 8-bit dtype of the forward's codes in a backward GEMM. None where they have a scale per row, which lies along
-    its contraction; and of integers without their half, among which there is no zero for wgrad to fill up tokens."""
+    """The 8-bit dtype of the forward's codes in a backward GEMM. None unless one scale of the tensor stays outside (one
+    per row lies along the contraction); and in wgrad, which fills up tokens with zeros, of integers without their half,
+    among which there is none."""
     forward = fprop.right if gemm_name == "dgrad" else fprop.left
-    if forward.plan is None or not forward.plan.per_tensor:
+    if forward.plan is None or not forward.plan.per_tensor or forward.eight_bits is None:
         return None
-    if forward.eight_bits == torch.int8 and (fprop.held != "int8" or stored_integer(forward.plan.element)[1]):
-        return None
+    if forward.eight_bits == torch.int8:
+        _, offset = stored_integer(forward.plan.element)
+        if fprop.held != "int8" or (offset and gemm_name == "wgrad"):
+            return None
     return forward.eight_bits
 
 
@@ -147,12 +152,12 @@ class QuantizedWeight:
         keys: Tensor,
         numerics: Numerics,
         dtype: torch.dtype,
-        inexact: Tensor,
+        fp8_counts: Tensor,
     ):
-        """weight (N, K) master; scale: the learned one; keys (9, 2) int32 on weight's device; inexact: () int64, to
-        which elements that FP8 did not hold are added."""
+        """weight (N, K) master; scale: the learned one; keys (9, 2) int32 on weight's device; fp8_counts:
+        (2,) int64, to which elements that FP8 rounded, and all elements, are added by each FP8 product."""
         self.numerics, self.dtype = numerics, dtype
-        self.inexact = inexact
+        self.fp8_counts = fp8_counts
         self.rotation = numerics.fprop.rotation(key_of(keys, "fprop.signs"), weight.shape[1])
         self.device_type = weight.device.type
         self.fprop = numerics.fprop.right.operand(
@@ -166,12 +171,12 @@ class QuantizedWeight:
         return torch.int8 if self.numerics.kind(gemm_, self.device_type) == "int8" else self.dtype
 
     def multiply(self, gemm_: Gemm, left: Operand, right: Operand) -> Tensor:
-        """left @ right as one of the GEMMs is multiplied; what FP8 does not hold is counted."""
-        if self.dtype != torch.bfloat16 or self.numerics.kind(gemm_, self.device_type) != "fp8":
+        """left @ right as one of the GEMMs is multiplied; what FP8 rounds is counted."""
+        if self.numerics.kind(gemm_, self.device_type) != "fp8":
             return gemm(left, right)
         assert gemm_.eight_bits is not None
         product, inexact = fp8_gemm(left, right, gemm_.eight_bits)
-        self.inexact += inexact
+        self.fp8_counts += torch.stack((inexact, torch.full_like(inexact, left.values.numel() + right.values.numel())))
         return product
 
     def dgrad(self, keys: Tensor) -> tuple[Operand, Rotation | None]:
@@ -276,7 +281,7 @@ def _wgrad(gemm_: Gemm, grad_output: Tensor, x: Operand, keys: Tensor, quantized
         if isinstance(x.post_scale, Tensor) and x.post_scale.ndim:
             x = Operand(x.dequantize())
         elif x.offset:  # integers without their half hold no zero
-            x = x.floating(dtype)
+            x = x.floating(quantized.dtype)
         x = replace(x, values=F.pad(x.values, (0, 0, 0, padding)))
     rotation = gemm_.rotation(key_of(keys, "wgrad.signs"), grad_output.shape[0])
     dy = gemm_.left.operand(grad_output, dtype, rotation, key_of(keys, "wgrad.dy"), dim=-2)
@@ -358,7 +363,7 @@ class QuantLinear(nn.Linear):
         self.name, self.seed = name, seed
         self.step, self.step_is_set = 0, False
         self.high_precision = False
-        self.inexact: Tensor | None = None  # () int64: elements of operands that FP8 did not hold, so far
+        self.fp8_counts: Tensor | None = None  # (2,) int64: elements that FP8 rounded, and all that it multiplied
         self._quantized: tuple[Tensor, tuple[int, int], QuantizedWeight] | None = None
         self.train(linear.training)
         self._draw_keys(0, 0)
@@ -414,6 +419,11 @@ class QuantLinear(nn.Linear):
         device_type = input.device.type
         autocast = torch.is_autocast_enabled(device_type)
         dtype = torch.get_autocast_dtype(device_type) if autocast else input.dtype
+        if self.numerics.gemm == "fp8" and dtype != torch.bfloat16:
+            raise UserError(
+                f"{self.name}: gemm 'fp8' gives products in bfloat16; the compute dtype is {dtype}; use "
+                "torch.autocast(..., dtype=torch.bfloat16), or convert with gemm='auto'"
+            )
         if dtype not in (torch.bfloat16, torch.float32):
             raise UserError(
                 f"{self.name}: quantised GEMMs run in bfloat16 or float32; the compute dtype is {dtype}; "
@@ -432,15 +442,15 @@ class QuantLinear(nn.Linear):
             if kept is weight and versions == _versions(weight, scale) and quantized.dtype == dtype:
                 return quantized
         with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
-            quantized = QuantizedWeight(weight.detach(), scale, keys, self.numerics, dtype, self._counter())
+            quantized = QuantizedWeight(weight.detach(), scale, keys, self.numerics, dtype, self._counts())
         self._quantized = (weight, _versions(weight, scale), quantized) if keep else None
         return quantized
 
-    def _counter(self) -> Tensor:
-        if self.inexact is None or self.inexact.device != self.weight.device:
+    def _counts(self) -> Tensor:
+        if self.fp8_counts is None or self.fp8_counts.device != self.weight.device:
             with torch.inference_mode(False):
-                self.inexact = torch.zeros((), dtype=torch.int64, device=self.weight.device)
-        return self.inexact
+                self.fp8_counts = torch.zeros(2, dtype=torch.int64, device=self.weight.device)
+        return self.fp8_counts
 
     @torch.no_grad()
     def _learned(self, scale: nn.Parameter | None, quantizer: Quantizer, x: Tensor) -> Tensor | None:

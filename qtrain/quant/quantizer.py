@@ -110,7 +110,7 @@ def gemm(left: Operand, right: Operand) -> Tensor:
     """left (M, K) @ right (K, N) in their dtype, float32 if either is; float32 where a post-scale multiplies it.
 
     In bfloat16 the product is then rounded once to bfloat16 before the post-scale, and once more by the caller's cast.
-    Of two int8 operands it is exact, and float32.
+    Of two int8 operands the sum is exact, rounded to float32, and multiplied by each scale.
     """
     scales = [left.post_scale, right.post_scale]
     if left.values.dtype == torch.int8:

@@ -295,9 +295,10 @@ class Session:
             return
         tokenizer = self.corpus.tokenizer
         prompt = [int(token) for token in tokenizer.encode(settings.sample_prompt)]
-        ids = generate(
-            self.model.cpu(), prompt, settings.sample_tokens, temperature=0.8, top_k=50, seed=self.config.seed
-        )
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.config.trainer.precision == "bf16-mixed"):
+            ids = generate(
+                self.model.cpu(), prompt, settings.sample_tokens, temperature=0.8, top_k=50, seed=self.config.seed
+            )
         text = tokenizer.decode(ids)
         self.console.print(Panel(Text(text), title="sample", title_align="left", border_style="dim"))
 

@@ -42,11 +42,11 @@ bench: $(VENV)/.dev ## time quantisers, linear layers and training on CPU, into 
 bench-gpu: $(VENV)/.dev ## the same on a GPU, at the sizes of large models
 	@mkdir -p build/bench
 	$(BIN)/python kernels/bench/bench_quantize.py --device cuda --size 8192 --out build/bench/quantize_gpu.json
-	$(BIN)/python kernels/bench/bench_linear.py --device cuda --tokens 16384 --features 4096 --out-features 4096 \
+	$(BIN)/python kernels/bench/bench_linear.py --device cuda --tokens 16384 --features 4096 --out-features 4096 --gemm fp8 \
 		--out build/bench/linear_gpu_4096.json
-	$(BIN)/python kernels/bench/bench_linear.py --device cuda --tokens 16384 --features 4096 --out-features 14336 \
+	$(BIN)/python kernels/bench/bench_linear.py --device cuda --tokens 16384 --features 4096 --out-features 14336 --gemm fp8 \
 		--out build/bench/linear_gpu_14336.json
-	$(BIN)/python kernels/bench/bench_training.py --device cuda --model llama_800m --batch 16 --compile 1 \
+	$(BIN)/python kernels/bench/bench_training.py --device cuda --model llama_800m --batch 16 --compile 1 --gemm fp8 \
 		--out build/bench/training_gpu.json
 
 # The two stamps are written last, so an interrupted installation is taken up again.

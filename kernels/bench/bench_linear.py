@@ -15,7 +15,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from harness import arguments, in_turns, ratio, report, sqnr
+from harness import arguments, gemm_for, in_turns, ratio, report, sqnr
 from torch import Tensor, nn
 
 import qtrain
@@ -23,12 +23,13 @@ import qtrain
 RECIPES = ("quartet", "quartet_v1", "quartet_ii", "nvidia_nvfp4", "quest", "fp8_rowwise", "mxfp8")
 
 
-def layer(recipe: str | None, size: tuple[int, int], device: str, backend: str) -> nn.Sequential:
-    """recipe None: torch's own."""
+def layer(recipe: str | None, size: tuple[int, int], device: str, backend: str, gemm: str = "auto") -> nn.Sequential:
+    """recipe None: torch's own. gemm "auto" for a recipe that has no product of the kind that is asked for."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(*size, bias=False, device=device))
     if recipe is not None:
-        qtrain.convert(model, recipe, backend=backend)  # pyright: ignore[reportArgumentType]
+        gemm = gemm_for(recipe, gemm)
+        qtrain.convert(model, recipe, backend=backend, gemm=gemm)  # pyright: ignore[reportArgumentType]
     return model
 
 
@@ -67,15 +68,15 @@ def kept_bytes(model: nn.Sequential, x: Tensor) -> int:
 
 
 def main() -> None:
-    options = arguments(__doc__, tokens=2048, features=1024, out_features=1024, rounds=5)
+    options = arguments(__doc__, tokens=2048, features=1024, out_features=1024, rounds=5, gemm="auto")
     size, device = (options.features, options.out_features), options.device
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(options.tokens, size[0], generator=generator).to(device, torch.bfloat16).requires_grad_()
     dy = torch.randn(options.tokens, size[1], generator=generator).to(device, torch.bfloat16)
     backend = "triton" if device == "cuda" else "auto"
     plain = layer(None, size, device, backend)
-    models = {recipe: layer(recipe, size, device, backend) for recipe in RECIPES}
-    unfused = {f"{recipe} reference": layer(recipe, size, device, "reference") for recipe in RECIPES}
+    models = {recipe: layer(recipe, size, device, backend, options.gemm) for recipe in RECIPES}
+    unfused = {f"{recipe} reference": layer(recipe, size, device, "reference", options.gemm) for recipe in RECIPES}
     functions = {name: trainer(model, x, dy) for name, model in {"bfloat16": plain, **models, **unfused}.items()}
     times = in_turns(functions, options.rounds, device)
     (weight,) = plain.parameters()
@@ -87,6 +88,7 @@ def main() -> None:
         model = plain if name == "bfloat16" else models[name]
         found = {
             "recipe": name,
+            "gemms": "" if name == "bfloat16" else str(model[0]).rpartition("gemms ")[2].rstrip(")"),
             "ms": seconds * 1e3,
             "TFLOP/s": flops / seconds / 1e12,
             "of bfloat16 speed": ratio(times, "bfloat16", name),

@@ -19,7 +19,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from harness import arguments, in_turns, ratio, report
+from harness import arguments, gemm_for, in_turns, ratio, report
 from torch import Tensor
 
 import qtrain
@@ -35,8 +35,9 @@ VOCABULARY = 257
 BFLOAT16_PEAKS = {"A100": 312.0, "H100": 989.5, "H200": 989.5, "B200": 2250.0}  # dense TFLOP/s, NVIDIA's data sheets
 
 
-def config_of(recipe: str, model: str) -> Config:
-    return compose([f"recipe={recipe}", f"model={model}", f"name={recipe}"])
+def config_of(recipe: str, model: str, gemm: str) -> Config:
+    """gemm "auto" for a recipe that has no product of the kind that is asked for."""
+    return compose([f"recipe={recipe}", f"model={model}", f"name={recipe}", f"gemm={gemm_for(recipe, gemm)}"])
 
 
 def trainer(config: Config, device: str, batch: int, compile: bool) -> Callable[[], Tensor]:
@@ -77,7 +78,12 @@ def print_peak() -> None:
     options = json.loads(sys.argv[1])
     device = options["device"]
     torch.set_num_threads(options["threads"] or torch.get_num_threads())
-    step = trainer(config_of(options["recipe"], options["model"]), device, options["batch"], bool(options["compile"]))
+    step = trainer(
+        config_of(options["recipe"], options["model"], options["gemm"]),
+        device,
+        options["batch"],
+        bool(options["compile"]),
+    )
     for _ in range(3):
         step()
     kibibytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -85,8 +91,8 @@ def print_peak() -> None:
 
 
 def main() -> None:
-    options = arguments(__doc__, model="mini", batch=8, compile=0, rounds=5)
-    configs = {recipe: config_of(recipe, options.model) for recipe in RECIPES}
+    options = arguments(__doc__, model="mini", batch=8, compile=0, rounds=5, gemm="auto")
+    configs = {recipe: config_of(recipe, options.model, options.gemm) for recipe in RECIPES}
     steps = {name: trainer(config, options.device, options.batch, options.compile) for name, config in configs.items()}
     for step in steps.values():
         step()  # a second warm-up: the first compiles
@@ -102,6 +108,7 @@ def main() -> None:
         seconds = median(times[name])
         return {
             "recipe": name,
+            "gemm": configs[name].gemm,
             "ms a step": seconds * 1e3,
             "tokens/s": round(tokens / seconds),
             "x time of bf16": ratio(times, name, "bf16"),

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+import qtrain
+from qtrain.errors import UserError
 from qtrain.run_directory import environment
 
 Times = Mapping[str, list[float]]
@@ -33,6 +35,16 @@ def arguments(doc: str | None, **defaults: int | str) -> argparse.Namespace:
     if options.threads:
         torch.set_num_threads(options.threads)
     return options
+
+
+def gemm_for(recipe: str, asked: str) -> str:
+    """asked, or "auto" for a recipe that has no product of that kind."""
+    model = torch.nn.Sequential(torch.nn.Linear(256, 256, device="meta"))
+    try:
+        qtrain.convert(model, recipe, gemm=asked, backend="reference")  # pyright: ignore[reportArgumentType]
+    except UserError:
+        return "auto"
+    return asked
 
 
 def in_turns(functions: Mapping[str, Callable[[], Any]], rounds: int, device: str) -> dict[str, list[float]]:

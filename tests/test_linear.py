@@ -463,3 +463,11 @@ def test_high_precision_is_an_ordinary_linear_and_back() -> None:
         assert torch.equal(found, want)
     set_high_precision(module, False)
     assert all(torch.equal(a, b) for a, b in zip(run(module, x, dy), before, strict=True))
+
+
+@pytest.mark.parametrize(("size", "order"), [(12, 12), (384, 12), (640, 20), (1792, 224)])
+def test_a_rotation_is_made_of_the_smallest_matrix_that_will_do(size: int, order: int) -> None:
+    """384 is 32 * 12 and also of Paley's own kind, whose matrix takes a product of 384 terms an element."""
+    matrix = rotation.base(size, torch.device("cpu"))
+    assert matrix is not None and matrix.abs().eq(1).all()
+    assert torch.equal(matrix @ matrix.T, order * torch.eye(order))

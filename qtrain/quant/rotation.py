@@ -25,13 +25,12 @@ def hadamard(size: int, key: Tensor | None, device: torch.device) -> Rotation:
 @cache
 def base(size: int, device: torch.device) -> Tensor | None:
     """None for a power of two. Else the Hadamard matrix, float32 of ±1, that with Sylvester's makes this order: Paley's
-    of order q + 1, q a prime of the form 4k + 3. ValueError where there is none."""
+    of order q + 1, q a prime of the form 4k + 3, the smallest that will do. ValueError where there is none."""
     if size > 0 and not size & (size - 1):
         return None
-    order = size
-    while order > 1 and order % 2 == 0 and not _has_paley(order):
-        order //= 2
-    if size < 1 or not _has_paley(order):
+    halved = (size >> k for k in range(size.bit_length()) if size % (1 << k) == 0)
+    order = min((order for order in halved if _has_paley(order)), default=None)
+    if size < 1 or order is None:
         raise ValueError(f"hadamard{size}: no Hadamard matrix of this order is known; use blocks of a power of two")
     with torch.inference_mode(False), unset_fake_temporarily():  # it is kept: whoever asks first must not mark it
         return _paley(order).to(device)

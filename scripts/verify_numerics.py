@@ -787,7 +787,7 @@ def keying_rows() -> list[Row]:
 
 TRAINED_TOKENS = 2**19
 BAND = "-0.1 .. 0.1"  # losses of one precision differ by 0.04 this early
-WIDER = {"clip": "0 .. 0.25"}
+WIDER = {"clip": "0 .. 0.25", "ste": "0 .. 0.25"}
 WRONG = ("fprop.x", "fprop.w", "dgrad.dy", "dgrad.w")  # not wgrad: AdamW takes out what a whole gradient is scaled by
 
 

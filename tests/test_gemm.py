@@ -60,7 +60,7 @@ def test_cudas_sizes_are_filled_with_zeros(monkeypatch: pytest.MonkeyPatch) -> N
         return (left.int() @ right.int()).int()
 
     monkeypatch.setattr(torch, "_int_mm", cublas)
-    monkeypatch.setattr(gemm, "_device_type", lambda x: "cuda")
+    monkeypatch.setattr(gemm, "_int_mm", gemm._int_mm_cuda)
     for left, right in ((integers(3, 13), integers(13, 9)), (integers(16, 40).T, integers(16, 24))):
         found = int8_matmul(left, right, 0.5, 0.5)
         assert torch.equal(found, ((left.double() + 0.5) @ (right.double() + 0.5)).float())

@@ -42,8 +42,7 @@ def int8_matmul(left: Tensor, right: Tensor, left_offset: float = 0.0, right_off
 
 def _int_mm(left: Tensor, right: Tensor) -> Tensor:
     """(M, K) @ (K, N) int8 -> int32, exact."""
-    device = _device_type(left)
-    if device == "cuda":
+    if left.is_cuda:
         return _int_mm_cuda(left, right)
     if not torch.cpu._is_vnni_supported() or 1 in (*left.shape, right.shape[1]):
         return _int_mm_by_float(left, right)
@@ -54,12 +53,7 @@ def _int_mm_cuda(left: Tensor, right: Tensor) -> Tensor:
     """In the sizes and the layout that cuBLASLt takes: rows by columns."""
     rows, columns = left.shape[0], right.shape[1]
     few, missing, wide = max(CUDA_ROWS - rows, 0), -left.shape[1] % CUDA_MULTIPLE, -columns % CUDA_MULTIPLE
-    right = right.T
-    if few or missing:
-        left = F.pad(left, (0, missing, 0, few))
-    if wide or missing:
-        right = F.pad(right, (0, missing, 0, wide))
-    return torch._int_mm(left.contiguous(), right.contiguous().T)[:rows, :columns]
+    return torch._int_mm(_filled(left, few, missing), _filled(right.T, wide, missing).T)[:rows, :columns]
 
 
 def _int_mm_by_float(left: Tensor, right: Tensor) -> Tensor:
@@ -72,8 +66,11 @@ def _int_mm_by_float(left: Tensor, right: Tensor) -> Tensor:
     return sum((product.int() for product in products), torch.zeros((), dtype=torch.int32))
 
 
-def _device_type(x: Tensor) -> str:
-    return x.device.type
+def _filled(x: Tensor, rows: int, columns: int) -> Tensor:
+    """x, 8-bit, with so many rows and columns of zeros after its own, contiguous."""
+    if rows or columns:
+        x = F.pad(x.view(torch.uint8), (0, columns, 0, rows)).view(x.dtype)
+    return x.contiguous()
 
 
 # ----------------------------------------------------------------------------------------------------------------- FP8
@@ -108,9 +105,7 @@ def fp8_matmul(left: Folded, right: Folded) -> Tensor:
     """(M, K) @ (K, N) of matrices folded along K -> bfloat16, the sum as the device's FP8 units take it, without fast
     accumulation."""
     rows, columns = left.codes.shape[0], right.codes.shape[1]
-    missing = -left.codes.shape[1] % FP8_MULTIPLE
-    wide = -columns % FP8_MULTIPLE
-    a = F.pad(left.codes.view(torch.uint8), (0, missing)).view(left.codes.dtype)
-    b = F.pad(right.codes.T.contiguous().view(torch.uint8), (0, missing, 0, wide)).view(right.codes.dtype)
+    missing, wide = -left.codes.shape[1] % FP8_MULTIPLE, -columns % FP8_MULTIPLE
+    a, b = _filled(left.codes, 0, missing), _filled(right.codes.T, wide, missing).T
     by_row = ScalingType.RowWise
-    return scaled_mm(a.contiguous(), b.T, left.scale, by_row, F.pad(right.scale, (0, wide)), by_row)[:rows, :columns]
+    return scaled_mm(a, b, left.scale, by_row, F.pad(right.scale, (0, wide)), by_row)[:rows, :columns]

@@ -79,7 +79,7 @@ def test_stored_integers_are_the_codes(name: str) -> None:
     ):
         scale, key = reference.tensor_scale(x, plan), torch.tensor([3, -4], dtype=torch.int32)
         codes, _, _ = reference.encode(x, scale, key, plan)
-        stored, _ = reference.operand(x, scale, key, plan, torch.int8)
+        stored, _, _ = reference.operand(x, scale, key, plan, torch.int8)
         assert stored.dtype == torch.int8
         assert torch.equal((stored.double() + offset) * unit, codes.double())
         assert torch.equal(cpu.operand(x, scale, key, plan, torch.int8)[0], stored)

@@ -148,11 +148,11 @@ def test_encode_and_operand_equal_the_reference(name: str, along_last: bool, dev
             continue
         dtype = torch.bfloat16 if plan.exact_in_bfloat16 or plan.mask == MASKS[0] else torch.float32
         expected, found = reference.operand(*arguments, dtype), results(quantize.operand, device, *arguments, dtype)
-        assert list(map(same, found, expected)) == [True] * 2, (plan, dtype)
+        assert list(map(same, found, expected)) == [True] * 3, (plan, dtype)
         if plan.element.mantissa_bits is None and plan.block is None:  # a NaN is any integer
             number = reference.encode(*arguments)[0].isfinite()
-            expected, _ = reference.operand(*arguments, torch.int8)
-            found, _ = results(quantize.operand, device, *arguments, torch.int8)
+            expected, _, _ = reference.operand(*arguments, torch.int8)
+            found, _, _ = results(quantize.operand, device, *arguments, torch.int8)
             assert found is not None and torch.equal(found[number], expected[number]), plan
 
 
@@ -184,7 +184,7 @@ def test_a_bad_value_under_a_tensor_scale_makes_all_nan(bad: float, device: str)
     for plan in plans(get_format("nvfp4")):
         plan = replace(plan, correction=plan.correction and 16)
         scale = reference.tensor_scale(x, plan)
-        values, _ = results(quantize.operand, device, x, scale, KEY, plan, torch.bfloat16)
+        values, _, _ = results(quantize.operand, device, x, scale, KEY, plan, torch.bfloat16)
         assert values is not None and values.isnan().all()
 
 
@@ -284,7 +284,7 @@ def test_a_matrix_of_any_size_along_either_dim(name: str, dim: int, device: str)
             wanted = [codes, blocks, mask]
         else:
             values = codes if blocks is None else codes * spread(blocks, spec)
-            wanted = [values.to(torch.bfloat16 if output == "bfloat16" else torch.float32), None, mask]
+            wanted = [values.to(torch.bfloat16 if output == "bfloat16" else torch.float32), blocks, mask]
         assert list(map(same, found, wanted)) == [True] * 3, (spec, x.shape, dtype)
 
 
@@ -351,6 +351,11 @@ def test_packed_results_hold_the_reference(name: str, dim: int, device: str) -> 
         if blocks is not None:
             assert same(unpacked_scales(scales, plan), blocks.contiguous()), plan
         assert mask is not None
+        if dim == -1 and plan.block is not None and reference.can_pack(spec.plan) and plan.element.mantissa_bits:
+            operand = codes * blocks.repeat_interleave(plan.block, 1)
+            packed = reference.pack(operand.view(-1, plan.span or 1, 1), blocks.reshape(-1, 1, 1), spec.plan)
+            assert torch.equal(packed.codes, values.view(torch.uint8).view(-1)), plan
+            assert torch.equal(packed.scales, scales.view(-1)), plan
         bits = (passed[:, :, None] >> torch.arange(8)) & 1
         assert torch.equal(bits.flatten(1)[:, :length], mask.to(torch.uint8)), plan
 
@@ -521,7 +526,7 @@ def test_a_compiled_model_sees_the_operators(device: str) -> None:
 
     def work(x: Tensor, key: Tensor, signs: Tensor) -> tuple:
         rotation = Rotation(32, signs)
-        values, mask = quantize.operand(x * 2, hadamard.tensor_scale(x, plan), key, plan, torch.bfloat16, rotation)
+        values, _, mask = quantize.operand(x * 2, hadamard.tensor_scale(x, plan), key, plan, torch.bfloat16, rotation)
         return values, hadamard.unrotate(values, rotation, mask, torch.float32) + 1
 
     arguments = [each.to(device) for each in (matrix(4, 32)[:, :, None], KEY, torch.ones(32))]

@@ -4,7 +4,8 @@
     python kernels/bench/bench_training.py --model llama_800m --batch 64 --compile 1 --out training.json
 
 Forward, backward, clipping and AdamW on random tokens, without loader and callbacks (scripts/bench_training_loop.py has
-those). Steps of all recipes alternate in one process; peak memory is of a process for each. FLOPs are those of
+those). Steps of all recipes alternate in one process; peak memory is of a process for each; what the linear layers save
+for their backward is counted where autograd saves it, each tensor once. FLOPs are those of
 `qtrain.metrics.flops_per_token`; their share is of the bfloat16 peak, in which all GEMMs run here.
 """
 
@@ -20,7 +21,7 @@ from typing import Any
 
 import torch
 from harness import arguments, gemm_for, in_turns, ratio, report
-from torch import Tensor
+from torch import Tensor, nn
 
 import qtrain
 from qtrain.config import Config
@@ -63,6 +64,34 @@ def trainer(config: Config, device: str, batch: int, compile: bool) -> Callable[
     return step
 
 
+def saved_bytes(config: Config, device: str, batch: int) -> float:
+    """What the linear layers of the blocks keep for their backward, bytes per token, weights aside."""
+    model = build_model(config, VOCABULARY).to(device)
+    qtrain.set_step(model, 0)
+    tokens = torch.zeros(batch, config.model.seq_len + 1, dtype=torch.long, device=device)
+    sizes: dict[int, int] = {}
+
+    def watch(layer: nn.Linear) -> None:
+        weight_shapes = layer.weight.shape, layer.weight.T.shape
+
+        def count(saved: Tensor) -> Tensor:
+            if saved.shape not in weight_shapes:
+                sizes[saved.data_ptr()] = saved.nbytes
+            return saved
+
+        saving = torch.autograd.graph.saved_tensors_hooks(count, lambda saved: saved)
+        layer.register_forward_pre_hook(lambda *_: saving.__enter__())
+        layer.register_forward_hook(lambda *_: saving.__exit__())
+
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and name != "lm_head":
+            watch(module)
+    with torch.autocast(device, torch.bfloat16):
+        loss = next_token_loss(model, tokens)
+    assert loss.requires_grad  # its graph still holds all that is counted, so no address came twice
+    return sum(sizes.values()) / (batch * config.model.seq_len)
+
+
 def peak_bytes(recipe: str, options: Any) -> int:
     """Of a process that does three steps: resident memory on CPU, allocated on CUDA."""
     code = "import bench_training; bench_training.print_peak()"
@@ -98,6 +127,7 @@ def main() -> None:
         step()  # a second warm-up: the first compiles
     times = in_turns(steps, options.rounds, options.device)
     peaks = {recipe: peak_bytes(recipe, options) for recipe in RECIPES}
+    saved = {recipe: saved_bytes(config, options.device, options.batch) for recipe, config in configs.items()}
     shape = configs["bf16"].model
     tokens = options.batch * shape.seq_len
     flops = tokens * flops_per_token(shape, VOCABULARY)
@@ -114,6 +144,8 @@ def main() -> None:
             "x time of bf16": ratio(times, name, "bf16"),
             "peak GB": peaks[name] / 1e9,
             "x memory of bf16": peaks[name] / peaks["bf16"],
+            "saved B a token": round(saved[name]),
+            "x saved of bf16": saved[name] / saved["bf16"],
             "TFLOP/s": flops / seconds / 1e12,
             "of bf16 peak": flops / seconds / 1e12 / peak if peak else None,
         }

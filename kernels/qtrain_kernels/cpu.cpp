@@ -96,6 +96,8 @@ inline vf power_of_two(vi biased) {
 }
 inline vi clamp_exponent(vi x) { return x < 0 ? vi{} : (x > 254 ? vi{} + 254 : x); }
 
+inline vf power(int exponent) { return (vf)(vi{} + ((exponent + 127) << 23)); }
+
 struct Place { vf v, step; };  // codes are (an integer next to v, + offset) * step
 inline Place on_grid(vf u, const Grid& g) {
   u = clamped(u, g.max);
@@ -327,7 +329,7 @@ inline void over_tiles(int64_t rows, int64_t inner, int64_t height, int64_t scra
 
 }  // namespace
 
-#if defined(QUANTIZE) || defined(LINE_SCALES)
+#if defined(QUANTIZE) || defined(LINE_SCALES) || defined(PACK)
 // ------------------------------------------------------------------------------------------------------------ the plan
 
 namespace {
@@ -342,6 +344,12 @@ constexpr Kind KIND = Kind::PLAN_KIND;
 constexpr Rule RULE = Rule::PLAN_RULE;
 constexpr Magnitude MAGNITUDE = Magnitude::PLAN_MAGNITUDE;
 constexpr Mask MASK = Mask::PLAN_MASK;
+
+}  // namespace
+#endif
+
+#if defined(QUANTIZE) || defined(LINE_SCALES)
+namespace {
 
 // -------------------------------------------------------------------------------------------------------------- scales
 
@@ -445,10 +453,10 @@ inline void keep_largest(const vf* x, vf* keep, int64_t n) {
 #ifdef QUANTIZE
 // x (outer, span, inner) -> values (codes, codes * block scale, or stored integers), block scales and mask as reference.encode gives them.
 // rows = outer * span. scale: NULL, one number, or one per (span, inner); span: the length of a line where one per line.
-// back: values are multiplied by scale and rotated back.
+// bare: values are codes; back: values are multiplied by scale and rotated back.
 extern "C" void quantize(const void* x_, int64_t rows, int64_t span, int64_t inner, int64_t height, const float* signs,
                          const float* scale_, int scale_per_span, uint32_t key0, uint32_t key1, void* values_,
-                         float* blocks_out, uint8_t* mask_out, int back, int threads) {
+                         float* blocks_out, uint8_t* mask_out, int bare, int back, int threads) {
   const Input* x = (const Input*)x_;
   Output* values = (Output*)values_;
   const int64_t block = BLOCK ? BLOCK : height, per_tile = height / block, all_blocks = rows / block;
@@ -474,7 +482,7 @@ extern "C" void quantize(const void* x_, int64_t rows, int64_t span, int64_t inn
         scales[b] = blocks = block_scale(x, scale, space);
         divisor = KIND == Kind::FLOAT32 ? nonzero(blocks) : divisor * blocks;
       }
-      vf reciprocal = 1.0f / blocks, factor = BLOCK && !CORRECTION && !blocks_out ? blocks : all(1.0f);
+      vf reciprocal = 1.0f / blocks, factor = BLOCK && !CORRECTION && !bare ? blocks : all(1.0f);
       if (SPARSE) keep_largest(x, space, block);
       for (int64_t i = 0; i < block; i++) {
         int64_t e = b * block + i;
@@ -516,7 +524,7 @@ extern "C" void quantize(const void* x_, int64_t rows, int64_t span, int64_t inn
       for (int64_t b = 0; b < per_tile; b++)
         for (int l = 0; l < t.lanes; l++)
           blocks_out[inner == 1 ? (run + l) * per_tile + b : (run * per_tile + b) * inner + column + l] = scales[b][l];
-    if (CORRECTION && !blocks_out)
+    if (CORRECTION && !bare)
       for (int64_t e = 0; e < height; e++) v[e] *= scales[e / block];
     if (CORRECTION && back)
       for (int64_t e = 0; e < height; e++) v[e] *= outside;
@@ -583,5 +591,157 @@ extern "C" void rotate(const void* x_, int64_t rows, int64_t inner, const uint8_
     else turn(v, ROTATION, signs);
     write(out, v, t, ROTATION);
   });
+}
+#endif
+
+#if defined(PACK) || defined(FIELDS)
+// ------------------------------------------------------------------------------------------------------------- packing
+
+namespace {
+
+constexpr uint64_t in_each(int bits, int of) {  // the low bits of each run
+  uint64_t found = 0;
+  for (int at = 0; at < 64; at += of)
+    for (int bit = 0; bit < bits && at + bit < 64; bit++) found |= 1ull << (at + bit);
+  return found;
+}
+
+// Eight fields, a byte each, to the low 8 * WIDTH bits, and back (little-endian).
+inline uint64_t joined(uint64_t x) {
+  x = (x | x >> (8 - WIDTH)) & in_each(2 * WIDTH, 16);
+  x = (x | x >> (16 - 2 * WIDTH)) & in_each(4 * WIDTH, 32);
+  return (x | x >> (32 - 4 * WIDTH)) & in_each(8 * WIDTH, 64);
+}
+inline uint64_t apart(uint64_t x) {
+  x = (x | x << (32 - 4 * WIDTH)) & in_each(4 * WIDTH, 32);
+  x = (x | x << (16 - 2 * WIDTH)) & in_each(2 * WIDTH, 16);
+  return (x | x << (8 - WIDTH)) & in_each(WIDTH, 8);
+}
+
+inline void join_fields(const uint8_t* fields, int64_t n, uint8_t* bytes) {  // n fields, of which eights are whole bytes
+  for (int64_t i = 0; i < n; i += 8) {
+    uint64_t x = 0;
+    memcpy(&x, fields + i, n - i < 8 ? n - i : 8);
+    x = joined(x);
+    memcpy(bytes + i * WIDTH / 8, &x, n - i < 8 ? ((n - i) * WIDTH + 7) / 8 : WIDTH);
+  }
+}
+inline void split_fields(const uint8_t* bytes, int64_t n, uint8_t* fields) {
+  for (int64_t i = 0; i < n; i += 8) {
+    uint64_t x = 0;
+    memcpy(&x, bytes + i * WIDTH / 8, n - i < 8 ? ((n - i) * WIDTH + 7) / 8 : WIDTH);
+    x = apart(x);
+    memcpy(fields + i, &x, n - i < 8 ? n - i : 8);
+  }
+}
+
+constexpr int64_t PIECE = 4096;  // fields that one thread takes at a time
+
+}  // namespace
+#endif
+
+#ifdef FIELDS
+// n bytes of WIDTH bits each, as many in a byte as fit; and back.
+extern "C" void join(const uint8_t* fields, int64_t n, uint8_t* bytes, int threads) {
+#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
+  for (int64_t at = 0; at < n; at += PIECE)
+    join_fields(fields + at, n - at < PIECE ? n - at : PIECE, bytes + at * WIDTH / 8);
+}
+extern "C" void split(const uint8_t* bytes, int64_t n, uint8_t* fields, int threads) {
+#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
+  for (int64_t at = 0; at < n; at += PIECE)
+    split_fields(bytes + at * WIDTH / 8, n - at < PIECE ? n - at : PIECE, fields + at);
+}
+#endif
+
+#ifdef PACK
+namespace {
+
+inline vi place_of(vf magnitude, const Grid& g) {  // among a minifloat's magnitudes
+  vi normal = (bits_of(magnitude) >> (23 - g.mantissa_bits)) - ((g.min_exponent + 126) << g.mantissa_bits);
+  vf steps = magnitude * power(g.mantissa_bits - g.min_exponent);
+  return normal < (1 << g.mantissa_bits) ? __builtin_convertvector(steps, vi) : normal;
+}
+inline vf at_place(vi place, const Grid& g) {
+  vf normal = (vf)((place << (23 - g.mantissa_bits)) + ((g.min_exponent + 126) << 23));
+  vf steps = __builtin_convertvector(place, vf) * power(g.min_exponent - g.mantissa_bits);
+  return place < (1 << g.mantissa_bits) ? steps : normal;
+}
+
+inline vi field_of(vf code) {
+  code = clamped(code != code ? all(ELEMENT.max) : code, ELEMENT.max);
+  if (!ELEMENT.minifloat) return __builtin_convertvector((code + ELEMENT.max) * (1.0f / ELEMENT.step), vi);
+  return place_of(absolute(code), ELEMENT) | ((bits_of(code) >> 31 & 1) << (BITS - 1));
+}
+inline vf code_of(vi field) {
+  if (!ELEMENT.minifloat) return __builtin_convertvector(field, vf) * ELEMENT.step - ELEMENT.max;
+  vf magnitude = at_place(field & ((1 << (BITS - 1)) - 1), ELEMENT);
+  return (vf)(bits_of(magnitude) | (field >> (BITS - 1)) << 31);
+}
+
+inline uint8_t byte_of(float scale) {
+  if (KIND == Kind::E8M0) return biased_exponent(bits_of(all(scale)))[0];
+  return scale != scale ? SCALE_NAN : place_of(all(scale), SCALE)[0];
+}
+inline float scale_of(uint8_t byte) {
+  if (KIND == Kind::E8M0) return power_of_two(vi{} + byte)[0];
+  return byte == SCALE_NAN ? NOT_A_NUMBER : at_place(vi{} + byte, SCALE)[0];
+}
+
+template <class T>
+inline vf load_some(const T* from, int64_t n) {
+  if (n >= LANES) return load(from);
+  T line[LANES] = {};
+  memcpy(line, from, sizeof(T) * n);
+  return load(line);
+}
+template <class T>
+inline void store_some(T* to, vf x, int64_t n) {
+  T line[LANES];
+  store(line, x);
+  memcpy(to, line, sizeof(T) * (n < LANES ? n : LANES));
+}
+
+constexpr int64_t RUN = BLOCK ? BLOCK : PIECE;  // of fields under one scale, which fill whole bytes
+
+}  // namespace
+
+// n values in runs of RUN, and the scale of each, where BLOCK; codes of WIDTH bits, scales of a byte.
+extern "C" void pack(const void* values_, const float* blocks, int64_t n, uint8_t* codes, uint8_t* scales, int threads) {
+  const Input* values = (const Input*)values_;
+#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
+  for (int64_t first = 0; first < n; first += RUN) {
+    uint8_t fields[RUN];
+    const int64_t count = n - first < RUN ? n - first : RUN;
+    const vf scale = all(BLOCK ? blocks[first / RUN] : 1.0f), reciprocal = 1.0f / scale;
+    for (int64_t i = 0; i < count; i += LANES) {
+      vf x = load_some(values + first + i, count - i);
+      if (sizeof(Input) == 1) x = ((x > 127.0f ? x - 256.0f : x) + OFFSET) * UNIT;
+      if (BLOCK) x = KIND == Kind::E8M0 ? x * reciprocal : x / scale;
+      vb bytes = __builtin_convertvector(field_of(x), vb);
+      memcpy(fields + i, &bytes, count - i < LANES ? count - i : LANES);
+    }
+    join_fields(fields, count, codes + first * WIDTH / 8);
+    if (BLOCK) scales[first / RUN] = byte_of(scale[0]);
+  }
+}
+
+extern "C" void unpack(const uint8_t* codes, const uint8_t* scales, int64_t n, void* values_, int threads) {
+  Output* values = (Output*)values_;
+#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
+  for (int64_t first = 0; first < n; first += RUN) {
+    uint8_t fields[RUN + LANES] = {};
+    const int64_t count = n - first < RUN ? n - first : RUN;
+    const vf scale = all(BLOCK ? scale_of(scales[first / RUN]) : 1.0f);
+    split_fields(codes + first * WIDTH / 8, count, fields);
+    for (int64_t i = 0; i < count; i += LANES) {
+      vb bytes;
+      memcpy(&bytes, fields + i, sizeof bytes);
+      vf x = code_of(__builtin_convertvector(bytes, vi));
+      if (BLOCK) x *= scale;
+      if (sizeof(Output) == 1) x = x * (1.0f / UNIT) - OFFSET;
+      store_some(values + first + i, x, count - i);
+    }
+  }
 }
 #endif

@@ -24,7 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from qtrain_kernels import reference
 from qtrain_kernels.formats import Element
-from qtrain_kernels.reference import Plan, Rotation
+from qtrain_kernels.reference import Packed, Plan, Rotation
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 FLAGS = (
@@ -107,11 +107,7 @@ def encode(
     """Equals reference.encode bit for bit."""
     if (plan.span or 1) > LONGEST:
         return reference.encode(x, scale, key, plan, rotation)
-    blocks = None
-    if plan.block is not None:
-        blocks = _empty((x.shape[0] * x.shape[1] // plan.block, 1, x.shape[2]), torch.float32)
-    codes, mask = _run(x, scale, key, plan, torch.float32, rotation, blocks=blocks)
-    return codes, blocks, mask
+    return _run(x, scale, key, plan, torch.float32, rotation, bare=True)
 
 
 def operand(
@@ -121,7 +117,7 @@ def operand(
     plan: Plan,
     dtype: torch.dtype,
     rotation: Rotation | None = None,
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Equals reference.operand bit for bit."""
     if (plan.span or 1) > LONGEST:
         return reference.operand(x, scale, key, plan, dtype, rotation)
@@ -145,6 +141,48 @@ def fake_quantize(
 _composed = reference.fake_quantize_by(operand, unrotate)
 
 
+def pack(values: Tensor, blocks: Tensor | None, plan: Plan) -> Packed:
+    """Equals reference.pack bit for bit."""
+    width = reference.field_width(plan.element)
+    if values.dtype not in RESULTS or (plan.block or 8) * width % 8:  # a block that fills no byte
+        return reference.pack(values, blocks, plan)
+    values, count = values.contiguous(), values.numel()
+    codes = _empty((-(-count * width // 8),), torch.uint8)
+    scales = None if blocks is None else _empty((blocks.numel(),), torch.uint8)
+    _pack(_stored(plan), values.dtype)(_at(values), _at(blocks), count, _at(codes), _at(scales), _threads(values))
+    return Packed(codes, scales)
+
+
+def unpack(packed: Packed, shape: torch.Size, plan: Plan, dtype: torch.dtype) -> Tensor:
+    """Equals reference.unpack bit for bit."""
+    if dtype not in RESULTS or (plan.block or 8) * reference.field_width(plan.element) % 8:
+        return reference.unpack(packed, shape, plan, dtype)
+    values = _empty(shape, dtype)
+    _unpack(_stored(plan), dtype)(_at(packed.codes), _at(packed.scales), values.numel(), _at(values), _threads(values))
+    return values
+
+
+def join(fields: Tensor, width: int) -> Tensor:
+    """Equals reference.join bit for bit."""
+    fields = fields.contiguous()
+    joined = _empty((-(-fields.numel() * width // 8),), torch.uint8)
+    _fields(width).join(_at(fields), fields.numel(), _at(joined), _threads(fields))
+    return joined
+
+
+def split(joined: Tensor, width: int, count: int) -> Tensor:
+    """Equals reference.split bit for bit."""
+    fields = _empty((count,), torch.uint8)
+    _fields(width).split(_at(joined), count, _at(fields), _threads(fields))
+    return fields
+
+
+def _stored(plan: Plan) -> Plan:
+    """The plan without what plays no part in its packing."""
+    rule = "floor" if plan.scale_kind == "e8m0" else "absmax"
+    return replace(plan, rule=rule, rounding="nearest", mask=None, correction=None, sparsity=None)
+
+
 def _run(
     x: Tensor,
     scale: Tensor | float,
@@ -152,9 +190,10 @@ def _run(
     plan: Plan,
     dtype: torch.dtype,
     rotation: Rotation | None,
-    blocks: Tensor | None = None,
+    bare: bool = False,
     back: bool = False,
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Values (codes alone if bare; rotated back), block scales and mask."""
     if rotation is not None and not _fits(rotation):
         x, rotation = rotate(x, rotation), None
     x, signs = _ready(x), _signs(rotation)
@@ -165,6 +204,7 @@ def _run(
         height = math.gcd(span, CHUNK)
     _check_filled(span if plan.block is None else outer * span, height, x)
     values = _empty(x.shape, dtype)
+    blocks = None if plan.block is None else _empty((outer * span // plan.block, 1, inner), torch.float32)
     mask = None if plan.mask is None else _empty(x.shape, torch.uint8)
     scales = torch.as_tensor(scale, dtype=torch.float32, device="cpu").detach()
     if scales.ndim:
@@ -172,9 +212,10 @@ def _run(
     words = key.tolist() if key is not None and plan.rounding != "nearest" else (0, 0)
     _quantize(plan, x.dtype, dtype, rotation.size if rotation else 0)(
         _at(x), outer * span, span, inner, height, _at(signs), _at(scales), int(scales.ndim > 0),
-        *(word & 0xFFFFFFFF for word in words), _at(values), _at(blocks), _at(mask), int(back), _threads(x),
+        *(word & 0xFFFFFFFF for word in words), _at(values), _at(blocks), _at(mask), int(bare), int(back),
+        _threads(x),
     )  # fmt: skip
-    return values, mask
+    return values, blocks, mask
 
 
 def _fits(rotation: Rotation) -> bool:
@@ -232,7 +273,7 @@ def _quantize(plan: Plan, source: torch.dtype, result: torch.dtype, rotation: in
     pointer, long, word, integer = ctypes.c_void_p, ctypes.c_int64, ctypes.c_uint32, ctypes.c_int
     function.argtypes = (
         pointer, long, long, long, long, pointer, pointer, integer, word, word, pointer, pointer, pointer, integer,
-        integer,
+        integer, integer,
     )  # fmt: skip
     return function
 
@@ -245,6 +286,39 @@ def _line_scales(plan: Plan, source: torch.dtype, rotation: int) -> Callable[...
     pointer, long, integer = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     function.argtypes = (pointer, long, long, long, pointer, pointer, integer)
     return function
+
+
+@cache
+def _pack(plan: Plan, source: torch.dtype) -> Callable[..., None]:
+    function = _library(_defines(_packing(plan, source))).pack
+    pointer, long, integer = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+    function.argtypes = (pointer, pointer, long, pointer, pointer, integer)
+    return function
+
+
+@cache
+def _unpack(plan: Plan, result: torch.dtype) -> Callable[..., None]:
+    function = _library(_defines(_packing(plan, result))).unpack
+    pointer, long, integer = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+    function.argtypes = (pointer, pointer, long, pointer, integer)
+    return function
+
+
+def _packing(plan: Plan, dtype: torch.dtype) -> dict[str, object]:
+    nan = len(plan.scale_element.magnitudes()) if plan.scale_element else 0xFF
+    bits = {"BITS": plan.element.bits, "WIDTH": reference.field_width(plan.element), "SCALE_NAN": nan}
+    types = {"Input": RESULTS[dtype], "Output": RESULTS[dtype]}
+    return {"PACK": 1, **types, **_rotation(0), **_plan(plan), **bits}
+
+
+@cache
+def _fields(width: int) -> ctypes.CDLL:
+    constants = {"FIELDS": 1, "WIDTH": width, **_types(torch.float32, torch.float32), **_rotation(0)}
+    library = _library(_defines(constants))
+    pointer, long, integer = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+    library.join.argtypes = (pointer, long, pointer, integer)
+    library.split.argtypes = (pointer, long, pointer, integer)
+    return library
 
 
 @cache

@@ -2,7 +2,8 @@
 
 One table: (backend, device) -> the module that has its operations.
 
-Operations: rotate, unrotate, tensor_scale, encode, operand, fake_quantize, as reference.py defines them.
+Operations: rotate, unrotate, tensor_scale, encode, operand, fake_quantize, pack, unpack, join, split, as reference.py
+defines them.
 reference: eager torch, anywhere. compiled: code made for each plan, by a C++ compiler on CPU, by torch.compile on CUDA.
 triton: fused kernels on CUDA. auto: compiled where it can work, else reference.
 

@@ -81,6 +81,17 @@ class Element:
         return tuple(sorted({sign * code for code in positive if code <= self.max for sign in (-1.0, 1.0)}))
 
     @property
+    def bits(self) -> int:
+        """Of a code: sign, exponent and mantissa of a minifloat; the place among the levels of a uniform grid."""
+        if self.mantissa_bits is None:
+            return (len(self.levels()) - 1).bit_length()
+        return (self.max_exponent - self.min_exponent + 1).bit_length() + self.mantissa_bits + 1
+
+    def magnitudes(self) -> tuple[float, ...]:
+        """The codes of a minifloat from zero up: each in the place that its bits without the sign spell."""
+        return tuple(abs(code) for code in self.levels() if code > 0 or code == 0)
+
+    @property
     def half_interval(self) -> float:
         """Half the largest distance between neighbouring codes."""
         levels = self.levels()

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from qtrain_kernels.hadamard import rotate, tensor_scale, unrotate
 from qtrain_kernels.quantize import encode, obstacle, operand
-from qtrain_kernels.reference import fake_quantize_by
+from qtrain_kernels.reference import fake_quantize_by, join, pack, split, unpack
 
-__all__ = ["encode", "fake_quantize", "obstacle", "operand", "rotate", "tensor_scale", "unrotate"]
+__all__ = [
+    "encode", "fake_quantize", "join", "obstacle", "operand", "pack", "rotate", "split", "tensor_scale", "unpack",
+    "unrotate",
+]  # fmt: skip
 
 fake_quantize = fake_quantize_by(operand, unrotate)

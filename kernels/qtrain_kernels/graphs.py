@@ -18,9 +18,11 @@ from torch._inductor import config
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from qtrain_kernels import reference
-from qtrain_kernels.reference import Plan, Rotation, rotate, tensor_scale, unrotate
+from qtrain_kernels.reference import Plan, Rotation, join, pack, rotate, split, tensor_scale, unpack, unrotate
 
-__all__ = ["encode", "fake_quantize", "operand", "rotate", "tensor_scale", "unrotate"]
+__all__ = [
+    "encode", "fake_quantize", "join", "operand", "pack", "rotate", "split", "tensor_scale", "unpack", "unrotate",
+]  # fmt: skip
 
 # Traced at sizes of real work: inductor decides from them if a loop is worth two threads. Rows in eights: sparsity.
 TRACED_OUTER, TRACED_INNER, TRACED_ROW = 1031, 387, 528

@@ -39,8 +39,8 @@ class Quantized(NamedTuple):
     q int8, where code = (q + offset) * unit of `reference.stored_integer`. Packed: (L, n) with the contraction last,
     L = M rows along dim -1, L = K columns along dim -2; E2M1 uint8, two codes a byte, low nibble first; float8_e4m3fn
     and float8_e5m2; other minifloats uint8, sign, exponent and mantissa in the low bits; integers q.
-    block_scale: for "codes" float32 in the place of its block, (M, K / block) or (M / block, K); packed: (L, n / block)
-    uint8, the byte of E8M0, E4M3 or UE5M3, or float32; None without blocks, and where codes hold it.
+    block_scale: float32 in the place of its block, (M, K / block) or (M / block, K); packed: (L, n / block) uint8, the
+    byte of E8M0, E4M3 or UE5M3, or float32; None without blocks.
     mask: uint8 (M, K) of 0 and 1; packed: (L, ceil(n / 8)), 8 a byte, the first lowest; None where the plan has none.
     """
 
@@ -126,9 +126,7 @@ class Job:
 
 def _element_bits(element: Element) -> int:
     """Of a packed code."""
-    if element.mantissa_bits is None:
-        return 8
-    return (element.max_exponent - element.min_exponent + 1).bit_length() + element.mantissa_bits + 1
+    return 8 if element.mantissa_bits is None else element.bits
 
 
 def _least_product(plan: Plan) -> float:
@@ -301,7 +299,7 @@ def _shapes(spec: Spec, rows: int, columns: int) -> list[tuple[tuple[int, int], 
     dtypes = {"codes": torch.float32, "float32": torch.float32, "bfloat16": torch.bfloat16}
     values = dtypes.get(spec.output, torch.int8 if plan.element.mantissa_bits is None else torch.uint8)
     scales = mask = None
-    if plan.block is not None and spec.output in ("codes", "packed"):
+    if plan.block is not None:
         scales = shape(plan.block), torch.uint8 if packed and plan.scale_kind != "float32" else torch.float32
     if plan.mask is not None:
         mask = shape(8 if packed else 1), torch.uint8
@@ -454,8 +452,7 @@ def encode(
     x: Tensor, scale: Tensor | float, key: Tensor | None, plan: Plan, rotation: Rotation | None = None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Equals reference.encode bit for bit. ValueError as `quantize`."""
-    values, blocks, mask = _of_spans(x, scale, key, Spec(plan, output="codes"), rotation)
-    return values, None if blocks is None else blocks.reshape(-1, 1, x.shape[2]), mask
+    return _of_spans(x, scale, key, Spec(plan, output="codes"), rotation)
 
 
 def operand(
@@ -465,13 +462,12 @@ def operand(
     plan: Plan,
     dtype: torch.dtype,
     rotation: Rotation | None = None,
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Equals reference.operand bit for bit. ValueError as `quantize`."""
     outputs: dict[torch.dtype, Output] = {torch.bfloat16: "bfloat16", torch.float32: "float32", torch.int8: "int8"}
     if dtype not in outputs:
         raise ValueError(f"an operand is bfloat16, float32 or int8; asked for {dtype}")
-    values, _, mask = _of_spans(x, scale, key, Spec(plan, output=outputs[dtype]), rotation)
-    return values, mask
+    return _of_spans(x, scale, key, Spec(plan, output=outputs[dtype]), rotation)
 
 
 def _of_spans(x: Tensor, scale: Tensor | float, key: Tensor | None, spec: Spec, rotation: Rotation | None) -> Quantized:
@@ -491,4 +487,5 @@ def _of_spans(x: Tensor, scale: Tensor | float, key: Tensor | None, spec: Spec, 
     _check(matrix, spec, key, signs)
     lined = _scale(scale, spec.plan, outer * inner, matrix)
     values, blocks, mask = _named(_quantize(matrix, lined, key, signs, str(spec), span), spec)
+    blocks = None if blocks is None else blocks.reshape(-1, 1, inner)
     return Quantized(values.view(x.shape), blocks, None if mask is None else mask.view(x.shape))

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -510,18 +510,18 @@ def operand(
     plan: Plan,
     dtype: torch.dtype,
     rotation: Rotation | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """What a GEMM takes: codes * block_scale, and the mask. The tensor scale is left to the GEMM's result. dtype must
-    hold the product exactly: bfloat16 where plan.exact_in_bfloat16, else float32. int8, of integer codes without
-    blocks: the codes as `stored_integer` says; a NaN, whose scale is NaN too, is any of them. Same arguments as
-    `encode`."""
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """What a GEMM takes, codes * block_scale; and block_scale and mask as of `encode`, whose arguments it has. The
+    tensor scale is left to the GEMM's result. dtype must hold the product exactly: bfloat16 where
+    plan.exact_in_bfloat16, else float32. int8, of integer codes without blocks: the codes as `stored_integer` says; a
+    NaN, whose scale is NaN too, is any of them."""
     codes, blocks, mask = encode(x, scale, key, plan, rotation)
     if dtype == torch.int8:
         unit, offset = stored_integer(plan.element)
-        return (codes * (1.0 / unit) - offset).to(torch.int8), mask
+        return (codes * (1.0 / unit) - offset).to(torch.int8), blocks, mask
     if blocks is not None:
         codes = (codes.reshape(blocks.shape[0], -1, x.shape[2]) * blocks).reshape(x.shape)
-    return codes.to(dtype), mask
+    return codes.to(dtype), blocks, mask
 
 
 def fake_quantize_by(operand: Callable[..., tuple], unrotate: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -536,7 +536,7 @@ def fake_quantize_by(operand: Callable[..., tuple], unrotate: Callable[..., Tens
         rotation: Rotation | None = None,
     ) -> Tensor:
         """x quantised, dequantised and rotated back, in dtype. Same arguments as `encode`."""
-        values, _ = operand(x, scale, key, plan, torch.float32, rotation)
+        values, _, _ = operand(x, scale, key, plan, torch.float32, rotation)
         return unrotate(values * scale, rotation, None, dtype)
 
     return fake_quantize
@@ -565,3 +565,111 @@ def _mask(u: Tensor, codes: Tensor, mask: Mask) -> Tensor:
     else:
         passed = (codes - u).abs() <= mask.limit
     return passed.to(torch.uint8)
+
+
+# -------------------------------------------------------------------------------------------------------------- packing
+
+
+class Packed(NamedTuple):
+    """An operand in the bits of its format, as it waits for the backward.
+
+    codes: uint8, the elements in row-major order, `field_width` bits each, the first in a byte's low bits: sign,
+    exponent and mantissa of a minifloat, the place among the levels of a uniform grid. scales: uint8, a block's E8M0 or
+    minifloat scale each; None without blocks.
+    """
+
+    codes: Tensor
+    scales: Tensor | None
+
+
+def field_width(element: Element) -> int:
+    """1, 2, 4 or 8 bits in which a code fits."""
+    return 1 << (element.bits - 1).bit_length()
+
+
+def can_pack(plan: Plan) -> bool:
+    """Whether `unpack` gives back what `pack` takes, NaN included: not where codes of a finite scale may be NaN, where
+    sparsity puts zeros into a grid that has none, nor under block scales of more than a byte."""
+    if plan.rule == "learned" or (plan.sparsity is not None and plan.element.offset):
+        return False
+    if plan.block is None or plan.scale_kind == "e8m0":
+        return True
+    return plan.scale_element is not None and len(plan.scale_element.magnitudes()) < 256
+
+
+def pack(values: Tensor, blocks: Tensor | None, plan: Plan) -> Packed:
+    """values (rows, span, 1) and block scales as of `operand`, in any of its dtypes, of a plan that `can_pack`. A NaN
+    without a scale of its own, whose tensor scale is NaN too, becomes any code."""
+    element = plan.element
+    if values.dtype == torch.int8:
+        unit, offset = stored_integer(element)
+        codes = (values.float() + offset) * unit
+    elif blocks is None:
+        codes = values.float()
+    else:
+        codes = values.float().reshape(blocks.shape[0], -1, 1) / blocks
+    codes = torch.where(codes.isnan(), element.max, codes.clamp(-element.max, element.max)).reshape(-1)
+    if element.mantissa_bits is None:
+        fields = ((codes + element.max) * (1.0 / element.step)).to(torch.uint8)
+    else:
+        fields = _place(codes.abs(), element) | (codes.signbit().to(torch.uint8) << (element.bits - 1))
+    return Packed(join(fields, field_width(element)), None if blocks is None else _scale_bytes(blocks.view(-1), plan))
+
+
+def unpack(packed: Packed, shape: torch.Size, plan: Plan, dtype: torch.dtype) -> Tensor:
+    """values in dtype, which is that of what was packed, or another that holds them."""
+    element, device = plan.element, packed.codes.device
+    fields = split(packed.codes, field_width(element), shape.numel())
+    if element.mantissa_bits is None:
+        codes = fields.float() * element.step - element.max
+    else:
+        sign = 1.0 - 2.0 * (fields >> (element.bits - 1)).float()
+        codes = sign * _table(element, device)[(fields & (2 ** (element.bits - 1) - 1)).long()]
+    if dtype == torch.int8:
+        unit, offset = stored_integer(element)
+        return (codes * (1.0 / unit) - offset).to(torch.int8).view(shape)
+    if packed.scales is not None:
+        codes = codes.view(packed.scales.numel(), -1) * _scales_of(packed.scales, plan)[:, None]
+    return codes.to(dtype).view(shape)
+
+
+def _scale_bytes(blocks: Tensor, plan: Plan) -> Tensor:
+    """E8M0's biased exponent; of a minifloat the place among its magnitudes, NaN the one after the last."""
+    if plan.scale_kind == "e8m0":
+        return biased_exponent(blocks.view(torch.int32)).to(torch.uint8)
+    assert plan.scale_element is not None
+    nan = len(plan.scale_element.magnitudes())
+    return torch.where(blocks.isnan(), nan, _place(blocks, plan.scale_element))
+
+
+def _scales_of(scale_bytes: Tensor, plan: Plan) -> Tensor:
+    if plan.scale_kind == "e8m0":
+        return power_of_two(scale_bytes.to(torch.int32))
+    assert plan.scale_element is not None
+    return _table(plan.scale_element, scale_bytes.device)[scale_bytes.long()]
+
+
+def _place(magnitudes: Tensor, element: Element) -> Tensor:
+    """uint8, of each among a minifloat's magnitudes."""
+    known = torch.tensor(element.magnitudes(), dtype=torch.float32, device=magnitudes.device)
+    return torch.searchsorted(known, magnitudes).to(torch.uint8)
+
+
+def _table(element: Element, device: torch.device) -> Tensor:
+    """A minifloat's magnitudes by their place, NaN beyond."""
+    known = element.magnitudes()
+    return torch.tensor([*known, *[float("nan")] * (256 - len(known))], dtype=torch.float32, device=device)
+
+
+def join(fields: Tensor, width: int) -> Tensor:
+    """fields uint8 of `width` bits -> as many as fit in each byte, the first lowest, the last filled with zeros."""
+    flat, count = fields.reshape(-1), 8 // width
+    flat = torch.cat((flat, flat.new_zeros(-flat.numel() % count))).view(-1, count)
+    shifts = torch.arange(0, 8, width, dtype=torch.uint8, device=fields.device)
+    return (flat << shifts).sum(1, dtype=torch.uint8)
+
+
+def split(joined: Tensor, width: int, count: int) -> Tensor:
+    """`join` undone: the first `count` fields."""
+    shifts = torch.arange(0, 8, width, dtype=torch.uint8, device=joined.device)
+    return ((joined[:, None] >> shifts) & (2**width - 1)).view(-1)[:count]

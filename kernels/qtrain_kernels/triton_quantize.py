@@ -503,16 +503,13 @@ def quantize_tile(tile, scale, key, signs, values, block_scales, masks, i, j, ro
             emit(masks, packed_in_bytes(passed, 1, JOB), i, j, rows, columns, 8, JOB)
         else:
             emit(masks, passed.to(tl.uint8), i, j, rows, columns, 1, JOB)
+    if JOB.plan.block is not None:
+        scales = scale_field(blocks, JOB) if JOB.output == "packed" else blocks
+        emit(block_scales, scales, i, j, rows, columns, JOB.block, JOB)
     if JOB.output == "packed":
         emit_packed_codes(values, codes, i, j, rows, columns, JOB)
-        if JOB.plan.block is not None:
-            emit(block_scales, scale_field(blocks, JOB), i, j, rows, columns, JOB.block, JOB)
-    elif JOB.output == "codes":
-        emit(values, codes, i, j, rows, columns, 1, JOB)
-        if JOB.plan.block is not None:
-            emit(block_scales, blocks, i, j, rows, columns, JOB.block, JOB)
     else:
-        if JOB.plan.block is not None:
+        if JOB.plan.block is not None and JOB.output != "codes":
             codes = codes * blocks
         if JOB.output == "bfloat16":
             codes = to_bfloat16(codes, JOB.inexact)

@@ -212,8 +212,10 @@ class _QuantLinearFunction(torch.autograd.Function):
         w_scale: Tensor | None,
         keys: Tensor,
         quantized: QuantizedWeight,
+        saving: bool,
     ) -> Tensor:
-        """x (T, K), weight (N, K) master, keys (9, 2) int32 in the order of USES -> (T, N) in quantized.dtype."""
+        """x (T, K), weight (N, K) master, keys (9, 2) int32 in the order of USES -> (T, N) in quantized.dtype. saving:
+        whether a backward may follow."""
         numerics, dtype, rotation = quantized.numerics, quantized.dtype, quantized.rotation
         with torch.autocast(x.device.type, enabled=False):
             xq = numerics.fprop.left.operand(
@@ -222,13 +224,13 @@ class _QuantLinearFunction(torch.autograd.Function):
             y = quantized.multiply(numerics.fprop, xq, quantized.fprop.t).to(dtype)
             x_slope = _scale_slope(x, rotation, xq, x_scale, numerics.fprop.left)
             w_slope = _scale_slope(weight, rotation, quantized.fprop, w_scale, numerics.fprop.right)
-        x_source = xq if numerics.wgrad.right.spec.source == "forward" else Operand(x)
-        ctx.quantized, ctx.dtypes = quantized, (x.dtype, weight.dtype)
-        post = x_source.post_scale
-        ctx.x_post, saved_post = (None, post) if isinstance(post, Tensor) else (post, None)
-        ctx.x_grid = x_source.unit, x_source.offset
-        master = weight if numerics.dgrad.right.spec.source == "master" else None  # saved so that autograd guards it
-        ctx.save_for_backward(x_source.values, xq.mask, keys, x_slope, w_slope, master, saved_post)
+        if saving:
+            reused = numerics.wgrad.right.spec.source == "forward"
+            x_source = xq if reused else Operand(x, mask=xq.mask)
+            saved, ctx.restore = numerics.fprop.left.save(x_source, pack=reused)
+            ctx.quantized, ctx.dtypes = quantized, (x.dtype, weight.dtype)
+            master = weight if numerics.dgrad.right.spec.source == "master" else None  # so that autograd guards it
+            ctx.save_for_backward(keys, x_slope, w_slope, master, *saved)
         return y
 
     @staticmethod
@@ -238,25 +240,24 @@ class _QuantLinearFunction(torch.autograd.Function):
         quantized: QuantizedWeight = ctx.quantized
         numerics, rotation = quantized.numerics, quantized.rotation
         grad_output = grads[0]
-        x_values, x_mask, keys, x_slope, w_slope, _, saved_post = ctx.saved_tensors
-        x_post = ctx.x_post if saved_post is None else saved_post
+        keys, x_slope, w_slope, _, *saved = ctx.saved_tensors
+        x: Operand = ctx.restore(*saved)
         grad_input = grad_weight = grad_x_scale = grad_w_scale = None
         with torch.autocast(grad_output.device.type, enabled=False):
             if ctx.needs_input_grad[0] or x_slope is not None:
                 product = _dgrad(numerics.dgrad, grad_output, quantized, keys)
                 rotated = numerics.dgrad.right.spec.source == "forward"
                 grad_input, grad_x_scale = _to_operand(
-                    product, x_mask, x_slope, rotation, rotated, numerics.fprop.left, x_dtype
+                    product, x.mask, x_slope, rotation, rotated, numerics.fprop.left, x_dtype
                 )
             if ctx.needs_input_grad[1] or w_slope is not None:
-                source = Operand(x_values, x_post, None, *ctx.x_grid)
-                product = _wgrad(numerics.wgrad, grad_output, source, keys, quantized)
+                product = _wgrad(numerics.wgrad, grad_output, x, keys, quantized)
                 rotated = numerics.wgrad.right.spec.source == "forward"
                 w_mask = quantized.fprop.mask
                 grad_weight, grad_w_scale = _to_operand(
                     product, w_mask, w_slope, rotation, rotated, numerics.fprop.right, weight_dtype
                 )
-        return grad_input, grad_weight, grad_x_scale, grad_w_scale, None, None
+        return grad_input, grad_weight, grad_x_scale, grad_w_scale, None, None, None
 
 
 def _dgrad(gemm_: Gemm, grad_output: Tensor, quantized: QuantizedWeight, keys: Tensor) -> Tensor:
@@ -413,7 +414,8 @@ class QuantLinear(nn.Linear):
         x_scale = self._learned(self.input_scale, self.numerics.fprop.left, x)
         w_scale = self._learned(self.weight_scale, self.numerics.fprop.right, self.weight)
         quantized = self._quantized_weight(w_scale, keys, dtype)
-        return cast(Tensor, _QuantLinearFunction.apply(x, self.weight, x_scale, w_scale, keys, quantized))
+        saving = torch.is_grad_enabled()
+        return cast(Tensor, _QuantLinearFunction.apply(x, self.weight, x_scale, w_scale, keys, quantized, saving))
 
     def _compute_dtype(self, input: Tensor) -> torch.dtype:
         device_type = input.device.type

@@ -9,8 +9,9 @@ without blocks go into an INT8 GEMM as they are.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -26,7 +27,7 @@ from qtrain_kernels import dispatch
 from qtrain_kernels.formats import get_format
 from qtrain_kernels.gemm import fold, fp8_matmul, int8_matmul
 from qtrain_kernels.precision import matmul
-from qtrain_kernels.reference import Plan, Rotation, stored_integer
+from qtrain_kernels.reference import Packed, Plan, Rotation, can_pack, field_width, stored_integer
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class Operand:
     values: in float32 where the compute dtype cannot hold codes * block_scale; int8 for integer codes, which are
     (values + offset) * unit. post_scale: a float, () or, along the dim that is not contracted, (M, 1) or (1, N)
     float32. mask: (M, N) uint8, 1 where a gradient passes (a product with bool takes four times as long on CPU); None
-    where all do.
+    where all do. blocks: the block scales that values contain, as the operation `operand` gives them.
     """
 
     values: Tensor
@@ -75,6 +76,7 @@ class Operand:
     mask: Tensor | None = None
     unit: float = 1.0
     offset: float = 0.0
+    blocks: Tensor | None = None
 
     @property
     def t(self) -> Operand:
@@ -269,9 +271,38 @@ class Quantizer:
         blocks, scale, post, rotation = self._prepare(x, rotation, view, learned)
         exact = dtype if dtype == torch.int8 or self.plan.exact_in_bfloat16 else torch.float32
         operand = dispatch.get("operand", self.backend, x.device.type)
-        values, mask = operand(blocks, scale, key, self.plan, exact, rotation)
+        values, block_scale, mask = operand(blocks, scale, key, self.plan, exact, rotation)
         unit, offset = stored_integer(self.plan.element) if dtype == torch.int8 else (1.0, 0.0)
-        return Operand(view.undo(values), post, None if mask is None else view.undo(mask), unit, offset)
+        passes = None if mask is None else view.undo(mask)
+        return Operand(view.undo(values), post, passes, unit, offset, block_scale)
+
+    def save(self, operand: Operand, pack: bool) -> tuple[list[Tensor | None], Callable[..., Operand]]:
+        """Tensors that hold an operand (M, N), and what makes it of them again, which holds none: pack: of `operand`
+        along dim -1, in the bits of its format where it has such; else with its values as they are. Its mask in bits.
+        """
+        values, post, mask = operand.values, operand.post_scale, operand.mask
+        shape, dtype, count, unit, offset = values.shape, values.dtype, values.numel(), operand.unit, operand.offset
+        view, plan, constant = _View(shape, -1, *self.tile), self.plan, post if isinstance(post, float) else 1.0
+        packs = pack and plan is not None and view.rows == 1 and self._narrower(dtype)
+
+        def op(name: str) -> Callable[..., Any]:
+            return dispatch.get(name, self.backend, device_type)
+
+        device_type = values.device.type
+        spans = view.spans(values).shape
+        held = op("pack")(view.spans(values), operand.blocks, plan) if packs else (values, None)
+
+        def restore(codes: Tensor, scales: Tensor | None, post: Tensor | None, bits: Tensor | None) -> Operand:
+            values = op("unpack")(Packed(codes, scales), spans, plan, dtype).view(shape) if packs else codes
+            mask = None if bits is None else op("split")(bits, 1, count).view(shape)
+            return Operand(values, constant if post is None else post, mask, unit, offset)
+
+        bits = None if mask is None else op("join")(mask, 1)
+        return [*held, post if isinstance(post, Tensor) else None, bits], restore
+
+    def _narrower(self, dtype: torch.dtype) -> bool:
+        """Whether the bits of the format are fewer than those of values in dtype."""
+        return self.plan is not None and can_pack(self.plan) and field_width(self.plan.element) < 8 * dtype.itemsize
 
     def fake_quantize(self, x: Tensor, rotation: Rotation | None = None, key: Tensor | None = None) -> Tensor:
         """x (M, N) quantised along dim -1, dequantised and rotated back, in its own dtype."""

@@ -1,0 +1,153 @@
+"""What waits for the backward is in the bits of its format, comes back unchanged, and takes the bytes it claims."""
+
+from typing import Any
+
+import pytest
+import torch
+from test_compiled import KEY, PLANS, alike, hard_input
+from torch import Tensor, nn
+
+import qtrain
+from qtrain.quant import quantizer
+from qtrain_kernels import cpu, reference
+from qtrain_kernels.formats import get_format
+from qtrain_kernels.reference import Plan
+
+PACKED = {name: plan for name, plan in PLANS.items() if reference.can_pack(plan)}
+E2M1_BYTES = {  # low nibble first; OCP Microscaling Formats v1.0, table 5: sign, two bits of exponent, one of mantissa
+    (0.0, 0.5): 0x10, (1.0, 1.5): 0x32, (2.0, 3.0): 0x54, (4.0, 6.0): 0x76,
+    (-0.0, -0.5): 0x98, (-1.0, -1.5): 0xBA, (-2.0, -3.0): 0xDC, (-4.0, -6.0): 0xFE,
+}  # fmt: skip
+
+
+def test_codes_and_scales_have_the_bits_of_the_standard() -> None:
+    plan = Plan(get_format("mxfp4").element, "e8m0", 32, "floor")
+    codes = torch.tensor([code for pair in E2M1_BYTES for code in pair] * 2).view(1, 32, 1)
+    for exponent, byte in ((-127, 0), (-126, 1), (0, 127), (3, 130), (125, 252)):
+        scale = torch.full((1, 1, 1), 2.0**exponent)
+        packed = reference.pack(codes * scale, scale, plan)
+        assert packed.codes.tolist() == [*E2M1_BYTES.values()] * 2
+        assert packed.scales is not None and packed.scales.tolist() == [byte]
+    nan = torch.full((1, 1, 1), float("nan"))
+    packed = reference.pack(codes * nan, nan, plan)
+    assert packed.scales is not None and packed.scales.tolist() == [255]
+
+
+@pytest.mark.parametrize("name", ["fp8_e4m3", "fp8_e5m2"])
+def test_eight_bits_are_those_of_torch(name: str) -> None:
+    element = get_format(name).element
+    plan = Plan(element, "float32", None, "absmax")
+    codes = torch.tensor([*element.levels(), -0.0]).view(1, -1, 1)
+    dtype = torch.float8_e4m3fn if name == "fp8_e4m3" else torch.float8_e5m2
+    for module in (reference, cpu):
+        assert torch.equal(module.pack(codes, None, plan).codes, codes.view(-1).to(dtype).view(torch.uint8))
+
+
+@pytest.mark.parametrize("name", ["nvfp4", "e2m1/16/ue5m3"])
+def test_scales_have_their_bytes(name: str) -> None:
+    fmt = get_format(name)
+    assert fmt.scale_element is not None
+    plan = Plan(fmt.element, "minifloat", 16, "absmax", scale_element=fmt.scale_element)
+    values = [*fmt.scale_element.magnitudes(), float("nan")]
+    scales = torch.tensor(values).view(-1, 1, 1)
+    for module in (reference, cpu):
+        packed = module.pack(scales.expand(-1, 16, 1).contiguous(), scales, plan)
+        assert packed.scales is not None and packed.scales.tolist() == list(range(len(values)))
+    if name == "nvfp4":
+        assert torch.equal(torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).float(), scales[:127, 0, 0])
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_packed_values_come_back(name: str) -> None:
+    plan = PACKED[name]
+    integers = plan.block is None and plan.element.mantissa_bits is None
+    dtypes = [torch.float32, *([torch.bfloat16] if plan.exact_in_bfloat16 else []), *([torch.int8] if integers else [])]
+    span = plan.span or 96
+    odd = [(7, 101, 1)] if plan.span is None and plan.sparsity is None else []
+    for shape in [(6, span, 1), (131, span, 1), *odd]:
+        x = hard_input(shape)
+        x[4, 0], x[5, -1] = float("nan"), float("inf")
+        scale = reference.tensor_scale(x, plan)
+        for dtype in dtypes:
+            values, blocks, mask = reference.operand(x, scale, KEY, plan, dtype)
+            expected, found = (module.pack(values, blocks, plan) for module in (reference, cpu))
+            assert all(map(alike, expected, found)), (shape, dtype)
+            assert expected.codes.numel() == -(-x.numel() * reference.field_width(plan.element) // 8)
+            # what a NaN of the tensor scale will make NaN again is any code
+            free = torch.as_tensor(scale).isnan() if blocks is None else torch.tensor(False)
+            for module in (reference, cpu):
+                back = module.unpack(expected, values.shape, plan, dtype)
+                assert back.dtype == dtype
+                assert ((back == values) | (back.isnan() & values.isnan()) | free).all(), (shape, dtype, module)
+            if mask is not None:
+                bits = reference.join(mask, 1)
+                assert torch.equal(cpu.join(mask, 1), bits) and bits.numel() == -(-mask.numel() // 8)
+                for module in (reference, cpu):
+                    assert torch.equal(module.split(bits, 1, mask.numel()).view(mask.shape), mask)
+
+
+@pytest.mark.parametrize("width", [1, 2, 4, 8])
+@pytest.mark.parametrize("count", [0, 1, 7, 64, 9001])
+def test_fields_join_and_split(width: int, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    fields = torch.randint(2**width, (count,), generator=torch.Generator().manual_seed(count)).to(torch.uint8)
+    by_hand = [
+        sum(int(field) << (at * width) for at, field in enumerate(fields[first : first + 8 // width]))
+        for first in range(0, count, 8 // width)
+    ]
+    for threads in (1, 3):
+        monkeypatch.setattr(cpu, "_threads", lambda x, threads=threads: threads)
+        for module in (reference, cpu):
+            assert module.join(fields, width).tolist() == by_hand
+            assert torch.equal(module.split(module.join(fields, width), width, count), fields)
+
+
+def test_what_cannot_come_back_is_not_packed() -> None:
+    learned = Plan(get_format("int4").element, "float32", None, "learned")  # a NaN leaves its scale finite
+    sparse = PLANS["quest sparse"]  # zeros, which its grid lacks
+    float32_blocks = PLANS["fp8 block"]
+    assert not any(map(reference.can_pack, (learned, sparse, float32_blocks)))
+    values, _, _ = reference.operand(hard_input((6, 96, 1)), torch.ones(6, 1, 1), None, sparse, torch.float32)
+    back = reference.unpack(reference.pack(values, None, sparse), values.shape, sparse, torch.float32)
+    assert not torch.equal(back, values)
+
+
+def step(recipe: Any, seed: int = 0) -> tuple[dict[str, Tensor], float]:
+    """Gradients of a layer of 128 by 128 at 64 tokens; and the bytes it saves per element of its input."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(128, 128, bias=False))
+    qtrain.convert(model, recipe, skip=())
+    qtrain.set_step(model, 0)
+    x = torch.randn(64, 128).requires_grad_()
+    sizes: list[int] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        sizes.append(tensor.nbytes)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        y = model(x)
+    y.square().sum().backward()
+    weight = model[0].weight
+    assert x.grad is not None and isinstance(weight.grad, Tensor)
+    keys = 9 * 2 * 4
+    return {"x": x.grad, "w": weight.grad}, (sum(sizes) - keys) / x.numel()
+
+
+@pytest.mark.parametrize(
+    ("recipe", "bytes_an_element"),
+    [
+        ("quartet", 4 / 8 + 1 / 32 + 1 / 8),  # codes, scales, mask
+        ("quartet_ii", 4 / 8 + 1 / 16 + 4 / 8192),  # a float32 scale of all
+        ("quest", 4 / 8 + 4 / 128 + 1 / 8),  # a float32 scale per row
+        ({"name": "quest", "bits": 1}, 1 / 8 + 4 / 128 + 1 / 8),
+    ],
+)
+def test_a_layer_keeps_the_bits_of_its_format(
+    recipe: Any, bytes_an_element: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packed, size = step(recipe)
+    assert size == pytest.approx(bytes_an_element)
+    monkeypatch.setattr(quantizer, "can_pack", lambda plan: False)
+    whole, unpacked = step(recipe)
+    assert unpacked > size + 0.4  # int8 or bfloat16, and a byte of mask
+    assert all(torch.equal(packed[name], whole[name]) for name in packed)

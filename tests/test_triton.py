@@ -7,7 +7,7 @@ file once more in a process of its own. There the kernels take CPU tensors; here
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qtrain_kernels import gpu, hadamard, quantize, reference
+from qtrain_kernels import gpu, hadamard, packing, quantize, reference
 from qtrain_kernels.formats import SCALE_RULES, Format, _misfit, get_format
 from qtrain_kernels.quantize import Side, Spec
 from qtrain_kernels.reference import Mask, Plan, Rotation
@@ -360,6 +360,39 @@ def test_packed_results_hold_the_reference(name: str, dim: int, device: str) -> 
         assert torch.equal(bits.flatten(1)[:, :length], mask.to(torch.uint8)), plan
 
 
+@pytest.mark.parametrize("name", PACKED)
+def test_what_waits_for_the_backward_is_the_references(name: str, device: str) -> None:
+    """Packed from values and unpacked, with NaN and infinity, of a number of elements that fills no program."""
+    fmt = get_format(name)
+    for plan in filter(reference.can_pack, list(plans(fmt))[:2]):
+        x = spans(plan.span or 88, True, True)
+        values, blocks, _ = reference.operand(x, scale_of(x, plan), KEY, plan, torch.float32)
+        integers = [torch.int8] if plan.block is None and plan.element.mantissa_bits is None else []
+        for dtype in (torch.float32, *([torch.bfloat16] if plan.exact_in_bfloat16 else []), *integers):
+            if dtype == torch.int8:
+                values, _, _ = reference.operand(x.nan_to_num(1.0, 1.0, -1.0), scale_of(x, plan), KEY, plan, dtype)
+            values = values.to(dtype)
+            expected = reference.pack(values, blocks, plan)
+            found = packing.pack(moved(values, device), moved(blocks, device), plan)  # pyright: ignore
+            assert all(same(each, wanted) for each, wanted in zip(cpu_of(found), expected, strict=True)), (plan, dtype)
+            back = packing.unpack(found, values.shape, plan, dtype).cpu()
+            wanted = reference.unpack(expected, values.shape, plan, dtype)
+            assert torch.equal(back.nan_to_num(0.123), wanted.nan_to_num(0.123)), (plan, dtype)
+
+
+def cpu_of(tensors: Iterable[Tensor | None]) -> list[Tensor | None]:
+    return [None if each is None else each.cpu() for each in tensors]
+
+
+@pytest.mark.parametrize("width", [1, 2, 4, 8])
+def test_fields_join_and_split(width: int, device: str) -> None:
+    for count in (0, 1, 9, 9001):
+        fields = torch.randint(2**width, (count,), generator=torch.Generator().manual_seed(count)).to(torch.uint8)
+        joined = packing.join(fields.to(device), width)
+        assert torch.equal(joined.cpu(), reference.join(fields, width))
+        assert torch.equal(packing.split(joined, width, count).cpu(), fields)
+
+
 def test_packed_nan_stays_visible(device: str) -> None:
     """In E2M1, which has no NaN, by the scale."""
     x = matrix(4, 64)
@@ -515,6 +548,10 @@ def test_the_operators_keep_torchs_rules(device: str) -> None:
         (quantize._quantize_both, (x, None, key, None, rows["codes"], scale, None, None, columns)),
         (hadamard._turn, (x, passed, signs, 32, -2, True, torch.bfloat16)),
         (hadamard._largest, (x, signs, 32, -1, False)),
+        (packing._pack, (x, torch.ones(256, 1, 1, device=device), rows["codes"])),
+        (packing._unpack, (passed.view(-1), passed.view(-1)[:512], rows["codes"], [128, 128, 1], torch.bfloat16)),
+        (packing._join, (passed, 1)),
+        (packing._split, (passed, 1, 5)),
     ]
     for operator, arguments in calls:
         assert set(torch.library.opcheck(operator, arguments).values()) == {"SUCCESS"}
@@ -536,7 +573,7 @@ def test_a_compiled_model_sees_the_operators(device: str) -> None:
 
 def test_a_spec_is_read_as_it_is_spelled() -> None:
     specs = [Spec(plan, -2, 32, "packed") for name in FORMATS for plan in plans(get_format(name))]
-    assert [quantize._read(str(spec)) for spec in specs] == specs
+    assert [quantize.read_spec(str(spec)) for spec in specs] == specs
     assert len({str(spec) for spec in specs}) == len(set(specs))
 
 
@@ -641,4 +678,4 @@ def test_in_the_interpreter() -> None:
 
 
 if __name__ == "__main__":
-    print_ptx(quantize._read(sys.argv[1]))
+    print_ptx(quantize.read_spec(sys.argv[1]))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from qtrain_kernels.hadamard import rotate, tensor_scale, unrotate
+from qtrain_kernels.packing import join, pack, split, unpack
 from qtrain_kernels.quantize import encode, obstacle, operand
-from qtrain_kernels.reference import fake_quantize_by, join, pack, split, unpack
+from qtrain_kernels.reference import fake_quantize_by
 
 __all__ = [
     "encode", "fake_quantize", "join", "obstacle", "operand", "pack", "rotate", "split", "tensor_scale", "unpack",

@@ -1,4 +1,5 @@
-"""The functions of reference.py through torch.compile: one graph per plan, for every number of blocks. On CUDA.
+"""The functions of reference.py through torch.compile: one graph per plan, for every number of blocks. On CUDA;
+packing is triton's.
 
 Each graph is traced once on sizes that coincide in nothing, with the sizes marked as unknown: torch.compile would
 otherwise take equal sizes for one symbol, or a first shape for a constant, and compile again at the next layer.
@@ -18,7 +19,8 @@ from torch._inductor import config
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from qtrain_kernels import reference
-from qtrain_kernels.reference import Plan, Rotation, join, pack, rotate, split, tensor_scale, unpack, unrotate
+from qtrain_kernels.packing import join, pack, split, unpack
+from qtrain_kernels.reference import Plan, Rotation, rotate, tensor_scale, unrotate
 
 __all__ = [
     "encode", "fake_quantize", "join", "operand", "pack", "rotate", "split", "tensor_scale", "unpack", "unrotate",

@@ -59,7 +59,7 @@ class Spec:
     output: Output = "bfloat16"
 
     def __str__(self) -> str:
-        """JSON of all of it, which `_read` takes."""
+        """JSON of all of it, which `read_spec` takes."""
         return _json(asdict(self))
 
     @property
@@ -79,7 +79,7 @@ def _json(value: Any) -> str:
 
 
 @cache
-def _read(text: str) -> Spec:
+def read_spec(text: str) -> Spec:
     """The Spec of its spelling."""
     fields = json.loads(text)
     plan = fields["plan"]
@@ -129,6 +129,11 @@ def _element_bits(element: Element) -> int:
     return 8 if element.mantissa_bits is None else element.bits
 
 
+def scale_nan(plan: Plan) -> int:
+    """The byte of a packed scale that is NaN."""
+    return len(plan.scale_element.magnitudes()) if plan.scale_element else 0xFF
+
+
 def _least_product(plan: Plan) -> float:
     """The smallest code times the smallest block scale; E8M0's is 2^-127."""
     finest = plan.element.step / 2
@@ -163,7 +168,7 @@ def _job(spec: Spec, tile: Tile, scales: Literal["none", "single", "lines"], ali
         unit=unit,
         offset=offset,
         bits=_element_bits(plan.element),
-        scale_nan=0x7F if plan.scale_element and plan.scale_element.max <= 448 else 0xFF,
+        scale_nan=scale_nan(plan),
         aligned=aligned,
         inexact=not plan.exact_in_bfloat16 or _least_product(plan) < LEAST_BFLOAT16,
     )
@@ -349,7 +354,7 @@ def _quantize(
     """Those of values, block scales and mask that the spec has."""
     from qtrain_kernels.triton_quantize import quantize_kernel
 
-    what = _read(spec)
+    what = read_spec(spec)
     found = _allocate(what, x)
     if x.numel():
         tile = tile_of(what.dim, what.span, x.shape[1])
@@ -359,7 +364,7 @@ def _quantize(
 
 @_quantize.register_fake
 def _(x: Tensor, scale: Tensor | None, key: Tensor | None, signs: Tensor | None, spec: str, per: int) -> list[Tensor]:
-    return _present(_allocate(_read(spec), x))
+    return _present(_allocate(read_spec(spec), x))
 
 
 @torch.library.custom_op("qtrain::quantize_both", mutates_args=())
@@ -377,7 +382,7 @@ def _quantize_both(
     """`_quantize` along the rows, and along the columns."""
     from qtrain_kernels.triton_quantize import quantize_both_kernel
 
-    rows, columns = _read(row_spec), _read(column_spec)
+    rows, columns = read_spec(row_spec), read_spec(column_spec)
     row_found, column_found = _allocate(rows, x), _allocate(columns, x)
     if x.numel():
         tile = _common_tile(rows, columns)
@@ -399,7 +404,7 @@ def _(
     column_signs: Tensor | None,
     column_spec: str,
 ) -> list[Tensor]:
-    return [tensor for spec in (row_spec, column_spec) for tensor in _present(_allocate(_read(spec), x))]
+    return [tensor for spec in (row_spec, column_spec) for tensor in _present(_allocate(read_spec(spec), x))]
 
 
 # --------------------------------------------------------------------------------------------------------- entry points

@@ -1,0 +1,151 @@
+"""Packing on the GPU by Triton: the twins of reference.pack, unpack, join and split, bit for bit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from qtrain_kernels.quantize import Spec, Tile, check_power_of_two, launch, obstacle, read_spec, scale_nan
+from qtrain_kernels.reference import Packed, Plan, field_width, stored_integer
+
+SIZE = 4096  # elements of a program; blocks divide it
+
+
+@dataclass(frozen=True)
+class Form:
+    """What a kernel of packing is compiled for. bits, width: of a code, and of the field that holds it; scale_nan: a
+    scale's byte; values: integers (of `unit` and `offset`), bfloat16, or neither: float32."""
+
+    plan: Plan
+    bits: int
+    width: int
+    scale_nan: int
+    unit: float
+    offset: float
+    integers: bool
+    bfloat16: bool
+
+
+@cache
+def _form(plan: Plan, dtype: torch.dtype) -> Form:
+    unit, offset = stored_integer(plan.element)
+    width = field_width(plan.element)
+    kinds = {"integers": dtype == torch.int8, "bfloat16": dtype == torch.bfloat16}
+    return Form(plan, plan.element.bits, width, scale_nan(plan), unit, offset, **kinds)
+
+
+def pack(values: Tensor, blocks: Tensor | None, plan: Plan) -> Packed:
+    """Equals reference.pack bit for bit. ValueError for a device, dtype or block that there is no kernel for."""
+    _check(values, plan)
+    blocks = None if blocks is None else blocks.contiguous()
+    found = _pack(values.detach().contiguous(), blocks, str(Spec(plan)))
+    return Packed(found[0], found[1] if len(found) > 1 else None)
+
+
+def unpack(packed: Packed, shape: torch.Size, plan: Plan, dtype: torch.dtype) -> Tensor:
+    """Equals reference.unpack bit for bit. ValueError as `pack`."""
+    _check_device(packed.codes)
+    return _unpack(packed.codes, packed.scales, str(Spec(plan)), list(shape), dtype)
+
+
+def join(fields: Tensor, width: int) -> Tensor:
+    """Equals reference.join bit for bit. ValueError as `pack`."""
+    _check_device(fields)
+    return _join(fields.contiguous(), width)
+
+
+def split(joined: Tensor, width: int, count: int) -> Tensor:
+    """Equals reference.split bit for bit. ValueError as `pack`."""
+    _check_device(joined)
+    return _split(joined.contiguous(), width, count)
+
+
+def _check_device(x: Tensor) -> None:
+    reason = obstacle(x.device.type)
+    if reason:
+        raise ValueError(f"backend 'triton' cannot run on {x.device.type}: {reason}")
+
+
+def _check(values: Tensor, plan: Plan) -> None:
+    _check_device(values)
+    check_power_of_two("block", plan.block)
+    if values.dtype not in (torch.float32, torch.bfloat16, torch.int8):
+        raise ValueError(f"backend 'triton' packs float32, bfloat16 or int8; got {values.dtype}")
+
+
+def _launch(kernel: object, x: Tensor, others: tuple[Tensor | None, ...], form: Form | int) -> None:
+    """One program for each SIZE elements of x."""
+    if x.numel():
+        launch(kernel, x.view(-1, 1), Tile(SIZE, 1, 4), *others, x.numel(), form, SIZE)
+
+
+def _bytes(count: int, width: int, like: Tensor) -> Tensor:
+    return torch.empty(-(-count * width // 8), dtype=torch.uint8, device=like.device)
+
+
+def _empty_packed(values: Tensor, blocks: Tensor | None, plan: Plan) -> list[Tensor]:
+    codes = _bytes(values.numel(), field_width(plan.element), values)
+    return [codes] if blocks is None else [codes, _bytes(blocks.numel(), 8, values)]
+
+
+@torch.library.custom_op("qtrain::pack", mutates_args=())
+def _pack(values: Tensor, blocks: Tensor | None, spec: str) -> list[Tensor]:
+    """Codes, and scales where there are blocks; of the plan in a Spec."""
+    from qtrain_kernels.triton_packing import pack_kernel
+
+    plan = read_spec(spec).plan
+    found = _empty_packed(values, blocks, plan)
+    _launch(
+        pack_kernel, values, (blocks, found[0], found[1] if blocks is not None else None), _form(plan, values.dtype)
+    )
+    return found
+
+
+@_pack.register_fake
+def _(values: Tensor, blocks: Tensor | None, spec: str) -> list[Tensor]:
+    return _empty_packed(values, blocks, read_spec(spec).plan)
+
+
+@torch.library.custom_op("qtrain::unpack", mutates_args=())
+def _unpack(codes: Tensor, scales: Tensor | None, spec: str, shape: list[int], dtype: torch.dtype) -> Tensor:
+    from qtrain_kernels.triton_packing import unpack_kernel
+
+    values = torch.empty(shape, dtype=dtype, device=codes.device)
+    _launch(unpack_kernel, values, (codes, scales), _form(read_spec(spec).plan, dtype))
+    return values
+
+
+@_unpack.register_fake
+def _(codes: Tensor, scales: Tensor | None, spec: str, shape: list[int], dtype: torch.dtype) -> Tensor:
+    return codes.new_empty(shape, dtype=dtype)
+
+
+@torch.library.custom_op("qtrain::join", mutates_args=())
+def _join(fields: Tensor, width: int) -> Tensor:
+    from qtrain_kernels.triton_packing import join_kernel
+
+    joined = _bytes(fields.numel(), width, fields)
+    _launch(join_kernel, fields, (joined,), width)
+    return joined
+
+
+@_join.register_fake
+def _(fields: Tensor, width: int) -> Tensor:
+    return _bytes(fields.numel(), width, fields)
+
+
+@torch.library.custom_op("qtrain::split", mutates_args=())
+def _split(joined: Tensor, width: int, count: int) -> Tensor:
+    from qtrain_kernels.triton_packing import split_kernel
+
+    fields = torch.empty(count, dtype=torch.uint8, device=joined.device)
+    _launch(split_kernel, fields, (joined,), width)
+    return fields
+
+
+@_split.register_fake
+def _(joined: Tensor, width: int, count: int) -> Tensor:
+    return joined.new_empty(count)

@@ -141,6 +141,7 @@ CASES = {
     ),
     "quartet": Case("quartet", oracle.quartet, {"version 1": quartet_v1}, 1.95),
     "quartet_v1": Case("quartet_v1", quartet_v1, {"final": oracle.quartet}, 1.895),
+    "quartet_phase": Case("quartet_phase", oracle.quartet_phase, {"quartet": oracle.quartet}, 1.87),
     "quartet_ii": Case(
         "quartet_ii",
         oracle.quartet_ii,

@@ -81,6 +81,26 @@ def quartet_forward(x: Array) -> tuple[Array, Array]:
     return (nearest(np.clip(u, -6, 6), E2M1_GRID) * scale).reshape(x.shape), (np.abs(u) < 6).reshape(x.shape)
 
 
+def phase_forward(x: Array) -> tuple[Array, Array]:
+    """Rotated x over a scale per row, root mean square / 1.1637, then the power of two of least error for each block of
+    32: floor(log2 amax) - 2 or a neighbour, the earliest of equals. Values and clip mask."""
+    row = np.sqrt((x * x).mean(-1, keepdims=True)) / 1.1637
+    blocks = blocks_of(x / np.where(row == 0, 1.0, row), 32)
+    largest = np.abs(blocks).max(-1, keepdims=True)
+    floor = np.vectorize(lambda a: 2.0 ** (power_below(a) - 2) if a else 1.0)(largest)
+    best = values = least = None
+    for scale in (floor, floor / 2, floor * 2):
+        found = nearest(np.clip(blocks / scale, -6, 6), E2M1_GRID) * scale
+        error = ((found - blocks) ** 2).sum(-1, keepdims=True)
+        if best is None or values is None or least is None:
+            best, values, least = scale, found, error
+        else:
+            better = error < least
+            best, values, least = (np.where(better, *p) for p in ((scale, best), (found, values), (error, least)))
+    assert best is not None and values is not None
+    return values.reshape(x.shape) * row, (np.abs(blocks / best) < 6).reshape(x.shape)
+
+
 def quartet_backward(x: Array, uniform: Array | None = None) -> Array:
     """Quartet's backward quantiser of rotated x: codes of 3/4 x / 2^e, e = floor(log2 amax) - 2, times 4/3 2^e. To
     nearest, or stochastically where uniform in [0, 1) is given."""

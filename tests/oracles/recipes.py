@@ -20,6 +20,7 @@ from oracles.quantization import (
     centred_grid,
     minifloat_grid,
     nearest,
+    phase_forward,
     quartet_backward,
     quartet_forward,
     rotate,
@@ -30,6 +31,7 @@ from oracles.quantization import (
 Grid = list[float]
 Result = tuple[Array, ...]
 Quantise = Callable[[Array], Array]
+Forward = Callable[[Array], tuple[Array, Array]]
 
 E4M3, E5M2 = minifloat_grid(4, 3, 448.0), minifloat_grid(5, 2, 57344.0)
 E3M2, E2M3 = minifloat_grid(3, 2, 28.0), minifloat_grid(2, 3, 7.5)
@@ -361,16 +363,22 @@ def requantised(
     return dx, dw
 
 
-def quartet(x: Array, w: Array, dy: Array, draws: Draws, version: int = 2) -> Result:
-    """Quartet (arXiv 2505.14669), Algorithm 1; version 1: stochastic rounding, and no signs in effect."""
+def quartet(
+    x: Array, w: Array, dy: Array, draws: Draws, version: int = 2, forward: Forward = quartet_forward
+) -> Result:
+    """Quartet (arXiv 2505.14669), Algorithm 1; version 1: stochastic rounding, and no signs in effect. forward: values
+    and mask of a rotated operand."""
     h = rotation(32)
-    (xq, x_mask), (wq, w_mask) = (quartet_forward(rotate(v, h)) for v in (x, w))
+    (xq, x_mask), (wq, w_mask) = (forward(rotate(v, h)) for v in (x, w))
 
     def q(v: Array, use: str) -> Array:
         return quartet_backward(v, draws.uniform(use, v.shape) if version == 1 else None)
 
     dx, dw = requantised(xq, wq, dy, draws, 32, q, signs=version == 2)
     return xq @ wq.T, rotate(dx * x_mask, h.T), rotate(dw * w_mask, h.T)
+
+
+quartet_phase = partial(quartet, forward=phase_forward)
 
 
 # ---------------------------------------------------------------------------------------------------------------- NVFP4

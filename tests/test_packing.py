@@ -1,5 +1,6 @@
 """What waits for the backward is in the bits of its format, comes back unchanged, and takes the bytes it claims."""
 
+from itertools import product
 from typing import Any
 
 import pytest
@@ -64,12 +65,16 @@ def test_packed_values_come_back(name: str) -> None:
     dtypes = [torch.float32, *([torch.bfloat16] if plan.exact_in_bfloat16 else []), *([torch.int8] if integers else [])]
     span = plan.span or 96
     odd = [(7, 101, 1)] if plan.span is None and plan.sparsity is None else []
-    for shape in [(6, span, 1), (131, span, 1), *odd]:
+    for shape, finite in product([(6, span, 1), (131, span, 1), *odd], (True, False)):
         x = hard_input(shape)
-        x[4, 0], x[5, -1] = float("nan"), float("inf")
+        if finite:
+            x = x.clamp(-8, 8)  # one huge value would flush all else under a tensor scale
+        else:
+            x[4, 0], x[5, -1] = float("nan"), float("inf")
         scale = reference.tensor_scale(x, plan)
         for dtype in dtypes:
             values, blocks, mask = reference.operand(x, scale, KEY, plan, dtype)
+            assert not finite or (values != 0).float().mean() > 0.2
             expected, found = (module.pack(values, blocks, plan) for module in (reference, cpu))
             assert all(map(alike, expected, found)), (shape, dtype)
             assert expected.codes.numel() == -(-x.numel() * reference.field_width(plan.element) // 8)
@@ -84,6 +89,23 @@ def test_packed_values_come_back(name: str) -> None:
                 assert torch.equal(cpu.join(mask, 1), bits) and bits.numel() == -(-mask.numel() // 8)
                 for module in (reference, cpu):
                     assert torch.equal(module.split(bits, 1, mask.numel()).view(mask.shape), mask)
+
+
+def test_tensors_that_lie_apart_are_read_as_they_are() -> None:
+    """A hook on saved tensors may give back views."""
+    plan = PLANS["quartet forward"]
+    values, blocks, _ = reference.operand(hard_input((64, 32, 1)).clamp(-8, 8), 1.0, None, plan, torch.bfloat16)
+    assert blocks is not None
+
+    def apart(x: Tensor) -> Tensor:
+        return torch.stack((x, torch.zeros_like(x)), -1)[..., 0]
+
+    packed = cpu.pack(apart(values), apart(blocks), plan)
+    assert all(map(alike, packed, cpu.pack(values, blocks, plan)))
+    assert packed.scales is not None
+    strided = reference.Packed(apart(packed.codes), apart(packed.scales))
+    assert torch.equal(cpu.unpack(strided, values.shape, plan, torch.bfloat16), values)
+    assert torch.equal(cpu.split(apart(packed.codes), 4, 64), cpu.split(packed.codes, 4, 64))
 
 
 @pytest.mark.parametrize("width", [1, 2, 4, 8])
@@ -105,7 +127,9 @@ def test_what_cannot_come_back_is_not_packed() -> None:
     learned = Plan(get_format("int4").element, "float32", None, "learned")  # a NaN leaves its scale finite
     sparse = PLANS["quest sparse"]  # zeros, which its grid lacks
     float32_blocks = PLANS["fp8 block"]
-    assert not any(map(reference.can_pack, (learned, sparse, float32_blocks)))
+    e1m0 = get_format("e2m1/16/e1m0")  # a zero scale stands as 1, which its scales lack: 0 and 2
+    no_one = Plan(e1m0.element, "minifloat", 16, "absmax", scale_element=e1m0.scale_element)
+    assert not any(map(reference.can_pack, (learned, sparse, float32_blocks, no_one)))
     values, _, _ = reference.operand(hard_input((6, 96, 1)), torch.ones(6, 1, 1), None, sparse, torch.float32)
     back = reference.unpack(reference.pack(values, None, sparse), values.shape, sparse, torch.float32)
     assert not torch.equal(back, values)
@@ -149,5 +173,5 @@ def test_a_layer_keeps_the_bits_of_its_format(
     assert size == pytest.approx(bytes_an_element)
     monkeypatch.setattr(quantizer, "can_pack", lambda plan: False)
     whole, unpacked = step(recipe)
-    assert unpacked > size + 0.4  # int8 or bfloat16, and a byte of mask
+    assert unpacked >= size + 0.5  # int8 or bfloat16
     assert all(torch.equal(packed[name], whole[name]) for name in packed)

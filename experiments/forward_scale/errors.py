@@ -33,7 +33,8 @@ def row(rule: str, estimator: str, clip_scale: float, x: torch.Tensor) -> str:
     misalignment = 1 - ((values * exact).sum(1) / energy).mean()
     assert quantized.mask is not None
     masked = 1 - quantized.mask.double().mean()
-    return f"| {rule} | {estimator} {clip_scale:g} | {error:.3e} | {clipping:.2e} | {resolution:.2e} | {misalignment:.2e} | {masked:.2%} |"
+    share = f"{misalignment:.2e} | {masked:.2%}"
+    return f"| {rule} | {estimator} {clip_scale:g} | {error:.3e} | {clipping:.2e} | {resolution:.2e} | {share} |"
 
 
 def main() -> None:

@@ -65,31 +65,32 @@ def trainer(config: Config, device: str, batch: int, compile: bool) -> Callable[
 
 
 def saved_bytes(config: Config, device: str, batch: int) -> float:
-    """What the linear layers of the blocks keep for their backward, bytes per token, weights aside."""
+    """What the linear layers of the blocks keep for their backward, bytes per token: of twice as many tokens less that
+    of so many, in which copies of the weights cancel."""
+    seq_len = config.model.seq_len
+    whole, half = (_saved_bytes(config, device, sequences * seq_len) for sequences in (2 * batch, batch))
+    return (whole - half) / (batch * seq_len)
+
+
+def _saved_bytes(config: Config, device: str, tokens: int) -> int:
     model = build_model(config, VOCABULARY).to(device)
     qtrain.set_step(model, 0)
-    tokens = torch.zeros(batch, config.model.seq_len + 1, dtype=torch.long, device=device)
+    inputs = torch.zeros(tokens // config.model.seq_len, config.model.seq_len + 1, dtype=torch.long, device=device)
     sizes: dict[int, int] = {}
 
-    def watch(layer: nn.Linear) -> None:
-        weight_shapes = layer.weight.shape, layer.weight.T.shape
+    def count(saved: Tensor) -> Tensor:
+        sizes[saved.data_ptr()] = saved.nbytes
+        return saved
 
-        def count(saved: Tensor) -> Tensor:
-            if saved.shape not in weight_shapes:
-                sizes[saved.data_ptr()] = saved.nbytes
-            return saved
-
-        saving = torch.autograd.graph.saved_tensors_hooks(count, lambda saved: saved)
-        layer.register_forward_pre_hook(lambda *_: saving.__enter__())
-        layer.register_forward_hook(lambda *_: saving.__exit__())
-
+    saving = torch.autograd.graph.saved_tensors_hooks(count, lambda saved: saved)
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and name != "lm_head":
-            watch(module)
+            module.register_forward_pre_hook(lambda *_: saving.__enter__())
+            module.register_forward_hook(lambda *_: saving.__exit__())
     with torch.autocast(device, torch.bfloat16):
-        loss = next_token_loss(model, tokens)
+        loss = next_token_loss(model, inputs)
     assert loss.requires_grad  # its graph still holds all that is counted, so no address came twice
-    return sum(sizes.values()) / (batch * config.model.seq_len)
+    return sum(sizes.values())
 
 
 def peak_bytes(recipe: str, options: Any) -> int:

@@ -618,21 +618,33 @@ inline uint64_t apart(uint64_t x) {
   return (x | x << (8 - WIDTH)) & in_each(WIDTH, 8);
 }
 
-inline void join_fields(const uint8_t* fields, int64_t n, uint8_t* bytes) {  // n fields, of which eights are whole bytes
-  for (int64_t i = 0; i < n; i += 8) {
-    uint64_t x = 0;
-    memcpy(&x, fields + i, n - i < 8 ? n - i : 8);
+// n fields; whole eights first, whose lengths the compiler knows.
+inline void join_fields(const uint8_t* fields, int64_t n, uint8_t* bytes) {
+  const int64_t whole = n / 8 * 8, left = n - whole;
+  uint64_t x = 0;
+  for (int64_t i = 0; i < whole; i += 8) {
+    memcpy(&x, fields + i, 8);
     x = joined(x);
-    memcpy(bytes + i * WIDTH / 8, &x, n - i < 8 ? ((n - i) * WIDTH + 7) / 8 : WIDTH);
+    memcpy(bytes + i * WIDTH / 8, &x, WIDTH);
   }
+  x = 0;
+  memcpy(&x, fields + whole, left);
+  x = joined(x);
+  memcpy(bytes + whole * WIDTH / 8, &x, (left * WIDTH + 7) / 8);
 }
 inline void split_fields(const uint8_t* bytes, int64_t n, uint8_t* fields) {
-  for (int64_t i = 0; i < n; i += 8) {
-    uint64_t x = 0;
-    memcpy(&x, bytes + i * WIDTH / 8, n - i < 8 ? ((n - i) * WIDTH + 7) / 8 : WIDTH);
+  const int64_t whole = n / 8 * 8, left = n - whole;
+  uint64_t x = 0;
+  for (int64_t i = 0; i < whole; i += 8) {
+    x = 0;
+    memcpy(&x, bytes + i * WIDTH / 8, WIDTH);
     x = apart(x);
-    memcpy(fields + i, &x, n - i < 8 ? n - i : 8);
+    memcpy(fields + i, &x, 8);
   }
+  x = 0;
+  memcpy(&x, bytes + whole * WIDTH / 8, (left * WIDTH + 7) / 8);
+  x = apart(x);
+  memcpy(fields + whole, &x, left);
 }
 
 constexpr int64_t PIECE = 4096;  // fields that one thread takes at a time
@@ -697,9 +709,10 @@ inline vf load_some(const T* from, int64_t n) {
 }
 template <class T>
 inline void store_some(T* to, vf x, int64_t n) {
+  if (n >= LANES) return store(to, x);
   T line[LANES];
   store(line, x);
-  memcpy(to, line, sizeof(T) * (n < LANES ? n : LANES));
+  memcpy(to, line, sizeof(T) * n);
 }
 
 constexpr int64_t RUN = BLOCK ? BLOCK : PIECE;  // of fields under one scale, which fill whole bytes
@@ -711,7 +724,7 @@ extern "C" void pack(const void* values_, const float* blocks, int64_t n, uint8_
   const Input* values = (const Input*)values_;
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
   for (int64_t first = 0; first < n; first += RUN) {
-    uint8_t fields[RUN];
+    uint8_t fields[RUN + LANES];
     const int64_t count = n - first < RUN ? n - first : RUN;
     const vf scale = all(BLOCK ? blocks[first / RUN] : 1.0f), reciprocal = 1.0f / scale;
     for (int64_t i = 0; i < count; i += LANES) {
@@ -719,7 +732,7 @@ extern "C" void pack(const void* values_, const float* blocks, int64_t n, uint8_
       if (sizeof(Input) == 1) x = ((x > 127.0f ? x - 256.0f : x) + OFFSET) * UNIT;
       if (BLOCK) x = KIND == Kind::E8M0 ? x * reciprocal : x / scale;
       vb bytes = __builtin_convertvector(field_of(x), vb);
-      memcpy(fields + i, &bytes, count - i < LANES ? count - i : LANES);
+      memcpy(fields + i, &bytes, sizeof bytes);
     }
     join_fields(fields, count, codes + first * WIDTH / 8);
     if (BLOCK) scales[first / RUN] = byte_of(scale[0]);

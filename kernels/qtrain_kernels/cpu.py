@@ -143,22 +143,27 @@ _composed = reference.fake_quantize_by(operand, unrotate)
 
 def pack(values: Tensor, blocks: Tensor | None, plan: Plan) -> Packed:
     """Equals reference.pack bit for bit."""
-    width = reference.field_width(plan.element)
-    if values.dtype not in RESULTS or (plan.block or 8) * width % 8:  # a block that fills no byte
+    if not _packs(plan, values.dtype):
         return reference.pack(values, blocks, plan)
-    values, count = values.contiguous(), values.numel()
+    values, blocks = values.contiguous(), None if blocks is None else blocks.contiguous()
+    count, width = values.numel(), reference.field_width(plan.element)
     codes = _empty((-(-count * width // 8),), torch.uint8)
     scales = None if blocks is None else _empty((blocks.numel(),), torch.uint8)
-    _pack(_stored(plan), values.dtype)(_at(values), _at(blocks), count, _at(codes), _at(scales), _threads(values))
+    _pack(reference.grids(plan), values.dtype)(
+        _at(values), _at(blocks), count, _at(codes), _at(scales), _threads(values)
+    )
     return Packed(codes, scales)
 
 
 def unpack(packed: Packed, shape: torch.Size, plan: Plan, dtype: torch.dtype) -> Tensor:
     """Equals reference.unpack bit for bit."""
-    if dtype not in RESULTS or (plan.block or 8) * reference.field_width(plan.element) % 8:
+    if not _packs(plan, dtype):
         return reference.unpack(packed, shape, plan, dtype)
+    packed = Packed(packed.codes.contiguous(), None if packed.scales is None else packed.scales.contiguous())
     values = _empty(shape, dtype)
-    _unpack(_stored(plan), dtype)(_at(packed.codes), _at(packed.scales), values.numel(), _at(values), _threads(values))
+    _unpack(reference.grids(plan), dtype)(
+        _at(packed.codes), _at(packed.scales), values.numel(), _at(values), _threads(values)
+    )
     return values
 
 
@@ -172,15 +177,15 @@ def join(fields: Tensor, width: int) -> Tensor:
 
 def split(joined: Tensor, width: int, count: int) -> Tensor:
     """Equals reference.split bit for bit."""
-    fields = _empty((count,), torch.uint8)
+    joined, fields = joined.contiguous(), _empty((count,), torch.uint8)
     _fields(width).split(_at(joined), count, _at(fields), _threads(fields))
     return fields
 
 
-def _stored(plan: Plan) -> Plan:
-    """The plan without what plays no part in its packing."""
-    rule = "floor" if plan.scale_kind == "e8m0" else "absmax"
-    return replace(plan, rule=rule, rounding="nearest", mask=None, correction=None, sparsity=None)
+def _packs(plan: Plan, dtype: torch.dtype) -> bool:
+    """Blocks that fill whole bytes, and a stack."""
+    block = plan.block or 8
+    return dtype in RESULTS and block * reference.field_width(plan.element) % 8 == 0 and block <= LONGEST
 
 
 def _run(

@@ -87,9 +87,10 @@ class Element:
             return (len(self.levels()) - 1).bit_length()
         return (self.max_exponent - self.min_exponent + 1).bit_length() + self.mantissa_bits + 1
 
+    @cache  # noqa: B019
     def magnitudes(self) -> tuple[float, ...]:
         """The codes of a minifloat from zero up: each in the place that its bits without the sign spell."""
-        return tuple(abs(code) for code in self.levels() if code > 0 or code == 0)
+        return tuple(abs(code) for code in self.levels() if code >= 0)
 
     @property
     def half_interval(self) -> float:

@@ -18,9 +18,9 @@ from torch import Tensor
 from torch._inductor import config
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from qtrain_kernels import reference
-from qtrain_kernels.packing import join, pack, split, unpack
-from qtrain_kernels.reference import Plan, Rotation, rotate, tensor_scale, unrotate
+from qtrain_kernels import packing, reference
+from qtrain_kernels.packing import join, split
+from qtrain_kernels.reference import Packed, Plan, Rotation, rotate, tensor_scale, unrotate
 
 __all__ = [
     "encode", "fake_quantize", "join", "operand", "pack", "rotate", "split", "tensor_scale", "unpack", "unrotate",
@@ -120,3 +120,13 @@ def operand(
 
 
 fake_quantize = reference.fake_quantize_by(operand, unrotate)
+
+
+def pack(values: Tensor, blocks: Tensor | None, plan: Plan) -> Packed:
+    """Equals reference.pack bit for bit."""
+    return (packing if packing.takes(plan) else reference).pack(values, blocks, plan)
+
+
+def unpack(packed: Packed, shape: torch.Size, plan: Plan, dtype: torch.dtype) -> Tensor:
+    """Equals reference.unpack bit for bit."""
+    return (packing if packing.takes(plan) else reference).unpack(packed, shape, plan, dtype)

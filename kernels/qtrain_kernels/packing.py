@@ -8,8 +8,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from qtrain_kernels.quantize import Spec, Tile, check_power_of_two, launch, obstacle, read_spec, scale_nan
-from qtrain_kernels.reference import Packed, Plan, field_width, stored_integer
+from qtrain_kernels.quantize import LARGEST_SPAN, Spec, Tile, launch, obstacle, read_spec, scale_nan
+from qtrain_kernels.reference import Packed, Plan, field_width, grids, stored_integer
 
 SIZE = 4096  # elements of a program; blocks divide it
 
@@ -37,18 +37,24 @@ def _form(plan: Plan, dtype: torch.dtype) -> Form:
     return Form(plan, plan.element.bits, width, scale_nan(plan), unit, offset, **kinds)
 
 
+def takes(plan: Plan) -> bool:
+    """Whether there is a kernel for its block."""
+    return plan.block is None or (plan.block <= LARGEST_SPAN and plan.block & (plan.block - 1) == 0)
+
+
 def pack(values: Tensor, blocks: Tensor | None, plan: Plan) -> Packed:
     """Equals reference.pack bit for bit. ValueError for a device, dtype or block that there is no kernel for."""
     _check(values, plan)
     blocks = None if blocks is None else blocks.contiguous()
-    found = _pack(values.detach().contiguous(), blocks, str(Spec(plan)))
+    found = _pack(values.detach().contiguous(), blocks, str(Spec(grids(plan))))
     return Packed(found[0], found[1] if len(found) > 1 else None)
 
 
 def unpack(packed: Packed, shape: torch.Size, plan: Plan, dtype: torch.dtype) -> Tensor:
     """Equals reference.unpack bit for bit. ValueError as `pack`."""
     _check_device(packed.codes)
-    return _unpack(packed.codes, packed.scales, str(Spec(plan)), list(shape), dtype)
+    scales = None if packed.scales is None else packed.scales.contiguous()
+    return _unpack(packed.codes.contiguous(), scales, str(Spec(grids(plan))), list(shape), dtype)
 
 
 def join(fields: Tensor, width: int) -> Tensor:
@@ -71,15 +77,17 @@ def _check_device(x: Tensor) -> None:
 
 def _check(values: Tensor, plan: Plan) -> None:
     _check_device(values)
-    check_power_of_two("block", plan.block)
+    if not takes(plan):
+        raise ValueError(f"backend 'triton' packs blocks that are a power of two up to 256; got {plan.block}")
     if values.dtype not in (torch.float32, torch.bfloat16, torch.int8):
         raise ValueError(f"backend 'triton' packs float32, bfloat16 or int8; got {values.dtype}")
 
 
-def _launch(kernel: object, x: Tensor, others: tuple[Tensor | None, ...], form: Form | int) -> None:
-    """One program for each SIZE elements of x."""
+def _launch(kernel: object, x: Tensor, packed: Tensor, scales: tuple[Tensor | None, ...], form: Form | int) -> None:
+    """One program for each SIZE elements of x. Both sizes are arguments of their own: of one, a kernel does not see how
+    the other divides, and goes byte by byte."""
     if x.numel():
-        launch(kernel, x.view(-1, 1), Tile(SIZE, 1, 4), *others, x.numel(), form, SIZE)
+        launch(kernel, x.view(-1, 1), Tile(SIZE, 1, 4), packed, *scales, x.numel(), packed.numel(), form, SIZE)
 
 
 def _bytes(count: int, width: int, like: Tensor) -> Tensor:
@@ -98,9 +106,8 @@ def _pack(values: Tensor, blocks: Tensor | None, spec: str) -> list[Tensor]:
 
     plan = read_spec(spec).plan
     found = _empty_packed(values, blocks, plan)
-    _launch(
-        pack_kernel, values, (blocks, found[0], found[1] if blocks is not None else None), _form(plan, values.dtype)
-    )
+    scales = None if blocks is None else found[1]
+    _launch(pack_kernel, values, found[0], (blocks, scales), _form(plan, values.dtype))
     return found
 
 
@@ -114,7 +121,7 @@ def _unpack(codes: Tensor, scales: Tensor | None, spec: str, shape: list[int], d
     from qtrain_kernels.triton_packing import unpack_kernel
 
     values = torch.empty(shape, dtype=dtype, device=codes.device)
-    _launch(unpack_kernel, values, (codes, scales), _form(read_spec(spec).plan, dtype))
+    _launch(unpack_kernel, values, codes, (scales,), _form(read_spec(spec).plan, dtype))
     return values
 
 
@@ -128,7 +135,7 @@ def _join(fields: Tensor, width: int) -> Tensor:
     from qtrain_kernels.triton_packing import join_kernel
 
     joined = _bytes(fields.numel(), width, fields)
-    _launch(join_kernel, fields, (joined,), width)
+    _launch(join_kernel, fields, joined, (), width)
     return joined
 
 
@@ -142,7 +149,7 @@ def _split(joined: Tensor, width: int, count: int) -> Tensor:
     from qtrain_kernels.triton_packing import split_kernel
 
     fields = torch.empty(count, dtype=torch.uint8, device=joined.device)
-    _launch(split_kernel, fields, (joined,), width)
+    _launch(split_kernel, fields, joined, (), width)
     return fields
 
 

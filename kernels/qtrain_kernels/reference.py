@@ -15,7 +15,7 @@ NaN and infinity stay visible: either one in a block (or row, or, with a tensor 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 import torch
@@ -589,17 +589,29 @@ def field_width(element: Element) -> int:
 
 def can_pack(plan: Plan) -> bool:
     """Whether `unpack` gives back what `pack` takes, NaN included: not where codes of a finite scale may be NaN, where
-    sparsity puts zeros into a grid that has none, nor under block scales of more than a byte."""
+    sparsity puts zeros into a grid that has none, nor under block scales of more than a byte, or without a one, which
+    stands for a zero."""
     if plan.rule == "learned" or (plan.sparsity is not None and plan.element.offset):
         return False
     if plan.block is None or plan.scale_kind == "e8m0":
         return True
-    return plan.scale_element is not None and len(plan.scale_element.magnitudes()) < 256
+    return (
+        plan.scale_element is not None
+        and len(plan.scale_element.magnitudes()) < 256
+        and 1.0 in plan.scale_element.magnitudes()
+    )
+
+
+def grids(plan: Plan) -> Plan:
+    """The plan without what plays no part in packing."""
+    rule = "floor" if plan.scale_kind == "e8m0" else "absmax"
+    return replace(plan, rule=rule, rounding="nearest", mask=None, correction=None, sparsity=None)
 
 
 def pack(values: Tensor, blocks: Tensor | None, plan: Plan) -> Packed:
     """values (rows, span, 1) and block scales as of `operand`, in any of its dtypes, of a plan that `can_pack`. A NaN
-    without a scale of its own, whose tensor scale is NaN too, becomes any code."""
+    without a scale of its own, whose tensor scale is NaN too, becomes any code; a zero of a uniform grid loses its
+    sign."""
     element = plan.element
     if values.dtype == torch.int8:
         unit, offset = stored_integer(element)

@@ -19,33 +19,33 @@ def elements(SIZE: tl.constexpr):
 
 
 @triton.jit
-def store_fields(pointer, fields, count, WIDTH: tl.constexpr, SIZE: tl.constexpr):
-    """(SIZE,) int32 of W bits, so many of the first `count` in a byte as fit. What lies behind them must be zero."""
+def store_fields(pointer, fields, size, WIDTH: tl.constexpr, SIZE: tl.constexpr):
+    """(SIZE,) int32 of W bits, so many in a byte as fit; `size` bytes in all. Beyond the last field must be zeros."""
     COUNT: tl.constexpr = 8 // WIDTH
     joined = tl.sum(tl.reshape(fields, (SIZE // COUNT, COUNT)) << (tl.arange(0, COUNT) * WIDTH)[None, :], axis=1)
     at = elements(SIZE // COUNT)
-    tl.store(pointer + at, joined.to(tl.uint8), mask=at < tl.cdiv(count, COUNT))
+    tl.store(pointer + at, joined.to(tl.uint8), mask=at < size)
 
 
 @triton.jit
-def load_fields(pointer, count, WIDTH: tl.constexpr, SIZE: tl.constexpr):
+def load_fields(pointer, size, WIDTH: tl.constexpr, SIZE: tl.constexpr):
     COUNT: tl.constexpr = 8 // WIDTH
     at = elements(SIZE // COUNT)
-    joined = tl.load(pointer + at, mask=at < tl.cdiv(count, COUNT), other=0).to(tl.int32)
+    joined = tl.load(pointer + at, mask=at < size, other=0).to(tl.int32)
     apart = (joined[:, None] >> (tl.arange(0, COUNT) * WIDTH)[None, :]) & ((1 << WIDTH) - 1)
     return tl.reshape(apart, (SIZE,))
 
 
 @triton.jit
-def join_kernel(fields, joined, count, WIDTH: tl.constexpr, SIZE: tl.constexpr):
+def join_kernel(fields, joined, count, size, WIDTH: tl.constexpr, SIZE: tl.constexpr):
     at = elements(SIZE)
-    store_fields(joined, tl.load(fields + at, mask=at < count, other=0).to(tl.int32), count, WIDTH, SIZE)
+    store_fields(joined, tl.load(fields + at, mask=at < count, other=0).to(tl.int32), size, WIDTH, SIZE)
 
 
 @triton.jit
-def split_kernel(fields, joined, count, WIDTH: tl.constexpr, SIZE: tl.constexpr):
+def split_kernel(fields, joined, count, size, WIDTH: tl.constexpr, SIZE: tl.constexpr):
     at = elements(SIZE)
-    tl.store(fields + at, load_fields(joined, count, WIDTH, SIZE).to(tl.uint8), mask=at < count)
+    tl.store(fields + at, load_fields(joined, size, WIDTH, SIZE).to(tl.uint8), mask=at < count)
 
 
 @triton.jit
@@ -93,7 +93,7 @@ def scale_of(byte, FORM: tl.constexpr):
 
 
 @triton.jit
-def pack_kernel(values, blocks, codes, scales, count, FORM: tl.constexpr, SIZE: tl.constexpr):
+def pack_kernel(values, codes, blocks, scales, count, size, FORM: tl.constexpr, SIZE: tl.constexpr):
     at = elements(SIZE)
     loaded = tl.load(values + at, mask=at < count, other=0)
     if FORM.integers:
@@ -111,12 +111,12 @@ def pack_kernel(values, blocks, codes, scales, count, FORM: tl.constexpr, SIZE: 
             code = tl.div_rn(code, scale[:, None])
         code = tl.reshape(code, (SIZE,))
         tl.store(scales + b, scale_field(scale, FORM), mask=b < count // BLOCK)
-    store_fields(codes, tl.where(at < count, field_of(code, FORM), 0), count, FORM.width, SIZE)
+    store_fields(codes, tl.where(at < count, field_of(code, FORM), 0), size, FORM.width, SIZE)
 
 
 @triton.jit
-def unpack_kernel(values, codes, scales, count, FORM: tl.constexpr, SIZE: tl.constexpr):
-    code = code_of(load_fields(codes, count, FORM.width, SIZE), FORM)
+def unpack_kernel(values, codes, scales, count, size, FORM: tl.constexpr, SIZE: tl.constexpr):
+    code = code_of(load_fields(codes, size, FORM.width, SIZE), FORM)
     BLOCK: tl.constexpr = FORM.plan.block
     if BLOCK is not None:
         b = elements(SIZE // BLOCK)

@@ -160,9 +160,10 @@ class QuantizedWeight:
         self.fp8_counts = fp8_counts
         self.rotation = numerics.fprop.rotation(key_of(keys, "fprop.signs"), weight.shape[1])
         self.device_type = weight.device.type
-        self.fprop = numerics.fprop.right.operand(
+        operand = numerics.fprop.right.operand(
             weight, self.dtype_in(numerics.fprop), self.rotation, key_of(keys, "fprop.w"), learned=_scalar(scale)
         )
+        self.fprop = replace(operand, blocks=None)
         self._master = weight if numerics.dgrad.right.spec.source == "master" else None
         self._dgrad: tuple[Operand, Rotation | None] | None = None
 
@@ -186,7 +187,7 @@ class QuantizedWeight:
             rotation = self.numerics.dgrad.rotation(key_of(keys, "dgrad.signs"), source.values.shape[0])
             gemm_ = self.numerics.dgrad
             operand = _again(gemm_.right, source, self.dtype_in(gemm_), rotation, key_of(keys, "dgrad.w"))
-            self._dgrad = (operand, rotation)
+            self._dgrad = (replace(operand, blocks=None), rotation)
         return self._dgrad
 
 
@@ -224,7 +225,7 @@ class _QuantLinearFunction(torch.autograd.Function):
             y = quantized.multiply(numerics.fprop, xq, quantized.fprop.t).to(dtype)
             x_slope = _scale_slope(x, rotation, xq, x_scale, numerics.fprop.left)
             w_slope = _scale_slope(weight, rotation, quantized.fprop, w_scale, numerics.fprop.right)
-        if saving:
+        if saving and any(ctx.needs_input_grad):
             reused = numerics.wgrad.right.spec.source == "forward"
             x_source = xq if reused else Operand(x, mask=xq.mask)
             saved, ctx.restore = numerics.fprop.left.save(x_source, pack=reused)

@@ -68,7 +68,8 @@ class Operand:
     values: in float32 where the compute dtype cannot hold codes * block_scale; int8 for integer codes, which are
     (values + offset) * unit. post_scale: a float, () or, along the dim that is not contracted, (M, 1) or (1, N)
     float32. mask: (M, N) uint8, 1 where a gradient passes (a product with bool takes four times as long on CPU); None
-    where all do. blocks: the block scales that values contain, as the operation `operand` gives them.
+    where all do. blocks: the block scales that values contain, as the operation `operand` gives them; None
+    without, and where nothing will ask.
     """
 
     values: Tensor
@@ -83,7 +84,7 @@ class Operand:
         post_scale = (
             self.post_scale.T if isinstance(self.post_scale, Tensor) and self.post_scale.ndim else self.post_scale
         )
-        return replace(self, values=self.values.T, post_scale=post_scale, mask=None)
+        return replace(self, values=self.values.T, post_scale=post_scale, mask=None, blocks=None)
 
     def floating(self, dtype: torch.dtype) -> Operand:
         """The same with float values: integer codes in dtype, bfloat16 or float32, both of which hold them."""
@@ -277,32 +278,32 @@ class Quantizer:
         return Operand(view.undo(values), post, passes, unit, offset, block_scale)
 
     def save(self, operand: Operand, pack: bool) -> tuple[list[Tensor | None], Callable[..., Operand]]:
-        """Tensors that hold an operand (M, N), and what makes it of them again, which holds none: pack: of `operand`
-        along dim -1, in the bits of its format where it has such; else with its values as they are. Its mask in bits.
+        """Tensors that hold an operand (M, N), and a function that makes it of them again, but for its blocks.
+
+        pack: the operand is this quantiser's, along dim -1, and is held in the bits of its format where that can be
+        (`can_pack`, no tiles of rows, fewer bits than values have). Masks are held in bits.
         """
         values, post, mask = operand.values, operand.post_scale, operand.mask
         shape, dtype, count, unit, offset = values.shape, values.dtype, values.numel(), operand.unit, operand.offset
         view, plan, constant = _View(shape, -1, *self.tile), self.plan, post if isinstance(post, float) else 1.0
-        packs = pack and plan is not None and view.rows == 1 and self._narrower(dtype)
+        packs = pack and plan is not None and view.rows == 1 and can_pack(plan)
+        packs = packs and plan is not None and field_width(plan.element) < 8 * dtype.itemsize
 
         def op(name: str) -> Callable[..., Any]:
             return dispatch.get(name, self.backend, device_type)
 
         device_type = values.device.type
-        spans = view.spans(values).shape
-        held = op("pack")(view.spans(values), operand.blocks, plan) if packs else (values, None)
+        spans = view.spans(values) if packs else values
+        span_shape = spans.shape
+        held = op("pack")(spans, operand.blocks, plan) if packs else (values, None)
 
         def restore(codes: Tensor, scales: Tensor | None, post: Tensor | None, bits: Tensor | None) -> Operand:
-            values = op("unpack")(Packed(codes, scales), spans, plan, dtype).view(shape) if packs else codes
+            values = op("unpack")(Packed(codes, scales), span_shape, plan, dtype).view(shape) if packs else codes
             mask = None if bits is None else op("split")(bits, 1, count).view(shape)
             return Operand(values, constant if post is None else post, mask, unit, offset)
 
         bits = None if mask is None else op("join")(mask, 1)
         return [*held, post if isinstance(post, Tensor) else None, bits], restore
-
-    def _narrower(self, dtype: torch.dtype) -> bool:
-        """Whether the bits of the format are fewer than those of values in dtype."""
-        return self.plan is not None and can_pack(self.plan) and field_width(self.plan.element) < 8 * dtype.itemsize
 
     def fake_quantize(self, x: Tensor, rotation: Rotation | None = None, key: Tensor | None = None) -> Tensor:
         """x (M, N) quantised along dim -1, dequantised and rotated back, in its own dtype."""

@@ -20,7 +20,8 @@ ROOT = Path(__file__).parents[1]
 # neither needs it nor pays for it.
 # wandb stands nowhere: it is reached through Lightning's logger alone.
 MAY_IMPORT = {
-    "qtrain_kernels": "torch (triton qtrain_kernels.triton_quantize qtrain_kernels.triton_packing) qtrain_kernels.formats",
+    "qtrain_kernels": "torch qtrain_kernels.formats (triton qtrain_kernels.triton_quantize "
+    "qtrain_kernels.triton_packing)",
     "qtrain_kernels.formats": "",
     "qtrain_kernels.triton_quantize": "triton",
     "qtrain_kernels.triton_packing": "triton qtrain_kernels.triton_quantize",

@@ -11,7 +11,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -288,11 +289,7 @@ class Quantizer:
         view, plan, constant = _View(shape, -1, *self.tile), self.plan, post if isinstance(post, float) else 1.0
         packs = pack and plan is not None and view.rows == 1 and can_pack(plan)
         packs = packs and plan is not None and field_width(plan.element) < 8 * dtype.itemsize
-
-        def op(name: str) -> Callable[..., Any]:
-            return dispatch.get(name, self.backend, device_type)
-
-        device_type = values.device.type
+        op = partial(dispatch.get, backend=self.backend, device_type=values.device.type)
         spans = view.spans(values) if packs else values
         span_shape = spans.shape
         held = op("pack")(spans, operand.blocks, plan) if packs else (values, None)

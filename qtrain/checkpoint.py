@@ -9,6 +9,7 @@ schedule, loop counters and the number of samples consumed. It holds no random s
 from __future__ import annotations
 
 import logging
+import math
 import os
 import re
 import zipfile
@@ -51,10 +52,11 @@ def list_checkpoints(directory: Path) -> list[tuple[int, Path]]:
     return sorted((int(match[1]), path) for match, path in named if match)
 
 
-def newest_checkpoint(directory: Path) -> tuple[int, Path] | None:
-    """(step, path) of the newest good checkpoint, None where there is none. Nothing is touched: another process may be
-    writing there."""
-    return next(((step, path) for step, path in reversed(list_checkpoints(directory)) if not _damage(path)), None)
+def newest_checkpoint(directory: Path, at_most: float = math.inf) -> tuple[int, Path] | None:
+    """(step, path) of the newest good checkpoint of at most so many steps, None where there is none. Nothing is
+    touched: another process may be writing there."""
+    found = reversed(list_checkpoints(directory))
+    return next(((step, path) for step, path in found if step <= at_most and not _damage(path)), None)
 
 
 def tidy(directory: Path) -> None:

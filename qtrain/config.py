@@ -131,11 +131,13 @@ class OptimizerConfig(Strict):
 
 
 class SchedulerConfig(Strict):
-    """Learning rate over the run, as a factor of optimizer.lr: warm-up from start_factor to 1 over warmup_fraction of
-    the steps, then cosine to final_factor, or constant until the last decay_fraction of the steps (wsd)."""
+    """Learning rate over the run, as a factor of optimizer.lr: warm-up from start_factor to 1 over warmup_steps, or
+    where these are not given over warmup_fraction of the steps, then cosine to final_factor, or constant until the last
+    decay_fraction of the steps (wsd)."""
 
     name: Literal["cosine", "wsd"]
     warmup_fraction: float = Field(0.1, ge=0, lt=1)
+    warmup_steps: int | None = Field(None, ge=0)
     decay_fraction: float = Field(0.2, gt=0, le=1)
     start_factor: float = Field(0.01, ge=0, le=1)
     final_factor: float = Field(0.1, ge=0, le=1)
@@ -146,6 +148,9 @@ class TrainerConfig(Strict):
 
     batch_tokens: tokens per optimiser step; micro_batch_size: sequences per device and forward.
     device: auto | cpu | cuda; devices: how many of them, per node.
+    share_trunk: wsd runs that differ in their budget alone compute what they have in common once. Each leaves its state
+        before its decay in run_root/trunks, and starts from the longest that another left there: the same result, bit
+        for bit.
     """
 
     tokens: int | None = Field(None, gt=0)
@@ -157,6 +162,7 @@ class TrainerConfig(Strict):
     devices: int = Field(1, gt=0)
     precision: Literal["bf16-mixed", "32-true"] = "bf16-mixed"
     compile: bool = False
+    share_trunk: bool = False
 
     @model_validator(mode="after")
     def _one_budget(self) -> TrainerConfig:
@@ -200,7 +206,11 @@ class DebugConfig(Strict):
 
 
 class Config(Strict):
-    """One run. Keys that cannot change the result (`NOT_IN_HASH`) are left out of the run's hash."""
+    """One run. Keys that cannot change the result (`NOT_IN_HASH`) are left out of the run's hash.
+
+    results: a CSV file: a run whose row it has is done; a run that ends adds its row.
+    retry_failed: false leaves runs alone that ended in an error or diverged.
+    """
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     seed: int = Field(0, ge=0, lt=2**31)
@@ -208,6 +218,8 @@ class Config(Strict):
     run_dir: str | None = None
     force: bool = False
     dry_run: bool = False
+    results: str | None = None
+    retry_failed: bool = True
     backend: Backend = "auto"
     gemm: GemmKind = "auto"
     model: ModelConfig
@@ -230,6 +242,15 @@ class Config(Strict):
             )
         return self
 
+    @model_validator(mode="after")
+    def _a_trunk_needs_wsd(self) -> Config:
+        if self.trainer.share_trunk and self.scheduler.name != "wsd":
+            raise ValueError(
+                f"trainer.share_trunk=true needs scheduler=wsd, whose learning rate is the same for every budget until "
+                f"its decay; scheduler is {self.scheduler.name}"
+            )
+        return self
+
 
 NOT_IN_HASH = (
     "name",  # stands beside the hash
@@ -237,6 +258,8 @@ NOT_IN_HASH = (
     "run_dir",
     "force",
     "dry_run",
+    "results",
+    "retry_failed",
     "backend",  # every backend equals the reference
     "data.cache_dir",
     "data.num_workers",
@@ -244,6 +267,7 @@ NOT_IN_HASH = (
     "trainer.device",
     "trainer.devices",
     "trainer.compile",
+    "trainer.share_trunk",
     "callbacks",
     "logger",
     "debug.detect_anomaly",

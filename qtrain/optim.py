@@ -44,7 +44,9 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Ad
 
 
 def warmup_steps(total_steps: int, config: SchedulerConfig) -> int:
-    """Whole steps of warm-up, rounded down."""
+    """Whole steps of warm-up, rounded down; never more than there are."""
+    if config.warmup_steps is not None:
+        return min(config.warmup_steps, total_steps)
     return _whole(config.warmup_fraction * total_steps)
 
 
@@ -69,8 +71,15 @@ def lr_factor(step: int, total_steps: int, config: SchedulerConfig) -> float:
         return _cosine(config.start_factor, 1.0, step / peak) if peak else 1.0
     if config.name == "cosine":
         return _cosine(1.0, config.final_factor, (step - peak) / (last - peak))
-    start = max(last - decay_steps(total_steps, config), peak)
+    start = trunk_steps(total_steps, config)
     return 1.0 + (config.final_factor - 1.0) * max(step - start, 0) / (last - start)
+
+
+def trunk_steps(total_steps: int, config: SchedulerConfig) -> int:
+    """The step of a wsd schedule, counted from 0, from which the learning rate falls; it is the last with the full
+    rate. Longer schedules with as long a warm-up begin alike, up to and with this step."""
+    peak = max(warmup_steps(total_steps, config) - 1, 0)
+    return max(total_steps - 1 - decay_steps(total_steps, config), peak)
 
 
 def _cosine(start: float, end: float, fraction: float) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
@@ -19,22 +19,26 @@ from rich.panel import Panel
 from rich.text import Text
 from torch import nn
 
-from qtrain.callbacks import Checkpoints, DivergedError, Measure, Progress, StopRequest, Validate
+from qtrain.callbacks import Checkpoints, DivergedError, LeaveTrunk, Measure, Progress, StopRequest, Validate
 from qtrain.callbacks.measure import Recorder
 from qtrain.checkpoint import AtomicCheckpointIO, load_checkpoint, newest_checkpoint, tidy
 from qtrain.config import Config, config_hash
 from qtrain.data import Corpus, check_vocab, prepare
 from qtrain.data.datamodule import TokenDataModule
-from qtrain.errors import UserError
+from qtrain.errors import UserError, first_line
 from qtrain.lightning_module import CausalLM, computes_in_high_precision
 from qtrain.loggers import build_loggers, check_logger, close_loggers
 from qtrain.models.llama import Llama, generate
 from qtrain.plan import RunPlan, budget_tokens, make_plan
 from qtrain.quant import Report, check_backend, convert, set_high_precision
 from qtrain.report.loss import plot_loss
-from qtrain.run_directory import RunDirectory, commit
+from qtrain.report.results import record, recorded
+from qtrain.run_directory import RunDirectory, commit, write_atomically
+from qtrain.trunk import Trunk, metrics_beside
 
 log = logging.getLogger("qtrain")
+
+FAILED = ("failed", "diverged")  # statuses of a run that ended, but not as it should
 
 
 def run(config: Config) -> float | None:
@@ -53,13 +57,33 @@ def run(config: Config) -> float | None:
         plan = make_plan(config, world_size=config.trainer.devices)
         console.print(plan.table(config, device=str(device), run_directory=str(directory.path)))
         return None
-    if directory.finished and not config.force:
-        loss = directory.summary["val_loss"]
-        end = f"{directory.path} is finished (validation loss {loss:.4f}); force=true runs it again"
-        console.print(end, soft_wrap=True)
-        return loss
+    if not config.force:
+        done, said = _ended(config, directory)
+        if said:
+            console.print(said, soft_wrap=True)
+            return done
     with open_session(config, console) as session:
         return session.run()
+
+
+def _ended(config: Config, directory: RunDirectory) -> tuple[float | None, str | None]:
+    """(validation loss, what to say) of a run that is not to be done again; (None, None) of one that is."""
+    summary = directory.summary
+    if directory.finished:
+        loss = summary["val_loss"]
+        _record(config, summary)
+        return loss, f"{directory.path} is finished (validation loss {loss:.4f}); force=true runs it again"
+    row = recorded(Path(config.results), config.name, config_hash(config)) if config.results else None
+    if row is not None:
+        return row["val_loss"], f"{config.results} has this run's row (validation loss {row['val_loss']:.4f})"
+    if summary.get("status") in FAILED and not config.retry_failed:
+        return None, f"{directory.path} {summary['status']}: {summary.get('reason')}; retry_failed=true tries it again"
+    return None, None
+
+
+def _record(config: Config, summary: Mapping[str, Any]) -> None:
+    if config.results:
+        record(Path(config.results), summary)
 
 
 @contextmanager
@@ -160,6 +184,8 @@ class Session:
             overfit=config.debug.overfit,
         )
         self.bytes_per_token = corpus.bytes_per_token
+        self.trunk = Trunk(config, plan, corpus.data_hash) if config.trainer.share_trunk else None
+        self.shared_steps = directory.summary.get("shared_steps", 0)
 
     @property
     def model(self) -> Llama:
@@ -177,8 +203,11 @@ class Session:
                 trainer.fit(self.module, datamodule=self.data, ckpt_path=checkpoint, weights_only=True)
                 stopped = trainer.global_step < self.plan.steps
             except DivergedError as error:
-                self._write_summary("diverged")
+                self._write_summary("diverged", reason=str(error))
                 raise DivergedError(f"{error}; {self._last_good()}") from None
+            except Exception as error:
+                self._write_summary("failed", reason=first_line(error))
+                raise
             except (SystemExit, KeyboardInterrupt):  # after a signal Lightning ends the process in ways of its own
                 stopped = True
             finally:
@@ -209,6 +238,18 @@ class Session:
             log.info("there is no good checkpoint: starting again from step 0")
         if dropped:
             log.info("%d later lines of metrics.jsonl are now in metrics.discarded.jsonl", dropped)
+        return path or self._start_of_trunk()
+
+    def _start_of_trunk(self) -> Path | None:
+        """The checkpoint that another run left of this one's trunk, whose metrics become this run's."""
+        found = self.trunk.start() if self.trunk else None
+        self.shared_steps = found[0] if found else 0
+        if found is None:
+            return None
+        step, path = found
+        if is_main_process():
+            write_atomically(self.directory.metrics, metrics_beside(path).read_text())
+        log.info("the first %d steps are another run's: starting from %s", step, path)
         return path
 
     def _announce(self) -> None:
@@ -225,6 +266,7 @@ class Session:
             self.directory, plan.checkpoint_every_steps, config.callbacks.keep_checkpoints, stop, measure
         )
         validate = Validate(recorder, plan.val_every_steps, self.bytes_per_token)
+        trunk = [LeaveTrunk(self.trunk, self.directory, measure)] if self.trunk else []
         return lightning.Trainer(
             accelerator="gpu" if self.device.type == "cuda" else "cpu",
             devices=config.trainer.devices,
@@ -232,7 +274,7 @@ class Session:
             max_steps=plan.steps,
             max_epochs=1,  # the data module's one epoch spans the run
             accumulate_grad_batches=plan.micro_batches,
-            callbacks=[measure, validate, progress, checkpoints],
+            callbacks=[measure, validate, progress, *trunk, checkpoints],
             logger=build_loggers(config, self.directory),
             plugins=[AtomicCheckpointIO()],
             default_root_dir=self.directory.path,
@@ -261,11 +303,12 @@ class Session:
         speeds = [line["tokens_per_second"] for line in self.directory.lines("tokens_per_second")]
         plot_loss(self.directory.path)
         self._write_summary("finished", **values, tokens_per_second=median(speeds))
+        _record(self.config, self.directory.summary)
         self._show_sample()
         self._show_end(values["val_loss"], values["val_bits_per_byte"])
         return values["val_loss"]
 
-    def _write_summary(self, status: str, **results: float) -> None:
+    def _write_summary(self, status: str, **results: float | str) -> None:
         if not is_main_process():
             return
         plan, config = self.plan, self.config
@@ -286,6 +329,7 @@ class Session:
             "config_hash": config_hash(config),
             "data_hash": self.corpus.data_hash,
             "commit": commit(),
+            "shared_steps": self.shared_steps,
         }
         self.directory.write_summary(summary | results)
 

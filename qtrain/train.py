@@ -11,12 +11,15 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from collections.abc import Iterable, Sequence
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -57,6 +60,11 @@ def _report(error: Exception) -> None:
     _failures.append(error)
 
 
+# Arithmetic for rules that follow from the size of a model: optimizer.lr: ${div:0.256,${model.dim}}
+OmegaConf.register_new_resolver("div", lambda a, b: a / b, replace=True)
+OmegaConf.register_new_resolver("mul", lambda a, b: a * b, replace=True)
+
+
 @hydra.main(config_path=str(configs_dir()), config_name="train", version_base="1.3")
 def _hydra_main(tree: DictConfig) -> float | None:
     """One job. A mistake is reported and the next job of a multirun goes on."""
@@ -67,7 +75,12 @@ def _hydra_main(tree: DictConfig) -> float | None:
         return run(config)
     except UserError as error:
         _report(error)
-        return None
+    except Exception as error:  # whatever ends one job of a multirun, the next one goes on
+        if HydraConfig.get().mode != RunMode.MULTIRUN:
+            raise
+        traceback.print_exc()
+        _failures.append(error)
+    return None
 
 
 def to_config(tree: DictConfig) -> Config:

@@ -5,5 +5,6 @@ from qtrain.callbacks.checkpoints import Checkpoints, StopRequest
 from qtrain.callbacks.measure import DivergedError, Measure, Validate
 from qtrain.callbacks.progress import Progress
 from qtrain.callbacks.step import StepCallback
+from qtrain.callbacks.trunk import LeaveTrunk
 
-__all__ = ["Checkpoints", "DivergedError", "Measure", "Progress", "StepCallback", "StopRequest", "Validate"]
+__all__ = ["Checkpoints", "DivergedError", "LeaveTrunk", "Measure", "Progress", "StepCallback", "StopRequest", "Validate"]

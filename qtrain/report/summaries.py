@@ -58,7 +58,12 @@ def finished_runs(root: Path, folders: str = "**") -> list[Row]:
     """A row for each finished run in those folders below root: "**" all, "*" its own alone. UserError for a summary
     that cannot be read."""
     summaries = [_read_json(path) for path in _summaries(root, folders)]
-    return [{key: row.get(key) for key in COLUMNS} for row in summaries if row.get("status") == "finished"]
+    return [row_of(summary) for summary in summaries if summary.get("status") == "finished"]
+
+
+def row_of(summary: Mapping[str, Any]) -> Row:
+    """The row of a run whose summary.json this is."""
+    return {key: summary.get(key) for key in COLUMNS}
 
 
 def _summaries(root: Path, folders: str) -> list[Path]:

@@ -1,0 +1,65 @@
+"""Runs of the wsd schedule that differ in their budget alone begin with the same steps. They share them on disk:
+
+    <run_root>/trunks/<key>/step-<step>.ckpt            the state after that many steps, before any decay
+    <run_root>/trunks/<key>/step-<step>.metrics.jsonl   the lines of metrics.jsonl up to there
+
+A run starts from the longest trunk that it would have gone through itself. The key is a hash of all that determines
+those steps, and noise and order of the data are functions of their position, so the result is the one that the run
+would have had alone, bit for bit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+from qtrain.checkpoint import newest_checkpoint
+from qtrain.config import Config, result_keys
+from qtrain.lightning_module import computes_in_high_precision
+from qtrain.optim import trunk_steps
+from qtrain.plan import RunPlan
+
+# What a run does with its budget. Warm-up counts as the number of steps that it comes to.
+AFTER_THE_TRUNK = {
+    "trainer": ("tokens", "tokens_per_parameter"),
+    "scheduler": ("warmup_fraction", "warmup_steps", "decay_fraction", "final_factor"),
+    "recipe": ("high_precision_after",),
+    "data": ("val_tokens",),
+    "debug": ("max_steps",),
+}
+
+
+class Trunk:
+    """The part of a run before its decay. steps: how many optimiser steps it has."""
+
+    def __init__(self, config: Config, plan: RunPlan, data_hash: str):
+        self.steps = common_steps(config, plan)
+        self.directory = Path(config.run_root).expanduser() / "trunks" / trunk_key(config, plan, data_hash)
+
+    def start(self) -> tuple[int, Path] | None:
+        """(step, checkpoint) of the longest part of this trunk that a run left; None where none did."""
+        return newest_checkpoint(self.directory, at_most=self.steps)
+
+
+def metrics_beside(checkpoint: Path) -> Path:
+    return checkpoint.with_suffix(".metrics.jsonl")
+
+
+def common_steps(config: Config, plan: RunPlan) -> int:
+    """The steps after which the state is that of every longer run of this schedule: those before the decay, less one,
+    because the state holds the rate of the step to come, and those before the recipe switches to high precision."""
+    steps = trunk_steps(plan.steps, config.scheduler)
+    if config.recipe.high_precision_after is None:
+        return steps
+    return next((step for step in range(steps) if computes_in_high_precision(config, plan, step)), steps)
+
+
+def trunk_key(config: Config, plan: RunPlan, data_hash: str) -> str:
+    """Sixteen hex digits of all that determines the steps before the decay."""
+    tree = result_keys(config, exclude_defaults=True)
+    for group, keys in AFTER_THE_TRUNK.items():
+        for key in keys:
+            tree.get(group, {}).pop(key, None)
+    tree |= {"warmup_steps": plan.warmup_steps, "data_hash": data_hash}
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:16]

@@ -181,6 +181,19 @@ class RunDirectory:
     def finished(self) -> bool:
         return self.summary.get("status") == "finished"
 
+    @property
+    def busy(self) -> bool:
+        """Whether a process trains here now."""
+        path = self.path / ".lock"
+        if not path.exists():
+            return False
+        with path.open("r+") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+        return False
+
     def write_summary(self, values: Mapping[str, Any]) -> None:
         write_atomically(self.path / "summary.json", json.dumps(dict(values), indent=2) + "\n")
 

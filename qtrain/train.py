@@ -9,12 +9,14 @@ mistakes are answered at once.
 
 from __future__ import annotations
 
+import copy
 import os
 import sys
 import traceback
 from collections.abc import Iterable, Sequence
 
 import hydra
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
@@ -92,8 +94,27 @@ def to_config(tree: DictConfig) -> Config:
 
 def compose(overrides: Sequence[str] = ()) -> Config:
     """The settings that `python train.py <overrides>` would run, for programs and tests."""
+    (config,) = compose_all([overrides])
+    return config
+
+
+def compose_all(jobs: Iterable[Sequence[str]]) -> list[Config]:
+    """The settings of each job, in their order. Jobs that differ in values alone are composed once: Hydra takes 0.15 s
+    for each, and a sweep may have hundreds."""
+    parse = OverridesParser.create().parse_override
+    trees: dict[tuple[str, ...], DictConfig] = {}
+    configs = []
     with hydra.initialize_config_dir(str(configs_dir()), version_base="1.3"):
-        return to_config(hydra.compose("train", overrides=checked_overrides(overrides)))
+        for overrides in jobs:
+            checked = checked_overrides(overrides)
+            parts = tuple(override for override in checked if not override.startswith("++"))
+            if parts not in trees:
+                trees[parts] = hydra.compose("train", overrides=list(parts))
+            tree = copy.deepcopy(trees[parts])
+            for override in map(parse, (override for override in checked if override.startswith("++"))):
+                OmegaConf.update(tree, override.key_or_group, override.value(), merge=True, force_add=True)
+            configs.append(to_config(tree))
+    return configs
 
 
 def checked_overrides(arguments: Iterable[str]) -> list[str]:
@@ -138,3 +159,16 @@ def _options(override: Override) -> list[str]:
     if override.is_choice_sweep():
         return [str(option) for option in override.sweep_string_iterator()]
     return []
+
+
+def jobs_of(arguments: Sequence[str]) -> list[list[str]]:
+    """The jobs that `python train.py -m <arguments>` would run, in its order, each as overrides of `compose`: one for
+    each combination of the values that the arguments and hydra.sweeper.params of their config list."""
+    arguments = [argument for argument in checked_overrides(arguments) if _is_override(argument)]
+    parse = OverridesParser.create().parse_override
+    single = [argument for argument in arguments if not parse(argument).is_sweep_override()]
+    with hydra.initialize_config_dir(str(configs_dir()), version_base="1.3"):
+        tree = hydra.compose("train", overrides=single, return_hydra_config=True)
+    params = [f"{key}={value}" for key, value in (tree.hydra.sweeper.params or {}).items()]
+    (jobs,) = BasicSweeper.split_arguments([parse(argument) for argument in [*params, *arguments]], None)
+    return [[override for override in job if not override.startswith("hydra")] for job in jobs]

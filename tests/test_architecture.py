@@ -47,14 +47,21 @@ MAY_IMPORT = {
     ),
     "qtrain.callbacks": (
         "torch lightning rich qtrain.config qtrain.plan qtrain.metrics qtrain.models qtrain.quant qtrain.run_directory "
-        "qtrain.checkpoint qtrain.lightning_module"
+        "qtrain.checkpoint qtrain.lightning_module qtrain.trunk"
+    ),
+    "qtrain.trunk": (
+        "qtrain.config qtrain.plan qtrain.optim qtrain.checkpoint qtrain.lightning_module qtrain.run_directory"
+    ),
+    "qtrain.sweep": (
+        "torch rich qtrain qtrain.config qtrain.plan qtrain.run_directory qtrain.checkpoint qtrain.lightning_module "
+        "qtrain.trunk qtrain.report qtrain.run"
     ),
     "qtrain.scaling": "numpy scipy yaml",
     "qtrain.report": "numpy scipy matplotlib yaml qtrain.scaling",
     "qtrain.run": (
         "torch lightning rich qtrain.config qtrain.plan qtrain.optim qtrain.metrics qtrain.models qtrain.quant "
         "qtrain.data qtrain.data.datamodule qtrain.run_directory qtrain.checkpoint qtrain.loggers "
-        "qtrain.lightning_module qtrain.callbacks qtrain.report"
+        "qtrain.lightning_module qtrain.trunk qtrain.callbacks qtrain.report"
     ),
     "qtrain.train": "hydra omegaconf qtrain.config qtrain.settings (qtrain.run rich)",
 }

@@ -102,7 +102,14 @@ def test_a_late_switch_ends_the_trunk() -> None:
 
 @pytest.mark.parametrize(
     "change",
-    ["seed=1", "recipe=quest", "optimizer.lr=1e-3", "scheduler.warmup_steps=5", "model.n_layers=3", "data.max_tokens=9"],
+    [
+        "seed=1",
+        "recipe=quest",
+        "optimizer.lr=1e-3",
+        "scheduler.warmup_steps=5",
+        "model.n_layers=3",
+        "data.max_tokens=9",
+    ],
 )
 def test_what_changes_the_trunk_has_another_key(change: str) -> None:
     base = [*SMALL, "data.files=x", f"trainer.tokens={100 * BATCH}"]

@@ -7,4 +7,13 @@ from qtrain.callbacks.progress import Progress
 from qtrain.callbacks.step import StepCallback
 from qtrain.callbacks.trunk import LeaveTrunk
 
-__all__ = ["Checkpoints", "DivergedError", "LeaveTrunk", "Measure", "Progress", "StepCallback", "StopRequest", "Validate"]
+__all__ = [
+    "Checkpoints",
+    "DivergedError",
+    "LeaveTrunk",
+    "Measure",
+    "Progress",
+    "StepCallback",
+    "StopRequest",
+    "Validate",
+]

@@ -1,0 +1,245 @@
+"""The points of a sweep: what each is, how far it is, and what is left to pay. Reads files; starts nothing."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from rich.table import Table
+
+import qtrain
+from qtrain.checkpoint import list_checkpoints
+from qtrain.config import Config, config_hash
+from qtrain.errors import UserError
+from qtrain.lightning_module import next_token_loss
+from qtrain.plan import RunPlan, make_plan
+from qtrain.report.summaries import Row, read_csv
+from qtrain.run import FAILED, build_model, check_model
+from qtrain.run_directory import RunDirectory
+from qtrain.trunk import common_steps, trunk_key
+
+State = Literal["done", "running", "failed", "stopped", "missing"]
+STATES: tuple[State, ...] = ("done", "running", "failed", "stopped", "missing")
+TRIAL_FLOPS = 2e11  # of one micro-batch: what a trial may cost, about a second a forward and backward on one core
+
+
+@dataclass(frozen=True)
+class Point:
+    """One run of a sweep.
+
+    steps_done: how far its own checkpoints reach. steps_shared: those that an earlier point of this sweep leaves it, or
+    has left it. rate: tokens per second that it trained at, where it did. note: validation loss, progress or reason.
+    """
+
+    config: Config
+    plan: RunPlan
+    state: State
+    steps_done: int = 0
+    steps_shared: int = 0
+    rate: float | None = None
+    note: str = ""
+
+    @property
+    def directory(self) -> Path:
+        return RunDirectory.of(self.config).path
+
+    @property
+    def tokens_left(self) -> int:
+        """To be computed: neither its own checkpoints nor a trunk have them."""
+        if self.state == "done":
+            return 0
+        return (self.plan.steps - max(self.steps_done, self.steps_shared)) * self.plan.batch_tokens
+
+    @property
+    def flops_left(self) -> int:
+        return self.tokens_left * self.plan.flops_per_token
+
+
+def find_points(configs: Iterable[Config]) -> list[Point]:
+    """The points of these settings, each once, with their state on disk. UserError for a point that cannot run, naming
+    it, and for files that cannot be read."""
+    points: dict[Path, Point] = {}
+    results: dict[str | None, dict[tuple[str, str], Row]] = {None: {}}
+    for config in configs:
+        if config.results not in results:
+            results[config.results] = _rows(Path(str(config.results)))
+        point = _point(config, results[config.results])
+        points.setdefault(point.directory, point)
+    return _with_trunks(list(points.values()))
+
+
+def _rows(path: Path) -> dict[tuple[str, str], Row]:
+    rows = read_csv(path) if path.is_file() else []
+    return {(row["name"], row["config_hash"]): row for row in rows}
+
+
+def _point(config: Config, rows: Mapping[tuple[str, str], Row]) -> Point:
+    try:
+        plan = make_plan(config, world_size=config.trainer.devices)
+        check_model(config)
+    except UserError as error:
+        raise UserError(f"{config.name}, seed {config.seed}: {error}") from None
+    directory = RunDirectory.of(config)
+    row = rows.get((config.name, config_hash(config)))
+    summary = directory.summary
+    if row is not None or directory.finished:
+        found = row or summary
+        return Point(config, plan, "done", rate=found["tokens_per_second"], note=f"loss {found['val_loss']:.4f}")
+    if not summary:
+        return Point(config, plan, "missing")
+    saved = list_checkpoints(directory.checkpoints)
+    step = saved[-1][0] if saved else 0
+    if directory.busy:
+        return Point(config, plan, "running", step, note=_progress(directory, plan))
+    if summary["status"] in FAILED:
+        return Point(config, plan, "failed", step, note=f"{summary['status']}: {summary.get('reason')}")
+    return Point(config, plan, "stopped", step, note=f"at step {step} of {plan.steps}")
+
+
+def _progress(directory: RunDirectory, plan: RunPlan) -> str:
+    lines = directory.lines("loss")
+    return f"step {lines[-1]['step']} of {plan.steps}, loss {lines[-1]['loss']:.3f}" if lines else "starting"
+
+
+def _with_trunks(points: list[Point]) -> list[Point]:
+    """Each point with the steps that it will find done: of trunks on disk, and of the points that stand before it."""
+    left: dict[str, set[int]] = defaultdict(set)
+    found = []
+    for point in points:
+        if not point.config.trainer.share_trunk:
+            found.append(point)
+            continue
+        common = common_steps(point.config, point.plan)
+        key = f"{point.config.run_root} {trunk_key(point.config, point.plan, data_hash='')}"
+        shared = max((steps for steps in left[key] if steps <= common), default=0)
+        if point.state != "done" or point.directory.exists():  # of a row from elsewhere there is no trunk here
+            left[key].add(common)
+        found.append(replace(point, steps_shared=shared))
+    return found
+
+
+# ------------------------------------------------------------------------------------------------- cost
+
+
+def seconds_left(points: Sequence[Point]) -> dict[tuple[str, str], float | None]:
+    """(recipe, size) -> seconds of computing left on one process. The FLOP per second are those that the sweep's runs
+    of the same recipe reached, else those of a trial; None where a trial would take too long."""
+    rates = {name: _flops_per_second(members) for name, members in _grouped(points, lambda p: p.config.recipe.name)}
+    return {
+        key: _seconds(sum(point.flops_left for point in members), rates[key[0]])
+        for key, members in _grouped(points, recipe_and_size)
+    }
+
+
+def _grouped(points: Sequence[Point], key: Callable[[Point], Any]) -> Iterable[tuple[Any, list[Point]]]:
+    groups: dict[Any, list[Point]] = defaultdict(list)
+    for point in points:
+        groups[key(point)].append(point)
+    return groups.items()
+
+
+def _seconds(flops: int, rate: float | None) -> float | None:
+    return 0.0 if flops == 0 else flops / rate if rate else None
+
+
+def _flops_per_second(points: list[Point]) -> float | None:
+    if all(point.state == "done" for point in points):
+        return None
+    known = [point.rate * point.plan.flops_per_token for point in points if point.rate]
+    if known:
+        return sum(known) / len(known)
+    return trial(points[0].config, points[0].plan)
+
+
+def recipe_and_size(point: Point) -> tuple[str, str]:
+    return point.config.recipe.name, f"{point.plan.non_embedding_parameters / 1e6:.3g}M"
+
+
+def trial(config: Config, plan: RunPlan) -> float | None:
+    """FLOP per second of forward and backward on this process's CPU threads, the best of three micro-batches of zeros;
+    None where one costs more than TRIAL_FLOPS, or where training would be on another device."""
+    tokens = config.trainer.micro_batch_size * config.model.seq_len
+    flops = tokens * plan.flops_per_token
+    if flops > TRIAL_FLOPS or config.trainer.device == "cuda":
+        return None
+    model = build_model(config, plan.vocab_size)
+    batch = torch.zeros(config.trainer.micro_batch_size, config.model.seq_len + 1, dtype=torch.long)
+    times = []
+    for step in range(3):
+        start = time.perf_counter()
+        qtrain.set_step(model, step)
+        with torch.autocast("cpu", torch.bfloat16, enabled=config.trainer.precision == "bf16-mixed"):
+            loss = next_token_loss(model, batch)
+        loss.backward()
+        times.append(time.perf_counter() - start)
+    return flops / min(times)
+
+
+# ------------------------------------------------------------------------------------------------- tables
+
+
+def plan_table(points: Sequence[Point], processes: int = 1) -> Table:
+    """What is left to do, a row for each recipe and size, and the sum."""
+    seconds = seconds_left(points)
+    table = Table(box=None, pad_edge=False, header_style="cyan")
+    for name in ("recipe", "parameters", "points", "to do", "tokens", "of them shared", "FLOP", "hours"):
+        table.add_column(name, justify="left" if name == "recipe" else "right")
+    for key in sorted(seconds, key=lambda key: (key[0], float(key[1][:-1]))):
+        members = [point for point in points if recipe_and_size(point) == key]
+        table.add_row(*key, *_sums(members), _hours(seconds[key]))
+    known = [value for value in seconds.values() if value is not None]
+    total = _hours(sum(known) / processes) if len(known) == len(seconds) else "unknown"
+    table.add_section()
+    table.add_row("all", "", *_sums(points), total + (f" on {processes} processes" if processes > 1 else ""))
+    return table
+
+
+def _sums(points: Sequence[Point]) -> tuple[str, ...]:
+    todo = [point for point in points if point.state != "done"]
+    left = sum(point.tokens_left for point in points)
+    shared = sum(point.plan.batch_tokens * max(0, point.steps_shared - point.steps_done) for point in todo)
+    flops = sum(point.flops_left for point in points)
+    return str(len(points)), str(len(todo)), f"{left:,}", f"{shared:,}", f"{flops:.3g}"
+
+
+def _hours(seconds: float | None) -> str:
+    return "unknown" if seconds is None else f"{seconds / 3600:.2f}"
+
+
+def status_table(points: Sequence[Point]) -> Table:
+    """How many points of each recipe are in which state."""
+    table = Table(box=None, pad_edge=False, header_style="cyan")
+    table.add_column("name")
+    for state in STATES:
+        table.add_column(state, justify="right")
+    for name in sorted({point.config.name for point in points}):
+        members = [point.state for point in points if point.config.name == name]
+        table.add_row(name, *(str(members.count(state)) for state in STATES))
+    table.add_section()
+    states = [point.state for point in points]
+    table.add_row("all", *(str(states.count(state)) for state in STATES))
+    return table
+
+
+def mark_killed(point: Point) -> None:
+    """Write down that a point's process ended without a word, more than once."""
+    directory = RunDirectory(point.directory)
+    reason = "its process was killed twice (out of memory?)"
+    directory.write_summary({**directory.summary, "status": "failed", "reason": reason})
+
+
+def describe(point: Point) -> str:
+    """One line: state, what it is, how far."""
+    config = point.config
+    size = recipe_and_size(point)[1]
+    return (
+        f"{point.state:8} {config.name}, seed {config.seed}, {size} parameters, {point.plan.tokens:,} tokens"
+        + (f": {point.note}" if point.note else "")
+        + (f" ({json.dumps(str(point.directory))})" if point.state == "failed" else "")
+    )

@@ -1,0 +1,206 @@
+"""Plan, run and watch a sweep: any number of runs, of which those that are done are not run again.
+
+python scripts/sweep.py plan   +sweep=ladder recipe=bf16,quartet     what there is to do, and its cost; starts nothing
+python scripts/sweep.py launch +sweep=ladder recipe=bf16,quartet     do it; the same command continues after any stop
+python scripts/sweep.py status +sweep=ladder recipe=bf16,quartet     done, running, failed, stopped, missing
+python scripts/sweep.py launch experiments/recipes --only quartet    a study
+
+Settings are those of `train.py -m`. A study is a folder whose points.yaml has `settings`, those that all its points
+share, and `points`: name -> {seeds, settings}, seeds how many; its rows go into results.csv there, and a point that has
+a row is done, wherever it was trained. One point that fails ends nothing: it is reported with its reason, and run again
+with --retry.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+
+from qtrain.errors import UserError, first_line
+from qtrain.sweep import Point, describe, find_points, mark_killed, plan_table, status_table
+from qtrain.train import compose_all, jobs_of
+
+TRAIN = Path(__file__).parents[1] / "train.py"
+Line = list[str]  # the arguments of one `train.py -m`
+
+
+# ------------------------------------------------------------------------------------------------- studies
+
+
+def study_lines(study: Path, only: list[str] | None) -> list[Line]:
+    """A line for each point of a study. UserError for a file that is none, naming what is wrong in it."""
+    path = study / "points.yaml"
+    tree = _mapping(_read_yaml(path), str(path), required={"settings", "points"})
+    shared = _settings(tree["settings"], f"{path}: settings")
+    if not isinstance(tree["points"], dict) or not tree["points"]:
+        raise UserError(f"{path}: points is {_shown(tree['points'])}; give name: {{seeds: 3, settings: [...]}}")
+    for name in only or ():
+        if name not in tree["points"]:
+            raise UserError(f"{study} has no point {name!r}; it has {', '.join(sorted(map(str, tree['points'])))}")
+    own = [f"results={study / 'results.csv'}", f"run_root={default_runs(study)}"]
+    return [
+        [f"name={name}", *own, *shared, *_point_settings(name, entry, path)]
+        for name, entry in tree["points"].items()
+        if not only or name in only
+    ]
+
+
+def _point_settings(name: Any, entry: Any, path: Path) -> Line:
+    if not isinstance(name, str):
+        raise UserError(f"{path}: the point's name {name!r} is no text; quote it")
+    where = f"{path}: point {name}"
+    entry = _mapping(entry, where, required={"seeds"}, optional={"settings"})
+    seeds = entry["seeds"]
+    if type(seeds) is not int or seeds < 1:
+        raise UserError(f"{where}: seeds is {_shown(seeds)}; give how many, a positive integer")
+    return [f"seed={','.join(map(str, range(seeds)))}", *_settings(entry.get("settings", []), f"{where}: settings")]
+
+
+def _read_yaml(path: Path) -> Any:
+    if not path.is_file():
+        raise UserError(f"{path.parent} is no study: it has no points.yaml")
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path}: {error}") from None
+    except yaml.YAMLError as error:
+        place = getattr(error, "problem_mark", None)
+        line = f", line {place.line + 1}" if place else ""
+        raise UserError(f"{path}{line} is no YAML: {getattr(error, 'problem', None) or first_line(error)}") from None
+
+
+def _mapping(tree: Any, where: str, required: set[str], optional: frozenset[str] | set[str] = frozenset()) -> dict:
+    """tree, if it is a mapping with these keys and no others."""
+    expected = " and ".join([*sorted(required, reverse=True), *(f"perhaps {key}" for key in sorted(optional))])
+    if not isinstance(tree, dict):
+        raise UserError(f"{where} is {_shown(tree)}; give a mapping with {expected}")
+    if not required <= set(tree) <= required | optional:
+        raise UserError(f"{where} has {', '.join(map(str, tree)) or 'nothing'}; give {expected}")
+    return tree
+
+
+def _settings(value: Any, where: str) -> Line:
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        raise UserError(f"{where} is {_shown(value)}; give a list of overrides as train.py takes them: [model=nano]")
+    return value
+
+
+def _shown(value: Any) -> str:
+    return "empty" if value is None else repr(value)
+
+
+def default_runs(study: Path) -> Path:
+    """runs/<the study's path from here>, so that no two studies share a folder; of one elsewhere, its whole path."""
+    study = study.resolve()
+    here = Path.cwd()
+    return Path("runs", *(study.relative_to(here).parts if study.is_relative_to(here) else study.parts[1:]))
+
+
+# ------------------------------------------------------------------------------------------------- launch
+
+
+def points_of(lines: list[Line]) -> list[Point]:
+    return find_points(compose_all([job for line in lines for job in jobs_of(line)]))
+
+
+def launch(line: Line, jobs: int, retry: bool) -> None:
+    """Run what a line lacks. A process that dies takes the sweep down with it, so the sweep is started again, until
+    nothing is left; a point whose process died twice counts as failed. KeyboardInterrupt when asked to stop."""
+    deaths: Counter[Path] = Counter()
+    while any(point.state in open_states(retry and not deaths) for point in points_of([line])):
+        status = _run(line, jobs, retry and not deaths)
+        left = [point for point in points_of([line]) if point.state == "stopped"]
+        deaths.update(point.directory for point in left)
+        for point in left:
+            if deaths[point.directory] > 1:
+                mark_killed(point)
+        if not left:  # all that could start has ended; what is missing was refused, and said why
+            return
+        print(f"train.py ended with {status}; going on with what is left", file=sys.stderr)
+
+
+def open_states(retry: bool) -> tuple[str, ...]:
+    return ("missing", "stopped", "failed") if retry else ("missing", "stopped")
+
+
+def _run(line: Line, jobs: int, retry: bool) -> int:
+    launcher = [] if jobs == 1 else ["hydra/launcher=local", f"hydra.launcher.n_jobs={jobs}"]
+    own = [f"retry_failed={str(retry).lower()}", "callbacks.progress_bar=false", *launcher]
+    threads = str(max(1, (os.cpu_count() or 1) // jobs))
+    environment = {"OMP_NUM_THREADS": threads, **os.environ}
+    process = subprocess.Popen([sys.executable, str(TRAIN), "-m", *own, *line], env=environment)
+    try:
+        status = process.wait()
+    except KeyboardInterrupt:
+        process.wait()  # it was asked to stop too, and saves first
+        raise
+    if status == 130:
+        raise KeyboardInterrupt
+    return status
+
+
+# ------------------------------------------------------------------------------------------------- main
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("action", choices=("plan", "launch", "status"))
+    parser.add_argument("sweep", nargs="+", help="settings as train.py takes them, or a study and perhaps settings")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="these points of a study alone")
+    parser.add_argument("--jobs", type=int, default=1, help="processes beside each other (default: 1)")
+    parser.add_argument("--retry", action="store_true", help="run failed points again")
+    arguments = parser.parse_args()
+    try:
+        if arguments.jobs < 1:
+            raise UserError(f"--jobs {arguments.jobs}: give at least 1")
+        lines = lines_of(arguments.sweep, arguments.only)
+        points = points_of(lines)
+        console = Console(highlight=False)
+        if arguments.action == "plan":
+            console.print(plan_table(points, arguments.jobs))
+            return 0
+        if arguments.action == "launch":
+            for line in lines:
+                launch(line, arguments.jobs, arguments.retry)
+            points = points_of(lines)
+        return show_status(points, console)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; the same command continues", file=sys.stderr)
+        return 130
+
+
+def lines_of(arguments: list[str], only: list[str] | None) -> list[Line]:
+    """UserError where it is not clear what is asked for."""
+    settings = [argument for argument in arguments if "=" in argument]
+    studies = [argument for argument in arguments if "=" not in argument]
+    if len(studies) > 1:
+        raise UserError(f"{' and '.join(studies)} are several studies; give one, or settings like +sweep=ladder")
+    if studies:
+        return [[*line, *settings] for line in study_lines(Path(studies[0]), only)]
+    if only:
+        raise UserError("--only chooses points of a study; without one, choose by settings: recipe=quartet")
+    return [settings]
+
+
+def show_status(points: list[Point], console: Console) -> int:
+    """The exit status: 1 when any point failed."""
+    console.print(status_table(points))
+    for point in points:
+        if point.state != "done":
+            console.print(describe(point), soft_wrap=True)
+    return 1 if any(point.state == "failed" for point in points) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -19,6 +19,7 @@ from qtrain.config import Config, config_hash
 from qtrain.errors import UserError
 from qtrain.lightning_module import next_token_loss
 from qtrain.plan import RunPlan, make_plan
+from qtrain.report.loss import readable
 from qtrain.report.summaries import Row, read_csv
 from qtrain.run import FAILED, build_model, check_model
 from qtrain.run_directory import RunDirectory
@@ -188,7 +189,7 @@ def plan_table(points: Sequence[Point], processes: int = 1) -> Table:
     """What is left to do, a row for each recipe and size, and the sum."""
     seconds = seconds_left(points)
     table = Table(box=None, pad_edge=False, header_style="cyan")
-    for name in ("recipe", "parameters", "points", "to do", "tokens", "of them shared", "FLOP", "hours"):
+    for name in ("recipe", "parameters", "points", "to do", "tokens", "saved by trunks", "FLOP", "hours"):
         table.add_column(name, justify="left" if name == "recipe" else "right")
     for key in sorted(seconds, key=lambda key: (key[0], float(key[1][:-1]))):
         members = [point for point in points if recipe_and_size(point) == key]
@@ -205,7 +206,7 @@ def _sums(points: Sequence[Point]) -> tuple[str, ...]:
     left = sum(point.tokens_left for point in points)
     shared = sum(point.plan.batch_tokens * max(0, point.steps_shared - point.steps_done) for point in todo)
     flops = sum(point.flops_left for point in points)
-    return str(len(points)), str(len(todo)), f"{left:,}", f"{shared:,}", f"{flops:.3g}"
+    return str(len(points)), str(len(todo)), readable(left), readable(shared), f"{flops:.3g}"
 
 
 def _hours(seconds: float | None) -> str:

@@ -234,8 +234,8 @@ def test_tables_name_what_is_left(tmp_path: Path) -> None:
     console.print(plan_table(find_points(configs)))
     console.print(status_table(find_points(configs)))
     rows = [line.split() for line in console.export_text().splitlines()]
-    tokens = 2048 * (1041 - 415 + 2083 - 832)  # less the trunks of the first and of the second
-    assert ["bf16", "0.213M", "3", "2", f"{tokens:,}"] in [row[:5] for row in rows]
+    assert 2048 * (1041 - 415 + 2083 - 832) == 3_844_096  # less the trunks of the first and of the second
+    assert ["bf16", "0.213M", "3", "2", "3.84M"] in [row[:5] for row in rows]
     assert ["all", "1", "0", "1", "0", "1"] in rows
 
 
@@ -313,3 +313,23 @@ def test_other_mistakes_are_explained(
         assert message in capsys.readouterr().err
     Path("s/results.csv").touch()
     assert main("status", "s") == 2 and "results.csv is empty" in capsys.readouterr().err
+
+
+def test_the_launcher_for_clusters_runs_in_processes_of_this_machine(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What hydra/launcher=slurm does, by submitit's local executor."""
+    paths = [f"data.files={corpus}/*.txt", f"data.cache_dir={corpus}/cache", f"run_root={tmp_path}/runs"]
+    settings = [*TINY, *paths, f"results={tmp_path}/results.csv", "trainer.tokens=192", "seed=0,1"]
+    command = [sys.executable, ROOT / "train.py", "-m", "hydra/launcher=slurm_local", *settings]
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
+    subprocess.run(command, check=True, cwd=tmp_path, env=environment, capture_output=True)
+    assert sorted(row["seed"] for row in read_csv(tmp_path / "results.csv")) == [0, 1]
+    assert list(tmp_path.glob("runs/.submitit/*/*_result.pkl")), "submitit ran them"
+
+
+def test_the_published_ladder_takes_each_sizes_learning_rate() -> None:
+    configs = compose_all(jobs_of(["+sweep=published", "recipe=quartet"]))
+    assert len(configs) == 24 and {config.recipe.name for config in configs} == {"quartet"}
+    rates = {config.model.name: config.optimizer.lr for config in configs}
+    assert rates == {"llama_30m": 1.2e-3, "llama_50m": 1.2e-3, "llama_100m": 6e-4, "llama_200m": 3e-4}

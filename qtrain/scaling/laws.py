@@ -112,18 +112,18 @@ def law_named(name: str) -> Law:
 class Design:
     """What the loss of n runs depends on, and which efficiency each run has.
 
-    log_N, log_D, log_exponent, log_mantissa: (n,) less their `centre`; log_log2_block: (n,), -inf without Q. group_N,
-    group_D: (n,) index of the run's efficiency, -1 for 1. names: all efficiencies, those of N first, `groups` each.
+    log_size, log_tokens (of N and D), log_exponent, log_mantissa: (n,) less their `centre`; log_log2_block: (n,), -inf without Q. size_group,
+    token_group: (n,) index of the run's efficiency, -1 for 1. names: all efficiencies, those of N first, `groups` each.
     """
 
-    log_N: Array
-    log_D: Array
+    log_size: Array
+    log_tokens: Array
     log_exponent: Array
     log_mantissa: Array
     log_log2_block: Array
     centre: tuple[float, float, float, float]
-    group_N: Array
-    group_D: Array
+    size_group: Array
+    token_group: Array
     groups: tuple[int, int] = (0, 0)
 
     @property
@@ -134,7 +134,7 @@ class Design:
     def subset(self, keep: Array) -> Design:
         cut = {
             name: getattr(self, name)[keep]
-            for name in ("log_N", "log_D", "log_exponent", "log_mantissa", "log_log2_block", "group_N", "group_D")
+            for name in ("log_size", "log_tokens", "log_exponent", "log_mantissa", "log_log2_block", "size_group", "token_group")
         }
         return Design(**cut, centre=self.centre, groups=self.groups)
 
@@ -145,8 +145,8 @@ def log_loss(theta: Array, design: Design) -> tuple[Array, Array]:
     a, b, g = theta[:, [A, B, G]].T[:, :, None]
     first_D = len(CONSTANTS) + design.groups[0]
     efficiency_N, efficiency_D = theta[:, len(CONSTANTS) : first_D], theta[:, first_D:]
-    log_N = design.log_N + _of_group(efficiency_N, design.group_N)
-    log_D = design.log_D + _of_group(efficiency_D, design.group_D)
+    log_N = design.log_size + _of_group(efficiency_N, design.size_group)
+    log_D = design.log_tokens + _of_group(efficiency_D, design.token_group)
     q = beta * log_D - alpha * log_N + design.log_log2_block - g
     q = q - delta * design.log_exponent - nu * design.log_mantissa
     terms = np.stack(np.broadcast_arrays(a / gamma - alpha * log_N, b / gamma - beta * log_D, q))
@@ -168,9 +168,9 @@ def log_loss(theta: Array, design: Design) -> tuple[Array, Array]:
     }.items():  # fmt: skip
         jacobian[:, :, index] = column
     for group in range(design.groups[0]):
-        jacobian[:, :, len(CONSTANTS) + group] = slope_N * (design.group_N == group)
+        jacobian[:, :, len(CONSTANTS) + group] = slope_N * (design.size_group == group)
     for group in range(design.groups[1]):
-        jacobian[:, :, first_D + group] = slope_D * (design.group_D == group)
+        jacobian[:, :, first_D + group] = slope_D * (design.token_group == group)
     jacobian *= (reducible / loss)[:, :, None]
     return np.log(loss), jacobian
 

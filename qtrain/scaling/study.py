@@ -3,10 +3,10 @@
 Two stages, as in the papers: the constants are fitted to the baseline's runs; then eff_N and eff_D of each recipe with
 the constants held. A law that is fitted jointly takes all runs at once.
 
-Intervals are those of a residual bootstrap: new losses are drawn around the fitted ones from the fit's own log residuals
-(widened by sqrt(n / (n - p)) for p constants of n runs), refitted from where the fit ended, both stages through, so that
-an efficiency's interval holds the constants' uncertainty too. Resampling whole runs instead would often leave a ladder
-of four sizes with three.
+Intervals are those of a residual bootstrap: new losses are drawn around the fitted ones from the fit's own log
+residuals (widened by sqrt(n / (n - p)) for p constants of n runs), refitted from where the fit ended, both stages
+through, so that an efficiency's interval holds the constants' uncertainty too. Resampling whole runs instead would
+often leave a ladder of four sizes with three.
 """
 
 from __future__ import annotations
@@ -26,15 +26,16 @@ EFFICIENCY_STARTS = (1.0, 0.3, 0.03, 0.003)
 
 @dataclass(frozen=True)
 class LawFit:
-    """theta: (P,), draws: (R, P), as `laws` lays them out. used, held: (n,) bool over runs: fitted, held out. names: (P,)
-    of theta's entries. free: which of them were fitted. least: the objective at the minimum over all that is fitted;
-    agreeing: share of the starts that reached it."""
+    """theta: (P,), draws: (R, P), as `laws` lays them out. used, first, held: (n,) bool over runs: fitted, fitted for
+    the constants, held out. names: (P,) of theta's entries. free: which of them were fitted. objective: of the
+    constants' fit; agreeing: share of its starts that reached it."""
 
     law: Law
     baseline: str
     huber_delta: float
     runs: list[Run]
     used: Array
+    first: Array
     held: Array
     design: Design
     names: list[str]
@@ -132,8 +133,9 @@ def fit_law(
         drawn[:, stage.free] = theta[stage.free]
         enough = stage.keep.sum() >= len(stage.free) + 2
         drawn = _redraw(problem, stage, theta, drawn, own if enough else pool, random)
+    used = np.any([stage.keep for stage in stages], axis=0)
     return LawFit(
-        law, baseline, delta, runs, np.any([stage.keep for stage in stages], axis=0), held, design, names,
+        law, baseline, delta, runs, used, stages[0].keep, held, design, names,
         [index for stage in stages for index in stage.free], theta, drawn, objective, len(begin),
         float(np.mean(found.objective < objective * 1.001 + 1e-15)), problem.limits, warnings,
     )  # fmt: skip
@@ -219,8 +221,8 @@ def _sharing(recipes: Array, design: Design, baseline: str, law: Law) -> list[li
 def _of_part(design: Design, part: Array) -> list[int]:
     """Indices of the efficiencies that these runs have."""
     first = len(CONSTANTS)
-    in_N = {first + int(group) for group in design.group_N[part] if group >= 0}
-    in_D = {first + design.groups[0] + int(group) for group in design.group_D[part] if group >= 0}
+    in_N = {first + int(group) for group in design.size_group[part] if group >= 0}
+    in_D = {first + design.groups[0] + int(group) for group in design.token_group[part] if group >= 0}
     return sorted(in_N | in_D)
 
 
@@ -243,8 +245,8 @@ def _check_enough(runs: list[Run], law: Law, baseline: str, stage: Stage) -> Non
     points = len({(run.recipe, run.N, run.D) for run in kept})
     if points <= len(stage.free) and stage.free:
         raise UserError(
-            f"{points} different {what} are too few for the {len(stage.free)} constants of the law {law.name}; run more, "
-            "or hold some constants (--fix gamma=1)"
+            f"{points} different {what} are too few for the {len(stage.free)} constants of the law {law.name}; run "
+            "more, or hold some constants (--fix gamma=1)"
         )
     for name in ("N", "D"):
         if stage.free and len({getattr(run, name) for run in kept}) < 2:

@@ -38,7 +38,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("build/law"), help="default: build/law")
     parser.add_argument("--baseline", default="bf16", help="the recipe with efficiency 1 (default: bf16)")
     parser.add_argument("--recipes", nargs="+", help="use these alone; the baseline always")
-    parser.add_argument("--hold-out", metavar="RULE", help='predict and do not fit: "largest N", "largest D", "D/N > 400"')
+    parser.add_argument(
+        "--hold-out", metavar="RULE", help='predict and do not fit: "largest N", "largest D", "D/N > 400"'
+    )
     parser.add_argument("--fix", metavar="NAME=VALUE", nargs="+", default=[], help="hold gamma=1, quest.eff_D=1, ...")
     parser.add_argument("--huber-delta", type=float, help="on log loss (default: that of the law's source)")
     parser.add_argument("--draws", type=int, default=1000, help="of the bootstrap (default: 1000)")

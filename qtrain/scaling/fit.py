@@ -50,7 +50,7 @@ def huber(residuals: Array, delta: float) -> Array:
 
 def minimise(
     design: Design, log_losses: Array, start: Array, free: Array, delta: float, limits: tuple[Array, Array],
-    coarse: tuple[float, ...] = (), steps: int = 200,
+    coarse: tuple[float, ...] = (), steps: int = 1500,
 ) -> Minimum:  # fmt: skip
     """The nearest minimum from each start.
 

@@ -134,7 +134,15 @@ class Design:
     def subset(self, keep: Array) -> Design:
         cut = {
             name: getattr(self, name)[keep]
-            for name in ("log_size", "log_tokens", "log_exponent", "log_mantissa", "log_log2_block", "size_group", "token_group")
+            for name in (
+                "log_size",
+                "log_tokens",
+                "log_exponent",
+                "log_mantissa",
+                "log_log2_block",
+                "size_group",
+                "token_group",
+            )
         }
         return Design(**cut, centre=self.centre, groups=self.groups)
 
@@ -158,13 +166,13 @@ def log_loss(theta: Array, design: Design) -> tuple[Array, Array]:
     reducible = np.exp(gamma * log_sum)
     loss = floor + reducible
 
-    slope_N = -gamma * alpha * (in_N + in_Q)  # by log N; Q has gamma = 1
+    slope_N = -gamma * alpha * (in_N + in_Q)  # by log N
     slope_D = -gamma * beta * (in_D - in_Q)
     jacobian = np.empty((*loss.shape, design.width))
     for index, column in {
         A: in_N, ALPHA: slope_N * log_N, B: in_D, BETA: slope_D * log_D, E: floor / reducible,
-        GAMMA: gamma * log_sum - in_N * a - in_D * b, G: -in_Q,
-        DELTA: -in_Q * delta * design.log_exponent, NU: -in_Q * nu * design.log_mantissa,
+        GAMMA: gamma * log_sum - in_N * a - in_D * b, G: -gamma * in_Q,
+        DELTA: -gamma * in_Q * delta * design.log_exponent, NU: -gamma * in_Q * nu * design.log_mantissa,
     }.items():  # fmt: skip
         jacobian[:, :, index] = column
     for group in range(design.groups[0]):

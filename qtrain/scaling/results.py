@@ -27,6 +27,7 @@ def law_json(fit: LawFit) -> dict[str, Any]:
     efficiencies = {
         recipe: {which: _estimate(*fit.efficiency(recipe, which)) for which in fit.law.efficiencies}
         for recipe in _fitted_recipes(fit)
+        if fit.law.efficiencies
     }
     points = _points(fit)
     return {

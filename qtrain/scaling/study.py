@@ -4,9 +4,10 @@ Two stages, as in the papers: the constants are fitted to the baseline's runs; t
 the constants held. A law that is fitted jointly takes all runs at once.
 
 Intervals are those of a residual bootstrap: new losses are drawn around the fitted ones from the fit's own log
-residuals (widened by sqrt(n / (n - p)) for p constants of n runs), refitted from where the fit ended, both stages
-through, so that an efficiency's interval holds the constants' uncertainty too. Resampling whole runs instead would
-often leave a ladder of four sizes with three.
+residuals (of either sign, and widened by sqrt(n / (n - p)) for p constants of n runs), refitted from where the fit
+ended, both stages through, so that an efficiency's interval holds the constants' uncertainty too. Resampling whole runs
+instead would often leave a ladder of four sizes with three. On 100 draws of Quartet's design with 0.3% of Gaussian noise
+the 95% intervals held the truth in 85% (beta, B) to 95% (eff_N, eff_D) and 98% (the loss at 1B parameters).
 """
 
 from __future__ import annotations
@@ -148,7 +149,8 @@ def _redraw(
     if not stage.free or not len(begin):
         return begin
     predicted = log_loss(theta[None], problem.design.subset(stage.keep))[0]
-    targets = predicted + random.choice(pool, (len(begin), predicted.shape[1]))
+    shape = (len(begin), predicted.shape[1])
+    targets = predicted + random.choice(pool, shape) * random.choice((-1.0, 1.0), shape)
     return problem.minimum(stage, begin, COARSE_DELTAS[-1:], targets).theta
 
 

@@ -4,10 +4,10 @@ python scripts/fit_scaling_law.py runs/
 python scripts/fit_scaling_law.py experiments/published/quartet.csv --law quartet --out build/law
 python scripts/fit_scaling_law.py results.parquet --hold-out "largest N" --fix quest.eff_D=1 --speed speeds.json
 
-INPUT is a folder of run directories, or a CSV or Parquet table with the columns recipe, non_embedding_parameters, tokens
-and val_loss, and perhaps seed, data_hash, status, forward and backward (then eff_N belongs to the forward pass and eff_D
-to the backward), exponent_bits, mantissa_bits and block_size (for the law floating_point). Written to --out: law.json,
-and every figure as PDF and PNG.
+INPUT is a folder of run directories, or a CSV or Parquet table with the columns recipe, non_embedding_parameters,
+tokens and val_loss, and perhaps seed, data_hash, status, forward and backward (then eff_N belongs to the forward pass
+and eff_D to the backward), exponent_bits, mantissa_bits and block_size (for the law floating_point). Written to --out:
+law.json, and every figure as PDF and PNG.
 """
 
 from __future__ import annotations

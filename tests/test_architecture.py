@@ -49,7 +49,7 @@ MAY_IMPORT = {
         "torch lightning rich qtrain.config qtrain.plan qtrain.metrics qtrain.models qtrain.quant qtrain.run_directory "
         "qtrain.checkpoint qtrain.lightning_module"
     ),
-    "qtrain.scaling": "numpy scipy yaml",
+    "qtrain.scaling": "numpy scipy yaml (pyarrow)",
     "qtrain.report": "numpy scipy matplotlib yaml qtrain.scaling",
     "qtrain.run": (
         "torch lightning rich qtrain.config qtrain.plan qtrain.optim qtrain.metrics qtrain.models qtrain.quant "

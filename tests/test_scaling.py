@@ -146,8 +146,8 @@ def test_the_floating_point_law_comes_back_from_noise():
 
 
 def test_intervals_cover_at_their_rate():
-    """40 noisy draws of one law: a 95% interval misses 2 of them on average, and more than 8 with probability 3e-4; one that
-    is half as wide misses 13."""
+    """40 noisy draws of one law: a 95% interval misses 2 of them on average, and more than 8 with probability 3e-4; one
+    that is half as wide misses 13."""
     names, missed, trials = ("alpha", "beta", "E", "half.eff_N", "half.eff_D"), {}, 40
     for seed in range(trials):
         runs = runs_from("chinchilla", 0.003, 100 + seed, recipes={"half": EFFICIENCIES["half"]})
@@ -252,7 +252,7 @@ def test_a_constant_at_its_bound_is_warned_of():
 
 
 def test_a_recipe_with_too_few_runs_is_named_and_left_out():
-    runs = [run for run in runs_from("quartet", 0.002) if run.recipe != "tiny" or run.N == SIZES[0] and run.D < 1e9]
+    runs = [run for run in runs_from("quartet", 0.002) if run.recipe != "tiny" or (run.N, run.D) == (3e7, 3e7 * 25)]
     found = law_json(fit_law(runs, LAWS["quartet"], draws=10))
     assert "tiny" not in found["efficiencies"] and "half" in found["efficiencies"]
     assert found["warnings"][0] == "tiny: 1 runs are too few for its efficiencies; not used"
@@ -267,7 +267,7 @@ def test_too_few_runs_or_no_baseline_are_refused():
     with pytest.raises(UserError, match=r"6 different runs of bf16 are too few for the 6 constants of the law quartet"):
         fit_law(few, LAWS["quartet"])
     with pytest.raises(UserError, match="all runs of bf16 have one N"):
-        fit_law([run for run in runs if run.N == SIZES[0]], LAWS["chinchilla"], fixed={"E": 1.69, "beta": 0.28})
+        fit_law([run for run in runs if SIZES[0] == run.N], LAWS["chinchilla"], fixed={"E": 1.69, "beta": 0.28})
     with pytest.raises(UserError, match="needs the columns exponent_bits"):
         fit_law(runs, LAWS["floating_point"])
     with pytest.raises(UserError, match="no run is left to fit"):
@@ -290,7 +290,7 @@ def test_equal_compute_weighs_speed_against_loss():
             ]
             assert found["best"][i][j] == int(np.argmin(losses))
             assert found["gain"][i][j] == pytest.approx(losses[0] - min(losses), abs=2e-4)
-    assert {0} == {best for row in found["best"] for best in row}, "at half efficiency, twice the speed is not enough"
+    assert not np.any(found["best"]), "at half efficiency, twice the speed is not enough"
     faster = speed_map(fit, SpeedModel("made up", {"half": (2.0, 4.0)}), cells=5)
     assert faster["best"][0][0] == 1 and faster["speeds"]["half"] == {"forward": 2.0, "training": 4.0}
     with pytest.raises(UserError, match="the speed model has quest; the runs have bf16, half, tiny"):

@@ -93,7 +93,7 @@ def _small_multiples(law: Law, x_name: str, x_label: str, by: str, by_label: str
         axes.set_xlabel(x_label)
     for axes in grid[:, 0]:
         axes.set_ylabel("loss (nats per token)")
-    handles = [Patch(color=shade, label=readable(level)) for level, shade in zip(levels, shades, strict=True)]
+    handles = [Patch(color=shade, label=_short(level)) for level, shade in zip(levels, shades, strict=True)]
     figure.legend(handles=handles, title=by_label, loc="outside right upper", frameon=False, fontsize=8)
     return figure
 
@@ -112,6 +112,10 @@ def _draw_level(axes: Axes, law: Law, recipe: str, points: list[Law], x_name: st
     N = np.full_like(x, points[0]["N"]) if x_name == "D" else x
     D = x if x_name == "D" else x * np.exp(np.mean([np.log(p["D"] / p["N"]) for p in points]))
     axes.plot(x, predicted(law, recipe, N, D), color=shade, linewidth=1.3)
+
+
+def _short(level: float) -> str:
+    return f"{level:.2g}" if level < 100 else readable(level)
 
 
 def _value(point: Law, by: str) -> float:
@@ -166,8 +170,12 @@ def _residuals(law: Law) -> Figure:
             axes.plot([p["predicted"] for p in chosen], [p["residual"] for p in chosen], marker, color=colour,
                       markerfacecolor="none" if held else colour, markersize=5, label=label)  # fmt: skip
     axes.axhline(0, color=GREY, linewidth=1)
-    rmse = law["fit"]["rmse"]
-    axes.axhspan(-rmse, rmse, color=GREY, alpha=0.12, linewidth=0, label=f"rms {rmse:.4f}")
+    rmse = law["fit"]["rmse_of_constants"]
+    axes.axhspan(-rmse, rmse, color=GREY, alpha=0.12, linewidth=0, label=f"rms of the law's own runs {rmse:.4f}")
+    largest = max(abs(point["residual"]) for point in law["points"])
+    if largest > 8 * rmse > 0:  # a few bad recipes would press all others onto the line
+        axes.set_yscale("symlog", linthresh=4 * rmse)
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.2g}"))
     axes.set_xlabel("predicted loss (nats per token)")
     axes.set_ylabel("measured less predicted")
     tidy(axes)

@@ -1,8 +1,8 @@
 """The numerics of a fit: Huber loss on log residuals, minimised for many starts or many bootstrap draws at once.
 
 In the published fits Huber's delta (1e-4 on log loss) is small against the noise, so that the objective is nearly the
-sum of absolute residuals. It is minimised by Levenberg and Marquardt's steps on weighted squares, the weight of a residual r
-being min(1, delta / |r|), from a large delta down to the one that is asked for.
+sum of absolute residuals. It is minimised by Levenberg and Marquardt's steps on weighted squares, the weight of a
+residual r being min(1, delta / |r|), from a large delta down to the one that is asked for.
 """
 
 from __future__ import annotations

@@ -39,9 +39,18 @@ def law_json(fit: LawFit) -> dict[str, Any]:
         "efficiencies": efficiencies,
         "fit": _fit(fit, points),
         "points": points,
-        "warnings": [*fit.warnings, *_of_data(fit), *_of_search(fit), *_of_constants(fit, constants),
-                     *_of_efficiencies(efficiencies), *_of_held_out(points)],
-    }  # fmt: skip
+        "warnings": _warnings(fit, constants, efficiencies, points),
+    }
+
+
+def _warnings(
+    fit: LawFit, constants: dict[str, Any], efficiencies: dict[str, Any], points: list[dict[str, Any]]
+) -> list[str]:
+    if len(fit.draws):
+        unknown = [*_of_constants(fit, constants), *_of_efficiencies(efficiencies)]
+    else:
+        unknown = ["without bootstrap draws there are no intervals, and nothing counts as identified"]
+    return [*fit.warnings, *_of_data(fit), *_of_search(fit), *unknown, *_of_held_out(points)]
 
 
 def _estimate(value: float, draws: Array) -> dict[str, Any]:
@@ -64,7 +73,7 @@ def _constant(fit: LawFit, name: str) -> dict[str, Any]:
 
 
 def _spread(estimate: dict[str, Any]) -> float:
-    """The factor that an interval spans."""
+    """The factor that an interval spans; infinite beyond what a float holds, or without draws."""
     if estimate["low"] is None or estimate["high"] is None:
         return math.inf
     return estimate["high"] / estimate["low"] if estimate["low"] > 0 else math.inf
@@ -95,6 +104,8 @@ def _points(fit: LawFit) -> list[dict[str, Any]]:
 def _fit(fit: LawFit, points: list[dict[str, Any]]) -> dict[str, Any]:
     held = [point["residual"] for point in points if point["held_out"]]
     used = [point["residual"] for point in points if not point["held_out"]]
+    constants = [run.loss - predicted for run, predicted, first in zip(fit.runs, fit.predicted, fit.first, strict=True)
+                 if first]  # fmt: skip
     return {
         "huber_delta": fit.huber_delta,
         "objective": fit.objective,
@@ -104,6 +115,7 @@ def _fit(fit: LawFit, points: list[dict[str, Any]]) -> dict[str, Any]:
         "starts_at_minimum": fit.agreeing,
         "bootstrap_draws": len(fit.draws),
         "rmse": _rms(used),
+        "rmse_of_constants": _rms(constants),
         "held_out_points": len(held),
         "held_out_rmse": _rms(held),
     }

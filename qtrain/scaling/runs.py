@@ -64,7 +64,7 @@ def _read_parquet(path: Path) -> list[dict[str, Any]]:
 
 
 def runs_of(rows: Iterable[Mapping[str, Any]], where: str) -> tuple[list[Run], list[str]]:
-    """(usable runs, what was left out and why: unfinished and diverged runs).
+    """(usable runs in an order of their own, what was left out and why: unfinished and diverged runs).
 
     UserError where there is none, where runs of different data or tokenizers are mixed (their losses do not compare),
     where two are of one recipe, N, D and seed, or where a number is none.
@@ -94,7 +94,7 @@ def runs_of(rows: Iterable[Mapping[str, Any]], where: str) -> tuple[list[Run], l
             f"{where} has several runs of recipe {recipe!r}, N {N:.6g}, D {D:.6g}, seed {seed or 'none'}; keep one, or "
             "give them their own seed or recipe"
         )
-    return runs, left_out
+    return sorted(runs, key=lambda run: (run.recipe, run.N, run.D, run.seed)), left_out
 
 
 def _run(row: Mapping[str, Any], where: str) -> Run:

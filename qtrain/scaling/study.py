@@ -5,9 +5,13 @@ the constants held. A law that is fitted jointly takes all runs at once.
 
 Intervals are those of a residual bootstrap: new losses are drawn around the fitted ones from the fit's own log
 residuals (of either sign, and widened by sqrt(n / (n - p)) for p constants of n runs), refitted from where the fit
-ended, both stages through, so that an efficiency's interval holds the constants' uncertainty too. Resampling whole runs
-instead would often leave a ladder of four sizes with three. On 100 draws of Quartet's design with 0.3% of Gaussian noise
-the 95% intervals held the truth in 85% (beta, B) to 95% (eff_N, eff_D) and 98% (the loss at 1B parameters).
+ended, both stages through, so that an efficiency's interval holds the constants' uncertainty too. Resampling whole
+runs instead would often leave a ladder of four sizes with three.
+
+How often they hold the truth, in 100 sets of losses with 0.3% of Gaussian noise at the runs of Quartet's fit: with Huber
+delta 0.01 94% to 97%; with the paper's 1e-4, which is close to least absolute deviations, 84% (B) and 85% (beta) to
+95% (eff_N, eff_D), and intervals are a tenth to a quarter wider.
+
 """
 
 from __future__ import annotations

@@ -41,6 +41,7 @@ def test_tables_of_both_kinds_give_the_same_runs(tmp_path, suffix):
     ({"non_embedding_parameters": ""}, "here, row 3: non_embedding_parameters is '', not a positive number"),
     ({"val_loss": -1}, r"here, row 3: val_loss is -1\.0; a cross-entropy is above zero"),
     ({"recipe": ""}, "here, row 3 names no recipe"),
+    ({"exponent_bits": 2, "mantissa_bits": 1, "block_size": 1}, "here, row 3: block_size is 1; a block has two"),
 ])  # fmt: skip
 def test_a_bad_table_is_refused_by_what_is_wrong(second, message):
     first = GOOD | {"data_hash": "a", "tokenizer": "bytes"}

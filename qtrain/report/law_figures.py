@@ -171,7 +171,7 @@ def _residuals(law: Law) -> Figure:
                       markerfacecolor="none" if held else colour, markersize=5, label=label)  # fmt: skip
     axes.axhline(0, color=GREY, linewidth=1)
     rmse = law["fit"]["rmse_of_constants"]
-    axes.axhspan(-rmse, rmse, color=GREY, alpha=0.12, linewidth=0, label=f"rms of the law's own runs {rmse:.4f}")
+    axes.axhspan(-rmse, rmse, color=GREY, alpha=0.12, linewidth=0, label=f"rms {rmse:.4f}")
     largest = max(abs(point["residual"]) for point in law["points"])
     if largest > 8 * rmse > 0:  # a few bad recipes would press all others onto the line
         axes.set_yscale("symlog", linthresh=4 * rmse)

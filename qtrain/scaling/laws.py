@@ -113,8 +113,8 @@ class Design:
     """What the loss of n runs depends on, and which efficiency each run has.
 
     log_size, log_tokens (of N and D), log_exponent, log_mantissa: (n,) less their `centre`; log_log2_block: (n,),
-    -inf without Q. size_group, token_group: (n,) index of the run's efficiency of N and of D, -1 for 1; `groups` has how many
-    of each there are.
+    -inf without Q. size_group, token_group: (n,) index of the run's efficiency of N and of D, -1 for 1; `groups` has
+    how many of each there are.
     """
 
     log_size: Array

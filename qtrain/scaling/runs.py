@@ -98,8 +98,8 @@ def runs_of(rows: Iterable[Mapping[str, Any]], where: str) -> tuple[list[Run], l
 
 
 def _run(row: Mapping[str, Any], where: str) -> Run:
-    sizes = {name: _number(row, name, where) for name in REQUIRED[1:3]}
-    for name, value in sizes.items():
+    N, D = (_number(row, name, where) for name in REQUIRED[1:3])
+    for name, value in zip(REQUIRED[1:3], (N, D), strict=True):
         if not (math.isfinite(value) and value > 0):
             raise UserError(f"{where}: {name} is {row.get(name)!r}, not a positive number")
     loss = _number(row, "val_loss", where)
@@ -111,10 +111,11 @@ def _run(row: Mapping[str, Any], where: str) -> Run:
     if all(row.get(name) not in (None, "") for name in PRECISION):
         exponent, mantissa, block = (_number(row, name, where) for name in PRECISION)
         precision = (exponent, mantissa, block)
-    return Run(
-        str(row["recipe"]), "" if row.get("seed") is None else str(row["seed"]), *sizes.values(), loss,
-        str(row.get("forward") or ""), str(row.get("backward") or ""), precision,
-    )  # fmt: skip
+        if not block > 1:
+            raise UserError(f"{where}: block_size is {block:g}; a block has two elements or more")
+    seed = "" if row.get("seed") is None else str(row["seed"])
+    forward, backward = (str(row.get(name) or "") for name in ("forward", "backward"))
+    return Run(str(row["recipe"]), seed, N, D, loss, forward, backward, precision)
 
 
 def _number(row: Mapping[str, Any], column: str, where: str) -> float:

@@ -74,7 +74,7 @@ def _recipes(law: Law) -> list[str]:
 def _small_multiples(law: Law, x_name: str, x_label: str, by: str, by_label: str) -> Figure:
     """Loss over N or D, a panel for each recipe, a colour for each level of the other axis, curves of the law."""
     recipes = _recipes(law)[:PANELS]
-    columns = min(3, len(recipes))
+    columns = 2 if len(recipes) == 4 else min(3, len(recipes))
     rows = -(-len(recipes) // columns)
     figure, grid = _figure(1.6 + 2.9 * columns, 0.9 + 2.6 * rows, nrows=rows, ncols=columns, sharex=True, sharey=True,
                            squeeze=False)  # fmt: skip
@@ -89,8 +89,9 @@ def _small_multiples(law: Law, x_name: str, x_label: str, by: str, by_label: str
         tidy(axes)
     for axes in list(grid.flat)[len(recipes) :]:
         axes.set_visible(False)
-    for axes in grid[-1]:
+    for axes in list(grid.flat)[max(0, len(recipes) - columns) : len(recipes)]:  # the lowest of each column
         axes.set_xlabel(x_label)
+        axes.tick_params(labelbottom=True)
     for axes in grid[:, 0]:
         axes.set_ylabel("loss (nats per token)")
     handles = [Patch(color=shade, label=_short(level)) for level, shade in zip(levels, shades, strict=True)]

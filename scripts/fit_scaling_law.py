@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -34,7 +35,7 @@ from qtrain.scaling.study import fit_law
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("inputs", metavar="INPUT", type=Path, nargs="+", help="folders of run directories, or tables")
-    parser.add_argument("--law", choices=LAWS, default="quartet", help="default: quartet")
+    parser.add_argument("--law", choices=LAWS, default="quartet", help="as `qtrain/scaling/laws.py` has them (quartet)")
     parser.add_argument("--out", type=Path, default=Path("build/law"), help="default: build/law")
     parser.add_argument("--baseline", default="bf16", help="the recipe with efficiency 1 (default: bf16)")
     parser.add_argument("--recipes", nargs="+", help="use these alone; the baseline always")
@@ -86,13 +87,30 @@ def fit(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def read(places: list[Path]) -> tuple[list[Run], list[str]]:
-    where = " and ".join(map(str, places))
-    rows = []
+    """(usable runs, what was left out and why). UserError as `runs_of`."""
+    rows, left_out = [], []
     for place in places:
         if not place.exists():
             raise UserError(f"there is no {place}; give a folder of run directories, or a table of runs")
-        rows += finished_runs(place) if place.is_dir() else read_table(place)
-    return runs_of(rows, where)
+        found = finished_runs(place) if place.is_dir() else read_table(place)
+        missing = unfinished(place)
+        if missing and not found:
+            raise UserError(f"{place} holds {len(missing)} runs, none of them finished")
+        rows += found
+        left_out += missing
+    runs, unusable = runs_of(rows, " and ".join(map(str, places)))
+    return runs, [*left_out, *unusable]
+
+
+def unfinished(place: Path) -> list[str]:
+    """The run directories below a folder that `finished_runs` leaves out, and why; none of a table."""
+    summaries = {path: json.loads(path.read_text(encoding="utf-8")) for path in sorted(place.rglob("summary.json"))}
+    moved_aside = re.compile(r"\.old\d+$")  # by force=true
+    return [
+        f"{path.parent}: not used, its status is {summary.get('status')}"
+        for path, summary in summaries.items()
+        if summary.get("status") != "finished" and not moved_aside.search(path.parent.name)
+    ]
 
 
 def chosen(runs: list[Run], recipes: list[str] | None, baseline: str) -> list[Run]:

@@ -106,7 +106,7 @@ def test_the_command_writes_all_that_it_found(command, capsys):
     assert all(f"warning: {warning}" in shown for warning in law["warnings"]) and law["warnings"]
 
 
-def test_a_folder_of_run_directories_is_fitted_as_its_table_is(command, tmp_path):
+def test_a_folder_of_run_directories_is_fitted_as_its_table_is(law_only, tmp_path):
     rows = [
         {"recipe": recipe, "seed": 0, "val_loss": loss, "tokens": tokens, "non_embedding_parameters": size,
          "data_hash": "d", "name": recipe, "status": "finished"}
@@ -115,14 +115,15 @@ def test_a_folder_of_run_directories_is_fitted_as_its_table_is(command, tmp_path
         for loss in [factor * (1.2 + 300 / size**0.4 + 90 / tokens**0.3)]
     ]  # fmt: skip
     runs = tmp_path / "runs"
-    for number, row in enumerate([*rows, rows[0] | {"status": "running", "seed": 5}]):
+    for number, row in enumerate([*rows, rows[0] | {"status": "diverged", "seed": 5}]):
         (runs / f"run-{number}").mkdir(parents=True)
         (runs / f"run-{number}" / "summary.json").write_text(json.dumps(row))
     table = tmp_path / "table.csv"
     table.write_text("\n".join([",".join(rows[0]), *(",".join(map(str, row.values())) for row in rows)]) + "\n")
     options = ("--law", "chinchilla", "--draws", 0, "--fix", "quest.eff_D=1")
-    folder, csv = command(runs, *options), command(table, *options)
+    folder, csv = law_only(runs, *options), law_only(table, *options)
     assert folder["constants"] == csv["constants"] and folder["efficiencies"] == csv["efficiencies"]
+    assert f"{runs}/run-18: not used, its status is diverged" in folder["warnings"]
     assert folder["fit"]["points"] == 18 and folder["efficiencies"]["quest"]["eff_D"]["value"] == 1.0
 
 

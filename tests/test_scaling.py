@@ -151,7 +151,7 @@ def test_intervals_cover_at_their_rate():
     names, missed, trials = ("alpha", "beta", "E", "half.eff_N", "half.eff_D"), {}, 40
     for seed in range(trials):
         runs = runs_from("chinchilla", 0.003, 100 + seed, recipes={"half": EFFICIENCIES["half"]})
-        found = law_json(fit_law(runs, LAWS["chinchilla"], draws=100))
+        found = law_json(fit_law(runs, LAWS["chinchilla"], draws=60))
         truths = {**TRUE["chinchilla"], "half.eff_N": 0.5, "half.eff_D": 0.8}
         estimates = {**found["constants"], **{f"half.{k}": v for k, v in found["efficiencies"]["half"].items()}}
         for name in names:
@@ -185,6 +185,8 @@ def test_held_constants_stay():
     whole = fit_law(runs_from("quartet"), LAWS["quartet"], draws=5, fixed=TRUE["quartet"])
     assert whole.constants()[0][:6] == pytest.approx(list(TRUE["quartet"].values()), rel=1e-9)
     assert whole.efficiency("tiny", "eff_N")[0] == pytest.approx(0.05, rel=1e-6)
+    no_floor = fit_law(runs_from("quartet", 0.003), LAWS["kaplan"], draws=5, fixed={"E": 0.0})
+    assert no_floor.constants()[0][CONSTANTS.index("E")] == 0.0 and np.all(np.isfinite(no_floor.predicted))
     with pytest.raises(UserError, match=r"no 'gama' to hold; it has: A, alpha"):
         fit_law(runs_from("quartet"), LAWS["quartet"], fixed={"gama": 1.0})
     with pytest.raises(UserError, match="A can be held only together with alpha, gamma"):

@@ -34,6 +34,8 @@ def test_tables_of_both_kinds_give_the_same_runs(tmp_path, suffix):
 
 @pytest.mark.parametrize(("second", "message"), [
     ({"data_hash": "b"}, r"the runs in here are of 2 different corpora \(a, b\); fit them apart"),
+    ({"data_hash": ""}, r"the runs in here are of 2 different corpora \(a, unnamed\)"),
+    ({"forward": "quest", "backward": "sr"}, "here: 1 of 2 runs say what forward and backward run in; let all or none"),
     ({"tokenizer": "bpe"}, r"the runs in here are of 2 different tokenizers \(bpe, bytes\)"),
     ({"seed": 0}, "here has several runs of recipe 'bf16', N 1000, D 20000, seed 0"),
     ({"tokens": 0}, "here, row 3: tokens is 0, not a positive number"),

@@ -19,6 +19,7 @@ FLOORS = (0.1, 0.4, 0.6, 0.8, 0.95)  # of starts: E over the least loss
 GAMMAS = (0.15, 0.35, 0.7, 1.0, 2.0)
 SLOPES = (0.03, 0.1, 0.3)  # gamma times alpha or beta
 SHARES = (0.2, 0.5, 0.8)  # of A's term in the sum
+COARSE_STEPS = 40
 SETTLED = 1e-9  # a step that lowers the objective relatively less than this, three times in a row, ends it
 
 
@@ -38,7 +39,7 @@ def bounds(design: Design, least_loss: float) -> tuple[Array, Array]:
             low[index], high[index] = np.log(BOUNDS[name])
     high[E] = np.log(least_loss)
     first = len(CONSTANTS)
-    low[first:], high[first:] = np.log(BOUNDS["eff_N"])
+    low[first:], high[first:] = np.log(BOUNDS["efficiency"])
     return low, high
 
 
@@ -55,13 +56,15 @@ def minimise(
     """The nearest minimum from each start.
 
     log_losses: (n,) of all, or (S, n). start: (S, P). free: indices into theta of what is fitted; the rest stays.
-    limits: lowest and highest theta. coarse: deltas to go through before.
+    limits: lowest and highest theta. coarse: deltas to go through before, those that are larger.
     """
     theta = start.copy()
     theta[:, free] = np.clip(start, *limits)[:, free]
     targets = np.broadcast_to(log_losses, (len(theta), log_losses.shape[-1]))
-    for step_delta in (*coarse, delta):
-        theta = _descend(design, targets, theta, free, step_delta, limits, steps if step_delta == delta else 40)
+    for larger in coarse:
+        if larger > delta:
+            theta = _descend(design, targets, theta, free, larger, limits, COARSE_STEPS)
+    theta = _descend(design, targets, theta, free, delta, limits, steps)
     return Minimum(theta, huber(log_loss(theta, design)[0] - targets, delta))
 
 

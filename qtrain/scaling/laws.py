@@ -29,7 +29,7 @@ A, ALPHA, B, BETA, E, GAMMA, G, DELTA, NU = range(len(CONSTANTS))
 
 # What a constant may be. E is bounded by the data too: it lies below the least loss.
 BOUNDS = {"alpha": (0.005, 5.0), "beta": (0.005, 5.0), "E": (1e-4, 100.0), "gamma": (0.02, 20.0),
-          "delta": (0.02, 50.0), "nu": (0.02, 50.0), "eff_N": (1e-7, 100.0), "eff_D": (1e-7, 100.0)}  # fmt: skip
+          "delta": (0.02, 50.0), "nu": (0.02, 50.0), "efficiency": (1e-7, 100.0)}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -162,17 +162,18 @@ def log_loss(theta: Array, design: Design) -> tuple[Array, Array]:
     largest = terms.max(axis=0)
     shares = np.exp(terms - largest)
     total = shares.sum(axis=0)
-    in_N, in_D, in_Q = shares / total
     log_sum = largest + np.log(total)
     reducible = np.exp(gamma * log_sum)
     loss = floor + reducible
+    above_floor = reducible / loss
+    in_N, in_D, in_Q = shares / total * above_floor
 
     slope_N = -gamma * alpha * (in_N + in_Q)  # by log N
     slope_D = -gamma * beta * (in_D - in_Q)
     jacobian = np.empty((*loss.shape, design.width))
     for index, column in {
-        A: in_N, ALPHA: slope_N * log_N, B: in_D, BETA: slope_D * log_D, E: floor / reducible,
-        GAMMA: gamma * log_sum - in_N * a - in_D * b, G: -gamma * in_Q,
+        A: in_N, ALPHA: slope_N * log_N, B: in_D, BETA: slope_D * log_D, E: floor / loss,
+        GAMMA: above_floor * gamma * log_sum - in_N * a - in_D * b, G: -gamma * in_Q,
         DELTA: -gamma * in_Q * delta * design.log_exponent, NU: -gamma * in_Q * nu * design.log_mantissa,
     }.items():  # fmt: skip
         jacobian[:, :, index] = column
@@ -180,7 +181,6 @@ def log_loss(theta: Array, design: Design) -> tuple[Array, Array]:
         jacobian[:, :, len(CONSTANTS) + group] = slope_N * (design.size_group == group)
     for group in range(design.groups[1]):
         jacobian[:, :, first_D + group] = slope_D * (design.token_group == group)
-    jacobian *= (reducible / loss)[:, :, None]
     return np.log(loss), jacobian
 
 

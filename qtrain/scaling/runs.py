@@ -67,13 +67,14 @@ def runs_of(rows: Iterable[Mapping[str, Any]], where: str) -> tuple[list[Run], l
     """(usable runs in an order of their own, what was left out and why: unfinished and diverged runs).
 
     UserError where there is none, where runs of different data or tokenizers are mixed (their losses do not compare),
-    where two are of one recipe, N, D and seed, or where a number is none.
+    where two are of one recipe, N, D and seed, where only some have a forward and a backward, or where a number is
+    none.
     """
     rows = list(rows)
     if not rows:
         raise UserError(f"{where} holds no run: there is nothing to fit")
     for column, what in (("data_hash", "corpora"), ("tokenizer", "tokenizers")):
-        found = sorted({str(row[column]) for row in rows if row.get(column)})
+        found = sorted({str(row.get(column) or "unnamed") for row in rows})
         if len(found) > 1:
             shown = ", ".join(value[:12] for value in found)
             raise UserError(f"the runs in {where} are of {len(found)} different {what} ({shown}); fit them apart")
@@ -87,6 +88,11 @@ def runs_of(rows: Iterable[Mapping[str, Any]], where: str) -> tuple[list[Run], l
             left_out.append(f"{run}: not used, it has no finite loss (diverged)")
         else:
             runs.append(run)
+    told = sum(bool(run.forward and run.backward) for run in runs)
+    if 0 < told < len(runs):
+        raise UserError(
+            f"{where}: {told} of {len(runs)} runs say what forward and backward run in; let all or none say it"
+        )
     twice = [key for key, count in Counter((run.recipe, run.N, run.D, run.seed) for run in runs).items() if count > 1]
     if twice:
         recipe, N, D, seed = twice[0]

@@ -31,13 +31,12 @@ class Minimum:
     objective: Array
 
 
-def bounds(design: Design, least_loss: float) -> tuple[Array, Array]:
+def bounds(design: Design) -> tuple[Array, Array]:
     """Lowest and highest theta, (P,)."""
     low, high = np.full(design.width, -np.inf), np.full(design.width, np.inf)
     for index, name in enumerate(CONSTANTS):
         if name in BOUNDS:
             low[index], high[index] = np.log(BOUNDS[name])
-    high[E] = np.log(least_loss)
     first = len(CONSTANTS)
     low[first:], high[first:] = np.log(BOUNDS["efficiency"])
     return low, high

@@ -27,7 +27,7 @@ Array = np.ndarray
 CONSTANTS = ("A", "alpha", "B", "beta", "E", "gamma", "G", "delta", "nu")
 A, ALPHA, B, BETA, E, GAMMA, G, DELTA, NU = range(len(CONSTANTS))
 
-# What a constant may be. E is bounded by the data too: it lies below the least loss.
+# What a constant may be
 BOUNDS = {"alpha": (0.005, 5.0), "beta": (0.005, 5.0), "E": (1e-4, 100.0), "gamma": (0.02, 20.0),
           "delta": (0.02, 50.0), "nu": (0.02, 50.0), "efficiency": (1e-7, 100.0)}  # fmt: skip
 

@@ -120,8 +120,7 @@ def fit_law(
     _check_runs(runs, law, baseline, held)
     design, names = design_of(runs, law, baseline)
     holding = _holding(law, fixed or {}, names)
-    least_loss = min(run.loss for run, out in zip(runs, held, strict=True) if not out)
-    problem = Problem(design, np.log([run.loss for run in runs]), delta, bounds(design, least_loss))
+    problem = Problem(design, np.log([run.loss for run in runs]), delta, bounds(design))
     stages, warnings = _stages(runs, law, baseline, held, design, names, holding)
 
     theta = _start(design, names, holding)

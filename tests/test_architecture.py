@@ -56,7 +56,7 @@ MAY_IMPORT = {
         "torch rich qtrain qtrain.config qtrain.plan qtrain.run_directory qtrain.checkpoint qtrain.lightning_module "
         "qtrain.trunk qtrain.report qtrain.run"
     ),
-    "qtrain.scaling": "numpy scipy yaml",
+    "qtrain.scaling": "numpy scipy yaml (pyarrow)",
     "qtrain.report": "numpy scipy matplotlib yaml qtrain.scaling",
     "qtrain.run": (
         "torch lightning rich qtrain.config qtrain.plan qtrain.optim qtrain.metrics qtrain.models qtrain.quant "

@@ -14,7 +14,20 @@ from matplotlib.figure import Figure
 
 from qtrain.errors import UserError
 from qtrain.report.gaps import plot_gaps
-from qtrain.report.summaries import COLUMNS, compare, markdown, read_csv, read_published, read_summaries, write_csv
+from qtrain.report.summaries import (
+    COLUMNS,
+    INTEGERS,
+    NUMBERS,
+    REQUIRED,
+    compare,
+    markdown,
+    read_csv,
+    read_published,
+    read_summaries,
+    read_table,
+    write_csv,
+    write_table,
+)
 
 
 def write(root, name, seed, loss, **more):
@@ -73,26 +86,21 @@ def test_of_two_runs_with_one_name_none_is_picked_in_silence(runs):
         read_summaries(runs)
 
 
-HEADER = ",".join(COLUMNS)
+HEADER = ",".join(REQUIRED)
 NUMBERS = "1.5,2.5,,192,3,100,600,10.5,c,d,e"
 
 
 def test_a_results_file_reads_back_as_it_was_written(tmp_path):
-    row = dict.fromkeys(COLUMNS, "x") | {
-        "seed": 2,
-        "tokens": 192,
-        "steps": 3,
-        "non_embedding_parameters": 7,
-        "flops": 9,
-    }
-    row |= {"val_loss": 1 / 3, "val_bits_per_byte": 2e-300, "tokens_per_second": 1e9, "name": "Größe, 3"}
+    row = dict.fromkeys(COLUMNS, "x") | {column: number for number, column in enumerate(INTEGERS)} | {"seed": 2}
+    row |= dict.fromkeys(NUMBERS, 0.1) | {"val_loss": 1 / 3, "val_bits_per_byte": 2e-300, "tokens_per_second": 1e9}
+    row |= {"name": "Größe, 3", "status": "finished"}
     path = tmp_path / "results.csv"
     write_csv([row], path, append=True)
     write_csv([row | {"seed": 3}], path, append=True)
     assert read_csv(path) == [row, row | {"seed": 3}]
     path.write_text(HEADER + "\n")
     assert read_csv(path) == []
-    with pytest.raises(UserError, match=r"results\.csv holds no run"):
+    with pytest.raises(UserError, match=r"results\.csv holds no finished run"):
         read_summaries(path)
 
 

@@ -144,7 +144,7 @@ def test_a_point_that_fails_does_not_stop_the_study(
     trainer.status, trainer.silent = {"b": 3}, {"c"}
     old = Path("runs/s/a-of-other-settings")
     old.mkdir(parents=True)
-    (old / "summary.json").write_text(json.dumps({"status": "finished", "name": "a", "seed": 1}))
+    (old / "summary.json").write_text(json.dumps({"status": "finished", "name": "a", "seed": 1, "val_loss": 2.0}))
     assert main(write("s")) == 1
     assert [(row["name"], row["seed"]) for row in read_csv(Path("s/results.csv"))] == [("a", 0), ("a", 2)]
     shown = capsys.readouterr().err

@@ -87,7 +87,7 @@ def test_of_two_runs_with_one_name_none_is_picked_in_silence(runs):
 
 
 HEADER = ",".join(REQUIRED)
-NUMBERS = "1.5,2.5,,192,3,100,600,10.5,c,d,e"
+VALUES = "1.5,2.5,,192,3,100,600,10.5,c,d,e"
 
 
 def test_a_results_file_reads_back_as_it_was_written(tmp_path):
@@ -106,13 +106,13 @@ def test_a_results_file_reads_back_as_it_was_written(tmp_path):
 
 @pytest.mark.parametrize(("content", "message"), [
     ("", "results.csv is empty, not even a header"),
-    (f"{HEADER}\na,r,0,{NUMBERS}\nb,r,1,{NUMBERS.replace('2.5', 'low')}\n",
+    (f"{HEADER}\na,r,0,{VALUES}\nb,r,1,{VALUES.replace('2.5', 'low')}\n",
      "results.csv, row 3: val_bits_per_byte is 'low', not a number"),
-    (f"{HEADER}\na,r,zero,{NUMBERS}\n", "results.csv, row 2: seed is 'zero', not an integer"),
-    (f"{HEADER}\na,r,0,{NUMBERS.replace('600', '6.5')}\n", "results.csv, row 2: flops is '6.5', not an integer"),
-    (f"{HEADER}\na,r,0,{NUMBERS.replace('10.5', '')}\n", "results.csv, row 2: tokens_per_second is '', not a number"),
+    (f"{HEADER}\na,r,zero,{VALUES}\n", "results.csv, row 2: seed is 'zero', not an integer"),
+    (f"{HEADER}\na,r,0,{VALUES.replace('600', '6.5')}\n", "results.csv, row 2: flops is '6.5', not an integer"),
+    (f"{HEADER}\na,r,0,{VALUES.replace('10.5', '')}\n", "results.csv, row 2: tokens_per_second is '', not a number"),
     (f"{HEADER}\na,r,0,1.5\n", "results.csv, row 2 has fewer fields than the header"),
-    (f"{HEADER}\na,r,0,{NUMBERS},more\n", "results.csv, row 2 has more fields than the header"),
+    (f"{HEADER}\na,r,0,{VALUES},more\n", "results.csv, row 2 has more fields than the header"),
     (f"{HEADER.replace('flops', 'flop')}\n", "lacks flops; it is no results file"),
     (b"\x89PNG\r\n\x1a\n\x00\xff", "results.csv is no text"),
     (b"\x00\x01\x02\n", "results.csv"),

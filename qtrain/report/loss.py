@@ -63,7 +63,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl, in order. A half-written last line is left out, with a warning in the log."""
     if not path.exists():
         raise UserError(f"{path} does not exist; is {path.parent} a run directory?")
-    lines, damaged = scan_metrics(path)
+    lines, damaged, _ = scan_metrics(path)
     for fault in damaged:
         if not fault.last:
             raise UserError(f"line {fault.number} of {path} is not JSON: {fault.text!r}; remove it")
@@ -80,13 +80,14 @@ class DamagedLine:
     last: bool
 
 
-def scan_metrics(path: Path, without: str | None = None) -> tuple[list[dict[str, Any]], list[DamagedLine]]:
-    """The lines of a metrics.jsonl, in order, and those that are damaged. without: lines that hold this text are
-    passed over unparsed."""
+def scan_metrics(path: Path, without: tuple[str, ...] = ()) -> tuple[list[dict[str, Any]], list[DamagedLine], int]:
+    """The lines of a metrics.jsonl, in order, those that are damaged, and how many were passed over: the whole ones
+    that hold one of the texts `without` are not parsed."""
     texts = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    lines, damaged = [], []
+    lines, damaged, passed = [], [], 0
     for number, text in enumerate(texts, start=1):
-        if without is not None and without in text and text.endswith("}"):
+        if text.endswith("}") and any(key in text for key in without):
+            passed += 1
             continue
         try:
             line = json.loads(text)
@@ -96,7 +97,7 @@ def scan_metrics(path: Path, without: str | None = None) -> tuple[list[dict[str,
             lines.append(line)
         else:
             damaged.append(DamagedLine(number, text[:60], number == len(texts)))
-    return lines, damaged
+    return lines, damaged, passed
 
 
 def curve(lines: list[dict[str, Any]], key: str) -> Curve:

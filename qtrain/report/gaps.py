@@ -14,7 +14,14 @@ from qtrain.report.summaries import Comparison
 
 
 def plot_gaps(comparisons: list[Comparison], path: Path, published: Mapping[str, float] | None = None) -> None:
-    """Draws gaps in nats per token, the least at the top, into path (png, pdf, svg).
+    """`gaps_figure`, written into path (png, pdf, svg)."""
+    gaps_figure(comparisons, published).savefig(path, dpi=150)
+
+
+def gaps_figure(
+    comparisons: list[Comparison], published: Mapping[str, float] | None = None, width: float = 7.2
+) -> Figure:
+    """Gaps in nats per token, the least at the top; width in inches.
 
     comparisons: as `compare` gives them, the baseline first. Every seed a small dot, their mean a large one with its
     95% interval; published: name -> the gap that others found, a diamond. Names without a seed in common with the
@@ -23,7 +30,7 @@ def plot_gaps(comparisons: list[Comparison], path: Path, published: Mapping[str,
     baseline, *others = comparisons
     shown = sorted((other for other in others if np.isfinite(other.gap)), key=lambda other: -other.gap)
     published = {name: gap for name, gap in (published or {}).items() if name in {other.name for other in shown}}
-    figure = Figure(figsize=(7.2, 1.3 + 0.32 * len(shown)), layout="constrained")
+    figure = Figure(figsize=(width, 1.3 + 0.32 * len(shown)), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     lowest = []
@@ -50,4 +57,4 @@ def plot_gaps(comparisons: list[Comparison], path: Path, published: Mapping[str,
     if shown:
         axes.legend(frameon=False, loc="best")
     tidy(axes)
-    figure.savefig(path, dpi=150)
+    return figure

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -16,6 +15,7 @@ from matplotlib.ticker import FuncFormatter
 from qtrain.report.loss import readable
 
 WIDTH = 5.0  # inches: with letters of 9 points still legible on a telephone, 340 pixels wide
+FONTS = {"font.size": 9, "axes.titlesize": 9, "legend.fontsize": 8}  # matplotlib settings, while a page is made
 MOST_POINTS = 200  # of a line: more cannot be told apart at this width
 
 # Okabe and Ito's palette without its yellow, too pale on white; black is the baseline's
@@ -35,13 +35,16 @@ class Picture:
     caption: str
     alt: str
 
+    def said_of(self, corpus: str) -> Picture:
+        """The same with the name of the corpus in its words."""
+        return replace(self, caption=f"{self.caption} On {corpus}.", alt=f"{self.alt}; on {corpus}")
+
 
 def new_figure(height: float, rows: int = 1, columns: int = 1, **options: Any) -> tuple[Figure, list[Axes]]:
     """A figure of the page's width, height in inches, and its panels in reading order."""
-    with rc_context({"font.size": 9, "axes.titlesize": 9, "legend.fontsize": 8}):
-        figure = Figure(figsize=(WIDTH, height), layout="constrained")
-        FigureCanvasAgg(figure)
-        panels = figure.subplots(rows, columns, squeeze=False, **options)
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(rows, columns, squeeze=False, **options)
     return figure, list(panels.flat)
 
 

@@ -1,0 +1,321 @@
+"""The pictures of runs side by side: loss, gap to the baseline, learning rate, speed and memory."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterable
+from dataclasses import replace
+from statistics import mean, median
+from typing import Any
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.ticker import LogLocator, NullFormatter
+
+from qtrain.report.gaps import gaps_figure
+from qtrain.report.loss import GREY, SMOOTHING, readable, smooth, tidy
+from qtrain.report.picture import (
+    WIDTH,
+    Picture,
+    Style,
+    count_axis,
+    legend_below,
+    legend_height,
+    new_figure,
+    span,
+    styles,
+    thin,
+)
+from qtrain.report.runs import Corpus, Point, Run, point_title
+from qtrain.report.summaries import Comparison, compare
+
+MOST_PANELS = 6  # sizes or budgets with a panel of their own, the largest by FLOPs; the tables have all of them
+FEW = 12  # runs whose single points are marked
+
+Series = tuple[np.ndarray, np.ndarray]
+
+
+def series(run: Run, key: str, over: str = "tokens") -> Series:
+    """The finite values of a metric over another that stands in the same lines, float64."""
+    pairs = [(line[over], line[key]) for line in run.lines if line.get(key) is not None and line.get(over) is not None]
+    array = np.array(pairs, dtype=np.float64).reshape(-1, 2)
+    array = array[np.isfinite(array).all(axis=1)]
+    return array[:, 0], array[:, 1]
+
+
+def training_loss(run: Run) -> Series:
+    tokens, loss = series(run, "loss")
+    return thin(tokens, smooth(loss, max(1, len(loss) // SMOOTHING)))
+
+
+def validation_loss(run: Run, over: str = "tokens") -> Series:
+    return thin(*series(run, "val_loss", over))
+
+
+def loss_over_hours(run: Run) -> Series:
+    """Hours of training alone, without validation and checkpoints: tokens over the speed of each interval, summed."""
+    tokens, speed = series(run, "tokens_per_second")
+    at, loss = series(run, "val_loss")
+    if not len(tokens):
+        return np.empty(0), np.empty(0)
+    seconds = np.cumsum(np.diff(tokens, prepend=0) / np.maximum(speed, 1e-9))
+    return thin(np.interp(at, [0, *tokens], [0, *seconds]) / 3600, loss)
+
+
+def by_largest(runs: Iterable[Run], key: Callable[[Run], Any]) -> dict[Any, list[Run]]:
+    """Groups of runs, the one with the most FLOPs first."""
+    groups: dict[Any, list[Run]] = defaultdict(list)
+    for run in runs:
+        groups[key(run)].append(run)
+    return dict(sorted(groups.items(), key=lambda item: -max(run.row["flops"] or 0 for run in item[1])))
+
+
+# --------------------------------------------------------------------------------------------------------- loss
+
+
+def loss_pictures(corpus: Corpus, baseline: str) -> list[Picture]:
+    """Training and validation loss over tokens, validation loss over FLOPs and over time."""
+    look = styles((run.recipe for run in corpus.runs), baseline)
+    time = "Training time alone, from the speed that each run logged; it compares between runs of one machine."
+    kinds: list[tuple[str, str, str, Callable[[Run], Series], str]] = [
+        ("loss-training", "Training loss", "tokens", training_loss, "Averaged over a fiftieth of the run either way."),
+        ("loss-tokens", "Validation loss", "tokens", validation_loss, ""),
+        ("loss-flops", "Validation loss", "FLOPs", lambda run: validation_loss(run, "flops"), ""),
+        ("loss-hours", "Validation loss", "hours", loss_over_hours, time),
+    ]
+    pictures = []
+    for name, what, over, curve, note in kinds:
+        curves = [(run, *curve(run)) for run in corpus.runs]
+        drawn = [(run, x, y) for run, x, y in curves if len(x) > 1]
+        if drawn:
+            pictures.append(_loss_picture(name, what, over, drawn, look, note))
+    return pictures
+
+
+def _loss_picture(
+    name: str, what: str, over: str, drawn: list[tuple[Run, np.ndarray, np.ndarray]], look: dict[str, Style], note: str
+) -> Picture:
+    sizes = by_largest((run for run, *_ in drawn), key=lambda run: run.row["non_embedding_parameters"])
+    panelled = 1 < len(sizes) <= MOST_PANELS and over != "FLOPs"
+    recipes = {run.recipe for run, *_ in drawn}
+    rows = len(sizes) if panelled else 1
+    figure, panels = new_figure(0.5 + (2.0 if panelled else 2.9) * rows + legend_height(recipes), rows)
+    for axes, size in zip(panels, sorted(sizes, key=lambda size: size or 0) if panelled else [None], strict=True):
+        members = [one for one in drawn if not panelled or one[0].row["non_embedding_parameters"] == size]
+        for run, x, y in members:
+            _draw_curve(axes, run, x, y, look[run.recipe], marked=len(members) <= FEW and what == "Validation loss")
+        if panelled:
+            axes.set_title(f"{readable(size)} non-embedding parameters", loc="left")
+        _loss_axes(axes, over, [x for _, x, _ in members], [y for *_, y in members])
+    legend_below(figure, look, recipes)
+    unfinished = any(run.row["status"] != "finished" for run, *_ in drawn)
+    cross = " A cross ends a run that did not finish." if unfinished else ""
+    last = span(y[-1] for *_, y in drawn)
+    alt = f"{what} of {len(drawn)} runs over {over}, a line each; they end at {last} nats per token"
+    return Picture(name, figure, f"{what} over {over}. {note}{cross}".strip(), alt)
+
+
+def _draw_curve(axes: Axes, run: Run, x: np.ndarray, y: np.ndarray, style: Style, marked: bool) -> None:
+    marks = {"marker": style["marker"] if marked else "", "markersize": 3}
+    axes.plot(x, y, **style | marks, linewidth=1.1, alpha=0.85)
+    if run.row["status"] != "finished":
+        axes.plot(x[-1], y[-1], "x", color=style["color"], markersize=7, markeredgewidth=2)
+
+
+def _loss_axes(axes: Axes, over: str, xs: list[np.ndarray], ys: list[np.ndarray]) -> None:
+    """Logarithmic in x where the runs are of very different length; the first steep fall is cut off."""
+    ends = [x[-1] for x in xs]
+    if over == "FLOPs" or min(ends) * 8 < max(ends):
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(numticks=7))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+    if over != "FLOPs":
+        count_axis(axes.xaxis)
+    later = np.concatenate([y[len(y) // 10 :] for y in ys])
+    low, high = float(later.min()), float(np.quantile(later, 0.99))
+    axes.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low) or high + 0.1)
+    axes.set_xlabel(over)
+    axes.set_ylabel("nats per token")
+    tidy(axes)
+
+
+# --------------------------------------------------------------------------------------------------------- gaps
+
+
+def comparisons(corpus: Corpus, baseline: str) -> dict[Point, list[Comparison]]:
+    """For each size and budget that has the baseline and another: every label's gap to it, the baseline first. Of
+    several baselines, which differ in the learning rate, say, the one with the least mean loss."""
+    found = {}
+    for point, members in by_largest(corpus.compared, key=lambda run: run.point).items():
+        chosen = best_baseline(members, baseline)
+        if chosen is not None and len({run.label for run in members}) > 1:
+            found[point] = compare([run.row | {"name": run.label} for run in members], chosen)
+    return found
+
+
+def best_baseline(members: list[Run], baseline: str) -> str | None:
+    losses: dict[str, list[float]] = defaultdict(list)
+    for run in members:
+        if baseline in (run.row["recipe"], run.row["name"]):
+            losses[run.label].append(run.row["val_loss"])
+    return min(losses, key=lambda label: mean(losses[label]), default=None)
+
+
+def gap_pictures(corpus: Corpus, baseline: str) -> list[Picture]:
+    """The gaps at each size and budget; then the gap over the tokens seen."""
+    pictures = []
+    for number, (point, found) in enumerate(list(comparisons(corpus, baseline).items())[:MOST_PANELS], 1):
+        if not any(np.isfinite(other.gap) for other in found[1:]):
+            continue
+        caption = f"Gap to {found[0].name} in validation loss, paired by seed: {point_title(point)}."
+        told = (f"{one.name} {one.gap:+.4f}" for one in found[1:] if np.isfinite(one.gap))
+        alt = f"Gaps to {found[0].name} in nats per token, with 95% intervals: {', '.join(told)}"
+        pictures.append(Picture(f"gaps-{number}", gaps_figure(found, width=WIDTH), caption, alt))
+    return pictures + _gap_over_tokens(corpus, baseline)
+
+
+def _gap_over_tokens(corpus: Corpus, baseline: str) -> list[Picture]:
+    curves = {point: gap_curves(members, baseline) for point, members in
+              by_largest(corpus.compared, key=lambda run: run.point).items()}  # fmt: skip
+    curves = dict([(point, found) for point, found in curves.items() if found][:MOST_PANELS])
+    if not curves:
+        return []
+    labels = {label for found in curves.values() for label in found}
+    look = styles(labels, baseline)
+    figure, panels = new_figure(0.3 + 2.2 * len(curves) + legend_height(labels), len(curves))
+    for axes, (point, found) in zip(panels, curves.items(), strict=True):
+        for label, (tokens, gap) in found.items():
+            axes.plot(tokens, gap, **look[label], markersize=3, linewidth=1.2)
+        axes.axhline(0, color=GREY, linewidth=1)
+        axes.set_title(point_title(point), loc="left", fontsize=8)
+        axes.set_xlabel("tokens")
+        axes.set_ylabel(f"gap to {baseline}")
+        count_axis(axes.xaxis)
+        tidy(axes)
+    legend_below(figure, look, labels)
+    last = ", ".join(f"{label} {gap[-1]:+.3f}" for label, (_, gap) in next(iter(curves.values())).items())
+    caption = f"Gap to {baseline} in validation loss (nats per token) while training, the mean over paired seeds."
+    return [Picture("gap-tokens", figure, caption, f"Gap to {baseline} over tokens; at the end of the first: {last}")]
+
+
+def gap_curves(members: list[Run], baseline: str) -> dict[str, Series]:
+    """label -> (tokens, mean gap over the seeds that the baseline has too), where both validated at those tokens."""
+    chosen = best_baseline(members, baseline)
+    base = {run.row["seed"]: dict(zip(*series(run, "val_loss"), strict=True)) for run in members if run.label == chosen}
+    gaps: dict[str, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for run in members:
+        other = base.get(run.row["seed"], {})
+        for tokens, loss in zip(*series(run, "val_loss"), strict=True):
+            if run.label != chosen and tokens in other:
+                gaps[run.label][tokens].append(loss - other[tokens])
+    return {label: _complete(found) for label, found in sorted(gaps.items())}
+
+
+def _complete(found: dict[float, list[float]]) -> Series:
+    """Only where every seed has a value: a mean over fewer would jump."""
+    most = max(map(len, found.values()))
+    tokens = sorted(at for at, gaps in found.items() if len(gaps) == most)
+    return thin(np.array(tokens), np.array([mean(found[at]) for at in tokens]))
+
+
+# ------------------------------------------------------------------------------------------------ learning rate
+
+
+def rate_pictures(corpus: Corpus, baseline: str) -> list[Picture]:
+    """Loss over learning rate, a line for each recipe, size and budget that was run at two rates or more."""
+    sweeps = {key: found for key, found in _sweeps(corpus).items() if len(found) > 1}
+    if not sweeps:
+        return []
+    points = list(by_largest((run for run in corpus.compared if run.row["lr"]), key=lambda run: run.point))
+    points = [point for point in points if any(key[0] == point for key in sweeps)][:MOST_PANELS]
+    recipes = {recipe for point, recipe, *_ in sweeps if point in points}
+    look = styles(recipes, baseline)
+    figure, panels = new_figure(0.3 + 2.2 * len(points) + legend_height(recipes), len(points))
+    best = []
+    for axes, point in zip(panels, points, strict=True):
+        for (at, recipe, *_), losses in sweeps.items():
+            if at == point:
+                best.append(_draw_sweep(axes, recipe, losses, look[recipe]))
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.set_title(point_title(point), loc="left", fontsize=8)
+        axes.set_xlabel("learning rate")
+        axes.set_ylabel("validation loss")
+        tidy(axes)
+    legend_below(figure, look, recipes)
+    caption = "Validation loss (nats per token) over the peak learning rate: dots are runs, the line their mean, a ring the best."
+    return [Picture("learning-rate", figure, caption, f"Loss over learning rate; best: {', '.join(best)}")]
+
+
+def _sweeps(corpus: Corpus) -> dict[tuple[Any, ...], dict[float, list[float]]]:
+    found: dict[tuple[Any, ...], dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for run in corpus.compared:
+        if run.row["lr"]:
+            key = (run.point, run.recipe, run.row["batch_tokens"], run.row["schedule"])
+            found[key][run.row["lr"]].append(run.row["val_loss"])
+    return found
+
+
+def _draw_sweep(axes: Axes, recipe: str, losses: dict[float, list[float]], style: Style) -> str:
+    """Returns the best rate in words."""
+    rates = sorted(losses)
+    means = [mean(losses[rate]) for rate in rates]
+    axes.plot(rates, means, **style | {"marker": ""}, linewidth=1.2)
+    dots = [(rate, loss) for rate in rates for loss in losses[rate]]
+    axes.plot(*zip(*dots, strict=True), style["marker"], color=style["color"], markersize=3.5)
+    best = int(np.argmin(means))
+    axes.plot(rates[best], means[best], "o", color=style["color"], markerfacecolor="none", markersize=10)
+    edge = ", at the edge of the rates tried" if best in (0, len(rates) - 1) else ""
+    return f"{recipe} {rates[best]:g}{edge}"
+
+
+# --------------------------------------------------------------------------------------------- speed and memory
+
+
+def speed_pictures(corpus: Corpus) -> list[Picture]:
+    """Tokens per second and peak memory of each recipe and size: a dot a run."""
+    pictures = []
+    kinds = (
+        ("speed", "tokens_per_second", "tokens per second", 1.0, "It compares between runs of one machine."),
+        ("memory", "memory_bytes", "peak memory (GiB)", 2.0**30, "On a CPU that of the whole process."),
+    )
+    for name, column, what, unit, note in kinds:
+        runs = [run for run in corpus.runs if run.row["status"] == "finished" and run.row[column]]
+        if runs:
+            pictures.append(_dots_picture(name, runs, column, what, unit, note))
+    return pictures
+
+
+def _dots_picture(name: str, runs: list[Run], column: str, what: str, unit: float, note: str) -> Picture:
+    recipes = sorted({run.recipe for run in runs}, reverse=True)
+    sizes = sorted({run.row["non_embedding_parameters"] for run in runs})
+    figure, (axes,) = new_figure(0.9 + 0.22 * len(recipes) + 0.17 * -(-len(sizes) // 5))
+    shades = colormaps["viridis"](np.linspace(0, 0.85, len(sizes)))
+    for shade, size in zip(shades, sizes, strict=True):
+        dots = [(run.row[column] / unit, recipes.index(run.recipe)) for run in runs
+                if run.row["non_embedding_parameters"] == size]  # fmt: skip
+        axes.plot(*zip(*dots, strict=True), "o", color=shade, markersize=5, alpha=0.8, label=readable(size))
+    values = [run.row[column] / unit for run in runs]
+    if min(values) * 8 < max(values):
+        axes.set_xscale("log")
+    else:
+        axes.set_xlim(left=0)
+    if unit == 1:
+        count_axis(axes.xaxis)
+    axes.set_yticks(range(len(recipes)), recipes)
+    axes.set_ylim(-0.6, len(recipes) - 0.4)
+    axes.set_xlabel(what)
+    figure.legend(loc="outside lower center", ncols=5, frameon=False, title="non-embedding parameters", fontsize=8)
+    tidy(axes)
+    groups: dict[Hashable, list[float]] = defaultdict(list)
+    for run in runs:
+        groups[run.recipe].append(run.row[column] / unit)
+    told = ", ".join(f"{recipe} {readable(median(found))}" for recipe, found in sorted(groups.items()))
+    caption = f"{what[0].upper()}{what[1:]}, a dot a run. {note}"
+    return Picture(name, figure, caption, f"{what}, the median of each recipe: {told}")
+
+
+def with_prefix(pictures: list[Picture], prefix: str) -> list[Picture]:
+    return [replace(picture, name=prefix + picture.name) for picture in pictures]

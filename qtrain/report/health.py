@@ -49,10 +49,11 @@ class Telemetry:
         found: dict[tuple[str, str], dict[tuple[str, int], float]] = defaultdict(dict)
         for line in lines:
             for key, value in line.items():
-                kind, *middle, metric = key.split("/")
-                if kind in ("quant", "grad") and value is not None:
-                    column = middle[1] if kind == "quant" else ""
-                    found[(metric, column)][(middle[0], line["tokens"])] = value
+                match key.split("/"):
+                    case ["quant", layer, operand, metric] if value is not None:
+                        found[(metric, operand)][(layer, line["tokens"])] = value
+                    case ["grad", layer, metric] if value is not None:
+                        found[(metric, "")][(layer, line["tokens"])] = value
         layers = sorted({layer for cells in found.values() for layer, _ in cells}, key=_natural)
         tokens = sorted({at for cells in found.values() for _, at in cells})
         tokens = [tokens[n] for n in np.unique(np.linspace(0, len(tokens) - 1, MOST_TIMES).round().astype(int))]

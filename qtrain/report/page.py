@@ -88,6 +88,7 @@ def write_report(places: Sequence[Path], out: Path, laws: Sequence[Path], baseli
 def save(picture: Picture, command: str, folder: Path) -> str:
     """Writes the figure as PDF and PNG, the command in both; the PNG as the data URL of an image."""
     picture.figure.savefig(folder / f"{picture.name}.pdf", metadata={"Subject": command, "CreationDate": None})
+    picture.figure.set_layout_engine("none")  # it stays as it was laid out; the search costs a third of the time
     file = io.BytesIO()
     picture.figure.savefig(file, format="png", dpi=DPI, metadata={"Description": command})
     content = file.getvalue()

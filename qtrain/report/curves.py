@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
-from matplotlib.ticker import LogLocator, NullFormatter
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
 
 from qtrain.report.gaps import gaps_figure
 from qtrain.report.loss import GREY, SMOOTHING, readable, smooth, tidy
@@ -53,14 +54,14 @@ def validation_loss(run: Run, over: str = "tokens") -> Series:
     return thin(*series(run, "val_loss", over))
 
 
-def loss_over_hours(run: Run) -> Series:
-    """Hours of training alone, without validation and checkpoints: tokens over the speed of each interval, summed."""
+def loss_over_seconds(run: Run) -> Series:
+    """Seconds of training alone, without validation and checkpoints: tokens over the speed of each interval, summed."""
     tokens, speed = series(run, "tokens_per_second")
     at, loss = series(run, "val_loss")
     if not len(tokens):
         return np.empty(0), np.empty(0)
     seconds = np.cumsum(np.diff(tokens, prepend=0) / np.maximum(speed, 1e-9))
-    return thin(np.interp(at, [0, *tokens], [0, *seconds]) / 3600, loss)
+    return thin(np.interp(at, [0, *tokens], [0, *seconds]), loss)
 
 
 def by_largest(runs: Iterable[Run], key: Callable[[Run], Any]) -> dict[Any, list[Run]]:
@@ -82,15 +83,24 @@ def loss_pictures(corpus: Corpus, baseline: str) -> list[Picture]:
         ("loss-training", "Training loss", "tokens", training_loss, "Averaged over a fiftieth of the run either way."),
         ("loss-tokens", "Validation loss", "tokens", validation_loss, ""),
         ("loss-flops", "Validation loss", "FLOPs", lambda run: validation_loss(run, "flops"), ""),
-        ("loss-hours", "Validation loss", "hours", loss_over_hours, time),
+        ("loss-time", "Validation loss", "seconds", loss_over_seconds, time),
     ]
     pictures = []
     for name, what, over, curve, note in kinds:
         curves = [(run, *curve(run)) for run in corpus.runs]
         drawn = [(run, x, y) for run, x, y in curves if len(x) > 1]
+        if over == "seconds" and drawn:
+            over, unit = time_unit(max(x[-1] for _, x, _ in drawn))
+            drawn = [(run, x / unit, y) for run, x, y in drawn]
         if drawn:
             pictures.append(_loss_picture(name, what, over, drawn, look, note))
     return pictures
+
+
+def time_unit(most: float) -> tuple[str, float]:
+    """Its name and seconds: the largest of which `most` seconds are at least two."""
+    units = {"days": 86400.0, "hours": 3600.0, "minutes": 60.0}
+    return next(((name, unit) for name, unit in units.items() if most >= 2 * unit), ("seconds", 1.0))
 
 
 def _loss_picture(
@@ -104,7 +114,7 @@ def _loss_picture(
     for axes, size in zip(panels, sorted(sizes, key=lambda size: size or 0) if panelled else [None], strict=True):
         members = [one for one in drawn if not panelled or one[0].row["non_embedding_parameters"] == size]
         for run, x, y in members:
-            _draw_curve(axes, run, x, y, look[run.recipe], marked=len(members) <= FEW and what == "Validation loss")
+            _draw_curve(axes, run, x, y, look[run.recipe], marked=len(members) <= FEW)
         if panelled:
             axes.set_title(f"{readable(size)} non-embedding parameters", loc="left")
         _loss_axes(axes, over, [x for _, x, _ in members], [y for *_, y in members])
@@ -118,7 +128,7 @@ def _loss_picture(
 
 def _draw_curve(axes: Axes, run: Run, x: np.ndarray, y: np.ndarray, style: Style, marked: bool) -> None:
     marks = {"marker": style["marker"] if marked else "", "markersize": 3}
-    axes.plot(x, y, **style | marks, linewidth=1.1, alpha=0.85)
+    axes.plot(x, y, **style | marks, linewidth=1.2 if marked else 0.8, alpha=0.8)
     if run.row["status"] != "finished":
         axes.plot(x[-1], y[-1], "x", color=style["color"], markersize=7, markeredgewidth=2)
 
@@ -163,51 +173,51 @@ def best_baseline(members: list[Run], baseline: str) -> str | None:
 
 
 def gap_pictures(corpus: Corpus, baseline: str) -> list[Picture]:
-    """The gaps at each size and budget; then the gap over the tokens seen."""
+    """For each of the largest sizes and budgets the gaps at the end and over the tokens seen."""
+    at = by_largest(corpus.compared, key=lambda run: run.point)
+    shown = {point: found for point, found in comparisons(corpus, baseline).items()
+             if any(np.isfinite(other.gap) for other in found[1:])}  # fmt: skip
+    look = styles((one.name for found in shown.values() for one in found), baseline)
     pictures = []
-    for number, (point, found) in enumerate(list(comparisons(corpus, baseline).items())[:MOST_PANELS], 1):
-        if not any(np.isfinite(other.gap) for other in found[1:]):
-            continue
-        caption = f"Gap to {found[0].name} in validation loss, paired by seed: {point_title(point)}."
+    for number, (point, found) in enumerate(list(shown.items())[:MOST_PANELS], 1):
+        name = found[0].name
+        caption = f"Gap to {name} in validation loss, paired by seed: {point_title(point)}."
         told = (f"{one.name} {one.gap:+.4f}" for one in found[1:] if np.isfinite(one.gap))
-        alt = f"Gaps to {found[0].name} in nats per token, with 95% intervals: {', '.join(told)}"
+        alt = f"Gaps to {name} in nats per token, with 95% intervals: {', '.join(told)}"
         pictures.append(Picture(f"gaps-{number}", gaps_figure(found, width=WIDTH), caption, alt))
-    return pictures + _gap_over_tokens(corpus, baseline)
+        curves = gap_curves(at[point], name)
+        if any(len(tokens) > 1 for tokens, _ in curves.values()):
+            caption = (
+                f"Gap to {name} in validation loss while training, the mean over paired seeds: {point_title(point)}."
+            )
+            last = ", ".join(f"{label} {gap[-1]:+.4f}" for label, (_, gap) in curves.items())
+            alt = f"Gaps to {name} over tokens; at the end: {last}"
+            pictures.append(Picture(f"gap-tokens-{number}", _gap_curves_figure(curves, look, name), caption, alt))
+    return pictures
 
 
-def _gap_over_tokens(corpus: Corpus, baseline: str) -> list[Picture]:
-    curves = {point: gap_curves(members, baseline) for point, members in
-              by_largest(corpus.compared, key=lambda run: run.point).items()}  # fmt: skip
-    curves = dict([(point, found) for point, found in curves.items() if found][:MOST_PANELS])
-    if not curves:
-        return []
-    labels = {label for found in curves.values() for label in found}
-    look = styles(labels, baseline)
-    figure, panels = new_figure(0.3 + 2.2 * len(curves) + legend_height(labels), len(curves))
-    for axes, (point, found) in zip(panels, curves.items(), strict=True):
-        for label, (tokens, gap) in found.items():
-            axes.plot(tokens, gap, **look[label], markersize=3, linewidth=1.2)
-        axes.axhline(0, color=GREY, linewidth=1)
-        axes.set_title(point_title(point), loc="left", fontsize=8)
-        axes.set_xlabel("tokens")
-        axes.set_ylabel(f"gap to {baseline}")
-        count_axis(axes.xaxis)
-        tidy(axes)
-    legend_below(figure, look, labels)
-    last = ", ".join(f"{label} {gap[-1]:+.3f}" for label, (_, gap) in next(iter(curves.values())).items())
-    caption = f"Gap to {baseline} in validation loss (nats per token) while training, the mean over paired seeds."
-    return [Picture("gap-tokens", figure, caption, f"Gap to {baseline} over tokens; at the end of the first: {last}")]
+def _gap_curves_figure(curves: dict[str, Series], look: dict[str, Style], baseline: str) -> Figure:
+    figure, (axes,) = new_figure(2.4 + legend_height(curves))
+    for label, (tokens, gap) in curves.items():
+        axes.plot(tokens, gap, **look[label], markersize=3, linewidth=1.2)
+    axes.axhline(0, color=GREY, linewidth=1)
+    axes.set_xlabel("tokens")
+    axes.set_ylabel(f"gap to {baseline} (nats per token)")
+    count_axis(axes.xaxis)
+    tidy(axes)
+    legend_below(figure, look, curves)
+    return figure
 
 
 def gap_curves(members: list[Run], baseline: str) -> dict[str, Series]:
-    """label -> (tokens, mean gap over the seeds that the baseline has too), where both validated at those tokens."""
-    chosen = best_baseline(members, baseline)
-    base = {run.row["seed"]: dict(zip(*series(run, "val_loss"), strict=True)) for run in members if run.label == chosen}
+    """label -> (tokens, mean gap over the seeds that the label `baseline` has too), where both validated."""
+    base = {run.row["seed"]: dict(zip(*series(run, "val_loss"), strict=True)) for run in members
+            if run.label == baseline}  # fmt: skip
     gaps: dict[str, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
     for run in members:
         other = base.get(run.row["seed"], {})
         for tokens, loss in zip(*series(run, "val_loss"), strict=True):
-            if run.label != chosen and tokens in other:
+            if run.label != baseline and tokens in other:
                 gaps[run.label][tokens].append(loss - other[tokens])
     return {label: _complete(found) for label, found in sorted(gaps.items())}
 
@@ -237,9 +247,10 @@ def rate_pictures(corpus: Corpus, baseline: str) -> list[Picture]:
         for (at, recipe, *_), losses in sweeps.items():
             if at == point:
                 best.append(_draw_sweep(axes, recipe, losses, look[recipe]))
+        rates = sorted({rate for (at, *_), losses in sweeps.items() if at == point for rate in losses})
         axes.set_xscale("log")
-        axes.xaxis.set_major_formatter("{x:g}")
-        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.set_xticks(rates, [f"{rate:g}" for rate in rates], rotation=60 if len(rates) > 6 else 0)
         axes.set_title(point_title(point), loc="left", fontsize=8)
         axes.set_xlabel("learning rate")
         axes.set_ylabel("validation loss")

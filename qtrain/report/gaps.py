@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 from qtrain.report.loss import BLUE, GREY, ORANGE, tidy
 from qtrain.report.summaries import Comparison
@@ -48,10 +49,12 @@ def gaps_figure(
     if min([*lowest, *published.values()], default=0) > 0:
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_locator(LogLocator(subs=(2, 5)))
         axes.xaxis.set_minor_formatter("{x:g}")
         axes.tick_params(axis="x", which="minor", labelsize=7)
     else:
         axes.axvline(0, color=GREY, linewidth=1)
+    axes.set_ylim(-0.6, len(shown) - 0.4)
     axes.set_yticks(range(len(shown)), [other.name for other in shown])
     axes.set_xlabel(f"gap to {baseline.name} (nats per token)")
     if shown:

@@ -20,10 +20,10 @@ from qtrain.report.runs import Corpus, Run
 OPERANDS = ("fprop.x", "fprop.w", "dgrad.dy", "dgrad.w", "wgrad.dy", "wgrad.x")
 METRICS = {
     "sqnr_db": "SQNR (dB)",
-    "clipped": "clipped elements (fraction)",
-    "scale_underflow": "underflowing scales (fraction of blocks)",
-    "scale_overflow": "overflowing scales (fraction of blocks)",
-    "mask_density": "passed by the gradient mask (fraction)",
+    "clipped": "clipped elements",
+    "scale_underflow": "blocks of scale too small",
+    "scale_overflow": "blocks of scale too large",
+    "mask_density": "passed by gradient mask",
     "kurtosis": "kurtosis",
     "max_to_mean": "largest to mean magnitude",
 }
@@ -91,13 +91,17 @@ def _pictures_of(run: Run, found: Telemetry) -> list[Picture]:
         pictures.append(Picture(f"health-{name}-sqnr", figure, caption, f"{caption} {_worst(found, maps)}"))
     others = [metric for metric in METRICS if any((metric, operand) in found.values for operand in OPERANDS)]
     if others:
-        caption = f"Every measure of every layer and operand at the last measurement: {whose}. Grey: not measured."
+        caption = f"Every measure of every layer and operand at the last measurement (shares from 0 to 1): {whose}. Grey: not measured."
         pictures.append(Picture(f"health-{name}-last", _maps_at_end(found, others), caption, caption))
     maps = {title: found.values[(metric, "")] for metric, title in GRADIENTS.items() if (metric, "") in found.values}
     if maps:
-        caption = f"The quantised gradient of each layer's weight against the exact one over tokens: {whose}. 1 is best."
+        caption = (
+            f"The quantised gradient of each layer's weight against the exact one over tokens: {whose}. 1 is best."
+        )
         alt = f"{caption} {_worst(found, maps)}"
-        pictures.append(Picture(f"health-{name}-gradient", _maps_over_time(found, maps, "", shared=False), caption, alt))
+        pictures.append(
+            Picture(f"health-{name}-gradient", _maps_over_time(found, maps, "", shared=False), caption, alt)
+        )
     return pictures
 
 

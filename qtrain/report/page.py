@@ -109,7 +109,9 @@ def table_html(head: Sequence[str], rows: Iterable[Sequence[str]], label: str, t
     """A table that scrolls in a frame of its own. Columns of numbers are set flush right; text: headings of columns
     that hold sentences."""
     rows = list(rows)
-    numeric = [all(re.fullmatch(r"[-+−]?[\d.,e+]*[kMBT]?( GiB| ± [\d.]+)?", row[n]) for row in rows) for n in range(len(head))]
+    numeric = [
+        all(re.fullmatch(r"[-+−]?[\d.,e+]*[kMBT]?( GiB| ± [\d.]+)?", row[n]) for row in rows) for n in range(len(head))
+    ]
     kinds = ["number" if number else "text" if name in text else "" for name, number in zip(head, numeric, strict=True)]
     opened = [f' class="{kind}"' if kind else "" for kind in kinds]
     first = "".join(f"<th{kind}>{escape(name)}</th>" for name, kind in zip(head, opened, strict=True))
@@ -156,8 +158,10 @@ def _problems(problems: list[str]) -> Section:
 
 
 def _overview(runs: list[Run]) -> Section:
-    rows = [[shown(run.row[column], form) for column, (_, form) in OVERVIEW.items()] for run in runs]
-    head = [title for title, _ in OVERVIEW.values()]
+    """Without the columns that no run fills, as those of older results files."""
+    filled = {column: how for column, how in OVERVIEW.items() if any(run.row[column] is not None for run in runs)}
+    rows = [[shown(run.row[column], form) for column, (_, form) in filled.items()] for run in runs]
+    head = [title for title, _ in filled.values()]
     return Section("overview", "Runs", "", html=[table_html(head, rows, "All runs")])
 
 
@@ -241,7 +245,10 @@ def _law_section(laws: list[tuple[Path, dict[str, Any]]], command: str) -> Secti
 
 
 def _law_tables(path: Path, law: dict[str, Any]) -> list[str]:
-    rows = [[name, *_interval(one), "yes" if one.get("identified", True) else "no"] for name, one in law["constants"].items()]
+    rows = [
+        [name, *_interval(one), "yes" if one.get("identified", True) else "no"]
+        for name, one in law["constants"].items()
+    ]
     head = ["constant", "value", "low", "high", "identified"]
     html = [f"<h3>{escape(law['law'])}, {escape(str(path))}</h3>", table_html(head, rows, "Constants of the law")]
     rows = [

@@ -69,7 +69,7 @@ def read_runs(places: Iterable[Path]) -> tuple[list[Run], list[str]]:
     seen: set[Path] = set()
     for place in places:
         if is_table(place):
-            found = [Run(row) for row in read_table(place)]
+            found = [_known(Run(row), problems) for row in read_table(place)]
         elif not place.is_dir():
             raise UserError(f"{place} is no folder and no results file (.csv, .parquet); name a folder of runs")
         else:
@@ -79,33 +79,50 @@ def read_runs(places: Iterable[Path]) -> tuple[list[Run], list[str]]:
             if not found and not run_directories(place):
                 raise UserError(f"{place} holds no run directory (none with a summary.json): there is nothing to show")
         runs += found
-    problems += [
-        f"{run} is {run.row['status']} and not compared with others: {run.row['reason'] or 'no reason is given'}"
-        for run in runs
-        if run.row["status"] != "finished"
-    ]
     if not runs:
         raise UserError("there is no run in the results files given: there is nothing to show")
-    return runs, problems
+    return sorted(runs, key=_order), problems
+
+
+def _order(run: Run) -> tuple[Any, ...]:
+    row = run.row
+    numbers = [row[column] or 0 for column in ("non_embedding_parameters", "tokens", "lr")]
+    return (*numbers, str(row["recipe"]), row["name"], row["seed"] or 0)
+
+
+def _known(run: Run, problems: list[str], faults: Iterable[str] = ()) -> Run:
+    """The run, with what is wrong with it in one sentence of problems."""
+    told = [*faults]
+    if run.row["status"] != "finished":
+        reason = run.row["reason"] or "no reason is given"
+        told.insert(0, f"{run.row['status']} and not compared with others: {reason}")
+    if told:
+        problems.append(f"{run}: {'; '.join(told)}")
+    return run
 
 
 def _read(directory: Path, problems: list[str]) -> Run:
     try:
         row = read_run(directory)
     except UserError as error:
-        return Run(damaged_run(directory, error))
+        return _known(Run(damaged_run(directory, error)), problems)
     metrics = directory / "metrics.jsonl"
     if not metrics.exists():
-        problems.append(f"{directory} has no metrics.jsonl: its curves are not drawn")
-        return Run(row)
+        return _known(Run(row), problems, ["no metrics.jsonl, so its curves are not drawn"])
     lines, damaged, telemetry = scan_metrics(metrics, without=TELEMETRY)
-    for line in damaged:
-        how = "half-written" if line.last else "damaged"
-        problems.append(f"{metrics}, line {line.number} is {how} and left out: {line.text!r}")
-    twice = [step for step, count in Counter(line.get("step") for line in lines if "val_loss" in line).items() if count > 1]
-    if twice:
-        problems.append(f"{metrics} tells the validation loss of step {twice[0]} more than once: the last is drawn")
-    return Run(row, lines, telemetry)
+    faults = [
+        f"line {line.number} of metrics.jsonl is {'half-written' if line.last else 'damaged'} and left out "
+        f"({line.text[:24]!r}...)"
+        for line in damaged
+    ]
+    validated = Counter(line["tokens"] for line in lines if "val_loss" in line)
+    faults += [
+        f"{count} validation losses at {tokens:,} tokens, none of which is drawn or compared over tokens"
+        for tokens, count in validated.items()
+        if count > 1
+    ]
+    lines = [line for line in lines if "val_loss" not in line or validated[line["tokens"]] == 1]
+    return _known(Run(row, lines, telemetry), problems, faults)
 
 
 def corpora(runs: Iterable[Run], problems: list[str]) -> list[Corpus]:
@@ -119,7 +136,9 @@ def corpora(runs: Iterable[Run], problems: list[str]) -> list[Corpus]:
     found.sort(key=lambda corpus: -len(corpus.runs))
     if len(found) > 1:
         titles = "; ".join(f"{corpus.title} ({len(corpus.runs)} runs)" for corpus in found)
-        problems.append(f"the runs are of {len(found)} sets of data, whose losses do not compare; shown apart: {titles}")
+        problems.append(
+            f"the runs are of {len(found)} sets of data, whose losses do not compare; shown apart: {titles}"
+        )
     return found
 
 
@@ -144,9 +163,7 @@ def _labelled(runs: list[Run], problems: list[str]) -> list[Run]:
 
 def _recipes(runs: list[Run]) -> list[str]:
     """The recipe of each; its name instead where runs of one recipe, size, budget and settings have several."""
-    names = _distinct(
-        runs, by=lambda run: (run.row["recipe"], run.point, run.variant), of=lambda run: run.row["name"]
-    )
+    names = _distinct(runs, by=lambda run: (run.row["recipe"], run.point, run.variant), of=lambda run: run.row["name"])
     ambiguous = {recipe for (recipe, *_), found in names.items() if len(found) > 1}
     return [str(run.row["name" if run.row["recipe"] in ambiguous else "recipe"]) for run in runs]
 
@@ -174,7 +191,7 @@ def _without_doubles(runs: list[Run], problems: list[str]) -> list[Run]:
 
 
 def point_title(point: Point) -> str:
-    """"nano, 427k parameters, 8.53M tokens (20 a parameter)"."""
+    """ "nano, 427k parameters, 8.53M tokens (20 a parameter)"."""
     parameters, model, tokens = point
     size = f"{readable(parameters)} parameters, {readable(tokens)} tokens ({tokens / parameters:.3g} a parameter)"
     return f"{model}, {size}" if model else size

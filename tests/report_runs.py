@@ -73,7 +73,7 @@ LAYERS = [f"layers.{block}.{part}" for block in (0, 1, 10) for part in ("attenti
 def quant_values(step: int) -> dict[str, float]:
     metrics = {"sqnr_db": 18.0, "clipped": 0.01, "scale_underflow": 0.0, "mask_density": 0.9, "kurtosis": 4.0}
     return {
-        f"quant/{layer}/{operand}/{metric}": value - 0.1 * depth - step / 1000
+        f"quant/{layer}/{operand}/{metric}": value * (1 - 0.02 * depth - step / 1000)
         for depth, layer in enumerate(LAYERS)
         for operand in OPERANDS
         for metric, value in metrics.items()

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from report_runs import write_sweep
 
 from qtrain.report.page import write_report
-from report_runs import write_sweep
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = [
@@ -51,7 +51,10 @@ class Browser:
         options += " --disable-background-networking --disable-component-update --remote-debugging-pipe"
         command = f"exec {CHROMIUM} {options} about:blank 3<&{read_end} 4>&{write_end}"
         self.process = subprocess.Popen(
-            ["bash", "-c", command], pass_fds=(read_end, write_end), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            ["bash", "-c", command],
+            pass_fds=(read_end, write_end),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
         )
         os.close(read_end)
         os.close(write_end)
@@ -83,9 +86,7 @@ class Browser:
     def open(self, page: Path, width: int) -> None:
         self.events.clear()
         phone = width < 600
-        self.call(
-            "Emulation.setDeviceMetricsOverride", width=width, height=800, deviceScaleFactor=1, mobile=phone
-        )
+        self.call("Emulation.setDeviceMetricsOverride", width=width, height=800, deviceScaleFactor=1, mobile=phone)
         self.call("Page.navigate", url=page.resolve().as_uri())
         while not any(event.get("method") == "Page.loadEventFired" for event in self.events):
             self.events.append(self._read())

@@ -27,12 +27,13 @@ from qtrain.report.picture import (
     span,
     styles,
     thin,
+    variant,
 )
 from qtrain.report.runs import Corpus, Point, Run, point_title
 from qtrain.report.summaries import Comparison, compare
 
 MOST_PANELS = 6  # sizes or budgets with a panel of their own, the largest by FLOPs; the tables have all of them
-FEW = 12  # runs whose single points are marked
+FEW = 12  # a panel of so few runs, of so few points, has the points marked
 
 Series = tuple[np.ndarray, np.ndarray]
 
@@ -114,9 +115,9 @@ def _loss_picture(
     for axes, size in zip(panels, sorted(sizes, key=lambda size: size or 0) if panelled else [None], strict=True):
         members = [one for one in drawn if not panelled or one[0].row["non_embedding_parameters"] == size]
         for run, x, y in members:
-            _draw_curve(axes, run, x, y, look[run.recipe], marked=len(members) <= FEW)
+            _draw_curve(axes, run, x, y, look[run.recipe], marked=len(members) <= FEW and len(x) <= FEW)
         if panelled:
-            axes.set_title(f"{readable(size)} non-embedding parameters", loc="left")
+            axes.set_title(f"{readable(size or 0)} non-embedding parameters", loc="left")
         _loss_axes(axes, over, [x for _, x, _ in members], [y for *_, y in members])
     legend_below(figure, look, recipes)
     unfinished = any(run.row["status"] != "finished" for run, *_ in drawn)
@@ -172,12 +173,22 @@ def best_baseline(members: list[Run], baseline: str) -> str | None:
     return min(losses, key=lambda label: mean(losses[label]), default=None)
 
 
+def label_styles(corpus: Corpus, baseline: str) -> dict[str, Style]:
+    """A style for each label: its recipe's colour, and dashes and marker of its own where the recipe has several."""
+    look = styles((run.recipe for run in corpus.runs), baseline)
+    found: dict[str, Style] = {}
+    for recipe, style in look.items():
+        for number, label in enumerate(sorted({run.label for run in corpus.runs if run.recipe == recipe})):
+            found[label] = style | variant(number) if number else style
+    return found
+
+
 def gap_pictures(corpus: Corpus, baseline: str) -> list[Picture]:
     """For each of the largest sizes and budgets the gaps at the end and over the tokens seen."""
     at = by_largest(corpus.compared, key=lambda run: run.point)
     shown = {point: found for point, found in comparisons(corpus, baseline).items()
              if any(np.isfinite(other.gap) for other in found[1:])}  # fmt: skip
-    look = styles((one.name for found in shown.values() for one in found), baseline)
+    look = label_styles(corpus, baseline)
     pictures = []
     for number, (point, found) in enumerate(list(shown.items())[:MOST_PANELS], 1):
         name = found[0].name
@@ -192,17 +203,17 @@ def gap_pictures(corpus: Corpus, baseline: str) -> list[Picture]:
             )
             last = ", ".join(f"{label} {gap[-1]:+.4f}" for label, (_, gap) in curves.items())
             alt = f"Gaps to {name} over tokens; at the end: {last}"
-            pictures.append(Picture(f"gap-tokens-{number}", _gap_curves_figure(curves, look, name), caption, alt))
+            pictures.append(Picture(f"gap-tokens-{number}", _gap_curves_figure(curves, look), caption, alt))
     return pictures
 
 
-def _gap_curves_figure(curves: dict[str, Series], look: dict[str, Style], baseline: str) -> Figure:
+def _gap_curves_figure(curves: dict[str, Series], look: dict[str, Style]) -> Figure:
     figure, (axes,) = new_figure(2.4 + legend_height(curves))
     for label, (tokens, gap) in curves.items():
         axes.plot(tokens, gap, **look[label], markersize=3, linewidth=1.2)
     axes.axhline(0, color=GREY, linewidth=1)
     axes.set_xlabel("tokens")
-    axes.set_ylabel(f"gap to {baseline} (nats per token)")
+    axes.set_ylabel("gap (nats per token)")
     count_axis(axes.xaxis)
     tidy(axes)
     legend_below(figure, look, curves)
@@ -256,7 +267,10 @@ def rate_pictures(corpus: Corpus, baseline: str) -> list[Picture]:
         axes.set_ylabel("validation loss")
         tidy(axes)
     legend_below(figure, look, recipes)
-    caption = "Validation loss (nats per token) over the peak learning rate: dots are runs, the line their mean, a ring the best."
+    caption = (
+        "Validation loss (nats per token) over the peak learning rate: a dot a run, the line their mean, a ring the "
+    )
+    caption += "best mean."
     return [Picture("learning-rate", figure, caption, f"Loss over learning rate; best: {', '.join(best)}")]
 
 
@@ -273,9 +287,10 @@ def _draw_sweep(axes: Axes, recipe: str, losses: dict[float, list[float]], style
     """Returns the best rate in words."""
     rates = sorted(losses)
     means = [mean(losses[rate]) for rate in rates]
-    axes.plot(rates, means, **style | {"marker": ""}, linewidth=1.2)
+    axes.plot(rates, means, color=style["color"], linestyle=style["linestyle"], linewidth=1.2)
     dots = [(rate, loss) for rate in rates for loss in losses[rate]]
-    axes.plot(*zip(*dots, strict=True), style["marker"], color=style["color"], markersize=3.5)
+    at, values = zip(*dots, strict=True)
+    axes.plot(at, values, style["marker"], color=style["color"], markersize=3.5)
     best = int(np.argmin(means))
     axes.plot(rates[best], means[best], "o", color=style["color"], markerfacecolor="none", markersize=10)
     edge = ", at the edge of the rates tried" if best in (0, len(rates) - 1) else ""
@@ -312,7 +327,7 @@ def _dots_picture(name: str, runs: list[Run], column: str, what: str, unit: floa
     if min(values) * 8 < max(values):
         axes.set_xscale("log")
     else:
-        axes.set_xlim(left=0)
+        axes.set_xlim(0, 1.06 * max(values))
     if unit == 1:
         count_axis(axes.xaxis)
     axes.set_yticks(range(len(recipes)), recipes)

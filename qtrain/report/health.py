@@ -91,7 +91,8 @@ def _pictures_of(run: Run, found: Telemetry) -> list[Picture]:
         pictures.append(Picture(f"health-{name}-sqnr", figure, caption, f"{caption} {_worst(found, maps)}"))
     others = [metric for metric in METRICS if any((metric, operand) in found.values for operand in OPERANDS)]
     if others:
-        caption = f"Every measure of every layer and operand at the last measurement (shares from 0 to 1): {whose}. Grey: not measured."
+        caption = f"Every measure of every layer and operand at the last measurement, shares from 0 to 1: {whose}."
+        caption += " Grey: not measured."
         pictures.append(Picture(f"health-{name}-last", _maps_at_end(found, others), caption, caption))
     maps = {title: found.values[(metric, "")] for metric, title in GRADIENTS.items() if (metric, "") in found.values}
     if maps:

@@ -110,7 +110,8 @@ def table_html(head: Sequence[str], rows: Iterable[Sequence[str]], label: str, t
     that hold sentences."""
     rows = list(rows)
     numeric = [
-        all(re.fullmatch(r"[-+−]?[\d.,e+]*[kMBT]?( GiB| ± [\d.]+)?", row[n]) for row in rows) for n in range(len(head))
+        all(re.fullmatch(r"baseline|[-+]?[\d.,e+]*[kMBT]?( GiB| ± [\d.]+)?", row[n]) for row in rows)
+        for n in range(len(head))
     ]
     kinds = ["number" if number else "text" if name in text else "" for name, number in zip(head, numeric, strict=True)]
     opened = [f' class="{kind}"' if kind else "" for kind in kinds]
@@ -145,8 +146,9 @@ def _intro(runs: list[Run], found: list[Corpus], command: str, folder: str) -> s
     data = "; ".join(corpus.title for corpus in found) or "no data named"
     return (
         f"<p>{escape(states)}. Data: {escape(data)}. Losses are in nats per token, on the validation split.</p>"
-        f"<p>Made by <code>{escape(command)}</code>. The folder <code>{escape(folder)}</code> beside this page has each "
-        "figure as PDF and PNG, and all runs and settings in <code>runs.csv</code> and <code>runs.parquet</code>.</p>"
+        f"<p>Made by <code>{escape(command)}</code>. The folder <code>{escape(folder)}</code> beside this page has "
+        "each figure as PDF and PNG, and all runs and settings in <code>runs.csv</code> and "
+        "<code>runs.parquet</code>.</p>"
     )
 
 
@@ -170,8 +172,8 @@ def _run_sections(found: list[Corpus], baseline: str, command: str) -> list[Sect
     train = "python train.py -m"
     sections = {
         "loss": Section("loss", "Loss", "No run has logged a loss yet."),
-        "recipes": Section("recipes", "Recipes", f"No recipe has a finished run of the same size, tokens and data as one "
-                           f"of {baseline}; {train} +experiment=bf16,quest,quartet seed=0,1,2 makes such runs."),
+        "recipes": Section("recipes", "Recipes", "No recipe has a finished run of the same size, tokens and data as "
+                           f"one of {baseline}; {train} +experiment=bf16,quest,quartet seed=0,1,2 makes such runs."),
         "learning-rate": Section("learning-rate", "Learning rate", "No recipe was run at several learning rates; "
                                  f"{train} +experiment=quartet optimizer.lr=1e-3,2e-3,4e-3 does that."),
         "health": Section("health", "Quantisation by layer", "No run has telemetry (lines quant/... in metrics.jsonl), "
@@ -202,13 +204,13 @@ def _gap_tables(corpus: Corpus, baseline: str, titled: bool) -> list[str]:
         for one in found:
             mean = sum(one.losses.values()) / len(one.losses)
             spread = f" ± {one.half_width:.4f}" if one.half_width == one.half_width else ""
-            gap = f"{one.gap:+.4f}{spread}" if one is not found[0] and one.gap == one.gap else ""
+            gap = "baseline" if one is found[0] else f"{one.gap:+.4f}{spread}" if one.gap == one.gap else ""
             rows.append([point_title(point), one.name, str(len(one.losses)), f"{mean:.4f}", gap])
     if not rows:
         return []
     head = ["size and tokens", "recipe", "seeds", "mean loss", f"gap to {baseline}"]
     title = f" on {corpus.title}" if titled else ""
-    text = "Gaps are paired by seed; ± is the 95% interval by Student's t, not given from one seed."
+    text = "A gap is the mean over the seeds that the baseline has too; ± is the 95% interval by Student's t, not given from one seed."
     return [f"<h3>Gaps{escape(title)}</h3><p>{escape(text)}</p>", table_html(head, rows, "Gaps to the baseline")]
 
 

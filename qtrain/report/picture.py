@@ -14,8 +14,12 @@ from matplotlib.ticker import FuncFormatter
 
 from qtrain.report.loss import readable
 
-WIDTH = 5.0  # inches: with letters of 9 points still legible on a telephone, 340 pixels wide
-FONTS = {"font.size": 9, "axes.titlesize": 9, "legend.fontsize": 8}  # matplotlib settings, while a page is made
+WIDTH = 4.4  # inches: letters of 9 points are still 9 pixels high on a telephone, 330 pixels wide
+FONTS: dict[Any, Any] = {
+    "font.size": 9,
+    "axes.titlesize": 9,
+    "legend.fontsize": 8,
+}  # matplotlib settings, while a page is made
 MOST_POINTS = 200  # of a line: more cannot be told apart at this width
 
 # Okabe and Ito's palette without its yellow, too pale on white; black is the baseline's
@@ -60,6 +64,11 @@ def styles(labels: Iterable[str], baseline: str) -> dict[str, Style]:
             "marker": MARKERS[(number + 1) % len(MARKERS)],
         }
     return found
+
+
+def variant(number: int) -> Style:
+    """What tells lines of one colour apart, from number 1 on."""
+    return {"linestyle": DASHES[number % len(DASHES)], "marker": MARKERS[-number % len(MARKERS)]}
 
 
 def thin(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

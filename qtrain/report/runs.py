@@ -168,10 +168,8 @@ def _recipes(runs: list[Run]) -> list[str]:
     return [str(run.row["name" if run.row["recipe"] in ambiguous else "recipe"]) for run in runs]
 
 
-def _distinct(
-    runs: list[Run], by: Callable[[Run], Hashable], of: Callable[[Run], Hashable]
-) -> dict[Any, set[Hashable]]:
-    found: dict[Any, set[Hashable]] = defaultdict(set)
+def _distinct(runs: list[Run], by: Callable[[Run], Hashable], of: Callable[[Run], Hashable]) -> dict[Any, set[Any]]:
+    found: dict[Any, set[Any]] = defaultdict(set)
     for run in runs:
         found[by(run)].add(of(run))
     return found

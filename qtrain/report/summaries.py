@@ -118,7 +118,7 @@ def read_run(directory: Path) -> Row:
     last = _last_training_line(directory / "metrics.jsonl")
     if row["tokens"] and row["non_embedding_parameters"]:
         row["tokens_per_parameter"] = row["tokens"] / row["non_embedding_parameters"]
-    reason = row["reason"] or REASONS.get(row["status"])
+    reason = row["reason"] or REASONS.get(str(row["status"]))
     return row | {
         "reason": reason, "directory": str(directory),
         "tokens_seen": last.get("tokens"), "memory_bytes": last.get("memory_bytes"),
@@ -241,7 +241,7 @@ def _parsed(row: Row, where: str) -> Row:
     parsed: Row = dict.fromkeys(COLUMNS) | {column: row[column] for column in COLUMNS if column in row}
     for columns, kind, what in ((INTEGERS, int, "an integer"), (NUMBERS, float, "a number")):
         for column in columns:
-            value = parsed[column]
+            value: Any = parsed[column]
             if value in (None, "") and (status != "finished" or column in MAY_BE_EMPTY):
                 parsed[column] = None
                 continue

@@ -29,7 +29,8 @@ MEASURE = """(() => {
   const outside = [...document.querySelectorAll("body *")]
     .filter(one => !one.closest(".scroll") && one.getBoundingClientRect().right > innerWidth + 0.5);
   return {
-    width: innerWidth, scroll: document.documentElement.scrollWidth, outside: outside.map(one => one.outerHTML.slice(0, 80)),
+    width: innerWidth, scroll: document.documentElement.scrollWidth,
+    outside: outside.map(one => one.outerHTML.slice(0, 80)),
     images: images.length, broken: images.filter(one => !one.complete || one.naturalWidth === 0).length,
     unnamed: images.filter(one => one.alt.length < 20).length,
     shape: Math.max(...images.map(one => Math.abs(one.width / one.height - one.naturalWidth / one.naturalHeight))),

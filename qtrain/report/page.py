@@ -25,6 +25,7 @@ from qtrain.report.runs import Corpus, Run, corpora, point_title, read_runs
 from qtrain.report.summaries import write_table
 
 TEMPLATE = Path(__file__).with_name("page.html")
+_NUMBER = re.compile(r"baseline|[-+]?[\d.,e+]*[kMBT]?( GiB| ± [\d.]+)?")
 DPI = 200  # of the pictures in the page and the folder
 
 # Column of the overview -> (heading, how a value is shown)
@@ -105,16 +106,10 @@ def figure_html(picture: Picture, command: str, image: str) -> str:
     )
 
 
-def table_html(head: Sequence[str], rows: Iterable[Sequence[str]], label: str, text: Sequence[str] = ()) -> str:
-    """A table that scrolls in a frame of its own. Columns of numbers are set flush right; text: headings of columns
-    that hold sentences."""
+def table_html(head: Sequence[str], rows: Iterable[Sequence[str]], label: str) -> str:
+    """A table that scrolls in a frame of its own; columns of numbers are set flush right."""
     rows = list(rows)
-    numeric = [
-        all(re.fullmatch(r"baseline|[-+]?[\d.,e+]*[kMBT]?( GiB| ± [\d.]+)?", row[n]) for row in rows)
-        for n in range(len(head))
-    ]
-    kinds = ["number" if number else "text" if name in text else "" for name, number in zip(head, numeric, strict=True)]
-    opened = [f' class="{kind}"' if kind else "" for kind in kinds]
+    opened = [' class="number"' if all(_NUMBER.fullmatch(row[n]) for row in rows) else "" for n in range(len(head))]
     first = "".join(f"<th{kind}>{escape(name)}</th>" for name, kind in zip(head, opened, strict=True))
     body = "\n".join(
         "<tr>" + "".join(f"<td{kind}>{escape(cell)}</td>" for cell, kind in zip(row, opened, strict=True)) + "</tr>"
@@ -210,7 +205,10 @@ def _gap_tables(corpus: Corpus, baseline: str, titled: bool) -> list[str]:
         return []
     head = ["size and tokens", "recipe", "seeds", "mean loss", f"gap to {baseline}"]
     title = f" on {corpus.title}" if titled else ""
-    text = "A gap is the mean over the seeds that the baseline has too; ± is the 95% interval by Student's t, not given from one seed."
+    text = (
+        "A gap is the mean over the seeds that the baseline has too; ± is the 95% interval by Student's t, not given "
+    )
+    text += "from one seed."
     return [f"<h3>Gaps{escape(title)}</h3><p>{escape(text)}</p>", table_html(head, rows, "Gaps to the baseline")]
 
 

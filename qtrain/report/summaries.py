@@ -242,7 +242,8 @@ def _parsed(row: Row, where: str) -> Row:
     for columns, kind, what in ((INTEGERS, int, "an integer"), (NUMBERS, float, "a number")):
         for column in columns:
             value: Any = parsed[column]
-            if value in (None, "") and (status != "finished" or column in MAY_BE_EMPTY):
+            missing = value is None or value == ""
+            if missing and (status != "finished" or column in MAY_BE_EMPTY):
                 parsed[column] = None
                 continue
             try:
@@ -251,7 +252,7 @@ def _parsed(row: Row, where: str) -> Row:
                 raise UserError(f"{where}: {column} is {value!r}, not {what}") from None
     if status == "finished" and not _is_finite(parsed["val_loss"]):
         raise UserError(f"{where}: val_loss is {row['val_loss']!r}, which no finished run has")
-    empty = {column: None for column in MAY_BE_EMPTY if parsed[column] == ""}
+    empty = {column: None for column in COLUMNS if parsed[column] == ""}
     return parsed | empty | {"status": status}
 
 

@@ -245,7 +245,7 @@ def test_folders_that_only_look_like_runs_are_none(tmp_path):
     (begun / "config.yaml").write_text((directory / "config.yaml").read_text())
     assert run_directories(tmp_path) == [directory]
     (begun / "environment.json").write_text("{}")
-    assert run_directories(tmp_path) == [directory, begun]
+    assert run_directories(tmp_path) == [begun, directory]
     assert read_run(begun)["status"] == "unknown" and read_run(begun)["name"] == "bf16"
 
 

@@ -206,9 +206,8 @@ def _gap_tables(corpus: Corpus, baseline: str, titled: bool) -> list[str]:
     head = ["size and tokens", "recipe", "seeds", "mean loss", f"gap to {baseline}"]
     title = f" on {corpus.title}" if titled else ""
     text = (
-        "A gap is the mean over the seeds that the baseline has too; ± is the 95% interval by Student's t, not given "
+        "A gap is the mean over the seeds that the baseline has too, ± its 95% interval by Student's t (two seeds on)."
     )
-    text += "from one seed."
     return [f"<h3>Gaps{escape(title)}</h3><p>{escape(text)}</p>", table_html(head, rows, "Gaps to the baseline")]
 
 

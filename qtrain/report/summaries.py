@@ -11,7 +11,7 @@ import json
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,10 @@ INTEGERS = (
 NUMBERS = (
     "val_loss", "val_bits_per_byte", "bigram_cross_entropy", "tokens_per_second", "lr", "tokens_per_parameter"
 )  # fmt: skip
+_KINDS: tuple[tuple[tuple[str, ...], Callable[[Any], Any], str], ...] = (
+    (INTEGERS, int, "an integer"),
+    (NUMBERS, float, "a number"),
+)
 MAY_BE_EMPTY = {*COLUMNS} - {*REQUIRED} | {"bigram_cross_entropy"}  # in the row of a finished run
 
 REASONS = {
@@ -238,12 +242,11 @@ def _read_parquet(path: Path) -> tuple[list[str], list[Row]]:
 def _parsed(row: Row, where: str) -> Row:
     """Of a row that is not finished any field may be empty, of a finished one those of MAY_BE_EMPTY."""
     status = row.get("status") or "finished"  # older files have finished runs alone
-    parsed: Row = dict.fromkeys(COLUMNS) | {column: row[column] for column in COLUMNS if column in row}
-    for columns, kind, what in ((INTEGERS, int, "an integer"), (NUMBERS, float, "a number")):
+    parsed: Row = {column: row.get(column) for column in COLUMNS}
+    for columns, kind, what in _KINDS:
         for column in columns:
-            value: Any = parsed[column]
-            missing = value is None or value == ""
-            if missing and (status != "finished" or column in MAY_BE_EMPTY):
+            value = parsed[column]
+            if value in (None, "") and (status != "finished" or column in MAY_BE_EMPTY):
                 parsed[column] = None
                 continue
             try:

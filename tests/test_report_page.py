@@ -320,7 +320,7 @@ def test_a_law_is_shown_with_its_constants_figures_and_warnings(
     report: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def law_figures(law: dict[str, Any]) -> dict[str, Figure]:
-        figure = Figure()
+        figure = Figure(figsize=(8, 4))
         figure.subplots().plot([law["constants"]["alpha"]["value"], 1])
         return {"residuals": figure}
 
@@ -335,7 +335,8 @@ def test_a_law_is_shown_with_its_constants_figures_and_warnings(
     assert ["alpha", "0.5891", "0.5", "0.7", "yes"] in rows and ["gamma", "0.3", "0.1", "2", "no"] in rows
     assert ["quartet", "0.64", "0.6", "0.7", "", "", ""] in rows
     assert "N spans a factor of 4 &lt;only&gt;" in section and "objective 0.00015" in section
-    assert f"<code>{LAW['command']} &amp;&amp; {COMMAND}</code>" in section
+    assert f"<code>{LAW['command']}</code></figcaption>" in section
+    assert '<figure id="law-residuals" class="wide"><div class="scroll"' in section, "8 inches"
     assert (tmp_path / "page" / "law-residuals.pdf").exists()
 
 

@@ -137,11 +137,13 @@ def _draw_curve(axes: Axes, run: Run, x: np.ndarray, y: np.ndarray, style: Style
 def _loss_axes(axes: Axes, over: str, xs: list[np.ndarray], ys: list[np.ndarray]) -> None:
     """Logarithmic in x where the runs are of very different length; the first steep fall is cut off."""
     ends = [x[-1] for x in xs]
-    if over == "FLOPs" or min(ends) * 8 < max(ends):
+    if min(ends) * 8 < max(ends):
         axes.set_xscale("log")
         axes.xaxis.set_major_locator(LogLocator(numticks=7))
         axes.xaxis.set_minor_formatter(NullFormatter())
-    if over != "FLOPs":
+    if over == "FLOPs":
+        axes.xaxis.set_major_formatter("{x:.2g}")
+    else:
         count_axis(axes.xaxis)
     later = np.concatenate([y[len(y) // 10 :] for y in ys])
     low, high = float(later.min()), float(np.quantile(later, 0.99))

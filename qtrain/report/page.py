@@ -26,6 +26,7 @@ from qtrain.report.summaries import write_table
 
 TEMPLATE = Path(__file__).with_name("page.html")
 _NUMBER = re.compile(r"baseline|[-+]?[\d.,e+]*[kMBT]?( GiB| ± [\d.]+)?")
+WIDE = 6.0  # inches, from which on letters are too small on a telephone when the whole width is shown
 DPI = 200  # of the pictures in the page and the folder
 
 # Column of the overview -> (heading, how a value is shown)
@@ -67,7 +68,7 @@ def write_report(places: Sequence[Path], out: Path, laws: Sequence[Path], baseli
     runs, problems = read_runs(places)
     found = corpora(runs, problems)
     with rc_context(FONTS):
-        sections = [*_run_sections(found, baseline, command), _law_section(read_laws, command)]
+        sections = [*_run_sections(found, baseline, command), _law_section(read_laws)]
         sections = [_problems(problems), _overview(runs), *sections]
         folder = out.with_suffix("")
         folder.mkdir(exist_ok=True)
@@ -98,12 +99,15 @@ def save(picture: Picture, command: str, folder: Path) -> str:
 
 
 def figure_html(picture: Picture, command: str, image: str) -> str:
+    """A picture made wider than the page's own stands alone in its row, and scrolls in its frame on a telephone."""
     width, height = (round(inches * 96) for inches in picture.figure.get_size_inches())
-    return (
-        f'<figure id="{picture.name}"><img src="{image}" width="{width}" height="{height}" '
-        f'alt="{escape(picture.alt)}"><figcaption>{escape(picture.caption)}'
-        f"<code>{escape(command)}</code></figcaption></figure>"
-    )
+    shown = f'<img src="{image}" width="{width}" height="{height}" alt="{escape(picture.alt)}">'
+    opened = f'<figure id="{picture.name}">'
+    if width > WIDE * 96:
+        opened = f'<figure id="{picture.name}" class="wide">'
+        shown = f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(picture.caption)}">{shown}</div>'
+    caption = f"<figcaption>{escape(picture.caption)}<code>{escape(command)}</code></figcaption>"
+    return f"{opened}{shown}{caption}</figure>"
 
 
 def table_html(head: Sequence[str], rows: Iterable[Sequence[str]], label: str) -> str:
@@ -200,18 +204,26 @@ def _gap_tables(corpus: Corpus, baseline: str, titled: bool) -> list[str]:
             mean = sum(one.losses.values()) / len(one.losses)
             spread = f" ± {one.half_width:.4f}" if one.half_width == one.half_width else ""
             gap = "baseline" if one is found[0] else f"{one.gap:+.4f}{spread}" if one.gap == one.gap else ""
-            rows.append([point_title(point), one.name, str(len(one.losses)), f"{mean:.4f}", gap])
+            rows.append([one.name, str(len(one.losses)), f"{mean:.4f}", gap, point_title(point)])
     if not rows:
         return []
-    head = ["size and tokens", "recipe", "seeds", "mean loss", f"gap to {baseline}"]
+    head = ["recipe", "seeds", "mean loss", f"gap to {baseline}", "size and tokens"]
     title = f" on {corpus.title}" if titled else ""
-    text = (
-        "A gap is the mean over the seeds that the baseline has too, ± its 95% interval by Student's t (two seeds on)."
-    )
+    text = "A gap is the mean over the seeds that the baseline has too, ± its 95% interval by Student's t."
     return [f"<h3>Gaps{escape(title)}</h3><p>{escape(text)}</p>", table_html(head, rows, "Gaps to the baseline")]
 
 
 # --------------------------------------------------------------------------------------------------------- laws
+
+
+LAW_CAPTIONS = {
+    "loss_by_tokens": "loss over training tokens, dots the runs, lines the law",
+    "loss_by_parameters": "loss over non-embedding parameters, dots the runs, lines the law",
+    "residuals": "measured loss less the predicted one, held-out points hollow",
+    "isoflop": "loss over parameters at equal training FLOPs, and the least of each",
+    "efficiencies": "share of parameters and of tokens that each recipe is worth to the baseline, with 95% intervals",
+    "precision_map": "the recipe of least loss at equal time, over the baseline's size and tokens per parameter",
+}
 
 
 def read_law(path: Path) -> dict[str, Any]:
@@ -226,7 +238,7 @@ def read_law(path: Path) -> dict[str, Any]:
     return law
 
 
-def _law_section(laws: list[tuple[Path, dict[str, Any]]], command: str) -> Section:
+def _law_section(laws: list[tuple[Path, dict[str, Any]]]) -> Section:
     absent = "No law was given: python scripts/fit_scaling_law.py RUNS --law quartet --out LAW makes LAW/law.json, and "
     section = Section("law", "Scaling law", absent + "--law LAW/law.json shows it here.")
     if not laws:
@@ -237,9 +249,9 @@ def _law_section(laws: list[tuple[Path, dict[str, Any]]], command: str) -> Secti
         section.html += _law_tables(path, law)
         prefix = f"law{number}-" if len(laws) > 1 else "law-"
         for name, figure in law_figures(law).items():
-            caption = f"{law['law']}: {name.replace('_', ' ').replace('-', ' ')}."
+            caption = f"Law {law['law']}: {LAW_CAPTIONS.get(name, name.replace('_', ' '))}."
             alt = f"{caption} The tables above have the constants, {path} every point with its residual."
-            section.pictures.append((Picture(prefix + name, figure, caption, alt), f"{law['command']} && {command}"))
+            section.pictures.append((Picture(prefix + name.replace("_", "-"), figure, caption, alt), law["command"]))
     return section
 
 

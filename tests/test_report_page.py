@@ -288,6 +288,18 @@ def test_the_same_runs_give_the_same_page(tmp_path: Path) -> None:
     assert (tmp_path / "one" / "loss-tokens.pdf").read_bytes() == (tmp_path / "two" / "loss-tokens.pdf").read_bytes()
 
 
+def test_figures_of_an_earlier_page_go_and_a_folder_of_others_stays(tmp_path: Path) -> None:
+    write_run(tmp_path / "runs", "bf16")
+    with pytest.raises(UserError, match=r"would go to .*runs, which holds something else"):
+        write_report([tmp_path / "runs"], tmp_path / "runs.html", [], "bf16", COMMAND)
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["bf16-100000-50-0.002-0"]
+    write_report([tmp_path / "runs"], tmp_path / "page.html", [], "bf16", COMMAND)
+    stale = tmp_path / "page" / "gaps-9.png"
+    stale.touch()
+    write_report([tmp_path / "runs"], tmp_path / "page.html", [], "bf16", COMMAND)
+    assert not stale.exists() and (tmp_path / "page" / "loss-tokens.png").exists()
+
+
 def test_a_section_without_data_says_what_would_fill_it(tmp_path: Path) -> None:
     write_run(tmp_path, "quest", telemetry=False)
     write_report([tmp_path], tmp_path / "page.html", [], "bf16", COMMAND)

@@ -70,13 +70,11 @@ def write_report(places: Sequence[Path], out: Path, laws: Sequence[Path], baseli
     with rc_context(FONTS):
         sections = [*_run_sections(found, baseline, command), _law_section(read_laws)]
         sections = [_problems(problems), _overview(runs), *sections]
-        folder = out.with_suffix("")
-        folder.mkdir(exist_ok=True)
+        folder = own_folder(out.with_suffix(""))
+        for suffix in ("csv", "parquet"):
+            write_table((run.row for run in runs), folder / f"runs.{suffix}")
         pictures = [pair for section in sections for pair in section.pictures]
         images = {picture.name: save(picture, made_by, folder) for picture, made_by in pictures}
-    rows = [run.row for run in runs]
-    for suffix in ("csv", "parquet"):
-        write_table(rows, folder / f"runs.{suffix}")
     page = Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
         title=escape(f"qtrain: {len(runs)} runs"),
         intro=_intro(runs, found, command, folder.name),
@@ -85,6 +83,17 @@ def write_report(places: Sequence[Path], out: Path, laws: Sequence[Path], baseli
     )
     out.write_text(page, encoding="utf-8")
     return problems
+
+
+def own_folder(folder: Path) -> Path:
+    """The folder of the single figures, empty of those of an earlier page. UserError when it holds something else: it
+    may be the runs themselves."""
+    if folder.exists() and any(folder.iterdir()) and not (folder / "runs.parquet").exists():
+        raise UserError(f"the figures would go to {folder}, which holds something else; give --out another name")
+    folder.mkdir(exist_ok=True)
+    for path in (*folder.glob("*.pdf"), *folder.glob("*.png")):
+        path.unlink()
+    return folder
 
 
 def save(picture: Picture, command: str, folder: Path) -> str:

@@ -67,7 +67,7 @@ def law(parameters: int, tokens: int) -> float:
     return 1.5 + (1e5 / parameters) ** 0.3 + (1e5 / tokens) ** 0.3
 
 
-LAYERS = [f"layers.{block}.{part}" for block in (0, 1, 10) for part in ("attention.q", "mlp.down")]
+LAYERS = [f"layers.{block}.{part}" for block in (0, 2, 10) for part in ("attention.q", "mlp.down")]
 
 
 def quant_values(step: int) -> dict[str, float]:

@@ -108,12 +108,14 @@ def test_runs_of_other_data_are_shown_apart(tmp_path: Path) -> None:
     for name in ("bf16", "quartet"):
         write_run(tmp_path / "a", name)
         write_run(tmp_path / "b", name, data_hash="e" * 64, tokenizer="bpe", loss=9.0)
+    write_run(tmp_path / "c", "bf16", val_tokens=512)
     found, problems = gather(tmp_path)
     assert [corpus.title.split(", ")[1:] for corpus in found] == [
         ["bytes", "65.5k validation tokens", "data dddddddd"],
         ["bpe", "65.5k validation tokens", "data eeeeeeee"],
+        ["bytes", "512 validation tokens", "data dddddddd"],
     ]
-    assert len(problems) == 1 and "2 sets of data, whose losses do not compare" in problems[0]
+    assert len(problems) == 1 and "3 sets of data, whose losses do not compare" in problems[0]
     write_report([tmp_path / "a", tmp_path / "b"], tmp_path / "page.html", [], "bf16", COMMAND)
     page = (tmp_path / "page.html").read_text()
     figures = re.findall(r'<figure id="([^"]+)">', page)
@@ -131,7 +133,7 @@ def test_everything_wrong_is_named_on_the_page(tmp_path: Path) -> None:
     with (runs / "half" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 51, "tok')
     lines = (runs / "middle" / "metrics.jsonl").read_text().splitlines(keepends=True)
-    (runs / "middle" / "metrics.jsonl").write_text("".join([*lines[:3], "garbage\n", *lines[4:]]))
+    (runs / "middle" / "metrics.jsonl").write_text("".join([*lines[:3], "<b>garbage\n", *lines[4:]]))
     last = (runs / "twice" / "metrics.jsonl").read_text().splitlines(keepends=True)[-1]
     with (runs / "twice" / "metrics.jsonl").open("a") as file:
         file.write(last)
@@ -143,7 +145,7 @@ def test_everything_wrong_is_named_on_the_page(tmp_path: Path) -> None:
         "broken": "damaged and not compared with others: cannot read",
         "diverged": "diverged and not compared with others: a loss or gradient norm was not finite",
         "half": "line 56 of metrics.jsonl is half-written and left out",
-        "middle": "line 4 of metrics.jsonl is damaged and left out ('garbage'",
+        "middle": "line 4 of metrics.jsonl is damaged and left out ('<b>garbage'",
         "silent": "no metrics.jsonl, so its curves are not drawn",
         "twice": "2 validation losses at 50,000 tokens",
     }
@@ -226,7 +228,7 @@ def test_telemetry_stands_at_its_layer_operand_and_time(tmp_path: Path) -> None:
     with (directory / "metrics.jsonl").open("a") as file:
         file.write(json.dumps({"step": 60, "tokens": 60_000, "flops": 1, "quant/lm_head/fprop.x/sqnr_db": 7.0}) + "\n")
     found = Telemetry.read(directory / "metrics.jsonl")
-    assert found.layers == [*LAYERS, "lm_head"] and found.tokens == [25_000, 50_000, 60_000], "10 comes after 1"
+    assert found.layers == [*LAYERS, "lm_head"] and found.tokens == [25_000, 50_000, 60_000], "10 comes after 2"
     expected = quant_values(50)
     for operand in OPERANDS:
         column = found.values[("clipped", operand)][:, 1]

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 
 from qtrain.report.curves import by_largest
@@ -27,7 +28,12 @@ METRICS = {
     "kurtosis": "kurtosis",
     "max_to_mean": "largest to mean magnitude",
 }
-GRADIENTS = {"cosine": "cosine to the exact gradient", "projection": "projection on the exact gradient"}
+GRADIENTS = {"cosine": "cosine", "projection": "projection"}
+SHARES = ("clipped", "scale_underflow", "scale_overflow")  # drawn from zero: most of them are zero
+SKEWED = ("kurtosis", "max_to_mean")  # drawn on a logarithmic scale: one layer may be a hundred times the others
+COLOURS = (
+    "viridis"  # told apart with any colour vision and in grey; it has no grey itself, which is for what is missing
+)
 MOST_RUNS = 4  # the largest run of as many recipes
 MOST_TIMES = 40  # columns of a heat map
 MOST_TICKS = 28  # layer names beside one
@@ -127,7 +133,7 @@ def _maps_over_time(found: Telemetry, maps: dict[str, np.ndarray], label: str, s
     limits = {"vmin": finite.min(), "vmax": finite.max()} if shared and len(finite) else {}
     image = None
     for axes, (title, values) in zip(panels, maps.items(), strict=False):
-        image = axes.imshow(values, aspect="auto", interpolation="nearest", cmap="cividis", **limits)
+        image = axes.imshow(values, aspect="auto", interpolation="nearest", cmap=COLOURS, **limits)
         axes.set_title(title, loc="left")
         _layer_ticks(axes, found.layers)
         ticks = np.unique(np.linspace(0, len(found.tokens) - 1, 3).round().astype(int))
@@ -151,7 +157,9 @@ def _maps_at_end(found: Telemetry, metrics: list[str]) -> Figure:
         columns = [found.values[(metric, operand)][:, -1] if (metric, operand) in found.values else missing
                    for operand in OPERANDS]  # fmt: skip
         axes.set_facecolor("#cccccc")
-        image = axes.imshow(np.stack(columns, axis=1), aspect="auto", interpolation="nearest", cmap="cividis")
+        values = np.stack(columns, axis=1)
+        norm = _scale(metric, values[np.isfinite(values)])
+        image = axes.imshow(values, aspect="auto", interpolation="nearest", cmap=COLOURS, norm=norm)
         axes.set_title(METRICS[metric], loc="left", fontsize=8)
         axes.set_xticks(range(len(OPERANDS)), OPERANDS, rotation=60, ha="right", rotation_mode="anchor", fontsize=7)
         _layer_ticks(axes, found.layers)
@@ -159,6 +167,12 @@ def _maps_at_end(found: Telemetry, metrics: list[str]) -> Figure:
     for axes in panels[len(metrics) :]:
         axes.set_visible(False)
     return figure
+
+
+def _scale(metric: str, values: np.ndarray) -> Normalize | None:
+    if metric in SHARES:
+        return Normalize(0, values.max(initial=0) or 1)
+    return LogNorm() if metric in SKEWED and len(values) and values.min() > 0 else None
 
 
 def _layer_ticks(axes: Axes, layers: list[str]) -> None:

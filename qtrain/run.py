@@ -5,11 +5,10 @@ from __future__ import annotations
 import logging
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import lightning
 import torch
@@ -34,6 +33,7 @@ from qtrain.plan import RunPlan, budget_tokens, make_plan
 from qtrain.quant import Report, check_backend, convert, set_high_precision
 from qtrain.report.loss import plot_loss
 from qtrain.report.results import record, recorded
+from qtrain.report.summaries import read_run
 from qtrain.run_directory import RunDirectory, commit, write_atomically
 from qtrain.trunk import Trunk, metrics_beside
 
@@ -72,7 +72,7 @@ def _ended(config: Config, directory: RunDirectory) -> tuple[float | None, str |
     summary = directory.summary
     if directory.finished:
         loss = summary["val_loss"]
-        _record(config, summary)
+        _record(config, directory)
         return loss, f"{directory.path} is finished (validation loss {loss:.4f}); force=true runs it again"
     row = recorded(Path(config.results), config.name, config_hash(config)) if config.results else None
     if row is not None:
@@ -82,9 +82,9 @@ def _ended(config: Config, directory: RunDirectory) -> tuple[float | None, str |
     return None, None
 
 
-def _record(config: Config, summary: Mapping[str, Any]) -> None:
+def _record(config: Config, directory: RunDirectory) -> None:
     if config.results:
-        record(Path(config.results), summary)
+        record(Path(config.results), read_run(directory.path))
 
 
 @contextmanager
@@ -304,7 +304,7 @@ class Session:
         speeds = [line["tokens_per_second"] for line in self.directory.lines("tokens_per_second")]
         plot_loss(self.directory.path)
         self._write_summary("finished", **values, tokens_per_second=median(speeds))
-        _record(self.config, self.directory.summary)
+        _record(self.config, self.directory)
         self._show_sample()
         self._show_end(values["val_loss"], values["val_bits_per_byte"])
         return values["val_loss"]

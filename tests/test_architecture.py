@@ -57,7 +57,7 @@ MAY_IMPORT = {
         "qtrain.trunk qtrain.report qtrain.run"
     ),
     "qtrain.scaling": "numpy scipy yaml (pyarrow)",
-    "qtrain.report": "numpy scipy matplotlib yaml qtrain.scaling",
+    "qtrain.report": "numpy scipy matplotlib yaml (pyarrow) qtrain.scaling",
     "qtrain.run": (
         "torch lightning rich qtrain.config qtrain.plan qtrain.optim qtrain.metrics qtrain.models qtrain.quant "
         "qtrain.data qtrain.data.datamodule qtrain.run_directory qtrain.checkpoint qtrain.loggers "

@@ -11,10 +11,26 @@ from pathlib import Path
 
 import pytest
 from matplotlib.figure import Figure
+from report_runs import write_run
 
 from qtrain.errors import UserError
 from qtrain.report.gaps import plot_gaps
-from qtrain.report.summaries import COLUMNS, compare, markdown, read_csv, read_published, read_summaries, write_csv
+from qtrain.report.summaries import (
+    COLUMNS,
+    INTEGERS,
+    NUMBERS,
+    REQUIRED,
+    compare,
+    markdown,
+    read_csv,
+    read_published,
+    read_run,
+    read_summaries,
+    read_table,
+    run_directories,
+    write_csv,
+    write_table,
+)
 
 
 def write(root, name, seed, loss, **more):
@@ -73,38 +89,33 @@ def test_of_two_runs_with_one_name_none_is_picked_in_silence(runs):
         read_summaries(runs)
 
 
-HEADER = ",".join(COLUMNS)
-NUMBERS = "1.5,2.5,,192,3,100,600,10.5,c,d,e"
+HEADER = ",".join(REQUIRED)
+VALUES = "1.5,2.5,,192,3,100,600,10.5,c,d,e"
 
 
 def test_a_results_file_reads_back_as_it_was_written(tmp_path):
-    row = dict.fromkeys(COLUMNS, "x") | {
-        "seed": 2,
-        "tokens": 192,
-        "steps": 3,
-        "non_embedding_parameters": 7,
-        "flops": 9,
-    }
-    row |= {"val_loss": 1 / 3, "val_bits_per_byte": 2e-300, "tokens_per_second": 1e9, "name": "Größe, 3"}
+    row = dict.fromkeys(COLUMNS, "x") | {column: number for number, column in enumerate(INTEGERS)} | {"seed": 2}
+    row |= dict.fromkeys(NUMBERS, 0.1) | {"val_loss": 1 / 3, "val_bits_per_byte": 2e-300, "tokens_per_second": 1e9}
+    row |= {"name": "Größe, 3", "status": "finished"}
     path = tmp_path / "results.csv"
     write_csv([row], path, append=True)
     write_csv([row | {"seed": 3}], path, append=True)
     assert read_csv(path) == [row, row | {"seed": 3}]
     path.write_text(HEADER + "\n")
     assert read_csv(path) == []
-    with pytest.raises(UserError, match=r"results\.csv holds no run"):
+    with pytest.raises(UserError, match=r"results\.csv holds no finished run"):
         read_summaries(path)
 
 
 @pytest.mark.parametrize(("content", "message"), [
     ("", "results.csv is empty, not even a header"),
-    (f"{HEADER}\na,r,0,{NUMBERS}\nb,r,1,{NUMBERS.replace('2.5', 'low')}\n",
+    (f"{HEADER}\na,r,0,{VALUES}\nb,r,1,{VALUES.replace('2.5', 'low')}\n",
      "results.csv, row 3: val_bits_per_byte is 'low', not a number"),
-    (f"{HEADER}\na,r,zero,{NUMBERS}\n", "results.csv, row 2: seed is 'zero', not an integer"),
-    (f"{HEADER}\na,r,0,{NUMBERS.replace('600', '6.5')}\n", "results.csv, row 2: flops is '6.5', not an integer"),
-    (f"{HEADER}\na,r,0,{NUMBERS.replace('10.5', '')}\n", "results.csv, row 2: tokens_per_second is '', not a number"),
+    (f"{HEADER}\na,r,zero,{VALUES}\n", "results.csv, row 2: seed is 'zero', not an integer"),
+    (f"{HEADER}\na,r,0,{VALUES.replace('600', '6.5')}\n", "results.csv, row 2: flops is '6.5', not an integer"),
+    (f"{HEADER}\na,r,0,{VALUES.replace('10.5', '')}\n", "results.csv, row 2: tokens_per_second is '', not a number"),
     (f"{HEADER}\na,r,0,1.5\n", "results.csv, row 2 has fewer fields than the header"),
-    (f"{HEADER}\na,r,0,{NUMBERS},more\n", "results.csv, row 2 has more fields than the header"),
+    (f"{HEADER}\na,r,0,{VALUES},more\n", "results.csv, row 2 has more fields than the header"),
     (f"{HEADER.replace('flops', 'flop')}\n", "lacks flops; it is no results file"),
     (b"\x89PNG\r\n\x1a\n\x00\xff", "results.csv is no text"),
     (b"\x00\x01\x02\n", "results.csv"),
@@ -169,3 +180,81 @@ def test_the_picture_holds_every_gap_at_its_place(runs, tmp_path, monkeypatch):
     write(runs, "better", 0, 0.9)
     plot_gaps(compare(read_summaries(runs), "bf16"), tmp_path / "gaps.png")
     assert drawn[1].axes[0].get_xscale() == "linear", "a gap below zero"
+
+
+def test_a_results_file_of_fewer_columns_stays_readable_and_as_it_is(tmp_path):
+    """The committed ones have the first columns alone; a row that is added keeps to them."""
+    path = tmp_path / "results.csv"
+    path.write_text(f"{HEADER}\na,r,0,{VALUES}\n")
+    (row,) = read_csv(path)
+    assert (row["status"], row["val_loss"], row["bigram_cross_entropy"], row["lr"]) == ("finished", 1.5, None, None)
+    write_csv([row | {"seed": 1, "lr": 0.1}], path, append=True)
+    assert path.read_text().splitlines()[0] == HEADER and len(path.read_text().splitlines()) == 3
+    assert read_csv(path) == [row, row | {"seed": 1}]
+    committed = sorted((Path(__file__).parents[1] / "experiments").rglob("results.csv"))
+    tables = [path for path in committed if path.read_text().startswith("name,")]
+    assert len(tables) >= 4 and all(row["val_loss"] > 0 for path in tables for row in read_csv(path))
+
+
+def test_the_table_has_every_run_and_its_settings(tmp_path):
+    write_run(tmp_path, "quartet", 3, parameters=200_000, steps=20, loss=2.5, lr=0.004, tokenizer="bpe")
+    write_run(tmp_path, "bf16", 1, status="diverged", steps=30)
+    rows = [read_run(path) for path in run_directories(tmp_path)]
+    diverged, finished = rows
+    assert (diverged["name"], diverged["status"], diverged["val_loss"]) == ("bf16", "diverged", None)
+    assert "not finite" in diverged["reason"] and diverged["tokens_seen"] == 30_000
+    expected = {
+        "name": "quartet", "seed": 3, "status": "finished", "val_loss": 2.5, "lr": 0.004, "model": "nano",
+        "n_layers": 2, "dim": 128, "batch_tokens": 1000, "schedule": "cosine", "tokens": 20_000, "tokens_seen": 20_000,
+        "tokens_per_parameter": 0.1, "memory_bytes": 2**30 + 20, "data": "stdlib", "tokenizer": "bpe",
+        "val_tokens": 65536, "flops": 24_000_000_000, "reason": None,
+    }  # fmt: skip
+    assert {key: finished[key] for key in expected} == expected
+    for name in ("runs.csv", "runs.parquet"):
+        write_table(rows, tmp_path / name)
+        assert read_table(tmp_path / name) == rows, f"{name} reads back as it was written"
+    assert compare(read_summaries(tmp_path / "runs.parquet"), "quartet")[0].losses == {3: 2.5}
+
+
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        ({"summary.json": '{"status": "fin'}, r"cannot read .*summary\.json"),
+        ({"summary.json": "{}"}, "is no run's summary"),
+        ({"summary.json": '{"status": "finished", "name": "a", "seed": 0, "val_loss": null}'}, "val_loss is None"),
+        ({"summary.json": '{"status": "finished", "name": "a", "seed": 0, "val_loss": NaN}'}, "val_loss is nan"),
+        ({"config.yaml": "name: [a"}, r"cannot read .*config\.yaml"),
+        ({"config.yaml": "name: a"}, "does not read as the settings of a run"),
+    ],
+)
+def test_a_damaged_run_is_named(tmp_path, harm, message):
+    directory = write_run(tmp_path, "bf16")
+    for name, text in harm.items():
+        (directory / name).write_text(text)
+    with pytest.raises(UserError, match=message):
+        read_run(directory)
+
+
+def test_folders_that_only_look_like_runs_are_none(tmp_path):
+    directory = write_run(tmp_path, "bf16")
+    mirror = directory / "wandb" / "offline-run-1" / "files"
+    mirror.mkdir(parents=True)
+    (mirror / "config.yaml").write_text("a: 1")
+    begun = tmp_path / "begun"
+    begun.mkdir()
+    (begun / "config.yaml").write_text((directory / "config.yaml").read_text())
+    assert run_directories(tmp_path) == [directory]
+    (begun / "environment.json").write_text("{}")
+    assert run_directories(tmp_path) == [begun, directory]
+    assert read_run(begun)["status"] == "unknown" and read_run(begun)["name"] == "bf16"
+
+
+def test_runs_of_other_tokenizers_or_validation_text_do_not_compare(tmp_path):
+    write_run(tmp_path, "bf16", 0)
+    write_run(tmp_path, "bf16", 1, tokenizer="bpe")
+    with pytest.raises(UserError, match=r"2 different tokenizers \(bpe, bytes\)"):
+        read_summaries(tmp_path)
+    write_run(tmp_path / "other", "bf16", 0)
+    write_run(tmp_path / "other", "bf16", 1, val_tokens=512)
+    with pytest.raises(UserError, match=r"2 different sizes of validation text \(512, 65536\)"):
+        read_summaries(tmp_path / "other")

@@ -8,13 +8,21 @@ from pathlib import Path
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 from qtrain.report.loss import BLUE, GREY, ORANGE, tidy
 from qtrain.report.summaries import Comparison
 
 
 def plot_gaps(comparisons: list[Comparison], path: Path, published: Mapping[str, float] | None = None) -> None:
-    """Draws gaps in nats per token, the least at the top, into path (png, pdf, svg).
+    """`gaps_figure`, written into path (png, pdf, svg)."""
+    gaps_figure(comparisons, published).savefig(path, dpi=150)
+
+
+def gaps_figure(
+    comparisons: list[Comparison], published: Mapping[str, float] | None = None, width: float = 7.2
+) -> Figure:
+    """Gaps in nats per token, the least at the top; width in inches.
 
     comparisons: as `compare` gives them, the baseline first. Every seed a small dot, their mean a large one with its
     95% interval; published: name -> the gap that others found, a diamond. Names without a seed in common with the
@@ -23,7 +31,7 @@ def plot_gaps(comparisons: list[Comparison], path: Path, published: Mapping[str,
     baseline, *others = comparisons
     shown = sorted((other for other in others if np.isfinite(other.gap)), key=lambda other: -other.gap)
     published = {name: gap for name, gap in (published or {}).items() if name in {other.name for other in shown}}
-    figure = Figure(figsize=(7.2, 1.3 + 0.32 * len(shown)), layout="constrained")
+    figure = Figure(figsize=(width, 1.3 + 0.32 * len(shown)), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     lowest = []
@@ -41,13 +49,15 @@ def plot_gaps(comparisons: list[Comparison], path: Path, published: Mapping[str,
     if min([*lowest, *published.values()], default=0) > 0:
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_locator(LogLocator(subs=(2, 5)))
         axes.xaxis.set_minor_formatter("{x:g}")
         axes.tick_params(axis="x", which="minor", labelsize=7)
     else:
         axes.axvline(0, color=GREY, linewidth=1)
+    axes.set_ylim(-0.6, len(shown) - 0.4)
     axes.set_yticks(range(len(shown)), [other.name for other in shown])
     axes.set_xlabel(f"gap to {baseline.name} (nats per token)")
     if shown:
         axes.legend(frameon=False, loc="best")
     tidy(axes)
-    figure.savefig(path, dpi=150)
+    return figure

@@ -63,16 +63,41 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl, in order. A half-written last line is left out, with a warning in the log."""
     if not path.exists():
         raise UserError(f"{path} does not exist; is {path.parent} a run directory?")
-    texts = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    lines = []
-    for number, text in enumerate(texts, start=1):
-        try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            if number < len(texts):
-                raise UserError(f"line {number} of {path} is not JSON: {text[:60]!r}; remove it") from None
-            log.warning("%s: the last line is half-written and left out", path)
+    lines, damaged, _ = scan_metrics(path)
+    for fault in damaged:
+        if not fault.last:
+            raise UserError(f"line {fault.number} of {path} is not JSON: {fault.text!r}; remove it")
+        log.warning("%s: the last line is half-written and left out", path)
     return lines
+
+
+@dataclass(frozen=True)
+class DamagedLine:
+    """A line of metrics.jsonl that is no metrics line; text is its beginning."""
+
+    number: int
+    text: str
+    last: bool
+
+
+def scan_metrics(path: Path, without: tuple[str, ...] = ()) -> tuple[list[dict[str, Any]], list[DamagedLine], int]:
+    """The lines of a metrics.jsonl, in order, those that are damaged, and how many were passed over: the whole ones
+    that hold one of the texts `without` are not parsed."""
+    texts = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    lines, damaged, passed = [], [], 0
+    for number, text in enumerate(texts, start=1):
+        if text.endswith("}") and any(key in text for key in without):
+            passed += 1
+            continue
+        try:
+            line = json.loads(text)
+        except json.JSONDecodeError:
+            line = None
+        if isinstance(line, dict) and isinstance(line.get("tokens"), int):
+            lines.append(line)
+        else:
+            damaged.append(DamagedLine(number, text[:60], number == len(texts)))
+    return lines, damaged, passed
 
 
 def curve(lines: list[dict[str, Any]], key: str) -> Curve:

@@ -1,13 +1,11 @@
-"""A results file: the CSV of `write_csv`, to which runs of any number of processes add their rows."""
+"""A results file: the CSV of `write_table`, to which runs of any number of processes add their rows."""
 
 from __future__ import annotations
 
 import fcntl
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from qtrain.report.summaries import Row, read_csv, row_of, write_csv
+from qtrain.report.summaries import Row, read_csv, write_csv
 
 
 def recorded(path: Path, name: str, config_hash: str) -> Row | None:
@@ -17,11 +15,11 @@ def recorded(path: Path, name: str, config_hash: str) -> Row | None:
     return next((row for row in rows if (row["name"], row["config_hash"]) == (name, config_hash)), None)
 
 
-def record(path: Path, summary: Mapping[str, Any]) -> None:
+def record(path: Path, row: Row) -> None:
     """Add the row of a finished run, if it is not there. What the file has is never rewritten."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = path.with_name(f".{path.name}.lock")
     with lock.open("w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
-        if recorded(path, summary["name"], summary["config_hash"]) is None:
-            write_csv([row_of(summary)], path, append=True)
+        if recorded(path, row["name"], row["config_hash"]) is None:
+            write_csv([row | {"directory": None}], path, append=True)  # a place on one machine

@@ -1,4 +1,8 @@
-"""Finished runs side by side: one row a run, and each recipe's gap to a baseline, paired by seed. Reads files only."""
+"""Runs side by side: one row a run, finished or not, and each recipe's gap to a baseline, paired by seed.
+
+The table has one row a run directory and one column a setting or result; a results file is that table as CSV or
+Parquet. Reads files only.
+"""
 
 from __future__ import annotations
 
@@ -7,39 +11,62 @@ import json
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 from scipy import stats
 
 from qtrain.errors import UserError
 
-COLUMNS: tuple[str, ...] = (
+# What every results file has; the first ones had no other column.
+REQUIRED: tuple[str, ...] = (
     "name", "recipe", "seed", "val_loss", "val_bits_per_byte", "bigram_cross_entropy", "tokens", "steps",
     "non_embedding_parameters", "flops", "tokens_per_second", "config_hash", "data_hash", "commit",
 )  # fmt: skip
+COLUMNS: tuple[str, ...] = (
+    *REQUIRED, "status", "reason", "model", "n_layers", "dim", "lr", "batch_tokens", "schedule",
+    "tokens_per_parameter", "tokens_seen", "memory_bytes", "data", "tokenizer", "val_tokens", "directory",
+)  # fmt: skip
 
-INTEGERS = ("seed", "tokens", "steps", "non_embedding_parameters", "flops")
-NUMBERS = ("val_loss", "val_bits_per_byte", "tokens_per_second")
+INTEGERS = (
+    "seed", "tokens", "steps", "non_embedding_parameters", "flops", "n_layers", "dim", "batch_tokens", "tokens_seen",
+    "memory_bytes", "val_tokens",
+)  # fmt: skip
+NUMBERS = (
+    "val_loss", "val_bits_per_byte", "bigram_cross_entropy", "tokens_per_second", "lr", "tokens_per_parameter"
+)  # fmt: skip
+_KINDS: tuple[tuple[tuple[str, ...], Callable[[Any], Any], str], ...] = (
+    (INTEGERS, int, "an integer"),
+    (NUMBERS, float, "a number"),
+)
+MAY_BE_EMPTY = {*COLUMNS} - {*REQUIRED} | {"bigram_cross_entropy"}  # in the row of a finished run
+
+REASONS = {
+    "running": "at work, or killed; its command again continues it",
+    "interrupted": "stopped; its command again continues it",
+    "diverged": "a loss or gradient norm was not finite",
+    "unknown": "no summary.json: training never began",
+}
 
 Row = dict[str, Any]
 _MOVED_ASIDE = re.compile(r"\.old\d+$")  # by force=true
+_Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # 500 settings files: under a second instead of ten
 
 
 def read_summaries(*places: Path) -> list[Row]:
     """The finished runs of these places, by name and seed; a place is a folder of run directories or a results file of
-    `write_csv`. UserError where there is none, where two are of one name and seed, or where they were trained on
-    different data, whose losses do not compare."""
-    rows = [row for place in places for row in (read_csv(place) if place.suffix == ".csv" else _some_finished(place))]
+    `write_table`. UserError where there is none, where two are of one name and seed, or where they were trained or
+    validated on different data, whose losses do not compare."""
+    rows = [row for place in places for row in (read_table(place) if is_table(place) else _some_finished(place))]
+    rows = [row for row in rows if row["status"] == "finished"]
     where = " and ".join(map(str, places))
     if not rows:
-        raise UserError(f"{where} holds no run: there is nothing to compare")
-    data = {row["data_hash"] for row in rows}
-    if len(data) > 1:
-        raise UserError(f"the runs in {where} were trained on {len(data)} different corpora; compare them apart")
+        raise UserError(f"{where} holds no finished run: there is nothing to compare")
+    _check_same_data(rows, where)
     twice = [key for key, count in Counter((row["name"], row["seed"]) for row in rows).items() if count > 1]
     if twice:
         name, seed = twice[0]
@@ -47,27 +74,103 @@ def read_summaries(*places: Path) -> list[Row]:
     return sorted(rows, key=lambda row: (row["name"], row["seed"]))
 
 
+def _check_same_data(rows: list[Row], where: str) -> None:
+    kinds = {
+        "were trained on": ("data_hash", "corpora"),
+        "have": ("tokenizer", "tokenizers"),
+        "were validated on": ("val_tokens", "sizes of validation text"),
+    }
+    for verb, (column, what) in reversed(kinds.items()):
+        found = {row[column] for row in rows} - {None}
+        if len(found) > 1:
+            names = ", ".join(sorted(map(str, found)))
+            raise UserError(f"the runs in {where} {verb} {len(found)} different {what} ({names}); compare them apart")
+
+
 def _some_finished(root: Path) -> list[Row]:
     rows = finished_runs(root)
     if not rows:
-        raise UserError(f"{root} holds {len(_summaries(root, '**'))} runs, none of them finished")
+        raise UserError(f"{root} holds {len(run_directories(root))} runs, none of them finished")
     return rows
 
 
 def finished_runs(root: Path, folders: str = "**") -> list[Row]:
-    """A row for each finished run in those folders below root: "**" all, "*" its own alone. UserError for a summary
-    that cannot be read."""
-    summaries = [_read_json(path) for path in _summaries(root, folders)]
-    return [row_of(summary) for summary in summaries if summary.get("status") == "finished"]
+    """A row for each finished run in those folders below root: "**" all, "*" its own alone. UserError for a run that
+    cannot be read."""
+    return [row for path in run_directories(root, folders) if (row := read_run(path))["status"] == "finished"]
 
 
-def row_of(summary: Mapping[str, Any]) -> Row:
-    """The row of a run whose summary.json this is."""
-    return {key: summary.get(key) for key in COLUMNS}
+def run_directories(root: Path, folders: str = "**") -> list[Path]:
+    """The run directories in those folders below root, without those that force=true moved aside."""
+    found = {path.parent for path in root.glob(f"{folders}/summary.json")}
+    begun = {path.parent for path in root.glob(f"{folders}/environment.json")}
+    found |= {path for path in begun if (path / "config.yaml").exists()}
+    return sorted(path for path in found if not _MOVED_ASIDE.search(path.name))
 
 
-def _summaries(root: Path, folders: str) -> list[Path]:
-    return [path for path in root.glob(f"{folders}/summary.json") if not _MOVED_ASIDE.search(path.parent.name)]
+def read_run(directory: Path) -> Row:
+    """The row of one run directory, of whatever status. UserError for a damaged summary or settings file, and for one
+    that says finished and has no finite loss."""
+    path = directory / "summary.json"
+    summary = _read_json(path) if path.exists() else {"status": "unknown"}
+    row = dict.fromkeys(COLUMNS) | _settings(directory / "config.yaml")
+    row |= {key: value for key, value in summary.items() if key in COLUMNS}
+    if row["status"] == "finished" and not _is_finite(row["val_loss"]):
+        raise UserError(f"{path} says finished, and val_loss is {row['val_loss']!r}; train it again with force=true")
+    if row["name"] is None or type(row["seed"]) is not int:
+        raise UserError(f"{path} is no run's summary: it lacks name or seed")
+    last = _last_training_line(directory / "metrics.jsonl")
+    if row["tokens"] and row["non_embedding_parameters"]:
+        row["tokens_per_parameter"] = row["tokens"] / row["non_embedding_parameters"]
+    reason = row["reason"] or REASONS.get(str(row["status"]))
+    return row | {
+        "reason": reason, "directory": str(directory),
+        "tokens_seen": last.get("tokens"), "memory_bytes": last.get("memory_bytes"),
+    }  # fmt: skip
+
+
+def damaged_run(directory: Path, error: UserError) -> Row:
+    """The row of a run directory that `read_run` cannot read: status "damaged" and the reason."""
+    named = {"name": directory.name, "directory": str(directory)}
+    return dict.fromkeys(COLUMNS) | named | {"status": "damaged", "reason": str(error)}
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _settings(path: Path) -> Row:
+    """The columns that config.yaml tells; none where there is no such file."""
+    if not path.exists():
+        return {}
+    try:
+        config = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        tokenizer = config["tokenizer"]
+        parts = [tokenizer["kind"], tokenizer.get("path") or tokenizer.get("vocab_size")]
+        return {
+            "name": config["name"], "recipe": config["recipe"]["name"], "seed": config["seed"],
+            "model": config["model"]["name"], "n_layers": config["model"]["n_layers"], "dim": config["model"]["dim"],
+            "lr": config["optimizer"]["lr"], "schedule": config["scheduler"]["name"],
+            "batch_tokens": config["trainer"]["batch_tokens"], "data": config["data"]["source"],
+            "tokenizer": "-".join(str(part) for part in parts if part), "val_tokens": config["data"]["val_tokens"],
+        }  # fmt: skip
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"cannot read {path}: {' '.join(str(error).split())}") from None
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{path} does not read as the settings of a run: {error}") from None
+
+
+def _last_training_line(path: Path) -> Row:
+    """Peak memory is told by the last training line; the others, which may be long, are not parsed."""
+    if not path.exists():
+        return {}
+    for text in reversed(path.read_text(encoding="utf-8", errors="replace").splitlines()):
+        if '"memory_bytes"' in text:
+            try:
+                return json.loads(text)
+            except ValueError:
+                continue
+    return {}
 
 
 def _read_json(path: Path) -> Row:
@@ -75,51 +178,118 @@ def _read_json(path: Path) -> Row:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path}: {error}") from None
-    if not isinstance(found, dict):
+    if not isinstance(found, dict) or "status" not in found:
         raise UserError(f"{path} is no run's summary")
     return found
 
 
+# ------------------------------------------------------------------------------------------------- results files
+
+
+def is_table(path: Path) -> bool:
+    return path.suffix in (".csv", ".parquet")
+
+
+def read_table(path: Path) -> list[Row]:
+    """The rows of a results file, CSV or Parquet, perhaps none; columns that an older file lacks are None. UserError
+    where it is no such file; of a field it names the row, the header of a CSV being row 1, and the column."""
+    if path.suffix == ".csv":
+        return read_csv(path)
+    return _checked(path, *_read_parquet(path))
+
+
 def read_csv(path: Path) -> list[Row]:
-    """The rows of a results file, perhaps none. UserError where it is no such file; of a field it names the row, the
-    header being row 1, and the column."""
+    """`read_table` of a CSV file, whatever its suffix."""
+    return _checked(path, *_read_csv(path))
+
+
+def _checked(path: Path, columns: list[str], rows: list[Row]) -> list[Row]:
+    missing = [column for column in REQUIRED if column not in columns]
+    if missing:
+        raise UserError(f"{path} lacks {', '.join(missing)}; it is no results file of scripts/compare_runs.py")
+    return [_parsed(row, f"{path}, row {number}") for number, row in enumerate(rows, 2)]
+
+
+def _read_csv(path: Path) -> tuple[list[str], list[Row]]:
     try:
         with path.open(newline="", encoding="utf-8") as file:
             reader = csv.DictReader(file)
-            columns, rows = reader.fieldnames or (), list(reader)
+            columns, rows = list(reader.fieldnames or ()), list(reader)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     except (UnicodeDecodeError, csv.Error):
         raise UserError(f"{path} is no text; a results file is what scripts/compare_runs.py writes") from None
     if not columns:
         raise UserError(f"{path} is empty, not even a header; delete it")
-    missing = [column for column in COLUMNS if column not in columns]
-    if missing:
-        raise UserError(f"{path} lacks {', '.join(missing)}; it is no results file of scripts/compare_runs.py")
-    return [_parsed(row, f"{path}, row {number}") for number, row in enumerate(rows, 2)]
+    for number, row in enumerate(rows, 2):
+        if None in row or None in row.values():
+            fault = "more" if None in row else "fewer"
+            raise UserError(f"{path}, row {number} has {fault} fields than the header")
+    return columns, rows
 
 
-def _parsed(row: dict[str, Any], where: str) -> Row:
-    if None in row or None in row.values():
-        raise UserError(f"{where} has {'more' if None in row else 'fewer'} fields than the header")
-    parsed = {column: row[column] for column in COLUMNS}
-    for columns, kind, what in ((INTEGERS, int, "an integer"), (NUMBERS, float, "a number")):
+def _read_parquet(path: Path) -> tuple[list[str], list[Row]]:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        table = parquet.read_table(path)
+    except (OSError, pyarrow.ArrowException) as error:
+        raise UserError(f"cannot read {path}: {' '.join(str(error).split())}") from None
+    return table.column_names, table.to_pylist()
+
+
+def _parsed(row: Row, where: str) -> Row:
+    """Of a row that is not finished any field may be empty, of a finished one those of MAY_BE_EMPTY."""
+    status = row.get("status") or "finished"  # older files have finished runs alone
+    parsed: Row = {column: row.get(column) for column in COLUMNS}
+    for columns, kind, what in _KINDS:
         for column in columns:
+            value = parsed[column]
+            if value in (None, "") and (status != "finished" or column in MAY_BE_EMPTY):
+                parsed[column] = None
+                continue
             try:
-                parsed[column] = kind(row[column])
-            except ValueError:
-                raise UserError(f"{where}: {column} is {row[column]!r}, not {what}") from None
-    return parsed
+                parsed[column] = kind(value)
+            except (TypeError, ValueError):
+                raise UserError(f"{where}: {column} is {value!r}, not {what}") from None
+    if status == "finished" and not _is_finite(parsed["val_loss"]):
+        raise UserError(f"{where}: val_loss is {row['val_loss']!r}, which no finished run has")
+    empty = {column: None for column in COLUMNS if parsed[column] == ""}
+    return parsed | empty | {"status": status}
+
+
+def write_table(rows: Iterable[Row], path: Path) -> None:
+    """A results file, by its suffix CSV or Parquet (whole numbers int64, but FLOPs, which may exceed it, float64)."""
+    if path.suffix != ".parquet":
+        write_csv(rows, path)
+        return
+    import pyarrow
+    from pyarrow import parquet
+
+    integers = {*INTEGERS} - {"flops"}
+    kinds = {column: pyarrow.int64() for column in integers} | dict.fromkeys((*NUMBERS, "flops"), pyarrow.float64())
+    schema = pyarrow.schema([(column, kinds.get(column, pyarrow.string())) for column in COLUMNS])
+    columns = {column: [] for column in COLUMNS}
+    for row in rows:
+        for column in COLUMNS:
+            value = row.get(column)
+            columns[column].append(float(value) if column == "flops" and value is not None else value)
+    parquet.write_table(pyarrow.table(columns, schema=schema), path)
 
 
 def write_csv(rows: Iterable[Row], path: Path, append: bool = False) -> None:
-    """append: add the rows to those that the file has; what it has is never rewritten."""
-    header = not (append and path.is_file())
+    """append: add the rows to those that the file has, under the columns that it has; what it has is never
+    rewritten."""
+    columns = _read_csv(path)[0] if append and path.is_file() else None
     with path.open("a" if append else "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        if header:
+        writer = csv.DictWriter(file, columns or COLUMNS, lineterminator="\n", extrasaction="ignore")
+        if columns is None:
             writer.writeheader()
         writer.writerows(rows)
+
+
+# ---------------------------------------------------------------------------------------------------- comparison
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,349 @@
+"""The pictures of runs side by side: loss, gap to the baseline, learning rate, speed and memory."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterable
+from dataclasses import replace
+from statistics import mean, median
+from typing import Any
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
+
+from qtrain.report.gaps import gaps_figure
+from qtrain.report.loss import GREY, SMOOTHING, readable, smooth, tidy
+from qtrain.report.picture import (
+    WIDTH,
+    Picture,
+    Style,
+    count_axis,
+    legend_below,
+    legend_height,
+    new_figure,
+    span,
+    styles,
+    thin,
+    variant,
+)
+from qtrain.report.runs import Corpus, Point, Run, point_title
+from qtrain.report.summaries import Comparison, compare
+
+MOST_PANELS = 6  # sizes or budgets with a panel of their own, the largest by FLOPs; the tables have all of them
+FEW = 12  # a panel of so few runs, of so few points, has the points marked
+
+Series = tuple[np.ndarray, np.ndarray]
+
+
+def series(run: Run, key: str, over: str = "tokens") -> Series:
+    """The finite values of a metric over another that stands in the same lines, float64."""
+    pairs = [(line[over], line[key]) for line in run.lines if line.get(key) is not None and line.get(over) is not None]
+    array = np.array(pairs, dtype=np.float64).reshape(-1, 2)
+    array = array[np.isfinite(array).all(axis=1)]
+    return array[:, 0], array[:, 1]
+
+
+def training_loss(run: Run) -> Series:
+    tokens, loss = series(run, "loss")
+    return thin(tokens, smooth(loss, max(1, len(loss) // SMOOTHING)))
+
+
+def validation_loss(run: Run, over: str = "tokens") -> Series:
+    return thin(*series(run, "val_loss", over))
+
+
+def loss_over_seconds(run: Run) -> Series:
+    """Seconds of training alone, without validation and checkpoints: tokens over the speed of each interval, summed."""
+    tokens, speed = series(run, "tokens_per_second")
+    at, loss = series(run, "val_loss")
+    if not len(tokens):
+        return np.empty(0), np.empty(0)
+    seconds = np.cumsum(np.diff(tokens, prepend=0) / np.maximum(speed, 1e-9))
+    return thin(np.interp(at, [0, *tokens], [0, *seconds]), loss)
+
+
+def by_largest(runs: Iterable[Run], key: Callable[[Run], Any]) -> dict[Any, list[Run]]:
+    """Groups of runs, the one with the most FLOPs first."""
+    groups: dict[Any, list[Run]] = defaultdict(list)
+    for run in runs:
+        groups[key(run)].append(run)
+    return dict(sorted(groups.items(), key=lambda item: -max(run.row["flops"] or 0 for run in item[1])))
+
+
+# --------------------------------------------------------------------------------------------------------- loss
+
+
+def loss_pictures(corpus: Corpus, baseline: str) -> list[Picture]:
+    """Training and validation loss over tokens, validation loss over FLOPs and over time."""
+    look = styles((run.recipe for run in corpus.runs), baseline)
+    time = "Training time alone, from the speed that each run logged; it compares between runs of one machine."
+    kinds: list[tuple[str, str, str, Callable[[Run], Series], str]] = [
+        ("loss-training", "Training loss", "tokens", training_loss, "Averaged over a fiftieth of the run either way."),
+        ("loss-tokens", "Validation loss", "tokens", validation_loss, ""),
+        ("loss-flops", "Validation loss", "FLOPs", lambda run: validation_loss(run, "flops"), ""),
+        ("loss-time", "Validation loss", "seconds", loss_over_seconds, time),
+    ]
+    pictures = []
+    for name, what, over, curve, note in kinds:
+        curves = [(run, *curve(run)) for run in corpus.runs]
+        drawn = [(run, x, y) for run, x, y in curves if len(x) > 1]
+        if over == "seconds" and drawn:
+            over, unit = time_unit(max(x[-1] for _, x, _ in drawn))
+            drawn = [(run, x / unit, y) for run, x, y in drawn]
+        if drawn:
+            pictures.append(_loss_picture(name, what, over, drawn, look, note))
+    return pictures
+
+
+def time_unit(most: float) -> tuple[str, float]:
+    """Its name and seconds: the largest of which `most` seconds are at least two."""
+    units = {"days": 86400.0, "hours": 3600.0, "minutes": 60.0}
+    return next(((name, unit) for name, unit in units.items() if most >= 2 * unit), ("seconds", 1.0))
+
+
+def _loss_picture(
+    name: str, what: str, over: str, drawn: list[tuple[Run, np.ndarray, np.ndarray]], look: dict[str, Style], note: str
+) -> Picture:
+    sizes = by_largest((run for run, *_ in drawn), key=lambda run: run.row["non_embedding_parameters"])
+    panelled = 1 < len(sizes) <= MOST_PANELS and over != "FLOPs"
+    recipes = {run.recipe for run, *_ in drawn}
+    rows = len(sizes) if panelled else 1
+    figure, panels = new_figure(0.5 + (2.0 if panelled else 2.9) * rows + legend_height(recipes), rows)
+    for axes, size in zip(panels, sorted(sizes, key=lambda size: size or 0) if panelled else [None], strict=True):
+        members = [one for one in drawn if not panelled or one[0].row["non_embedding_parameters"] == size]
+        for run, x, y in members:
+            _draw_curve(axes, run, x, y, look[run.recipe], marked=len(members) <= FEW and len(x) <= FEW)
+        if panelled:
+            axes.set_title(f"{readable(size or 0)} non-embedding parameters", loc="left")
+        _loss_axes(axes, over, [x for _, x, _ in members], [y for *_, y in members])
+    legend_below(figure, look, recipes)
+    unfinished = any(run.row["status"] != "finished" for run, *_ in drawn)
+    cross = " A cross ends a run that did not finish." if unfinished else ""
+    last = span(y[-1] for *_, y in drawn)
+    alt = f"{what} of {len(drawn)} runs over {over}, a line each; they end at {last} nats per token"
+    return Picture(name, figure, f"{what} over {over}. {note}{cross}".strip(), alt)
+
+
+def _draw_curve(axes: Axes, run: Run, x: np.ndarray, y: np.ndarray, style: Style, marked: bool) -> None:
+    marks = {"marker": style["marker"] if marked else "", "markersize": 3}
+    axes.plot(x, y, **style | marks, linewidth=1.2 if marked else 0.8, alpha=0.8)
+    if run.row["status"] != "finished":
+        axes.plot(x[-1], y[-1], "x", color=style["color"], markersize=7, markeredgewidth=2)
+
+
+def _loss_axes(axes: Axes, over: str, xs: list[np.ndarray], ys: list[np.ndarray]) -> None:
+    """Logarithmic in x where the runs are of very different length; the first steep fall is cut off."""
+    ends = [x[-1] for x in xs]
+    if min(ends) * 8 < max(ends):
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(numticks=7))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+    if over == "FLOPs":
+        axes.xaxis.set_major_formatter("{x:.2g}")
+    else:
+        count_axis(axes.xaxis)
+    later = np.concatenate([y[len(y) // 10 :] for y in ys])
+    low, high = float(later.min()), float(np.quantile(later, 0.99))
+    axes.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low) or high + 0.1)
+    axes.set_xlabel(over)
+    axes.set_ylabel("nats per token")
+    tidy(axes)
+
+
+# --------------------------------------------------------------------------------------------------------- gaps
+
+
+def comparisons(corpus: Corpus, baseline: str) -> dict[Point, list[Comparison]]:
+    """For each size and budget that has the baseline and another: every label's gap to it, the baseline first. Of
+    several baselines, which differ in the learning rate, say, the one with the least mean loss."""
+    found = {}
+    for point, members in by_largest(corpus.compared, key=lambda run: run.point).items():
+        chosen = best_baseline(members, baseline)
+        if chosen is not None and len({run.label for run in members}) > 1:
+            found[point] = compare([run.row | {"name": run.label} for run in members], chosen)
+    return found
+
+
+def best_baseline(members: list[Run], baseline: str) -> str | None:
+    losses: dict[str, list[float]] = defaultdict(list)
+    for run in members:
+        if baseline in (run.row["recipe"], run.row["name"]):
+            losses[run.label].append(run.row["val_loss"])
+    return min(losses, key=lambda label: mean(losses[label]), default=None)
+
+
+def label_styles(corpus: Corpus, baseline: str) -> dict[str, Style]:
+    """A style for each label: its recipe's colour, and dashes and marker of its own where the recipe has several."""
+    look = styles((run.recipe for run in corpus.runs), baseline)
+    found: dict[str, Style] = {}
+    for recipe, style in look.items():
+        for number, label in enumerate(sorted({run.label for run in corpus.runs if run.recipe == recipe})):
+            found[label] = style | variant(number) if number else style
+    return found
+
+
+def gap_pictures(corpus: Corpus, baseline: str) -> list[Picture]:
+    """For each of the largest sizes and budgets the gaps at the end and over the tokens seen."""
+    at = by_largest(corpus.compared, key=lambda run: run.point)
+    shown = {point: found for point, found in comparisons(corpus, baseline).items()
+             if any(np.isfinite(other.gap) for other in found[1:])}  # fmt: skip
+    look = label_styles(corpus, baseline)
+    pictures = []
+    for number, (point, found) in enumerate(list(shown.items())[:MOST_PANELS], 1):
+        name = found[0].name
+        caption = f"Gap to {name} in validation loss, paired by seed: {point_title(point)}."
+        told = (f"{one.name} {one.gap:+.4f}" for one in found[1:] if np.isfinite(one.gap))
+        alt = f"Gaps to {name} in nats per token, with 95% intervals: {', '.join(told)}"
+        pictures.append(Picture(f"gaps-{number}", gaps_figure(found, width=WIDTH), caption, alt))
+        curves = gap_curves(at[point], name)
+        if any(len(tokens) > 1 for tokens, _ in curves.values()):
+            caption = (
+                f"Gap to {name} in validation loss while training, the mean over paired seeds: {point_title(point)}."
+            )
+            last = ", ".join(f"{label} {gap[-1]:+.4f}" for label, (_, gap) in curves.items())
+            alt = f"Gaps to {name} over tokens; at the end: {last}"
+            pictures.append(Picture(f"gap-tokens-{number}", _gap_curves_figure(curves, look), caption, alt))
+    return pictures
+
+
+def _gap_curves_figure(curves: dict[str, Series], look: dict[str, Style]) -> Figure:
+    figure, (axes,) = new_figure(2.4 + legend_height(curves))
+    for label, (tokens, gap) in curves.items():
+        axes.plot(tokens, gap, **look[label], markersize=3, linewidth=1.2)
+    axes.axhline(0, color=GREY, linewidth=1)
+    axes.set_xlabel("tokens")
+    axes.set_ylabel("gap (nats per token)")
+    count_axis(axes.xaxis)
+    tidy(axes)
+    legend_below(figure, look, curves)
+    return figure
+
+
+def gap_curves(members: list[Run], baseline: str) -> dict[str, Series]:
+    """label -> (tokens, mean gap over the seeds that the label `baseline` has too), where both validated."""
+    base = {run.row["seed"]: dict(zip(*series(run, "val_loss"), strict=True)) for run in members
+            if run.label == baseline}  # fmt: skip
+    gaps: dict[str, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for run in members:
+        other = base.get(run.row["seed"], {})
+        for tokens, loss in zip(*series(run, "val_loss"), strict=True):
+            if run.label != baseline and tokens in other:
+                gaps[run.label][tokens].append(loss - other[tokens])
+    return {label: _complete(found) for label, found in sorted(gaps.items())}
+
+
+def _complete(found: dict[float, list[float]]) -> Series:
+    """Only where every seed has a value: a mean over fewer would jump."""
+    most = max(map(len, found.values()))
+    tokens = sorted(at for at, gaps in found.items() if len(gaps) == most)
+    return thin(np.array(tokens), np.array([mean(found[at]) for at in tokens]))
+
+
+# ------------------------------------------------------------------------------------------------ learning rate
+
+
+def rate_pictures(corpus: Corpus, baseline: str) -> list[Picture]:
+    """Loss over learning rate, a line for each recipe, size and budget that was run at two rates or more."""
+    sweeps = {key: found for key, found in _sweeps(corpus).items() if len(found) > 1}
+    if not sweeps:
+        return []
+    points = list(by_largest((run for run in corpus.compared if run.row["lr"]), key=lambda run: run.point))
+    points = [point for point in points if any(key[0] == point for key in sweeps)][:MOST_PANELS]
+    recipes = {recipe for point, recipe, *_ in sweeps if point in points}
+    look = styles(recipes, baseline)
+    figure, panels = new_figure(0.3 + 2.2 * len(points) + legend_height(recipes), len(points))
+    best = []
+    for axes, point in zip(panels, points, strict=True):
+        for (at, recipe, *_), losses in sweeps.items():
+            if at == point:
+                best.append(_draw_sweep(axes, recipe, losses, look[recipe]))
+        rates = sorted({rate for (at, *_), losses in sweeps.items() if at == point for rate in losses})
+        axes.set_xscale("log")
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.set_xticks(rates, [f"{rate:g}" for rate in rates], rotation=60 if len(rates) > 6 else 0)
+        axes.set_title(point_title(point), loc="left", fontsize=8)
+        axes.set_xlabel("learning rate")
+        axes.set_ylabel("validation loss")
+        tidy(axes)
+    legend_below(figure, look, recipes)
+    caption = (
+        "Validation loss (nats per token) over the peak learning rate: a dot a run, the line their mean, a ring the "
+    )
+    caption += "best mean."
+    return [Picture("learning-rate", figure, caption, f"Loss over learning rate; best: {', '.join(best)}")]
+
+
+def _sweeps(corpus: Corpus) -> dict[tuple[Any, ...], dict[float, list[float]]]:
+    found: dict[tuple[Any, ...], dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for run in corpus.compared:
+        if run.row["lr"]:
+            key = (run.point, run.recipe, run.row["batch_tokens"], run.row["schedule"])
+            found[key][run.row["lr"]].append(run.row["val_loss"])
+    return found
+
+
+def _draw_sweep(axes: Axes, recipe: str, losses: dict[float, list[float]], style: Style) -> str:
+    """Returns the best rate in words."""
+    rates = sorted(losses)
+    means = [mean(losses[rate]) for rate in rates]
+    axes.plot(rates, means, color=style["color"], linestyle=style["linestyle"], linewidth=1.2)
+    dots = [(rate, loss) for rate in rates for loss in losses[rate]]
+    at, values = zip(*dots, strict=True)
+    axes.plot(at, values, style["marker"], color=style["color"], markersize=3.5)
+    best = int(np.argmin(means))
+    axes.plot(rates[best], means[best], "o", color=style["color"], markerfacecolor="none", markersize=10)
+    edge = ", at the edge of the rates tried" if best in (0, len(rates) - 1) else ""
+    return f"{recipe} {rates[best]:g}{edge}"
+
+
+# --------------------------------------------------------------------------------------------- speed and memory
+
+
+def speed_pictures(corpus: Corpus) -> list[Picture]:
+    """Tokens per second and peak memory of each recipe and size: a dot a run."""
+    pictures = []
+    kinds = (
+        ("speed", "tokens_per_second", "tokens per second", 1.0, "It compares between runs of one machine."),
+        ("memory", "memory_bytes", "peak memory (GiB)", 2.0**30, "On a CPU that of the whole process."),
+    )
+    for name, column, what, unit, note in kinds:
+        runs = [run for run in corpus.runs if run.row["status"] == "finished" and run.row[column]]
+        if runs:
+            pictures.append(_dots_picture(name, runs, column, what, unit, note))
+    return pictures
+
+
+def _dots_picture(name: str, runs: list[Run], column: str, what: str, unit: float, note: str) -> Picture:
+    recipes = sorted({run.recipe for run in runs}, reverse=True)
+    sizes = sorted({run.row["non_embedding_parameters"] for run in runs})
+    figure, (axes,) = new_figure(0.9 + 0.22 * len(recipes) + 0.17 * -(-len(sizes) // 5))
+    shades = colormaps["viridis"](np.linspace(0, 0.85, len(sizes)))
+    for shade, size in zip(shades, sizes, strict=True):
+        dots = [(run.row[column] / unit, recipes.index(run.recipe)) for run in runs
+                if run.row["non_embedding_parameters"] == size]  # fmt: skip
+        axes.plot(*zip(*dots, strict=True), "o", color=shade, markersize=5, alpha=0.8, label=readable(size))
+    values = [run.row[column] / unit for run in runs]
+    if min(values) * 8 < max(values):
+        axes.set_xscale("log")
+    else:
+        axes.set_xlim(0, 1.06 * max(values))
+    if unit == 1:
+        count_axis(axes.xaxis)
+    axes.set_yticks(range(len(recipes)), recipes)
+    axes.set_ylim(-0.6, len(recipes) - 0.4)
+    axes.set_xlabel(what)
+    figure.legend(loc="outside lower center", ncols=5, frameon=False, title="non-embedding parameters", fontsize=8)
+    tidy(axes)
+    groups: dict[Hashable, list[float]] = defaultdict(list)
+    for run in runs:
+        groups[run.recipe].append(run.row[column] / unit)
+    told = ", ".join(f"{recipe} {readable(median(found))}" for recipe, found in sorted(groups.items()))
+    caption = f"{what[0].upper()}{what[1:]}, a dot a run. {note}"
+    return Picture(name, figure, caption, f"{what}, the median of each recipe: {told}")
+
+
+def with_prefix(pictures: list[Picture], prefix: str) -> list[Picture]:
+    return [replace(picture, name=prefix + picture.name) for picture in pictures]

@@ -1,0 +1,293 @@
+"""One self-contained page of runs and laws: HTML with its pictures inside, and beside it a folder with each picture as
+PDF and PNG and the table as CSV and Parquet. Made from files alone; nothing in it is fetched when it is read."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from html import escape
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from matplotlib import rc_context
+
+from qtrain.errors import UserError
+from qtrain.report import curves, health
+from qtrain.report.loss import readable
+from qtrain.report.picture import FONTS, Picture
+from qtrain.report.runs import Corpus, Run, corpora, point_title, read_runs
+from qtrain.report.summaries import write_table
+
+TEMPLATE = Path(__file__).with_name("page.html")
+_NUMBER = re.compile(r"baseline|[-+]?[\d.,e+]*[kMBT]?( GiB| ± [\d.]+)?")
+WIDE = 6.0  # inches, from which on letters are too small on a telephone when the whole width is shown
+DPI = 200  # of the pictures in the page and the folder
+
+# Column of the overview -> (heading, how a value is shown)
+OVERVIEW: dict[str, tuple[str, str]] = {
+    "name": ("run", ""), "recipe": ("recipe", ""), "seed": ("seed", "d"), "status": ("status", ""),
+    "model": ("model", ""), "non_embedding_parameters": ("parameters", "count"), "tokens": ("tokens", "count"),
+    "tokens_per_parameter": ("per parameter", ".3g"), "lr": ("lr", "g"), "batch_tokens": ("batch", "count"),
+    "schedule": ("schedule", ""), "flops": ("FLOPs", ".3g"), "val_loss": ("loss", ".4f"),
+    "val_bits_per_byte": ("bits per byte", ".4f"), "tokens_per_second": ("tokens/s", "count"),
+    "memory_bytes": ("memory", "bytes"), "config_hash": ("settings", ""), "commit": ("commit", "short"),
+}  # fmt: skip
+
+
+@dataclass
+class Section:
+    """A heading, what stands under it, and the one line that is shown when nothing does."""
+
+    anchor: str
+    title: str
+    absent: str
+    html: list[str] = field(default_factory=list)
+    pictures: list[tuple[Picture, str]] = field(default_factory=list)  # with the command that remakes it
+
+    def render(self, images: dict[str, str]) -> str:
+        body = list(self.html)
+        if self.pictures:
+            shown = [figure_html(picture, command, images[picture.name]) for picture, command in self.pictures]
+            body.append(f'<div class="figures">{"".join(shown)}</div>')
+        body = body or [f'<p class="absent">{escape(self.absent)}</p>']
+        return f'<section id="{self.anchor}"><h2>{escape(self.title)}</h2>\n' + "\n".join(body) + "</section>"
+
+
+def write_report(places: Sequence[Path], out: Path, laws: Sequence[Path], baseline: str, command: str) -> list[str]:
+    """Makes out, an .html file, and the folder of the same name without the suffix. Returns what is wrong with the
+    runs, which the page says too. UserError where a place holds no run or a law cannot be read."""
+    if not out.parent.is_dir():
+        raise UserError(f"cannot write {out}: there is no folder {out.parent}; make it")
+    read_laws = [(path, read_law(path)) for path in laws]
+    runs, problems = read_runs(places)
+    found = corpora(runs, problems)
+    with rc_context(FONTS):
+        sections = [*_run_sections(found, baseline, command), _law_section(read_laws)]
+        sections = [_problems(problems), _overview(runs), *sections]
+        folder = own_folder(out.with_suffix(""))
+        for suffix in ("csv", "parquet"):
+            write_table((run.row for run in runs), folder / f"runs.{suffix}")
+        pictures = [pair for section in sections for pair in section.pictures]
+        images = {picture.name: save(picture, made_by, folder) for picture, made_by in pictures}
+    page = Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
+        title=escape(f"qtrain: {len(runs)} runs"),
+        intro=_intro(runs, found, command, folder.name),
+        nav="".join(f'<a href="#{section.anchor}">{escape(section.title)}</a>' for section in sections),
+        sections="\n".join(section.render(images) for section in sections),
+    )
+    out.write_text(page, encoding="utf-8")
+    return problems
+
+
+def own_folder(folder: Path) -> Path:
+    """The folder of the single figures, empty of those of an earlier page. UserError when it holds something else: it
+    may be the runs themselves."""
+    if folder.exists() and any(folder.iterdir()) and not (folder / "runs.parquet").exists():
+        raise UserError(f"the figures would go to {folder}, which holds something else; give --out another name")
+    folder.mkdir(exist_ok=True)
+    for path in (*folder.glob("*.pdf"), *folder.glob("*.png")):
+        path.unlink()
+    return folder
+
+
+def save(picture: Picture, command: str, folder: Path) -> str:
+    """Writes the figure as PDF and PNG, the command in both; the PNG as the data URL of an image."""
+    picture.figure.savefig(folder / f"{picture.name}.pdf", metadata={"Subject": command, "CreationDate": None})
+    picture.figure.set_layout_engine("none")  # it stays as it was laid out; the search costs a third of the time
+    file = io.BytesIO()
+    picture.figure.savefig(file, format="png", dpi=DPI, metadata={"Description": command})
+    content = file.getvalue()
+    (folder / f"{picture.name}.png").write_bytes(content)
+    return "data:image/png;base64," + base64.b64encode(content).decode()
+
+
+def figure_html(picture: Picture, command: str, image: str) -> str:
+    """A picture made wider than the page's own stands alone in its row, and scrolls in its frame on a telephone."""
+    width, height = (round(inches * 96) for inches in picture.figure.get_size_inches())
+    shown = f'<img src="{image}" width="{width}" height="{height}" alt="{escape(picture.alt)}">'
+    opened = f'<figure id="{picture.name}">'
+    if width > WIDE * 96:
+        opened = f'<figure id="{picture.name}" class="wide">'
+        shown = f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(picture.caption)}">{shown}</div>'
+    caption = f"<figcaption>{escape(picture.caption)}<code>{escape(command)}</code></figcaption>"
+    return f"{opened}{shown}{caption}</figure>"
+
+
+def table_html(head: Sequence[str], rows: Iterable[Sequence[str]], label: str) -> str:
+    """A table that scrolls in a frame of its own; columns of numbers are set flush right."""
+    rows = list(rows)
+    opened = [' class="number"' if all(_NUMBER.fullmatch(row[n]) for row in rows) else "" for n in range(len(head))]
+    first = "".join(f"<th{kind}>{escape(name)}</th>" for name, kind in zip(head, opened, strict=True))
+    body = "\n".join(
+        "<tr>" + "".join(f"<td{kind}>{escape(cell)}</td>" for cell, kind in zip(row, opened, strict=True)) + "</tr>"
+        for row in rows
+    )
+    return (
+        f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(label)}"><table><thead><tr>{first}</tr>'
+        f"</thead><tbody>\n{body}</tbody></table></div>"
+    )
+
+
+def shown(value: Any, form: str) -> str:
+    """A cell: nothing for None; form is a format, or count, bytes, short."""
+    if value is None:
+        return ""
+    if form == "count":
+        return readable(value)
+    if form == "bytes":
+        return f"{value / 2**30:.2f} GiB"
+    return str(value)[:8] if form == "short" else format(value, form)
+
+
+# ----------------------------------------------------------------------------------------------------- sections
+
+
+def _intro(runs: list[Run], found: list[Corpus], command: str, folder: str) -> str:
+    counts = Counter(run.row["status"] for run in runs)
+    states = ", ".join(f"{count} {status}" for status, count in counts.most_common())
+    data = "; ".join(corpus.title for corpus in found) or "no data named"
+    return (
+        f"<p>{escape(states)}. Data: {escape(data)}. Losses are in nats per token, on the validation split.</p>"
+        f"<p>Made by <code>{escape(command)}</code>. The folder <code>{escape(folder)}</code> beside this page has "
+        "each figure as PDF and PNG, and all runs and settings in <code>runs.csv</code> and "
+        "<code>runs.parquet</code>.</p>"
+    )
+
+
+def _problems(problems: list[str]) -> Section:
+    section = Section("problems", "Problems", "None: every run that was found is finished, whole and its own.")
+    if problems:
+        section.html.append('<ul class="problems">' + "".join(f"<li>{escape(one)}</li>" for one in problems) + "</ul>")
+    return section
+
+
+def _overview(runs: list[Run]) -> Section:
+    """Without the columns that no run fills, as those of older results files."""
+    filled = {column: how for column, how in OVERVIEW.items() if any(run.row[column] is not None for run in runs)}
+    rows = [[shown(run.row[column], form) for column, (_, form) in filled.items()] for run in runs]
+    head = [title for title, _ in filled.values()]
+    return Section("overview", "Runs", "", html=[table_html(head, rows, "All runs")])
+
+
+def _run_sections(found: list[Corpus], baseline: str, command: str) -> list[Section]:
+    """Every section takes the pictures of each corpus in turn, which never share one."""
+    train = "python train.py -m"
+    sections = {
+        "loss": Section("loss", "Loss", "No run has logged a loss yet."),
+        "recipes": Section("recipes", "Recipes", "No recipe has a finished run of the same size, tokens and data as "
+                           f"one of {baseline}; {train} +experiment=bf16,quest,quartet seed=0,1,2 makes such runs."),
+        "learning-rate": Section("learning-rate", "Learning rate", "No recipe was run at several learning rates; "
+                                 f"{train} +experiment=quartet optimizer.lr=1e-3,2e-3,4e-3 does that."),
+        "health": Section("health", "Quantisation by layer", "No run has telemetry (lines quant/... in metrics.jsonl), "
+                          "which the telemetry callback writes."),
+        "speed": Section("speed", "Speed and memory", "No finished run tells its speed."),
+    }  # fmt: skip
+    for number, corpus in enumerate(found, 1):
+        prefix = f"data{number}-" if len(found) > 1 else ""
+        made = {
+            "loss": curves.loss_pictures(corpus, baseline),
+            "recipes": curves.gap_pictures(corpus, baseline),
+            "learning-rate": curves.rate_pictures(corpus, baseline),
+            "health": health.health_pictures(corpus),
+            "speed": curves.speed_pictures(corpus),
+        }
+        sections["recipes"].html += _gap_tables(corpus, baseline, titled=bool(prefix))
+        for anchor, pictures in made.items():
+            for picture in curves.with_prefix(pictures, prefix):
+                picture = picture if not prefix else picture.said_of(corpus.title)
+                sections[anchor].pictures.append((picture, command))
+    return list(sections.values())
+
+
+def _gap_tables(corpus: Corpus, baseline: str, titled: bool) -> list[str]:
+    """One table of every comparison: sizes and budgets, the largest first."""
+    rows = []
+    for point, found in curves.comparisons(corpus, baseline).items():
+        for one in found:
+            mean = sum(one.losses.values()) / len(one.losses)
+            spread = f" ± {one.half_width:.4f}" if one.half_width == one.half_width else ""
+            gap = "baseline" if one is found[0] else f"{one.gap:+.4f}{spread}" if one.gap == one.gap else ""
+            rows.append([one.name, str(len(one.losses)), f"{mean:.4f}", gap, point_title(point)])
+    if not rows:
+        return []
+    head = ["recipe", "seeds", "mean loss", f"gap to {baseline}", "size and tokens"]
+    title = f" on {corpus.title}" if titled else ""
+    text = "A gap is the mean over the seeds that the baseline has too, ± its 95% interval by Student's t."
+    return [f"<h3>Gaps{escape(title)}</h3><p>{escape(text)}</p>", table_html(head, rows, "Gaps to the baseline")]
+
+
+# --------------------------------------------------------------------------------------------------------- laws
+
+
+LAW_CAPTIONS = {
+    "loss_by_tokens": "loss over training tokens, dots the runs, lines the law",
+    "loss_by_parameters": "loss over non-embedding parameters, dots the runs, lines the law",
+    "residuals": "measured loss less the predicted one, held-out points hollow",
+    "isoflop": "loss over parameters at equal training FLOPs, and the least of each",
+    "efficiencies": "share of parameters and of tokens that each recipe is worth to the baseline, with 95% intervals",
+    "precision_map": "the recipe of least loss at equal time, over the baseline's size and tokens per parameter",
+}
+
+
+def read_law(path: Path) -> dict[str, Any]:
+    """A law.json of scripts/fit_scaling_law.py. UserError where it is none."""
+    try:
+        law = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {error}") from None
+    lacking = [key for key in ("law", "constants", "points", "command") if not isinstance(law, dict) or key not in law]
+    if lacking:
+        raise UserError(f"{path} lacks {', '.join(lacking)}; it is no law.json of scripts/fit_scaling_law.py")
+    return law
+
+
+def _law_section(laws: list[tuple[Path, dict[str, Any]]]) -> Section:
+    absent = "No law was given: python scripts/fit_scaling_law.py RUNS --law quartet --out LAW makes LAW/law.json, and "
+    section = Section("law", "Scaling law", absent + "--law LAW/law.json shows it here.")
+    if not laws:
+        return section
+    from qtrain.report.law_figures import law_figures
+
+    for number, (path, law) in enumerate(laws, 1):
+        section.html += _law_tables(path, law)
+        prefix = f"law{number}-" if len(laws) > 1 else "law-"
+        for name, figure in law_figures(law).items():
+            caption = f"Law {law['law']}: {LAW_CAPTIONS.get(name, name.replace('_', ' '))}."
+            alt = f"{caption} The tables above have the constants, {path} every point with its residual."
+            section.pictures.append((Picture(prefix + name.replace("_", "-"), figure, caption, alt), law["command"]))
+    return section
+
+
+def _law_tables(path: Path, law: dict[str, Any]) -> list[str]:
+    rows = [
+        [name, *_interval(one), "yes" if one.get("identified", True) else "no"]
+        for name, one in law["constants"].items()
+    ]
+    head = ["constant", "value", "low", "high", "identified"]
+    html = [f"<h3>{escape(law['law'])}, {escape(str(path))}</h3>", table_html(head, rows, "Constants of the law")]
+    rows = [
+        [recipe, *_interval(both.get("eff_N")), *_interval(both.get("eff_D"))]
+        for recipe, both in law.get("efficiencies", {}).items()
+    ]
+    if rows:
+        head = ["recipe", "eff N", "low", "high", "eff D", "low", "high"]
+        html.append(table_html(head, rows, "Efficiencies of the recipes"))
+    fit = ", ".join(f"{name.replace('_', ' ')} {_short(value)}" for name, value in law.get("fit", {}).items())
+    html.append(f"<p>Intervals are 95% percentiles of the bootstrap. Fit: {escape(fit)}.</p>")
+    if law.get("warnings"):
+        html.append("<ul>" + "".join(f"<li>{escape(one)}</li>" for one in law["warnings"]) + "</ul>")
+    return html
+
+
+def _interval(one: dict[str, Any] | None) -> list[str]:
+    return [_short((one or {}).get(key)) for key in ("value", "low", "high")]
+
+
+def _short(value: Any) -> str:
+    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,385 @@
+"""The report page: what it shows is what the files hold, what is wrong is named, and nothing is fetched."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import json
+import re
+import sys
+import types
+from html import unescape
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+from PIL import Image
+from pyarrow import parquet
+from report_runs import LAYERS, OPERANDS, quant_values, write_run, write_sweep
+
+from qtrain.errors import UserError
+from qtrain.report.curves import (
+    comparisons,
+    gap_curves,
+    label_styles,
+    loss_over_seconds,
+    loss_pictures,
+    rate_pictures,
+    time_unit,
+)
+from qtrain.report.health import Telemetry, health_pictures
+from qtrain.report.page import write_report
+from qtrain.report.picture import MOST_POINTS, thin
+from qtrain.report.runs import Corpus, Run, corpora, read_runs
+from qtrain.report.summaries import write_csv
+
+SCRIPT = Path(__file__).parents[1] / "scripts" / "report.py"
+COMMAND = "python scripts/report.py runs --out report.html"
+
+
+def gather(*places: Path) -> tuple[list[Corpus], list[str]]:
+    runs, problems = read_runs(places)
+    return corpora(runs, problems), problems
+
+
+def labels(corpus: Corpus) -> set[str]:
+    return {run.label for run in corpus.runs}
+
+
+# ------------------------------------------------------------------------------------------------ what is compared
+
+
+def test_a_label_is_the_recipe_and_whatever_else_its_runs_differ_in(tmp_path: Path) -> None:
+    write_run(tmp_path, "bf16")
+    for lr in (0.001, 0.002):
+        write_run(tmp_path, "quartet", lr=lr)
+    write_run(tmp_path, "large", parameters=900_000, recipe="quartet")  # another size: its name says nothing new
+    write_run(tmp_path, "quest")
+    write_run(tmp_path, "quest_2bit", recipe="quest")
+    (corpus,), problems = gather(tmp_path)
+    expected = {"bf16", "quartet", "quartet lr 0.001", "quartet lr 0.002", "quest", "quest_2bit"}
+    assert labels(corpus) == expected and problems == []
+    assert {run.recipe for run in corpus.runs} == {"bf16", "quartet", "quest", "quest_2bit"}
+    style = label_styles(corpus, "bf16")
+    assert style["bf16"]["color"] == "black"
+    assert style["quartet lr 0.001"]["color"] == style["quartet"]["color"] != style["quest"]["color"]
+    assert style["quartet lr 0.001"]["linestyle"] != style["quartet lr 0.002"]["linestyle"]
+
+
+def test_gaps_are_those_of_one_size_budget_and_seed(tmp_path: Path) -> None:
+    write_sweep(tmp_path)
+    (corpus,), _ = gather(tmp_path)
+    found = comparisons(corpus, "bf16")
+    assert [point[::2] for point in found] == [(400_000, 100_000), (100_000, 50_000)], "the largest first"
+    large, small = found.values()
+    gaps = {one.name: one.gap for one in large}
+    assert gaps == pytest.approx({"bf16": 0.0, "quartet": 0.1, "quest": 0.05})
+    assert small[0].name == "bf16 lr 0.002", "of three learning rates of the baseline the best"
+    assert {one.name: one.gap for one in small}["quartet lr 0.002"] == pytest.approx(0.1)
+    assert all(seed in (0, 1) for one in small for seed in one.losses), "nor diverged nor running ones"
+
+
+def test_the_gap_over_tokens_is_the_mean_over_paired_seeds(tmp_path: Path) -> None:
+    for seed, loss in ((0, 2.0), (1, 2.5)):
+        write_run(tmp_path, "bf16", seed, loss=loss)
+        write_run(tmp_path, "quartet", seed, loss=loss + 0.1 + 0.2 * seed)
+    write_run(tmp_path, "quartet", 2, loss=9.0)  # the baseline has no such seed
+    (corpus,), _ = gather(tmp_path)
+    ((label, (tokens, gap)),) = gap_curves(corpus.runs, "bf16").items()
+    assert label == "quartet" and tokens.tolist() == [10_000, 20_000, 30_000, 40_000, 50_000]
+    assert gap == pytest.approx([0.2] * 5)
+
+
+def test_doubles_are_named_and_none_of_them_is_compared(tmp_path: Path) -> None:
+    write_run(tmp_path, "bf16")
+    write_run(tmp_path, "quartet", 0, folder="one")
+    write_run(tmp_path, "quartet", 0, folder="another")
+    write_run(tmp_path, "quartet", 1)
+    (corpus,), problems = gather(tmp_path)
+    assert len(problems) == 1 and re.search(r"another and .*one are of the same recipe", problems[0])
+    assert sorted((run.recipe, run.row["seed"]) for run in corpus.compared) == [("bf16", 0), ("quartet", 1)]
+    (again,), problems = gather(tmp_path, tmp_path / "one")
+    assert len(again.runs) == 4 and len(problems) == 1, "a folder that is named twice is read once"
+
+
+def test_runs_of_other_data_are_shown_apart(tmp_path: Path) -> None:
+    for name in ("bf16", "quartet"):
+        write_run(tmp_path / "a", name)
+        write_run(tmp_path / "b", name, data_hash="e" * 64, tokenizer="bpe", loss=9.0)
+    write_run(tmp_path / "c", "bf16", val_tokens=512)
+    found, problems = gather(tmp_path)
+    assert [corpus.title.split(", ")[1:] for corpus in found] == [
+        ["bytes", "65.5k validation tokens", "data dddddddd"],
+        ["bpe", "65.5k validation tokens", "data eeeeeeee"],
+        ["bytes", "512 validation tokens", "data dddddddd"],
+    ]
+    assert len(problems) == 1 and "3 sets of data, whose losses do not compare" in problems[0]
+    write_report([tmp_path / "a", tmp_path / "b"], tmp_path / "page.html", [], "bf16", COMMAND)
+    page = (tmp_path / "page.html").read_text()
+    figures = re.findall(r'<figure id="([^"]+)">', page)
+    assert {"data1-gaps-1", "data2-gaps-1", "data1-loss-tokens", "data2-loss-tokens"} <= set(figures)
+    assert page.count("<h3>Gaps on ") == 2
+
+
+# ------------------------------------------------------------------------------------------------- what is wrong
+
+
+def test_everything_wrong_is_named_on_the_page(tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    for seed, name in enumerate(("good", "diverged", "half", "middle", "twice", "silent")):
+        write_run(runs, "bf16", seed, folder=name, status="diverged" if name == "diverged" else "finished")
+    with (runs / "half" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 51, "tok')
+    lines = (runs / "middle" / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (runs / "middle" / "metrics.jsonl").write_text("".join([*lines[:3], "<b>garbage\n", *lines[4:]]))
+    last = (runs / "twice" / "metrics.jsonl").read_text().splitlines(keepends=True)[-1]
+    with (runs / "twice" / "metrics.jsonl").open("a") as file:
+        file.write(last)
+    (runs / "silent" / "metrics.jsonl").unlink()
+    (runs / "broken").mkdir()
+    (runs / "broken" / "summary.json").write_text('{"status": "finished", <b>')
+    problems = write_report([runs], tmp_path / "page.html", [], "bf16", COMMAND)
+    expected = {
+        "broken": "damaged and not compared with others: cannot read",
+        "diverged": "diverged and not compared with others: a loss or gradient norm was not finite",
+        "half": "line 56 of metrics.jsonl is half-written and left out",
+        "middle": "line 4 of metrics.jsonl is damaged and left out ('<b>garbage'",
+        "silent": "no metrics.jsonl, so its curves are not drawn",
+        "twice": "2 validation losses at 50,000 tokens",
+    }
+    told = {problem.split(":")[0].rsplit("/", 1)[1]: problem for problem in problems}
+    assert told.keys() == expected.keys()
+    assert all(words in told[name] for name, words in expected.items())
+    page = (tmp_path / "page.html").read_text()
+    listed = re.findall(r"<li>(.*?)</li>", page.split('<ul class="problems">')[1].split("</ul>")[0])
+    assert list(map(unescape, listed)) == problems and "<b>" not in page
+    table = list(csv.DictReader((tmp_path / "page" / "runs.csv").read_text().splitlines()))
+    assert [row["status"] for row in table].count("finished") == 5 and len(table) == 7
+
+
+@pytest.mark.parametrize(
+    ("places", "message"),
+    [
+        (["empty"], r"empty holds no run directory"),
+        (["runs", "empty"], r"empty holds no run directory"),
+        (["nowhere"], r"nowhere is no folder and no results file"),
+        (["header.csv"], r"no run in the results files"),
+    ],
+)
+def test_a_place_without_a_run_is_an_error(tmp_path: Path, places: list[str], message: str) -> None:
+    (tmp_path / "empty").mkdir()
+    write_run(tmp_path / "runs", "bf16")
+    write_csv([], tmp_path / "header.csv")
+    with pytest.raises(UserError, match=message):
+        write_report([tmp_path / place for place in places], tmp_path / "page.html", [], "bf16", COMMAND)
+    assert not (tmp_path / "page.html").exists()
+
+
+# ---------------------------------------------------------------------------------------------------- the pictures
+
+
+def test_time_is_tokens_over_the_logged_speed() -> None:
+    speeds = [(100, 10.0), (200, 50.0), (300, 5.0)]  # 10 s, 2 s, 20 s
+    lines = [{"tokens": tokens, "tokens_per_second": speed} for tokens, speed in speeds]
+    lines += [{"tokens": 50, "val_loss": 4.0}, {"tokens": 200, "val_loss": 3.0}, {"tokens": 300, "val_loss": 2.0}]
+    seconds, loss = loss_over_seconds(Run({}, lines))
+    assert seconds == pytest.approx([5.0, 12.0, 32.0]) and loss.tolist() == [4.0, 3.0, 2.0]
+    assert [time_unit(seconds)[0] for seconds in (100, 150, 7200, 1e6)] == ["seconds", "minutes", "hours", "days"]
+
+
+def test_long_lines_are_thinned_evenly_and_keep_their_ends() -> None:
+    x, y = thin(np.arange(5000.0), np.arange(5000.0) ** 2)
+    assert len(x) == MOST_POINTS and (x[0], x[-1]) == (0, 4999) and (y == x**2).all()
+    assert set(np.diff(x)) == {25.0, 26.0}
+
+
+def test_every_run_is_drawn_to_its_last_value(tmp_path: Path) -> None:
+    write_sweep(tmp_path)
+    (corpus,), _ = gather(tmp_path)
+    pictures = {picture.name: picture for picture in loss_pictures(corpus, "bf16")}
+    assert list(pictures) == ["loss-training", "loss-tokens", "loss-flops", "loss-time"]
+    for over, unit in (("tokens", 1.0), ("flops", 1.0)):
+        lines = [
+            line for axes in pictures[f"loss-{over}"].figure.axes for line in axes.lines if len(line.get_xdata()) > 1
+        ]
+        ends = sorted((line.get_xdata()[-1] * unit, line.get_ydata()[-1]) for line in lines)
+        last = [[line for line in run.lines if "val_loss" in line][-1] for run in corpus.runs]
+        assert ends == pytest.approx(np.array(sorted((line[over], line["val_loss"]) for line in last)))
+    crosses = [line for axes in pictures["loss-tokens"].figure.axes for line in axes.lines if line.get_marker() == "x"]
+    assert len(crosses) == 2, "a diverged and a running one"
+    assert "cross" in pictures["loss-tokens"].caption and "of 20 runs" in pictures["loss-tokens"].alt
+
+
+def test_the_learning_rate_picture_names_the_best_and_an_edge(tmp_path: Path) -> None:
+    for lr, loss in ((0.001, 3.0), (0.002, 2.0), (0.004, 2.5)):
+        write_run(tmp_path, "bf16", lr=lr, loss=loss)
+        write_run(tmp_path, "quartet", lr=lr, loss=loss if lr < 0.004 else 1.5)
+    (corpus,), _ = gather(tmp_path)
+    (picture,) = rate_pictures(corpus, "bf16")
+    assert picture.alt.endswith("best: bf16 0.002, quartet 0.004, at the edge of the rates tried")
+    drawn = {(line.get_color(), *line.get_xdata(), *line.get_ydata()) for line in picture.figure.axes[0].lines}
+    assert ("black", 0.001, 0.002, 0.004, 3.0, 2.0, 2.5) in drawn
+
+
+def test_telemetry_stands_at_its_layer_operand_and_time(tmp_path: Path) -> None:
+    directory = write_run(tmp_path, "quartet", telemetry=True)
+    with (directory / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 60, "tokens": 60_000, "flops": 1, "quant/lm_head/fprop.x/sqnr_db": 7.0}) + "\n")
+    found = Telemetry.read(directory / "metrics.jsonl")
+    assert found.layers == [*LAYERS, "lm_head"] and found.tokens == [25_000, 50_000, 60_000], "10 comes after 2"
+    expected = quant_values(50)
+    for operand in OPERANDS:
+        column = found.values[("clipped", operand)][:, 1]
+        assert column[:-1].tolist() == [expected[f"quant/{layer}/{operand}/clipped"] for layer in LAYERS]
+    assert found.values[("sqnr_db", "fprop.x")][-1, -1] == 7.0
+    assert np.isnan(found.values[("sqnr_db", "fprop.x")][-1, :-1]).all()
+    (corpus,), problems = gather(tmp_path)
+    assert problems == [] and [run.telemetry for run in corpus.runs] == [5]
+    pictures = health_pictures(corpus)
+    assert [picture.name for picture in pictures] == [f"health-quartet-{kind}" for kind in ("sqnr", "last", "gradient")]
+    (image,) = next(axes for axes in pictures[0].figure.axes if axes.get_title(loc="left") == "dgrad.dy").images
+    assert np.array_equal(image.get_array().filled(np.nan), found.values[("sqnr_db", "dgrad.dy")], equal_nan=True)
+    assert "fprop.x 7, least in lm_head" in pictures[0].alt
+
+
+# -------------------------------------------------------------------------------------------------------- the page
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("report")
+    write_sweep(folder / "runs")
+    write_report([folder / "runs"], folder / "report.html", [], "bf16", COMMAND)
+    return folder / "report.html"
+
+
+def test_the_page_needs_nothing_but_itself(report: Path) -> None:
+    page = report.read_text()
+    sources = re.findall(r'(?:src|href|action|data|poster)="([^"]*)"', page)
+    assert all(source.startswith(("data:", "#")) for source in sources)
+    assert not re.search(r"https?:|url\(|@import|<script|<iframe|<link (?!rel=\"icon\" href=\"data:,\")", page)
+    assert page.count("<img ") == page.count('alt="') == page.count('src="data:image/png;base64,') > 8
+
+
+def test_every_figure_is_a_file_too_and_says_how_it_is_made(report: Path) -> None:
+    page = report.read_text()
+    names = re.findall(r'<figure id="([^"]+)">', page)
+    assert len(set(names)) == len(names) > 8
+    folder = report.with_suffix("")
+    files = {f"{name}.{kind}" for name in names for kind in ("pdf", "png")} | {"runs.csv", "runs.parquet"}
+    assert {path.name for path in folder.iterdir()} == files
+    for name in names:
+        with Image.open(folder / f"{name}.png") as image:
+            assert image.info["Description"] == COMMAND
+        content = (folder / f"{name}.pdf").read_bytes()
+        assert content.startswith(b"%PDF") and f"/Subject ({COMMAND})".encode() in content
+        assert f"<code>{COMMAND}</code></figcaption>" in page.split(f'<figure id="{name}">')[1].split("</figure>")[0]
+    rows = list(csv.DictReader((folder / "runs.csv").read_text().splitlines()))
+    assert len(rows) == parquet.read_table(folder / "runs.parquet").num_rows == 20
+
+
+def test_the_same_runs_give_the_same_page(tmp_path: Path) -> None:
+    write_run(tmp_path / "runs", "bf16")
+    pages = [tmp_path / "one.html", tmp_path / "two.html"]
+    for page in pages:
+        write_report([tmp_path / "runs"], page, [], "bf16", COMMAND)
+    one, two = (page.read_text().replace("<code>one</code>", "<code>two</code>") for page in pages)
+    assert one == two
+    assert (tmp_path / "one" / "loss-tokens.pdf").read_bytes() == (tmp_path / "two" / "loss-tokens.pdf").read_bytes()
+
+
+def test_figures_of_an_earlier_page_go_and_a_folder_of_others_stays(tmp_path: Path) -> None:
+    write_run(tmp_path / "runs", "bf16")
+    with pytest.raises(UserError, match=r"would go to .*runs, which holds something else"):
+        write_report([tmp_path / "runs"], tmp_path / "runs.html", [], "bf16", COMMAND)
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["bf16-100000-50-0.002-0"]
+    write_report([tmp_path / "runs"], tmp_path / "page.html", [], "bf16", COMMAND)
+    stale = tmp_path / "page" / "gaps-9.png"
+    stale.touch()
+    write_report([tmp_path / "runs"], tmp_path / "page.html", [], "bf16", COMMAND)
+    assert not stale.exists() and (tmp_path / "page" / "loss-tokens.png").exists()
+
+
+def test_a_section_without_data_says_what_would_fill_it(tmp_path: Path) -> None:
+    write_run(tmp_path, "quest", telemetry=False)
+    write_report([tmp_path], tmp_path / "page.html", [], "bf16", COMMAND)
+    absent = re.findall(
+        r'<section id="([^"]+)"><h2>[^<]+</h2>\n<p class="absent">([^<]+)</p>', (tmp_path / "page.html").read_text()
+    )
+    assert [name for name, _ in absent] == ["problems", "recipes", "learning-rate", "health", "law"]
+    told = dict(absent)
+    assert "of bf16" in told["recipes"] and "optimizer.lr=" in told["learning-rate"] and "--law" in told["law"]
+
+
+def test_a_results_file_alone_makes_a_page(tmp_path: Path) -> None:
+    """What the committed studies have: no curves, and the gaps of their README."""
+    results = Path(__file__).parents[1] / "experiments" / "quickstart" / "results.csv"
+    write_report([results], tmp_path / "page.html", [], "bf16", COMMAND)
+    figures = re.findall(r'<figure id="([^"]+)">', (tmp_path / "page.html").read_text())
+    assert figures == ["gaps-1", "speed"]
+
+
+LAW: dict[str, Any] = {
+    "law": "quartet", "baseline": "bf16", "command": "python scripts/fit_scaling_law.py runs --law quartet --out law",
+    "constants": {"alpha": {"value": 0.58912, "low": 0.5, "high": 0.7, "identified": True},
+                  "gamma": {"value": 0.3, "low": 0.1, "high": 2.0, "identified": False}},
+    "efficiencies": {"quartet": {"eff_N": {"value": 0.64, "low": 0.6, "high": 0.7}, "eff_D": None}},
+    "fit": {"points": 12, "objective": 1.5e-4}, "points": [], "warnings": ["gamma: N spans a factor of 4 <only>"],
+}  # fmt: skip
+
+
+def test_a_law_is_shown_with_its_constants_figures_and_warnings(
+    report: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def law_figures(law: dict[str, Any]) -> dict[str, Figure]:
+        figure = Figure(figsize=(8, 4))
+        figure.subplots().plot([law["constants"]["alpha"]["value"], 1])
+        return {"residuals": figure}
+
+    stand_in = types.ModuleType("qtrain.report.law_figures")
+    stand_in.law_figures = law_figures  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "qtrain.report.law_figures", stand_in)
+    (tmp_path / "law.json").write_text(json.dumps(LAW))
+    runs = report.with_name("runs") / "bf16-100000-50-0.002-0"
+    write_report([runs], tmp_path / "page.html", [tmp_path / "law.json"], "bf16", COMMAND)
+    section = (tmp_path / "page.html").read_text().split('<section id="law">')[1]
+    rows = [re.findall(r"<td[^>]*>([^<]*)</td>", row) for row in re.findall(r"<tr>(.*?)</tr>", section)]
+    assert ["alpha", "0.5891", "0.5", "0.7", "yes"] in rows and ["gamma", "0.3", "0.1", "2", "no"] in rows
+    assert ["quartet", "0.64", "0.6", "0.7", "", "", ""] in rows
+    assert "N spans a factor of 4 &lt;only&gt;" in section and "objective 0.00015" in section
+    assert f"<code>{LAW['command']}</code></figcaption>" in section
+    assert '<figure id="law-residuals" class="wide"><div class="scroll"' in section, "8 inches"
+    assert (tmp_path / "page" / "law-residuals.pdf").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("{", "cannot read"), ('{"law": "quartet"}', "lacks constants, points"), ("[]", "lacks law")]
+)
+def test_a_file_that_is_no_law_is_named(report: Path, tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "law.json").write_text(text)
+    with pytest.raises(UserError, match=message):
+        write_report([report.with_name("runs")], tmp_path / "page.html", [tmp_path / "law.json"], "bf16", COMMAND)
+
+
+def test_the_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    spec = importlib.util.spec_from_file_location("report", SCRIPT)
+    assert spec is not None and spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    for name in ("quest", "bf16"):
+        write_run(tmp_path / "runs", name, status="running")
+    runs, out = str(tmp_path / "runs"), str(tmp_path / "my report.html")
+    monkeypatch.setattr(sys, "argv", ["scripts/report.py", runs, "--out", out])
+    script.main()
+    told = capsys.readouterr()
+    assert out in told.out and told.err.count("problem: ") == 2
+    assert f"python scripts/report.py {runs} --out &#x27;{out}&#x27;" in Path(out).read_text(), "a line for the shell"
+    for arguments, message in (
+        ([runs, "--out", "a.txt"], "ends in .html"),
+        ([runs, "--out", "no/a.html"], "no folder no"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["scripts/report.py", *arguments])
+        with pytest.raises(SystemExit, match=message):
+            script.main()

@@ -2,17 +2,14 @@
 
 `encode` and `operand` are the reference's, bit for bit. `quantize` works on a matrix along either dim, with the
 rotation inside and the result packed if asked; `quantize_both` reads a matrix once for both of its dims. Each is a
-torch.library operator, which torch.compile, checkpointing and FSDP see as one node.
-
-An operator's plan travels as a string that spells all of it (a registry's number would mean another plan in the next
-process, and compiled graphs are kept on disk across processes).
+torch.library operator, which torch.compile, checkpointing and FSDP see as one node; its plan travels as text.
 """
 
 from __future__ import annotations
 
 import json
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.util import find_spec
 from typing import Any, Literal, NamedTuple
@@ -22,7 +19,8 @@ from torch import Tensor
 
 from qtrain_kernels import reference
 from qtrain_kernels.formats import Element
-from qtrain_kernels.reference import Exponent, Mask, Plan, Rotation, stored_integer
+from qtrain_kernels.reference import Exponent, Plan, Rotation, stored_integer
+from qtrain_kernels.spelling import plan_of, spell
 
 Output = Literal["codes", "bfloat16", "float32", "int8", "packed"]
 LARGEST_SPAN = 256
@@ -40,7 +38,7 @@ class Quantized(NamedTuple):
     L = M rows along dim -1, L = K columns along dim -2; E2M1 uint8, two codes a byte, low nibble first; float8_e4m3fn
     and float8_e5m2; other minifloats uint8, sign, exponent and mantissa in the low bits; integers q.
     block_scale: float32 in the place of its block, (M, K / block) or (M / block, K); packed: (L, n / block) uint8, the
-    byte of E8M0, E4M3 or UE5M3, or float32; None without blocks.
+    byte of E8M0, E4M3 or UE5M3, or float32; None without blocks, or where they are not asked for.
     mask: uint8 (M, K) of 0 and 1; packed: (L, ceil(n / 8)), 8 a byte, the first lowest; None where the plan has none.
     """
 
@@ -51,16 +49,18 @@ class Quantized(NamedTuple):
 
 @dataclass(frozen=True)
 class Spec:
-    """One quantisation of a matrix: plan, dim (-1 | -2), order of the rotation or None, output."""
+    """One quantisation of a matrix: plan, dim (-1 | -2), order of the rotation or None, output; with_blocks: whether
+    the block scales, if any, are written too."""
 
     plan: Plan
     dim: int = -1
     rotation: int | None = None
     output: Output = "bfloat16"
+    with_blocks: bool = True
 
     def __str__(self) -> str:
         """JSON of all of it, which `read_spec` takes."""
-        return _json(asdict(self))
+        return spell(self)
 
     @property
     def span(self) -> int:
@@ -69,23 +69,11 @@ class Spec:
         return max(self.plan.span or 1, self.rotation or 1, groups)
 
 
-def _json(value: Any) -> str:
-    """json.dumps, which torch.compile cannot trace."""
-    if isinstance(value, dict):
-        return "{" + ", ".join(f'"{name}": {_json(each)}' for name, each in value.items()) + "}"
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    return f'"{value}"' if isinstance(value, str) else repr(value)
-
-
 @cache
 def read_spec(text: str) -> Spec:
     """The Spec of its spelling."""
     fields = json.loads(text)
-    plan = fields["plan"]
-    for name, kind in (("element", Element), ("scale_element", Element), ("mask", Mask)):
-        plan[name] = None if plan[name] is None else kind(**plan[name])
-    return Spec(**(fields | {"plan": Plan(**plan)}))
+    return Spec(**(fields | {"plan": plan_of(fields["plan"])}))
 
 
 # -------------------------------------------------------------------------------------------- what the device code asks
@@ -106,6 +94,7 @@ class Job:
     dim: int
     rotation: int | None
     output: Output
+    with_blocks: bool
     rows: int
     columns: int
     block: int
@@ -155,6 +144,7 @@ def _job(spec: Spec, tile: Tile, scales: Literal["none", "single", "lines"], ali
         dim=spec.dim,
         rotation=spec.rotation,
         output=spec.output,
+        with_blocks=spec.with_blocks and plan.block is not None,
         rows=rows,
         columns=columns,
         block=block,
@@ -304,7 +294,7 @@ def _shapes(spec: Spec, rows: int, columns: int) -> list[tuple[tuple[int, int], 
     dtypes = {"codes": torch.float32, "float32": torch.float32, "bfloat16": torch.bfloat16}
     values = dtypes.get(spec.output, torch.int8 if plan.element.mantissa_bits is None else torch.uint8)
     scales = mask = None
-    if plan.block is not None:
+    if plan.block is not None and spec.with_blocks:
         scales = shape(plan.block), torch.uint8 if packed and plan.scale_kind != "float32" else torch.float32
     if plan.mask is not None:
         mask = shape(8 if packed else 1), torch.uint8
@@ -467,12 +457,13 @@ def operand(
     plan: Plan,
     dtype: torch.dtype,
     rotation: Rotation | None = None,
+    with_blocks: bool = True,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Equals reference.operand bit for bit. ValueError as `quantize`."""
     outputs: dict[torch.dtype, Output] = {torch.bfloat16: "bfloat16", torch.float32: "float32", torch.int8: "int8"}
     if dtype not in outputs:
         raise ValueError(f"an operand is bfloat16, float32 or int8; asked for {dtype}")
-    return _of_spans(x, scale, key, Spec(plan, output=outputs[dtype]), rotation)
+    return _of_spans(x, scale, key, Spec(plan, output=outputs[dtype], with_blocks=with_blocks), rotation)
 
 
 def _of_spans(x: Tensor, scale: Tensor | float, key: Tensor | None, spec: Spec, rotation: Rotation | None) -> Quantized:

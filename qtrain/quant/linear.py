@@ -163,7 +163,7 @@ class QuantizedWeight:
         operand = numerics.fprop.right.operand(
             weight, self.dtype_in(numerics.fprop), self.rotation, key_of(keys, "fprop.w"), learned=_scalar(scale)
         )
-        self.fprop = replace(operand, blocks=None)
+        self.fprop = operand
         self._master = weight if numerics.dgrad.right.spec.source == "master" else None
         self._dgrad: tuple[Operand, Rotation | None] | None = None
 
@@ -187,7 +187,7 @@ class QuantizedWeight:
             rotation = self.numerics.dgrad.rotation(key_of(keys, "dgrad.signs"), source.values.shape[0])
             gemm_ = self.numerics.dgrad
             operand = _again(gemm_.right, source, self.dtype_in(gemm_), rotation, key_of(keys, "dgrad.w"))
-            self._dgrad = (replace(operand, blocks=None), rotation)
+            self._dgrad = (operand, rotation)
         return self._dgrad
 
 
@@ -218,15 +218,21 @@ class _QuantLinearFunction(torch.autograd.Function):
         """x (T, K), weight (N, K) master, keys (9, 2) int32 in the order of USES -> (T, N) in quantized.dtype. saving:
         whether a backward may follow."""
         numerics, dtype, rotation = quantized.numerics, quantized.dtype, quantized.rotation
+        saving = saving and any(ctx.needs_input_grad)
+        reused = numerics.wgrad.right.spec.source == "forward"
         with torch.autocast(x.device.type, enabled=False):
             xq = numerics.fprop.left.operand(
-                x, quantized.dtype_in(numerics.fprop), rotation, key_of(keys, "fprop.x"), learned=_scalar(x_scale)
+                x,
+                quantized.dtype_in(numerics.fprop),
+                rotation,
+                key_of(keys, "fprop.x"),
+                learned=_scalar(x_scale),
+                with_blocks=saving and reused,
             )
             y = quantized.multiply(numerics.fprop, xq, quantized.fprop.t).to(dtype)
             x_slope = _scale_slope(x, rotation, xq, x_scale, numerics.fprop.left)
             w_slope = _scale_slope(weight, rotation, quantized.fprop, w_scale, numerics.fprop.right)
-        if saving and any(ctx.needs_input_grad):
-            reused = numerics.wgrad.right.spec.source == "forward"
+        if saving:
             x_source = xq if reused else Operand(x, mask=xq.mask)
             saved, ctx.restore = numerics.fprop.left.save(x_source, pack=reused)
             ctx.quantized, ctx.dtypes = quantized, (x.dtype, weight.dtype)

@@ -70,7 +70,7 @@ class Operand:
     (values + offset) * unit. post_scale: a float, () or, along the dim that is not contracted, (M, 1) or (1, N)
     float32. mask: (M, N) uint8, 1 where a gradient passes (a product with bool takes four times as long on CPU); None
     where all do. blocks: the block scales that values contain, as the operation `operand` gives them; None
-    without, and where nothing will ask.
+    without, and where nothing asks.
     """
 
     values: Tensor
@@ -264,16 +264,17 @@ class Quantizer:
         key: Tensor | None = None,
         dim: int = -1,
         learned: Tensor | None = None,
+        with_blocks: bool = False,
     ) -> Operand:
         """As quantize, but ready for a GEMM in dtype: bfloat16, float32, or int8 where `eight_bits` says so. learned:
-        () float32, the scale itself where the rule is `learned`."""
+        () float32, the scale itself where the rule is `learned`. with_blocks: block scales too, which `save` packs."""
         if self.plan is None:
             return Operand((x if rotation is None else rotate(x, rotation, self.backend, dim)).to(dtype))
         view = _View(x.shape, dim, *self.tile)
         blocks, scale, post, rotation = self._prepare(x, rotation, view, learned)
         exact = dtype if dtype == torch.int8 or self.plan.exact_in_bfloat16 else torch.float32
         operand = dispatch.get("operand", self.backend, x.device.type)
-        values, block_scale, mask = operand(blocks, scale, key, self.plan, exact, rotation)
+        values, block_scale, mask = operand(blocks, scale, key, self.plan, exact, rotation, with_blocks)
         unit, offset = stored_integer(self.plan.element) if dtype == torch.int8 else (1.0, 0.0)
         passes = None if mask is None else view.undo(mask)
         return Operand(view.undo(values), post, passes, unit, offset, block_scale)

@@ -160,7 +160,7 @@ def _run(
     if rotation is not None and not _fits(rotation):
         x, rotation = rotate(x, rotation), None
     size = 0 if rotation is None else rotation.size
-    _check_filled(x, _height(plan, size, x.shape[1]), x.shape[1] if plan.block is None else None)
+    _check_filled(x, _multiple(plan, size), x.shape[1] if plan.block is None else None)
     scales = scale_tensor(scale, x)
     drawn = None if plan.rounding == "nearest" else key
     found = _quantize(_ready(x), scales, drawn, _signs(rotation), size, spell(plan), dtype, values, with_blocks)
@@ -169,10 +169,9 @@ def _run(
     return next(rest), next(rest) if has_blocks else None, next(rest) if plan.mask is not None else None
 
 
-def _height(plan: Plan, rotation: int, span: int) -> int:
-    """Elements of a line in a tile."""
-    height = math.lcm(rotation or 1, plan.span or 1, {None: 1, "2:4": 4, "4:8": 8}[plan.sparsity])
-    return math.gcd(span, CHUNK) if height == 1 else height
+def _multiple(plan: Plan, rotation: int) -> int:
+    """What a line's length must be a multiple of."""
+    return math.lcm(rotation or 1, plan.span or 1, {None: 1, "2:4": 4, "4:8": 8}[plan.sparsity])
 
 
 def pack(values: Tensor, blocks: Tensor | None, plan: Plan) -> Packed:
@@ -305,8 +304,10 @@ def _quantize(
     mask = found[-1] if what.mask is not None else None
     scale, signs = scale.contiguous(), None if signs is None else signs.contiguous()
     words = (0, 0) if key is None else key.tolist()
+    height = _multiple(what, size)
+    height = math.gcd(span, CHUNK) if height == 1 else height
     _quantize_function(what, x.dtype, dtype, size)(
-        _at(x), outer * span, span, inner, _height(what, size, span), _at(signs), _at(scale), int(scale.ndim > 0),
+        _at(x), outer * span, span, inner, height, _at(signs), _at(scale), int(scale.ndim > 0),
         *(word & 0xFFFFFFFF for word in words), _at(found[0]), _at(blocks), _at(mask), int(values == "codes"),
         int(values == "restored"), _threads(x),
     )  # fmt: skip

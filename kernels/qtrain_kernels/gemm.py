@@ -77,8 +77,8 @@ def _filled(x: Tensor, rows: int, columns: int) -> Tensor:
 
 
 class Folded(NamedTuple):
-    """A matrix as codes * scale. codes: float8, its shape; scale: float32 powers of two, (M, 1) or (1, N); inexact: ()
-    int64, elements that codes * scale does not give back."""
+    """A matrix as codes * scale. codes: float8, its shape, the folded dim contiguous; scale: float32 powers of two, (M,
+    1) or (1, N); inexact: () int64, elements that codes * scale does not give back."""
 
     codes: Tensor
     scale: Tensor
@@ -97,7 +97,9 @@ def fold(values: Tensor, dim: int, dtype: torch.dtype) -> Folded:
     biased = (biased_exponent(carried) - TOP[dtype]).clamp(1, 253)
     scale = torch.where(largest.isfinite(), power_of_two(biased), float("nan"))
     scaled = values * (1.0 / scale)
-    codes = scaled.to(dtype)
+    lines = scaled.T if dim == -2 else scaled
+    codes = lines.to(dtype, memory_format=torch.contiguous_format)
+    codes = codes.T if dim == -2 else codes
     return Folded(codes, scale, ((codes.float() != scaled) & scaled.isfinite()).sum())
 
 

@@ -26,7 +26,7 @@ from qtrain.recipe import QuantSpec, check_spec
 from qtrain.settings import Backend, parse
 from qtrain_kernels import dispatch
 from qtrain_kernels.formats import get_format
-from qtrain_kernels.gemm import fold, fp8_matmul, int8_matmul
+from qtrain_kernels.gemm import Folded, fold, int8_matmul
 from qtrain_kernels.precision import matmul
 from qtrain_kernels.reference import Packed, Plan, Rotation, can_pack, field_width, stored_integer
 
@@ -103,11 +103,10 @@ class Operand:
         return self.floating(torch.float32).values.float() * self.post_scale
 
 
-def fp8_gemm(left: Operand, right: Operand, dtypes: tuple[torch.dtype, torch.dtype]) -> tuple[Tensor, Tensor]:
-    """left (M, K) @ right (K, N) by FP8 units, bfloat16; and how many elements of both FP8 does not hold, () int64."""
-    a, b = fold(left.values, -1, dtypes[0]), fold(right.values, -2, dtypes[1])
-    product = fp8_matmul(a._replace(scale=a.scale * left.post_scale), b._replace(scale=b.scale * right.post_scale))
-    return product, a.inexact + b.inexact
+def folded(operand: Operand, dim: int, dtype: torch.dtype) -> Folded:
+    """An operand for FP8 units, which contract dim (-1: of the left one, -2: of the right one); its scales inside."""
+    found = fold(operand.values, dim, dtype)
+    return found._replace(scale=found.scale * operand.post_scale)
 
 
 def gemm(left: Operand, right: Operand) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor
 from qtrain_kernels.reference import Packed, Plan, field_width
 
 WIDTHS = (1, 2, 4, 8)
+OPERANDS = (torch.bfloat16, torch.float32, torch.int8)
 
 
 def check_spans(x: Tensor, device: str = "cpu") -> None:
@@ -44,7 +45,16 @@ def check_key(key: Tensor | None, plan: Plan, x: Tensor) -> None:
     check_same_device(x, key=key)
 
 
-def check_signs(signs: Tensor | None, size: int) -> None:
+def check_operand_dtype(dtype: torch.dtype, plan: Plan) -> None:
+    """One that an operand of the plan can have."""
+    if dtype not in OPERANDS:
+        raise ValueError(f"an operand is {', '.join(map(str, OPERANDS))}; asked for {dtype}")
+    if dtype == torch.int8 and (plan.element.mantissa_bits is not None or plan.block is not None):
+        raise ValueError("int8 holds integer codes without block scales; ask for torch.bfloat16 or torch.float32")
+
+
+def check_signs(signs: Tensor | None, size: int | None) -> None:
+    """As many as the rotation's size, which may be none."""
     if signs is not None and signs.shape != (size,):
         raise ValueError(f"a rotation of {size} takes as many signs; got {tuple(signs.shape)}")
 

@@ -27,6 +27,7 @@ from qtrain_kernels.checks import (
     check_fields,
     check_key,
     check_mask,
+    check_operand_dtype,
     check_packable,
     check_packed,
     check_signs,
@@ -151,8 +152,7 @@ def _run(
     """Values, block scales (unless they are not asked for) and mask."""
     check_spans(x)
     check_key(key, plan, x)
-    if dtype not in RESULTS:
-        raise ValueError(f"an operand is {', '.join(map(str, RESULTS))}; asked for {dtype}")
+    check_operand_dtype(dtype, plan)
     if (plan.span or 1) > LONGEST:
         if values == "codes":
             return reference.encode(x, scale, key, plan, rotation)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from qtrain_kernels import reference
+from qtrain_kernels.checks import check_key, check_operand_dtype, check_same_device, check_signs, check_spans
 from qtrain_kernels.formats import Element
 from qtrain_kernels.reference import Exponent, Plan, Rotation, stored_integer
 from qtrain_kernels.spelling import plan_of, spell
@@ -211,7 +212,9 @@ def _interpreted() -> bool:
 
 
 def check_matrix(x: Tensor, dim: int, span: int) -> None:
-    """ValueError for a device, dtype or size that there is no kernel for."""
+    """ValueError for a device, dtype or shape that there is no kernel for."""
+    if x.ndim != 2:
+        raise ValueError(f"a matrix has two dims; got {tuple(x.shape)}; view it as one")
     reason = obstacle(x.device.type)
     if reason:
         raise ValueError(f"backend 'triton' cannot run on {x.device.type}: {reason}")
@@ -226,26 +229,29 @@ def check_power_of_two(name: str, size: int | None) -> None:
         raise ValueError(f"backend 'triton' needs a {name} that is a power of two up to {LARGEST_SPAN}; got {size}")
 
 
-def signs_of(rotation: Rotation | None) -> Tensor | None:
-    """ValueError for a rotation that is not Sylvester's."""
+def signs_of(rotation: Rotation | None, x: Tensor) -> Tensor | None:
+    """Of a rotation of x, float32. ValueError for one that is not Sylvester's."""
     if rotation is None:
         return None
     if rotation.base is not None:
         raise ValueError(f"backend 'triton' needs a rotation that is a power of two; got {rotation.size}")
-    return rotation.signs
+    return _signs(rotation.signs, rotation.size, x)
 
 
-def _check(x: Tensor, spec: Spec, key: Tensor | None, signs: Tensor | None) -> None:
+def _signs(signs: Tensor | None, size: int | None, x: Tensor) -> Tensor | None:
+    check_signs(signs, size)
+    check_same_device(x, signs=signs)
+    return None if signs is None else signs.float().contiguous()
+
+
+def _check(x: Tensor, spec: Spec, key: Tensor | None) -> None:
     """ValueError for what the kernels cannot do."""
     plan = spec.plan
     check_power_of_two("block", plan.block)
     check_power_of_two("correction", plan.correction)
     check_power_of_two("rotation", spec.rotation)
     check_matrix(x, spec.dim, spec.span)
-    if plan.rounding != "nearest" and key is None:
-        raise ValueError(f"rounding {plan.rounding!r} draws random bits; got no key; give (2,) int32")
-    if signs is not None and signs.shape != (spec.rotation,):
-        raise ValueError(f"a rotation of {spec.rotation} takes as many signs; got {tuple(signs.shape)}")
+    check_key(key, plan, x)
     if spec.output == "packed":
         _check_packed(plan)
 
@@ -276,6 +282,7 @@ def _scale(scale: Tensor | float | None, plan: Plan, lines: int, x: Tensor) -> T
         raise ValueError(f"a tensor scale is () or one of {lines} lines; got {tuple(scale.shape)}")
     if scale.dtype != torch.float32:
         raise ValueError(f"a tensor scale is float32; got {scale.dtype}")
+    check_same_device(x, scale=scale)
     return scale.detach().reshape(-1).contiguous() if scale.ndim else scale.detach()
 
 
@@ -414,8 +421,9 @@ def quantize(
     (n,) float32 of ±1, D in x D H; None for H alone. ValueError for a dtype, device, block or rotation that there is no
     kernel for.
     """
-    _check(x, spec, key, signs)
+    _check(x, spec, key)
     scale = _scale(scale, spec.plan, x.shape[0] if spec.dim == -1 else x.shape[1], x)
+    signs = _signs(signs, spec.rotation, x)
     return _named(_quantize(x.detach().contiguous(), scale, key, signs, str(spec), x.shape[spec.dim]), spec)
 
 
@@ -436,8 +444,9 @@ def quantize_both(x: Tensor, rows: Side, columns: Side) -> tuple[Quantized, Quan
         raise ValueError(f"quantize_both needs dims (-1, -2); got {(rows.spec.dim, columns.spec.dim)}")
     operands = []
     for side, lines in ((rows, x.shape[0]), (columns, x.shape[1])):
-        _check(x, side.spec, side.key, side.signs)
-        operands += [_scale(side.scale, side.spec.plan, lines, x), side.key, side.signs, str(side.spec)]
+        _check(x, side.spec, side.key)
+        signs = _signs(side.signs, side.spec.rotation, x)
+        operands += [_scale(side.scale, side.spec.plan, lines, x), side.key, signs, str(side.spec)]
     found = _quantize_both(x.detach().contiguous(), *operands)
     own = sum(shape is not None for shape in _shapes(rows.spec, 0, 0))
     return _named(found[:own], rows.spec), _named(found[own:], columns.spec)
@@ -461,15 +470,15 @@ def operand(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Equals reference.operand bit for bit. ValueError as `quantize`."""
     outputs: dict[torch.dtype, Output] = {torch.bfloat16: "bfloat16", torch.float32: "float32", torch.int8: "int8"}
-    if dtype not in outputs:
-        raise ValueError(f"an operand is bfloat16, float32 or int8; asked for {dtype}")
+    check_operand_dtype(dtype, plan)
     return _of_spans(x, scale, key, Spec(plan, output=outputs[dtype], with_blocks=with_blocks), rotation)
 
 
 def _of_spans(x: Tensor, scale: Tensor | float, key: Tensor | None, spec: Spec, rotation: Rotation | None) -> Quantized:
     """x (outer, span, inner) as a matrix, quantised along its rows if inner is 1, else along its columns."""
+    check_spans(x, x.device.type)
     outer, span, inner = x.shape
-    signs = signs_of(rotation)
+    signs = signs_of(rotation, x)
     if rotation is not None:
         spec = replace(spec, rotation=rotation.size)
     if inner != 1:
@@ -480,7 +489,7 @@ def _of_spans(x: Tensor, scale: Tensor | float, key: Tensor | None, spec: Spec, 
     if inner == 1 and x.numel() % width:
         raise ValueError(f"x must fill rotations of {width}; got {tuple(x.shape)}; pad it with zeros")
     matrix = x.detach().contiguous().view((x.numel() // width, width) if inner == 1 else (outer * span, inner))
-    _check(matrix, spec, key, signs)
+    _check(matrix, spec, key)
     lined = _scale(scale, spec.plan, outer * inner, matrix)
     values, blocks, mask = _named(_quantize(matrix, lined, key, signs, str(spec), span), spec)
     blocks = None if blocks is None else blocks.reshape(-1, 1, inner)

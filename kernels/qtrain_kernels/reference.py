@@ -525,7 +525,7 @@ def operand(
         unit, offset = stored_integer(plan.element)
         return (codes * (1.0 / unit) - offset).to(torch.int8), blocks, mask
     if blocks is not None:
-        codes = (codes.reshape(blocks.shape[0], -1, x.shape[2]) * blocks).reshape(x.shape)
+        codes = (codes.reshape(blocks.shape[0], plan.block or 1, x.shape[2]) * blocks).reshape(x.shape)
     return codes.to(dtype), blocks if with_blocks else None, mask
 
 

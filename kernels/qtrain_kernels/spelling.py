@@ -32,7 +32,7 @@ def read_plan(text: str) -> Plan:
 def plan_of(fields: Mapping[str, Any]) -> Plan:
     """The Plan of its spelled fields."""
     parts = {"element": Element, "scale_element": Element, "mask": Mask}
-    made = {name: None if fields[name] is None else kind(**fields[name]) for name, kind in parts.items()}
+    made: dict[str, Any] = {name: fields[name] and kind(**fields[name]) for name, kind in parts.items()}
     return Plan(**(dict(fields) | made))
 
 

@@ -65,13 +65,12 @@ def operand_cases(name: str, x: Tensor, backend: str, key: Tensor) -> Iterator[C
     for along, lines, span in (("rows", x[:, :, None], x.shape[1]), ("columns", x[None], x.shape[0])):
         scale = reference.tensor_scale(lines, plan, rotation)
         if isinstance(scale, Tensor):
-            given = lines, plan, rotation
-            ours = partial(get("tensor_scale"), *given)
-            yield Case(f"tensor_scale, {name}, {along}", ours, partial(reference.tensor_scale, *given), (x,))
+            ours, wanted = (partial(f, lines, plan, rotation) for f in (get("tensor_scale"), reference.tensor_scale))
+            yield Case(f"tensor_scale, {name}, {along}", ours, wanted, (x,))
         span = plan.span or span
         view = x.reshape(-1, span, 1 if along == "rows" else x.shape[1])
         arguments = view, scale, key, plan, dtype, rotation, along == "rows"
-        held = scale if isinstance(scale, Tensor) else None
+        given = x, scale if isinstance(scale, Tensor) else None, None if plan.rounding == "nearest" else key
 
         def restored(found: Any, scale: Tensor | float = scale, lines: Tensor = lines) -> Tensor:
             values, unit = found[0].float(), 1.0
@@ -81,7 +80,7 @@ def operand_cases(name: str, x: Tensor, backend: str, key: Tensor) -> Iterator[C
             return reference.unrotate(values.view(lines.shape) * unit * scale, rotation, None, torch.float32)
 
         run = partial(get("operand"), *arguments)
-        yield Case(f"operand, {name}, {along}", run, partial(reference.operand, *arguments), (x, held, key), restored)
+        yield Case(f"operand, {name}, {along}", run, partial(reference.operand, *arguments), given, restored)
     if reference.can_pack(plan) and plan.rounding != "eden":
         yield from packing_cases(name, x, get, plan, dtype, rotation, key)
 

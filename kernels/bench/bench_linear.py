@@ -88,7 +88,7 @@ def share_of_reference(model: nn.Sequential, unfused: nn.Sequential, x: Tensor, 
     for one in (model, unfused):
         _, both = passes(one, x, dy)
         y = both()
-        found.append((y, one[0].weight.grad))
+        found.append((y, one.get_parameter("0.weight").grad))
     return min(share_equal(a, b) for a, b in zip(*found, strict=True))
 
 
@@ -106,7 +106,7 @@ def main() -> None:
         forwards[name], boths[name] = passes(model, x, dy)
     forward_times = in_turns({name: forwards[name] for name in models}, options.rounds, device)
     times = in_turns(boths, options.rounds, device)
-    exact = x.detach().float() @ models["bfloat16"][0].weight.detach().float().T
+    exact = x.detach().float() @ models["bfloat16"].get_parameter("0.weight").detach().float().T
     device_name = torch.cuda.get_device_name() if device == "cuda" else ""
 
     def row(name: str) -> dict[str, Any]:

@@ -329,9 +329,7 @@ def _(
     return [x.new_empty(shape, dtype=kind) for shape, kind in _results(x, read_plan(plan), dtype, with_blocks)]
 
 
-def _results(
-    x: Tensor, plan: Plan, dtype: torch.dtype, with_blocks: bool
-) -> list[tuple[Sequence[int | torch.SymInt], torch.dtype]]:
+def _results(x: Tensor, plan: Plan, dtype: torch.dtype, with_blocks: bool) -> list[tuple[Sequence[int], torch.dtype]]:
     """Shape and dtype of values, and of block scales and mask where there are any."""
     outer, span, inner = x.shape
     found: list = [(x.shape, dtype)]

@@ -108,6 +108,15 @@ def test_use_of_a_peak_is_of_the_precision_in_use(bench: SimpleNamespace) -> Non
     assert {name: bench.peaks.peaks_of(name)["bfloat16"] for name in names} == names
 
 
+def test_the_readme_shows_the_peaks(bench: SimpleNamespace) -> None:
+    text = (ROOT / "kernels" / "README.md").read_text()
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if re.match(r"\| [ABH]\d+", line)]
+    shown = {name: [float(value) for value in values if value != "none"] for name, *values in rows}
+    for name, peaks in bench.peaks.PEAKS.items():
+        (found,) = (values for row, values in shown.items() if name in re.split(", | \\(.*", row))
+        assert found == list(peaks.values()), name
+
+
 def test_a_benchmark_writes_its_table_and_names_the_machine(tmp_path: Path) -> None:
     """The one of every operation, whose bytes are known: 2 an element in, 2 out, and a mask's."""
     shown = run(

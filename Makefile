@@ -50,7 +50,7 @@ bench: $(VENV)/.dev ## time quantisers, linear layers and training on CPU (RESUL
 
 bench-gpu: $(VENV)/.dev ## the same on a GPU, at the sizes of large models
 	@mkdir -p $(RESULTS)
-	$(BIN)/python kernels/bench/bench_kernels.py $(ON_GPU) --rows 16384 --columns 4096
+	$(BIN)/python kernels/bench/bench_kernels.py $(ON_GPU) --rows 32768 --columns 8192
 	$(BIN)/python kernels/bench/bench_quantize.py $(ON_GPU) --size 8192
 	$(BIN)/python kernels/bench/bench_linear.py $(ON_GPU) --tokens 16384 --features 4096 --out-features 4096 --gemm fp8
 	$(BIN)/python kernels/bench/bench_linear.py $(ON_GPU) --tokens 16384 --features 4096 --out-features 14336 --gemm fp8

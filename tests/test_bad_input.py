@@ -16,6 +16,7 @@ from torch import Tensor
 
 from qtrain_kernels import cpu, gpu, reference
 from qtrain_kernels.formats import get_format
+from qtrain_kernels.gemm import fold, fp8_matmul, int8_matmul
 from qtrain_kernels.reference import Mask, Packed, Plan, Rotation
 
 ROOT = Path(__file__).parents[1]
@@ -102,6 +103,42 @@ def test_bad_input_is_refused_by_name(name: str, kernels: ModuleType) -> None:
     operation, message = BAD[name]
     with pytest.raises(ValueError, match=message):
         operation(kernels)
+
+
+FLOATS, INTEGERS = torch.ones(4, 32), torch.ones(32, 8, dtype=torch.int8)
+E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+BAD_PRODUCTS: dict[str, tuple[Callable[[], Any], str]] = {
+    "floats as integers": (lambda: int8_matmul(FLOATS, INTEGERS), "left must be a matrix in torch.int8; got .*float"),
+    "a vector": (lambda: int8_matmul(INTEGERS.T, INTEGERS[:, 0]), r"right must be a matrix in torch.int8; got \(32,\)"),
+    "another contraction": (lambda: int8_matmul(INTEGERS, INTEGERS), r"\(32, 8\) and right \(32, 8\) share no contrac"),
+    "another device": (lambda: int8_matmul(INTEGERS.T, INTEGERS.to("meta")), "right is on meta, left on cpu; move it"),
+    "a third": (lambda: int8_matmul(INTEGERS.T, INTEGERS, 0.3), "offsets of integer codes are 0 or 1/2; got 0.3 and 0"),
+    "folding into int8": (lambda: fold(FLOATS, -1, torch.int8), "values fold into .*; asked for torch.int8"),
+    "folding integers": (lambda: fold(INTEGERS, -1, E4M3), r"float32 or bfloat16 folds; got \(32, 8\) torch.int8"),
+    "E5M2 on the right": (
+        lambda: fp8_matmul(fold(FLOATS, -1, E4M3), fold(FLOATS.T, -2, E5M2)), "right must be in float8_e4m3fn: CUDA",
+    ),
+    "another contraction in FP8": (
+        lambda: fp8_matmul(fold(FLOATS, -1, E4M3), fold(FLOATS, -2, E4M3)), r"\(4, 32\) and right \(4, 32\) share no",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the products are torch's")
+@pytest.mark.parametrize("name", BAD_PRODUCTS)
+def test_products_that_no_unit_takes_are_refused_by_name(name: str) -> None:
+    operation, message = BAD_PRODUCTS[name]
+    with pytest.raises(ValueError, match=message):
+        operation()
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the products are torch's")
+@pytest.mark.parametrize(("rows", "contraction"), [(0, 32), (4, 0)])
+def test_products_of_nothing_are_zeros(rows: int, contraction: int) -> None:
+    left, right = torch.ones(rows, contraction), torch.ones(contraction, 16)
+    found = fp8_matmul(fold(left, -1, E4M3), fold(right, -2, E4M3))
+    assert torch.equal(found, torch.zeros(rows, 16, dtype=torch.bfloat16))
+    assert torch.equal(int8_matmul(left.to(torch.int8), right.to(torch.int8)), torch.zeros(rows, 16))
 
 
 @pytest.mark.skipif(INTERPRETED, reason="Triton's kernels take no other")

@@ -80,6 +80,27 @@ def test_a_wrong_kernel_has_no_speed(bench: SimpleNamespace) -> None:
     assert bench.harness.share_equal(nan, torch.tensor([1.0, float("nan"), float("nan"), 4.0])) == 0.75
 
 
+def test_functions_run_in_turns(bench: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On CUDA as often in a row as fills 20 ms, of which one call's share is the time."""
+    clock, called = [0.0], []
+
+    def taking(name: str, seconds: float) -> object:
+        def function() -> None:
+            called.append(name)
+            clock[0] += seconds
+
+        return function
+
+    monkeypatch.setattr(bench.harness.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    for device, in_a_row in (("cpu", 1), ("cuda", 7)):
+        called.clear()
+        times = bench.harness.in_turns({"short": taking("short", 0.003), "long": taking("long", 3.0)}, 2, device)
+        assert times == {"short": pytest.approx([0.003] * 2), "long": pytest.approx([3.0] * 2)}
+        assert called == ["short", "long"] * 2 + (["short"] * in_a_row + ["long"]) * 2
+        assert bench.harness.ratio(times, "long", "short") == pytest.approx(1000)
+
+
 def test_operations_are_counted_in_the_precision_that_multiplies_them(bench: SimpleNamespace) -> None:
     each = 2.0 * 10 * 256 * 128
     for recipe, gemm, wanted in (

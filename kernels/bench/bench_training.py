@@ -145,8 +145,6 @@ def main() -> None:
     peaks = {recipe: peak_bytes(recipe, options) for recipe in recipes}  # first: the models below fill the device
     saved = {recipe: saved_bytes(config, options) for recipe, config in configs.items()}
     steps = {name: trainer(config, options) for name, config in configs.items()}
-    for step in steps.values():
-        step()  # a second warm-up: the first compiles
     times = in_turns(steps, options.rounds, options.device)
     shape = configs["bf16"].model
     tokens = options.batch * shape.seq_len

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 import time
 from collections.abc import Callable, Mapping
@@ -21,6 +22,7 @@ from qtrain.quant.linear import QuantLinear
 from qtrain.run_directory import environment
 
 Times = Mapping[str, list[float]]
+QUEUED_SECONDS = 0.02
 
 
 def arguments(doc: str | None, **defaults: int | str) -> argparse.Namespace:
@@ -69,26 +71,39 @@ def gemm_flops(layer: nn.Module, tokens: int, device: str) -> dict[str, float]:
 
 
 def in_turns(functions: Mapping[str, Callable[[], Any]], rounds: int, device: str) -> dict[str, list[float]]:
-    """Seconds of each function in each round; all of them run once in a round, after one run that is not counted."""
+    """Seconds of each function in each round; all of them run in each round, after two runs that are not counted.
+
+    On CUDA a function runs as often in a row as fills 20 ms: launches wait in the queue, as they do in training, and the
+    device is timed, not the way to it.
+    """
     times: dict[str, list[float]] = {name: [] for name in functions}
-    for number in range(rounds + 1):
+    for function in functions.values():
+        _seconds(function, device)
+    calls = {name: _calls(_seconds(function, device), device) for name, function in functions.items()}
+    for _ in range(rounds):
         for name, function in functions.items():
-            seconds = _seconds(function, device)
-            if number:
-                times[name].append(seconds)
+            times[name].append(_seconds(function, device, calls[name]))
     return times
 
 
-def _seconds(function: Callable[[], Any], device: str) -> float:
+def _calls(seconds: float, device: str) -> int:
+    """How often in a row."""
+    return 1 if device == "cpu" else min(100, math.ceil(QUEUED_SECONDS / seconds))
+
+
+def _seconds(function: Callable[[], Any], device: str, calls: int = 1) -> float:
+    """Of one call, of so many in a row."""
+    result = None
     if device == "cuda":
         torch.cuda.synchronize()
     start = time.perf_counter()
-    result = function()
+    for _ in range(calls):
+        result = function()
     if device == "cuda":
         torch.cuda.synchronize()
     seconds = time.perf_counter() - start
     del result  # freed outside the timed part
-    return seconds
+    return seconds / calls
 
 
 def ratio(times: Times, of: str, over: str) -> float:

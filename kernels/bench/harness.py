@@ -73,7 +73,7 @@ def gemm_flops(layer: nn.Module, tokens: int, device: str) -> dict[str, float]:
 def in_turns(functions: Mapping[str, Callable[[], Any]], rounds: int, device: str) -> dict[str, list[float]]:
     """Seconds of each function in each round; all of them run in each round, after two runs that are not counted.
 
-    On CUDA a function runs as often in a row as fills 20 ms: launches wait in the queue, as they do in training, and the
+    On CUDA a function runs as often in a row as fills 20 ms: launches wait in the queue, as in training, and the
     device is timed, not the way to it.
     """
     times: dict[str, list[float]] = {name: [] for name in functions}

@@ -35,9 +35,10 @@ from qtrain_kernels.checks import (
     scale_tensor,
 )
 from qtrain_kernels.formats import Element
+from qtrain_kernels.operators import Namespace, read_plan, spell
 from qtrain_kernels.reference import Packed, Plan, Rotation
-from qtrain_kernels.spelling import read_plan, spell
 
+CPU = Namespace("qtrain_cpu", "CPU")
 SOURCE = Path(__file__).with_suffix(".cpp")
 FLAGS = (
     "-std=c++17", "-O2", "-ftree-vectorize", "-march=native", "-ffp-contract=off", "-fno-math-errno",
@@ -232,11 +233,9 @@ def _signs(rotation: Rotation | None) -> Tensor | None:
 
 
 # ----------------------------------------------------------------------------------------------------------- operators
-#
-# Each is a torch.library operator: torch.compile, checkpointing and FSDP see one node, whose result's shape they know.
 
 
-@torch.library.custom_op("qtrain_cpu::turn", mutates_args=(), device_types="cpu")
+@CPU.operator
 def _turn(x: Tensor, mask: Tensor | None, signs: Tensor | None, size: int, dtype: torch.dtype, inverse: bool) -> Tensor:
     """x (outer, span, inner) rotated in blocks of size, or masked and rotated back."""
     x, out = x.contiguous(), _empty(x.shape, dtype)
@@ -248,12 +247,12 @@ def _turn(x: Tensor, mask: Tensor | None, signs: Tensor | None, size: int, dtype
     return out
 
 
-@_turn.register_fake
+@CPU.fake(_turn)
 def _(x: Tensor, mask: Tensor | None, signs: Tensor | None, size: int, dtype: torch.dtype, inverse: bool) -> Tensor:
     return x.new_empty(x.shape, dtype=dtype)
 
 
-@torch.library.custom_op("qtrain_cpu::line_scales", mutates_args=(), device_types="cpu")
+@CPU.operator
 def _line_scales(x: Tensor, signs: Tensor | None, size: int, plan: str) -> Tensor:
     """(outer, 1, inner) float32 scales of the lines of x (outer, length, inner), rotated in blocks of size (0: not)."""
     x, signs = x.contiguous(), None if signs is None else signs.contiguous()
@@ -264,12 +263,12 @@ def _line_scales(x: Tensor, signs: Tensor | None, size: int, plan: str) -> Tenso
     return scales
 
 
-@_line_scales.register_fake
+@CPU.fake(_line_scales)
 def _(x: Tensor, signs: Tensor | None, size: int, plan: str) -> Tensor:
     return x.new_empty((x.shape[0], 1, x.shape[2]), dtype=torch.float32)
 
 
-@torch.library.custom_op("qtrain_cpu::extent", mutates_args=(), device_types="cpu")
+@CPU.operator
 def _extent(x: Tensor, signs: Tensor | None, size: int) -> Tensor:
     """() float32: the largest magnitude of x rotated."""
     x, signs = x.contiguous(), None if signs is None else signs.contiguous()
@@ -279,12 +278,12 @@ def _extent(x: Tensor, signs: Tensor | None, size: int) -> Tensor:
     return found
 
 
-@_extent.register_fake
+@CPU.fake(_extent)
 def _(x: Tensor, signs: Tensor | None, size: int) -> Tensor:
     return x.new_empty((), dtype=torch.float32)
 
 
-@torch.library.custom_op("qtrain_cpu::quantize", mutates_args=(), device_types="cpu")
+@CPU.operator
 def _quantize(
     x: Tensor,
     scale: Tensor,
@@ -314,7 +313,7 @@ def _quantize(
     return found
 
 
-@_quantize.register_fake
+@CPU.fake(_quantize)
 def _(
     x: Tensor,
     scale: Tensor,
@@ -340,7 +339,7 @@ def _results(x: Tensor, plan: Plan, dtype: torch.dtype, with_blocks: bool) -> li
     return found
 
 
-@torch.library.custom_op("qtrain_cpu::pack", mutates_args=(), device_types="cpu")
+@CPU.operator
 def _pack(values: Tensor, blocks: Tensor | None, plan: str) -> list[Tensor]:
     """Codes, and scales where there are blocks."""
     values, blocks = values.contiguous(), None if blocks is None else blocks.contiguous()
@@ -352,7 +351,7 @@ def _pack(values: Tensor, blocks: Tensor | None, plan: str) -> list[Tensor]:
     return [codes] if scales is None else [codes, scales]
 
 
-@_pack.register_fake
+@CPU.fake(_pack)
 def _(values: Tensor, blocks: Tensor | None, plan: str) -> list[Tensor]:
     codes = values.new_empty(_packed_bytes(values.numel(), read_plan(plan)), dtype=torch.uint8)
     return [codes] if blocks is None else [codes, values.new_empty(blocks.numel(), dtype=torch.uint8)]
@@ -362,7 +361,7 @@ def _packed_bytes(count: int, plan: Plan) -> int:
     return -(-count * reference.field_width(plan.element) // 8)
 
 
-@torch.library.custom_op("qtrain_cpu::unpack", mutates_args=(), device_types="cpu")
+@CPU.operator
 def _unpack(codes: Tensor, scales: Tensor | None, plan: str, shape: list[int], dtype: torch.dtype) -> Tensor:
     codes, scales = codes.contiguous(), None if scales is None else scales.contiguous()
     values = _empty(shape, dtype)
@@ -371,12 +370,12 @@ def _unpack(codes: Tensor, scales: Tensor | None, plan: str, shape: list[int], d
     return values
 
 
-@_unpack.register_fake
+@CPU.fake(_unpack)
 def _(codes: Tensor, scales: Tensor | None, plan: str, shape: list[int], dtype: torch.dtype) -> Tensor:
     return codes.new_empty(shape, dtype=dtype)
 
 
-@torch.library.custom_op("qtrain_cpu::join", mutates_args=(), device_types="cpu")
+@CPU.operator
 def _join(fields: Tensor, width: int) -> Tensor:
     fields = fields.contiguous()
     joined = _empty((-(-fields.numel() * width // 8),), torch.uint8)
@@ -384,19 +383,19 @@ def _join(fields: Tensor, width: int) -> Tensor:
     return joined
 
 
-@_join.register_fake
+@CPU.fake(_join)
 def _(fields: Tensor, width: int) -> Tensor:
     return fields.new_empty(-(-fields.numel() * width // 8))
 
 
-@torch.library.custom_op("qtrain_cpu::split", mutates_args=(), device_types="cpu")
+@CPU.operator
 def _split(joined: Tensor, width: int, count: int) -> Tensor:
     joined, fields = joined.contiguous(), _empty((count,), torch.uint8)
     _fields(width).split(_at(joined), count, _at(fields), _threads(fields))
     return fields
 
 
-@_split.register_fake
+@CPU.fake(_split)
 def _(joined: Tensor, width: int, count: int) -> Tensor:
     return joined.new_empty(count)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from qtrain_kernels import reference
 from qtrain_kernels.checks import check_mask, check_spans
-from qtrain_kernels.quantize import check_matrix, check_power_of_two, launch, signs_of, tile_of
+from qtrain_kernels.quantize import TRITON, check_matrix, check_power_of_two, launch, signs_of, tile_of
 from qtrain_kernels.reference import Plan, Rotation
 
 
@@ -94,7 +94,7 @@ def _amax(x: Tensor, rotation: Rotation | None, single: bool) -> Tensor:
     return largest if single else largest.view(outer, 1, inner)
 
 
-@torch.library.custom_op("qtrain::turn", mutates_args=())
+@TRITON.operator
 def _turn(
     x: Tensor, mask: Tensor | None, signs: Tensor | None, size: int, dim: int, inverse: bool, dtype: torch.dtype
 ) -> Tensor:
@@ -110,14 +110,14 @@ def _turn(
     return y
 
 
-@_turn.register_fake
+@TRITON.fake(_turn)
 def _(
     x: Tensor, mask: Tensor | None, signs: Tensor | None, size: int, dim: int, inverse: bool, dtype: torch.dtype
 ) -> Tensor:
     return x.new_empty(x.shape, dtype=dtype)
 
 
-@torch.library.custom_op("qtrain::largest", mutates_args=())
+@TRITON.operator
 def _largest(x: Tensor, signs: Tensor | None, size: int | None, dim: int, single: bool) -> Tensor:
     """float32 magnitudes of x (M, K) rotated along dim: (), (M,) for dim -1 or (K,) for -2."""
     from qtrain_kernels.triton_quantize import amax_kernel
@@ -130,7 +130,7 @@ def _largest(x: Tensor, signs: Tensor | None, size: int | None, dim: int, single
     return bits.view(torch.float32)
 
 
-@_largest.register_fake
+@TRITON.fake(_largest)
 def _(x: Tensor, signs: Tensor | None, size: int | None, dim: int, single: bool) -> Tensor:
     return x.new_empty(_lines(x, dim, single), dtype=torch.float32)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from qtrain_kernels.checks import check_fields, check_packable, check_packed
-from qtrain_kernels.quantize import LARGEST_SPAN, Spec, Tile, launch, obstacle, read_spec, scale_nan
+from qtrain_kernels.quantize import LARGEST_SPAN, TRITON, Spec, Tile, launch, obstacle, read_spec, scale_nan
 from qtrain_kernels.reference import Packed, Plan, field_width, grids, stored_integer
 
 SIZE = 4096  # elements of a program; blocks divide it
@@ -109,7 +109,7 @@ def _empty_packed(values: Tensor, blocks: Tensor | None, plan: Plan) -> list[Ten
     return [codes] if blocks is None else [codes, _bytes(blocks.numel(), 8, values)]
 
 
-@torch.library.custom_op("qtrain::pack", mutates_args=())
+@TRITON.operator
 def _pack(values: Tensor, blocks: Tensor | None, spec: str) -> list[Tensor]:
     """Codes, and scales where there are blocks; of the plan in a Spec."""
     from qtrain_kernels.triton_packing import pack_kernel
@@ -121,12 +121,12 @@ def _pack(values: Tensor, blocks: Tensor | None, spec: str) -> list[Tensor]:
     return found
 
 
-@_pack.register_fake
+@TRITON.fake(_pack)
 def _(values: Tensor, blocks: Tensor | None, spec: str) -> list[Tensor]:
     return _empty_packed(values, blocks, read_spec(spec).plan)
 
 
-@torch.library.custom_op("qtrain::unpack", mutates_args=())
+@TRITON.operator
 def _unpack(codes: Tensor, scales: Tensor | None, spec: str, shape: list[int], dtype: torch.dtype) -> Tensor:
     from qtrain_kernels.triton_packing import unpack_kernel
 
@@ -135,12 +135,12 @@ def _unpack(codes: Tensor, scales: Tensor | None, spec: str, shape: list[int], d
     return values
 
 
-@_unpack.register_fake
+@TRITON.fake(_unpack)
 def _(codes: Tensor, scales: Tensor | None, spec: str, shape: list[int], dtype: torch.dtype) -> Tensor:
     return codes.new_empty(shape, dtype=dtype)
 
 
-@torch.library.custom_op("qtrain::join", mutates_args=())
+@TRITON.operator
 def _join(fields: Tensor, width: int) -> Tensor:
     from qtrain_kernels.triton_packing import join_kernel
 
@@ -149,12 +149,12 @@ def _join(fields: Tensor, width: int) -> Tensor:
     return joined
 
 
-@_join.register_fake
+@TRITON.fake(_join)
 def _(fields: Tensor, width: int) -> Tensor:
     return _bytes(fields.numel(), width, fields)
 
 
-@torch.library.custom_op("qtrain::split", mutates_args=())
+@TRITON.operator
 def _split(joined: Tensor, width: int, count: int) -> Tensor:
     from qtrain_kernels.triton_packing import split_kernel
 
@@ -163,6 +163,6 @@ def _split(joined: Tensor, width: int, count: int) -> Tensor:
     return fields
 
 
-@_split.register_fake
+@TRITON.fake(_split)
 def _(joined: Tensor, width: int, count: int) -> Tensor:
     return joined.new_empty(count)

@@ -20,9 +20,10 @@ from torch import Tensor
 from qtrain_kernels import reference
 from qtrain_kernels.checks import check_key, check_operand_dtype, check_same_device, check_signs, check_spans
 from qtrain_kernels.formats import Element
+from qtrain_kernels.operators import Namespace, plan_of, spell
 from qtrain_kernels.reference import Exponent, Plan, Rotation, stored_integer
-from qtrain_kernels.spelling import plan_of, spell
 
+TRITON = Namespace("qtrain", "CompositeExplicitAutograd")
 Output = Literal["codes", "bfloat16", "float32", "int8", "packed"]
 LARGEST_SPAN = 256
 LEAST_BFLOAT16 = 2.0**-133
@@ -344,7 +345,7 @@ def launch(kernel: Any, x: Tensor, tile: Tile, *arguments: object) -> None:
         kernel[grid](x, *arguments, num_warps=tile.warps, **UNFUSED)
 
 
-@torch.library.custom_op("qtrain::quantize", mutates_args=())
+@TRITON.operator
 def _quantize(
     x: Tensor, scale: Tensor | None, key: Tensor | None, signs: Tensor | None, spec: str, per: int
 ) -> list[Tensor]:
@@ -359,12 +360,12 @@ def _quantize(
     return _present(found)
 
 
-@_quantize.register_fake
+@TRITON.fake(_quantize)
 def _(x: Tensor, scale: Tensor | None, key: Tensor | None, signs: Tensor | None, spec: str, per: int) -> list[Tensor]:
     return _present(_allocate(read_spec(spec), x))
 
 
-@torch.library.custom_op("qtrain::quantize_both", mutates_args=())
+@TRITON.operator
 def _quantize_both(
     x: Tensor,
     row_scale: Tensor | None,
@@ -389,7 +390,7 @@ def _quantize_both(
     return _present(row_found) + _present(column_found)
 
 
-@_quantize_both.register_fake
+@TRITON.fake(_quantize_both)
 def _(
     x: Tensor,
     row_scale: Tensor | None,

@@ -105,6 +105,14 @@ def test_bad_input_is_refused_by_name(name: str, kernels: ModuleType) -> None:
         operation(kernels)
 
 
+@pytest.mark.skipif(INTERPRETED, reason="of the C++ kernels")
+def test_memory_that_was_given_back_is_not_read() -> None:
+    x = torch.ones(4, 32, 1)
+    x.untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match=r"a tensor of \(4, 32, 1\) has no memory: its storage was freed"):
+        bfloat16(cpu, x, MXFP4)
+
+
 FLOATS, INTEGERS = torch.ones(4, 32), torch.ones(32, 8, dtype=torch.int8)
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 BAD_PRODUCTS: dict[str, tuple[Callable[[], Any], str]] = {

@@ -33,21 +33,30 @@ format: $(VENV)/.dev ## apply the format and the safe fixes of ruff
 hooks: $(VENV)/.dev ## run the checks before every commit
 	$(BIN)/pre-commit install
 
-bench: $(VENV)/.dev ## time quantisers, linear layers and training on CPU, into build/bench
-	@mkdir -p build/bench
-	$(BIN)/python kernels/bench/bench_quantize.py --device cpu --out build/bench/quantize.json
-	$(BIN)/python kernels/bench/bench_linear.py --device cpu --out build/bench/linear.json
-	$(BIN)/python kernels/bench/bench_training.py --device cpu --out build/bench/training.json
+RESULTS ?= build/bench
+ON_CPU := --device cpu --out $(RESULTS)
+ON_GPU := --device cuda --out $(RESULTS)
+# Recipes whose models fit into 80 GB together.
+LARGE := --vocabulary 32000 --recipes bf16,quartet,quest --compile 1 --gemm fp8
+
+bench: $(VENV)/.dev ## time quantisers, linear layers and training on CPU (RESULTS=kernels/bench/results)
+	@mkdir -p $(RESULTS)
+	$(BIN)/python kernels/bench/bench_kernels.py $(ON_CPU)
+	$(BIN)/python kernels/bench/bench_quantize.py $(ON_CPU)
+	$(BIN)/python kernels/bench/bench_linear.py $(ON_CPU)
+	$(BIN)/python kernels/bench/bench_training.py $(ON_CPU)
+	$(BIN)/python kernels/bench/bench_training.py $(ON_CPU) --compile 1
+	$(BIN)/python kernels/bench/table.py $(RESULTS)/*.json
 
 bench-gpu: $(VENV)/.dev ## the same on a GPU, at the sizes of large models
-	@mkdir -p build/bench
-	$(BIN)/python kernels/bench/bench_quantize.py --device cuda --size 8192 --out build/bench/quantize_gpu.json
-	$(BIN)/python kernels/bench/bench_linear.py --device cuda --tokens 16384 --features 4096 --out-features 4096 --gemm fp8 \
-		--out build/bench/linear_gpu_4096.json
-	$(BIN)/python kernels/bench/bench_linear.py --device cuda --tokens 16384 --features 4096 --out-features 14336 --gemm fp8 \
-		--out build/bench/linear_gpu_14336.json
-	$(BIN)/python kernels/bench/bench_training.py --device cuda --model llama_800m --batch 16 --compile 1 --gemm fp8 \
-		--out build/bench/training_gpu.json
+	@mkdir -p $(RESULTS)
+	$(BIN)/python kernels/bench/bench_kernels.py $(ON_GPU) --rows 32768 --columns 8192
+	$(BIN)/python kernels/bench/bench_quantize.py $(ON_GPU) --size 8192
+	$(BIN)/python kernels/bench/bench_linear.py $(ON_GPU) --tokens 16384 --features 4096 --out-features 4096 --gemm fp8
+	$(BIN)/python kernels/bench/bench_linear.py $(ON_GPU) --tokens 16384 --features 4096 --out-features 14336 --gemm fp8
+	$(BIN)/python kernels/bench/bench_training.py $(ON_GPU) --model llama_800m --batch 16 $(LARGE)
+	$(BIN)/python kernels/bench/bench_training.py $(ON_GPU) --model llama_3200m --layers 4 --batch 32 $(LARGE)
+	$(BIN)/python kernels/bench/table.py $(RESULTS)/*.json
 
 # The two stamps are written last, so an interrupted installation is taken up again.
 $(VENV)/.train: pyproject.toml constraints.txt

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import qtrain
 from qtrain.errors import UserError
+from qtrain.quant import quantizer
 from qtrain.quant.linear import Numerics, QuantLinear
 from qtrain.recipe import read_recipe
 from qtrain_kernels import cpu, dispatch, gemm, reference
@@ -199,6 +200,7 @@ def test_folding_is_exact_as_far_as_e4m3_reaches(dim: int) -> None:
         assert (lost == 0) == exact and folded.inexact.item() == lost
         assert folded.codes.float().abs().amax(dim).tolist() == [384.0] * 6
         assert folded.scale.shape == ((6, 1) if dim == -1 else (1, 6))
+        assert (folded.codes if dim == -1 else folded.codes.T).is_contiguous()  # as FP8 products take it
 
 
 @pytest.mark.parametrize(("dtype", "largest"), [(E4M3, 448.0), (E5M2, 57344.0)])
@@ -264,6 +266,36 @@ def test_what_fp8_rounds_is_counted_on_both_sides_once() -> None:
     assert shares["neither"] == 0
     # of 32 and 128 rows of 128, a quarter each; nearly all of what is in it
     assert 0.7 < shares["input"] / (32 / 4 / 160) <= 1 and 0.7 < shares["weight"] / (128 / 4 / 160) <= 1
+
+
+def test_a_weight_is_folded_once_per_optimiser_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For all micro-batches; and they compute what they would with one folded for each."""
+    folds: list[tuple[int, ...]] = []
+    fold_of = quantizer.fold
+
+    def counted(values: Tensor, dim: int, dtype: torch.dtype) -> gemm.Folded:
+        folds.append(tuple(values.shape))
+        return fold_of(values, dim, dtype)
+
+    monkeypatch.setattr(quantizer, "fold", counted)
+    xs = torch.randn(2, 64, 128, generator=torch.Generator().manual_seed(3))
+
+    def gradient(forget: bool) -> Tensor:
+        folds.clear()
+        model = layer("quartet", "fp8", (128, 256))
+        for micro_batch, x in enumerate(xs):
+            qtrain.set_step(model, 1, micro_batch)
+            if forget:
+                model[0]._quantized = None
+            with torch.autocast("cpu", torch.bfloat16):
+                model(x.requires_grad_()).float().square().sum().backward()
+        assert isinstance(model[0].weight.grad, Tensor)
+        return model[0].weight.grad
+
+    once = gradient(forget=False)
+    weights = [shape for shape in folds if set(shape) == {128, 256}]
+    assert weights == [(128, 256), (256, 128)] and len(folds) == 2 + 4 * 2  # x; dy, of dgrad and of wgrad; x'
+    assert torch.equal(gradient(forget=True), once) and len(folds) == 2 * 2 + 4 * 2
 
 
 def test_gradients_of_many_octaves_keep_to_e5m2() -> None:

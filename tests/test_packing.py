@@ -175,3 +175,25 @@ def test_a_layer_keeps_the_bits_of_its_format(
     whole, unpacked = step(recipe)
     assert unpacked >= size + 0.5  # int8 or bfloat16
     assert all(torch.equal(packed[name], whole[name]) for name in packed)
+
+
+def test_block_scales_are_written_for_what_is_packed_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The input of a forward that a backward follows, where that takes it as quantised."""
+    asked: list[bool] = []
+    operand = cpu.operand
+
+    def counted(*arguments: Any) -> Any:
+        asked.append(arguments[6])
+        return operand(*arguments)
+
+    monkeypatch.setattr(cpu, "operand", counted)
+    for recipe, wanted, count in (("quartet", [True], 6), ("nvidia_nvfp4", [], 5)):  # whose dgrad reuses the weight
+        asked.clear()
+        step(recipe)
+        assert [each for each in asked if each] == wanted and len(asked) == count, recipe
+    asked.clear()
+    model = nn.Sequential(nn.Linear(128, 128, bias=False))
+    qtrain.convert(model, "quartet", skip=(), backend="compiled")
+    with torch.no_grad():
+        model.eval()(torch.randn(4, 128))
+    assert asked == [False, False]

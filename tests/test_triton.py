@@ -203,6 +203,16 @@ def test_fake_quantize_equals_the_reference(rotation: Rotation | None, device: s
         assert same(found.cpu(), expected), (plan, dtype)
 
 
+@pytest.mark.parametrize("along_last", [True, False], ids=["rows", "columns"])
+def test_block_scales_that_nobody_asks_for_are_not_written(along_last: bool, device: str) -> None:
+    for plan in (MXFP4, replace(NVFP4, rule="absmax_fitted", rounding="eden", correction=32)):
+        x = spans(32, along_last, True)
+        arguments = x, scale_of(x, plan), KEY, plan, torch.bfloat16
+        values, _, mask = reference.operand(*arguments)
+        found = results(quantize.operand, device, *arguments, None, False)
+        assert same(found[0], values) and found[1] is None and same(found[2], mask), plan
+
+
 def test_a_learned_scale(device: str) -> None:
     x = hard_lines(40, False)[:, :, None]
     plan = Plan(get_format("int4").element, "float32", None, "learned", mask=MASKS[1], per_tensor=True)

@@ -1,10 +1,11 @@
 """Quantise and dequantise a float32 matrix: time, share of a copy's speed, against the reference and torchao.
 
     python kernels/bench/bench_quantize.py
-    python kernels/bench/bench_quantize.py --size 8192 --rounds 20 --out quantize.json
+    python kernels/bench/bench_quantize.py --size 8192 --rounds 20 --out kernels/bench/results
 
 A copy is `x.clone()`: it reads what a quantiser reads and writes what it writes, into fresh memory as that does. GB/s
-counts one read and one write of the matrix. Equal: the share of values equal, bit for bit, to the reference's.
+counts one read and one write of the matrix. Equal: the share of values that are the reference's, bit for bit; where
+one is not, no time is shown.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from harness import arguments, in_turns, ratio, report, sqnr
+from harness import arguments, checked, in_turns, ratio, report, share_equal, sqnr
 from torch import Tensor
 
 import qtrain
@@ -67,20 +68,18 @@ def measure(name: str, case: dict[str, Any], x: Tensor, backend: str, rounds: in
         "x reference": ratio(times, "reference", "ours"),
         "x torchao": ratio(times, "torchao", "ours") if peer is not None else None,
         "SQNR dB": sqnr(found, x),
-        "equal": (found == exact).double().mean().item(),
+        "equal": share_equal(found, exact),
     }
-    if row["equal"] < 1:  # the speed of a wrong kernel is none
-        row = {"case": f"{name}: WRONG", "SQNR dB": row["SQNR dB"], "equal": row["equal"]}
-    return row
+    return checked(row, "case", "SQNR dB")
 
 
 def main() -> None:
     options = arguments(__doc__, size=4096, rounds=5)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(options.size, options.size, generator=generator).to(options.device)
-    backend = "triton" if options.device == "cuda" else "auto"
-    rows = [measure(name, case, x, backend, options.rounds) for name, case in CASES.items()]
-    report(f"quantise and dequantise {options.size} x {options.size} float32", rows, options)
+    rows = [measure(name, case, x, options.backend, options.rounds) for name, case in CASES.items()]
+    title = f"quantise and dequantise {options.size} x {options.size} float32"
+    report(f"quantize-{options.size}", title, rows, options)
 
 
 if __name__ == "__main__":

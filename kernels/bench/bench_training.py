@@ -1,12 +1,15 @@
 """Training steps of a whole model: wall time and peak memory over those of bfloat16, model FLOPs utilisation.
 
     python kernels/bench/bench_training.py
-    python kernels/bench/bench_training.py --model llama_800m --batch 64 --compile 1 --out training.json
+    python kernels/bench/bench_training.py --model llama_800m --vocabulary 32000 --batch 32 --compile 1
+    python kernels/bench/bench_training.py --model llama_3200m --layers 4 --recipes bf16,quartet --out build/bench
 
 Forward, backward, clipping and AdamW on random tokens, without loader and callbacks (scripts/bench_training_loop.py has
-those). Steps of all recipes alternate in one process; peak memory is of a process for each; what the linear layers save
-for their backward is counted where autograd saves it, each tensor once. FLOPs are those of
-`qtrain.metrics.flops_per_token`; their share is of the bfloat16 peak, in which all GEMMs run here.
+those). Steps of all recipes alternate in one process, whose models must fit into memory together; peak memory is of a
+process for each; what the linear layers save for their backward is counted where autograd saves it, each tensor once.
+FLOPs are those of `qtrain.metrics.flops_per_token`, of which each recipe multiplies a share as INT8 or FP8 and the rest
+in bfloat16; how much of the device's peaks they use, says peaks.py. --layers: instead of the model's own, so that
+shapes of large models fit.
 """
 
 from __future__ import annotations
@@ -15,12 +18,14 @@ import json
 import resource
 import subprocess
 import sys
+from argparse import Namespace
 from collections.abc import Callable
 from statistics import median
 from typing import Any
 
 import torch
-from harness import arguments, gemm_for, in_turns, ratio, report
+from harness import arguments, gemm_flops, gemm_for, in_turns, ratio, report
+from peaks import shares, utilisation
 from torch import Tensor, nn
 
 import qtrain
@@ -31,24 +36,29 @@ from qtrain.optim import build_optimizer
 from qtrain.run import build_model
 from qtrain.train import compose
 
-RECIPES = ("bf16", "quartet", "quest", "quartet_ii", "nvidia_nvfp4")
-VOCABULARY = 257
-BFLOAT16_PEAKS = {"A100": 312.0, "H100": 989.5, "H200": 989.5, "B200": 2250.0}  # dense TFLOP/s, NVIDIA's data sheets
+RECIPES = "bf16,quartet,quest,quartet_ii,nvidia_nvfp4"
 
 
-def config_of(recipe: str, model: str, gemm: str) -> Config:
+def config_of(recipe: str, options: Any) -> Config:
     """gemm "auto" for a recipe that has no product of the kind that is asked for."""
-    return compose([f"recipe={recipe}", f"model={model}", f"name={recipe}", f"gemm={gemm_for(recipe, gemm)}"])
+    layers = [f"model.n_layers={options.layers}"] if options.layers else []
+    gemm, backend = gemm_for(recipe, options.gemm), options.backend
+    return compose(
+        [f"recipe={recipe}", f"model={options.model}", f"name={recipe}", f"gemm={gemm}", f"backend={backend}", *layers]
+    )
 
 
-def trainer(config: Config, device: str, batch: int, compile: bool) -> Callable[[], Tensor]:
+def trainer(config: Config, options: Any) -> Callable[[], Tensor]:
     """Does one optimiser step, gives its loss."""
-    model = build_model(config, VOCABULARY).to(device)
+    device = options.device
+    model = build_model(config, options.vocabulary).to(device)
     optimizer = build_optimizer(model, config.optimizer)
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(VOCABULARY, (batch, config.model.seq_len + 1), generator=generator).to(device)
+    shape = options.batch, config.model.seq_len + 1
+    tokens = torch.randint(options.vocabulary, shape, generator=generator).to(device)
     steps = iter(range(2**31))
-    if compile:
+    if options.compile:
+        torch._dynamo.config.fail_on_recompile_limit_hit = True  # not eager unnoticed
         model.compile()
 
     def step() -> Tensor:
@@ -64,18 +74,18 @@ def trainer(config: Config, device: str, batch: int, compile: bool) -> Callable[
     return step
 
 
-def saved_bytes(config: Config, device: str, batch: int) -> float:
-    """What the linear layers of the blocks keep for their backward, bytes per token: of twice as many tokens less that
-    of so many, in which copies of the weights cancel."""
-    seq_len = config.model.seq_len
-    whole, half = (_saved_bytes(config, device, sequences * seq_len) for sequences in (2 * batch, batch))
-    return (whole - half) / (batch * seq_len)
+def saved_bytes(config: Config, options: Any) -> float:
+    """What the linear layers of the blocks keep for their backward, bytes per token: of two sequences less that of one,
+    in which copies of the weights cancel."""
+    whole, half = (_saved_bytes(config, options, sequences) for sequences in (2, 1))
+    return (whole - half) / config.model.seq_len
 
 
-def _saved_bytes(config: Config, device: str, tokens: int) -> int:
-    model = build_model(config, VOCABULARY).to(device)
+def _saved_bytes(config: Config, options: Any, sequences: int) -> int:
+    device = options.device
+    model = build_model(config, options.vocabulary).to(device)
     qtrain.set_step(model, 0)
-    inputs = torch.zeros(tokens // config.model.seq_len, config.model.seq_len + 1, dtype=torch.long, device=device)
+    inputs = torch.zeros(sequences, config.model.seq_len + 1, dtype=torch.long, device=device)
     sizes: dict[int, int] = {}
 
     def count(saved: Tensor) -> Tensor:
@@ -105,41 +115,45 @@ def peak_bytes(recipe: str, options: Any) -> int:
 
 
 def print_peak() -> None:
-    options = json.loads(sys.argv[1])
-    device = options["device"]
-    torch.set_num_threads(options["threads"] or torch.get_num_threads())
-    step = trainer(
-        config_of(options["recipe"], options["model"], options["gemm"]),
-        device,
-        options["batch"],
-        bool(options["compile"]),
-    )
+    options = Namespace(**json.loads(sys.argv[1]))
+    torch.set_num_threads(options.threads or torch.get_num_threads())
+    step = trainer(config_of(options.recipe, options), options)
     for _ in range(3):
         step()
     kibibytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print(torch.cuda.max_memory_allocated() if device == "cuda" else kibibytes * 1024)
+    print(torch.cuda.max_memory_allocated() if options.device == "cuda" else kibibytes * 1024)
+
+
+def flops_of(config: Config, options: Any) -> dict[str, float]:
+    """Of a step, by the precision in which they are multiplied."""
+    tokens = options.batch * config.model.seq_len
+    model = build_model(config, options.vocabulary).to("meta")
+    found: dict[str, float] = {}
+    for layer in model.modules():
+        for precision, flops in gemm_flops(layer, tokens, options.device).items():
+            found[precision] = found.get(precision, 0.0) + flops
+    rest = tokens * flops_per_token(config.model, options.vocabulary) - sum(found.values())
+    return found | {"bfloat16": found.get("bfloat16", 0.0) + rest}  # attention
 
 
 def main() -> None:
-    options = arguments(__doc__, model="mini", batch=8, compile=0, rounds=5, gemm="auto")
-    configs = {recipe: config_of(recipe, options.model, options.gemm) for recipe in RECIPES}
-    steps = {name: trainer(config, options.device, options.batch, options.compile) for name, config in configs.items()}
-    for step in steps.values():
-        step()  # a second warm-up: the first compiles
+    options = arguments(
+        __doc__, model="mini", layers=0, vocabulary=257, recipes=RECIPES, batch=8, compile=0, rounds=5, gemm="auto"
+    )
+    recipes = list(dict.fromkeys(["bf16", *options.recipes.split(",")]))
+    configs = {recipe: config_of(recipe, options) for recipe in recipes}
+    peaks = {recipe: peak_bytes(recipe, options) for recipe in recipes}  # first: the models below fill the device
+    saved = {recipe: saved_bytes(config, options) for recipe, config in configs.items()}
+    steps = {name: trainer(config, options) for name, config in configs.items()}
     times = in_turns(steps, options.rounds, options.device)
-    peaks = {recipe: peak_bytes(recipe, options) for recipe in RECIPES}
-    saved = {recipe: saved_bytes(config, options.device, options.batch) for recipe, config in configs.items()}
     shape = configs["bf16"].model
     tokens = options.batch * shape.seq_len
-    flops = tokens * flops_per_token(shape, VOCABULARY)
     device_name = torch.cuda.get_device_name() if options.device == "cuda" else ""
-    peak = next((found for name, found in BFLOAT16_PEAKS.items() if name in device_name), None)
 
     def row(name: str) -> dict[str, Any]:
-        seconds = median(times[name])
+        seconds, flops = median(times[name]), flops_of(configs[name], options)
         return {
             "recipe": name,
-            "gemm": configs[name].gemm,
             "ms a step": seconds * 1e3,
             "tokens/s": round(tokens / seconds),
             "x time of bf16": ratio(times, name, "bf16"),
@@ -147,11 +161,15 @@ def main() -> None:
             "x memory of bf16": peaks[name] / peaks["bf16"],
             "saved B a token": round(saved[name]),
             "x saved of bf16": saved[name] / saved["bf16"],
-            "TFLOP/s": flops / seconds / 1e12,
-            "of bf16 peak": flops / seconds / 1e12 / peak if peak else None,
+            "TFLOP/s": sum(flops.values()) / seconds / 1e12,
+            **shares(flops),
+            **utilisation(flops, seconds, device_name),
         }
 
-    report(f"training {shape.name}, {tokens} tokens a step", [row(name) for name in RECIPES], options)
+    size = f"{shape.name}-{shape.n_layers}x{tokens}"
+    compiled = ", compiled" if options.compile else ""
+    title = f"training {shape.name}, {shape.n_layers} layers, {tokens} tokens a step{compiled}"
+    report(f"training-{size}{'-compiled' if options.compile else ''}", title, [row(name) for name in recipes], options)
 
 
 if __name__ == "__main__":

@@ -16,16 +16,29 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch._inductor.runtime.cache_dir_utils import cache_dir
-from torch._subclasses.fake_tensor import FakeTensor
 
 from qtrain_kernels import reference
+from qtrain_kernels.checks import (
+    check_fields,
+    check_key,
+    check_mask,
+    check_operand_dtype,
+    check_packable,
+    check_packed,
+    check_signs,
+    check_spans,
+    scale_tensor,
+)
 from qtrain_kernels.formats import Element
+from qtrain_kernels.operators import Namespace, read_plan, spell
 from qtrain_kernels.reference import Packed, Plan, Rotation
 
+CPU = Namespace("qtrain_cpu", "CPU")
 SOURCE = Path(__file__).with_suffix(".cpp")
 FLAGS = (
     "-std=c++17", "-O2", "-ftree-vectorize", "-march=native", "-ffp-contract=off", "-fno-math-errno",
@@ -38,54 +51,47 @@ GRAIN = 32768  # elements that are worth a thread of their own
 TYPES = {torch.float32: "float", torch.bfloat16: "uint16_t"}
 RESULTS = TYPES | {torch.int8: "int8_t"}
 NO_ELEMENT = Element(1.0)
+Values = Literal["codes", "operand", "restored"]  # codes; codes * block scale; that times the scale, rotated back
 
 
 def rotate(x: Tensor, rotation: Rotation | None) -> Tensor:
-    """Equals reference.rotate bit for bit."""
+    """Equals reference.rotate bit for bit. ValueError for a device, dtype or shape that it cannot work on, as in all
+    that follows."""
+    check_spans(x)
     if rotation is None or not _fits(rotation):
         return reference.rotate(x, rotation)
-    return _turn(x, rotation, None, torch.float32, backward=False)
+    _check_filled(x, rotation.size)
+    return _turn(_ready(x), None, _signs(rotation), rotation.size, torch.float32, False)
 
 
 def unrotate(x: Tensor, rotation: Rotation | None, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
     """Equals reference.unrotate bit for bit."""
+    check_spans(x)
+    check_mask(mask, x)
     if rotation is None or not _fits(rotation) or dtype not in TYPES:
         return reference.unrotate(x, rotation, mask, dtype)
-    return _turn(x, rotation, mask, dtype, backward=True)
-
-
-def _turn(x: Tensor, rotation: Rotation, mask: Tensor | None, dtype: torch.dtype, backward: bool) -> Tensor:
-    x = _ready(x)
-    outer, span, inner = x.shape
-    _check_filled(outer * span, rotation.size, x)
-    out = _empty(x.shape, dtype)
-    passes = None if mask is None else mask.expand(x.shape).contiguous()
-    signs = _signs(rotation)
-    _rotate(rotation.size, x.dtype, dtype)(
-        _at(x), outer * span, inner, _at(passes), _at(signs), int(backward), _at(out), _threads(x)
-    )
-    return out
+    _check_filled(x, rotation.size)
+    return _turn(_ready(x), mask, _signs(rotation), rotation.size, dtype, True)
 
 
 def tensor_scale(x: Tensor, plan: Plan, rotation: Rotation | None = None) -> Tensor | float:
     """Equals reference.tensor_scale bit for bit."""
+    check_spans(x)
     constant = reference.constant_scale(plan)
     if constant is not None:
         return constant
     if rotation is not None and not _fits(rotation):
         x, rotation = rotate(x, rotation), None
+    if not x.numel():
+        return reference.tensor_scale(x, plan)
     if plan.scale_kind == "minifloat":
         limit, cap = reference.minifloat_range(plan)
         return reference.finite_or_nan(reference.divide(_amax(x, rotation), limit * cap))
-    if plan.per_tensor or x.shape[1] > LONGEST or not x.numel():
+    if plan.per_tensor or x.shape[1] > LONGEST:
         return reference.tensor_scale(rotate(x, rotation), plan)
-    x, signs = _ready(x), _signs(rotation)
-    outer, length, inner = x.shape
-    _check_filled(length, rotation.size if rotation else 1, x)
-    scales = _empty((outer, 1, inner), torch.float32)
-    line_scales = _line_scales(replace(plan, mask=None, rounding="nearest"), x.dtype, rotation.size if rotation else 0)
-    line_scales(_at(x), outer * length, inner, length, _at(signs), _at(scales), _threads(x))
-    return scales
+    size = 0 if rotation is None else rotation.size
+    _check_filled(x, size or 1, x.shape[1])
+    return _line_scales(_ready(x), _signs(rotation), size, spell(replace(plan, mask=None, rounding="nearest")))
 
 
 def _amax(x: Tensor, rotation: Rotation | None) -> Tensor:
@@ -93,21 +99,15 @@ def _amax(x: Tensor, rotation: Rotation | None) -> Tensor:
     if rotation is None:
         low, high = torch.aminmax(x)
         return torch.maximum(low.abs(), high.abs()).float()
-    x, signs = _ready(x), _signs(rotation)
-    outer, span, inner = x.shape
-    _check_filled(outer * span, rotation.size, x)
-    found = _empty((), torch.float32)
-    _extent(rotation.size, x.dtype)(_at(x), outer * span, inner, _at(signs), _at(found), _threads(x))
-    return found
+    _check_filled(x, rotation.size)
+    return _extent(_ready(x), _signs(rotation), rotation.size)
 
 
 def encode(
     x: Tensor, scale: Tensor | float, key: Tensor | None, plan: Plan, rotation: Rotation | None = None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Equals reference.encode bit for bit."""
-    if (plan.span or 1) > LONGEST:
-        return reference.encode(x, scale, key, plan, rotation)
-    return _run(x, scale, key, plan, torch.float32, rotation, bare=True)
+    return _run(x, scale, key, plan, torch.float32, rotation, "codes", True)
 
 
 def operand(
@@ -117,11 +117,10 @@ def operand(
     plan: Plan,
     dtype: torch.dtype,
     rotation: Rotation | None = None,
+    with_blocks: bool = True,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Equals reference.operand bit for bit."""
-    if (plan.span or 1) > LONGEST:
-        return reference.operand(x, scale, key, plan, dtype, rotation)
-    return _run(x, scale, key, plan, dtype, rotation)
+    return _run(x, scale, key, plan, dtype, rotation, "operand", with_blocks)
 
 
 def fake_quantize(
@@ -135,57 +134,10 @@ def fake_quantize(
     """Equals reference.fake_quantize bit for bit."""
     if dtype not in TYPES or (rotation is not None and not _fits(rotation)) or (plan.span or 1) > LONGEST:
         return _composed(x, scale, key, plan, dtype, rotation)
-    return _run(x, scale, key, replace(plan, mask=None), dtype, rotation, back=True)[0]
+    return _run(x, scale, key, replace(plan, mask=None), dtype, rotation, "restored", False)[0]
 
 
 _composed = reference.fake_quantize_by(operand, unrotate)
-
-
-def pack(values: Tensor, blocks: Tensor | None, plan: Plan) -> Packed:
-    """Equals reference.pack bit for bit."""
-    if not _packs(plan, values.dtype):
-        return reference.pack(values, blocks, plan)
-    values, blocks = values.contiguous(), None if blocks is None else blocks.contiguous()
-    count, width = values.numel(), reference.field_width(plan.element)
-    codes = _empty((-(-count * width // 8),), torch.uint8)
-    scales = None if blocks is None else _empty((blocks.numel(),), torch.uint8)
-    _pack(reference.grids(plan), values.dtype)(
-        _at(values), _at(blocks), count, _at(codes), _at(scales), _threads(values)
-    )
-    return Packed(codes, scales)
-
-
-def unpack(packed: Packed, shape: torch.Size, plan: Plan, dtype: torch.dtype) -> Tensor:
-    """Equals reference.unpack bit for bit."""
-    if not _packs(plan, dtype):
-        return reference.unpack(packed, shape, plan, dtype)
-    packed = Packed(packed.codes.contiguous(), None if packed.scales is None else packed.scales.contiguous())
-    values = _empty(shape, dtype)
-    _unpack(reference.grids(plan), dtype)(
-        _at(packed.codes), _at(packed.scales), values.numel(), _at(values), _threads(values)
-    )
-    return values
-
-
-def join(fields: Tensor, width: int) -> Tensor:
-    """Equals reference.join bit for bit."""
-    fields = fields.contiguous()
-    joined = _empty((-(-fields.numel() * width // 8),), torch.uint8)
-    _fields(width).join(_at(fields), fields.numel(), _at(joined), _threads(fields))
-    return joined
-
-
-def split(joined: Tensor, width: int, count: int) -> Tensor:
-    """Equals reference.split bit for bit."""
-    joined, fields = joined.contiguous(), _empty((count,), torch.uint8)
-    _fields(width).split(_at(joined), count, _at(fields), _threads(fields))
-    return fields
-
-
-def _packs(plan: Plan, dtype: torch.dtype) -> bool:
-    """Blocks that fill whole bytes, and a stack."""
-    block = plan.block or 8
-    return dtype in RESULTS and block * reference.field_width(plan.element) % 8 == 0 and block <= LONGEST
 
 
 def _run(
@@ -195,64 +147,270 @@ def _run(
     plan: Plan,
     dtype: torch.dtype,
     rotation: Rotation | None,
-    bare: bool = False,
-    back: bool = False,
+    values: Values,
+    with_blocks: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Values (codes alone if bare; rotated back), block scales and mask."""
+    """Values, block scales (unless they are not asked for) and mask."""
+    check_spans(x)
+    check_key(key, plan, x)
+    check_operand_dtype(dtype, plan)
+    if (plan.span or 1) > LONGEST:
+        if values == "codes":
+            return reference.encode(x, scale, key, plan, rotation)
+        return reference.operand(x, scale, key, plan, dtype, rotation, with_blocks)
     if rotation is not None and not _fits(rotation):
         x, rotation = rotate(x, rotation), None
-    x, signs = _ready(x), _signs(rotation)
-    outer, span, inner = x.shape
-    size = rotation.size if rotation else 1
-    height = math.lcm(size, plan.span or 1, {None: 1, "2:4": 4, "4:8": 8}[plan.sparsity])
-    if height == 1:
-        height = math.gcd(span, CHUNK)
-    _check_filled(span if plan.block is None else outer * span, height, x)
-    values = _empty(x.shape, dtype)
-    blocks = None if plan.block is None else _empty((outer * span // plan.block, 1, inner), torch.float32)
-    mask = None if plan.mask is None else _empty(x.shape, torch.uint8)
-    scales = torch.as_tensor(scale, dtype=torch.float32, device="cpu").detach()
-    if scales.ndim:
-        scales = scales.expand(outer, 1, inner).contiguous()
-    words = key.tolist() if key is not None and plan.rounding != "nearest" else (0, 0)
-    _quantize(plan, x.dtype, dtype, rotation.size if rotation else 0)(
-        _at(x), outer * span, span, inner, height, _at(signs), _at(scales), int(scales.ndim > 0),
-        *(word & 0xFFFFFFFF for word in words), _at(values), _at(blocks), _at(mask), int(bare), int(back),
-        _threads(x),
-    )  # fmt: skip
-    return values, blocks, mask
+    size = 0 if rotation is None else rotation.size
+    _check_filled(x, _multiple(plan, size), x.shape[1] if plan.block is None else None)
+    scales = scale_tensor(scale, x)
+    drawn = None if plan.rounding == "nearest" else key
+    found = _quantize(_ready(x), scales, drawn, _signs(rotation), size, spell(plan), dtype, values, with_blocks)
+    rest = iter(found)
+    has_blocks = with_blocks and plan.block is not None
+    return next(rest), next(rest) if has_blocks else None, next(rest) if plan.mask is not None else None
+
+
+def _multiple(plan: Plan, rotation: int) -> int:
+    """What a line's length must be a multiple of."""
+    return math.lcm(rotation or 1, plan.span or 1, {None: 1, "2:4": 4, "4:8": 8}[plan.sparsity])
+
+
+def pack(values: Tensor, blocks: Tensor | None, plan: Plan) -> Packed:
+    """Equals reference.pack bit for bit."""
+    check_packable(values, blocks, plan)
+    if not _packs(plan, values.dtype):
+        return reference.pack(values, blocks, plan)
+    found = _pack(values.detach(), blocks, spell(reference.grids(plan)))
+    return Packed(found[0], found[1] if len(found) > 1 else None)
+
+
+def unpack(packed: Packed, shape: torch.Size, plan: Plan, dtype: torch.dtype) -> Tensor:
+    """Equals reference.unpack bit for bit."""
+    check_packed(packed, shape, plan)
+    if not _packs(plan, dtype):
+        return reference.unpack(packed, shape, plan, dtype)
+    return _unpack(packed.codes, packed.scales, spell(reference.grids(plan)), list(shape), dtype)
+
+
+def join(fields: Tensor, width: int) -> Tensor:
+    """Equals reference.join bit for bit."""
+    check_fields(fields, width)
+    return _join(fields, width)
+
+
+def split(joined: Tensor, width: int, count: int) -> Tensor:
+    """Equals reference.split bit for bit."""
+    check_fields(joined, width, count)
+    return _split(joined, width, count)
+
+
+def _packs(plan: Plan, dtype: torch.dtype) -> bool:
+    """Blocks that fill whole bytes, and a stack."""
+    block = plan.block or 8
+    return dtype in RESULTS and block * reference.field_width(plan.element) % 8 == 0 and block <= LONGEST
 
 
 def _fits(rotation: Rotation) -> bool:
     return rotation.base is None and rotation.size <= LONGEST
 
 
-def _check_filled(length: int, height: int, x: Tensor) -> None:
-    if length % height:
+def _check_filled(x: Tensor, height: int, length: int | None = None) -> None:
+    """length: of a line, or else all of the spans one after the other."""
+    if (x.shape[0] * x.shape[1] if length is None else length) % height:
         raise ValueError(f"x must fill blocks and rotations of {height}; got {tuple(x.shape)}; pad it with zeros")
 
 
 def _ready(x: Tensor) -> Tensor:
-    """Contiguous float32 or bfloat16, without a graph."""
-    return (x if x.dtype in TYPES else x.float()).detach().resolve_neg().contiguous()
+    """float32 or bfloat16, without a graph."""
+    return (x if x.dtype in TYPES else x.float()).detach()
+
+
+def _signs(rotation: Rotation | None) -> Tensor | None:
+    if rotation is None:
+        return None
+    check_signs(rotation.signs, rotation.size)
+    return None if rotation.signs is None else rotation.signs.float()
+
+
+# ----------------------------------------------------------------------------------------------------------- operators
+
+
+@CPU.operator
+def _turn(x: Tensor, mask: Tensor | None, signs: Tensor | None, size: int, dtype: torch.dtype, inverse: bool) -> Tensor:
+    """x (outer, span, inner) rotated in blocks of size, or masked and rotated back."""
+    x, out = x.contiguous(), _empty(x.shape, dtype)
+    passes = None if mask is None else mask.contiguous()
+    rows, inner = x.shape[0] * x.shape[1], x.shape[2]
+    signs = None if signs is None else signs.contiguous()
+    function = _rotate_function(size, x.dtype, dtype)
+    function(_at(x), rows, inner, _at(passes), _at(signs), int(inverse), _at(out), _threads(x))
+    return out
+
+
+@CPU.fake(_turn)
+def _(x: Tensor, mask: Tensor | None, signs: Tensor | None, size: int, dtype: torch.dtype, inverse: bool) -> Tensor:
+    return x.new_empty(x.shape, dtype=dtype)
+
+
+@CPU.operator
+def _line_scales(x: Tensor, signs: Tensor | None, size: int, plan: str) -> Tensor:
+    """(outer, 1, inner) float32 scales of the lines of x (outer, length, inner), rotated in blocks of size (0: not)."""
+    x, signs = x.contiguous(), None if signs is None else signs.contiguous()
+    outer, length, inner = x.shape
+    scales = _empty((outer, 1, inner), torch.float32)
+    function = _line_scales_function(read_plan(plan), x.dtype, size)
+    function(_at(x), outer * length, inner, length, _at(signs), _at(scales), _threads(x))
+    return scales
+
+
+@CPU.fake(_line_scales)
+def _(x: Tensor, signs: Tensor | None, size: int, plan: str) -> Tensor:
+    return x.new_empty((x.shape[0], 1, x.shape[2]), dtype=torch.float32)
+
+
+@CPU.operator
+def _extent(x: Tensor, signs: Tensor | None, size: int) -> Tensor:
+    """() float32: the largest magnitude of x rotated."""
+    x, signs = x.contiguous(), None if signs is None else signs.contiguous()
+    found = _empty((), torch.float32)
+    function = _extent_function(size, x.dtype)
+    function(_at(x), x.shape[0] * x.shape[1], x.shape[2], _at(signs), _at(found), _threads(x))
+    return found
+
+
+@CPU.fake(_extent)
+def _(x: Tensor, signs: Tensor | None, size: int) -> Tensor:
+    return x.new_empty((), dtype=torch.float32)
+
+
+@CPU.operator
+def _quantize(
+    x: Tensor,
+    scale: Tensor,
+    key: Tensor | None,
+    signs: Tensor | None,
+    size: int,
+    plan: str,
+    dtype: torch.dtype,
+    values: str,
+    with_blocks: bool,
+) -> list[Tensor]:
+    """Those of values, block scales and mask that there are; values as of `Values`. scale: () or (outer, 1, inner)."""
+    what, x = read_plan(plan), x.contiguous()
+    outer, span, inner = x.shape
+    found = [_empty(shape, dtype) for shape, dtype in _results(x, what, dtype, with_blocks)]
+    blocks = found[1] if with_blocks and what.block is not None else None
+    mask = found[-1] if what.mask is not None else None
+    scale, signs = scale.contiguous(), None if signs is None else signs.contiguous()
+    words = (0, 0) if key is None else key.tolist()
+    height = _multiple(what, size)
+    height = math.gcd(span, CHUNK) if height == 1 else height
+    _quantize_function(what, x.dtype, dtype, size)(
+        _at(x), outer * span, span, inner, height, _at(signs), _at(scale), int(scale.ndim > 0),
+        *(word & 0xFFFFFFFF for word in words), _at(found[0]), _at(blocks), _at(mask), int(values == "codes"),
+        int(values == "restored"), _threads(x),
+    )  # fmt: skip
+    return found
+
+
+@CPU.fake(_quantize)
+def _(
+    x: Tensor,
+    scale: Tensor,
+    key: Tensor | None,
+    signs: Tensor | None,
+    size: int,
+    plan: str,
+    dtype: torch.dtype,
+    values: str,
+    with_blocks: bool,
+) -> list[Tensor]:
+    return [x.new_empty(shape, dtype=kind) for shape, kind in _results(x, read_plan(plan), dtype, with_blocks)]
+
+
+def _results(x: Tensor, plan: Plan, dtype: torch.dtype, with_blocks: bool) -> list[tuple[Sequence[int], torch.dtype]]:
+    """Shape and dtype of values, and of block scales and mask where there are any."""
+    outer, span, inner = x.shape
+    found: list = [(x.shape, dtype)]
+    if with_blocks and plan.block is not None:
+        found.append(((outer * span // plan.block, 1, inner), torch.float32))
+    if plan.mask is not None:
+        found.append((x.shape, torch.uint8))
+    return found
+
+
+@CPU.operator
+def _pack(values: Tensor, blocks: Tensor | None, plan: str) -> list[Tensor]:
+    """Codes, and scales where there are blocks."""
+    values, blocks = values.contiguous(), None if blocks is None else blocks.contiguous()
+    what = read_plan(plan)
+    codes = _empty((_packed_bytes(values.numel(), what),), torch.uint8)
+    scales = None if blocks is None else _empty((blocks.numel(),), torch.uint8)
+    function = _pack_function(what, values.dtype)
+    function(_at(values), _at(blocks), values.numel(), _at(codes), _at(scales), _threads(values))
+    return [codes] if scales is None else [codes, scales]
+
+
+@CPU.fake(_pack)
+def _(values: Tensor, blocks: Tensor | None, plan: str) -> list[Tensor]:
+    codes = values.new_empty(_packed_bytes(values.numel(), read_plan(plan)), dtype=torch.uint8)
+    return [codes] if blocks is None else [codes, values.new_empty(blocks.numel(), dtype=torch.uint8)]
+
+
+def _packed_bytes(count: int, plan: Plan) -> int:
+    return -(-count * reference.field_width(plan.element) // 8)
+
+
+@CPU.operator
+def _unpack(codes: Tensor, scales: Tensor | None, plan: str, shape: list[int], dtype: torch.dtype) -> Tensor:
+    codes, scales = codes.contiguous(), None if scales is None else scales.contiguous()
+    values = _empty(shape, dtype)
+    function = _unpack_function(read_plan(plan), dtype)
+    function(_at(codes), _at(scales), values.numel(), _at(values), _threads(values))
+    return values
+
+
+@CPU.fake(_unpack)
+def _(codes: Tensor, scales: Tensor | None, plan: str, shape: list[int], dtype: torch.dtype) -> Tensor:
+    return codes.new_empty(shape, dtype=dtype)
+
+
+@CPU.operator
+def _join(fields: Tensor, width: int) -> Tensor:
+    fields = fields.contiguous()
+    joined = _empty((-(-fields.numel() * width // 8),), torch.uint8)
+    _fields(width).join(_at(fields), fields.numel(), _at(joined), _threads(fields))
+    return joined
+
+
+@CPU.fake(_join)
+def _(fields: Tensor, width: int) -> Tensor:
+    return fields.new_empty(-(-fields.numel() * width // 8))
+
+
+@CPU.operator
+def _split(joined: Tensor, width: int, count: int) -> Tensor:
+    joined, fields = joined.contiguous(), _empty((count,), torch.uint8)
+    _fields(width).split(_at(joined), count, _at(fields), _threads(fields))
+    return fields
+
+
+@CPU.fake(_split)
+def _(joined: Tensor, width: int, count: int) -> Tensor:
+    return joined.new_empty(count)
 
 
 def _empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="cpu")  # whatever the defaults are
 
 
-def _signs(rotation: Rotation | None) -> Tensor | None:
-    return None if rotation is None or rotation.signs is None else rotation.signs.float().contiguous()
-
-
 def _at(tensor: Tensor | None) -> int | None:
-    """The address for C++. ValueError for a tensor without memory."""
+    """The address for C++. ValueError for a tensor whose memory was given back, as FSDP does."""
     if tensor is None:
         return None
-    address = 0 if isinstance(tensor, FakeTensor) else tensor.data_ptr()
-    if not address and tensor.numel():
-        raise ValueError(f"{type(tensor).__name__} on {tensor.device} has no memory; ask for backend 'reference'")
-    return address
+    if not tensor.data_ptr() and tensor.numel():
+        raise ValueError(f"a tensor of {tuple(tensor.shape)} has no memory: its storage was freed; give it back first")
+    return tensor.data_ptr()
 
 
 def _threads(x: Tensor) -> int:
@@ -263,7 +421,7 @@ def _threads(x: Tensor) -> int:
 
 
 @cache
-def _rotate(size: int, source: torch.dtype, result: torch.dtype) -> Callable[..., None]:
+def _rotate_function(size: int, source: torch.dtype, result: torch.dtype) -> Callable[..., None]:
     constants = {"ROTATE": 1, **_types(source, result), **_rotation(size)}
     function = _library(_defines(constants)).rotate
     pointer, long, integer = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
@@ -272,7 +430,7 @@ def _rotate(size: int, source: torch.dtype, result: torch.dtype) -> Callable[...
 
 
 @cache
-def _quantize(plan: Plan, source: torch.dtype, result: torch.dtype, rotation: int) -> Callable[..., None]:
+def _quantize_function(plan: Plan, source: torch.dtype, result: torch.dtype, rotation: int) -> Callable[..., None]:
     constants = {"QUANTIZE": 1, **_types(source, result), **_rotation(rotation), **_plan(plan)}
     function = _library(_defines(constants)).quantize
     pointer, long, word, integer = ctypes.c_void_p, ctypes.c_int64, ctypes.c_uint32, ctypes.c_int
@@ -284,7 +442,7 @@ def _quantize(plan: Plan, source: torch.dtype, result: torch.dtype, rotation: in
 
 
 @cache
-def _line_scales(plan: Plan, source: torch.dtype, rotation: int) -> Callable[..., None]:
+def _line_scales_function(plan: Plan, source: torch.dtype, rotation: int) -> Callable[..., None]:
     """Of a plan without mask or noise, which play no part in it."""
     constants = {"LINE_SCALES": 1, **_types(source, torch.float32), **_rotation(rotation), **_plan(plan)}
     function = _library(_defines(constants)).line_scales
@@ -294,7 +452,7 @@ def _line_scales(plan: Plan, source: torch.dtype, rotation: int) -> Callable[...
 
 
 @cache
-def _pack(plan: Plan, source: torch.dtype) -> Callable[..., None]:
+def _pack_function(plan: Plan, source: torch.dtype) -> Callable[..., None]:
     function = _library(_defines(_packing(plan, source))).pack
     pointer, long, integer = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     function.argtypes = (pointer, pointer, long, pointer, pointer, integer)
@@ -302,7 +460,7 @@ def _pack(plan: Plan, source: torch.dtype) -> Callable[..., None]:
 
 
 @cache
-def _unpack(plan: Plan, result: torch.dtype) -> Callable[..., None]:
+def _unpack_function(plan: Plan, result: torch.dtype) -> Callable[..., None]:
     function = _library(_defines(_packing(plan, result))).unpack
     pointer, long, integer = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     function.argtypes = (pointer, pointer, long, pointer, integer)
@@ -327,7 +485,7 @@ def _fields(width: int) -> ctypes.CDLL:
 
 
 @cache
-def _extent(size: int, source: torch.dtype) -> Callable[..., None]:
+def _extent_function(size: int, source: torch.dtype) -> Callable[..., None]:
     function = _library(_defines({"EXTENT": 1, **_types(source, torch.float32), **_rotation(size)})).extent
     pointer, long, integer = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     function.argtypes = (pointer, long, long, pointer, pointer, integer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -22,8 +23,11 @@ TOP = {torch.float8_e4m3fn: 8, torch.float8_e5m2: 15}  # exponent of the largest
 def int8_matmul(left: Tensor, right: Tensor, left_offset: float = 0.0, right_offset: float = 0.0) -> Tensor:
     """(left + left_offset) @ (right + right_offset), float32: the exact product, rounded once.
 
-    left (M, K), right (K, N) int8; offsets 0 or 1/2.
+    left (M, K), right (K, N) int8; offsets 0 or 1/2. ValueError for anything else.
     """
+    _check_product(left, right, (torch.int8,))
+    if not {left_offset, right_offset} <= {0.0, 0.5}:
+        raise ValueError(f"offsets of integer codes are 0 or 1/2; got {left_offset} and {right_offset}")
     # 4 (l + a/2)(r + b/2) = 4 l r + 2 b l + 2 a r + a b
     a, b = round(2 * left_offset), round(2 * right_offset)
     found = None
@@ -38,6 +42,18 @@ def int8_matmul(left: Tensor, right: Tensor, left_offset: float = 0.0, right_off
     if found is None:
         return torch.zeros(left.shape[0], right.shape[1], device=left.device)
     return found.float() * 0.25 if a or b else found.float()
+
+
+def _check_product(left: Tensor, right: Tensor, dtypes: Sequence[torch.dtype]) -> None:
+    """ValueError for factors that no 8-bit unit multiplies."""
+    for name, factor in (("left", left), ("right", right)):
+        if factor.ndim != 2 or factor.dtype not in dtypes:
+            wanted = " or ".join(map(str, dtypes))
+            raise ValueError(f"{name} must be a matrix in {wanted}; got {tuple(factor.shape)} {factor.dtype}")
+    if left.shape[1] != right.shape[0]:
+        raise ValueError(f"left {tuple(left.shape)} and right {tuple(right.shape)} share no contraction")
+    if left.device != right.device:
+        raise ValueError(f"right is on {right.device}, left on {left.device}; move it with .to(left.device)")
 
 
 def _int_mm(left: Tensor, right: Tensor) -> Tensor:
@@ -77,8 +93,8 @@ def _filled(x: Tensor, rows: int, columns: int) -> Tensor:
 
 
 class Folded(NamedTuple):
-    """A matrix as codes * scale. codes: float8, its shape; scale: float32 powers of two, (M, 1) or (1, N); inexact: ()
-    int64, elements that codes * scale does not give back."""
+    """A matrix as codes * scale. codes: float8, its shape, the folded dim contiguous; scale: float32 powers of two, (M,
+    1) or (1, N); inexact: () int64, elements that codes * scale does not give back."""
 
     codes: Tensor
     scale: Tensor
@@ -90,20 +106,37 @@ def fold(values: Tensor, dim: int, dtype: torch.dtype) -> Folded:
 
     The largest magnitude of a line comes to lie in (1.75 * 2^(TOP - 1), 1.75 * 2^TOP], or below where it is less than
     2^-117, so that float8_e4m3fn is exact for numbers of two significant bits, as MXFP4's are, down to 2^-16 of it, for
-    four down to 2^-14; smaller ones are rounded, and counted. A line with a NaN has scale NaN.
+    four down to 2^-14; smaller ones are rounded, and counted. A line with a NaN has scale NaN. ValueError for a dtype
+    that is none of these.
     """
+    if dtype not in TOP:
+        raise ValueError(f"values fold into {' or '.join(map(str, TOP))}; asked for {dtype}")
+    if values.ndim != 2 or values.dtype not in (torch.float32, torch.bfloat16):
+        raise ValueError(f"a matrix in float32 or bfloat16 folds; got {tuple(values.shape)} {values.dtype}")
+    if not values.numel():
+        shape = (values.shape[0], 1) if dim == -1 else (1, values.shape[1])
+        nothing = values.new_zeros((), dtype=torch.int64)
+        return Folded(values.to(dtype), values.new_ones(shape, dtype=torch.float32), nothing)
     largest = values.abs().amax(dim, keepdim=True).float()
     carried = largest.view(torch.int32) + 0x1FFFFF  # above 1.75: the next power of two
     biased = (biased_exponent(carried) - TOP[dtype]).clamp(1, 253)
     scale = torch.where(largest.isfinite(), power_of_two(biased), float("nan"))
     scaled = values * (1.0 / scale)
-    codes = scaled.to(dtype)
+    lines = scaled.T if dim == -2 else scaled
+    codes = lines.to(dtype, memory_format=torch.contiguous_format)
+    codes = codes.T if dim == -2 else codes
     return Folded(codes, scale, ((codes.float() != scaled) & scaled.isfinite()).sum())
 
 
 def fp8_matmul(left: Folded, right: Folded) -> Tensor:
     """(M, K) @ (K, N) of matrices folded along K -> bfloat16, the sum as the device's FP8 units take it, without fast
-    accumulation."""
+    accumulation. ValueError for factors that do not fit."""
+    _check_product(left.codes, right.codes, tuple(TOP))
+    if right.codes.dtype == torch.float8_e5m2:
+        raise ValueError("right must be in float8_e4m3fn: CUDA multiplies by no other; got torch.float8_e5m2")
+    if not left.codes.numel() or not right.codes.numel():
+        shape = left.codes.shape[0], right.codes.shape[1]
+        return torch.zeros(shape, dtype=torch.bfloat16, device=left.codes.device)
     rows, columns = left.codes.shape[0], right.codes.shape[1]
     missing, wide = -left.codes.shape[1] % FP8_MULTIPLE, -columns % FP8_MULTIPLE
     a, b = _filled(left.codes, 0, missing), _filled(right.codes.T, wide, missing).T

@@ -32,13 +32,15 @@ _SERIAL = count()
 
 
 @cache
-def _graph(plan: Plan, dtype: torch.dtype | None, along_last: bool, device: str) -> Callable[..., tuple]:
+def _graph(
+    plan: Plan, dtype: torch.dtype | None, along_last: bool, device: str, with_blocks: bool
+) -> Callable[..., tuple]:
     """The compiled `operand` (dtype given) or `encode` (None) of a plan; along_last: the operands' inner size is 1."""
 
     def graph(x: Tensor, scale: Tensor | float, key: Tensor) -> tuple:
         if dtype is None:
             return reference.encode(x, scale, key, plan)
-        return reference.operand(x, scale, key, plan, dtype)
+        return reference.operand(x, scale, key, plan, dtype, None, with_blocks)
 
     # Dynamo keeps its graphs by code object (eight at most, their guards tried in turn) and remembers by its name which
     # arguments varied: each graph gets a code object and a name of its own.
@@ -90,13 +92,16 @@ def _run(
     plan: Plan,
     dtype: torch.dtype | None,
     rotation: Rotation | None,
+    with_blocks: bool = True,
 ) -> tuple:
     x = rotate(x, rotation).detach()  # the graph would guard what needs a gradient
     scale = scale.detach() if isinstance(scale, Tensor) else scale
     along_last = x.shape[2] == 1
     if x.shape[0] == 1 and not _one_outer(plan, along_last):  # a size of 1 would compile once more; the bits are equal
-        return reference.encode(x, scale, key, plan) if dtype is None else reference.operand(x, scale, key, plan, dtype)
-    graph = _graph(plan, dtype, along_last, x.device.type)
+        if dtype is None:
+            return reference.encode(x, scale, key, plan)
+        return reference.operand(x, scale, key, plan, dtype, None, with_blocks)
+    graph = _graph(plan, dtype, along_last, x.device.type, with_blocks)
     key = _no_key(x.device) if key is None else key
     with torch.no_grad():  # the graph's guards see the grad mode
         return graph(x.contiguous(), scale if isinstance(scale, Tensor) else 1.0, key)  # reads no constant scale
@@ -114,9 +119,10 @@ def operand(
     plan: Plan,
     dtype: torch.dtype,
     rotation: Rotation | None = None,
+    with_blocks: bool = True,
 ) -> tuple:
     """Equals reference.operand bit for bit."""
-    return _run(x, scale, key, plan, dtype, rotation)
+    return _run(x, scale, key, plan, dtype, rotation, with_blocks)
 
 
 fake_quantize = reference.fake_quantize_by(operand, unrotate)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from qtrain_kernels import reference
-from qtrain_kernels.quantize import check_matrix, check_power_of_two, launch, signs_of, tile_of
+from qtrain_kernels.checks import check_mask, check_spans
+from qtrain_kernels.quantize import TRITON, check_matrix, check_power_of_two, launch, signs_of, tile_of
 from qtrain_kernels.reference import Plan, Rotation
 
 
@@ -43,9 +44,12 @@ def unrotate(x: Tensor, rotation: Rotation | None, mask: Tensor | None, dtype: t
 def tensor_scale(x: Tensor, plan: Plan, rotation: Rotation | None = None) -> Tensor | float:
     """Equals reference.tensor_scale bit for bit. Largest magnitudes are found without writing x rotated; sums over
     rows are the reference's, of x rotated here. ValueError as `rotate`."""
+    check_spans(x, x.device.type)
     constant = reference.constant_scale(plan)
     if constant is not None:
         return constant
+    if not x.numel():
+        return reference.tensor_scale(x, plan)
     if plan.scale_kind == "minifloat":
         limit, cap = reference.minifloat_range(plan)
         return reference.finite_or_nan(reference.divide(_amax(x, rotation, True), limit * cap))
@@ -56,6 +60,7 @@ def tensor_scale(x: Tensor, plan: Plan, rotation: Rotation | None = None) -> Ten
 
 def _matrix(x: Tensor, width: int) -> tuple[Tensor, int]:
     """x (outer, span, inner) as a matrix, and the dim along which its blocks of `width` lie."""
+    check_spans(x, x.device.type)
     outer, span, inner = x.shape
     x = x.detach().contiguous()
     if inner != 1:
@@ -69,10 +74,11 @@ def _turned(x: Tensor, rotation: Rotation, mask: Tensor | None, dtype: torch.dty
     if dtype not in (torch.bfloat16, torch.float32):
         raise ValueError(f"a rotation gives bfloat16 or float32; asked for {dtype}")
     check_power_of_two("rotation", rotation.size)
+    check_mask(mask, x)
     matrix, dim = _matrix(x, rotation.size)
     check_matrix(matrix, dim, rotation.size)
     mask = None if mask is None else mask.contiguous().view(matrix.shape)
-    return _turn(matrix, mask, signs_of(rotation), rotation.size, dim, inverse, dtype).view(x.shape)
+    return _turn(matrix, mask, signs_of(rotation, x), rotation.size, dim, inverse, dtype).view(x.shape)
 
 
 def _amax(x: Tensor, rotation: Rotation | None, single: bool) -> Tensor:
@@ -84,11 +90,11 @@ def _amax(x: Tensor, rotation: Rotation | None, single: bool) -> Tensor:
     if dim == -2 and outer > 1 and not single:
         raise ValueError(f"columns with one scale each need an outer size of 1; got {tuple(x.shape)}")
     check_matrix(matrix, dim, size or 1)
-    largest = _largest(matrix, signs_of(rotation), size, dim, single)
+    largest = _largest(matrix, signs_of(rotation, x), size, dim, single)
     return largest if single else largest.view(outer, 1, inner)
 
 
-@torch.library.custom_op("qtrain::turn", mutates_args=())
+@TRITON.operator
 def _turn(
     x: Tensor, mask: Tensor | None, signs: Tensor | None, size: int, dim: int, inverse: bool, dtype: torch.dtype
 ) -> Tensor:
@@ -104,14 +110,14 @@ def _turn(
     return y
 
 
-@_turn.register_fake
+@TRITON.fake(_turn)
 def _(
     x: Tensor, mask: Tensor | None, signs: Tensor | None, size: int, dim: int, inverse: bool, dtype: torch.dtype
 ) -> Tensor:
     return x.new_empty(x.shape, dtype=dtype)
 
 
-@torch.library.custom_op("qtrain::largest", mutates_args=())
+@TRITON.operator
 def _largest(x: Tensor, signs: Tensor | None, size: int | None, dim: int, single: bool) -> Tensor:
     """float32 magnitudes of x (M, K) rotated along dim: (), (M,) for dim -1 or (K,) for -2."""
     from qtrain_kernels.triton_quantize import amax_kernel
@@ -124,7 +130,7 @@ def _largest(x: Tensor, signs: Tensor | None, size: int | None, dim: int, single
     return bits.view(torch.float32)
 
 
-@_largest.register_fake
+@TRITON.fake(_largest)
 def _(x: Tensor, signs: Tensor | None, size: int | None, dim: int, single: bool) -> Tensor:
     return x.new_empty(_lines(x, dim, single), dtype=torch.float32)
 

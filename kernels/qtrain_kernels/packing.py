@@ -8,7 +8,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from qtrain_kernels.quantize import LARGEST_SPAN, Spec, Tile, launch, obstacle, read_spec, scale_nan
+from qtrain_kernels.checks import check_fields, check_packable, check_packed
+from qtrain_kernels.quantize import LARGEST_SPAN, TRITON, Spec, Tile, launch, obstacle, read_spec, scale_nan
 from qtrain_kernels.reference import Packed, Plan, field_width, grids, stored_integer
 
 SIZE = 4096  # elements of a program; blocks divide it
@@ -45,6 +46,7 @@ def takes(plan: Plan) -> bool:
 def pack(values: Tensor, blocks: Tensor | None, plan: Plan) -> Packed:
     """Equals reference.pack bit for bit. ValueError for a device, dtype or block that there is no kernel for."""
     _check(values, plan)
+    check_packable(values, blocks, plan)
     blocks = None if blocks is None else blocks.contiguous()
     found = _pack(values.detach().contiguous(), blocks, str(Spec(grids(plan))))
     return Packed(found[0], found[1] if len(found) > 1 else None)
@@ -53,6 +55,8 @@ def pack(values: Tensor, blocks: Tensor | None, plan: Plan) -> Packed:
 def unpack(packed: Packed, shape: torch.Size, plan: Plan, dtype: torch.dtype) -> Tensor:
     """Equals reference.unpack bit for bit. ValueError as `pack`."""
     _check_device(packed.codes)
+    check_packed(packed, shape, plan)
+    _check_block(plan)
     scales = None if packed.scales is None else packed.scales.contiguous()
     return _unpack(packed.codes.contiguous(), scales, str(Spec(grids(plan))), list(shape), dtype)
 
@@ -60,12 +64,14 @@ def unpack(packed: Packed, shape: torch.Size, plan: Plan, dtype: torch.dtype) ->
 def join(fields: Tensor, width: int) -> Tensor:
     """Equals reference.join bit for bit. ValueError as `pack`."""
     _check_device(fields)
+    check_fields(fields, width)
     return _join(fields.contiguous(), width)
 
 
 def split(joined: Tensor, width: int, count: int) -> Tensor:
     """Equals reference.split bit for bit. ValueError as `pack`."""
     _check_device(joined)
+    check_fields(joined, width, count)
     return _split(joined.contiguous(), width, count)
 
 
@@ -77,10 +83,14 @@ def _check_device(x: Tensor) -> None:
 
 def _check(values: Tensor, plan: Plan) -> None:
     _check_device(values)
-    if not takes(plan):
-        raise ValueError(f"backend 'triton' packs blocks that are a power of two up to 256; got {plan.block}")
+    _check_block(plan)
     if values.dtype not in (torch.float32, torch.bfloat16, torch.int8):
         raise ValueError(f"backend 'triton' packs float32, bfloat16 or int8; got {values.dtype}")
+
+
+def _check_block(plan: Plan) -> None:
+    if not takes(plan):
+        raise ValueError(f"backend 'triton' packs blocks that are a power of two up to 256; got {plan.block}")
 
 
 def _launch(kernel: object, x: Tensor, packed: Tensor, scales: tuple[Tensor | None, ...], form: Form | int) -> None:
@@ -99,7 +109,7 @@ def _empty_packed(values: Tensor, blocks: Tensor | None, plan: Plan) -> list[Ten
     return [codes] if blocks is None else [codes, _bytes(blocks.numel(), 8, values)]
 
 
-@torch.library.custom_op("qtrain::pack", mutates_args=())
+@TRITON.operator
 def _pack(values: Tensor, blocks: Tensor | None, spec: str) -> list[Tensor]:
     """Codes, and scales where there are blocks; of the plan in a Spec."""
     from qtrain_kernels.triton_packing import pack_kernel
@@ -111,12 +121,12 @@ def _pack(values: Tensor, blocks: Tensor | None, spec: str) -> list[Tensor]:
     return found
 
 
-@_pack.register_fake
+@TRITON.fake(_pack)
 def _(values: Tensor, blocks: Tensor | None, spec: str) -> list[Tensor]:
     return _empty_packed(values, blocks, read_spec(spec).plan)
 
 
-@torch.library.custom_op("qtrain::unpack", mutates_args=())
+@TRITON.operator
 def _unpack(codes: Tensor, scales: Tensor | None, spec: str, shape: list[int], dtype: torch.dtype) -> Tensor:
     from qtrain_kernels.triton_packing import unpack_kernel
 
@@ -125,12 +135,12 @@ def _unpack(codes: Tensor, scales: Tensor | None, spec: str, shape: list[int], d
     return values
 
 
-@_unpack.register_fake
+@TRITON.fake(_unpack)
 def _(codes: Tensor, scales: Tensor | None, spec: str, shape: list[int], dtype: torch.dtype) -> Tensor:
     return codes.new_empty(shape, dtype=dtype)
 
 
-@torch.library.custom_op("qtrain::join", mutates_args=())
+@TRITON.operator
 def _join(fields: Tensor, width: int) -> Tensor:
     from qtrain_kernels.triton_packing import join_kernel
 
@@ -139,12 +149,12 @@ def _join(fields: Tensor, width: int) -> Tensor:
     return joined
 
 
-@_join.register_fake
+@TRITON.fake(_join)
 def _(fields: Tensor, width: int) -> Tensor:
     return _bytes(fields.numel(), width, fields)
 
 
-@torch.library.custom_op("qtrain::split", mutates_args=())
+@TRITON.operator
 def _split(joined: Tensor, width: int, count: int) -> Tensor:
     from qtrain_kernels.triton_packing import split_kernel
 
@@ -153,6 +163,6 @@ def _split(joined: Tensor, width: int, count: int) -> Tensor:
     return fields
 
 
-@_split.register_fake
+@TRITON.fake(_split)
 def _(joined: Tensor, width: int, count: int) -> Tensor:
     return joined.new_empty(count)

@@ -2,17 +2,14 @@
 
 `encode` and `operand` are the reference's, bit for bit. `quantize` works on a matrix along either dim, with the
 rotation inside and the result packed if asked; `quantize_both` reads a matrix once for both of its dims. Each is a
-torch.library operator, which torch.compile, checkpointing and FSDP see as one node.
-
-An operator's plan travels as a string that spells all of it (a registry's number would mean another plan in the next
-process, and compiled graphs are kept on disk across processes).
+torch.library operator, which torch.compile, checkpointing and FSDP see as one node; its plan travels as text.
 """
 
 from __future__ import annotations
 
 import json
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.util import find_spec
 from typing import Any, Literal, NamedTuple
@@ -21,9 +18,12 @@ import torch
 from torch import Tensor
 
 from qtrain_kernels import reference
+from qtrain_kernels.checks import check_key, check_operand_dtype, check_same_device, check_signs, check_spans
 from qtrain_kernels.formats import Element
-from qtrain_kernels.reference import Exponent, Mask, Plan, Rotation, stored_integer
+from qtrain_kernels.operators import Namespace, plan_of, spell
+from qtrain_kernels.reference import Exponent, Plan, Rotation, stored_integer
 
+TRITON = Namespace("qtrain", "CompositeExplicitAutograd")
 Output = Literal["codes", "bfloat16", "float32", "int8", "packed"]
 LARGEST_SPAN = 256
 LEAST_BFLOAT16 = 2.0**-133
@@ -40,7 +40,7 @@ class Quantized(NamedTuple):
     L = M rows along dim -1, L = K columns along dim -2; E2M1 uint8, two codes a byte, low nibble first; float8_e4m3fn
     and float8_e5m2; other minifloats uint8, sign, exponent and mantissa in the low bits; integers q.
     block_scale: float32 in the place of its block, (M, K / block) or (M / block, K); packed: (L, n / block) uint8, the
-    byte of E8M0, E4M3 or UE5M3, or float32; None without blocks.
+    byte of E8M0, E4M3 or UE5M3, or float32; None without blocks, or where they are not asked for.
     mask: uint8 (M, K) of 0 and 1; packed: (L, ceil(n / 8)), 8 a byte, the first lowest; None where the plan has none.
     """
 
@@ -51,16 +51,18 @@ class Quantized(NamedTuple):
 
 @dataclass(frozen=True)
 class Spec:
-    """One quantisation of a matrix: plan, dim (-1 | -2), order of the rotation or None, output."""
+    """One quantisation of a matrix: plan, dim (-1 | -2), order of the rotation or None, output; with_blocks: whether
+    the block scales, if any, are written too."""
 
     plan: Plan
     dim: int = -1
     rotation: int | None = None
     output: Output = "bfloat16"
+    with_blocks: bool = True
 
     def __str__(self) -> str:
         """JSON of all of it, which `read_spec` takes."""
-        return _json(asdict(self))
+        return spell(self)
 
     @property
     def span(self) -> int:
@@ -69,23 +71,11 @@ class Spec:
         return max(self.plan.span or 1, self.rotation or 1, groups)
 
 
-def _json(value: Any) -> str:
-    """json.dumps, which torch.compile cannot trace."""
-    if isinstance(value, dict):
-        return "{" + ", ".join(f'"{name}": {_json(each)}' for name, each in value.items()) + "}"
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    return f'"{value}"' if isinstance(value, str) else repr(value)
-
-
 @cache
 def read_spec(text: str) -> Spec:
     """The Spec of its spelling."""
     fields = json.loads(text)
-    plan = fields["plan"]
-    for name, kind in (("element", Element), ("scale_element", Element), ("mask", Mask)):
-        plan[name] = None if plan[name] is None else kind(**plan[name])
-    return Spec(**(fields | {"plan": Plan(**plan)}))
+    return Spec(**(fields | {"plan": plan_of(fields["plan"])}))
 
 
 # -------------------------------------------------------------------------------------------- what the device code asks
@@ -106,6 +96,7 @@ class Job:
     dim: int
     rotation: int | None
     output: Output
+    with_blocks: bool
     rows: int
     columns: int
     block: int
@@ -155,6 +146,7 @@ def _job(spec: Spec, tile: Tile, scales: Literal["none", "single", "lines"], ali
         dim=spec.dim,
         rotation=spec.rotation,
         output=spec.output,
+        with_blocks=spec.with_blocks and plan.block is not None,
         rows=rows,
         columns=columns,
         block=block,
@@ -221,7 +213,9 @@ def _interpreted() -> bool:
 
 
 def check_matrix(x: Tensor, dim: int, span: int) -> None:
-    """ValueError for a device, dtype or size that there is no kernel for."""
+    """ValueError for a device, dtype or shape that there is no kernel for."""
+    if x.ndim != 2:
+        raise ValueError(f"a matrix has two dims; got {tuple(x.shape)}; view it as one")
     reason = obstacle(x.device.type)
     if reason:
         raise ValueError(f"backend 'triton' cannot run on {x.device.type}: {reason}")
@@ -236,26 +230,29 @@ def check_power_of_two(name: str, size: int | None) -> None:
         raise ValueError(f"backend 'triton' needs a {name} that is a power of two up to {LARGEST_SPAN}; got {size}")
 
 
-def signs_of(rotation: Rotation | None) -> Tensor | None:
-    """ValueError for a rotation that is not Sylvester's."""
+def signs_of(rotation: Rotation | None, x: Tensor) -> Tensor | None:
+    """Of a rotation of x, float32. ValueError for one that is not Sylvester's."""
     if rotation is None:
         return None
     if rotation.base is not None:
         raise ValueError(f"backend 'triton' needs a rotation that is a power of two; got {rotation.size}")
-    return rotation.signs
+    return _signs(rotation.signs, rotation.size, x)
 
 
-def _check(x: Tensor, spec: Spec, key: Tensor | None, signs: Tensor | None) -> None:
+def _signs(signs: Tensor | None, size: int | None, x: Tensor) -> Tensor | None:
+    check_signs(signs, size)
+    check_same_device(x, signs=signs)
+    return None if signs is None else signs.float().contiguous()
+
+
+def _check(x: Tensor, spec: Spec, key: Tensor | None) -> None:
     """ValueError for what the kernels cannot do."""
     plan = spec.plan
     check_power_of_two("block", plan.block)
     check_power_of_two("correction", plan.correction)
     check_power_of_two("rotation", spec.rotation)
     check_matrix(x, spec.dim, spec.span)
-    if plan.rounding != "nearest" and key is None:
-        raise ValueError(f"rounding {plan.rounding!r} draws random bits; got no key; give (2,) int32")
-    if signs is not None and signs.shape != (spec.rotation,):
-        raise ValueError(f"a rotation of {spec.rotation} takes as many signs; got {tuple(signs.shape)}")
+    check_key(key, plan, x)
     if spec.output == "packed":
         _check_packed(plan)
 
@@ -286,6 +283,7 @@ def _scale(scale: Tensor | float | None, plan: Plan, lines: int, x: Tensor) -> T
         raise ValueError(f"a tensor scale is () or one of {lines} lines; got {tuple(scale.shape)}")
     if scale.dtype != torch.float32:
         raise ValueError(f"a tensor scale is float32; got {scale.dtype}")
+    check_same_device(x, scale=scale)
     return scale.detach().reshape(-1).contiguous() if scale.ndim else scale.detach()
 
 
@@ -304,7 +302,7 @@ def _shapes(spec: Spec, rows: int, columns: int) -> list[tuple[tuple[int, int], 
     dtypes = {"codes": torch.float32, "float32": torch.float32, "bfloat16": torch.bfloat16}
     values = dtypes.get(spec.output, torch.int8 if plan.element.mantissa_bits is None else torch.uint8)
     scales = mask = None
-    if plan.block is not None:
+    if plan.block is not None and spec.with_blocks:
         scales = shape(plan.block), torch.uint8 if packed and plan.scale_kind != "float32" else torch.float32
     if plan.mask is not None:
         mask = shape(8 if packed else 1), torch.uint8
@@ -347,7 +345,7 @@ def launch(kernel: Any, x: Tensor, tile: Tile, *arguments: object) -> None:
         kernel[grid](x, *arguments, num_warps=tile.warps, **UNFUSED)
 
 
-@torch.library.custom_op("qtrain::quantize", mutates_args=())
+@TRITON.operator
 def _quantize(
     x: Tensor, scale: Tensor | None, key: Tensor | None, signs: Tensor | None, spec: str, per: int
 ) -> list[Tensor]:
@@ -362,12 +360,12 @@ def _quantize(
     return _present(found)
 
 
-@_quantize.register_fake
+@TRITON.fake(_quantize)
 def _(x: Tensor, scale: Tensor | None, key: Tensor | None, signs: Tensor | None, spec: str, per: int) -> list[Tensor]:
     return _present(_allocate(read_spec(spec), x))
 
 
-@torch.library.custom_op("qtrain::quantize_both", mutates_args=())
+@TRITON.operator
 def _quantize_both(
     x: Tensor,
     row_scale: Tensor | None,
@@ -392,7 +390,7 @@ def _quantize_both(
     return _present(row_found) + _present(column_found)
 
 
-@_quantize_both.register_fake
+@TRITON.fake(_quantize_both)
 def _(
     x: Tensor,
     row_scale: Tensor | None,
@@ -424,8 +422,9 @@ def quantize(
     (n,) float32 of ±1, D in x D H; None for H alone. ValueError for a dtype, device, block or rotation that there is no
     kernel for.
     """
-    _check(x, spec, key, signs)
+    _check(x, spec, key)
     scale = _scale(scale, spec.plan, x.shape[0] if spec.dim == -1 else x.shape[1], x)
+    signs = _signs(signs, spec.rotation, x)
     return _named(_quantize(x.detach().contiguous(), scale, key, signs, str(spec), x.shape[spec.dim]), spec)
 
 
@@ -446,8 +445,9 @@ def quantize_both(x: Tensor, rows: Side, columns: Side) -> tuple[Quantized, Quan
         raise ValueError(f"quantize_both needs dims (-1, -2); got {(rows.spec.dim, columns.spec.dim)}")
     operands = []
     for side, lines in ((rows, x.shape[0]), (columns, x.shape[1])):
-        _check(x, side.spec, side.key, side.signs)
-        operands += [_scale(side.scale, side.spec.plan, lines, x), side.key, side.signs, str(side.spec)]
+        _check(x, side.spec, side.key)
+        signs = _signs(side.signs, side.spec.rotation, x)
+        operands += [_scale(side.scale, side.spec.plan, lines, x), side.key, signs, str(side.spec)]
     found = _quantize_both(x.detach().contiguous(), *operands)
     own = sum(shape is not None for shape in _shapes(rows.spec, 0, 0))
     return _named(found[:own], rows.spec), _named(found[own:], columns.spec)
@@ -467,18 +467,19 @@ def operand(
     plan: Plan,
     dtype: torch.dtype,
     rotation: Rotation | None = None,
+    with_blocks: bool = True,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Equals reference.operand bit for bit. ValueError as `quantize`."""
     outputs: dict[torch.dtype, Output] = {torch.bfloat16: "bfloat16", torch.float32: "float32", torch.int8: "int8"}
-    if dtype not in outputs:
-        raise ValueError(f"an operand is bfloat16, float32 or int8; asked for {dtype}")
-    return _of_spans(x, scale, key, Spec(plan, output=outputs[dtype]), rotation)
+    check_operand_dtype(dtype, plan)
+    return _of_spans(x, scale, key, Spec(plan, output=outputs[dtype], with_blocks=with_blocks), rotation)
 
 
 def _of_spans(x: Tensor, scale: Tensor | float, key: Tensor | None, spec: Spec, rotation: Rotation | None) -> Quantized:
     """x (outer, span, inner) as a matrix, quantised along its rows if inner is 1, else along its columns."""
+    check_spans(x, x.device.type)
     outer, span, inner = x.shape
-    signs = signs_of(rotation)
+    signs = signs_of(rotation, x)
     if rotation is not None:
         spec = replace(spec, rotation=rotation.size)
     if inner != 1:
@@ -489,7 +490,7 @@ def _of_spans(x: Tensor, scale: Tensor | float, key: Tensor | None, spec: Spec, 
     if inner == 1 and x.numel() % width:
         raise ValueError(f"x must fill rotations of {width}; got {tuple(x.shape)}; pad it with zeros")
     matrix = x.detach().contiguous().view((x.numel() // width, width) if inner == 1 else (outer * span, inner))
-    _check(matrix, spec, key, signs)
+    _check(matrix, spec, key)
     lined = _scale(scale, spec.plan, outer * inner, matrix)
     values, blocks, mask = _named(_quantize(matrix, lined, key, signs, str(spec), span), spec)
     blocks = None if blocks is None else blocks.reshape(-1, 1, inner)

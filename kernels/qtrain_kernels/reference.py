@@ -289,6 +289,9 @@ def tensor_scale(x: Tensor, plan: Plan, rotation: Rotation | None = None) -> Ten
     constant = constant_scale(plan)
     if constant is not None:
         return constant
+    if not x.numel():
+        one = plan.per_tensor or plan.scale_kind == "minifloat"
+        return x.new_zeros(() if one else (x.shape[0], 1, x.shape[2]), dtype=torch.float32)
     x = rotate(x, rotation)
     if plan.scale_kind == "minifloat":
         limit, cap = minifloat_range(plan)
@@ -510,9 +513,11 @@ def operand(
     plan: Plan,
     dtype: torch.dtype,
     rotation: Rotation | None = None,
+    with_blocks: bool = True,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """What a GEMM takes, codes * block_scale; and block_scale and mask as of `encode`, whose arguments it has. The
-    tensor scale is left to the GEMM's result. dtype must hold the product exactly: bfloat16 where
+    """What a GEMM takes, codes * block_scale; and block_scale and mask as of `encode`, whose arguments it has;
+    with_blocks False: None for the block scales, which are then not written. The tensor scale is left to the GEMM's
+    result. dtype must hold the product exactly: bfloat16 where
     plan.exact_in_bfloat16, else float32. int8, of integer codes without blocks: the codes as `stored_integer` says; a
     NaN, whose scale is NaN too, is any of them."""
     codes, blocks, mask = encode(x, scale, key, plan, rotation)
@@ -520,8 +525,8 @@ def operand(
         unit, offset = stored_integer(plan.element)
         return (codes * (1.0 / unit) - offset).to(torch.int8), blocks, mask
     if blocks is not None:
-        codes = (codes.reshape(blocks.shape[0], -1, x.shape[2]) * blocks).reshape(x.shape)
-    return codes.to(dtype), blocks, mask
+        codes = (codes.reshape(blocks.shape[0], plan.block or 1, x.shape[2]) * blocks).reshape(x.shape)
+    return codes.to(dtype), blocks if with_blocks else None, mask
 
 
 def fake_quantize_by(operand: Callable[..., tuple], unrotate: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -536,7 +541,7 @@ def fake_quantize_by(operand: Callable[..., tuple], unrotate: Callable[..., Tens
         rotation: Rotation | None = None,
     ) -> Tensor:
         """x quantised, dequantised and rotated back, in dtype. Same arguments as `encode`."""
-        values, _, _ = operand(x, scale, key, plan, torch.float32, rotation)
+        values, _, _ = operand(x, scale, key, plan, torch.float32, rotation, with_blocks=False)
         return unrotate(values * scale, rotation, None, dtype)
 
     return fake_quantize

@@ -503,7 +503,7 @@ def quantize_tile(tile, scale, key, signs, values, block_scales, masks, i, j, ro
             emit(masks, packed_in_bytes(passed, 1, JOB), i, j, rows, columns, 8, JOB)
         else:
             emit(masks, passed.to(tl.uint8), i, j, rows, columns, 1, JOB)
-    if JOB.plan.block is not None:
+    if JOB.with_blocks:
         scales = scale_field(blocks, JOB) if JOB.output == "packed" else blocks
         emit(block_scales, scales, i, j, rows, columns, JOB.block, JOB)
     if JOB.output == "packed":

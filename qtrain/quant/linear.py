@@ -21,12 +21,13 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from qtrain.errors import UserError
-from qtrain.quant.quantizer import Operand, Quantizer, fp8_gemm, gemm, rotate, unrotate
+from qtrain.quant.quantizer import Operand, Quantizer, folded, gemm, rotate, unrotate
 from qtrain.quant.random import PER_STEP, USES, key_of, key_words
 from qtrain.quant.rotation import hadamard
 from qtrain.recipe import LinearRecipe
 from qtrain.settings import Backend, GemmKind
 from qtrain_kernels import dispatch
+from qtrain_kernels.gemm import Folded, fp8_matmul
 from qtrain_kernels.reference import Rotation, stored_integer
 
 
@@ -140,7 +141,8 @@ def _multiplied(left: torch.dtype | None, right: torch.dtype | None) -> tuple[to
 
 
 class QuantizedWeight:
-    """A layer's weight as the GEMMs of one optimiser step take it: for fprop at once, for dgrad when first asked for.
+    """A layer's weight as the GEMMs of one optimiser step take it: for fprop at once, for dgrad when first asked for;
+    folded into FP8 where they multiply so.
 
     Every micro-batch of the step, and every recomputed forward, uses the same one.
     """
@@ -163,31 +165,42 @@ class QuantizedWeight:
         operand = numerics.fprop.right.operand(
             weight, self.dtype_in(numerics.fprop), self.rotation, key_of(keys, "fprop.w"), learned=_scalar(scale)
         )
-        self.fprop = replace(operand, blocks=None)
+        self.fprop = operand
+        self.fprop_side = self._right_side(numerics.fprop, operand.t)
         self._master = weight if numerics.dgrad.right.spec.source == "master" else None
-        self._dgrad: tuple[Operand, Rotation | None] | None = None
+        self._dgrad: tuple[Operand | Folded, Rotation | None] | None = None
 
     def dtype_in(self, gemm_: Gemm) -> torch.dtype:
         """Of the operands of one of the GEMMs."""
         return torch.int8 if self.numerics.kind(gemm_, self.device_type) == "int8" else self.dtype
 
-    def multiply(self, gemm_: Gemm, left: Operand, right: Operand) -> Tensor:
+    def multiply(self, gemm_: Gemm, left: Operand, right: Operand | Folded) -> Tensor:
         """left @ right as one of the GEMMs is multiplied; what FP8 rounds is counted."""
-        if self.numerics.kind(gemm_, self.device_type) != "fp8":
+        right = right if isinstance(right, Folded) else self._right_side(gemm_, right)
+        if not isinstance(right, Folded):
             return gemm(left, right)
         assert gemm_.eight_bits is not None
-        product, inexact = fp8_gemm(left, right, gemm_.eight_bits)
-        self.fp8_counts += torch.stack((inexact, torch.full_like(inexact, left.values.numel() + right.values.numel())))
-        return product
+        left_side = folded(left, -1, gemm_.eight_bits[0])
+        elements = left_side.codes.numel() + right.codes.numel()
+        inexact = left_side.inexact + right.inexact
+        self.fp8_counts += torch.stack((inexact, torch.full_like(inexact, elements)))
+        return fp8_matmul(left_side, right)
 
-    def dgrad(self, keys: Tensor) -> tuple[Operand, Rotation | None]:
+    def _right_side(self, gemm_: Gemm, right: Operand) -> Operand | Folded:
+        """As one of the GEMMs multiplies by it."""
+        if self.numerics.kind(gemm_, self.device_type) != "fp8":
+            return right
+        assert gemm_.eight_bits is not None
+        return folded(right, -2, gemm_.eight_bits[1])
+
+    def dgrad(self, keys: Tensor) -> tuple[Operand | Folded, Rotation | None]:
         """W' quantised along N, and how it was rotated."""
         if self._dgrad is None:
             source = self.fprop if self._master is None else Operand(self._master)
             rotation = self.numerics.dgrad.rotation(key_of(keys, "dgrad.signs"), source.values.shape[0])
             gemm_ = self.numerics.dgrad
             operand = _again(gemm_.right, source, self.dtype_in(gemm_), rotation, key_of(keys, "dgrad.w"))
-            self._dgrad = (replace(operand, blocks=None), rotation)
+            self._dgrad = (self._right_side(gemm_, operand), rotation)
         return self._dgrad
 
 
@@ -218,15 +231,21 @@ class _QuantLinearFunction(torch.autograd.Function):
         """x (T, K), weight (N, K) master, keys (9, 2) int32 in the order of USES -> (T, N) in quantized.dtype. saving:
         whether a backward may follow."""
         numerics, dtype, rotation = quantized.numerics, quantized.dtype, quantized.rotation
+        saving = saving and any(ctx.needs_input_grad)
+        reused = numerics.wgrad.right.spec.source == "forward"
         with torch.autocast(x.device.type, enabled=False):
             xq = numerics.fprop.left.operand(
-                x, quantized.dtype_in(numerics.fprop), rotation, key_of(keys, "fprop.x"), learned=_scalar(x_scale)
+                x,
+                quantized.dtype_in(numerics.fprop),
+                rotation,
+                key_of(keys, "fprop.x"),
+                learned=_scalar(x_scale),
+                with_blocks=saving and reused,
             )
-            y = quantized.multiply(numerics.fprop, xq, quantized.fprop.t).to(dtype)
+            y = quantized.multiply(numerics.fprop, xq, quantized.fprop_side).to(dtype)
             x_slope = _scale_slope(x, rotation, xq, x_scale, numerics.fprop.left)
             w_slope = _scale_slope(weight, rotation, quantized.fprop, w_scale, numerics.fprop.right)
-        if saving and any(ctx.needs_input_grad):
-            reused = numerics.wgrad.right.spec.source == "forward"
+        if saving:
             x_source = xq if reused else Operand(x, mask=xq.mask)
             saved, ctx.restore = numerics.fprop.left.save(x_source, pack=reused)
             ctx.quantized, ctx.dtypes = quantized, (x.dtype, weight.dtype)

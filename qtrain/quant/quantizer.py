@@ -26,7 +26,7 @@ from qtrain.recipe import QuantSpec, check_spec
 from qtrain.settings import Backend, parse
 from qtrain_kernels import dispatch
 from qtrain_kernels.formats import get_format
-from qtrain_kernels.gemm import fold, fp8_matmul, int8_matmul
+from qtrain_kernels.gemm import Folded, fold, int8_matmul
 from qtrain_kernels.precision import matmul
 from qtrain_kernels.reference import Packed, Plan, Rotation, can_pack, field_width, stored_integer
 
@@ -70,7 +70,7 @@ class Operand:
     (values + offset) * unit. post_scale: a float, () or, along the dim that is not contracted, (M, 1) or (1, N)
     float32. mask: (M, N) uint8, 1 where a gradient passes (a product with bool takes four times as long on CPU); None
     where all do. blocks: the block scales that values contain, as the operation `operand` gives them; None
-    without, and where nothing will ask.
+    without, and where nothing asks.
     """
 
     values: Tensor
@@ -103,11 +103,10 @@ class Operand:
         return self.floating(torch.float32).values.float() * self.post_scale
 
 
-def fp8_gemm(left: Operand, right: Operand, dtypes: tuple[torch.dtype, torch.dtype]) -> tuple[Tensor, Tensor]:
-    """left (M, K) @ right (K, N) by FP8 units, bfloat16; and how many elements of both FP8 does not hold, () int64."""
-    a, b = fold(left.values, -1, dtypes[0]), fold(right.values, -2, dtypes[1])
-    product = fp8_matmul(a._replace(scale=a.scale * left.post_scale), b._replace(scale=b.scale * right.post_scale))
-    return product, a.inexact + b.inexact
+def folded(operand: Operand, dim: int, dtype: torch.dtype) -> Folded:
+    """An operand for FP8 units, which contract dim (-1: of the left one, -2: of the right one); its scales inside."""
+    found = fold(operand.values, dim, dtype)
+    return found._replace(scale=found.scale * operand.post_scale)
 
 
 def gemm(left: Operand, right: Operand) -> Tensor:
@@ -264,16 +263,17 @@ class Quantizer:
         key: Tensor | None = None,
         dim: int = -1,
         learned: Tensor | None = None,
+        with_blocks: bool = False,
     ) -> Operand:
         """As quantize, but ready for a GEMM in dtype: bfloat16, float32, or int8 where `eight_bits` says so. learned:
-        () float32, the scale itself where the rule is `learned`."""
+        () float32, the scale itself where the rule is `learned`. with_blocks: block scales too, which `save` packs."""
         if self.plan is None:
             return Operand((x if rotation is None else rotate(x, rotation, self.backend, dim)).to(dtype))
         view = _View(x.shape, dim, *self.tile)
         blocks, scale, post, rotation = self._prepare(x, rotation, view, learned)
         exact = dtype if dtype == torch.int8 or self.plan.exact_in_bfloat16 else torch.float32
         operand = dispatch.get("operand", self.backend, x.device.type)
-        values, block_scale, mask = operand(blocks, scale, key, self.plan, exact, rotation)
+        values, block_scale, mask = operand(blocks, scale, key, self.plan, exact, rotation, with_blocks)
         unit, offset = stored_integer(self.plan.element) if dtype == torch.int8 else (1.0, 0.0)
         passes = None if mask is None else view.undo(mask)
         return Operand(view.undo(values), post, passes, unit, offset, block_scale)

@@ -1,0 +1,112 @@
+"""What the operations of reference.py are given, checked before a kernel reads memory by it. ValueError says what was
+found and what to do."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from qtrain_kernels.reference import Packed, Plan, field_width
+
+WIDTHS = (1, 2, 4, 8)
+OPERANDS = (torch.bfloat16, torch.float32, torch.int8)
+
+
+def check_spans(x: Tensor, device: str = "cpu") -> None:
+    """x: (outer, span, inner), a float dtype."""
+    if x.ndim != 3:
+        raise ValueError(
+            f"an operand is (outer, span, inner); got {tuple(x.shape)}; view a matrix as (rows, columns, 1)"
+        )
+    if not x.is_floating_point():
+        raise ValueError(f"an operand is float; got {x.dtype}; convert it with x.float()")
+    if x.device.type != device:
+        raise ValueError(f"these kernels work on {device}; got a tensor on {x.device}; move it with x.to({device!r})")
+
+
+def check_same_device(x: Tensor, **others: Tensor | None) -> None:
+    """That all lie where x does."""
+    for name, other in others.items():
+        if other is not None and other.device != x.device:
+            raise ValueError(f"{name} is on {other.device}, x on {x.device}; move it with .to(x.device)")
+
+
+def check_key(key: Tensor | None, plan: Plan, x: Tensor) -> None:
+    """key: (2,) int32 where the plan draws."""
+    if plan.rounding == "nearest":
+        return
+    if key is None:
+        raise ValueError(f"rounding {plan.rounding!r} draws random bits; got no key; give (2,) int32")
+    if key.shape != (2,) or key.dtype != torch.int32:
+        raise ValueError(f"a key is (2,) int32; got {tuple(key.shape)} {key.dtype}")
+    check_same_device(x, key=key)
+
+
+def check_operand_dtype(dtype: torch.dtype, plan: Plan) -> None:
+    """One that an operand of the plan can have."""
+    if dtype not in OPERANDS:
+        raise ValueError(f"an operand is {', '.join(map(str, OPERANDS))}; asked for {dtype}")
+    if dtype == torch.int8 and (plan.element.mantissa_bits is not None or plan.block is not None):
+        raise ValueError("int8 holds integer codes without block scales; ask for torch.bfloat16 or torch.float32")
+
+
+def check_signs(signs: Tensor | None, size: int | None) -> None:
+    """As many as the rotation's size, which may be none."""
+    if signs is not None and signs.shape != (size,):
+        raise ValueError(f"a rotation of {size} takes as many signs; got {tuple(signs.shape)}")
+
+
+def check_mask(mask: Tensor | None, x: Tensor) -> None:
+    """mask: uint8 of x's shape."""
+    if mask is None:
+        return
+    if mask.dtype != torch.uint8 or mask.shape != x.shape:
+        raise ValueError(f"a mask is uint8 of {tuple(x.shape)}; got {tuple(mask.shape)} {mask.dtype}")
+    check_same_device(x, mask=mask)
+
+
+def scale_tensor(scale: Tensor | float, x: Tensor) -> Tensor:
+    """() or (outer, 1, inner) float32, without a graph."""
+    scales = torch.as_tensor(scale, dtype=torch.float32, device=x.device).detach()
+    outer, _, inner = x.shape
+    if not scales.ndim:
+        return scales
+    rows, one, columns = scales.shape if scales.ndim == 3 else (0, 0, 0)
+    if rows not in (1, outer) or one != 1 or columns not in (1, inner):
+        raise ValueError(f"a tensor scale is () or {(outer, 1, inner)}; got {tuple(scales.shape)}")
+    return scales.expand(outer, 1, inner).contiguous()
+
+
+def check_packable(values: Tensor, blocks: Tensor | None, plan: Plan) -> None:
+    """As many block scales as values have blocks."""
+    expected = None if plan.block is None else values.numel() / plan.block
+    if expected != (None if blocks is None else blocks.numel()):
+        found = "none" if blocks is None else blocks.numel()
+        raise ValueError(f"{tuple(values.shape)} values need {expected or 'no'} block scales; got {found}")
+    if blocks is not None and blocks.dtype != torch.float32:
+        raise ValueError(f"block scales are float32; got {blocks.dtype}")
+    check_same_device(values, blocks=blocks)
+
+
+def check_packed(packed: Packed, shape: Sequence[int], plan: Plan) -> None:
+    """As many bytes as the shape takes."""
+    count = math.prod(shape)
+    check_fields(packed.codes, field_width(plan.element), count)
+    expected = None if plan.block is None else count / plan.block
+    found = None if packed.scales is None else packed.scales.numel()
+    if expected != found:
+        raise ValueError(f"{tuple(shape)} values have {expected or 'no'} block scales; got {found or 'none'}")
+    check_same_device(packed.codes, scales=packed.scales)
+
+
+def check_fields(x: Tensor, width: int, count: int | None = None) -> None:
+    """uint8; that as many joined bytes are there as `count` fields need."""
+    if width not in WIDTHS:
+        raise ValueError(f"a field has {', '.join(map(str, WIDTHS))} bits; asked for {width}")
+    if x.dtype != torch.uint8:
+        raise ValueError(f"packed fields are uint8; got {x.dtype}")
+    if count is not None and x.numel() < -(-count * width // 8):
+        raise ValueError(f"{count} fields of {width} bits take {-(-count * width // 8)} bytes; got {x.numel()}")

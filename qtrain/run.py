@@ -19,7 +19,7 @@ from rich.panel import Panel
 from rich.text import Text
 from torch import nn
 
-from qtrain.callbacks import Checkpoints, DivergedError, Measure, Progress, StopRequest, Validate
+from qtrain.callbacks import Checkpoints, DivergedError, Measure, Progress, StopRequest, Telemetry, Validate
 from qtrain.callbacks.measure import Recorder
 from qtrain.checkpoint import AtomicCheckpointIO, load_checkpoint, newest_checkpoint, tidy
 from qtrain.config import Config, config_hash
@@ -224,6 +224,7 @@ class Session:
         checkpoints = Checkpoints(
             self.directory, plan.checkpoint_every_steps, config.callbacks.keep_checkpoints, stop, measure
         )
+        telemetry = Telemetry(recorder, plan.telemetry_every_steps, config.callbacks.telemetry_gradients)
         validate = Validate(recorder, plan.val_every_steps, self.bytes_per_token)
         return lightning.Trainer(
             accelerator="gpu" if self.device.type == "cuda" else "cpu",
@@ -232,7 +233,7 @@ class Session:
             max_steps=plan.steps,
             max_epochs=1,  # the data module's one epoch spans the run
             accumulate_grad_batches=plan.micro_batches,
-            callbacks=[measure, validate, progress, checkpoints],
+            callbacks=[measure, telemetry, validate, progress, checkpoints],
             logger=build_loggers(config, self.directory),
             plugins=[AtomicCheckpointIO()],
             default_root_dir=self.directory.path,

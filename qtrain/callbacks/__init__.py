@@ -7,4 +7,13 @@ from qtrain.callbacks.progress import Progress
 from qtrain.callbacks.step import StepCallback
 from qtrain.callbacks.telemetry import Telemetry
 
-__all__ = ["Checkpoints", "DivergedError", "Measure", "Progress", "StepCallback", "StopRequest", "Telemetry", "Validate"]
+__all__ = [
+    "Checkpoints",
+    "DivergedError",
+    "Measure",
+    "Progress",
+    "StepCallback",
+    "StopRequest",
+    "Telemetry",
+    "Validate",
+]

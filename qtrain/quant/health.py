@@ -22,7 +22,7 @@ ROUNDING = 1 + 2.0**-20  # what lies on the grid's edge may be beyond it by floa
 
 @torch.no_grad()
 def operand_health(seen: Observed, max_lines: int) -> dict[str, Tensor]:
-    """Name -> () float32 on the operand's device; NaN or infinite where an operand of zeros or an exact one makes it so.
+    """Name -> () float32 on the operand's device; not finite where an operand of zeros or an exact one makes it so.
 
     sqnr_db: 10 log10 of the sum of x^2 over that of (x_hat - x)^2.
     clipped: the fraction of elements beyond the largest code times their scale (EDEN's correction included).

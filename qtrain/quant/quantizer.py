@@ -242,8 +242,8 @@ class Quantizer:
         return QuantizedTensor(view.undo(codes), block_scale, post, passes)
 
     def in_blocks(self, x: Tensor, dim: int) -> Tensor:
-        """x (M, N), quantised along dim, as (blocks, elements of one, inner): a format's blocks, zeros filling up its last
-        tiles."""
+        """x (M, N), quantised along dim, as its format's blocks, (blocks, elements of one, inner); zeros fill up its
+        last tiles."""
         assert self.plan is not None and self.plan.block is not None
         rows = self.tile[0]
         return _View(x.shape, dim, rows, self.plan.block // rows).spans(x)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib.util
 import netrc
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 
@@ -29,6 +30,14 @@ def build_loggers(config: Config, directory: RunDirectory) -> list[Logger]:
     if kind == "tensorboard":
         return [TensorBoardLogger(directory.path, name="", version="tensorboard")]
     return [_wandb(config, directory)]
+
+
+def mirror_summary(loggers: Iterable[Logger], summary: Mapping[str, Any]) -> None:
+    """summary.json as the W&B run's own summary: what its table of runs shows, and what `qtrain.report.wandb_runs` makes
+    a run directory of again."""
+    for logger in loggers:
+        if isinstance(logger, WandbLogger):
+            logger.experiment.summary.update({key: value for key, value in summary.items() if value is not None})
 
 
 def close_loggers(loggers: Iterable[Logger]) -> None:

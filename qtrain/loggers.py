@@ -14,6 +14,8 @@ from qtrain.config import Config
 from qtrain.errors import UserError
 from qtrain.run_directory import RunDirectory
 
+SUMMARY = "run"  # the entry of a W&B summary that holds summary.json: metrics have their own, of the last line
+
 
 def check_logger(config: Config) -> None:
     """UserError when the package that logger.kind needs is not installed."""
@@ -33,11 +35,10 @@ def build_loggers(config: Config, directory: RunDirectory) -> list[Logger]:
 
 
 def mirror_summary(loggers: Iterable[Logger], summary: Mapping[str, Any]) -> None:
-    """summary.json as the W&B run's own summary: what its table of runs shows, and what `qtrain.report.wandb_runs` makes
-    a run directory of again."""
+    """summary.json in the W&B run's own summary: its table shows run.status, and `qtrain.report.wandb_runs` reads it."""
     for logger in loggers:
         if isinstance(logger, WandbLogger):
-            logger.experiment.summary.update({key: value for key, value in summary.items() if value is not None})
+            logger.experiment.summary.update({SUMMARY: dict(summary)})
 
 
 def close_loggers(loggers: Iterable[Logger]) -> None:

@@ -27,12 +27,13 @@ log = logging.getLogger("qtrain")
 BLOCK = 32768
 FILE_HEADER = b":W&B\xe1\xbe\x00"
 WHOLE, FIRST, MIDDLE, LAST = 1, 2, 3, 4
+SUMMARY = "run"  # qtrain.loggers writes summary.json under this name: metrics have entries of their own
 STEP = "trainer/global_step"  # Lightning's name for what metrics.jsonl calls step
 
 
 @dataclass
 class MirroredRun:
-    """What W&B holds of a run: its settings, summary and history lines, in the order in which they were logged."""
+    """What W&B holds of a run: its settings, summary.json ({} of another program's), and lines as they were logged."""
 
     id: str
     config: dict[str, Any] = field(default_factory=dict)
@@ -44,7 +45,8 @@ def fetch_runs(place: str, into: Path) -> list[Path]:
     """Run directories below `into` of the runs in `place`: a folder with offline runs somewhere below it, or
     entity/project on the server. Those that were fetched before are renewed.
 
-    A run without the summary that qtrain writes is left out, with its name in the log. UserError without the package
+    A run without the summary that qtrain writes (it was killed, or is another program's) is left out, with its name in
+    the log. UserError without the package
     wandb, where no run is found, or where a file is damaged before its end.
     """
     if find_spec("wandb") is None:
@@ -54,9 +56,9 @@ def fetch_runs(place: str, into: Path) -> list[Path]:
     if not runs:
         raise UserError(f"{place} holds no W&B run")
     for run in runs:
-        if "status" not in run.summary:
+        if not run.summary:
             log.warning("%s is left out: it has no summary of a qtrain run", run.id)
-    return [write_run(run, into) for run in runs if "status" in run.summary]
+    return [write_run(run, into) for run in runs if run.summary]
 
 
 def write_run(run: MirroredRun, into: Path) -> Path:
@@ -93,7 +95,7 @@ def offline_runs(folder: Path) -> Iterable[MirroredRun]:
             elif record.HasField("config"):
                 run.config |= _values(record.config.update)
             elif record.HasField("summary"):
-                run.summary |= _values(record.summary.update)
+                run.summary = _values(record.summary.update).get(SUMMARY, run.summary)
             elif record.HasField("history"):
                 run.history.append(_values(record.history.item))
     return runs.values()
@@ -150,7 +152,7 @@ def project_runs(project: str, api: Any = None) -> Iterator[MirroredRun]:
             yield MirroredRun(
                 run.id,
                 {key: value for key, value in run.config.items() if not key.startswith("_")},
-                {key: value for key, value in dict(run.summary).items() if not key.startswith("_")},
+                dict(run.summary_metrics.get(SUMMARY, {})),
                 list(run.scan_history()),
             )
     except (CommError, UsageError, ValueError) as error:

@@ -35,7 +35,7 @@ def build_loggers(config: Config, directory: RunDirectory) -> list[Logger]:
 
 
 def mirror_summary(loggers: Iterable[Logger], summary: Mapping[str, Any]) -> None:
-    """summary.json in the W&B run's own summary: its table shows run.status, and `qtrain.report.wandb_runs` reads it."""
+    """summary.json in the W&B run's own summary: its table shows run.status, `qtrain.report.wandb_runs` reads it."""
     for logger in loggers:
         if isinstance(logger, WandbLogger):
             logger.experiment.summary.update({SUMMARY: dict(summary)})

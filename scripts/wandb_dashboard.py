@@ -1,6 +1,6 @@
 """A W&B workspace and a report of qtrain's runs: every metric that a run writes, in named panels over tokens.
 
-python scripts/wandb_dashboard.py entity/project            # needs an API key and pip install 'qtrain[wandb]'
+python scripts/wandb_dashboard.py entity/project            # needs an API key and pip install 'qtrain[dashboard]'
 python scripts/wandb_dashboard.py entity/project --dry-run  # print what it would hold
 """
 
@@ -144,7 +144,9 @@ def _panels(section: Section) -> list:
 def publish(entity: str, project: str, sections: tuple[Section, ...]) -> list[str]:
     """Both, saved; their addresses. UserError without the packages, without an API key, or when the server refuses."""
     if find_spec("wandb_workspaces") is None:
-        raise UserError("the dashboard needs the package wandb-workspaces: pip install 'qtrain[wandb]', or --dry-run")
+        raise UserError(
+            "the dashboard needs the package wandb-workspaces: pip install 'qtrain[dashboard]', or --dry-run"
+        )
     if not has_wandb_key():
         raise UserError(
             f"found no API key of W&B to write to {entity}/{project} with; run `wandb login` or set WANDB_API_KEY, or "

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
+from typing import Any
 
 from qtrain.errors import UserError
 from qtrain.loggers import has_wandb_key
@@ -94,7 +94,7 @@ def describe(sections: tuple[Section, ...]) -> str:
 # ------------------------------------------------------------------------------------------------------ wandb's objects
 
 
-def build_workspace(entity: str, project: str, sections: tuple[Section, ...]) -> object:
+def build_workspace(entity: str, project: str, sections: tuple[Section, ...]) -> Any:
     """A wandb_workspaces.workspaces.Workspace, not saved."""
     import wandb_workspaces.workspaces as ws
 
@@ -109,7 +109,7 @@ def build_workspace(entity: str, project: str, sections: tuple[Section, ...]) ->
     )
 
 
-def build_report(entity: str, project: str, sections: tuple[Section, ...]) -> object:
+def build_report(entity: str, project: str, sections: tuple[Section, ...]) -> Any:
     """A wandb_workspaces.reports.v2.Report, not saved: the table of runs, and a grid of panels a section."""
     import wandb_workspaces.reports.v2 as wr
 
@@ -144,9 +144,7 @@ def _panels(section: Section) -> list:
 def publish(entity: str, project: str, sections: tuple[Section, ...]) -> list[str]:
     """Both, saved; their addresses. UserError without the packages, without an API key, or when the server refuses."""
     if find_spec("wandb_workspaces") is None:
-        raise UserError(
-            "the dashboard needs the package wandb-workspaces: pip install 'qtrain[dashboard]', or --dry-run"
-        )
+        raise UserError("this needs the package wandb-workspaces: pip install 'qtrain[dashboard]', or --dry-run")
     if not has_wandb_key():
         raise UserError(
             f"found no API key of W&B to write to {entity}/{project} with; run `wandb login` or set WANDB_API_KEY, or "
@@ -154,9 +152,8 @@ def publish(entity: str, project: str, sections: tuple[Section, ...]) -> list[st
         )
     from wandb.errors import CommError, UsageError
 
-    builders: tuple[Callable, ...] = (build_workspace, build_report)
     try:
-        return [build(entity, project, sections).save().url for build in builders]
+        return [build(entity, project, sections).save().url for build in (build_workspace, build_report)]
     except (CommError, UsageError, ValueError) as error:
         raise UserError(f"W&B does not take the dashboard of {entity}/{project}: {error}") from None
 

@@ -186,7 +186,7 @@ def test_what_cannot_be_fetched_is_said(tmp_path: Path, monkeypatch: pytest.Monk
         fetch_runs("no_such_folder", tmp_path / "out")
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    with pytest.raises(UserError, match="cannot read team/qtrain from W&B: .*API key"):
+    with pytest.raises(UserError, match=r"cannot read team/qtrain from W&B: .*API key"):
         fetch_runs("team/qtrain", tmp_path / "out")
     monkeypatch.setattr("qtrain.report.wandb_runs.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"needs the package wandb: pip install 'qtrain\[wandb\]'"):

@@ -89,7 +89,7 @@ def offline_runs(folder: Path) -> Iterable[MirroredRun]:
         run_id = path.stem.removeprefix("run-")
         run = runs.setdefault(run_id, MirroredRun(run_id))
         for content in read_records(path):
-            record = wandb_internal_pb2.Record.FromString(content)
+            record = wandb_internal_pb2.Record.FromString(content)  # pyright: ignore[reportAttributeAccessIssue]
             if record.HasField("run"):
                 run.config |= _values(record.run.config.update)
             elif record.HasField("config"):

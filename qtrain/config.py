@@ -172,7 +172,7 @@ class CallbacksConfig(Strict):
     """What is watched, in optimiser steps. val_every_steps and checkpoint_every_steps: None is a tenth of the run.
 
     telemetry_every_steps: how often the quantisers' health is taken, layer by layer; None is a twentieth of the run but
-        no fewer than 25 steps, which costs at most 3% of its time; 0 is never.
+        no fewer than 40 steps, which costs at most 3% of its time; 0 is never.
     telemetry_gradients: compare weight gradients with those without quantisers there, for one more forward and
         backward.
     """

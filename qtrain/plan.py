@@ -14,7 +14,7 @@ from qtrain.models.llama import count_parameters
 from qtrain.optim import warmup_steps
 from qtrain.recipe import LinearRecipe, QuantSpec
 
-MIN_TELEMETRY_STEPS = 25  # taking the quantisers' health costs most of a step of a small model
+MIN_TELEMETRY_STEPS = 40  # taking the quantisers' health once costs most of a step of a small model
 BYTES_VOCABULARY = 257  # 256 values and the end-of-document token
 
 

@@ -95,10 +95,9 @@ def telemetry_cost(overrides: list[str], steps: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         config = timed_config([*overrides, "callbacks.telemetry_every_steps=2"], scratch, 0, steps)
         with open_session(config) as session:
-            ends = clocked(session).ends[:: session.plan.micro_batches]
-    seconds = [end - start for start, end in zip(ends[WARM_UP:-2], ends[WARM_UP + 1 : -1], strict=True)]
-    first_watched = (WARM_UP + 2) % 2  # seconds[0] is of step WARM_UP + 2
-    watched, plain = median(seconds[first_watched::2]), median(seconds[1 - first_watched :: 2])
+            ends = clocked(session).ends[session.plan.micro_batches - 1 :: session.plan.micro_batches]
+    seconds = {step: ends[step - 1] - ends[step - 2] for step in range(WARM_UP + 1, WARM_UP + steps + 1)}
+    watched, plain = (median(seconds[step] for step in seconds if step % 2 == odd) for odd in (0, 1))
     interval = make_plan(compose(overrides)).telemetry_every_steps
     return {
         "settings": " ".join(overrides),

@@ -74,8 +74,8 @@ def outliers(x: np.ndarray) -> dict[str, float]:
 
 
 def quartet_operands() -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]]:
-    """use -> what comes in, what enters the rounding, what leaves it, and which elements pass a gradient; the contraction
-    dim last."""
+    """use -> what comes in, what enters the rounding, what leaves it, and which elements pass a gradient; each with
+    the contraction dim last."""
     x, w, dy = (tensor.double().numpy() for tensor in batch())
     turn = oracle.rotation(32)
     rotated_x, rotated_w = oracle.rotate(x, turn), oracle.rotate(w, turn)
@@ -189,10 +189,10 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def small(corpus: Path, tmp_path: Path) -> list[str]:
-    """Six steps of two micro-batches of 2 x 64 tokens."""
+    """Four steps of two micro-batches of 2 x 64 tokens."""
     return [
         "backend=reference", "model.dim=128", "model.ffn_dim=128", "model.n_layers=1", "model.seq_len=64",
-        "trainer.tokens=1536", "trainer.batch_tokens=256", "trainer.micro_batch_size=2", "callbacks.log_every_steps=1",
+        "trainer.tokens=1024", "trainer.batch_tokens=256", "trainer.micro_batch_size=2", "callbacks.log_every_steps=1",
         "callbacks.sample_tokens=0", "data.source=text", f"data.files={corpus}/*.txt",
         f"data.cache_dir={corpus}/cache", "data.val_tokens=128", f"run_root={tmp_path}/runs",
     ]  # fmt: skip
@@ -231,7 +231,7 @@ def test_watching_changes_no_bit(small: list[str], tmp_path: Path, recipe: list[
     assert plain == watched and none == []
     assert weights.keys() == same.keys()
     assert all(torch.equal(weight, same[name]) for name, weight in weights.items())
-    assert [(line["step"], line["tokens"]) for line in health] == [(2, 512), (4, 1024), (6, 1536)]
+    assert [(line["step"], line["tokens"]) for line in health] == [(2, 512), (4, 1024)]
     layers = [f"layers.0.{name}" for name in ("attention.q", "attention.k", "attention.v", "attention.o")]
     layers += [f"layers.0.mlp.{name}" for name in ("gate", "up", "down")]
     for line in health:

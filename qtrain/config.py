@@ -175,11 +175,19 @@ class TrainerConfig(Strict):
 
 
 class CallbacksConfig(Strict):
-    """What is watched, in optimiser steps. val_every_steps and checkpoint_every_steps: None is a tenth of the run."""
+    """What is watched, in optimiser steps. val_every_steps and checkpoint_every_steps: None is a tenth of the run.
+
+    telemetry_every_steps: how often the quantisers' health is taken, layer by layer; None is a twentieth of the run but
+        no fewer than 40 steps, which costs at most 3% of its time; 0 is never.
+    telemetry_gradients: compare weight gradients with those without quantisers there, for one more forward and
+        backward.
+    """
 
     log_every_steps: int = Field(gt=0)
     val_every_steps: int | None = Field(None, gt=0)
     checkpoint_every_steps: int | None = Field(None, gt=0)
+    telemetry_every_steps: int | None = Field(None, ge=0)
+    telemetry_gradients: bool = False
     keep_checkpoints: int = Field(2, ge=1)
     progress_bar: bool = True
     sample_tokens: int = Field(ge=0)

@@ -5,13 +5,16 @@ from __future__ import annotations
 import importlib.util
 import netrc
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 
 from qtrain.config import Config
 from qtrain.errors import UserError
 from qtrain.run_directory import RunDirectory
+
+SUMMARY = "run"  # the entry of a W&B summary that holds summary.json: metrics have their own, of the last line
 
 
 def check_logger(config: Config) -> None:
@@ -29,6 +32,13 @@ def build_loggers(config: Config, directory: RunDirectory) -> list[Logger]:
     if kind == "tensorboard":
         return [TensorBoardLogger(directory.path, name="", version="tensorboard")]
     return [_wandb(config, directory)]
+
+
+def mirror_summary(loggers: Iterable[Logger], summary: Mapping[str, Any]) -> None:
+    """summary.json in the W&B run's own summary: its table shows run.status, `qtrain.report.wandb_runs` reads it."""
+    for logger in loggers:
+        if isinstance(logger, WandbLogger):
+            logger.experiment.summary.update({SUMMARY: dict(summary)})
 
 
 def close_loggers(loggers: Iterable[Logger]) -> None:

@@ -14,6 +14,7 @@ from qtrain.models.llama import count_parameters
 from qtrain.optim import warmup_steps
 from qtrain.recipe import LinearRecipe, QuantSpec
 
+MIN_TELEMETRY_STEPS = 40  # taking the quantisers' health once costs most of a step of a small model
 BYTES_VOCABULARY = 257  # 256 values and the end-of-document token
 
 
@@ -33,6 +34,7 @@ class RunPlan:
     log_every_steps: int
     val_every_steps: int
     checkpoint_every_steps: int
+    telemetry_every_steps: int
     memory: Memory
 
     @property
@@ -94,7 +96,7 @@ def make_plan(config: Config, world_size: int = 1, vocab_size: int | None = None
     parameters, non_embedding = count_parameters(config.model, vocab_size)
     steps = max(1, budget_tokens(config) // trainer.batch_tokens)
     steps = min(steps, config.debug.max_steps or steps)
-    tenth = math.ceil(steps / 10)
+    tenth, health = math.ceil(steps / 10), callbacks.telemetry_every_steps
     return RunPlan(
         vocab_size=vocab_size,
         parameters=parameters,
@@ -107,6 +109,7 @@ def make_plan(config: Config, world_size: int = 1, vocab_size: int | None = None
         log_every_steps=callbacks.log_every_steps,
         val_every_steps=callbacks.val_every_steps or tenth,
         checkpoint_every_steps=callbacks.checkpoint_every_steps or tenth,
+        telemetry_every_steps=max(MIN_TELEMETRY_STEPS, math.ceil(steps / 20)) if health is None else health,
         memory=estimate_memory(
             config.model, vocab_size, trainer.micro_batch_size, mixed=trainer.precision == "bf16-mixed"
         ),

@@ -13,13 +13,23 @@ from statistics import median
 import lightning
 import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.loggers import Logger
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.panel import Panel
 from rich.text import Text
 from torch import nn
 
-from qtrain.callbacks import Checkpoints, DivergedError, LeaveTrunk, Measure, Progress, StopRequest, Validate
+from qtrain.callbacks import (
+    Checkpoints,
+    DivergedError,
+    LeaveTrunk,
+    Measure,
+    Progress,
+    StopRequest,
+    Telemetry,
+    Validate,
+)  # fmt: skip
 from qtrain.callbacks.measure import Recorder
 from qtrain.checkpoint import AtomicCheckpointIO, load_checkpoint, newest_checkpoint, tidy
 from qtrain.config import Config, config_hash
@@ -27,7 +37,7 @@ from qtrain.data import Corpus, check_vocab, prepare
 from qtrain.data.datamodule import TokenDataModule
 from qtrain.errors import UserError, first_line
 from qtrain.lightning_module import CausalLM, computes_in_high_precision
-from qtrain.loggers import build_loggers, check_logger, close_loggers
+from qtrain.loggers import build_loggers, check_logger, close_loggers, mirror_summary
 from qtrain.models.llama import Llama, generate
 from qtrain.plan import RunPlan, budget_tokens, make_plan
 from qtrain.quant import Report, check_backend, convert, set_high_precision
@@ -187,6 +197,7 @@ class Session:
         self.bytes_per_token = corpus.bytes_per_token
         self.trunk = Trunk(config, plan, corpus.data_hash) if config.trainer.share_trunk else None
         self.shared_steps = directory.summary.get("shared_steps", 0)
+        self.loggers: list[Logger] = []
 
     @property
     def model(self) -> Llama:
@@ -196,6 +207,13 @@ class Session:
         checkpoint = self._resume_point()
         self._announce()
         self._write_summary("running")
+        try:
+            self._fit(checkpoint)
+            return self._finish() if is_main_process() else float("nan")
+        finally:
+            close_loggers(self.loggers)
+
+    def _fit(self, checkpoint: Path | None) -> None:
         with StopRequest() as stop:
             trainer = self.trainer(stop)
             if self.config.trainer.compile:
@@ -211,12 +229,9 @@ class Session:
                 raise
             except (SystemExit, KeyboardInterrupt):  # after a signal Lightning ends the process in ways of its own
                 stopped = True
-            finally:
-                close_loggers(trainer.loggers)
             if stopped:
                 self._write_summary("interrupted")
                 raise KeyboardInterrupt
-        return self._finish() if is_main_process() else float("nan")
 
     # ------------------------------------------------------------------------------------------------------------ begin
 
@@ -266,6 +281,8 @@ class Session:
         checkpoints = Checkpoints(
             self.directory, plan.checkpoint_every_steps, config.callbacks.keep_checkpoints, stop, measure
         )
+        self.loggers = build_loggers(config, self.directory)
+        telemetry = Telemetry(recorder, plan.telemetry_every_steps, config.callbacks.telemetry_gradients)
         validate = Validate(recorder, plan.val_every_steps, self.bytes_per_token)
         trunk = [LeaveTrunk(self.trunk, self.directory, measure)] if self.trunk else []
         return lightning.Trainer(
@@ -275,8 +292,8 @@ class Session:
             max_steps=plan.steps,
             max_epochs=1,  # the data module's one epoch spans the run
             accumulate_grad_batches=plan.micro_batches,
-            callbacks=[measure, validate, progress, *trunk, checkpoints],
-            logger=build_loggers(config, self.directory),
+            callbacks=[measure, telemetry, validate, progress, *trunk, checkpoints],
+            logger=self.loggers,
             plugins=[AtomicCheckpointIO()],
             default_root_dir=self.directory.path,
             use_distributed_sampler=False,  # the data module slices each batch by rank itself
@@ -333,6 +350,7 @@ class Session:
             "shared_steps": self.shared_steps,
         }
         self.directory.write_summary(summary | results)
+        mirror_summary(self.loggers, summary | results)
 
     def _show_sample(self) -> None:
         settings = self.config.callbacks

@@ -3,11 +3,15 @@
     python scripts/bench_training_loop.py                       # the quick start's model and recipe
     python scripts/bench_training_loop.py +experiment=bf16      # any settings of train.py
     python scripts/bench_training_loop.py --steps 100 --rounds 5 --out result.json
+    python scripts/bench_training_loop.py --telemetry           # what taking the quantisers' health costs
 
 Each round times the bare loop and the Lightning loop, in turns which goes first, both over the same steps after the
 same warm-up steps, with the callbacks of a real run (metrics every 10 steps; no validation or checkpoint falls into the
 timed steps). One more round before them, which compiles, is not counted. Also
 measured: the share of step time spent waiting for data, and the speed of tokenising bytes.
+
+--telemetry: one run in which every other step takes the quantisers' health; the medians of both kinds of steps, and the
+share of a run's time that it makes up at the default interval.
 """
 
 from __future__ import annotations
@@ -30,6 +34,7 @@ from qtrain.config import Config
 from qtrain.data import prepare
 from qtrain.lightning_module import next_token_loss
 from qtrain.optim import build_optimizer, lr_factor
+from qtrain.plan import make_plan
 from qtrain.quant import set_step
 from qtrain.run import Session, open_session, speak_through
 from qtrain.run_directory import environment
@@ -42,10 +47,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=60, help="timed optimiser steps of each loop and round")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--telemetry", action="store_true", help="time steps with and without telemetry instead")
     parser.add_argument("--out", type=Path, help="write the result as JSON too")
     arguments, overrides = parser.parse_known_args()
     speak_through(Console(stderr=True))
-    result = measure(overrides or ["+experiment=quartet"], arguments.steps, arguments.rounds)
+    overrides = overrides or ["+experiment=quartet"]
+    if arguments.telemetry:
+        result = telemetry_cost(overrides, arguments.steps)
+    else:
+        result = measure(overrides, arguments.steps, arguments.rounds)
     for name, value in result.items():
         if name != "machine":
             print(f"{name:28} {value}")
@@ -76,6 +86,25 @@ def measure(overrides: list[str], steps: int, rounds: int) -> dict[str, Any]:
         "median_ratio": round(median(ratios), 4),
         "data_wait_share": round(median(waiting), 5),
         "tokenise_bytes_mb_per_s": round(tokenising_speed(overrides), 1),
+        "machine": environment(),
+    }
+
+
+def telemetry_cost(overrides: list[str], steps: int) -> dict[str, Any]:
+    """Steps with telemetry and without, in turns, in one run; over the interval that a whole run of it has."""
+    with tempfile.TemporaryDirectory() as scratch:
+        config = timed_config([*overrides, "callbacks.telemetry_every_steps=2"], scratch, 0, steps)
+        with open_session(config) as session:
+            ends = clocked(session).ends[session.plan.micro_batches - 1 :: session.plan.micro_batches]
+    seconds = {step: ends[step - 1] - ends[step - 2] for step in range(WARM_UP + 1, WARM_UP + steps + 1)}
+    watched, plain = (median(seconds[step] for step in seconds if step % 2 == odd) for odd in (0, 1))
+    interval = make_plan(compose(overrides)).telemetry_every_steps
+    return {
+        "settings": " ".join(overrides),
+        "seconds_per_step": round(plain, 5),
+        "seconds_per_watched_step": round(watched, 5),
+        "every_steps": interval,
+        "share_of_time": round((watched - plain) / (interval * plain), 4),
         "machine": environment(),
     }
 
@@ -140,15 +169,21 @@ class Clock(lightning.Callback):
 def lightning_loop(session: Session, steps: int) -> tuple[float, float]:
     """(tokens/s, share of the time between the end of one micro-batch and the start of the next: waiting for data and
     Lightning's own bookkeeping together, so an upper bound on waiting)."""
+    clock = clocked(session)
+    micro_batches = session.plan.micro_batches
+    first, last = WARM_UP * micro_batches - 1, (WARM_UP + steps) * micro_batches - 1
+    seconds = clock.ends[last] - clock.ends[first]
+    return steps * session.plan.batch_tokens / seconds, sum(clock.waits[first:last]) / seconds
+
+
+def clocked(session: Session) -> Clock:
+    """The clock of a session's whole training."""
     clock = Clock(session.device)
     with StopRequest() as stop:
         trainer = session.trainer(stop)
         trainer.callbacks.append(clock)  # pyright: ignore[reportAttributeAccessIssue]
         trainer.fit(session.module, datamodule=session.data, weights_only=True)
-    micro_batches = session.plan.micro_batches
-    first, last = WARM_UP * micro_batches - 1, (WARM_UP + steps) * micro_batches - 1
-    seconds = clock.ends[last] - clock.ends[first]
-    return steps * session.plan.batch_tokens / seconds, sum(clock.waits[first:last]) / seconds
+    return clock
 
 
 def tokenising_speed(overrides: list[str]) -> float:

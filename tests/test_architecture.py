@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 # Module or package -> what it may import beside the standard library, itself and qtrain.errors; the longest key that
 # matches decides. In parentheses: only lazily (inside functions, or for types alone), so that importing the module
 # neither needs it nor pays for it.
-# wandb stands nowhere: it is reached through Lightning's logger alone.
+# wandb is reached through Lightning's logger alone, but where its own files and server are read.
 MAY_IMPORT = {
     "qtrain_kernels": "torch qtrain_kernels.formats (triton qtrain_kernels.triton_quantize "
     "qtrain_kernels.triton_packing)",
@@ -58,6 +58,7 @@ MAY_IMPORT = {
     ),
     "qtrain.scaling": "numpy scipy yaml (pyarrow)",
     "qtrain.report": "numpy scipy matplotlib yaml (pyarrow) qtrain.scaling",
+    "qtrain.report.wandb_runs": "yaml (wandb)",
     "qtrain.run": (
         "torch lightning rich qtrain.config qtrain.plan qtrain.optim qtrain.metrics qtrain.models qtrain.quant "
         "qtrain.data qtrain.data.datamodule qtrain.run_directory qtrain.checkpoint qtrain.loggers "
@@ -256,7 +257,8 @@ def test_folders_that_are_no_packages_have_no_init():
 def test_every_package_that_is_imported_is_a_declared_dependency():
     """A package that only another one brings along goes away when that one drops it."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    requirements = project["dependencies"] + project["optional-dependencies"]["hf"]
+    extras = project["optional-dependencies"]
+    requirements = project["dependencies"] + extras["hf"] + extras["wandb"]
     declared = {normal(re.match(r"[\w.-]+", line).group()) for line in requirements}  # type: ignore[union-attr]
     named = {name for key in MAY_IMPORT for names in allowed(key) for name in names if name.split(".")[0] not in LAYERS}
     owners = importlib.metadata.packages_distributions()

@@ -51,6 +51,8 @@ class Progress(StepCallback):
                 highlight=False,
             )
             return
+        if "loss" not in line:
+            return
         self.bar.update(
             self.task, loss=f"{line['loss']:.4f}", lr=f"{line['lr']:.2e}", speed=si(line["tokens_per_second"])
         )

@@ -11,6 +11,7 @@ inverse. Masks are the forward's estimators. Weights are quantised from the floa
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, cast
@@ -29,6 +30,27 @@ from qtrain.settings import Backend, GemmKind
 from qtrain_kernels import dispatch
 from qtrain_kernels.gemm import Folded, fp8_matmul
 from qtrain_kernels.reference import Rotation, stored_integer
+
+
+@dataclass(frozen=True)
+class Observed:
+    """An operand of a GEMM as it is used, and what it was made of: x (M, N), quantised along dim after the rotation."""
+
+    use: str
+    quantizer: Quantizer
+    x: Tensor
+    rotation: Rotation | None
+    dim: int
+    operand: Operand
+
+
+@dataclass(frozen=True)
+class Observer:
+    """What is told of each quantised operand, and of each weight gradient (N, K), while a layer carries it. It leaves
+    its tensors as they are."""
+
+    operand: Callable[[Observed], None]
+    gradient: Callable[[Tensor], None]
 
 
 @dataclass(frozen=True)
@@ -98,7 +120,7 @@ class Numerics:
         except ValueError as error:
             return str(error)
 
-    @property
+    @cached_property
     def operands(self) -> dict[str, Quantizer]:
         gemms = {"fprop": ("x", "w"), "dgrad": ("dy", "w"), "wgrad": ("dy", "x")}
         return {
@@ -155,24 +177,54 @@ class QuantizedWeight:
         numerics: Numerics,
         dtype: torch.dtype,
         fp8_counts: Tensor,
+        observer: Observer | None,
     ):
         """weight (N, K) master; scale: the learned one; keys (9, 2) int32 on weight's device; fp8_counts:
         (2,) int64, to which elements that FP8 rounded, and all elements, are added by each FP8 product."""
         self.numerics, self.dtype = numerics, dtype
-        self.fp8_counts = fp8_counts
+        self.fp8_counts, self.observer = fp8_counts, observer
         self.rotation = numerics.fprop.rotation(key_of(keys, "fprop.signs"), weight.shape[1])
         self.device_type = weight.device.type
-        operand = numerics.fprop.right.operand(
-            weight, self.dtype_in(numerics.fprop), self.rotation, key_of(keys, "fprop.w"), learned=_scalar(scale)
-        )
-        self.fprop = operand
-        self.fprop_side = self._right_side(numerics.fprop, operand.t)
+        self.fprop = self.operand("fprop.w", weight, self.rotation, keys, learned=scale)
+        self.fprop_side = self._right_side(numerics.fprop, self.fprop.t)
         self._master = weight if numerics.dgrad.right.spec.source == "master" else None
         self._dgrad: tuple[Operand | Folded, Rotation | None] | None = None
 
     def dtype_in(self, gemm_: Gemm) -> torch.dtype:
         """Of the operands of one of the GEMMs."""
         return torch.int8 if self.numerics.kind(gemm_, self.device_type) == "int8" else self.dtype
+
+    def operand(
+        self,
+        use: str,
+        x: Tensor,
+        rotation: Rotation | None,
+        keys: Tensor,
+        dim: int = -1,
+        learned: Tensor | None = None,
+        with_blocks: bool = False,
+    ) -> Operand:
+        """x as the operand `use` (fprop.x) of its GEMM, along dim, drawn with that use's key; learned: (1,) a scale;
+        with_blocks: with its block scales, which are needed to pack it and to observe it."""
+        quantizer, gemm_ = self.numerics.operands[use], getattr(self.numerics, use.partition(".")[0])
+        observed = self.observer is not None and quantizer.plan is not None
+        operand = quantizer.operand(
+            x, self.dtype_in(gemm_), rotation, key_of(keys, use),
+            dim=dim, learned=_scalar(learned), with_blocks=with_blocks or observed,
+        )  # fmt: skip
+        if self.observer is not None and observed:
+            self.observer.operand(Observed(use, quantizer, x, rotation, dim, operand))
+        return operand if with_blocks else replace(operand, blocks=None)
+
+    def again(self, use: str, source: Operand, rotation: Rotation | None, keys: Tensor) -> Operand:
+        """An operand of the backward, along dim -2, from a master or forward value. A forward value that is neither
+        rotated nor quantised again keeps its codes, and its tensor scale stays on the result; a scale per row lies
+        along the contraction and is multiplied in."""
+        per_row = isinstance(source.post_scale, Tensor) and source.post_scale.ndim > 0
+        if self.numerics.operands[use].reuses and not per_row:
+            dtype = self.dtype_in(getattr(self.numerics, use.partition(".")[0]))
+            return source if dtype == torch.int8 else source.floating(dtype)
+        return self.operand(use, source.dequantize(), rotation, keys, dim=-2)
 
     def multiply(self, gemm_: Gemm, left: Operand, right: Operand | Folded) -> Tensor:
         """left @ right as one of the GEMMs is multiplied; what FP8 rounds is counted."""
@@ -198,22 +250,9 @@ class QuantizedWeight:
         if self._dgrad is None:
             source = self.fprop if self._master is None else Operand(self._master)
             rotation = self.numerics.dgrad.rotation(key_of(keys, "dgrad.signs"), source.values.shape[0])
-            gemm_ = self.numerics.dgrad
-            operand = _again(gemm_.right, source, self.dtype_in(gemm_), rotation, key_of(keys, "dgrad.w"))
-            self._dgrad = (self._right_side(gemm_, operand), rotation)
+            operand = self.again("dgrad.w", source, rotation, keys)
+            self._dgrad = (self._right_side(self.numerics.dgrad, operand), rotation)
         return self._dgrad
-
-
-def _again(
-    quantizer: Quantizer, source: Operand, dtype: torch.dtype, rotation: Rotation | None, key: Tensor
-) -> Operand:
-    """An operand of the backward, along dim -2, from a master or forward value. A forward value that is neither rotated
-    nor quantised again keeps its codes, and its tensor scale stays on the result; a scale per row lies along the
-    contraction and is multiplied in."""
-    per_row = isinstance(source.post_scale, Tensor) and source.post_scale.ndim > 0
-    if quantizer.reuses and not per_row:
-        return source if dtype == torch.int8 else source.floating(dtype)
-    return quantizer.operand(source.dequantize(), dtype, rotation, key, dim=-2)
 
 
 class _QuantLinearFunction(torch.autograd.Function):
@@ -234,14 +273,7 @@ class _QuantLinearFunction(torch.autograd.Function):
         saving = saving and any(ctx.needs_input_grad)
         reused = numerics.wgrad.right.spec.source == "forward"
         with torch.autocast(x.device.type, enabled=False):
-            xq = numerics.fprop.left.operand(
-                x,
-                quantized.dtype_in(numerics.fprop),
-                rotation,
-                key_of(keys, "fprop.x"),
-                learned=_scalar(x_scale),
-                with_blocks=saving and reused,
-            )
+            xq = quantized.operand("fprop.x", x, rotation, keys, learned=x_scale, with_blocks=saving and reused)
             y = quantized.multiply(numerics.fprop, xq, quantized.fprop_side).to(dtype)
             x_slope = _scale_slope(x, rotation, xq, x_scale, numerics.fprop.left)
             w_slope = _scale_slope(weight, rotation, quantized.fprop, w_scale, numerics.fprop.right)
@@ -277,6 +309,8 @@ class _QuantLinearFunction(torch.autograd.Function):
                 grad_weight, grad_w_scale = _to_operand(
                     product, w_mask, w_slope, rotation, rotated, numerics.fprop.right, weight_dtype
                 )
+                if quantized.observer is not None:
+                    quantized.observer.gradient(grad_weight)
         return grad_input, grad_weight, grad_x_scale, grad_w_scale, None, None, None
 
 
@@ -288,14 +322,13 @@ def _dgrad(gemm_: Gemm, grad_output: Tensor, quantized: QuantizedWeight, keys: T
     rows = None if block is None else hadamard(block, None, grad_output.device)
     if rows is not None:
         grad_output = rotate(F.pad(grad_output, (0, 0, 0, -tokens % rows.size)), rows, backend, dim=-2)
-    dy = gemm_.left.operand(grad_output, quantized.dtype_in(gemm_), rotation, key_of(keys, "dgrad.dy"), dim=-1)
+    dy = quantized.operand("dgrad.dy", grad_output, rotation, keys)
     product = quantized.multiply(gemm_, dy, weight)
     return product if rows is None else unrotate(product, rows, backend, dim=-2)[:tokens]
 
 
 def _wgrad(gemm_: Gemm, grad_output: Tensor, x: Operand, keys: Tensor, quantized: QuantizedWeight) -> Tensor:
     """(T, N)^T @ (T, K), both quantised along T, filled with zeros to whole blocks: the product stays."""
-    dtype = quantized.dtype_in(gemm_)
     padding = -grad_output.shape[0] % gemm_.multiple
     if padding:
         grad_output = F.pad(grad_output, (0, 0, 0, padding))
@@ -305,8 +338,8 @@ def _wgrad(gemm_: Gemm, grad_output: Tensor, x: Operand, keys: Tensor, quantized
             x = x.floating(quantized.dtype)
         x = replace(x, values=F.pad(x.values, (0, 0, 0, padding)))
     rotation = gemm_.rotation(key_of(keys, "wgrad.signs"), grad_output.shape[0])
-    dy = gemm_.left.operand(grad_output, dtype, rotation, key_of(keys, "wgrad.dy"), dim=-2)
-    return quantized.multiply(gemm_, dy.t, _again(gemm_.right, x, dtype, rotation, key_of(keys, "wgrad.x")))
+    dy = quantized.operand("wgrad.dy", grad_output, rotation, keys, dim=-2)
+    return quantized.multiply(gemm_, dy.t, quantized.again("wgrad.x", x, rotation, keys))
 
 
 def _to_operand(
@@ -385,6 +418,7 @@ class QuantLinear(nn.Linear):
         self.step, self.step_is_set = 0, False
         self.high_precision = False
         self.fp8_counts: Tensor | None = None  # (2,) int64: elements that FP8 rounded, and all that it multiplied
+        self.observer: Observer | None = None
         self._quantized: tuple[Tensor, tuple[int, int], QuantizedWeight] | None = None
         self.train(linear.training)
         self._draw_keys(0, 0)
@@ -434,6 +468,7 @@ class QuantLinear(nn.Linear):
         x_scale = self._learned(self.input_scale, self.numerics.fprop.left, x)
         w_scale = self._learned(self.weight_scale, self.numerics.fprop.right, self.weight)
         quantized = self._quantized_weight(w_scale, keys, dtype)
+        quantized.observer = self.observer  # a kept weight has that of an earlier micro-batch
         saving = torch.is_grad_enabled()
         return cast(Tensor, _QuantLinearFunction.apply(x, self.weight, x_scale, w_scale, keys, quantized, saving))
 
@@ -464,7 +499,9 @@ class QuantLinear(nn.Linear):
             if kept is weight and versions == _versions(weight, scale) and quantized.dtype == dtype:
                 return quantized
         with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
-            quantized = QuantizedWeight(weight.detach(), scale, keys, self.numerics, dtype, self._counts())
+            quantized = QuantizedWeight(
+                weight.detach(), scale, keys, self.numerics, dtype, self._counts(), self.observer
+            )
         self._quantized = (weight, _versions(weight, scale), quantized) if keep else None
         return quantized
 

@@ -240,6 +240,13 @@ class Quantizer:
             block_scale = view.undo(block_scale.expand(-1, size, -1))
         return QuantizedTensor(view.undo(codes), block_scale, post, passes)
 
+    def in_blocks(self, x: Tensor, dim: int) -> Tensor:
+        """x (M, N), quantised along dim, as its format's blocks, (blocks, elements of one, inner); zeros fill up its
+        last tiles."""
+        assert self.plan is not None and self.plan.block is not None
+        rows = self.tile[0]
+        return _View(x.shape, dim, rows, self.plan.block // rows).spans(x)
+
     def count(self, x: Tensor, rotation: Rotation | None = None, key: Tensor | None = None, dim: int = -1) -> Counts:
         """What `quantize` does to x: nothing becomes NaN, saturates or vanishes without being counted here."""
         assert self.plan is not None

@@ -1,0 +1,109 @@
+"""How the quantisers fare, layer by layer: lines of their own in metrics.jsonl.
+
+    quant/<layer>/<operand>/<metric>    quant/layers.0.mlp.down/wgrad.dy/sqnr_db, as `operand_health` defines them
+    grad/<layer>/cosine, projection     <g_hat, g> / |g_hat| |g| and <g_hat, g> / <g, g>
+
+Taken in the first micro-batch of a step, on the first device, of the operands and gradients that this very step trains
+with: nothing is quantised again, and nothing of the step changes. g_hat is the layer's weight gradient in that
+micro-batch, g the one that a second forward and backward give where every layer computes in the compute dtype.
+A value that is not finite (of a gradient of zeros, of an operand without error) is left out, for JSON has none.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import lightning
+import torch
+from torch import Tensor
+
+from qtrain.callbacks.measure import Recorder
+from qtrain.callbacks.step import StepCallback
+from qtrain.lightning_module import CausalLM, next_token_loss
+from qtrain.quant import Observed, Observer, QuantLinear, operand_health, set_high_precision
+
+MAX_LINES = 64  # of an operand: an SQNR of all lines differs by 0.2 dB (RMS over nano's layers, Quartet, step 60)
+
+
+class Telemetry(StepCallback):
+    """Every `every` steps (0: never); with `gradients`, weight gradients too, at the price of one more forward and
+    backward.
+
+    Values stay on the device until the step has ended. Layers that compute in high precision have none.
+    """
+
+    def __init__(self, recorder: Recorder, every: int, gradients: bool, max_lines: int = MAX_LINES):
+        self.recorder = recorder
+        self.every = every
+        self.gradients = gradients
+        self.max_lines = max_lines
+        self.values: dict[str, Tensor] = {}
+        self.seen: dict[QuantLinear, Tensor] = {}  # the weight gradients of this step's first micro-batch
+        self.batch: Tensor | None = None  # that is being watched
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        first = batch_idx % pl_module.plan.micro_batches == 0
+        step = trainer.global_step + 1
+        if not (first and self.every and step % self.every == 0 and trainer.is_global_zero):
+            return
+        self.batch = batch
+        for layer in quantised_layers(pl_module):
+            layer.observer = self._observer(layer)
+
+    def _observer(self, layer: QuantLinear) -> Observer:
+        def operand(seen: Observed) -> None:
+            for metric, value in operand_health(seen, self.max_lines).items():
+                self.values[f"quant/{layer.name}/{seen.use}/{metric}"] = value
+
+        def gradient(grad_weight: Tensor) -> None:
+            if self.gradients:
+                self.seen[layer] = grad_weight
+
+        return Observer(operand, gradient)
+
+    def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
+        if self.batch is None:
+            return
+        for layer in quantised_layers(pl_module):
+            layer.observer = None
+        if self.seen:
+            exact = exact_gradients(pl_module, self.batch, list(self.seen))
+            for (layer, found), wanted in zip(self.seen.items(), exact, strict=True):
+                cosine, projection = agreement(found * pl_module.plan.micro_batches, wanted)
+                self.values[f"grad/{layer.name}/cosine"] = cosine
+                self.values[f"grad/{layer.name}/projection"] = projection
+        self.batch, self.seen = None, {}
+
+    def on_step_end(self, trainer: lightning.Trainer, module: CausalLM, step: int) -> None:
+        if not self.values:
+            return
+        numbers = torch.stack([value.float() for value in self.values.values()]).tolist()
+        found = {name: float(f"{x:.6g}") for name, x in zip(self.values, numbers, strict=True) if math.isfinite(x)}
+        self.values = {}
+        self.recorder.write(trainer, module, step, found)
+
+
+def quantised_layers(module: CausalLM) -> list[QuantLinear]:
+    return [layer for layer in module.model.modules() if isinstance(layer, QuantLinear)]
+
+
+def exact_gradients(module: CausalLM, batch: Tensor, layers: list[QuantLinear]) -> list[Tensor]:
+    """The weight gradients of the mean loss over batch (B, T+1), with every layer in the compute dtype. The gradients
+    that the model holds are left alone."""
+    mixed = module.config.trainer.precision == "bf16-mixed"
+    set_high_precision(module.model)
+    try:
+        with torch.enable_grad(), torch.autocast(batch.device.type, torch.bfloat16, enabled=mixed):
+            loss = next_token_loss(module.model, batch)
+        return list(torch.autograd.grad(loss, [layer.weight for layer in layers]))
+    finally:
+        set_high_precision(module.model, False)
+
+
+def agreement(found: Tensor, exact: Tensor) -> tuple[Tensor, Tensor]:
+    """(cosine, projection of found on exact, 1 where they are equal), float64: squares of small gradients are no
+    float32."""
+    found, exact = found.double().flatten(), exact.double().flatten()
+    product, norm = found @ exact, torch.linalg.vector_norm(exact)
+    return product / (norm * torch.linalg.vector_norm(found)), product / norm.square()

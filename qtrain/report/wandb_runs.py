@@ -1,0 +1,159 @@
+"""Runs that Weights & Biases holds, as run directories again: offline folders, or a project on its server.
+
+What a run mirrors there (settings, every line of metrics.jsonl, summary.json) becomes config.yaml, metrics.jsonl and
+summary.json in a folder of the run's W&B id, so that every table, law and page reads it as any other run.
+
+An offline file is a log in LevelDB's format: after seven bytes of its own, blocks of 32 KiB that hold pieces of records
+(checksum, length, kind, bytes), each record a protobuf message of wandb's.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import struct
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from qtrain.errors import UserError
+
+log = logging.getLogger("qtrain")
+
+BLOCK = 32768
+FILE_HEADER = b":W&B\xe1\xbe\x00"
+WHOLE, FIRST, MIDDLE, LAST = 1, 2, 3, 4
+SUMMARY = "run"  # qtrain.loggers writes summary.json under this name: metrics have entries of their own
+STEP = "trainer/global_step"  # Lightning's name for what metrics.jsonl calls step
+
+
+@dataclass
+class MirroredRun:
+    """What W&B holds of a run: its settings, summary.json ({} of another program's), and lines as they were logged."""
+
+    id: str
+    config: dict[str, Any] = field(default_factory=dict)
+    summary: dict[str, Any] = field(default_factory=dict)
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+
+def fetch_runs(place: str, into: Path) -> list[Path]:
+    """Run directories below `into` of the runs in `place`: a folder with offline runs somewhere below it, or
+    entity/project on the server. Those that were fetched before are renewed.
+
+    A run without the summary that qtrain writes (it was killed, or is another program's) is left out, with its name in
+    the log. UserError without the package
+    wandb, where no run is found, or where a file is damaged before its end.
+    """
+    if find_spec("wandb") is None:
+        raise UserError("reading W&B runs needs the package wandb: pip install 'qtrain[wandb]'")
+    offline = Path(place).expanduser()
+    runs = list(offline_runs(offline) if offline.is_dir() else project_runs(place))
+    if not runs:
+        raise UserError(f"{place} holds no W&B run")
+    for run in runs:
+        if not run.summary:
+            log.warning("%s is left out: it has no summary of a qtrain run", run.id)
+    return [write_run(run, into) for run in runs if run.summary]
+
+
+def write_run(run: MirroredRun, into: Path) -> Path:
+    """The run's directory, made or renewed. A line that a resumed run logged again counts once, as it came last."""
+    directory = into / run.id
+    directory.mkdir(parents=True, exist_ok=True)
+    lines: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for row in run.history:
+        line = {key: value for key, value in row.items() if not key.startswith("_") and value is not None}
+        if STEP in line:
+            line = {"step": line.pop(STEP), **line}
+            lines[(line["step"], *sorted(line))] = line
+    (directory / "config.yaml").write_text(yaml.safe_dump(run.config, sort_keys=False))
+    (directory / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines.values()))
+    (directory / "summary.json").write_text(json.dumps(run.summary, indent=2) + "\n")
+    return directory
+
+
+# ------------------------------------------------------------------------------------------------------------- offline
+
+
+def offline_runs(folder: Path) -> Iterable[MirroredRun]:
+    """The runs of every offline-run-*/run-*.wandb below folder. The several starts of one run are put together."""
+    from wandb.proto import wandb_internal_pb2
+
+    runs: dict[str, MirroredRun] = {}
+    for path in sorted(folder.rglob("offline-run-*/run-*.wandb"), key=lambda path: path.parent.name):
+        run_id = path.stem.removeprefix("run-")
+        run = runs.setdefault(run_id, MirroredRun(run_id))
+        for content in read_records(path):
+            record = wandb_internal_pb2.Record.FromString(content)  # pyright: ignore[reportAttributeAccessIssue]
+            if record.HasField("run"):
+                run.config |= _values(record.run.config.update)
+            elif record.HasField("config"):
+                run.config |= _values(record.config.update)
+            elif record.HasField("summary"):
+                run.summary = _values(record.summary.update).get(SUMMARY, run.summary)
+            elif record.HasField("history"):
+                run.history.append(_values(record.history.item))
+    return runs.values()
+
+
+def _values(items: Iterable[Any]) -> dict[str, Any]:
+    """name -> value of wandb's own items, without those that wandb keeps for itself."""
+    pairs = ((item.key or "/".join(item.nested_key), item.value_json) for item in items)
+    return {name: json.loads(text) for name, text in pairs if not name.startswith("_")}
+
+
+def read_records(path: Path) -> Iterator[bytes]:
+    """The records of an offline file. One that was not written to its end is left out, with a warning in the log."""
+    data = path.read_bytes()
+    if not data.startswith(FILE_HEADER[:4]):
+        raise UserError(f"{path} is no offline file of W&B: it does not begin with ':W&B'")
+    at, record = len(FILE_HEADER), b""
+    while at + 7 <= len(data):
+        left = BLOCK - at % BLOCK
+        if left < 7:  # no room for a header: the rest of the block is empty
+            at += left
+            continue
+        _, length, kind = struct.unpack_from("<IHB", data, at)
+        piece = data[at + 7 : at + 7 + length]
+        if kind == 0:
+            break
+        if kind > LAST or length > left - 7:
+            raise UserError(f"{path} is damaged at byte {at}; copy it anew, or leave it out")
+        if len(piece) < length:
+            break
+        at += 7 + length
+        record = piece if kind in (WHOLE, FIRST) else record + piece
+        if kind in (WHOLE, LAST):
+            yield record
+            record = b""
+    if at < len(data) or record:
+        log.warning("%s: the last record is half-written and left out", path)
+
+
+# -------------------------------------------------------------------------------------------------------------- server
+
+
+def project_runs(project: str, api: Any = None) -> Iterator[MirroredRun]:
+    """The runs of entity/project on the server that `wandb login` or WANDB_API_KEY names. api: a wandb.Api, None makes
+    one. UserError where the server does not let us in, or has no such project."""
+    if project.count("/") != 1 or project.startswith((".", "/", "~")):
+        raise UserError(f"{project} is no folder, and no W&B project; give entity/project")
+    import wandb
+    from wandb.errors import CommError, UsageError
+
+    try:
+        api = api or wandb.Api()
+        for run in api.runs(project):
+            yield MirroredRun(
+                run.id,
+                {key: value for key, value in run.config.items() if not key.startswith("_")},
+                dict(run.summary_metrics.get(SUMMARY, {})),
+                list(run.scan_history()),
+            )
+    except (CommError, UsageError, ValueError) as error:
+        raise UserError(f"cannot read {project} from W&B: {error}") from None

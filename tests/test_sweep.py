@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from qtrain.checkpoint import checkpoint_path
+from qtrain.checkpoint import checkpoint_path, list_checkpoints
 from qtrain.config import Config, config_hash
 from qtrain.errors import UserError
 from qtrain.plan import make_plan
@@ -112,6 +112,27 @@ def test_a_sweep_killed_at_random_ends_with_the_same_table(
     assert main("launch", killed) == 0
     assert losses(killed / "results.csv") == losses(whole / "results.csv")
     assert len(losses(killed / "results.csv")) == len(read_csv(killed / "results.csv")) == 2
+
+
+def test_ctrl_c_waits_until_each_process_has_saved(corpus: Path, tmp_path: Path) -> None:
+    """Two train beside each other; the third does not begin."""
+    paths = [f"data.files={corpus}/*.txt", f"data.cache_dir={corpus}/cache", f"run_root={tmp_path}/runs"]
+    more = ["trainer.tokens=64_000", "seed=0,1,2", "callbacks.checkpoint_every_steps=1000", "hydra/launcher=local"]
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "train.py", "-m", *TINY, *paths, *more], cwd=tmp_path, env=environment,
+        start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while len(list(tmp_path.glob("runs/*/metrics.jsonl"))) < 2:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and "waiting until all jobs have saved" in errors
+    runs = [RunDirectory(path.parent) for path in tmp_path.glob("runs/*/config.yaml")]
+    assert [run.summary["status"] for run in runs] == ["interrupted"] * 2
+    assert all(list_checkpoints(run.checkpoints) for run in runs)
 
 
 def test_a_point_that_fails_ends_nothing_and_is_run_again_on_request(

@@ -295,14 +295,20 @@ def result_keys(config: Config, exclude_defaults: bool = False) -> dict[str, Any
     return tree
 
 
-def config_hash(config: Config) -> str:
-    """Eight hex digits of the settings that determine the result. Those that equal the default of their class are left
+def hashed_keys(config: Config) -> dict[str, Any]:
+    """The settings that determine the result, for a hash of them. Those that equal the default of their class are left
     out: a setting that comes later, with what was done before as its default, keeps every run's name."""
     tree = result_keys(config, exclude_defaults=True)
     overrides = tree.get("recipe", {}).get("overrides", {})  # the first match holds: their order counts
     if overrides:
         pairs = ((pattern, {k: v for k, v in other.items() if k != "source"}) for pattern, other in overrides.items())
         tree["recipe"]["overrides"] = list(pairs)
+    return tree
+
+
+def config_hash(config: Config) -> str:
+    """Eight hex digits of the settings that determine the result."""
+    tree = hashed_keys(config)
     text = json.dumps(tree, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 

@@ -84,7 +84,7 @@ def _ended(config: Config, directory: RunDirectory) -> tuple[float | None, str |
         loss = summary["val_loss"]
         _record(config, directory)
         return loss, f"{directory.path} is finished (validation loss {loss:.4f}); force=true runs it again"
-    row = recorded(Path(config.results), config.name, config_hash(config)) if config.results else None
+    row = recorded(Path(config.results)).get((config.name, config_hash(config))) if config.results else None
     if row is not None:
         return row["val_loss"], f"{config.results} has this run's row (validation loss {row['val_loss']:.4f})"
     if summary.get("status") in FAILED and not config.retry_failed:

@@ -52,8 +52,11 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; {} where there is no file."""
-    return json.loads(path.read_text()) if path.exists() else {}
+    """The JSON object in a file; {} where there is no file. UserError for a file that holds none."""
+    try:
+        return json.loads(path.read_text()) if path.exists() else {}
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {error}") from None
 
 
 class RunDirectory:
@@ -180,6 +183,11 @@ class RunDirectory:
     @property
     def finished(self) -> bool:
         return self.summary.get("status") == "finished"
+
+    @property
+    def starts(self) -> int:
+        """How many processes have begun to train here."""
+        return len(read_json(self.path / "environment.json").get("starts", ()))
 
     @property
     def busy(self) -> bool:

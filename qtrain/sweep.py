@@ -14,16 +14,17 @@ import torch
 from rich.table import Table
 
 import qtrain
-from qtrain.checkpoint import list_checkpoints
+from qtrain.checkpoint import checkpoint_path, list_checkpoints
 from qtrain.config import Config, config_hash
 from qtrain.errors import UserError
 from qtrain.lightning_module import next_token_loss
 from qtrain.plan import RunPlan, make_plan
 from qtrain.report.loss import readable
-from qtrain.report.summaries import Row, read_csv
+from qtrain.report.results import record, recorded
+from qtrain.report.summaries import Row, read_run
 from qtrain.run import FAILED, build_model, check_model
 from qtrain.run_directory import RunDirectory
-from qtrain.trunk import common_steps, trunk_key
+from qtrain.trunk import Trunk, common_steps, trunk_key
 
 State = Literal["done", "running", "failed", "stopped", "missing"]
 STATES: tuple[State, ...] = ("done", "running", "failed", "stopped", "missing")
@@ -52,10 +53,10 @@ class Point:
 
     @property
     def tokens_left(self) -> int:
-        """To be computed: neither its own checkpoints nor a trunk have them."""
+        """To be computed. A run that has a checkpoint of its own goes on from there, else from a trunk."""
         if self.state == "done":
             return 0
-        return (self.plan.steps - max(self.steps_done, self.steps_shared)) * self.plan.batch_tokens
+        return (self.plan.steps - (self.steps_done or self.steps_shared)) * self.plan.batch_tokens
 
     @property
     def flops_left(self) -> int:
@@ -69,15 +70,12 @@ def find_points(configs: Iterable[Config]) -> list[Point]:
     results: dict[str | None, dict[tuple[str, str], Row]] = {None: {}}
     for config in configs:
         if config.results not in results:
-            results[config.results] = _rows(Path(str(config.results)))
+            results[config.results] = recorded(Path(str(config.results)))
         point = _point(config, results[config.results])
-        points.setdefault(point.directory, point)
+        same = points.setdefault(point.directory, point)
+        if config_hash(same.config) != config_hash(config):
+            raise UserError(f"run_dir={point.directory} names one directory for several runs; set run_root instead")
     return _with_trunks(list(points.values()))
-
-
-def _rows(path: Path) -> dict[tuple[str, str], Row]:
-    rows = read_csv(path) if path.is_file() else []
-    return {(row["name"], row["config_hash"]): row for row in rows}
 
 
 def _point(config: Config, rows: Mapping[tuple[str, str], Row]) -> Point:
@@ -109,7 +107,7 @@ def _progress(directory: RunDirectory, plan: RunPlan) -> str:
 
 
 def _with_trunks(points: list[Point]) -> list[Point]:
-    """Each point with the steps that it will find done: of trunks on disk, and of the points that stand before it."""
+    """Each point with the steps that it will find done: those of points before it, which leave a trunk or have one."""
     left: dict[str, set[int]] = defaultdict(set)
     found = []
     for point in points:
@@ -119,10 +117,17 @@ def _with_trunks(points: list[Point]) -> list[Point]:
         common = common_steps(point.config, point.plan)
         key = f"{point.config.run_root} {trunk_key(point.config, point.plan, data_hash='')}"
         shared = max((steps for steps in left[key] if steps <= common), default=0)
-        if point.state != "done" or point.directory.exists():  # of a row from elsewhere there is no trunk here
+        if point.state != "done" or _has_left_trunk(point):
             left[key].add(common)
         found.append(replace(point, steps_shared=shared))
     return found
+
+
+def _has_left_trunk(point: Point) -> bool:
+    """Not where only its row is here, nor where it ran without share_trunk."""
+    data_hash = RunDirectory(point.directory).summary.get("data_hash", "")
+    trunk = Trunk(point.config, point.plan, data_hash)
+    return checkpoint_path(trunk.directory, trunk.steps).exists()
 
 
 # ------------------------------------------------------------------------------------------------- cost
@@ -167,7 +172,8 @@ def trial(config: Config, plan: RunPlan) -> float | None:
     None where one costs more than TRIAL_FLOPS, or where training would be on another device."""
     tokens = config.trainer.micro_batch_size * config.model.seq_len
     flops = tokens * plan.flops_per_token
-    if flops > TRIAL_FLOPS or config.trainer.device == "cuda":
+    device = config.trainer.device
+    if flops > TRIAL_FLOPS or device == "cuda" or (device == "auto" and torch.cuda.is_available()):
         return None
     model = build_model(config, plan.vocab_size)
     batch = torch.zeros(config.trainer.micro_batch_size, config.model.seq_len + 1, dtype=torch.long)
@@ -204,7 +210,7 @@ def plan_table(points: Sequence[Point], processes: int = 1) -> Table:
 def _sums(points: Sequence[Point]) -> tuple[str, ...]:
     todo = [point for point in points if point.state != "done"]
     left = sum(point.tokens_left for point in points)
-    shared = sum(point.plan.batch_tokens * max(0, point.steps_shared - point.steps_done) for point in todo)
+    shared = sum(point.plan.batch_tokens * point.steps_shared for point in todo if not point.steps_done)
     flops = sum(point.flops_left for point in points)
     return str(len(points)), str(len(todo)), readable(left), readable(shared), f"{flops:.3g}"
 
@@ -226,6 +232,14 @@ def status_table(points: Sequence[Point]) -> Table:
     states = [point.state for point in points]
     table.add_row("all", *(str(states.count(state)) for state in STATES))
     return table
+
+
+def add_rows(points: Iterable[Point]) -> None:
+    """The rows of finished runs that did not add theirs: they ran without `results`, or were killed just before."""
+    for point in points:
+        directory = RunDirectory(point.directory)
+        if point.config.results and directory.finished:
+            record(Path(point.config.results), read_run(directory.path))
 
 
 def mark_killed(point: Point) -> None:

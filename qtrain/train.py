@@ -10,10 +10,13 @@ mistakes are answered at once.
 from __future__ import annotations
 
 import copy
+import multiprocessing
 import os
+import signal
 import sys
 import traceback
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import hydra
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
@@ -40,7 +43,8 @@ def main() -> None:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     try:
         sys.argv[1:] = checked_overrides(sys.argv[1:])
-        _hydra_main()
+        with _stop.listening():
+            _hydra_main()
     except (UserError, HydraException, OmegaConfBaseException) as error:
         _report(error)
     except OSError as error:  # Hydra makes a sweep's folder itself
@@ -57,6 +61,35 @@ def main() -> None:
 _failures: list[Exception] = []
 
 
+class _Stop:
+    """Ctrl-C reaches the processes of hydra/launcher=local as well, and joblib kills them all at the first exception,
+    its own or a job's: so their parent waits until each has saved, and a job that was stopped ends without one."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self.jobs_are_here = False
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """KeyboardInterrupt at Ctrl-C: at once where jobs run in this process, else at the end or at the second."""
+        before = signal.signal(signal.SIGINT, self._note)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
+        if self.asked:
+            raise KeyboardInterrupt
+
+    def _note(self, *_: object) -> None:
+        if self.asked or self.jobs_are_here:
+            raise KeyboardInterrupt
+        self.asked = True
+        print("waiting until all jobs have saved; again to stop at once", file=sys.stderr)
+
+
+_stop = _Stop()
+
+
 def _report(error: Exception) -> None:
     print(f"error: {error}", file=sys.stderr)
     _failures.append(error)
@@ -69,7 +102,25 @@ OmegaConf.register_new_resolver("mul", lambda a, b: a * b, replace=True)
 
 @hydra.main(config_path=str(configs_dir()), config_name="train", version_base="1.3")
 def _hydra_main(tree: DictConfig) -> float | None:
-    """One job. A mistake is reported and the next job of a multirun goes on."""
+    from qtrain.train import job  # joblib sends this function by value, and with it copies of what is global in it
+
+    return job(tree)
+
+
+def job(tree: DictConfig) -> float | None:
+    """One job, unless its process was asked to stop."""
+    if multiprocessing.parent_process() is None:
+        _stop.jobs_are_here = True
+        return _job(tree)
+    try:  # a process of hydra/launcher=local
+        return None if _stop.asked else _job(tree)
+    except KeyboardInterrupt:
+        _stop.asked = True
+        return None
+
+
+def _job(tree: DictConfig) -> float | None:
+    """A mistake is reported and the next job of a multirun goes on."""
     try:
         config = to_config(tree)
         from qtrain.run import run

@@ -15,17 +15,17 @@ import json
 from pathlib import Path
 
 from qtrain.checkpoint import newest_checkpoint
-from qtrain.config import Config, result_keys
+from qtrain.config import Config, hashed_keys
 from qtrain.lightning_module import computes_in_high_precision
 from qtrain.optim import trunk_steps
 from qtrain.plan import RunPlan
 
-# What a run does with its budget. Warm-up counts as the number of steps that it comes to.
+# What a run does with its budget. Warm-up counts as the number of steps that it comes to. What it validates on is not
+# here: the lines of metrics.jsonl that come with a trunk tell of it.
 AFTER_THE_TRUNK = {
     "trainer": ("tokens", "tokens_per_parameter"),
     "scheduler": ("warmup_fraction", "warmup_steps", "decay_fraction", "final_factor"),
     "recipe": ("high_precision_after",),
-    "data": ("val_tokens",),
     "debug": ("max_steps",),
 }
 
@@ -48,8 +48,9 @@ def metrics_beside(checkpoint: Path) -> Path:
 
 def common_steps(config: Config, plan: RunPlan) -> int:
     """The steps after which the state is that of every longer run of this schedule: those before the decay, less one,
-    because the state holds the rate of the step to come, and those before the recipe switches to high precision."""
-    steps = trunk_steps(plan.steps, config.scheduler)
+    because the state holds the rate of the step to come, and those before the recipe switches to high precision. None
+    of the last two, where there is hardly a decay: the last step has the final rate even if it is one of warm-up."""
+    steps = max(0, min(trunk_steps(plan.steps, config.scheduler), plan.steps - 2))
     if config.recipe.high_precision_after is None:
         return steps
     return next((step for step in range(steps) if computes_in_high_precision(config, plan, step)), steps)
@@ -57,7 +58,7 @@ def common_steps(config: Config, plan: RunPlan) -> int:
 
 def trunk_key(config: Config, plan: RunPlan, data_hash: str) -> str:
     """Sixteen hex digits of all that determines the steps before the decay."""
-    tree = result_keys(config, exclude_defaults=True)
+    tree = hashed_keys(config)
     for group, keys in AFTER_THE_TRUNK.items():
         for key in keys:
             tree.get(group, {}).pop(key, None)

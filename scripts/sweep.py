@@ -17,7 +17,6 @@ import argparse
 import os
 import subprocess
 import sys
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +24,13 @@ import yaml
 from rich.console import Console
 
 from qtrain.errors import UserError, first_line
-from qtrain.sweep import Point, describe, find_points, mark_killed, plan_table, status_table
+from qtrain.run_directory import RunDirectory
+from qtrain.sweep import Point, add_rows, describe, find_points, mark_killed, plan_table, status_table
 from qtrain.train import compose_all, jobs_of
 
 TRAIN = Path(__file__).parents[1] / "train.py"
+ENDED = (0, 2)  # of train.py: it has tried each point; those that it could not do it has named, with the reason
+NOT_DONE = ("running", "failed", "stopped", "missing")
 Line = list[str]  # the arguments of one `train.py -m`
 
 
@@ -113,18 +115,29 @@ def points_of(lines: list[Line]) -> list[Point]:
 
 def launch(line: Line, jobs: int, retry: bool) -> None:
     """Run what a line lacks. A process that dies takes the sweep down with it, so the sweep is started again, until
-    nothing is left; a point whose process died twice counts as failed. KeyboardInterrupt when asked to stop."""
-    deaths: Counter[Path] = Counter()
-    while any(point.state in open_states(retry and not deaths) for point in points_of([line])):
-        status = _run(line, jobs, retry and not deaths)
-        left = [point for point in points_of([line]) if point.state == "stopped"]
-        deaths.update(point.directory for point in left)
-        for point in left:
-            if deaths[point.directory] > 1:
-                mark_killed(point)
-        if not left:  # all that could start has ended; what is missing was refused, and said why
+    nothing is left; a point that was started twice and ended by neither counts as failed. KeyboardInterrupt when asked
+    to stop."""
+    points = points_of([line])
+    first = before = starts_of(points)
+    while any(point.state in open_states(retry) for point in points):
+        status = _run(line, jobs, retry)
+        points = points_of([line])
+        starts = starts_of(points)
+        if status in ENDED:
             return
-        print(f"train.py ended with {status}; going on with what is left", file=sys.stderr)
+        print(f"train.py ended with {status}", file=sys.stderr)
+        if starts == before:  # it died before any point began, and would again
+            return
+        for point in points:
+            if point.state == "stopped" and starts[point.directory] - first[point.directory] > 1:
+                mark_killed(point)
+        points = points_of([line])
+        jobs, retry, before = 1, False, starts  # beside each other, one may die of the other's memory
+        print("going on with what is left, one at a time", file=sys.stderr)
+
+
+def starts_of(points: list[Point]) -> dict[Path, int]:
+    return {point.directory: RunDirectory(point.directory).starts for point in points}
 
 
 def open_states(retry: bool) -> tuple[str, ...]:
@@ -171,7 +184,8 @@ def main() -> int:
             for line in lines:
                 launch(line, arguments.jobs, arguments.retry)
             points = points_of(lines)
-        return show_status(points, console)
+            add_rows(points)
+        return show_status(points, console, ("failed",) if arguments.action == "status" else NOT_DONE)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -193,13 +207,13 @@ def lines_of(arguments: list[str], only: list[str] | None) -> list[Line]:
     return [settings]
 
 
-def show_status(points: list[Point], console: Console) -> int:
-    """The exit status: 1 when any point failed."""
+def show_status(points: list[Point], console: Console, bad: tuple[str, ...]) -> int:
+    """The exit status: 1 when any point is in a state that is bad."""
     console.print(status_table(points))
     for point in points:
         if point.state != "done":
             console.print(describe(point), soft_wrap=True)
-    return 1 if any(point.state == "failed" for point in points) else 0
+    return 1 if any(point.state in bad for point in points) else 0
 
 
 if __name__ == "__main__":

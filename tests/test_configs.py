@@ -12,7 +12,7 @@ from qtrain.config import ModelConfig, config_hash
 from qtrain.models.llama import Llama, count_parameters
 from qtrain.plan import RunPlan, make_plan
 from qtrain.settings import configs_dir, group_names, parse
-from qtrain.train import compose
+from qtrain.train import compose, compose_all, jobs_of
 
 ROOT = Path(__file__).parents[1]
 
@@ -166,10 +166,11 @@ def test_paper_runs_fit_one_device_and_eight(size: str) -> None:
 
 @pytest.mark.parametrize("path", sorted((ROOT / "experiments").rglob("points.yaml")), ids=lambda path: path.parent.name)
 def test_every_point_of_a_study_is_a_run(path: Path) -> None:
-    """Names and settings compose, and no two points of a study are the same run."""
+    """Names and settings compose, and no run has two names."""
     tree = yaml.safe_load(path.read_text())
-    hashes = {}
+    names = {}
     for name, entry in tree["points"].items():
-        config = compose([*tree["settings"], *entry["settings"], f"name={name}"])
-        assert hashes.setdefault(config_hash(config), name) == name
-        assert config.data.source == "python_env" and config.model.name == "nano"
+        jobs = jobs_of([f"name={name}", *tree["settings"], *entry.get("settings", [])])
+        for config in compose_all(jobs):
+            assert names.setdefault(config_hash(config), config.name) == config.name
+            assert config.data.source == "python_env" and config.model.name == "nano"

@@ -19,13 +19,16 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from qtrain.checkpoint import checkpoint_path, list_checkpoints
 from qtrain.config import Config, config_hash
 from qtrain.errors import UserError
+from qtrain.plan import make_plan
 from qtrain.report.results import record
 from qtrain.report.summaries import COLUMNS, read_csv
 from qtrain.run_directory import RunDirectory
 from qtrain.sweep import find_points, plan_table, seconds_left, status_table
 from qtrain.train import compose, compose_all, jobs_of
+from qtrain.trunk import Trunk
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "scripts" / "sweep.py"
@@ -111,6 +114,27 @@ def test_a_sweep_killed_at_random_ends_with_the_same_table(
     assert len(losses(killed / "results.csv")) == len(read_csv(killed / "results.csv")) == 2
 
 
+def test_ctrl_c_waits_until_each_process_has_saved(corpus: Path, tmp_path: Path) -> None:
+    """Two train beside each other; the third does not begin."""
+    paths = [f"data.files={corpus}/*.txt", f"data.cache_dir={corpus}/cache", f"run_root={tmp_path}/runs"]
+    more = ["trainer.tokens=64_000", "seed=0,1,2", "callbacks.checkpoint_every_steps=1000", "hydra/launcher=local"]
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "train.py", "-m", *TINY, *paths, *more], cwd=tmp_path, env=environment,
+        start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while len(list(tmp_path.glob("runs/*/metrics.jsonl"))) < 2:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and "waiting until all jobs have saved" in errors
+    runs = [RunDirectory(path.parent) for path in tmp_path.glob("runs/*/config.yaml")]
+    assert [run.summary["status"] for run in runs] == ["interrupted"] * 2
+    assert all(list_checkpoints(run.checkpoints) for run in runs)
+
+
 def test_a_point_that_fails_ends_nothing_and_is_run_again_on_request(
     main: Callable[..., int], corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
@@ -153,13 +177,75 @@ def test_a_point_whose_process_dies_twice_counts_as_failed(
     assert "killed twice" in capsys.readouterr().out
 
 
+def test_a_point_that_did_not_die_is_not_called_killed(
+    script: ModuleType, main: Callable[..., int], corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """Two are killed beside each other, then one of them alone; the third stopped in an earlier sweep."""
+    monkeypatch.chdir(tmp_path)
+    folder = study(tmp_path / "s", corpus, "  a: {seeds: 3, settings: [trainer.tokens=640]}\n")
+    configs = [point.config for point in script.points_of(script.study_lines(folder, None))]
+    leave(configs[2], "interrupted")
+    calls = []
+
+    def dies(line: list[str], jobs: int, retry: bool) -> int:
+        calls.append((jobs, [point.state for point in script.points_of([line])]))
+        if len(calls) == 3:
+            for config in configs[1:]:
+                leave(config, "finished")
+            return 2
+        for config in configs[:jobs]:
+            leave(config, "running")
+        return -9
+
+    monkeypatch.setattr(script, "_run", dies)
+    assert main("launch", folder, "--jobs", 2) == 1
+    stopped = "stopped"
+    assert calls == [
+        (2, ["missing", "missing", stopped]), (1, [stopped] * 3), (1, ["failed", stopped, stopped])
+    ]  # fmt: skip
+    calls.clear()
+    monkeypatch.setattr(script, "_run", lambda *_: calls.append(0) or -9)
+    assert main("launch", folder, "--retry") == 1 and calls == [0], "it died before any point began"
+    assert "train.py ended with -9" in capsys.readouterr().err
+
+
+def test_launch_tells_by_its_status_whether_all_is_done(
+    script: ModuleType, main: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where train.py refuses what it is given, as here where there are no files."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(script, "_run", lambda *_: 2)
+    point = [*TINY, "data.files=nowhere/*.txt", "trainer.tokens=64"]
+    assert main("launch", *point) == 1
+    assert main("status", *point) == 0
+
+
+def test_a_run_that_finished_without_its_row_gets_one(main: Callable[..., int], tmp_path: Path) -> None:
+    """It ran before `results` was set, or was killed just before."""
+    (config,) = ladder(tmp_path, "trainer.tokens_per_parameter=5")
+    leave(config, "finished")
+    results = tmp_path / "deep" / "results.csv"
+    arguments = [
+        "+sweep=ladder", "model.n_layers=1", "trainer.tokens_per_parameter=5", f"run_root={tmp_path}",
+        f"results={results}",
+    ]  # fmt: skip
+    for _ in range(2):
+        assert main("launch", *arguments) == 0
+        assert [row["name"] for row in read_csv(results)] == ["bf16"]
+
+
 def leave(config: Config, status: str) -> None:
     """A run directory of this status, as a run would leave it."""
     with RunDirectory.of(config) as directory:
         directory.open(config)
         row: dict[str, Any] = dict.fromkeys(COLUMNS, 1)
         row |= {"name": config.name, "seed": config.seed, "val_loss": 2.0, "status": status, "tokens_per_second": 1e4}
-        directory.write_summary(row)
+        directory.write_summary(row | {"config_hash": config_hash(config), "data_hash": "d"})
+    if config.trainer.share_trunk and status == "finished":
+        trunk = Trunk(config, make_plan(config), "d")
+        trunk.directory.mkdir(parents=True, exist_ok=True)
+        checkpoint_path(trunk.directory, trunk.steps).touch()
 
 
 # ------------------------------------------------------------------------------------------------ without training
@@ -195,6 +281,12 @@ def test_what_a_shared_trunk_saves_is_not_counted_twice(tmp_path: Path) -> None:
     assert [point.tokens_left for point in points] == [2048 * (a - b) for a, b in zip(steps, [0, *trunks], strict=True)]
     alone = find_points(ladder(tmp_path, "trainer.share_trunk=false"))
     assert [point.tokens_left for point in alone] == [2048 * a for a in steps]
+    leave(alone[0].config, "finished")  # by itself: of the same hash, but there is no trunk
+    points = find_points(ladder(tmp_path))
+    assert [(point.state, point.steps_shared) for point in points] == [("done", 0), ("missing", 0), ("missing", 832)]
+    leave(points[2].config, "interrupted")
+    checkpoint_path(RunDirectory.of(points[2].config).checkpoints, 100).touch()
+    assert find_points(ladder(tmp_path))[2].tokens_left == 2048 * (2083 - 100), "its own checkpoint comes first"
 
 
 def test_a_point_is_done_by_its_directory_or_by_its_row(tmp_path: Path) -> None:
@@ -242,6 +334,8 @@ def test_tables_name_what_is_left(tmp_path: Path) -> None:
 def test_a_point_that_cannot_run_is_named_before_anything_starts(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"quartet, seed 0: .*layers.0.attention.q has 72"):
         find_points(ladder(tmp_path, "recipe=quartet", "model.dim=72", "model.n_heads=2"))
+    with pytest.raises(UserError, match="names one directory for several runs"):
+        find_points(ladder(tmp_path, f"run_dir={tmp_path}/one"))
     with pytest.raises(UserError, match=r"did you mean 'quartet'"):
         jobs_of(["+sweep=ladder", "recipe=bf16,quartett"])
 
@@ -313,6 +407,13 @@ def test_other_mistakes_are_explained(
         assert message in capsys.readouterr().err
     Path("s/results.csv").touch()
     assert main("status", "s") == 2 and "results.csv is empty" in capsys.readouterr().err
+    assert main("plan", "+sweep=ladder", "results=s") == 2
+    assert "results=s is a folder; name a file in it" in capsys.readouterr().err
+    (config,) = ladder(tmp_path, "trainer.tokens_per_parameter=5")
+    leave(config, "finished")
+    (RunDirectory.of(config).path / "summary.json").write_text('{"status": ')
+    assert main("status", "+sweep=ladder", "model.n_layers=1", f"run_root={tmp_path}") == 2
+    assert "summary.json: " in capsys.readouterr().err
 
 
 def test_the_launcher_for_clusters_runs_in_processes_of_this_machine(

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from qtrain.callbacks import LeaveTrunk
 from qtrain.checkpoint import list_checkpoints, load_checkpoint
 from qtrain.config import Config, config_hash
 from qtrain.errors import UserError
@@ -83,13 +85,15 @@ def test_a_branch_ends_as_a_run_of_its_own(corpus: Path, tmp_path: Path, recipe:
 
 
 def test_a_trunk_ends_where_the_learning_rate_begins_to_know_the_budget() -> None:
-    for steps in (20, 41, 100):
-        config = compose([*SMALL, "data.files=x", f"trainer.tokens={steps * BATCH}"])
-        plan, longer = make_plan(config), make_plan(compose([*SMALL, "data.files=x", "trainer.tokens=1_000_000"]))
+    for steps, warmup in ((20, 4), (41, 4), (100, 4), (20, 20), (20, 19), (1, 0), (2, 1)):
+        base = [*SMALL, "data.files=x", f"scheduler.warmup_steps={warmup}"]
+        config = compose([*base, f"trainer.tokens={steps * BATCH}"])
+        plan, longer = make_plan(config), make_plan(compose([*base, "trainer.tokens=1_000_000"]))
         common = common_steps(config, plan)
         here = [lr_factor(step, plan.steps, config.scheduler) for step in range(plan.steps)]
         there = [lr_factor(step, longer.steps, config.scheduler) for step in range(plan.steps)]
-        assert here[: common + 1] == there[: common + 1] and here[common + 1] != there[common + 1]
+        assert common == 0 or here[: common + 1] == there[: common + 1]
+        assert common == max(0, steps - 2) or here[common + 1] != there[common + 1]
 
 
 def test_a_late_switch_ends_the_trunk() -> None:
@@ -109,6 +113,7 @@ def test_a_late_switch_ends_the_trunk() -> None:
         "scheduler.warmup_steps=5",
         "model.n_layers=3",
         "data.max_tokens=9",
+        "data.val_tokens=512",
     ],
 )
 def test_what_changes_the_trunk_has_another_key(change: str) -> None:
@@ -121,7 +126,32 @@ def test_what_changes_the_trunk_has_another_key(change: str) -> None:
     assert key != trunk_key(config, make_plan(config), "other data")
 
 
-def test_a_damaged_trunk_is_not_used(corpus: Path, tmp_path: Path) -> None:
+def test_the_order_of_a_recipes_overrides_is_part_of_the_key() -> None:
+    """The first match holds."""
+    base = [*SMALL, "data.files=x", "recipe=quartet"]
+    one = compose([*base, "recipe.overrides={down:quest,*.mlp.*:bf16}"])
+    other = compose([*base, "recipe.overrides={*.mlp.*:bf16,down:quest}"])
+    assert trunk_key(one, make_plan(one), "data") != trunk_key(other, make_plan(other), "data")
+
+
+def test_a_trunk_before_the_first_line_of_metrics(corpus: Path, tmp_path: Path) -> None:
+    quiet = ["callbacks.log_every_steps=100", "callbacks.val_every_steps=100", "trainer.share_trunk=true"]
+    for steps in (10, 20):
+        config = settings(corpus, tmp_path, steps, *quiet)
+        run(config)
+        assert [line["step"] for line in metrics(config)] == [steps, steps]
+    assert RunDirectory.of(config).summary["shared_steps"] == 7
+
+
+def test_devices_that_found_different_trunks_do_not_train() -> None:
+    """As when another run leaves its trunk while they start."""
+    found = SimpleNamespace(global_step=0, strategy=SimpleNamespace(reduce=lambda step, reduce_op: step + 3.5))
+    leave = LeaveTrunk(SimpleNamespace(directory="trunks/x"), None, None)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(UserError, match="a trunk appeared in trunks/x"):
+        leave.on_train_start(found, SimpleNamespace(device="cpu"))  # pyright: ignore[reportArgumentType]
+
+
+def test_a_damaged_trunk_is_not_used_and_replaced(corpus: Path, tmp_path: Path) -> None:
     short = settings(corpus, tmp_path, 20, "trainer.share_trunk=true")
     run(short)
     (left,) = tmp_path.glob("trunks/*/*.ckpt")
@@ -129,6 +159,10 @@ def test_a_damaged_trunk_is_not_used(corpus: Path, tmp_path: Path) -> None:
     long = settings(corpus, tmp_path, 40, "trainer.share_trunk=true")
     run(long)
     assert RunDirectory.of(long).summary["shared_steps"] == 0
+    for factor in (0.2, 0.3):  # as short as the first
+        again = settings(corpus, tmp_path, 20, "trainer.share_trunk=true", f"scheduler.final_factor={factor}")
+        run(again)
+    assert RunDirectory.of(again).summary["shared_steps"] == 15
 
 
 def test_only_wsd_has_a_trunk() -> None:

@@ -5,21 +5,30 @@ from __future__ import annotations
 import fcntl
 from pathlib import Path
 
+from qtrain.errors import UserError
 from qtrain.report.summaries import Row, read_csv, write_csv
 
 
-def recorded(path: Path, name: str, config_hash: str) -> Row | None:
-    """The row of the run with this name and these settings; None where the file has none, or is not there. UserError
-    for a file that is no results file."""
-    rows = read_csv(path) if path.is_file() else []
-    return next((row for row in rows if (row["name"], row["config_hash"]) == (name, config_hash)), None)
+def recorded(path: Path) -> dict[tuple[str, str], Row]:
+    """(name, config_hash) -> row of a results file; none where it is not there yet. UserError for what is none."""
+    path = path.expanduser()
+    if path.is_dir():
+        raise UserError(f"results={path} is a folder; name a file in it: results={path / 'results.csv'}")
+    rows = read_csv(path) if path.exists() else []
+    return {(row["name"], row["config_hash"]): row for row in rows}
 
 
 def record(path: Path, row: Row) -> None:
-    """Add the row of a finished run, if it is not there. What the file has is never rewritten."""
+    """Add the row of a finished run, if it is not there. What the file has is never rewritten; a new one has its header
+    when it appears, whenever the process is killed."""
+    path = path.expanduser()
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = path.with_name(f".{path.name}.lock")
     with lock.open("w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
-        if recorded(path, row["name"], row["config_hash"]) is None:
+        if not path.exists():
+            new = path.with_name(f".{path.name}.new")
+            write_csv([], new)
+            new.replace(path)
+        if (row["name"], row["config_hash"]) not in recorded(path):
             write_csv([row | {"directory": None}], path, append=True)  # a place on one machine

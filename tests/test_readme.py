@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 import qtrain
+from qtrain.train import compose_all, jobs_of
 
 ROOT = Path(__file__).parents[1]
 
@@ -25,16 +26,13 @@ def test_the_plain_pytorch_loop_learns(capsys, monkeypatch):
 
 
 def test_every_override_the_readme_shows_is_valid():
-    from qtrain.train import compose
-
     text = (ROOT / "README.md").read_text()
-    commands = re.findall(r"(?:^|`)python (?:train|scripts/prepare_data)\.py([^`\n]*)", text, flags=re.MULTILINE)
+    script = r"(?:^|`)python (?:train|scripts/prepare_data|scripts/sweep)\.py([^`\n]*)"
+    commands = [command.split("#")[0] for command in re.findall(script, text, flags=re.MULTILINE)]
     composed = 0
     for command in commands:
-        words = [word.strip("'") for word in command.split("#")[0].split()]
-        if "--help" in words or "-m" in words:
-            continue
-        words = [word.replace("'", "") for word in words]
-        assert compose(words).name
-        composed += 1
-    assert composed >= 5
+        words = [word.replace("'", "") for word in command.split() if "=" in word]
+        for config in compose_all(jobs_of(words)[:4]):
+            assert config.name
+            composed += 1
+    assert composed >= 25

@@ -54,6 +54,7 @@ bench-gpu: $(VENV)/.dev ## the same on a GPU, at the sizes of large models
 	$(BIN)/python kernels/bench/bench_quantize.py $(ON_GPU) --size 8192
 	$(BIN)/python kernels/bench/bench_linear.py $(ON_GPU) --tokens 16384 --features 4096 --out-features 4096 --gemm fp8
 	$(BIN)/python kernels/bench/bench_linear.py $(ON_GPU) --tokens 16384 --features 4096 --out-features 14336 --gemm fp8
+	$(BIN)/python kernels/bench/bench_linear.py $(ON_GPU) --tokens 16384 --features 4096 --out-features 14336 --gemm fp8_fast
 	$(BIN)/python kernels/bench/bench_training.py $(ON_GPU) --model llama_800m --batch 16 $(LARGE)
 	$(BIN)/python kernels/bench/bench_training.py $(ON_GPU) --model llama_3200m --layers 4 --batch 32 $(LARGE)
 	$(BIN)/python kernels/bench/table.py $(RESULTS)/*.json

@@ -14,7 +14,7 @@ from pydantic import Field, field_validator, model_validator
 
 from qtrain.errors import UserError
 from qtrain.recipe import LinearRecipe
-from qtrain.settings import Backend, GemmKind, Strict, fields_at, nearest
+from qtrain.settings import FP8_GEMMS, Backend, GemmKind, Strict, fields_at, nearest
 
 
 class ModelConfig(Strict):
@@ -243,9 +243,9 @@ class Config(Strict):
 
     @model_validator(mode="after")
     def _fp8_gives_bfloat16(self) -> Config:
-        if self.gemm == "fp8" and self.trainer.precision != "bf16-mixed":
+        if self.gemm in FP8_GEMMS and self.trainer.precision != "bf16-mixed":
             raise ValueError(
-                f"gemm=fp8 gives products in bfloat16, and trainer.precision is {self.trainer.precision}; set "
+                f"gemm={self.gemm} gives products in bfloat16, and trainer.precision is {self.trainer.precision}; set "
                 "trainer.precision=bf16-mixed or gemm=auto"
             )
         return self

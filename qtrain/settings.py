@@ -16,7 +16,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from qtrain.errors import UserError
 
 Backend = Literal["auto", "reference", "compiled", "triton"]
-GemmKind = Literal["auto", "float", "fp8", "fp4"]
+GemmKind = Literal["auto", "float", "fp8", "fp8_fast", "fp4"]
+FP8_GEMMS = ("fp8", "fp8_fast")
 T = TypeVar("T", bound="Strict")
 
 

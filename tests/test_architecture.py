@@ -46,8 +46,8 @@ MAY_IMPORT = {
         "torch lightning qtrain.config qtrain.plan qtrain.optim qtrain.metrics qtrain.models qtrain.quant"
     ),
     "qtrain.callbacks": (
-        "torch lightning rich qtrain.config qtrain.plan qtrain.metrics qtrain.models qtrain.quant qtrain.run_directory "
-        "qtrain.checkpoint qtrain.lightning_module qtrain.trunk"
+        "torch lightning rich qtrain.config qtrain.settings qtrain.plan qtrain.metrics qtrain.models qtrain.quant "
+        "qtrain.run_directory qtrain.checkpoint qtrain.lightning_module qtrain.trunk"
     ),
     "qtrain.trunk": (
         "qtrain.config qtrain.plan qtrain.optim qtrain.checkpoint qtrain.lightning_module qtrain.run_directory"

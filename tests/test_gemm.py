@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from itertools import product
+from typing import Any
 
 import pytest
 import torch
@@ -226,7 +227,9 @@ def test_a_layer_multiplies_in_fp8_what_it_would_in_float(recipe: str) -> None:
     """FP8's sums are float32 on CPU and rounded once, so that they lie nearer to the exact product."""
     x, dy = (torch.randn(64, 128, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2))
     results = []
-    for kind, precision in (("fp8", torch.bfloat16), ("float", torch.bfloat16), ("float", torch.float32)):
+    for kind, precision in (
+        ("fp8", torch.bfloat16), ("fp8_fast", torch.bfloat16), ("float", torch.bfloat16), ("float", torch.float32),
+    ):  # fmt: skip
         model = layer(recipe, kind, (128, 128))
         given = x.clone().requires_grad_()
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16):
@@ -234,8 +237,9 @@ def test_a_layer_multiplies_in_fp8_what_it_would_in_float(recipe: str) -> None:
         y.backward(dy.to(y.dtype))
         results.append((y, given.grad, model[0].weight.grad))
         rounded = qtrain.fp8_rounded(model)
-        assert rounded == 0 or (kind == "fp8" and recipe.startswith("mx"))
-    for found, rounded, exact in zip(*results, strict=True):
+        assert rounded == 0 or (kind in ("fp8", "fp8_fast") and recipe.startswith("mx"))
+    for found, fast, rounded, exact in zip(*results, strict=True):
+        assert torch.equal(found, fast)  # a CPU has one way to sum
         error, other = ((each.float() - exact).norm() / exact.norm() for each in (found, rounded))
         assert error < max(1.05 * other, 2e-3)
 
@@ -324,7 +328,7 @@ def test_the_model_says_where_it_multiplies_in_fp8() -> None:
 
 
 def test_what_cannot_multiply_so_says_so() -> None:
-    with pytest.raises(UserError, match="unknown gemm 'int4'; gemms: auto, float, fp8, fp4"):
+    with pytest.raises(UserError, match="unknown gemm 'int4'; gemms: auto, float, fp8, fp8_fast, fp4"):
         layer("quest", "int4")
     for recipe in ("quartet_ii", "quest", "lsq"):
         with pytest.raises(
@@ -347,3 +351,18 @@ def test_fp8_needs_a_card_that_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
         else:
             with pytest.raises(ValueError, match="gemm 'fp8' cannot run on cuda"):
                 dispatch.resolve_gemm("fp8", "fp8", "cuda")
+
+
+def test_fast_accumulation_is_asked_for_by_name_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    scaled_mm = gemm.scaled_mm
+
+    def noted(*arguments: Any, use_fast_accum: bool) -> torch.Tensor:
+        asked.append(use_fast_accum)
+        return scaled_mm(*arguments, use_fast_accum=use_fast_accum)
+
+    monkeypatch.setattr(gemm, "scaled_mm", noted)
+    for kind in ("fp8", "fp8_fast"):
+        with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+            layer("quartet", kind, (128, 128))(torch.randn(32, 128))
+    assert asked == [False, True]

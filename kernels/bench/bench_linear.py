@@ -129,8 +129,9 @@ def main() -> None:
 
     rows = [checked(row(name), "recipe", "gemms", "SQNR dB") for name in models]
     sizes = f"{options.tokens}x{size[0]}x{size[1]}"
-    title = f"linear, {options.tokens} tokens, {size[0]} -> {size[1]}"
-    report(f"linear-{sizes}", title, rows, options)
+    kind = "" if options.gemm == "auto" else f", gemm {options.gemm}"
+    title = f"linear, {options.tokens} tokens, {size[0]} -> {size[1]}{kind}"
+    report(f"linear-{sizes}{kind.replace(', gemm ', '-')}", title, rows, options)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,8 @@ from qtrain_kernels import cpu, gpu, graphs, reference
 
 log = logging.getLogger("qtrain")
 
-GEMMS = ("auto", "float", "fp8", "fp4")
+GEMMS = ("auto", "float", "fp8", "fp8_fast", "fp4")
+FP8_GEMMS = ("fp8", "fp8_fast")  # fast: sums as Hopper's FP8 units keep them, without promotion to float32
 EIGHT_BIT_DEVICES = ("cpu", "cuda")
 BACKENDS = ("auto", "reference", "compiled", "triton")
 
@@ -65,9 +66,9 @@ def resolve_gemm(gemm: str, held: str, device_type: str) -> str:
             "gemm 'fp4' needs FP4 units (sm_100), for which there is no kernel yet; ask for 'auto' or 'fp8'"
         )
     eight_bit = device_type in EIGHT_BIT_DEVICES
-    if gemm == "fp8" and (not eight_bit or (device_type == "cuda" and torch.cuda.get_device_capability() < (8, 9))):
-        raise ValueError(f"gemm 'fp8' cannot run on {device_type}: it has no FP8 product; ask for gemm 'auto'")
-    if gemm == "float" or not eight_bit or (held == "fp8" and gemm != "fp8"):
+    if gemm in FP8_GEMMS and (not eight_bit or (device_type == "cuda" and torch.cuda.get_device_capability() < (8, 9))):
+        raise ValueError(f"gemm {gemm!r} cannot run on {device_type}: it has no FP8 product; ask for gemm 'auto'")
+    if gemm == "float" or not eight_bit or (held == "fp8" and gemm not in FP8_GEMMS):
         return "float"
     return held
 

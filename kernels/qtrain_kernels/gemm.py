@@ -128,9 +128,10 @@ def fold(values: Tensor, dim: int, dtype: torch.dtype) -> Folded:
     return Folded(codes, scale, ((codes.float() != scaled) & scaled.isfinite()).sum())
 
 
-def fp8_matmul(left: Folded, right: Folded) -> Tensor:
-    """(M, K) @ (K, N) of matrices folded along K -> bfloat16, the sum as the device's FP8 units take it, without fast
-    accumulation. ValueError for factors that do not fit."""
+def fp8_matmul(left: Folded, right: Folded, fast: bool = False) -> Tensor:
+    """(M, K) @ (K, N) of matrices folded along K -> bfloat16. fast: summed by CUDA's FP8 units alone (fast
+    accumulation); else their partial sums are added up in float32. The same on CPU.
+    ValueError for factors that do not fit."""
     _check_product(left.codes, right.codes, tuple(TOP))
     if right.codes.dtype == torch.float8_e5m2:
         raise ValueError("right must be in float8_e4m3fn: CUDA multiplies by no other; got torch.float8_e5m2")
@@ -141,4 +142,5 @@ def fp8_matmul(left: Folded, right: Folded) -> Tensor:
     missing, wide = -left.codes.shape[1] % FP8_MULTIPLE, -columns % FP8_MULTIPLE
     a, b = _filled(left.codes, 0, missing), _filled(right.codes.T, wide, missing).T
     by_row = ScalingType.RowWise
-    return scaled_mm(a, b, left.scale, by_row, F.pad(right.scale, (0, wide)), by_row)[:rows, :columns]
+    scales = left.scale, by_row, F.pad(right.scale, (0, wide)), by_row
+    return scaled_mm(a, b, *scales, use_fast_accum=fast)[:rows, :columns]

@@ -18,7 +18,7 @@ from qtrain.quant.linear import Numerics, QuantLinear
 from qtrain.quant.random import checked_seed
 from qtrain.quant.rotation import base
 from qtrain.recipe import LinearRecipe, read_recipe
-from qtrain.settings import Backend, GemmKind, group_names
+from qtrain.settings import FP8_GEMMS, Backend, GemmKind, group_names
 from qtrain_kernels import dispatch
 
 log = logging.getLogger("qtrain")
@@ -234,9 +234,9 @@ def _swap(
         problems += [problem for problem in [_misfit(name, linears[name], recipe, numerics)] if problem]
     if problems:
         raise UserError("\n".join(problems))
-    if gemm == "fp8" and found and not any(each.held == "fp8" for numerics in found for each in numerics.gemms):
+    if gemm in FP8_GEMMS and found and not any(each.held == "fp8" for numerics in found for each in numerics.gemms):
         raise UserError(
-            f"gemm 'fp8' needs MXFP4, MXFP6, MXFP8 or FP8 codes on both sides of a GEMM, and recipe {report.recipe} "
+            f"gemm {gemm!r} needs MXFP4, MXFP6, MXFP8 or FP8 codes on both sides of a GEMM, and recipe {report.recipe} "
             "has none such; ask for gemm 'auto'"
         )
     made: dict[nn.Module, QuantLinear] = {}  # a layer used under two names stays one layer

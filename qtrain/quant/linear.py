@@ -26,7 +26,7 @@ from qtrain.quant.quantizer import Operand, Quantizer, folded, gemm, rotate, unr
 from qtrain.quant.random import PER_STEP, USES, key_of, key_words
 from qtrain.quant.rotation import hadamard
 from qtrain.recipe import LinearRecipe
-from qtrain.settings import Backend, GemmKind
+from qtrain.settings import FP8_GEMMS, Backend, GemmKind
 from qtrain_kernels import dispatch
 from qtrain_kernels.gemm import Folded, fp8_matmul
 from qtrain_kernels.reference import Rotation, stored_integer
@@ -236,7 +236,7 @@ class QuantizedWeight:
         elements = left_side.codes.numel() + right.codes.numel()
         inexact = left_side.inexact + right.inexact
         self.fp8_counts += torch.stack((inexact, torch.full_like(inexact, elements)))
-        return fp8_matmul(left_side, right)
+        return fp8_matmul(left_side, right, fast=self.numerics.gemm == "fp8_fast")
 
     def _right_side(self, gemm_: Gemm, right: Operand) -> Operand | Folded:
         """As one of the GEMMs multiplies by it."""
@@ -476,10 +476,10 @@ class QuantLinear(nn.Linear):
         device_type = input.device.type
         autocast = torch.is_autocast_enabled(device_type)
         dtype = torch.get_autocast_dtype(device_type) if autocast else input.dtype
-        if self.numerics.gemm == "fp8" and dtype != torch.bfloat16:
+        if self.numerics.gemm in FP8_GEMMS and dtype != torch.bfloat16:
             raise UserError(
-                f"{self.name}: gemm 'fp8' gives products in bfloat16; the compute dtype is {dtype}; use "
-                "torch.autocast(..., dtype=torch.bfloat16), or convert with gemm='auto'"
+                f"{self.name}: gemm {self.numerics.gemm!r} gives products in bfloat16; the compute dtype is {dtype}; "
+                "use torch.autocast(..., dtype=torch.bfloat16), or convert with gemm='auto'"
             )
         if dtype not in (torch.bfloat16, torch.float32):
             raise UserError(

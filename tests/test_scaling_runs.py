@@ -80,3 +80,13 @@ def test_a_file_that_is_no_table_is_named(tmp_path, name, content, message):
         (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=message):
         read_table(tmp_path / name)
+
+
+def test_runs_of_several_names_under_one_recipe_are_told_apart_by_name() -> None:
+    def row(name: str, recipe: str, seed: int) -> dict[str, object]:
+        return {"name": name, "recipe": recipe, "seed": seed, "non_embedding_parameters": 1e6, "tokens": 1e7,
+                "val_loss": 2.0}  # fmt: skip
+
+    rows = [row("quest", "quest", 0), row("quest_2bit", "quest", 0), row("ladder", "bf16", 0), row("ladder", "bf16", 1)]
+    runs, left_out = runs_of(rows, "t.csv")
+    assert [run.recipe for run in runs] == ["bf16", "bf16", "quest", "quest_2bit"] and not left_out

@@ -6,7 +6,7 @@ import csv
 import math
 import operator
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,10 +67,10 @@ def runs_of(rows: Iterable[Mapping[str, Any]], where: str) -> tuple[list[Run], l
     """(usable runs in an order of their own, what was left out and why: unfinished and diverged runs).
 
     UserError where there is none, where runs of different data or tokenizers are mixed (their losses do not compare),
-    where two are of one recipe, N, D and seed, where only some have a forward and a backward, or where a number is
-    none.
+    where two are of one recipe (of one name, where a recipe has runs of several), N, D and seed, where only some have a
+    forward and a backward, or where a number is none.
     """
-    rows = list(rows)
+    rows = _by_name(list(rows))
     if not rows:
         raise UserError(f"{where} holds no run: there is nothing to fit")
     for column, what in (("data_hash", "corpora"), ("tokenizer", "tokenizers")):
@@ -101,6 +101,15 @@ def runs_of(rows: Iterable[Mapping[str, Any]], where: str) -> tuple[list[Run], l
             "give them their own seed or recipe"
         )
     return sorted(runs, key=lambda run: (run.recipe, run.N, run.D, run.seed)), left_out
+
+
+def _by_name(rows: list[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """A recipe that runs of several names have (quest at 4 bits and at 2) is as many recipes, called by these names."""
+    names: dict[str, set[str]] = defaultdict(set)
+    for row in rows:
+        names[str(row.get("recipe"))].add(str(row.get("name") or ""))
+    several = {recipe for recipe, found in names.items() if len(found) > 1 and "" not in found}
+    return [{**row, "recipe": row["name"]} if str(row.get("recipe")) in several else row for row in rows]
 
 
 def _run(row: Mapping[str, Any], where: str) -> Run:

@@ -47,6 +47,8 @@ def main() -> None:
             _hydra_main()
     except (UserError, HydraException, OmegaConfBaseException) as error:
         _report(error)
+    except JobFailedError as error:
+        _failures.append(error)
     except OSError as error:  # Hydra makes a sweep's folder itself
         if error.filename is None:
             raise
@@ -59,6 +61,11 @@ def main() -> None:
 
 
 _failures: list[Exception] = []
+
+
+class JobFailedError(Exception):
+    """A job of a multirun failed, here or in a process of its own, and has said why. Hydra hands it on when all jobs of
+    the multirun have ended."""
 
 
 class _Stop:
@@ -120,7 +127,8 @@ def job(tree: DictConfig) -> float | None:
 
 
 def _job(tree: DictConfig) -> float | None:
-    """A mistake is reported and the next job of a multirun goes on."""
+    """A mistake is reported, and so is whatever ends one job of a multirun: the next ones go on."""
+    several = HydraConfig.get().mode == RunMode.MULTIRUN
     try:
         config = to_config(tree)
         from qtrain.run import run
@@ -128,11 +136,12 @@ def _job(tree: DictConfig) -> float | None:
         return run(config)
     except UserError as error:
         _report(error)
-    except Exception as error:  # whatever ends one job of a multirun, the next one goes on
-        if HydraConfig.get().mode != RunMode.MULTIRUN:
+    except Exception:
+        if not several:
             raise
         traceback.print_exc()
-        _failures.append(error)
+    if several:
+        raise JobFailedError
     return None
 
 

@@ -6,6 +6,7 @@ import csv
 import importlib.util
 import json
 import re
+import runpy
 import sys
 import types
 from html import unescape
@@ -383,3 +384,24 @@ def test_the_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
         monkeypatch.setattr(sys, "argv", ["scripts/report.py", *arguments])
         with pytest.raises(SystemExit, match=message):
             script.main()
+
+
+def test_the_law_of_the_same_runs_stands_on_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From run directories by scripts/fit_scaling_law.py to law.json, and from that to the page."""
+    runs = tmp_path / "runs"
+    for parameters in (100_000, 200_000, 400_000, 800_000):
+        for steps in (50, 100, 200, 400):
+            write_run(runs, "bf16", parameters=parameters, steps=steps)
+            write_run(runs, "quest", parameters=parameters, steps=steps)
+    script = SCRIPT.with_name("fit_scaling_law.py")
+    arguments = [runs, "--law", "chinchilla", "--draws", "20", "--out", tmp_path]
+    monkeypatch.setattr(sys, "argv", [str(script), *map(str, arguments)])
+    runpy.run_path(str(script), run_name="__main__")
+    law = json.loads((tmp_path / "law.json").read_text())
+    assert law["constants"]["alpha"]["value"] == pytest.approx(0.3, rel=0.05)  # of the law that write_run follows
+    assert law["constants"]["E"]["value"] == pytest.approx(1.5, rel=0.05)
+    write_report([runs], tmp_path / "page.html", [tmp_path / "law.json"], "bf16", COMMAND)
+    section = (tmp_path / "page.html").read_text().split('<section id="law">')[1]
+    for figure in ("loss-by-tokens", "loss-by-parameters", "residuals", "isoflop", "efficiencies"):
+        assert f'id="law-{figure}"' in section and (tmp_path / "page" / f"law-{figure}.pdf").exists()
+    assert law["command"] in unescape(section)

@@ -29,7 +29,7 @@ from qtrain.callbacks import (
     StopRequest,
     Telemetry,
     Validate,
-)  # fmt: skip
+)
 from qtrain.callbacks.measure import Recorder
 from qtrain.checkpoint import AtomicCheckpointIO, load_checkpoint, newest_checkpoint, tidy
 from qtrain.config import Config, config_hash

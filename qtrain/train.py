@@ -104,7 +104,6 @@ def _report(error: Exception) -> None:
 
 # Arithmetic for rules that follow from the size of a model: optimizer.lr: ${div:0.256,${model.dim}}
 OmegaConf.register_new_resolver("div", lambda a, b: a / b, replace=True)
-OmegaConf.register_new_resolver("mul", lambda a, b: a * b, replace=True)
 
 
 @hydra.main(config_path=str(configs_dir()), config_name="train", version_base="1.3")

@@ -251,11 +251,16 @@ class Config(Strict):
         return self
 
     @model_validator(mode="after")
-    def _a_trunk_needs_wsd(self) -> Config:
+    def _what_a_trunk_needs(self) -> Config:
         if self.trainer.share_trunk and self.scheduler.name != "wsd":
             raise ValueError(
                 f"trainer.share_trunk=true needs scheduler=wsd, whose learning rate is the same for every budget until "
                 f"its decay; scheduler is {self.scheduler.name}"
+            )
+        if self.trainer.share_trunk and self.data.streaming and self.data.max_tokens is None:
+            raise ValueError(
+                "trainer.share_trunk=true needs the same data for every budget, but a streamed source is read to the "
+                "budget's end; set data.max_tokens to the largest one"
             )
         return self
 

@@ -152,14 +152,10 @@ class RunDirectory:
         self._lock = lock
 
     def _note_environment(self) -> None:
-        """Append this start to environment.json; warn when the code has changed since the first."""
+        """Append this start to environment.json."""
         path = self.path / "environment.json"
         record = read_json(path) or {"wandb_id": f"{self.path.name}-{secrets.token_hex(3)}", "starts": []}
-        start = environment()
-        first = record["starts"][0]["commit"] if record["starts"] else start["commit"]
-        if start["commit"] != first:
-            log.warning("this run was started at commit %s; the code is now at %s", first, start["commit"])
-        record["starts"].append(start)
+        record["starts"].append(environment())
         write_atomically(path, json.dumps(record, indent=2) + "\n")
 
     # ------------------------------------------------------------------------------------------------ contents

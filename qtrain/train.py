@@ -70,7 +70,8 @@ class JobFailedError(Exception):
 
 class _Stop:
     """Ctrl-C reaches the processes of hydra/launcher=local as well, and joblib kills them all at the first exception,
-    its own or a job's: so their parent waits until each has saved, and a job that was stopped ends without one."""
+    its own or a job's: so their parent waits until each has saved, and a job that was stopped ends without one. SIGTERM
+    reaches the parent alone, who hands it on."""
 
     def __init__(self) -> None:
         self.asked = False
@@ -78,19 +79,24 @@ class _Stop:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """KeyboardInterrupt at Ctrl-C: at once where jobs run in this process, else at the end or at the second."""
-        before = signal.signal(signal.SIGINT, self._note)
+        """KeyboardInterrupt when asked to stop: at once where jobs run in this process, else at the end or when asked
+        again."""
+        before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield
         finally:
-            signal.signal(signal.SIGINT, before)
+            for number, handler in before.items():
+                signal.signal(number, handler)
         if self.asked:
             raise KeyboardInterrupt
 
-    def _note(self, *_: object) -> None:
+    def _note(self, number: int, _: object) -> None:
         if self.asked or self.jobs_are_here:
             raise KeyboardInterrupt
         self.asked = True
+        if number == signal.SIGTERM:
+            for process in multiprocessing.active_children():
+                os.kill(process.pid, signal.SIGINT)  # pyright: ignore[reportArgumentType]
         print("waiting until all jobs have saved; again to stop at once", file=sys.stderr)
 
 

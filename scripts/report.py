@@ -31,6 +31,8 @@ def main() -> None:
         problems = write_report(arguments.runs, arguments.out, arguments.law, arguments.baseline, command)
     except UserError as error:
         sys.exit(f"error: {error}")
+    except OSError as error:
+        sys.exit(f"error: cannot write {error.filename}: {error.strerror}; give another --out")
     for problem in problems:
         print(f"problem: {problem}", file=sys.stderr)
     print(f"{arguments.out}, and single figures and tables in {arguments.out.with_suffix('')}/")

@@ -15,8 +15,10 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -150,12 +152,21 @@ def _run(line: Line, jobs: int, retry: bool) -> int:
     threads = str(max(1, (os.cpu_count() or 1) // jobs))
     environment = {"OMP_NUM_THREADS": threads, **os.environ}
     process = subprocess.Popen([sys.executable, str(TRAIN), "-m", *own, *line], env=environment)
+    terminated = threading.Event()
+
+    def hand_on(*_: object) -> None:
+        terminated.set()
+        process.terminate()
+
+    before = signal.signal(signal.SIGTERM, hand_on)
     try:
         status = process.wait()
     except KeyboardInterrupt:
-        process.wait()  # it was asked to stop too, and saves first
+        process.wait()  # Ctrl-C has asked it to stop too, and it saves first
         raise
-    if status == 130:
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    if status == 130 or terminated.is_set():
         raise KeyboardInterrupt
     return status
 

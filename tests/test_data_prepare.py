@@ -209,7 +209,26 @@ def test_streaming_stops_at_its_limits(tmp_path: Path) -> None:
     assert 100 < small.val.n_tokens < 300
     assert not set(texts(large, large.train)) & set(texts(large, large.val))
     fresh = quiet(data.model_copy(update={"cache_dir": str(tmp_path / "fresh")}), budget_tokens=1000)
-    assert fresh.data_hash == small.data_hash
+    assert fresh.data_hash == small.data_hash == large.data_hash, "budgets of one sweep are of the same data"
+
+
+def test_another_streamed_source_with_the_same_validation_is_other_data(tmp_path: Path) -> None:
+    hashes = set()
+    for name, first in (("one", 0), ("other", 1)):
+        folder = tmp_path / name
+        folder.mkdir()
+        for split, numbers in (("train", range(first, 60)), ("validation", range(70, 90))):
+            lines = (json.dumps({"text": document(i)}) + "\n" for i in numbers)
+            (folder / f"{split}.jsonl").write_text("".join(lines))
+        update = {
+            "source": "huggingface",
+            "files": (),
+            "path": str(folder),
+            "streaming": True,
+            "val_split": "validation",
+        }
+        hashes.add(quiet(config(tmp_path, **update), budget_tokens=1000).data_hash)
+    assert len(hashes) == 2
 
 
 def test_streaming_with_a_validation_split(tmp_path: Path) -> None:

@@ -33,8 +33,9 @@ from qtrain.report.curves import (
 from qtrain.report.health import Telemetry, health_pictures
 from qtrain.report.page import write_report
 from qtrain.report.picture import MOST_POINTS, thin
+from qtrain.report.results import record
 from qtrain.report.runs import Corpus, Run, corpora, read_runs
-from qtrain.report.summaries import write_csv
+from qtrain.report.summaries import read_run, write_csv
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "report.py"
 COMMAND = "python scripts/report.py runs --out report.html"
@@ -122,6 +123,17 @@ def test_runs_of_other_data_are_shown_apart(tmp_path: Path) -> None:
     figures = re.findall(r'<figure id="([^"]+)">', page)
     assert {"data1-gaps-1", "data2-gaps-1", "data1-loss-tokens", "data2-loss-tokens"} <= set(figures)
     assert page.count("<h3>Gaps on ") == 2
+
+
+def test_rows_of_a_results_file_stand_beside_the_runs_of_folders(tmp_path: Path) -> None:
+    """A row whose run is in a folder too stands there once."""
+    results = tmp_path / "results.csv"
+    for name in ("bf16", "quartet"):
+        record(results, read_run(write_run(tmp_path / "here", name)))
+    record(results, read_run(write_run(tmp_path / "elsewhere", "quest")))
+    (corpus,), problems = gather(results, tmp_path / "here")
+    assert sorted(run.recipe for run in corpus.compared) == ["bf16", "quartet", "quest"]
+    assert problems == ["rows of the results files whose run is in the folders too, and stands here once: 2"]
 
 
 # ------------------------------------------------------------------------------------------------- what is wrong
@@ -379,7 +391,7 @@ def test_the_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
     assert f"python scripts/report.py {runs} --out &#x27;{out}&#x27;" in Path(out).read_text(), "a line for the shell"
     for arguments, message in (
         ([runs, "--out", "a.txt"], "ends in .html"),
-        ([runs, "--out", "no/a.html"], "no folder no"),
+        ([runs, "--out", f"{out}/a.html"], r"cannot write .*my report.html.*Not a directory"),
     ):
         monkeypatch.setattr(sys, "argv", ["scripts/report.py", *arguments])
         with pytest.raises(SystemExit, match=message):

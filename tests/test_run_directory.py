@@ -201,16 +201,6 @@ def test_resuming_takes_back_later_and_half_written_lines(tmp_path):
     assert directory.discard_metrics_after(20) == 0
 
 
-def test_another_commit_warns(tmp_path, monkeypatch, caplog):
-    settings = config(tmp_path)
-    for commit in ("aaaa", "bbbb", "cccc"):
-        monkeypatch.setattr("qtrain.run_directory.commit", lambda commit=commit: commit)
-        with RunDirectory.of(settings) as directory:
-            directory.open(settings)
-    assert "started at commit aaaa; the code is now at bbbb" in caplog.text
-    assert "started at commit aaaa; the code is now at cccc" in caplog.text
-
-
 def test_atomic_write_leaves_the_old_file_when_it_fails(tmp_path, monkeypatch):
     target = tmp_path / "summary.json"
     write_atomically(target, "old")

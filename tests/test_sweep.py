@@ -114,20 +114,28 @@ def test_a_sweep_killed_at_random_ends_with_the_same_table(
     assert len(losses(killed / "results.csv")) == len(read_csv(killed / "results.csv")) == 2
 
 
-def test_ctrl_c_waits_until_each_process_has_saved(corpus: Path, tmp_path: Path) -> None:
-    """Two train beside each other; the third does not begin."""
+@pytest.mark.parametrize("through", ["train.py", "sweep.py"])
+def test_asked_to_stop_a_sweep_waits_until_each_process_has_saved(corpus: Path, tmp_path: Path, through: str) -> None:
+    """Two train beside each other; the third does not begin. Ctrl-C reaches all processes, SIGTERM the first alone."""
     paths = [f"data.files={corpus}/*.txt", f"data.cache_dir={corpus}/cache", f"run_root={tmp_path}/runs"]
-    more = ["trainer.tokens=64_000", "seed=0,1,2", "callbacks.checkpoint_every_steps=1000", "hydra/launcher=local"]
+    more = ["trainer.tokens=64_000", "seed=0,1,2", "callbacks.checkpoint_every_steps=1000"]
+    start = {
+        "train.py": [ROOT / "train.py", "-m", "hydra/launcher=local"],
+        "sweep.py": [SCRIPT, "launch", "--jobs", "2"],
+    }[through]
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
-        [sys.executable, ROOT / "train.py", "-m", *TINY, *paths, *more], cwd=tmp_path, env=environment,
+        [sys.executable, *start, *TINY, *paths, *more], cwd=tmp_path, env=environment,
         start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     deadline = time.monotonic() + 120
     while len(list(tmp_path.glob("runs/*/metrics.jsonl"))) < 2:
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGINT)
+    if through == "train.py":
+        os.killpg(process.pid, signal.SIGINT)
+    else:
+        process.terminate()
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130 and "waiting until all jobs have saved" in errors
     runs = [RunDirectory(path.parent) for path in tmp_path.glob("runs/*/config.yaml")]

@@ -151,6 +151,19 @@ def test_devices_that_found_different_trunks_do_not_train() -> None:
         leave.on_train_start(found, SimpleNamespace(device="cpu"))  # pyright: ignore[reportArgumentType]
 
 
+def test_a_trunk_of_another_commit_is_used_with_a_warning(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And the state it leads to goes on to say of which."""
+    for steps, now in ((10, "aaaa"), (20, "bbbb"), (40, "bbbb")):
+        monkeypatch.setattr("qtrain.lightning_module.commit", lambda now=now: now)
+        config = settings(corpus, tmp_path, steps, "trainer.share_trunk=true")
+        run(config)
+        said = "computed at commit aaaa; the code is now at bbbb" in " ".join(capsys.readouterr().out.split())
+        assert said == (steps > 10)
+    assert last_state(config)["commits"] == ["aaaa", "bbbb"]
+
+
 def test_a_damaged_trunk_is_not_used_and_replaced(corpus: Path, tmp_path: Path) -> None:
     short = settings(corpus, tmp_path, 20, "trainer.share_trunk=true")
     run(short)
@@ -168,6 +181,13 @@ def test_a_damaged_trunk_is_not_used_and_replaced(corpus: Path, tmp_path: Path) 
 def test_only_wsd_has_a_trunk() -> None:
     with pytest.raises(UserError, match="needs scheduler=wsd"):
         compose(["scheduler=cosine", "trainer.share_trunk=true"])
+
+
+def test_budgets_of_a_stream_share_what_max_tokens_ends() -> None:
+    shared = ["data=c4", "scheduler=wsd", "trainer.share_trunk=true"]
+    with pytest.raises(UserError, match=r"set data\.max_tokens to the largest one"):
+        compose(shared)
+    assert compose([*shared, "data.max_tokens=30_000_000"]).trainer.share_trunk
 
 
 def test_a_results_file_is_continued(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

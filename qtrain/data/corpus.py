@@ -88,7 +88,9 @@ class Split:
 class Corpus:
     """Tokens of a training and a validation split that share no document, and what they were made of.
 
-    data_hash: of the documents, their order, the split and the tokenizer; the same on every machine.
+    data_hash: of the documents, their order, the split and the tokenizer; the same on every machine. Each run reads a
+        streamed source as far as its own budget, so there the first training document stands for those that follow:
+        budgets of one sweep are of the same data.
     bigram_cross_entropy: nats per token on the validation split, see `qtrain.data.bigram`.
     """
 
@@ -137,7 +139,8 @@ def open_corpus(folder: Path, train_tokens: int | None = None) -> Corpus:
     digest, bigram = manifest["data_hash"], manifest["bigram_cross_entropy"]
     if train_tokens is not None and train_tokens < train.n_tokens:
         whole, train = train, train.head(train_tokens)
-        digest = data_hash(manifest["tokenizer"]["hash"], train, val)
+        if not manifest["options"]["streaming"]:
+            digest = data_hash(manifest["tokenizer"]["hash"], train, val)
         if train.n_tokens < min(MAX_TRAIN_TOKENS, whole.n_tokens):
             bigram = bigram_cross_entropy(train, val, tokenizer.vocab_size)
     return Corpus(folder, manifest, tokenizer, train, val, digest, bigram)

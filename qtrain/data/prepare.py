@@ -344,7 +344,7 @@ def _manifest(
         "shard_tokens": train.shard_tokens,
         "train_limit": plan.train_limit,
         "splits": counts,
-        "data_hash": data_hash(tokenizer.hash, train, val),
+        "data_hash": data_hash(tokenizer.hash, train.head(0) if plan.data.streaming else train, val),
         "bigram_cross_entropy": bigram_cross_entropy(train, val, tokenizer.vocab_size),
         "bigram_tokens": {"train": min(train.n_tokens, MAX_TRAIN_TOKENS), "val": min(val.n_tokens, MAX_VAL_TOKENS)},
         "files": files,

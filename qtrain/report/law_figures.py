@@ -22,6 +22,7 @@ Array = np.ndarray
 COLOURS = (GREY, BLUE, ORANGE, GREEN, "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 PANELS = 6
+BEYOND = 8  # how far, as a factor of N, the IsoFLOP curves leave the runs
 FLOPS_PER_PARAMETER_AND_TOKEN = 6
 
 
@@ -172,7 +173,7 @@ def _residuals(law: Law) -> Figure:
                       markerfacecolor="none" if held else colour, markersize=5, label=label)  # fmt: skip
     axes.axhline(0, color=GREY, linewidth=1)
     rmse = law["fit"]["rmse_of_constants"]
-    axes.axhspan(-rmse, rmse, color=GREY, alpha=0.12, linewidth=0, label=f"rms {rmse:.4f}")
+    axes.axhspan(-rmse, rmse, color=GREY, alpha=0.12, linewidth=0, label=f"rms of {law['baseline']} {rmse:.4f}")
     largest = max(abs(point["residual"]) for point in law["points"])
     if largest > 8 * rmse > 0:  # a few bad recipes would press all others onto the line
         axes.set_yscale("symlog", linthresh=4 * rmse)
@@ -191,7 +192,7 @@ def _isoflop(law: Law) -> Figure:
     N, D = (np.array([point[name] for point in points]) for name in ("N", "D"))
     C = FLOPS_PER_PARAMETER_AND_TOKEN * N * D
     budgets = np.geomspace(C.min(), C.max(), 6)
-    grid = np.geomspace(N.min() / 30, N.max() * 30, 400)
+    grid = np.geomspace(N.min() / BEYOND, N.max() * BEYOND, 400)
     best_N, best_L = [], []
     for budget, shade in zip(budgets, _viridis(len(budgets)), strict=True):
         tokens = budget / (FLOPS_PER_PARAMETER_AND_TOKEN * grid)
@@ -205,7 +206,7 @@ def _isoflop(law: Law) -> Figure:
     axes.plot([], [], ":", color=GREY, label="beyond the runs")
     low, high = min(best_L), max(best_L)
     axes.set_ylim(low - 0.1 * (high - low) - 0.02, high + 0.9 * (high - low) + 0.1)
-    _log_axis(axes, [N.min() / 20, N.max() * 20])
+    _log_axis(axes, [grid[0], grid[-1]])
     axes.set_xlabel(f"non-embedding parameters ({law['baseline']})")
     axes.set_ylabel("loss (nats per token)")
     tidy(axes)
@@ -224,13 +225,15 @@ def _efficiencies(law: Law) -> Figure:
         for height, recipe in enumerate(recipes):
             estimate = law["efficiencies"][recipe][name]
             if estimate["low"] == estimate["high"]:
-                axes.plot(estimate["value"], height, "|", color=GREY, markersize=9)
+                axes.plot(estimate["value"], height, "o", color=colour, markerfacecolor="white", markersize=6)
                 continue
             axes.plot([estimate["low"], estimate["high"]], [height, height], color=colour, linewidth=2)
             axes.plot(estimate["value"], height, "o", color=colour, markersize=6)
-        axes.axvline(1, color=GREY, linewidth=1)
-        axes.set_xlabel(f"{name} (1: as {law['baseline']}), 95% interval")
+        axes.axvline(1, color=GREY, linewidth=1, zorder=0)
+        held = any(estimate["low"] == estimate["high"] for estimate in (law["efficiencies"][r][name] for r in recipes))
+        axes.set_xlabel(f"{name} (1: as {law['baseline']}), 95% interval{'; hollow: held' if held else ''}")
         axes.set_yticks(range(len(recipes)), recipes)
+        axes.set_ylim(-0.6, len(recipes) - 0.4)
         tidy(axes)
         lowest = min(law["efficiencies"][recipe][name]["low"] or 1e-9 for recipe in recipes)
         if lowest < 0.1:

@@ -62,8 +62,6 @@ class Section:
 def write_report(places: Sequence[Path], out: Path, laws: Sequence[Path], baseline: str, command: str) -> list[str]:
     """Makes out, an .html file, and the folder of the same name without the suffix. Returns what is wrong with the
     runs, which the page says too. UserError where a place holds no run or a law cannot be read."""
-    if not out.parent.is_dir():
-        raise UserError(f"cannot write {out}: there is no folder {out.parent}; make it")
     read_laws = [(path, read_law(path)) for path in laws]
     runs, problems = read_runs(places)
     found = corpora(runs, problems)
@@ -90,7 +88,7 @@ def own_folder(folder: Path) -> Path:
     may be the runs themselves."""
     if folder.exists() and any(folder.iterdir()) and not (folder / "runs.parquet").exists():
         raise UserError(f"the figures would go to {folder}, which holds something else; give --out another name")
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     for path in (*folder.glob("*.pdf"), *folder.glob("*.png")):
         path.unlink()
     return folder

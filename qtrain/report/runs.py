@@ -65,23 +65,38 @@ def read_runs(places: Iterable[Path]) -> tuple[list[Run], list[str]]:
     """Every run of these places, folders of run directories or results files, and what is wrong, a sentence each.
     UserError for a place that does not exist or holds no run at all."""
     runs: list[Run] = []
+    rows: list[Row] = []
     problems: list[str] = []
     seen: set[Path] = set()
     for place in places:
         if is_table(place):
-            found = [_known(Run(row), problems) for row in read_table(place)]
-        elif not place.is_dir():
+            rows += read_table(place)
+            continue
+        if not place.is_dir():
             raise UserError(f"{place} is no folder and no results file (.csv, .parquet); name a folder of runs")
-        else:
-            directories = [path for path in run_directories(place) if path.resolve() not in seen]
-            found = [_read(path, problems) for path in directories]
-            seen |= {path.resolve() for path in directories}
-            if not found and not run_directories(place):
-                raise UserError(f"{place} holds no run directory (none with a summary.json): there is nothing to show")
-        runs += found
+        directories = [path for path in run_directories(place) if path.resolve() not in seen]
+        runs += [_read(path, problems) for path in directories]
+        seen |= {path.resolve() for path in directories}
+        if not directories and not run_directories(place):
+            raise UserError(f"{place} holds no run directory (none with a summary.json): there is nothing to show")
+    runs += _only_in_tables(rows, runs, problems)
     if not runs:
         raise UserError("there is no run in the results files given: there is nothing to show")
     return sorted(runs, key=_order), problems
+
+
+def _only_in_tables(rows: list[Row], runs: list[Run], problems: list[str]) -> list[Run]:
+    """The rows whose run is not among those of the folders, which have its lines too."""
+    in_folders = {_identity(run.row) for run in runs}
+    found = [Run(row) for row in rows if row["config_hash"] is None or _identity(row) not in in_folders]
+    if len(found) < len(rows):
+        count = len(rows) - len(found)
+        problems.append(f"rows of the results files whose run is in the folders too, and stands here once: {count}")
+    return [_known(run, problems) for run in found]
+
+
+def _identity(row: Row) -> Point:
+    return (row["name"], row["config_hash"], row["val_loss"])
 
 
 def _order(run: Run) -> tuple[Any, ...]:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import re
+import math
 import shlex
 import sys
 from pathlib import Path
@@ -23,7 +23,7 @@ from typing import Any
 
 from qtrain.errors import UserError
 from qtrain.report.law_figures import law_figures
-from qtrain.report.summaries import finished_runs
+from qtrain.report.summaries import read_run, run_directories
 from qtrain.run_directory import commit
 from qtrain.scaling.laws import LAWS
 from qtrain.scaling.results import law_json
@@ -69,7 +69,7 @@ def fit(options: argparse.Namespace) -> dict[str, Any]:
     """The whole of law.json."""
     if options.draws < 0:
         raise UserError(f"--draws is {options.draws}; give how many, 0 for no intervals")
-    if options.huber_delta is not None and not options.huber_delta > 0:
+    if options.huber_delta is not None and not 0 < options.huber_delta < math.inf:
         raise UserError(f"--huber-delta is {options.huber_delta:g}; give a positive number")
     runs, left_out = read(options.inputs)
     runs = chosen(runs, options.recipes, options.baseline)
@@ -88,29 +88,12 @@ def fit(options: argparse.Namespace) -> dict[str, Any]:
 
 def read(places: list[Path]) -> tuple[list[Run], list[str]]:
     """(usable runs, what was left out and why). UserError as `runs_of`."""
-    rows, left_out = [], []
+    rows = []
     for place in places:
         if not place.exists():
             raise UserError(f"there is no {place}; give a folder of run directories, or a table of runs")
-        found = finished_runs(place) if place.is_dir() else read_table(place)
-        missing = unfinished(place)
-        if missing and not found:
-            raise UserError(f"{place} holds {len(missing)} runs, none of them finished")
-        rows += found
-        left_out += missing
-    runs, unusable = runs_of(rows, " and ".join(map(str, places)))
-    return runs, [*left_out, *unusable]
-
-
-def unfinished(place: Path) -> list[str]:
-    """The run directories below a folder that `finished_runs` leaves out, and why; none of a table."""
-    summaries = {path: json.loads(path.read_text(encoding="utf-8")) for path in sorted(place.rglob("summary.json"))}
-    moved_aside = re.compile(r"\.old\d+$")  # by force=true
-    return [
-        f"{path.parent}: not used, its status is {summary.get('status')}"
-        for path, summary in summaries.items()
-        if summary.get("status") != "finished" and not moved_aside.search(path.parent.name)
-    ]
+        rows += [read_run(path) for path in run_directories(place)] if place.is_dir() else read_table(place)
+    return runs_of(rows, " and ".join(map(str, places)))
 
 
 def chosen(runs: list[Run], recipes: list[str] | None, baseline: str) -> list[Run]:

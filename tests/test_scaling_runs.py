@@ -44,9 +44,14 @@ def test_tables_of_both_kinds_give_the_same_runs(tmp_path, suffix):
     ({"val_loss": -1}, r"here, row 3: val_loss is -1\.0; a cross-entropy is above zero"),
     ({"recipe": ""}, "here, row 3 names no recipe"),
     ({"exponent_bits": 2, "mantissa_bits": 1, "block_size": 1}, "here, row 3: block_size is 1; a block has two"),
+    ({"exponent_bits": 2, "mantissa_bits": 1, "block_size": "inf"}, "here, row 3: block_size is inf"),
+    ({"exponent_bits": 4, "mantissa_bits": 3}, "here, row 3: block_size is empty; give all of exponent_bits"),
+    ({"exponent_bits": -4, "mantissa_bits": 3, "block_size": 32}, "here, row 3: -4 exponent and 3 mantissa bits"),
+    ({"val_tokens": 9}, r"the runs in here are of 2 different amounts of validation text \(512, 9\)"),
+    ({"name": "other"}, "here: of recipe 'bf16' there are runs named other and runs without a name"),
 ])  # fmt: skip
 def test_a_bad_table_is_refused_by_what_is_wrong(second, message):
-    first = GOOD | {"data_hash": "a", "tokenizer": "bytes"}
+    first = GOOD | {"data_hash": "a", "tokenizer": "bytes", "val_tokens": 512}
     with pytest.raises(UserError, match=message):
         runs_of([first, first | {"seed": 1} | second], "here")
 
@@ -61,7 +66,16 @@ def test_a_bad_table_is_refused_by_what_is_wrong(second, message):
 def test_a_run_that_cannot_be_used_is_named(more, reason):
     runs, left_out = runs_of([GOOD, GOOD | {"seed": 1} | more], "here")
     assert len(runs) == 1
-    assert left_out == [f"bf16, N 1000, D 2e+04, seed 1: not used, {reason}"]
+    assert left_out == [f"{'here, row 3' if 'status' in more else 'bf16, N 1000, D 2e+04, seed 1'}: not used, {reason}"]
+
+
+def test_rows_of_begun_runs_are_named_and_need_no_numbers() -> None:
+    """As the report's table of all runs has them."""
+    begun = dict.fromkeys(GOOD) | {"status": "running", "directory": "runs/x", "data_hash": None}
+    runs, left_out = runs_of([GOOD | {"data_hash": "a"}, begun], "here")
+    assert len(runs) == 1 and left_out == ["runs/x: not used, its status is running"]
+    with pytest.raises(UserError, match="here holds 1 runs, none of them finished"):
+        runs_of([begun], "here")
 
 
 def test_an_empty_place_is_refused():
@@ -90,3 +104,12 @@ def test_runs_of_several_names_under_one_recipe_are_told_apart_by_name() -> None
     rows = [row("quest", "quest", 0), row("quest_2bit", "quest", 0), row("ladder", "bf16", 0), row("ladder", "bf16", 1)]
     runs, left_out = runs_of(rows, "t.csv")
     assert [run.recipe for run in runs] == ["bf16", "bf16", "quest", "quest_2bit"] and not left_out
+
+
+def test_names_that_hold_runs_of_several_recipes_are_no_recipes() -> None:
+    """Two sweeps, each with its name, of the same recipes."""
+    rows = [
+        GOOD | {"name": name, "recipe": recipe, "non_embedding_parameters": size}
+        for name, size in (("small", 1000), ("large", 4000)) for recipe in ("bf16", "quest")
+    ]  # fmt: skip
+    assert [run.recipe for run in runs_of(rows, "here")[0]] == ["bf16", "bf16", "quest", "quest"]

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from qtrain.scaling.laws import CONSTANTS, Array
+from qtrain.scaling.laws import ALPHA, BETA, BOUNDS, CONSTANTS, DELTA, GAMMA, NU, A, Array, B, G
 from qtrain.scaling.study import LawFit
 
 INTERVAL = (2.5, 97.5)
@@ -15,6 +15,7 @@ IDENTIFIED = 3.0  # a constant whose interval spans a larger factor is not known
 SPAN = 8.0  # of N or D, below which an exponent rests on extrapolation
 TIED = 0.95  # correlation of log N and log D
 AT_BOUND = 0.05  # share of draws
+UNDETERMINED = "other values of it, with others of the rest, fit these runs exactly as well"
 
 
 def law_json(fit: LawFit) -> dict[str, Any]:
@@ -25,7 +26,7 @@ def law_json(fit: LawFit) -> dict[str, Any]:
     """
     constants = {name: _constant(fit, name) for name in fit.law.constants}
     efficiencies = {
-        recipe: {which: _estimate(*fit.efficiency(recipe, which)) for which in fit.law.efficiencies}
+        recipe: {which: _efficiency(fit, recipe, which) for which in fit.law.efficiencies}
         for recipe in _fitted_recipes(fit)
         if fit.law.efficiencies
     }
@@ -47,7 +48,7 @@ def _warnings(
     fit: LawFit, constants: dict[str, Any], efficiencies: dict[str, Any], points: list[dict[str, Any]]
 ) -> list[str]:
     if len(fit.draws):
-        unknown = [*_of_constants(fit, constants), *_of_efficiencies(efficiencies)]
+        unknown = [*_of_constants(fit, constants), *_of_efficiencies(fit, efficiencies)]
     else:
         unknown = ["without bootstrap draws there are no intervals, and nothing counts as identified"]
     return [*fit.warnings, *_of_data(fit), *_of_search(fit), *unknown, *_of_held_out(points)]
@@ -68,8 +69,27 @@ def _constant(fit: LawFit, name: str) -> dict[str, Any]:
     values, draws = fit.constants()
     found = _estimate(values[index], draws[:, index])
     fitted = index in fit.free
+    if _is_flat(fit, index):
+        low, high = BOUNDS.get(name, (0.0, math.inf))
+        return {**found, "low": low, "high": _finite(high), "identified": False, "fitted": fitted}
     known = not fitted or (_spread(found) <= IDENTIFIED and _share_at_bound(fit, index) <= AT_BOUND)
     return {**found, "identified": bool(known), "fitted": fitted}
+
+
+# The values of A, B and G are those of theta's a, b and g and of these
+SCALES = {A: {A, ALPHA, GAMMA}, B: {B, BETA, GAMMA}, G: {G, ALPHA, BETA, DELTA, NU}}
+
+
+def _is_flat(fit: LawFit, index: int) -> bool:
+    """Whether the runs leave a constant undetermined: its interval is then all that it may be."""
+    return bool(SCALES.get(index, {index}) & fit.flat)
+
+
+def _efficiency(fit: LawFit, recipe: str, which: str) -> dict[str, Any]:
+    found = _estimate(*fit.efficiency(recipe, which))
+    if fit.index_of(recipe, which) in fit.flat:
+        found["low"], found["high"] = BOUNDS["efficiency"]
+    return found
 
 
 def _spread(estimate: dict[str, Any]) -> float:
@@ -91,14 +111,19 @@ def _fitted_recipes(fit: LawFit) -> list[str]:
 
 
 def _points(fit: LawFit) -> list[dict[str, Any]]:
-    """Runs that were fitted or held out; of a recipe that was not fitted there is no prediction."""
-    known = {fit.baseline, *_fitted_recipes(fit)}
+    """Runs that were fitted or held out; of those whose efficiencies are not known there is no prediction."""
     rows = zip(fit.runs, fit.predicted, fit.held, fit.used, strict=True)
     return [
         {"recipe": run.recipe, "seed": run.seed, "N": run.N, "D": run.D, "loss": run.loss,
          "predicted": float(predicted), "residual": run.loss - float(predicted), "held_out": bool(held)}
-        for run, predicted, held, used in rows if used or (held and run.recipe in known)
+        for run, predicted, held, used in rows if used or (held and _is_known(fit, run.recipe))
     ]  # fmt: skip
+
+
+def _is_known(fit: LawFit, recipe: str) -> bool:
+    """Whether the recipe's efficiencies are 1, held or fitted, be it to runs of other recipes that share them."""
+    indices = [fit.index_of(recipe, which) for which in fit.law.efficiencies]
+    return all(index is None or index in fit.free or index in fit.holding for index in indices)
 
 
 def _fit(fit: LawFit, points: list[dict[str, Any]]) -> dict[str, Any]:
@@ -128,10 +153,11 @@ def _rms(residuals: list[float]) -> float | None:
 def _of_data(fit: LawFit) -> list[str]:
     """What the placing of the runs leaves open, whatever their losses."""
     runs = [run for run, used in zip(fit.runs, fit.first, strict=True) if used]
-    if not set(fit.free) & set(range(len(CONSTANTS))):
-        return []
+    free = {name for name, term in (("N", {A, ALPHA}), ("D", {B, BETA})) if term & {*fit.free}}
     found = []
     for name, exponent in (("N", "alpha"), ("D", "beta")):
+        if name not in free:
+            continue
         values = np.array([getattr(run, name) for run in runs])
         span, distinct = values.max() / values.min(), len(np.unique(values))
         if span < SPAN or distinct < 3:
@@ -141,7 +167,7 @@ def _of_data(fit: LawFit) -> list[str]:
             )
     log_N, log_D = np.log([run.N for run in runs]), np.log([run.D for run in runs])
     together = float(np.corrcoef(log_N, log_D)[0, 1]) if np.ptp(log_N) and np.ptp(log_D) else 0.0
-    if abs(together) > TIED:
+    if abs(together) > TIED and len(free) == 2:
         found.append(
             f"N and D grow together (correlation {together:.2f}): the terms of N and D cannot be told apart; vary D/N"
         )
@@ -160,7 +186,9 @@ def _of_constants(fit: LawFit, constants: dict[str, dict[str, Any]]) -> list[str
         if constant["identified"]:
             continue
         share = _share_at_bound(fit, CONSTANTS.index(name))
-        if share > AT_BOUND:
+        if _is_flat(fit, CONSTANTS.index(name)):
+            found.append(f"{name} is not identified: {UNDETERMINED}")
+        elif share > AT_BOUND:
             found.append(f"{name} is not identified: it lies at its bound in {share:.0%} of the draws")
         else:
             partner = {"A": "alpha", "B": "beta"}.get(name)
@@ -169,9 +197,14 @@ def _of_constants(fit: LawFit, constants: dict[str, dict[str, Any]]) -> list[str
     return found
 
 
-def _of_efficiencies(efficiencies: dict[str, dict[str, dict[str, Any]]]) -> list[str]:
+def _of_efficiencies(fit: LawFit, efficiencies: dict[str, dict[str, dict[str, Any]]]) -> list[str]:
     return [
-        f"{which} of {recipe} is not identified: its interval spans a factor of {_spread(estimate):.3g}"
+        f"{which} of {recipe} is not identified: "
+        + (
+            UNDETERMINED
+            if fit.index_of(recipe, which) in fit.flat
+            else f"its interval spans a factor of {_spread(estimate):.3g}"
+        )
         for recipe, estimates in efficiencies.items()
         for which, estimate in estimates.items()
         if _spread(estimate) > IDENTIFIED
@@ -179,8 +212,10 @@ def _of_efficiencies(efficiencies: dict[str, dict[str, dict[str, Any]]]) -> list
 
 
 def _of_held_out(points: list[dict[str, Any]]) -> list[str]:
-    held, used = ([p["residual"] for p in points if p["held_out"] is flag] for flag in (True, False))
-    inside, outside = _rms(used), _rms(held)
+    """Against the fitted runs of the same recipes: those of a recipe that no law fits would excuse any miss."""
+    recipes = {point["recipe"] for point in points if point["held_out"]}
+    of_these = [point for point in points if point["recipe"] in recipes]
+    inside, outside = (_rms([p["residual"] for p in of_these if p["held_out"] is flag]) for flag in (False, True))
     if inside is None or outside is None or outside <= 3 * inside:
         return []
-    return [f"held-out runs are missed by {outside:.4f} nats (rms), {outside / inside:.1f} times what fitted ones are"]
+    return [f"held-out runs are missed by {outside:.4f} nats (rms); the fitted ones of their recipes by {inside:.4f}"]

@@ -18,6 +18,7 @@ from qtrain.errors import UserError
 
 REQUIRED = ("recipe", "non_embedding_parameters", "tokens", "val_loss")
 PRECISION = ("exponent_bits", "mantissa_bits", "block_size")
+COMPARED = {"data_hash": "corpora", "tokenizer": "tokenizers", "val_tokens": "amounts of validation text"}
 COMPARISONS = {">": operator.gt, ">=": operator.ge, "<": operator.lt, "<=": operator.le, "=": operator.eq}
 
 
@@ -66,25 +67,32 @@ def _read_parquet(path: Path) -> list[dict[str, Any]]:
 def runs_of(rows: Iterable[Mapping[str, Any]], where: str) -> tuple[list[Run], list[str]]:
     """(usable runs in an order of their own, what was left out and why: unfinished and diverged runs).
 
-    UserError where there is none, where runs of different data or tokenizers are mixed (their losses do not compare),
-    where two are of one recipe (of one name, where a recipe has runs of several), N, D and seed, where only some have a
-    forward and a backward, or where a number is none.
+    UserError where there is none, where runs of different data, tokenizers or validation are mixed (their losses do not
+    compare), where two are of one recipe (of one name, where a recipe has runs of several), N, D and seed, where only
+    some have a forward and a backward, or where a number is none.
     """
-    rows = _by_name(list(rows))
-    if not rows:
+    every = list(rows)
+    if not every:
         raise UserError(f"{where} holds no run: there is nothing to fit")
-    for column, what in (("data_hash", "corpora"), ("tokenizer", "tokenizers")):
+    places = [str(row.get("directory") or f"{where}, row {number}") for number, row in enumerate(every, 2)]
+    begun = [row.get("status") not in (None, "", "finished") for row in every]
+    left_out = [
+        f"{place}: not used, its status is {row['status']}"
+        for row, place, out in zip(every, places, begun, strict=True) if out
+    ]  # fmt: skip
+    places = [place for place, out in zip(places, begun, strict=True) if not out]
+    rows = _by_name([row for row, out in zip(every, begun, strict=True) if not out], where)
+    if not rows:
+        raise UserError(f"{where} holds {len(every)} runs, none of them finished")
+    for column, what in COMPARED.items():
         found = sorted({str(row.get(column) or "unnamed") for row in rows})
         if len(found) > 1:
             shown = ", ".join(value[:12] for value in found)
             raise UserError(f"the runs in {where} are of {len(found)} different {what} ({shown}); fit them apart")
-    runs, left_out = [], []
-    for number, row in enumerate(rows, 2):
-        run = _run(row, f"{where}, row {number}")
-        status = row.get("status") or "finished"
-        if status != "finished":
-            left_out.append(f"{run}: not used, its status is {status}")
-        elif not math.isfinite(run.loss):
+    runs = []
+    for row, place in zip(rows, places, strict=True):
+        run = _run(row, place)
+        if not math.isfinite(run.loss):
             left_out.append(f"{run}: not used, it has no finite loss (diverged)")
         else:
             runs.append(run)
@@ -103,12 +111,20 @@ def runs_of(rows: Iterable[Mapping[str, Any]], where: str) -> tuple[list[Run], l
     return sorted(runs, key=lambda run: (run.recipe, run.N, run.D, run.seed)), left_out
 
 
-def _by_name(rows: list[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """A recipe that runs of several names have (quest at 4 bits and at 2) is as many recipes, called by these names."""
+def _by_name(rows: list[Mapping[str, Any]], where: str) -> list[Mapping[str, Any]]:
+    """A recipe that runs of several names have (quest at 4 bits and at 2) is as many recipes, called by these names;
+    not where a name has runs of several recipes, and so tells other things apart."""
     names: dict[str, set[str]] = defaultdict(set)
+    owners: dict[str, set[str]] = defaultdict(set)
     for row in rows:
-        names[str(row.get("recipe"))].add(str(row.get("name") or ""))
-    several = {recipe for recipe, found in names.items() if len(found) > 1 and "" not in found}
+        recipe, name = str(row.get("recipe")), str(row.get("name") or "")
+        names[recipe].add(name)
+        owners[name].add(recipe)
+    several = {recipe for recipe, found in names.items() if len(found) > 1 and all(len(owners[n]) == 1 for n in found)}
+    for recipe in sorted(several):
+        if "" in names[recipe]:
+            others = ", ".join(sorted(names[recipe] - {""}))
+            raise UserError(f"{where}: of recipe {recipe!r} there are runs named {others} and runs without a name")
     return [{**row, "recipe": row["name"]} if str(row.get("recipe")) in several else row for row in rows]
 
 
@@ -122,15 +138,24 @@ def _run(row: Mapping[str, Any], where: str) -> Run:
         raise UserError(f"{where}: val_loss is {loss}; a cross-entropy is above zero")
     if not row.get("recipe"):
         raise UserError(f"{where} names no recipe")
-    precision = None
-    if all(row.get(name) not in (None, "") for name in PRECISION):
-        exponent, mantissa, block = (_number(row, name, where) for name in PRECISION)
-        precision = (exponent, mantissa, block)
-        if not block > 1:
-            raise UserError(f"{where}: block_size is {block:g}; a block has two elements or more")
     seed = "" if row.get("seed") is None else str(row["seed"])
     forward, backward = (str(row.get(name) or "") for name in ("forward", "backward"))
-    return Run(str(row["recipe"]), seed, N, D, loss, forward, backward, precision)
+    return Run(str(row["recipe"]), seed, N, D, loss, forward, backward, _precision(row, where))
+
+
+def _precision(row: Mapping[str, Any], where: str) -> tuple[float, float, float] | None:
+    """(exponent bits, mantissa bits, block size); None where the row has none of them: full precision."""
+    missing = [name for name in PRECISION if row.get(name) in (None, "")]
+    if len(missing) == len(PRECISION):
+        return None
+    if missing:
+        raise UserError(f"{where}: {', '.join(missing)} is empty; give all of {', '.join(PRECISION)}, or none")
+    exponent, mantissa, block = (_number(row, name, where) for name in PRECISION)
+    if not (math.isfinite(exponent + mantissa) and exponent >= 0 and mantissa >= 0):
+        raise UserError(f"{where}: {exponent:g} exponent and {mantissa:g} mantissa bits are no format")
+    if not (math.isfinite(block) and block > 1):
+        raise UserError(f"{where}: block_size is {block:g}; a block has two elements or more, and an end")
+    return exponent, mantissa, block
 
 
 def _number(row: Mapping[str, Any], column: str, where: str) -> float:
@@ -154,7 +179,7 @@ def held_out(runs: list[Run], rule: str | None) -> np.ndarray:
     if largest:
         values = N if largest[1] == "N" else D
         return values == values.max()
-    comparison = re.fullmatch(r"\s*(N|D|D/N)\s*(>=|<=|>|<|=)\s*([0-9.eE+]+)\s*", rule)
+    comparison = re.fullmatch(r"\s*(N|D|D/N)\s*(>=|<=|>|<|=)\s*(\d+\.?\d*(?:[eE][+-]?\d+)?)\s*", rule)
     if not comparison:
         raise UserError(f'cannot hold out {rule!r}; say "largest N", "largest D" or a comparison as "D/N > 400"')
     values = {"N": N, "D": D, "D/N": D / N}[comparison[1]]

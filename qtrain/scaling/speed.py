@@ -8,6 +8,7 @@ on D = D_max t / f tokens of it. Its loss there is L(N_max f, D_max t / f). Sour
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,8 @@ class SpeedModel:
 
 
 def read_speeds(path: Path) -> SpeedModel:
-    """{"source": ..., "speeds": {recipe: {"forward": 2.0, "backward": 1.0}}}, or what kernels/bench wrote.
+    """{"source": ..., "speeds": {recipe: {"forward": 2.0, "backward": 1.0}}}, or what kernels/bench/bench_training.py
+    wrote, which knows of training alone.
 
     A training step is a third forward and two thirds backward by operations, so t = 1 / (1 / 3f + 2 / 3b).
     """
@@ -40,11 +42,11 @@ def read_speeds(path: Path) -> SpeedModel:
         if "rows" in found:
             return SpeedModel(f"{path.name}: {found['name']}, {found['machine']['device']}", _measured(found["rows"]))
         stated = {
-            recipe: (float(speed["forward"]), _training(float(speed["forward"]), float(speed["backward"])))
+            recipe: (_positive(speed["forward"]), _training(_positive(speed["forward"]), _positive(speed["backward"])))
             for recipe, speed in found["speeds"].items()
         }
         return SpeedModel(str(found["source"]), stated)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f'{path} is no speed model ({error!r}); it needs "source" and "speeds": recipe -> forward and backward, '
             "times as fast as the baseline, or to be a result of kernels/bench/bench_training.py"
@@ -56,9 +58,14 @@ def _training(forward: float, backward: float) -> float:
 
 
 def _measured(rows: list[dict[str, Any]]) -> dict[str, tuple[float, float]]:
-    if "x time of bf16" in rows[0]:
-        return {row["recipe"]: (1.0, 1 / row["x time of bf16"]) for row in rows}
-    return {row["recipe"]: (1.0, row["of bfloat16 speed"]) for row in rows}
+    return {row["recipe"]: (1.0, 1 / _positive(row["x time of bf16"])) for row in rows}
+
+
+def _positive(value: Any) -> float:
+    number = float(value)
+    if not (math.isfinite(number) and number > 0):
+        raise ValueError(f"{value} is no speed")
+    return number
 
 
 def speed_map(fit: LawFit, model: SpeedModel, cells: int = 40) -> dict[str, Any]:
@@ -71,8 +78,11 @@ def speed_map(fit: LawFit, model: SpeedModel, cells: int = 40) -> dict[str, Any]
     runs = [run for run, used in zip(fit.runs, fit.used, strict=True) if used]
     fitted = list(dict.fromkeys(run.recipe for run in runs))
     recipes = [fit.baseline, *(name for name in model.speeds if name in fitted and name != fit.baseline)]
-    if len(recipes) == 1:
-        raise UserError(f"the speed model has {', '.join(model.speeds)}; the runs have {', '.join(fitted)}")
+    if len(recipes) == 1 or fit.baseline not in fitted:
+        raise UserError(
+            f"the speed model has {', '.join(model.speeds)}; the runs have {', '.join(fitted)}; a map needs "
+            f"the baseline {fit.baseline} and another"
+        )
     N, ratio = np.array([run.N for run in runs]), np.array([run.D / run.N for run in runs])
     grid_N = np.geomspace(N.min(), 300 * N.max(), cells)
     grid_ratio = np.geomspace(ratio.min() / 2, 10 * ratio.max(), cells)

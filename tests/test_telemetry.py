@@ -44,15 +44,16 @@ QUARTET = {  # as the recipe, but without random signs
 # ------------------------------------------------------------------------------------------------------- one operand
 
 
-def observed(recipe: dict[str, Any], backend: str, x: Tensor, weight: Tensor, dy: Tensor) -> list[Observed]:
+def observed(recipe: str | dict[str, Any], backend: str, x: Tensor, weight: Tensor, dy: Tensor) -> list[Observed]:
     """Every operand of one forward and backward in float32."""
-    model = nn.Sequential(nn.Linear(K, N, bias=False))
+    model = nn.Sequential(nn.Linear(weight.shape[1], weight.shape[0], bias=False))
     qtrain.convert(model, recipe, backend=backend)  # pyright: ignore[reportArgumentType]
     layer = model[0]
     assert isinstance(layer, QuantLinear)
     layer.weight.data.copy_(weight)
     seen: list[Observed] = []
     layer.observer = Observer(seen.append, lambda _: None)
+    qtrain.set_step(model, 0, 0)
     model(x.clone().requires_grad_()).backward(dy)
     return seen
 
@@ -61,10 +62,10 @@ def numbers(seen: Observed, max_lines: int) -> dict[str, float]:
     return {name: float(value) for name, value in operand_health(seen, max_lines).items()}
 
 
-def batch() -> tuple[Tensor, Tensor, Tensor]:
-    """x (T, K) with heavy tails, weight (N, K), dy (T, N) far smaller and of another shape of tail."""
+def batch(tokens: int = T) -> tuple[Tensor, Tensor, Tensor]:
+    """x (tokens, K) with heavy tails, weight (N, K), dy (tokens, N) far smaller and of another shape of tail."""
     draw = np.random.default_rng(0)
-    arrays = draw.standard_t(4, (T, K)), draw.normal(size=(N, K)) * 0.02, draw.laplace(size=(T, N)) * 1e-12
+    arrays = draw.standard_t(4, (tokens, K)), draw.normal(size=(N, K)) * 0.02, draw.laplace(size=(tokens, N)) * 1e-12
     x, weight, dy = (torch.tensor(array, dtype=torch.float32) for array in arrays)
     return x, weight, dy
 
@@ -73,10 +74,31 @@ def outliers(x: np.ndarray) -> dict[str, float]:
     return {"kurtosis": (x**4).mean() / (x**2).mean() ** 2, "max_to_mean": np.abs(x).max() / np.abs(x).mean()}
 
 
-def quartet_operands() -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]]:
+def decibels(x: np.ndarray, x_hat: np.ndarray) -> float:
+    return 10 * np.log10((x**2).sum() / ((x_hat - x) ** 2).sum())
+
+
+def mxfp8(x: np.ndarray) -> np.ndarray:
+    """x quantised along its last dim, whose last block may be short."""
+    blocks = np.split(x, range(32, x.shape[-1], 32), axis=-1)
+    return np.concatenate([mxfp8_block(block) for block in blocks], axis=-1)
+
+
+def mxfp8_block(x: np.ndarray) -> np.ndarray:
+    largest = np.abs(x).max(-1, keepdims=True)
+    scale = np.vectorize(lambda a: 2.0 ** math.ceil(math.log2(a / 448)) if a else 1.0)(largest)
+    return oracle.nearest(x / scale, oracle.minifloat_grid(4, 3, 448)) * scale
+
+
+def filled(x: np.ndarray, multiple: int) -> np.ndarray:
+    """Zeros behind the last dim, to a multiple."""
+    return np.pad(x, ((0, 0), (0, -x.shape[1] % multiple)))
+
+
+def quartet_operands(tokens: int) -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]]:
     """use -> what comes in, what enters the rounding, what leaves it, and which elements pass a gradient; each with
     the contraction dim last."""
-    x, w, dy = (tensor.double().numpy() for tensor in batch())
+    x, w, dy = (tensor.double().numpy() for tensor in batch(tokens))
     turn = oracle.rotation(32)
     rotated_x, rotated_w = oracle.rotate(x, turn), oracle.rotate(w, turn)
     (held_x, mask_x), (held_w, mask_w) = oracle.quartet_forward(rotated_x), oracle.quartet_forward(rotated_w)
@@ -85,23 +107,27 @@ def quartet_operands() -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray, np
         "fprop.w": (w, rotated_w, held_w, mask_w),
     }
     for use, values in (("dgrad.dy", dy), ("dgrad.w", held_w.T), ("wgrad.dy", dy.T), ("wgrad.x", held_x.T)):
-        rotated = oracle.rotate(values, turn)
+        rotated = oracle.rotate(filled(values, 32), turn)
         found[use] = values, rotated, oracle.quartet_backward(rotated), None
     return found
 
 
 @pytest.mark.parametrize("backend", ["reference", "auto"])
+@pytest.mark.parametrize("tokens", [T, 33])
 @pytest.mark.parametrize(("max_lines", "stride"), [(T + K, 1), (48, 3)])
-def test_every_operand_has_the_health_of_a_float64_computation(backend: str, max_lines: int, stride: int) -> None:
-    """Of all lines, and of every third: 48 of 64, 96 or 128 lines are one in two or three, and two is even."""
-    found = {seen.use: numbers(seen, max_lines) for seen in observed(QUARTET, backend, *batch())}
-    expected = quartet_operands()
+def test_every_operand_has_the_health_of_a_float64_computation(
+    backend: str, tokens: int, max_lines: int, stride: int
+) -> None:
+    """Of all lines, and of every third: 48 of 64, 96 or 128 lines are one in two or three, and two is even. Of 33
+    tokens, the zeros that make them 64 are in the blocks that wgrad quantises, and no outliers' background."""
+    found = {seen.use: numbers(seen, max_lines) for seen in observed(QUARTET, backend, *batch(tokens))}
+    expected = quartet_operands(tokens)
     assert found.keys() == expected.keys()
     for use, (values, rotated, held, mask) in expected.items():
         every = stride if len(rotated) > max_lines else 1
         x, x_hat = rotated[::every], held[::every]
         wanted = {
-            "sqnr_db": 10 * np.log10((x**2).sum() / ((x_hat - x) ** 2).sum()),
+            "sqnr_db": decibels(x, x_hat),
             "clipped": 0.0 if mask is None else 1 - mask[::every].mean(),
             "scale_underflow": 0.0,
             "scale_overflow": 0.0,
@@ -109,6 +135,47 @@ def test_every_operand_has_the_health_of_a_float64_computation(backend: str, max
         wanted |= outliers(values)
         wanted |= {} if mask is None else {"mask_density": mask[::every].mean()}
         assert found[use] == pytest.approx(wanted, rel=2e-5, abs=1e-7), use
+
+
+def test_zeros_that_fill_up_tokens_change_neither_outliers_nor_errors() -> None:
+    """MXFP8, unrotated, of 33 tokens: block by block of what came in, the last one of a single token."""
+    x, weight, dy = batch(33)
+    found = {seen.use: numbers(seen, T + K) for seen in observed("mxfp8", "reference", x, weight, dy)}
+    for use, tensor in (("dgrad.dy", dy), ("wgrad.dy", dy.T), ("fprop.x", x), ("wgrad.x", x.T)):
+        values = tensor.double().numpy()
+        wanted = outliers(values) | {"sqnr_db": decibels(values, mxfp8(values))}
+        assert {name: found[use][name] for name in wanted} == pytest.approx(wanted, rel=2e-5), use
+
+
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+@pytest.mark.parametrize("recipe", ["quartet_ii", "nvidia_nvfp4", "fp8_blockwise", "tetrajet_v2"])
+def test_a_gaussian_gradient_of_few_tokens_has_no_outliers(recipe: str, backend: str) -> None:
+    """Filled up to 128 tokens, 33 would have a kurtosis of 12."""
+    draw = torch.Generator().manual_seed(0)
+    x, weight, dy = (torch.randn(rows, 128, generator=draw) for rows in (33, 128, 33))
+    found = {seen.use: numbers(seen, 48) for seen in observed(recipe, backend, x, weight, dy)}
+    wanted = outliers(dy.double().numpy())
+    assert 2.5 < wanted["kurtosis"] < 3.5
+    for use in ("dgrad.dy", "wgrad.dy"):
+        assert {name: found[use][name] for name in wanted} == pytest.approx(wanted, rel=2e-5), use
+
+
+@pytest.mark.parametrize("tokens", [33, 256])
+def test_outliers_are_those_before_the_rotation_of_rows(tokens: int) -> None:
+    """HALO-2 spreads the outliers of dgrad.dy over its tokens: they are counted before, the error is taken after."""
+    x, weight, _ = batch(tokens)
+    draw = np.random.default_rng(1)
+    gradient = draw.normal(size=(tokens, N)) * np.where(draw.random((tokens, N)) < 0.01, 100.0, 1.0)
+    dy = torch.tensor(gradient, dtype=torch.float32)
+    found = {seen.use: numbers(seen, 1000) for seen in observed("halo_2", "reference", x, weight, dy)}
+    values = dy.double().numpy()
+    wanted = outliers(values)
+    assert wanted["kurtosis"] > 100
+    turned = oracle.rotate(filled(values.T, 256), oracle.rotation(256))
+    for use, entering in (("dgrad.dy", turned), ("wgrad.dy", values)):
+        scale = np.abs(entering).max() / 127
+        wanted["sqnr_db"] = decibels(entering, np.round(entering / scale) * scale)
+        assert {name: found[use][name] for name in wanted} == pytest.approx(wanted, rel=2e-5), use
 
 
 def made(spec: QuantSpec, x: Tensor, dim: int = -1, key: Tensor | None = None) -> Observed:
@@ -159,7 +226,7 @@ def test_rows_with_scales_of_their_own() -> None:
     x_hat = oracle.nearest(np.clip(x / scale, -7.5, 7.5), oracle.centred_grid(4)) * scale
     assert health == pytest.approx(
         {
-            "sqnr_db": 10 * np.log10((x**2).sum() / ((x_hat - x) ** 2).sum()),
+            "sqnr_db": decibels(x, x_hat),
             "clipped": (np.abs(x) > 7.5 * scale).mean(),
             "mask_density": (np.abs(x_hat - x) <= 0.5 * scale).mean(),
             **outliers(x),
@@ -222,6 +289,7 @@ WATCHED = ["callbacks.telemetry_every_steps=2", "callbacks.telemetry_gradients=t
         (["recipe=lsq"], {"fprop.x", "fprop.w"}),
         (["recipe=quest_weight_only"], {"fprop.w"}),
         (["recipe=quest_sparse"], {"fprop.x", "fprop.w"}),
+        (["recipe=halo_2"], {"fprop.x", "fprop.w", "dgrad.dy", "wgrad.dy"}),
         (["recipe=mxfp8", "gemm=fp8"], {"fprop.x", "fprop.w", "dgrad.dy", "dgrad.w", "wgrad.dy", "wgrad.x"}),
     ],
 )  # fmt: skip
@@ -311,14 +379,8 @@ def test_what_is_written_is_of_the_step_that_trained(
     assert MAX_LINES == 64
     for use, values in (("fprop.x", x), ("wgrad.x", x.T), ("dgrad.dy", dy), ("wgrad.dy", dy.T)):
         found = {name: line[f"quant/layers.0.mlp.up/{use}/{name}"] for name in ("kurtosis", "max_to_mean", "sqnr_db")}
-        blocks = oracle.blocks_of(values[::every], 32)
-        scale = np.vectorize(lambda a: 2.0 ** math.ceil(math.log2(a / 448)) if a else 1.0)(
-            np.abs(blocks).max(-1, keepdims=True)
-        )
-        x_hat = oracle.nearest(blocks / scale, oracle.minifloat_grid(4, 3, 448)) * scale
         assert found == pytest.approx(
-            outliers(values) | {"sqnr_db": 10 * np.log10((blocks**2).sum() / ((x_hat - blocks) ** 2).sum())},
-            rel=2e-5,
+            outliers(values) | {"sqnr_db": decibels(values[::every], mxfp8(values[::every]))}, rel=2e-5
         ), use
     found, exact = (tensor.double().flatten().numpy() for tensor in (probe.grad_weight, probe.exact))
     cosine = found @ exact / np.sqrt((found @ found) * (exact @ exact))

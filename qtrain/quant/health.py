@@ -1,8 +1,8 @@
 """How an operand fares in its quantiser: a few numbers to watch a layer by.
 
 Errors are taken where rounding happens, after the rotation, of the very values that enter the GEMM; outliers of what
-comes in, before it. An operand of the backward that comes from the forward's codes is compared with those, not with the
-master.
+comes in, before it, before HALO-2's rotation of rows, and without the zeros that fill up blocks. An operand of the
+backward that comes from the forward's codes is compared with those, not with the master.
 """
 
 # M, N the operand's matrix; a line is one row of it along dim -1, one column along dim -2
@@ -33,8 +33,8 @@ def operand_health(seen: Observed, max_lines: int) -> dict[str, Tensor]:
     mask_density (operands with one): the fraction of elements that pass a gradient.
     kurtosis: E[x^4] / E[x^2]^2, 3 for a normal distribution. max_to_mean: max |x| / mean |x|.
 
-    Outliers are counted in all of x, for they gather in few lines. All else is of no more than max_lines, evenly
-    spaced; of formats in tiles of rows, of all.
+    Outliers are counted in all that came in, for they gather in few lines. All else is of x, which is quantised with
+    the zeros that fill it up: of no more than max_lines, evenly spaced; of formats in tiles of rows, of all.
     """
     plan, operand, dim = seen.quantizer.plan, seen.operand, seen.dim
     assert plan is not None
@@ -45,7 +45,7 @@ def operand_health(seen: Observed, max_lines: int) -> dict[str, Tensor]:
     x = rotate(_lines(seen.x, stride, dim).contiguous(), seen.rotation, seen.quantizer.backend, dim)
     scale = operand.post_scale
     in_units = x / (torch.where(scale == 0, 1.0, scale) if isinstance(scale, Tensor) else scale)
-    found = {"sqnr_db": _sqnr(x, operand.dequantize().float())} | _outliers(seen.x)
+    found = {"sqnr_db": _sqnr(x, operand.dequantize().float())} | _outliers(seen.x if seen.raw is None else seen.raw)
     found |= _range(in_units, operand.blocks, plan, seen.quantizer, dim)
     if operand.mask is not None:
         found["mask_density"] = operand.mask.float().mean()

@@ -34,7 +34,8 @@ from qtrain_kernels.reference import Rotation, stored_integer
 
 @dataclass(frozen=True)
 class Observed:
-    """An operand of a GEMM as it is used, and what it was made of: x (M, N), quantised along dim after the rotation."""
+    """An operand of a GEMM as it is used, and what it was made of: x (M, N), quantised along dim after the rotation.
+    raw: what came in, of which x may be filled up with zeros or have its rows rotated; None: x itself."""
 
     use: str
     quantizer: Quantizer
@@ -42,6 +43,7 @@ class Observed:
     rotation: Rotation | None
     dim: int
     operand: Operand
+    raw: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -203,9 +205,10 @@ class QuantizedWeight:
         dim: int = -1,
         learned: Tensor | None = None,
         with_blocks: bool = False,
+        raw: Tensor | None = None,
     ) -> Operand:
         """x as the operand `use` (fprop.x) of its GEMM, along dim, drawn with that use's key; learned: (1,) a scale;
-        with_blocks: with its block scales, which are needed to pack it and to observe it."""
+        with_blocks: with its block scales, which are needed to pack it and to observe it; raw: as in `Observed`."""
         quantizer, gemm_ = self.numerics.operands[use], getattr(self.numerics, use.partition(".")[0])
         observed = self.observer is not None and quantizer.plan is not None
         operand = quantizer.operand(
@@ -213,18 +216,21 @@ class QuantizedWeight:
             dim=dim, learned=_scalar(learned), with_blocks=with_blocks or observed,
         )  # fmt: skip
         if self.observer is not None and observed:
-            self.observer.operand(Observed(use, quantizer, x, rotation, dim, operand))
+            self.observer.operand(Observed(use, quantizer, x, rotation, dim, operand, raw))
         return operand if with_blocks else replace(operand, blocks=None)
 
-    def again(self, use: str, source: Operand, rotation: Rotation | None, keys: Tensor) -> Operand:
+    def again(
+        self, use: str, source: Operand, rotation: Rotation | None, keys: Tensor, rows: int | None = None
+    ) -> Operand:
         """An operand of the backward, along dim -2, from a master or forward value. A forward value that is neither
         rotated nor quantised again keeps its codes, and its tensor scale stays on the result; a scale per row lies
-        along the contraction and is multiplied in."""
+        along the contraction and is multiplied in. rows: how many came in, before zeros filled up source; None: all."""
         per_row = isinstance(source.post_scale, Tensor) and source.post_scale.ndim > 0
         if self.numerics.operands[use].reuses and not per_row:
             dtype = self.dtype_in(getattr(self.numerics, use.partition(".")[0]))
             return source if dtype == torch.int8 else source.floating(dtype)
-        return self.operand(use, source.dequantize(), rotation, keys, dim=-2)
+        x = source.dequantize()
+        return self.operand(use, x, rotation, keys, dim=-2, raw=x[:rows])
 
     def multiply(self, gemm_: Gemm, left: Operand, right: Operand | Folded) -> Tensor:
         """left @ right as one of the GEMMs is multiplied; what FP8 rounds is counted."""
@@ -320,26 +326,28 @@ def _dgrad(gemm_: Gemm, grad_output: Tensor, quantized: QuantizedWeight, keys: T
     weight, rotation = quantized.dgrad(keys)
     backend = gemm_.left.backend
     rows = None if block is None else hadamard(block, None, grad_output.device)
+    turned = grad_output
     if rows is not None:
-        grad_output = rotate(F.pad(grad_output, (0, 0, 0, -tokens % rows.size)), rows, backend, dim=-2)
-    dy = quantized.operand("dgrad.dy", grad_output, rotation, keys)
+        turned = rotate(F.pad(grad_output, (0, 0, 0, -tokens % rows.size)), rows, backend, dim=-2)
+    dy = quantized.operand("dgrad.dy", turned, rotation, keys, raw=grad_output)
     product = quantized.multiply(gemm_, dy, weight)
     return product if rows is None else unrotate(product, rows, backend, dim=-2)[:tokens]
 
 
 def _wgrad(gemm_: Gemm, grad_output: Tensor, x: Operand, keys: Tensor, quantized: QuantizedWeight) -> Tensor:
     """(T, N)^T @ (T, K), both quantised along T, filled with zeros to whole blocks: the product stays."""
-    padding = -grad_output.shape[0] % gemm_.multiple
+    tokens, filled = grad_output.shape[0], grad_output
+    padding = -tokens % gemm_.multiple
     if padding:
-        grad_output = F.pad(grad_output, (0, 0, 0, padding))
+        filled = F.pad(grad_output, (0, 0, 0, padding))
         if isinstance(x.post_scale, Tensor) and x.post_scale.ndim:
             x = Operand(x.dequantize())
         elif x.offset:  # integers without their half hold no zero
             x = x.floating(quantized.dtype)
         x = replace(x, values=F.pad(x.values, (0, 0, 0, padding)))
-    rotation = gemm_.rotation(key_of(keys, "wgrad.signs"), grad_output.shape[0])
-    dy = quantized.operand("wgrad.dy", grad_output, rotation, keys, dim=-2)
-    return quantized.multiply(gemm_, dy.t, quantized.again("wgrad.x", x, rotation, keys))
+    rotation = gemm_.rotation(key_of(keys, "wgrad.signs"), filled.shape[0])
+    dy = quantized.operand("wgrad.dy", filled, rotation, keys, dim=-2, raw=grad_output)
+    return quantized.multiply(gemm_, dy.t, quantized.again("wgrad.x", x, rotation, keys, rows=tokens))
 
 
 def _to_operand(

@@ -20,6 +20,7 @@ import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
 from qtrain.errors import UserError, first_line
+from qtrain.run_directory import commit
 
 log = logging.getLogger("qtrain")
 
@@ -31,9 +32,23 @@ def checkpoint_path(directory: Path, step: int) -> Path:
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes beside the target, syncs to disk, renames."""
+    """Writes beside the target, syncs to disk, renames. A checkpoint says at which commits of the code its state was
+    computed, be it by this run or by the one that left the trunk."""
+
+    def __init__(self) -> None:
+        self.commits = [commit()]
+
+    def load_checkpoint(self, path: str | Path, *args: Any, **options: Any) -> dict[str, Any]:
+        checkpoint = super().load_checkpoint(path, *args, **options)
+        earlier = [one for one in checkpoint["commits"] if one not in self.commits]
+        if earlier:
+            computed = ", ".join(map(str, earlier))
+            log.warning("%s was computed at commit %s; the code is now at %s", path, computed, self.commits[-1])
+        self.commits = earlier + self.commits
+        return checkpoint
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        checkpoint["commits"] = self.commits
         path = Path(path)
         partial = path.with_name(f".{path.name}.{os.getpid()}")
         with partial.open("wb") as file:

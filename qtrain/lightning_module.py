@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable
 from typing import Any
 
@@ -16,9 +15,6 @@ from qtrain.config import Config
 from qtrain.optim import build_optimizer, lr_factor
 from qtrain.plan import RunPlan
 from qtrain.quant import set_high_precision, set_step
-from qtrain.run_directory import commit
-
-log = logging.getLogger("qtrain")
 
 # B sequences, T tokens, V vocabulary
 
@@ -39,7 +35,6 @@ def computes_in_high_precision(config: Config, plan: RunPlan, step: int) -> bool
 class CausalLM(lightning.LightningModule):
     """Trains `model` for plan.steps optimiser steps of plan.micro_batches forwards each.
 
-    commits: those of the code that computed the state, the present one last; saved with it.
     step_loss and grad_norm hold the last optimiser step's mean loss on this device (nats per token) and gradient norm
     before clipping, as 0-dim tensors there: who wants them on the host pays for the wait.
     """
@@ -51,7 +46,6 @@ class CausalLM(lightning.LightningModule):
         self.plan = plan
         self.step_loss = torch.zeros(())
         self.grad_norm = torch.zeros(())
-        self.commits = [commit()]
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         micro_batch = batch_idx % self.plan.micro_batches
@@ -79,14 +73,6 @@ class CausalLM(lightning.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["vocab_size"] = self.plan.vocab_size
-        checkpoint["commits"] = self.commits
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        earlier = [one for one in checkpoint["commits"] if one not in self.commits]
-        if earlier:
-            computed = ", ".join(map(str, earlier))
-            log.warning("these steps were computed at commit %s; the code is now at %s", computed, self.commits[-1])
-        self.commits = earlier + self.commits
 
 
 @torch.no_grad()

@@ -156,7 +156,7 @@ def test_a_trunk_of_another_commit_is_used_with_a_warning(
 ) -> None:
     """And the state it leads to goes on to say of which."""
     for steps, now in ((10, "aaaa"), (20, "bbbb"), (40, "bbbb")):
-        monkeypatch.setattr("qtrain.lightning_module.commit", lambda now=now: now)
+        monkeypatch.setattr("qtrain.checkpoint.commit", lambda now=now: now)
         config = settings(corpus, tmp_path, steps, "trainer.share_trunk=true")
         run(config)
         said = "computed at commit aaaa; the code is now at bbbb" in " ".join(capsys.readouterr().out.split())

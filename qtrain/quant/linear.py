@@ -335,7 +335,8 @@ def _dgrad(gemm_: Gemm, grad_output: Tensor, quantized: QuantizedWeight, keys: T
 
 
 def _wgrad(gemm_: Gemm, grad_output: Tensor, x: Operand, keys: Tensor, quantized: QuantizedWeight) -> Tensor:
-    """(T, N)^T @ (T, K), both quantised along T, filled with zeros to whole blocks: the product stays."""
+    """(T, N)^T @ (T, K), both quantised along T, filled with zeros to whole blocks. The product stays but for formats
+    without a zero on both sides, unrotated, which no recipe of ours has."""
     tokens, filled = grad_output.shape[0], grad_output
     padding = -tokens % gemm_.multiple
     if padding:

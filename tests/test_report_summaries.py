@@ -169,17 +169,19 @@ def test_the_picture_holds_every_gap_at_its_place(runs, tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(Figure, "savefig", lambda figure, path, **options: drawn.append(figure))
     comparisons = compare(read_summaries(runs), "bf16")
-    plot_gaps(comparisons, tmp_path / "gaps.png", {"quartet": 0.08, "other": 1.0})
+    plot_gaps(comparisons, tmp_path / "gaps.png", {"quartet": 0.04, "other": 1.0})
     (axes,) = drawn[0].axes
     assert [label.get_text() for label in axes.get_yticklabels()] == ["quest", "quartet"]
     points = {(round(x, 4), y) for line in axes.lines for x, y in zip(line.get_xdata(), line.get_ydata(), strict=True)}
-    assert points >= {(0.1, 1), (0.12, 1), (0.14, 1), (0.08, 1), (0.5, 0)} and not any(x == 1.0 for x, _ in points)
+    assert points >= {(0.1, 1), (0.12, 1), (0.14, 1), (0.04, 1), (0.5, 0)} and not any(x == 1.0 for x, _ in points)
     low, high = sorted(point[0] for point in axes.collections[1].get_segments()[0])
     assert (low, high) == pytest.approx((0.12 - comparisons[1].half_width, 0.12 + comparisons[1].half_width))
-    assert axes.get_xscale() == "log"
+    assert axes.get_xscale() == "log", "0.04 to 0.5"
+    plot_gaps(comparisons, tmp_path / "gaps.png")
+    assert drawn[1].axes[0].get_xscale() == "linear", "within a decade"
     write(runs, "better", 0, 0.9)
     plot_gaps(compare(read_summaries(runs), "bf16"), tmp_path / "gaps.png")
-    assert drawn[1].axes[0].get_xscale() == "linear", "a gap below zero"
+    assert drawn[2].axes[0].get_xscale() == "linear", "a gap below zero"
 
 
 def test_a_results_file_of_fewer_columns_stays_readable_and_as_it_is(tmp_path):

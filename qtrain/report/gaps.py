@@ -26,7 +26,7 @@ def gaps_figure(
 
     comparisons: as `compare` gives them, the baseline first. Every seed a small dot, their mean a large one with its
     95% interval; published: name -> the gap that others found, a diamond. Names without a seed in common with the
-    baseline are left out. The axis is logarithmic where all that is drawn lies above zero.
+    baseline are left out. The axis is logarithmic where all that is drawn lies above zero, over a decade or more.
     """
     baseline, *others = comparisons
     shown = sorted((other for other in others if np.isfinite(other.gap)), key=lambda other: -other.gap)
@@ -34,11 +34,12 @@ def gaps_figure(
     figure = Figure(figsize=(width, 1.3 + 0.32 * len(shown)), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    lowest = []
+    lowest, highest = [], []
     for height, other in enumerate(shown):
         gaps = [loss - baseline.losses[seed] for seed, loss in other.losses.items() if seed in baseline.losses]
         half_width = float(np.nan_to_num(other.half_width))
         lowest += [*gaps, other.gap - half_width]
+        highest += [*gaps, other.gap + half_width]
         axes.plot(gaps, [height] * len(gaps), ".", color=BLUE, alpha=0.45, label="" if height else "a seed")
         label = "" if height else "mean, 95% interval"
         axes.errorbar(other.gap, height, xerr=half_width, fmt="o", color=BLUE, capsize=3, label=label)
@@ -46,7 +47,8 @@ def gaps_figure(
         heights = [height for height, other in enumerate(shown) if other.name in published]
         gaps = [published[shown[height].name] for height in heights]
         axes.plot(gaps, heights, "D", markerfacecolor="none", color=ORANGE, label="published")
-    if min([*lowest, *published.values()], default=0) > 0:
+    least, most = min([*lowest, *published.values()], default=0), max([*highest, *published.values()], default=0)
+    if least > 0 and most > 10 * least:
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter("{x:g}")
         axes.xaxis.set_minor_locator(LogLocator(subs=(2, 5)))

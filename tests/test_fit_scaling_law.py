@@ -191,6 +191,18 @@ def test_curves_are_the_law(figures_and_law):
         assert min(abs(np.log(ratio[0] / one)) for one in ratios) < 0.3
 
 
+def test_an_unknown_efficiency_does_not_hide_the_known_ones(figures_and_law):
+    _, law = figures_and_law
+    known, unknown = {"value": 0.9, "low": 0.85, "high": 0.95}, {"value": 0.3, "low": 1e-7, "high": 100.0}
+    told = {"quest": {"eff_D": known}, "rtn": {"eff_D": unknown}}
+    (axes,) = law_figures({**law, "efficiencies": told})["efficiencies"].axes
+    left, right = axes.get_xlim()
+    assert axes.get_xscale() == "linear" and left == 0 and 1 < right < 1.2
+    (arrow,) = [line for line in axes.lines if line.get_marker() in ("<", ">")]
+    assert arrow.get_marker() == ">" and list(np.asarray(arrow.get_xdata())) == [right]
+    assert "arrow: goes on" in axes.get_xlabel()
+
+
 def test_efficiencies_and_the_map_are_those_of_the_law(figures_and_law):
     figures, law = figures_and_law
     left, right = figures["efficiencies"].axes

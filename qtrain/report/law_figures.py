@@ -22,6 +22,7 @@ Array = np.ndarray
 COLOURS = (GREY, BLUE, ORANGE, GREEN, "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 PANELS = 6
+WIDE = 3  # the factor of an interval beyond which it does not set the axis: what is not known would hide what is
 BEYOND = 8  # how far, as a factor of N, the IsoFLOP curves leave the runs
 FLOPS_PER_PARAMETER_AND_TOKEN = 6
 
@@ -222,26 +223,42 @@ def _efficiencies(law: Law) -> Figure:
         2.4 + 3.0 * len(names), 1.1 + 0.3 * len(recipes), ncols=len(names), sharey=True, squeeze=False
     )
     for axes, name, colour in zip(grid[0], names, (BLUE, ORANGE), strict=False):
-        for height, recipe in enumerate(recipes):
-            estimate = law["efficiencies"][recipe][name]
-            if estimate["low"] == estimate["high"]:
+        estimates = [law["efficiencies"][recipe][name] for recipe in recipes]
+        left, right, scale = _efficiency_axis(estimates)
+        beyond = False
+        for height, estimate in enumerate(estimates):
+            low, high = estimate["low"], estimate["high"]
+            if low == high:
                 axes.plot(estimate["value"], height, "o", color=colour, markerfacecolor="white", markersize=6)
                 continue
-            axes.plot([estimate["low"], estimate["high"]], [height, height], color=colour, linewidth=2)
+            axes.plot([max(low, left), min(high, right)], [height, height], color=colour, linewidth=2)
             axes.plot(estimate["value"], height, "o", color=colour, markersize=6)
+            for edge, marker, out in ((left, "<", low < left), (right, ">", high > right)):
+                if out:
+                    axes.plot(edge, height, marker, color=colour, markersize=6, clip_on=False)
+                    beyond = True
         axes.axvline(1, color=GREY, linewidth=1, zorder=0)
-        held = any(estimate["low"] == estimate["high"] for estimate in (law["efficiencies"][r][name] for r in recipes))
-        axes.set_xlabel(f"{name} (1: as {law['baseline']}), 95% interval{'; hollow: held' if held else ''}")
+        held = any(estimate["low"] == estimate["high"] for estimate in estimates)
+        notes = "; ".join(note for note, needed in (("hollow: held", held), ("arrow: goes on", beyond)) if needed)
+        axes.set_xlabel(f"{name} (1: as {law['baseline']}), 95% interval" + f"\n{notes}" * bool(notes))
         axes.set_yticks(range(len(recipes)), recipes)
         axes.set_ylim(-0.6, len(recipes) - 0.4)
         tidy(axes)
-        lowest = min(law["efficiencies"][recipe][name]["low"] or 1e-9 for recipe in recipes)
-        if lowest < 0.1:
-            axes.set_xscale("log")
+        axes.set_xscale(scale)
+        axes.set_xlim(left, right)
+        if scale == "log":
             axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        else:
-            axes.set_xlim(left=0)
     return figure
+
+
+def _efficiency_axis(estimates: list[Law]) -> tuple[float, float, str]:
+    """(left, right, scale) of an axis that holds 1, every value, and every interval that is not `WIDE`."""
+    narrow = [e for e in estimates if e["low"] is not None and e["high"] <= WIDE * e["low"]]
+    shown = [1.0, *(e["value"] for e in estimates), *(e[end] for e in narrow for end in ("low", "high"))]
+    lowest, highest = min(shown), max(shown)
+    if lowest < 0.1 or highest > 10:
+        return lowest / 1.3, highest * 1.3, "log"
+    return 0.0, highest * 1.05, "linear"
 
 
 def _product(estimates: Law) -> float:

@@ -331,7 +331,7 @@ def test_a_constant_at_its_bound_is_warned_of():
         del TRUE["no floor"]
     found = law_json(fit_law(exact, LAWS["chinchilla"], draws=20))
     assert not found["constants"]["E"]["identified"]
-    assert any("E is not identified: it lies at its bound" in warning for warning in found["warnings"])
+    assert any("E is not identified: at its bound in the fit" in warning for warning in found["warnings"])
 
 
 def test_a_recipe_with_too_few_runs_is_named_and_left_out():

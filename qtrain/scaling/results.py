@@ -14,7 +14,7 @@ INTERVAL = (2.5, 97.5)
 IDENTIFIED = 3.0  # a constant whose interval spans a larger factor is not known from these runs
 SPAN = 8.0  # of N or D, below which an exponent rests on extrapolation
 TIED = 0.95  # correlation of log N and log D
-AT_BOUND = 0.05  # share of draws
+AT_BOUND = 0.05  # share of draws, above which a constant rests on its bound
 UNDETERMINED = "other values of it, with others of the rest, fit these runs exactly as well"
 
 
@@ -72,7 +72,7 @@ def _constant(fit: LawFit, name: str) -> dict[str, Any]:
     if _is_flat(fit, index):
         low, high = BOUNDS.get(name, (0.0, math.inf))
         return {**found, "low": low, "high": _finite(high), "identified": False, "fitted": fitted}
-    known = not fitted or (_spread(found) <= IDENTIFIED and _share_at_bound(fit, index) <= AT_BOUND)
+    known = not fitted or (_spread(found) <= IDENTIFIED and not any(_at_bound(fit, index)))
     return {**found, "identified": bool(known), "fitted": fitted}
 
 
@@ -99,10 +99,12 @@ def _spread(estimate: dict[str, Any]) -> float:
     return estimate["high"] / estimate["low"] if estimate["low"] > 0 else math.inf
 
 
-def _share_at_bound(fit: LawFit, index: int) -> float:
+def _at_bound(fit: LawFit, index: int) -> tuple[bool, float]:
+    """Whether the fit lies at a bound of the constant, and the share of the draws that do, 0 where it is small."""
     low, high = (limit[index] for limit in fit.limits)
     at = lambda theta: (theta <= low + 1e-6) | (theta >= high - 1e-6)  # noqa: E731
-    return max(float(at(fit.theta[index])), float(np.mean(at(fit.draws[:, index]))) if len(fit.draws) else 0.0)
+    share = float(np.mean(at(fit.draws[:, index]))) if len(fit.draws) else 0.0
+    return bool(at(fit.theta[index])), share if share > AT_BOUND else 0.0
 
 
 def _fitted_recipes(fit: LawFit) -> list[str]:
@@ -185,11 +187,12 @@ def _of_constants(fit: LawFit, constants: dict[str, dict[str, Any]]) -> list[str
     for name, constant in constants.items():
         if constant["identified"]:
             continue
-        share = _share_at_bound(fit, CONSTANTS.index(name))
+        fitted, share = _at_bound(fit, CONSTANTS.index(name))
         if _is_flat(fit, CONSTANTS.index(name)):
             found.append(f"{name} is not identified: {UNDETERMINED}")
-        elif share > AT_BOUND:
-            found.append(f"{name} is not identified: it lies at its bound in {share:.0%} of the draws")
+        elif fitted or share:
+            where = " and ".join(["the fit"] * fitted + [f"{share:.0%} of the draws"] * bool(share))
+            found.append(f"{name} is not identified: at its bound in {where}")
         else:
             partner = {"A": "alpha", "B": "beta"}.get(name)
             why = f"; it trades off against {partner}, and only the two together are known" if partner else ""

@@ -174,7 +174,7 @@ def test_the_picture_holds_every_gap_at_its_place(runs, tmp_path, monkeypatch):
     assert [label.get_text() for label in axes.get_yticklabels()] == ["quest", "quartet"]
     points = {(round(x, 4), y) for line in axes.lines for x, y in zip(line.get_xdata(), line.get_ydata(), strict=True)}
     assert points >= {(0.1, 1), (0.12, 1), (0.14, 1), (0.04, 1), (0.5, 0)} and not any(x == 1.0 for x, _ in points)
-    low, high = sorted(point[0] for point in axes.collections[1].get_segments()[0])
+    low, high = sorted(point[0] for point in axes.collections[0].get_segments()[0])
     assert (low, high) == pytest.approx((0.12 - comparisons[1].half_width, 0.12 + comparisons[1].half_width))
     assert axes.get_xscale() == "log", "0.04 to 0.5"
     plot_gaps(comparisons, tmp_path / "gaps.png")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterable
-from dataclasses import replace
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from statistics import mean, median
 from typing import Any
 
@@ -29,7 +29,7 @@ from qtrain.report.picture import (
     thin,
     variant,
 )
-from qtrain.report.runs import Corpus, Point, Run, point_title
+from qtrain.report.runs import Corpus, Point, Run, point_title, told_apart
 from qtrain.report.summaries import Comparison, compare
 
 MOST_PANELS = 6  # sizes or budgets with a panel of their own, the largest by FLOPs; the tables have all of them
@@ -89,7 +89,7 @@ def loss_pictures(corpus: Corpus, baseline: str) -> list[Picture]:
     pictures = []
     for name, what, over, curve, note in kinds:
         curves = [(run, *curve(run)) for run in corpus.runs]
-        drawn = [(run, x, y) for run, x, y in curves if len(x) > 1]
+        drawn = [(run, x, y) for run, x, y in curves if len(x)]
         if over == "seconds" and drawn:
             over, unit = time_unit(max(x[-1] for _, x, _ in drawn))
             drawn = [(run, x / unit, y) for run, x, y in drawn]
@@ -115,15 +115,18 @@ def _loss_picture(
     for axes, size in zip(panels, sorted(sizes, key=lambda size: size or 0) if panelled else [None], strict=True):
         members = [one for one in drawn if not panelled or one[0].row["non_embedding_parameters"] == size]
         for run, x, y in members:
-            _draw_curve(axes, run, x, y, look[run.recipe], marked=len(members) <= FEW and len(x) <= FEW)
+            few = len(members) <= FEW and len(x) <= FEW
+            _draw_curve(axes, run, x, y, look[run.recipe], marked=few or len(x) == 1)
         if panelled:
             axes.set_title(f"{readable(size or 0)} non-embedding parameters", loc="left")
-        _loss_axes(axes, over, [x for _, x, _ in members], [y for *_, y in members])
+        finished = [one for one in members if one[0].row["status"] == "finished"] or members
+        _loss_axes(axes, over, [x for _, x, _ in finished], [y for *_, y in finished])
     legend_below(figure, look, recipes)
     unfinished = any(run.row["status"] != "finished" for run, *_ in drawn)
-    cross = " A cross ends a run that did not finish." if unfinished else ""
+    cross = " A cross ends a run that did not finish; the axes are those of the finished ones." if unfinished else ""
     last = span(y[-1] for *_, y in drawn)
-    alt = f"{what} of {len(drawn)} runs over {over}, a line each; they end at {last} nats per token"
+    kind = "a line each" if all(len(x) > 1 for _, x, _ in drawn) else "a line each, or a dot of one value"
+    alt = f"{what} of {len(drawn)} runs over {over}, {kind}; they end at {last} nats per token"
     return Picture(name, figure, f"{what} over {over}. {note}{cross}".strip(), alt)
 
 
@@ -135,7 +138,8 @@ def _draw_curve(axes: Axes, run: Run, x: np.ndarray, y: np.ndarray, style: Style
 
 
 def _loss_axes(axes: Axes, over: str, xs: list[np.ndarray], ys: list[np.ndarray]) -> None:
-    """Logarithmic in x where the runs are of very different length; the first steep fall is cut off."""
+    """To the measure of these curves: logarithmic in x where they are of very different length, and in y without the
+    first steep fall."""
     ends = [x[-1] for x in xs]
     if min(ends) * 8 < max(ends):
         axes.set_xscale("log")
@@ -147,7 +151,8 @@ def _loss_axes(axes: Axes, over: str, xs: list[np.ndarray], ys: list[np.ndarray]
         count_axis(axes.xaxis)
     later = np.concatenate([y[len(y) // 10 :] for y in ys])
     low, high = float(later.min()), float(np.quantile(later, 0.99))
-    axes.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low) or high + 0.1)
+    pad = 0.05 * (high - low) or 0.1
+    axes.set_ylim(low - pad, high + pad)
     axes.set_xlabel(over)
     axes.set_ylabel("nats per token")
     tidy(axes)
@@ -158,7 +163,8 @@ def _loss_axes(axes: Axes, over: str, xs: list[np.ndarray], ys: list[np.ndarray]
 
 def comparisons(corpus: Corpus, baseline: str) -> dict[Point, list[Comparison]]:
     """For each size and budget that has the baseline and another: every label's gap to it, the baseline first. Of
-    several baselines, which differ in the learning rate, say, the one with the least mean loss."""
+    several baselines, which differ in the learning rate, say, the one of the most seeds, then of the least mean loss:
+    a rate that was tried at one seed alone leaves the others without a pair."""
     found = {}
     for point, members in by_largest(corpus.compared, key=lambda run: run.point).items():
         chosen = best_baseline(members, baseline)
@@ -172,17 +178,25 @@ def best_baseline(members: list[Run], baseline: str) -> str | None:
     for run in members:
         if baseline in (run.row["recipe"], run.row["name"]):
             losses[run.label].append(run.row["val_loss"])
-    return min(losses, key=lambda label: mean(losses[label]), default=None)
+    return min(losses, key=lambda label: (-len(losses[label]), mean(losses[label])), default=None)
 
 
 def label_styles(corpus: Corpus, baseline: str) -> dict[str, Style]:
     """A style for each label: its recipe's colour, and dashes and marker of its own where the recipe has several."""
     look = styles((run.recipe for run in corpus.runs), baseline)
-    found: dict[str, Style] = {}
-    for recipe, style in look.items():
-        for number, label in enumerate(sorted({run.label for run in corpus.runs if run.recipe == recipe})):
-            found[label] = style | variant(number) if number else style
-    return found
+    return _variants(look, ((run.recipe, run.label) for run in corpus.runs))
+
+
+def _variants(look: Mapping[str, Style], named: Iterable[tuple[str, str]]) -> dict[str, Style]:
+    """name -> style, of pairs of recipe and name."""
+    names: dict[str, set[str]] = defaultdict(set)
+    for recipe, name in named:
+        names[recipe].add(name)
+    return {
+        name: style | variant(number) if number else style
+        for recipe, style in look.items()
+        for number, name in enumerate(sorted(names[recipe]))
+    }
 
 
 def gap_pictures(corpus: Corpus, baseline: str) -> list[Picture]:
@@ -195,8 +209,8 @@ def gap_pictures(corpus: Corpus, baseline: str) -> list[Picture]:
     for number, (point, found) in enumerate(list(shown.items())[:MOST_PANELS], 1):
         name = found[0].name
         caption = f"Gap to {name} in validation loss, paired by seed: {point_title(point)}."
-        told = (f"{one.name} {one.gap:+.4f}" for one in found[1:] if np.isfinite(one.gap))
-        alt = f"Gaps to {name} in nats per token, with 95% intervals: {', '.join(told)}"
+        told = (f"{one.name} {_gap_in_words(one)}" for one in found[1:] if np.isfinite(one.gap))
+        alt = f"Gaps to {name} in nats per token, ± their 95% interval: {', '.join(told)}"
         pictures.append(Picture(f"gaps-{number}", gaps_figure(found, width=WIDTH), caption, alt))
         curves = gap_curves(at[point], name)
         if any(len(tokens) > 1 for tokens, _ in curves.values()):
@@ -207,6 +221,11 @@ def gap_pictures(corpus: Corpus, baseline: str) -> list[Picture]:
             alt = f"Gaps to {name} over tokens; at the end: {last}"
             pictures.append(Picture(f"gap-tokens-{number}", _gap_curves_figure(curves, look), caption, alt))
     return pictures
+
+
+def _gap_in_words(one: Comparison) -> str:
+    interval = f" ± {one.half_width:.2g}" if np.isfinite(one.half_width) else " (one seed, no interval)"
+    return f"{one.gap:+.4f}{interval}"
 
 
 def _gap_curves_figure(curves: dict[str, Series], look: dict[str, Style]) -> Figure:
@@ -245,22 +264,46 @@ def _complete(found: dict[float, list[float]]) -> Series:
 # ------------------------------------------------------------------------------------------------ learning rate
 
 
+@dataclass(frozen=True)
+class Sweep:
+    """Runs of one recipe, size, budget, batch and schedule at several learning rates. name: what it is called beside
+    the others of its recipe; losses: rate -> seed -> loss of the compared runs; unfinished: rates at which a run
+    diverged or did not end."""
+
+    recipe: str
+    name: str
+    losses: dict[float, dict[int, float]]
+    unfinished: list[float]
+
+    @property
+    def rates(self) -> list[float]:
+        return sorted({*self.losses, *self.unfinished})
+
+    @property
+    def shared(self) -> set[int]:
+        """The seeds that every rate has which has a loss."""
+        return set.intersection(*({*found} for found in self.losses.values()))
+
+    def means(self) -> dict[float, float]:
+        """rate -> mean loss over the shared seeds, or over all where none is shared."""
+        seeds = self.shared or {seed for found in self.losses.values() for seed in found}
+        return {rate: mean(found[seed] for seed in found if seed in seeds) for rate, found in self.losses.items()}
+
+
 def rate_pictures(corpus: Corpus, baseline: str) -> list[Picture]:
     """Loss over learning rate, a line for each recipe, size and budget that was run at two rates or more."""
-    sweeps = {key: found for key, found in _sweeps(corpus).items() if len(found) > 1}
+    by_point = dict(list(_sweeps(corpus).items())[:MOST_PANELS])
+    sweeps = [sweep for found in by_point.values() for sweep in found]
     if not sweeps:
         return []
-    points = list(by_largest((run for run in corpus.compared if run.row["lr"]), key=lambda run: run.point))
-    points = [point for point in points if any(key[0] == point for key in sweeps)][:MOST_PANELS]
-    recipes = {recipe for point, recipe, *_ in sweeps if point in points}
-    look = styles(recipes, baseline)
-    figure, panels = new_figure(0.3 + 2.2 * len(points) + legend_height(recipes), len(points))
+    look = _variants(styles((one.recipe for one in sweeps), baseline), ((one.recipe, one.name) for one in sweeps))
+    names = {one.name for one in sweeps}
+    figure, panels = new_figure(0.3 + 2.2 * len(by_point) + legend_height(names), len(by_point))
     best = []
-    for axes, point in zip(panels, points, strict=True):
-        for (at, recipe, *_), losses in sweeps.items():
-            if at == point:
-                best.append(_draw_sweep(axes, recipe, losses, look[recipe]))
-        rates = sorted({rate for (at, *_), losses in sweeps.items() if at == point for rate in losses})
+    for axes, (point, found) in zip(panels, by_point.items(), strict=True):
+        for number, sweep in enumerate(found):
+            best.append(_draw_sweep(axes, sweep, look[sweep.name], height=0.97 - 0.06 * number))
+        rates = sorted({rate for sweep in found for rate in sweep.rates})
         axes.set_xscale("log")
         axes.xaxis.set_minor_locator(NullLocator())
         axes.set_xticks(rates, [f"{rate:g}" for rate in rates], rotation=60 if len(rates) > 6 else 0)
@@ -268,35 +311,60 @@ def rate_pictures(corpus: Corpus, baseline: str) -> list[Picture]:
         axes.set_xlabel("learning rate")
         axes.set_ylabel("validation loss")
         tidy(axes)
-    legend_below(figure, look, recipes)
+    legend_below(figure, look, names)
+    alt = f"Loss over learning rate; best: {', '.join(best)}"
+    return [Picture("learning-rate", figure, _rates_caption(sweeps), alt)]
+
+
+def _rates_caption(sweeps: list[Sweep]) -> str:
     caption = (
-        "Validation loss (nats per token) over the peak learning rate: a dot a run, the line their mean, a ring the "
+        "Validation loss (nats per token) over the peak learning rate: a dot a run, the line their mean over the seeds "
+        "that all rates share, a ring the best mean."
     )
-    caption += "best mean."
-    return [Picture("learning-rate", figure, caption, f"Loss over learning rate; best: {', '.join(best)}")]
+    unshared = sorted({sweep.name for sweep in sweeps if not sweep.shared})
+    if unshared:
+        caption += f" Of {', '.join(unshared)} no seed was run at every rate: there the mean is over all seeds."
+    if any(sweep.unfinished for sweep in sweeps):
+        caption += " A cross at the top: a run at this rate diverged or did not end."
+    return caption
 
 
-def _sweeps(corpus: Corpus) -> dict[tuple[Any, ...], dict[float, list[float]]]:
-    found: dict[tuple[Any, ...], dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for run in corpus.compared:
-        if run.row["lr"]:
-            key = (run.point, run.recipe, run.row["batch_tokens"], run.row["schedule"])
-            found[key][run.row["lr"]].append(run.row["val_loss"])
-    return found
+def _sweeps(corpus: Corpus) -> dict[Point, list[Sweep]]:
+    """The sweeps of each size and budget that has one, the one with the most FLOPs first."""
+    tried = [run for run in corpus.runs if run.row["lr"] and (run.compared or run.row["status"] != "finished")]
+    found: dict[Point, list[Sweep]] = defaultdict(list)
+    for (point, _), members in by_largest(tried, key=lambda run: (run.point, run.recipe)).items():
+        groups: dict[str, list[Run]] = defaultdict(list)
+        for run, name in told_apart(members, ("batch_tokens", "schedule")):
+            groups[name].append(run)
+        sweeps = [_sweep(name, runs) for name, runs in groups.items()]
+        found[point] += [sweep for sweep in sweeps if sweep.losses and len(sweep.rates) > 1]
+    return {point: sweeps for point, sweeps in found.items() if sweeps}
 
 
-def _draw_sweep(axes: Axes, recipe: str, losses: dict[float, list[float]], style: Style) -> str:
-    """Returns the best rate in words."""
-    rates = sorted(losses)
-    means = [mean(losses[rate]) for rate in rates]
-    axes.plot(rates, means, color=style["color"], linestyle=style["linestyle"], linewidth=1.2)
-    dots = [(rate, loss) for rate in rates for loss in losses[rate]]
+def _sweep(name: str, runs: list[Run]) -> Sweep:
+    losses: dict[float, dict[int, float]] = defaultdict(dict)
+    for run in runs:
+        if run.compared:
+            losses[run.row["lr"]][run.row["seed"]] = run.row["val_loss"]
+    unfinished = sorted({run.row["lr"] for run in runs if not run.compared})
+    return Sweep(runs[0].recipe, name, dict(losses), unfinished)
+
+
+def _draw_sweep(axes: Axes, sweep: Sweep, style: Style, height: float) -> str:
+    """Returns the best rate in words. height: of the crosses, as a share of the axis."""
+    means = sweep.means()
+    rates = sorted(means)
+    axes.plot(rates, [means[rate] for rate in rates], color=style["color"], linestyle=style["linestyle"], linewidth=1.2)
+    dots = [(rate, loss) for rate in rates for loss in sweep.losses[rate].values()]
     at, values = zip(*dots, strict=True)
     axes.plot(at, values, style["marker"], color=style["color"], markersize=3.5)
-    best = int(np.argmin(means))
-    axes.plot(rates[best], means[best], "o", color=style["color"], markerfacecolor="none", markersize=10)
-    edge = ", at the edge of the rates tried" if best in (0, len(rates) - 1) else ""
-    return f"{recipe} {rates[best]:g}{edge}"
+    best = min(rates, key=lambda rate: means[rate])
+    axes.plot(best, means[best], "o", color=style["color"], markerfacecolor="none", markersize=10)
+    crosses = [height] * len(sweep.unfinished)
+    axes.plot(sweep.unfinished, crosses, "x", color=style["color"], transform=axes.get_xaxis_transform())
+    edge = ", at the edge of the rates tried" if best in (sweep.rates[0], sweep.rates[-1]) else ""
+    return f"{sweep.name} {best:g}{edge}"
 
 
 # --------------------------------------------------------------------------------------------- speed and memory

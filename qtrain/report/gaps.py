@@ -25,8 +25,9 @@ def gaps_figure(
     """Gaps in nats per token, the least at the top; width in inches.
 
     comparisons: as `compare` gives them, the baseline first. Every seed a small dot, their mean a large one with its
-    95% interval; published: name -> the gap that others found, a diamond. Names without a seed in common with the
-    baseline are left out. The axis is logarithmic where all that is drawn lies above zero, over a decade or more.
+    95% interval where it has several seeds; published: name -> the gap that others found, a diamond. Names without a
+    seed in common with the baseline are left out. The axis is logarithmic where all that is drawn lies above zero, over
+    a decade or more.
     """
     baseline, *others = comparisons
     shown = sorted((other for other in others if np.isfinite(other.gap)), key=lambda other: -other.gap)
@@ -34,6 +35,7 @@ def gaps_figure(
     figure = Figure(figsize=(width, 1.3 + 0.32 * len(shown)), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
+    labels = {False: "one seed, no interval", True: "mean, 95% interval"}  # each in the legend once
     lowest, highest = [], []
     for height, other in enumerate(shown):
         gaps = [loss - baseline.losses[seed] for seed, loss in other.losses.items() if seed in baseline.losses]
@@ -41,8 +43,9 @@ def gaps_figure(
         lowest += [*gaps, other.gap - half_width]
         highest += [*gaps, other.gap + half_width]
         axes.plot(gaps, [height] * len(gaps), ".", color=BLUE, alpha=0.45, label="" if height else "a seed")
-        label = "" if height else "mean, 95% interval"
-        axes.errorbar(other.gap, height, xerr=half_width, fmt="o", color=BLUE, capsize=3, label=label)
+        interval = half_width if np.isfinite(other.half_width) else None
+        label = labels.pop(interval is not None, "")
+        axes.errorbar(other.gap, height, xerr=interval, fmt="o", color=BLUE, capsize=3, label=label)
     if published:
         heights = [height for height, other in enumerate(shown) if other.name in published]
         gaps = [published[shown[height].name] for height in heights]

@@ -81,12 +81,12 @@ class DamagedLine:
 
 
 def scan_metrics(path: Path, without: tuple[str, ...] = ()) -> tuple[list[dict[str, Any]], list[DamagedLine], int]:
-    """The lines of a metrics.jsonl, in order, those that are damaged, and how many were passed over: the whole ones
-    that hold one of the texts `without` are not parsed."""
+    """The lines of a metrics.jsonl, in order, those that are damaged, and how many were passed over: those that look
+    whole and hold one of the texts `without` are not parsed."""
     texts = path.read_text(encoding="utf-8", errors="replace").splitlines()
     lines, damaged, passed = [], [], 0
     for number, text in enumerate(texts, start=1):
-        if text.endswith("}") and any(key in text for key in without):
+        if any(key in text for key in without) and _looks_whole(text):
             passed += 1
             continue
         try:
@@ -98,6 +98,11 @@ def scan_metrics(path: Path, without: tuple[str, ...] = ()) -> tuple[list[dict[s
         else:
             damaged.append(DamagedLine(number, text[:60], number == len(texts)))
     return lines, damaged, passed
+
+
+def _looks_whole(text: str) -> bool:
+    """A line is flat: one with a second brace is two, the first of them cut off."""
+    return text.startswith("{") and text.endswith("}") and text.count("{") == 1
 
 
 def curve(lines: list[dict[str, Any]], key: str) -> Curve:

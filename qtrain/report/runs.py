@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from qtrain.errors import UserError
 from qtrain.report.loss import readable, scan_metrics
-from qtrain.report.summaries import Row, damaged_run, is_table, read_run, read_table, run_directories
+from qtrain.report.summaries import (
+    Row,
+    damaged_run,
+    is_table,
+    read_settings,
+    read_table,
+    run_directories,
+    run_row,
+)
 
 TELEMETRY = ('"quant/', '"grad/')  # lines of their own, long and many: read for the few runs that show them
 
@@ -23,12 +31,14 @@ class Run:
 
     telemetry: how many lines of it metrics.jsonl has. recipe: what the run is called in a legend, the same at every
     size; label: that and the learning rate, batch or schedule where runs of its recipe differ in them. compared: it is
-    finished, and no other run has its label, size, tokens and seed.
+    finished, no other run has its label, size, tokens and seed, and those of other seeds have its settings.
+    settings: config.yaml as it stands, none for a row of a results file.
     """
 
     row: Row
     lines: list[dict[str, Any]] = field(default_factory=list)
     telemetry: int = 0
+    settings: Mapping[str, Any] = field(default_factory=dict)
     recipe: str = ""
     label: str = ""
     compared: bool = False
@@ -47,6 +57,16 @@ class Run:
 
 
 VARIANT = {"lr": "lr {:g}", "batch_tokens": "batch {:,}", "schedule": "{}"}
+
+# Settings in which runs of one label may differ: those that a run's hash leaves out too, for they change no result, ...
+NO_RESULT = (
+    "name", "run_root", "run_dir", "force", "dry_run", "results", "retry_failed", "backend", "trainer.device",
+    "trainer.devices", "trainer.compile", "trainer.share_trunk", "callbacks", "logger", "debug.detect_anomaly",
+    "recipe.source",
+)  # fmt: skip
+# ... and those that the seed, the budget and the data say: half of them are places on one machine.
+SAID_ELSEWHERE = ("seed", "data", "tokenizer", "trainer.tokens", "trainer.tokens_per_parameter")
+WHOLE = "recipe.overrides"  # its keys are patterns: one that a run lacks is no setting of a later version
 
 
 @dataclass(frozen=True)
@@ -86,17 +106,22 @@ def read_runs(places: Iterable[Path]) -> tuple[list[Run], list[str]]:
 
 
 def _only_in_tables(rows: list[Row], runs: list[Run], problems: list[str]) -> list[Run]:
-    """The rows whose run is not among those of the folders, which have its lines too."""
-    in_folders = {_identity(run.row) for run in runs}
-    found = [Run(row) for row in rows if row["config_hash"] is None or _identity(row) not in in_folders]
+    """The rows whose run is not among those of the folders, which have its lines too, nor in an earlier row."""
+    seen = {_identity(run.row) for run in runs}
+    found = []
+    for row in rows:
+        if row["config_hash"] is None or _identity(row) not in seen:
+            found.append(Run(row))
+            seen.add(_identity(row))
     if len(found) < len(rows):
         count = len(rows) - len(found)
-        problems.append(f"rows of the results files whose run is in the folders too, and stands here once: {count}")
+        told = "rows of the results files whose run is in the folders or in another row too, and stands here once"
+        problems.append(f"{told}: {count}")
     return [_known(run, problems) for run in found]
 
 
 def _identity(row: Row) -> Point:
-    return (row["name"], row["config_hash"], row["val_loss"])
+    return (row["name"], row["seed"], row["config_hash"], row["val_loss"])
 
 
 def _order(run: Run) -> tuple[Any, ...]:
@@ -111,6 +136,8 @@ def _known(run: Run, problems: list[str], faults: Iterable[str] = ()) -> Run:
     if run.row["status"] != "finished":
         reason = run.row["reason"] or "no reason is given"
         told.insert(0, f"{run.row['status']} and not compared with others: {reason}")
+    elif run.row["data_hash"] is None:
+        told.append("says no data_hash, the text it was trained on: compared with none")
     if told:
         problems.append(f"{run}: {'; '.join(told)}")
     return run
@@ -118,18 +145,26 @@ def _known(run: Run, problems: list[str], faults: Iterable[str] = ()) -> Run:
 
 def _read(directory: Path, problems: list[str]) -> Run:
     try:
-        row = read_run(directory)
+        settings = read_settings(directory)
+        row = run_row(directory, settings)
     except UserError as error:
         return _known(Run(damaged_run(directory, error)), problems)
     metrics = directory / "metrics.jsonl"
     if not metrics.exists():
-        return _known(Run(row), problems, ["no metrics.jsonl, so its curves are not drawn"])
+        return _known(Run(row, settings=settings), problems, ["no metrics.jsonl, so its curves are not drawn"])
     lines, damaged, telemetry = scan_metrics(metrics, without=TELEMETRY)
     faults = [
         f"line {line.number} of metrics.jsonl is {'half-written' if line.last else 'damaged'} and left out "
         f"({line.text[:24]!r}...)"
         for line in damaged
     ]
+    if not lines and not damaged:
+        faults.append("metrics.jsonl holds no loss, so its curves are not drawn")
+    lines, again = _last_of_each(lines)
+    if again:
+        faults.append(
+            f"training losses that were written again at the same tokens, the last of which is drawn: {again}"
+        )
     validated = Counter(line["tokens"] for line in lines if "val_loss" in line)
     faults += [
         f"{count} validation losses at {tokens:,} tokens, none of which is drawn or compared over tokens"
@@ -137,7 +172,14 @@ def _read(directory: Path, problems: list[str]) -> Run:
         if count > 1
     ]
     lines = [line for line in lines if "val_loss" not in line or validated[line["tokens"]] == 1]
-    return _known(Run(row, lines, telemetry), problems, faults)
+    return _known(Run(row, lines, telemetry, settings), problems, faults)
+
+
+def _last_of_each(lines: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], int]:
+    """The lines without the training losses that a later line has at the same tokens, and how many those are."""
+    last = {line["tokens"]: number for number, line in enumerate(lines) if "loss" in line}
+    kept = [line for number, line in enumerate(lines) if "loss" not in line or last[line["tokens"]] == number]
+    return kept, len(lines) - len(kept)
 
 
 def corpora(runs: Iterable[Run], problems: list[str]) -> list[Corpus]:
@@ -158,22 +200,28 @@ def corpora(runs: Iterable[Run], problems: list[str]) -> list[Corpus]:
 
 
 def _title(row: Row) -> str:
-    parts = [row["data"], row["tokenizer"], row["val_tokens"] and f"{readable(row['val_tokens'])} validation tokens"]
+    validation = "unknown amount of validation text"
+    if row["val_tokens"] is not None:
+        validation = f"{readable(row['val_tokens'])} validation tokens"
+    parts = [row["data"], row["tokenizer"], validation]
     return ", ".join([*(str(part) for part in parts if part), f"data {row['data_hash'][:8]}"])
 
 
 def _labelled(runs: list[Run], problems: list[str]) -> list[Run]:
     runs = [replace(run, recipe=name) for run, name in zip(runs, _recipes(runs), strict=True)]
-    varied = _distinct(runs, by=lambda run: (run.point, run.recipe), of=lambda run: run.variant)
-    labelled = []
+    groups: dict[Hashable, list[Run]] = defaultdict(list)
     for run in runs:
-        variants = varied[(run.point, run.recipe)]
-        parts = [run.recipe]
-        for number, (column, text) in enumerate(VARIANT.items()):
-            if len({variant[number] for variant in variants}) > 1 and run.row[column] is not None:
-                parts.append(text.format(run.row[column]))
-        labelled.append(replace(run, label=" ".join(parts)))
-    return _without_doubles(labelled, problems)
+        groups[(run.point, run.recipe)].append(run)
+    labels = {id(run): name for members in groups.values() for run, name in told_apart(members, VARIANT)}
+    return _marked([replace(run, label=labels[id(run)]) for run in runs], problems)
+
+
+def told_apart(runs: list[Run], columns: Iterable[str]) -> Iterator[tuple[Run, str]]:
+    """Each of these runs of one recipe with its name among them: the recipe, and those columns in which they differ."""
+    varied = [column for column in columns if len({run.row[column] for run in runs}) > 1]
+    for run in runs:
+        parts = [VARIANT[column].format(run.row[column]) for column in varied if run.row[column] is not None]
+        yield run, " ".join([run.recipe, *parts])
 
 
 def _recipes(runs: list[Run]) -> list[str]:
@@ -190,17 +238,52 @@ def _distinct(runs: list[Run], by: Callable[[Run], Hashable], of: Callable[[Run]
     return found
 
 
+def _marked(runs: list[Run], problems: list[str]) -> list[Run]:
+    """The runs, marked which of them are compared."""
+    groups: dict[Hashable, list[Run]] = defaultdict(list)
+    for run in runs:
+        if run.row["status"] == "finished":
+            groups[(run.point, run.label)].append(run)
+    alike = [run for members in groups.values() for run in _of_one_setting(members, problems)]
+    compared = {id(run) for run in _without_doubles(alike, problems)}
+    return [replace(run, compared=id(run) in compared) for run in runs]
+
+
+def _of_one_setting(members: list[Run], problems: list[str]) -> list[Run]:
+    """These runs of one label, without those whose settings differ in more than the seed: they are no sample of one
+    thing. A row of a results file, which tells no settings, stays."""
+    found = [run for run in members if run.settings]
+    keys = [*_differing([run.settings for run in found])] if found else []
+    if not keys:
+        return members
+    problems.append(
+        f"{' and '.join(map(str, found))} are all called {members[0].label} and differ in {', '.join(keys)}: none of "
+        "them is compared; give those of other settings a name of their own"
+    )
+    return [run for run in members if not run.settings]
+
+
+def _differing(values: list[Any], key: str = "") -> Iterator[str]:
+    """The dotted names of the settings that differ. What a run lacks, which is of an older version, it shares."""
+    if key in NO_RESULT or key in SAID_ELSEWHERE:
+        return
+    if key != WHOLE and all(isinstance(value, Mapping) for value in values):
+        for name in dict.fromkeys(name for value in values for name in value):
+            there = [value[name] for value in values if name in value]
+            yield from _differing(there, f"{key}.{name}" if key else name)
+    elif any(value != values[0] for value in values):
+        yield key
+
+
 def _without_doubles(runs: list[Run], problems: list[str]) -> list[Run]:
     twins: dict[Hashable, list[Run]] = defaultdict(list)
     for run in runs:
-        if run.row["status"] == "finished":
-            twins[(run.point, run.label, run.row["seed"])].append(run)
+        twins[(run.point, run.label, run.row["seed"])].append(run)
     for members in twins.values():
         if len(members) > 1:
             names = " and ".join(map(str, members))
             problems.append(f"{names} are of the same recipe, size, tokens and seed: none of them is compared")
-    alone = {id(members[0]) for members in twins.values() if len(members) == 1}
-    return [replace(run, compared=id(run) in alone) for run in runs]
+    return [members[0] for members in twins.values() if len(members) == 1]
 
 
 def point_title(point: Point) -> str:

@@ -49,7 +49,7 @@ REASONS = {
     "running": "at work, or killed; its command again continues it",
     "interrupted": "stopped; its command again continues it",
     "diverged": "a loss or gradient norm was not finite",
-    "unknown": "no summary.json: training never began",
+    "unknown": "no summary.json: training never began, or the folder is not complete",
 }
 
 Row = dict[str, Any]
@@ -101,9 +101,10 @@ def finished_runs(root: Path, folders: str = "**") -> list[Row]:
 
 
 def run_directories(root: Path, folders: str = "**") -> list[Path]:
-    """The run directories in those folders below root, without those that force=true moved aside."""
+    """The run directories in those folders below root, without those that force=true moved aside: what has a
+    summary.json, and what has a config.yaml and was begun."""
     found = {path.parent for path in root.glob(f"{folders}/summary.json")}
-    begun = {path.parent for path in root.glob(f"{folders}/environment.json")}
+    begun = {path.parent for name in ("environment.json", "metrics.jsonl") for path in root.glob(f"{folders}/{name}")}
     found |= {path for path in begun if (path / "config.yaml").exists()}
     return sorted(path for path in found if not _MOVED_ASIDE.search(path.name))
 
@@ -111,9 +112,14 @@ def run_directories(root: Path, folders: str = "**") -> list[Path]:
 def read_run(directory: Path) -> Row:
     """The row of one run directory, of whatever status. UserError for a damaged summary or settings file, and for one
     that says finished and has no finite loss."""
+    return run_row(directory, read_settings(directory))
+
+
+def run_row(directory: Path, settings: Mapping[str, Any]) -> Row:
+    """`read_run` of a run directory whose settings were read."""
     path = directory / "summary.json"
     summary = _read_json(path) if path.exists() else {"status": "unknown"}
-    row = dict.fromkeys(COLUMNS) | _settings(directory / "config.yaml")
+    row = dict.fromkeys(COLUMNS) | _settings_columns(settings, directory / "config.yaml")
     row |= {key: value for key, value in summary.items() if key in COLUMNS}
     if row["status"] == "finished" and not _is_finite(row["val_loss"]):
         raise UserError(f"{path} says finished, and val_loss is {row['val_loss']!r}; train it again with force=true")
@@ -139,12 +145,26 @@ def _is_finite(value: Any) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
 
 
-def _settings(path: Path) -> Row:
-    """The columns that config.yaml tells; none where there is no such file."""
+def read_settings(directory: Path) -> dict[str, Any]:
+    """config.yaml of a run directory as it stands, of whatever version; {} where there is no such file. UserError where
+    it cannot be read or has no settings."""
+    path = directory / "config.yaml"
     if not path.exists():
         return {}
     try:
-        config = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        settings = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"cannot read {path}: {' '.join(str(error).split())}") from None
+    if not isinstance(settings, dict) or not settings:
+        raise UserError(f"{path} does not read as the settings of a run: it holds no key")
+    return settings
+
+
+def _settings_columns(config: Mapping[str, Any], path: Path) -> Row:
+    """The columns that the settings of path tell; none of none."""
+    if not config:
+        return {}
+    try:
         tokenizer = config["tokenizer"]
         parts = [tokenizer["kind"], tokenizer.get("path") or tokenizer.get("vocab_size")]
         return {
@@ -154,8 +174,6 @@ def _settings(path: Path) -> Row:
             "batch_tokens": config["trainer"]["batch_tokens"], "data": config["data"]["source"],
             "tokenizer": "-".join(str(part) for part in parts if part), "val_tokens": config["data"]["val_tokens"],
         }  # fmt: skip
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"cannot read {path}: {' '.join(str(error).split())}") from None
     except (KeyError, TypeError) as error:
         raise UserError(f"{path} does not read as the settings of a run: {error}") from None
 
@@ -282,10 +300,15 @@ def write_csv(rows: Iterable[Row], path: Path, append: bool = False) -> None:
     """append: add the rows to those that the file has, under the columns that it has; what it has is never
     rewritten."""
     columns = _read_csv(path)[0] if append and path.is_file() else None
+    cut_off = columns is not None and not path.read_bytes().endswith(
+        b"\n"
+    )  # an editor saved it so, or a write was cut short
     with path.open("a" if append else "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns or COLUMNS, lineterminator="\n", extrasaction="ignore")
         if columns is None:
             writer.writeheader()
+        if cut_off:
+            file.write("\n")
         writer.writerows(rows)
 
 
@@ -304,14 +327,29 @@ class Comparison:
 
 
 def compare(rows: Iterable[Row], baseline: str) -> list[Comparison]:
-    """One Comparison a name, the baseline first. UserError when the baseline is not among the rows."""
+    """One Comparison a name, the baseline first. UserError when the baseline is not among the rows, or a run of another
+    size or budget than the baseline's run of its seed."""
+    rows = list(rows)
     losses: dict[str, dict[int, float]] = defaultdict(dict)
     for row in rows:
         losses[row["name"]][row["seed"]] = row["val_loss"]
     if baseline not in losses:
         raise UserError(f"there is no run named {baseline!r} to compare with; there are: {', '.join(losses)}")
+    _check_same_size(rows, baseline)
     names = sorted(losses, key=lambda name: (name != baseline, name))
     return [_comparison(name, losses[name], losses[baseline]) for name in names]
+
+
+def _check_same_size(rows: list[Row], baseline: str) -> None:
+    paired = {row["seed"]: row for row in rows if row["name"] == baseline}
+    for row in rows:
+        other = paired.get(row["seed"], row)
+        for column in ("non_embedding_parameters", "tokens"):
+            if None not in (row[column], other[column]) and row[column] != other[column]:
+                told = f"{baseline} has {other[column]:,} {column}, {row['name']} {row[column]:,}"
+                raise UserError(
+                    f"the runs of seed {row['seed']} are of several sizes or budgets ({told}); compare them apart"
+                )
 
 
 def _comparison(name: str, losses: dict[int, float], baseline: dict[int, float]) -> Comparison:

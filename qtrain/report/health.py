@@ -169,7 +169,7 @@ def _maps_at_end(found: Telemetry, metrics: list[str]) -> Figure:
         axes.set_title(METRICS[metric], loc="left", fontsize=8)
         axes.set_xticks(range(len(OPERANDS)), OPERANDS, rotation=60, ha="right", rotation_mode="anchor", fontsize=7)
         _layer_ticks(axes, found.layers)
-        figure.colorbar(image, ax=axes, location="right", fraction=0.06).ax.tick_params(labelsize=7)
+        figure.colorbar(image, ax=axes, location="right", fraction=0.06).ax.tick_params(which="both", labelsize=7)
     for axes in panels[len(metrics) :]:
         axes.set_visible(False)
     return figure

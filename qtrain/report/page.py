@@ -255,7 +255,8 @@ LAW_CAPTIONS = {
     "the least of each",
     "efficiencies": "share of parameters and of tokens that each recipe is worth to the baseline, with 95% intervals "
     "where they are known",
-    "precision_map": "the recipe of least loss at equal time, over the baseline's size and tokens per parameter",
+    "precision_map": "the recipe of least loss at equal time, over the baseline's size and tokens per parameter; the "
+    "numbers are those of the legend",
 }
 
 

@@ -24,15 +24,13 @@ def main() -> None:
     parser.add_argument("--law", type=Path, nargs="+", default=[], help="law.json of scripts/fit_scaling_law.py")
     parser.add_argument("--baseline", default="bf16", help="the recipe to compare with (default: bf16)")
     arguments = parser.parse_args()
-    command = shlex.join(["python", "scripts/report.py", *sys.argv[1:]])
+    command = shlex.join(["python", *sys.argv])
     try:
         if arguments.out.suffix != ".html":
             raise UserError(f"--out {arguments.out} is no name of a page; give one that ends in .html")
         problems = write_report(arguments.runs, arguments.out, arguments.law, arguments.baseline, command)
     except UserError as error:
         sys.exit(f"error: {error}")
-    except OSError as error:
-        sys.exit(f"error: cannot write {error.filename}: {error.strerror}; give another --out")
     for problem in problems:
         print(f"problem: {problem}", file=sys.stderr)
     print(f"{arguments.out}, and single figures and tables in {arguments.out.with_suffix('')}/")

@@ -9,6 +9,7 @@ import re
 import runpy
 import sys
 import types
+from collections.abc import Sequence
 from html import unescape
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from typing import Any
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
+from matplotlib.text import Text
 from PIL import Image
 from pyarrow import parquet
 from report_runs import LAYERS, OPERANDS, quant_values, write_run, write_sweep
@@ -30,15 +33,18 @@ from qtrain.report.curves import (
     rate_pictures,
     time_unit,
 )
-from qtrain.report.health import Telemetry, health_pictures
-from qtrain.report.page import write_report
-from qtrain.report.picture import MOST_POINTS, thin
+from qtrain.report.health import MOST_RUNS, Telemetry, health_pictures
+from qtrain.report.law_figures import law_figures, predicted
+from qtrain.report.page import save_all, write_report
+from qtrain.report.picture import MOST_POINTS, Picture, thin
 from qtrain.report.results import record
 from qtrain.report.runs import Corpus, Run, corpora, read_runs
 from qtrain.report.summaries import read_run, write_csv
+from qtrain.report.wandb_runs import project_runs
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "report.py"
 COMMAND = "python scripts/report.py runs --out report.html"
+Law = dict[str, Any]
 
 
 def gather(*places: Path) -> tuple[list[Corpus], list[str]]:
@@ -252,10 +258,46 @@ def test_telemetry_stands_at_its_layer_operand_and_time(tmp_path: Path) -> None:
     (corpus,), problems = gather(tmp_path)
     assert problems == [] and [run.telemetry for run in corpus.runs] == [5]
     pictures = health_pictures(corpus)
-    assert [picture.name for picture in pictures] == [f"health-quartet-{kind}" for kind in ("sqnr", "last", "gradient")]
+    kinds = ("sqnr", "last", "gradient")
+    assert [picture.name for picture in pictures] == [f"health-1-quartet-{kind}" for kind in kinds]
     (image,) = next(axes for axes in pictures[0].figure.axes if axes.get_title(loc="left") == "dgrad.dy").images
     assert np.array_equal(image.get_array().filled(np.nan), found.values[("sqnr_db", "dgrad.dy")], equal_nan=True)
     assert "fprop.x 7, least in lm_head" in pictures[0].alt
+
+
+def test_telemetry_of_damaged_lines_alone_makes_no_picture(tmp_path: Path) -> None:
+    for name in ("bf16", "quartet"):
+        directory = write_run(tmp_path / "runs", name, telemetry=name == "bf16")
+    with (directory / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 50, "tokens": 50000, "quant/layers.0.mlp.down/fprop.x/sqnr_db": }\n')
+    write_report([tmp_path / "runs"], tmp_path / "page.html", [], "bf16", COMMAND)
+    page = (tmp_path / "page.html").read_text()
+    assert "health-1-bf16-sqnr" in page and "quartet-sqnr" not in page
+
+
+def test_recipes_whose_names_differ_in_signs_alone_have_their_own_pictures(tmp_path: Path) -> None:
+    for seed, name in enumerate(("quest.2", "quest-2", "κβαντ", "квант")):
+        write_run(tmp_path / "runs", name, seed, telemetry=True, folder=f"run-{seed}", loss=2.0)
+    write_report([tmp_path / "runs"], tmp_path / "page.html", [], "bf16", COMMAND)
+    page = (tmp_path / "page.html").read_text()
+    names = re.findall(r'<figure id="(health-[^"]+-sqnr)"', page)
+    assert sorted(names) == ["health-1-quest-2-sqnr", "health-2-quest-2-sqnr", "health-3-sqnr", "health-4-sqnr"]
+    assert all((tmp_path / "page" / f"{name}.pdf").exists() for name in names)
+
+
+def test_pictures_of_one_name_are_refused(tmp_path: Path) -> None:
+    one = Picture("loss", Figure(), "", "")
+    with pytest.raises(AssertionError, match="two pictures named loss"):
+        save_all([(one, COMMAND), (one, COMMAND)], tmp_path)
+
+
+def test_recipes_beyond_the_most_that_are_shown_are_named(tmp_path: Path) -> None:
+    for seed, name in enumerate("abcdef"):
+        write_run(tmp_path, name, seed, telemetry=True)
+    (corpus,), _ = gather(tmp_path)
+    pictures = health_pictures(corpus)
+    assert len(pictures) == 3 * MOST_RUNS
+    assert pictures[0].caption.endswith(" Not shown: e, f.") and "Not shown" not in pictures[1].caption
 
 
 # -------------------------------------------------------------------------------------------------------- the page
@@ -335,41 +377,132 @@ def test_a_results_file_alone_makes_a_page(tmp_path: Path) -> None:
     assert figures == ["gaps-1", "speed"]
 
 
-LAW: dict[str, Any] = {
-    "law": "quartet", "baseline": "bf16", "command": "python scripts/fit_scaling_law.py runs --law quartet --out law",
-    "constants": {"alpha": {"value": 0.58912, "low": 0.5, "high": 0.7, "identified": True},
-                  "gamma": {"value": 0.3, "low": 0.1, "high": 2.0, "identified": False}},
-    "efficiencies": {"quartet": {"eff_N": {"value": 0.64, "low": 0.6, "high": 0.7}, "eff_D": None}},
-    "fit": {"points": 12, "objective": 1.5e-4}, "points": [], "warnings": ["gamma: N spans a factor of 4 <only>"],
-}  # fmt: skip
+def law_of(recipes: Sequence[str]) -> Law:
+    """A law.json with points that lie on the law, the same of every recipe; the first is the baseline."""
+    known = {"identified": True, "fitted": True}
+    values = {"A": 300.0, "alpha": 0.4, "B": 90.0, "beta": 0.3, "E": 1.5, "gamma": 1.0}
+    sure = {"value": 0.64, "low": 0.6, "high": 0.7}
+    law: Law = {
+        "law": "quartet", "baseline": recipes[0],
+        "command": "python scripts/fit_scaling_law.py runs --law quartet --out law",
+        "constants": {name: {"value": value, "low": value / 2, "high": value * 2, **known}
+                      for name, value in values.items()},
+        "efficiencies": {recipe: {"eff_N": sure, "eff_D": {"value": 1.0, "low": 1.0, "high": 1.0}}
+                         for recipe in recipes[1:]},
+        "fit": {"points": 12, "objective": 1.5e-4, "rmse_of_constants": 0.01}, "warnings": [],
+    }  # fmt: skip
+    law["points"] = [
+        {"recipe": recipe, "seed": 0, "N": N, "D": N * ratio, "loss": loss + 0.01, "predicted": loss, "residual": 0.01,
+         "held_out": False}
+        for recipe in recipes for N in (1e6, 4e6, 16e6) for ratio in (20, 80)
+        for loss in [float(predicted(law, recipe, np.array([N]), np.array([N * ratio]))[0])]
+    ]  # fmt: skip
+    return law
 
 
-def test_a_law_is_shown_with_its_constants_figures_and_warnings(
-    report: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def law_figures(law: dict[str, Any]) -> dict[str, Figure]:
-        figure = Figure(figsize=(8, 4))
-        figure.subplots().plot([law["constants"]["alpha"]["value"], 1])
-        return {"residuals": figure}
-
-    stand_in = types.ModuleType("qtrain.report.law_figures")
-    stand_in.law_figures = law_figures  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "qtrain.report.law_figures", stand_in)
-    (tmp_path / "law.json").write_text(json.dumps(LAW))
+def law_section(report: Path, tmp_path: Path, law: Law) -> str:
+    """What the page of one run says of a law."""
+    (tmp_path / "law.json").write_text(json.dumps(law))
     runs = report.with_name("runs") / "bf16-100000-50-0.002-0"
     write_report([runs], tmp_path / "page.html", [tmp_path / "law.json"], "bf16", COMMAND)
-    section = (tmp_path / "page.html").read_text().split('<section id="law">')[1]
+    return (tmp_path / "page.html").read_text().split('<section id="law">')[1]
+
+
+def test_a_law_is_shown_with_its_constants_figures_and_warnings(report: Path, tmp_path: Path) -> None:
+    law = law_of(["bf16", "quartet"])
+    law["constants"]["gamma"] |= {"identified": False}
+    law["warnings"] = ["gamma: N spans a factor of 4 <only>"]
+    section = law_section(report, tmp_path, law)
     rows = [re.findall(r"<td[^>]*>([^<]*)</td>", row) for row in re.findall(r"<tr>(.*?)</tr>", section)]
-    assert ["alpha", "0.5891", "0.5", "0.7", "yes"] in rows and ["gamma", "0.3", "0.1", "2", "no"] in rows
-    assert ["quartet", "0.64", "0.6", "0.7", "", "", ""] in rows
+    assert ["alpha", "0.4", "0.2", "0.8", "yes"] in rows and ["gamma", "1", "0.5", "2", "no"] in rows
+    assert ["quartet", "0.64", "0.6", "0.7", "1", "1", "1"] in rows
     assert "N spans a factor of 4 &lt;only&gt;" in section and "objective 0.00015" in section
-    assert f"<code>{LAW['command']}</code></figcaption>" in section
-    assert '<figure id="law-residuals" class="wide"><div class="scroll"' in section, "8 inches"
+    assert f"<code>{law['command']}</code></figcaption>" in section
+    assert '<figure id="law-residuals" class="wide"><div class="scroll"' in section, "7.6 inches"
     assert (tmp_path / "page" / "law-residuals.pdf").exists()
 
 
+def test_recipes_without_a_panel_of_their_own_are_named(report: Path, tmp_path: Path) -> None:
+    section = law_section(report, tmp_path, law_of(["bf16", *"abcdefg"]))
+    captions = dict(re.findall(r'<figure id="law-([^"]+)".*?<figcaption>([^<]*)<', section))
+    for name in ("loss-by-tokens", "loss-by-parameters"):
+        assert captions[name].endswith(" Not shown: f, g."), captions[name]
+    assert not any("Not shown" in captions[name] for name in ("residuals", "isoflop", "efficiencies"))
+
+
+def test_curves_of_equal_operations_say_which_operations(report: Path, tmp_path: Path) -> None:
+    """Those of the runs have the head and attention too."""
+    section = law_section(report, tmp_path, law_of(["bf16"]))
+    (caption,) = re.findall(r'<figure id="law-isoflop".*?<figcaption>([^<]*)<', section)
+    assert "at equal 6 N D (non-embedding; not the FLOPs of the runs above), by the law" in caption
+    (legend,) = law_figures(law_of(["bf16"]))["isoflop"].legends
+    assert legend.get_texts()[0].get_text() == "6 N D = 1.2e+14"
+
+
+def test_a_minimum_at_the_end_of_the_curve_is_not_called_the_least() -> None:
+    """Without a term of N every curve falls to its right end, without one of D to its left."""
+    for name in ("A", "B"):
+        law = law_of(["bf16"])
+        law["constants"][name]["value"] = 1e-9
+        labels = [line.get_label() for line in law_figures(law)["isoflop"].axes[0].lines]
+        assert "least loss" not in labels and "beyond the runs" in labels
+
+
+def test_runs_of_one_budget_are_one_curve() -> None:
+    law = law_of(["bf16"])
+    for point in law["points"]:
+        point["D"] = 1e15 / point["N"] * (1 + point["D"] / point["N"] / 1e6)  # whole batches: never quite equal
+    (legend,) = law_figures(law)["isoflop"].legends
+    assert [text.get_text() for text in legend.get_texts()] == ["6 N D = 6e+15", "least loss", "beyond the runs"]
+
+
+def test_an_efficiency_without_draws_is_a_dot_without_an_interval() -> None:
+    law = law_of(["bf16", "quartet"])
+    law["efficiencies"]["quartet"]["eff_N"] = {"value": 0.64, "low": None, "high": None}
+    left, right = law_figures(law)["efficiencies"].axes
+    (dot,) = [line for line in left.lines if line.get_marker() == "o"]
+    (held,) = [line for line in right.lines if line.get_marker() == "o"]
+    assert dot.get_markerfacecolor() == dot.get_color() and held.get_markerfacecolor() == "white"
+    assert "held" not in left.get_xlabel() and "no line: no interval" in left.get_xlabel()
+    assert "hollow: held" in right.get_xlabel() and "no line" not in right.get_xlabel()
+
+
+def test_the_map_reads_without_colours() -> None:
+    """Every region has its recipe's number in it, and an edge; ten recipes have more than the palette's colours."""
+    recipes = [f"r{number}" for number in range(11)]
+    best = np.repeat(np.arange(10), 4)[:, None].repeat(40, axis=1)  # the eleventh is nowhere
+    best[:4, :10] = 2  # a second region of it
+    grid = np.geomspace(1, 1e6, 40)
+    found = {"best": best.tolist(), "recipes": recipes, "share": None, "N": grid.tolist(), "D_per_N": grid.tolist(),
+             "observed": {"N": [1, 10], "D_per_N": [1, 10]}, "speed_model": "none"}  # fmt: skip
+    figure = law_figures(law_of(["bf16"]) | {"map": found})["precision_map"]
+    (axes,) = figure.axes
+    marked = []
+    for text in axes.texts:
+        column, row = (int(np.abs(np.log(grid / at)).argmin()) for at in text.get_position())
+        assert text.get_text() == str(best[row, column] + 1)
+        (outline,) = text.get_path_effects()
+        assert isinstance(outline, withStroke)
+        marked.append((text.get_text(), column < 10 and row < 4))
+    assert sorted(marked) == sorted([*((str(number), False) for number in range(1, 11)), ("3", True)])
+    drawn = {tuple(map(tuple, segment)) for lines in axes.collections[1:] for segment in lines.get_segments()}
+    between = (grid[3] + grid[4]) / 2
+    assert ((grid[20] + grid[19]) / 2, between) in {end for segment in drawn for end in segment}, (
+        "between the first two"
+    )
+    assert len(drawn) == 9 * 40 + 4, "nine borders of 40 cells, and one of 4 beside the second region"
+    (legend,) = figure.legends
+    told = [text.get_text() for text in legend.get_texts()]
+    assert told[:11] == [f"{number}  r{number - 1}" for number in range(1, 11)] + ["11  r10 (nowhere)"]
+
+
 @pytest.mark.parametrize(
-    ("text", "message"), [("{", "cannot read"), ('{"law": "quartet"}', "lacks constants, points"), ("[]", "lacks law")]
+    ("text", "message"),
+    [
+        ("{", "cannot read"),
+        ('{"law": "quartet"}', "lacks baseline, constants, efficiencies, fit, points, command; it is no law.json"),
+        ("[]", "lacks law"),
+    ],
 )
 def test_a_file_that_is_no_law_is_named(report: Path, tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "law.json").write_text(text)
@@ -384,15 +517,20 @@ def test_the_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
     spec.loader.exec_module(script)
     for name in ("quest", "bf16"):
         write_run(tmp_path / "runs", name, status="running")
-    runs, out = str(tmp_path / "runs"), str(tmp_path / "my report.html")
-    monkeypatch.setattr(sys, "argv", ["scripts/report.py", runs, "--out", out])
+    runs, out, unreadable = (str(tmp_path / name) for name in ("runs", "my report.html", "unreadable"))
+    metrics = write_run(Path(unreadable), "bf16") / "metrics.jsonl"
+    metrics.unlink()
+    metrics.mkdir()
+    monkeypatch.setattr(sys, "argv", ["../scripts/report.py", runs, "--out", out])
     script.main()
     told = capsys.readouterr()
     assert out in told.out and told.err.count("problem: ") == 2
-    assert f"python scripts/report.py {runs} --out &#x27;{out}&#x27;" in Path(out).read_text(), "a line for the shell"
+    command = f"python ../scripts/report.py {runs} --out &#x27;{out}&#x27;"
+    assert command in Path(out).read_text(), "as it was started, a line for the shell"
     for arguments, message in (
         ([runs, "--out", "a.txt"], "ends in .html"),
-        ([runs, "--out", f"{out}/a.html"], r"cannot write .*my report.html.*Not a directory"),
+        ([runs, "--out", f"{out}/a.html"], r"cannot write .*my report.html.*Not a directory; give another --out"),
+        ([unreadable, "--out", out], r"cannot read .*metrics.jsonl: Is a directory; mend it, or leave it out"),
     ):
         monkeypatch.setattr(sys, "argv", ["scripts/report.py", *arguments])
         with pytest.raises(SystemExit, match=message):
@@ -418,3 +556,61 @@ def test_the_law_of_the_same_runs_stands_on_the_page(tmp_path: Path, monkeypatch
     for figure in ("loss-by-tokens", "loss-by-parameters", "residuals", "isoflop", "efficiencies"):
         assert f'id="law-{figure}"' in section and (tmp_path / "page" / f"law-{figure}.pdf").exists()
     assert law["command"] in unescape(section)
+
+
+# ----------------------------------------------------------------------------------------------- names and numbers
+
+
+def texts(figure: Figure) -> list[str]:
+    """All that a figure says, once it is drawn."""
+    figure.draw_without_rendering()
+    return [text.get_text() for text in figure.findobj(Text) if isinstance(text, Text) and text.get_visible()]
+
+
+def test_a_recipe_may_have_any_name(tmp_path: Path) -> None:
+    r"""4$\x$ is no mathematics."""
+    name = r"4$\x$"
+    for seed, recipe in enumerate(("bf16", name)):
+        write_run(tmp_path / "runs", recipe, folder=str(seed), telemetry=True)
+    (tmp_path / "law.json").write_text(json.dumps(law_of(["bf16", name])))
+    write_report([tmp_path / "runs"], tmp_path / "page.html", [tmp_path / "law.json"], "bf16", COMMAND)
+    assert (tmp_path / "page" / "gaps-1.png").exists()
+    for title, figure in law_figures(law_of(["bf16", name])).items():
+        assert title == "isoflop" or any(name in text for text in texts(figure)), "outside a page too"
+
+
+def test_numbers_of_logarithmic_axes_are_plain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """matplotlib's own are mathematics, which the page's text is not."""
+    for seed, factor in enumerate((1, 4, 30)):
+        directory = write_run(tmp_path / "runs", "quartet", seed, telemetry=True)
+        lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+        for line in lines:
+            skewed = {key: value * 10 ** (4 * ("mlp" in key)) for key, value in line.items() if "kurtosis" in key}
+            fast = {"tokens_per_second": line["tokens_per_second"] * factor} if "loss" in line else {}
+            line |= skewed | fast | ({"memory_bytes": factor * 2**30} if "loss" in line else {})
+        (directory / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        summary = json.loads((directory / "summary.json").read_text())
+        (directory / "summary.json").write_text(json.dumps(summary | {"tokens_per_second": 500 * factor}))
+    drawn: dict[str, list[str]] = {}
+    savefig = Figure.savefig
+
+    def listen(figure: Figure, file: Any, **options: Any) -> None:
+        savefig(figure, file, **options)
+        if isinstance(file, Path):
+            drawn[file.stem] = texts(figure)
+
+    monkeypatch.setattr(Figure, "savefig", listen)
+    write_report([tmp_path / "runs"], tmp_path / "page.html", [], "bf16", COMMAND)
+    assert not [(name, text) for name, found in drawn.items() for text in found if "$" in text]
+    assert "10000" in drawn["health-1-quartet-last"] and "10" in drawn["memory"]
+
+
+def test_runs_of_another_program_in_a_wandb_project_are_left_out() -> None:
+    """They may have a summary entry of the name that ours stands under."""
+    pytest.importorskip("wandb")
+    runs = [
+        types.SimpleNamespace(id=name, config={}, summary_metrics={"run": entry}, scan_history=lambda: iter(()))
+        for name, entry in (("other", 3), ("ours", {"seed": 1}))
+    ]
+    api = types.SimpleNamespace(runs=lambda project: runs)
+    assert {run.id: run.summary for run in project_runs("team/qtrain", api)} == {"other": {}, "ours": {"seed": 1}}

@@ -34,6 +34,7 @@ SKEWED = ("kurtosis", "max_to_mean")  # drawn on a logarithmic scale: one layer 
 COLOURS = (
     "viridis"  # told apart with any colour vision and in grey; it has no grey itself, which is for what is missing
 )
+_WORD = re.compile(r"[a-z0-9]+")
 MOST_RUNS = 4  # the largest run of as many recipes
 MOST_TIMES = 40  # columns of a heat map
 MOST_TICKS = 28  # layer names beside one
@@ -50,7 +51,7 @@ class Telemetry:
 
     @classmethod
     def read(cls, path: Path) -> Telemetry:
-        """Of a metrics.jsonl; damaged lines are left out, as the page's problems tell."""
+        """Of a metrics.jsonl; damaged lines are left out, and where all are, nothing remains: no layer, no value."""
         lines = [line for line in scan_metrics(path)[0] if any(key.startswith(("quant/", "grad/")) for key in line)]
         found: dict[tuple[str, str], dict[tuple[str, int], float]] = defaultdict(dict)
         for line in lines:
@@ -60,6 +61,8 @@ class Telemetry:
                         found[(metric, operand)][(layer, line["tokens"])] = value
                     case ["grad", layer, metric] if value is not None:
                         found[(metric, "")][(layer, line["tokens"])] = value
+        if not found:
+            return cls([], [], {})
         layers = sorted({layer for cells in found.values() for layer, _ in cells}, key=_natural)
         tokens = sorted({at for cells in found.values() for _, at in cells})
         tokens = [tokens[n] for n in np.unique(np.linspace(0, len(tokens) - 1, MOST_TIMES).round().astype(int))]
@@ -77,17 +80,20 @@ def _natural(name: str) -> list[tuple[bool, int, str]]:
 
 def health_pictures(corpus: Corpus) -> list[Picture]:
     """For the largest run with telemetry of each of a few recipes: SQNR of every operand over time, all other measures
-    at the end, and the gradients where they were measured."""
+    at the end, and the gradients where they were measured. The first caption names the recipes that are not shown."""
     groups = by_largest((run for run in corpus.runs if run.telemetry), key=lambda run: run.recipe)
     pictures = []
-    for members in list(groups.values())[:MOST_RUNS]:
+    for number, members in enumerate(list(groups.values())[:MOST_RUNS], 1):
         run = min(members, key=lambda run: (-(run.row["flops"] or 0), run.row["seed"]))
-        pictures += _pictures_of(run, Telemetry.read(Path(run.row["directory"]) / "metrics.jsonl"))
+        pictures += _pictures_of(run, number, Telemetry.read(Path(run.row["directory"]) / "metrics.jsonl"))
+    if pictures:
+        pictures[0] = pictures[0].without(list(groups)[MOST_RUNS:])
     return pictures
 
 
-def _pictures_of(run: Run, found: Telemetry) -> list[Picture]:
-    name, whose = re.sub(r"[^a-z0-9]+", "-", run.recipe.lower()), f"{run.label} ({run.row['directory']})"
+def _pictures_of(run: Run, number: int, found: Telemetry) -> list[Picture]:
+    """number: of the recipe, for names of its own: letters and digits alone may be those of another, or none."""
+    name, whose = "-".join([str(number), *_WORD.findall(run.recipe.lower())]), f"{run.label} ({run.row['directory']})"
     pictures = []
     columns = [operand for operand in OPERANDS if ("sqnr_db", operand) in found.values]
     if columns:
@@ -163,7 +169,7 @@ def _maps_at_end(found: Telemetry, metrics: list[str]) -> Figure:
         axes.set_title(METRICS[metric], loc="left", fontsize=8)
         axes.set_xticks(range(len(OPERANDS)), OPERANDS, rotation=60, ha="right", rotation_mode="anchor", fontsize=7)
         _layer_ticks(axes, found.layers)
-        figure.colorbar(image, ax=axes, location="right", fraction=0.06).ax.tick_params(labelsize=7)
+        figure.colorbar(image, ax=axes, location="right", fraction=0.06).ax.tick_params(which="both", labelsize=7)
     for axes in panels[len(metrics) :]:
         axes.set_visible(False)
     return figure

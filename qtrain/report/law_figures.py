@@ -6,14 +6,18 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
+from scipy import ndimage
 
 from qtrain.report.loss import BLUE, GREEN, GREY, ORANGE, readable, tidy
+from qtrain.report.picture import plain_numbers
 
 Law = dict[str, Any]
 Array = np.ndarray
@@ -27,6 +31,7 @@ BEYOND = 8  # how far, as a factor of N, the IsoFLOP curves leave the runs
 FLOPS_PER_PARAMETER_AND_TOKEN = 6
 
 
+@rc_context({"text.parse_math": False})  # names come from files: "4$x$" is a recipe's, and no formula
 def law_figures(law: Law) -> dict[str, Figure]:
     """name -> figure: loss_by_tokens, loss_by_parameters, residuals; isoflop, efficiencies and precision_map where the
     law has them. law: what `scripts/fit_scaling_law.py` writes to law.json."""
@@ -41,7 +46,14 @@ def law_figures(law: Law) -> dict[str, Figure]:
         figures["efficiencies"] = _efficiencies(law)
     if law.get("map"):
         figures["precision_map"] = _precision_map(law["map"])
+    for figure in figures.values():
+        plain_numbers(figure)
     return figures
+
+
+def without_panel(law: Law) -> list[str]:
+    """The recipes for which loss_by_tokens and loss_by_parameters have no room."""
+    return _recipes(law)[PANELS:]
 
 
 def predicted(law: Law, recipe: str, N: Array, D: Array) -> Array:
@@ -187,25 +199,30 @@ def _residuals(law: Law) -> Figure:
 
 
 def _isoflop(law: Law) -> Figure:
-    """The baseline's loss over N at equal training operations C = 6 N D, its minimum marked."""
+    """The baseline's loss over N at equal C = 6 N D, its minimum marked where the curve has one: the least of one that
+    falls to its end is the end's."""
     figure, axes = _figure(7.2, 4.2)
     points = [point for point in law["points"] if point["recipe"] == law["baseline"]] or law["points"]
     N, D = (np.array([point[name] for point in points]) for name in ("N", "D"))
     C = FLOPS_PER_PARAMETER_AND_TOKEN * N * D
-    budgets = np.geomspace(C.min(), C.max(), 6)
+    # to the two digits of the legend: budgets that differ by part of a batch are one
+    budgets = np.unique([float(f"{budget:.2g}") for budget in np.geomspace(C.min(), C.max(), 6)])
     grid = np.geomspace(N.min() / BEYOND, N.max() * BEYOND, 400)
-    best_N, best_L = [], []
+    best_N, best_L, lowest = [], [], []
     for budget, shade in zip(budgets, _viridis(len(budgets)), strict=True):
         tokens = budget / (FLOPS_PER_PARAMETER_AND_TOKEN * grid)
         losses = predicted(law, law["baseline"], grid, tokens)
         observed = (grid >= N.min()) & (grid <= N.max()) & (tokens >= D.min()) & (tokens <= D.max())
         axes.plot(grid, losses, ":", color=shade, linewidth=1.2)
-        axes.plot(grid[observed], losses[observed], color=shade, linewidth=2.2, label=f"{budget:.2g} FLOP")
-        best_N.append(grid[losses.argmin()])
-        best_L.append(losses.min())
-    axes.plot(best_N, best_L, "o--", color=GREY, markersize=5, linewidth=1, label="least loss")
+        axes.plot(grid[observed], losses[observed], color=shade, linewidth=2.2, label=f"6 N D = {budget:.2g}")
+        lowest.append(losses.min())
+        if 0 < losses.argmin() < len(grid) - 1:
+            best_N.append(grid[losses.argmin()])
+            best_L.append(losses.min())
+    if best_N:
+        axes.plot(best_N, best_L, "o--", color=GREY, markersize=5, linewidth=1, label="least loss")
     axes.plot([], [], ":", color=GREY, label="beyond the runs")
-    low, high = min(best_L), max(best_L)
+    low, high = min(lowest), max(lowest)
     axes.set_ylim(low - 0.1 * (high - low) - 0.02, high + 0.9 * (high - low) + 0.1)
     _log_axis(axes, [grid[0], grid[-1]])
     axes.set_xlabel(f"non-embedding parameters ({law['baseline']})")
@@ -228,18 +245,22 @@ def _efficiencies(law: Law) -> Figure:
         beyond = False
         for height, estimate in enumerate(estimates):
             low, high = estimate["low"], estimate["high"]
-            if low == high:
-                axes.plot(estimate["value"], height, "o", color=colour, markerfacecolor="white", markersize=6)
+            face = "white" if _is_held(estimate) else colour
+            axes.plot(estimate["value"], height, "o", color=colour, markerfacecolor=face, markersize=6)
+            if _is_held(estimate) or not _has_interval(estimate):
                 continue
             axes.plot([max(low, left), min(high, right)], [height, height], color=colour, linewidth=2)
-            axes.plot(estimate["value"], height, "o", color=colour, markersize=6)
             for edge, marker, out in ((left, "<", low < left), (right, ">", high > right)):
                 if out:
                     axes.plot(edge, height, marker, color=colour, markersize=6, clip_on=False)
                     beyond = True
         axes.axvline(1, color=GREY, linewidth=1, zorder=0)
-        held = any(estimate["low"] == estimate["high"] for estimate in estimates)
-        notes = "; ".join(note for note, needed in (("hollow: held", held), ("arrow: goes on", beyond)) if needed)
+        told = {
+            "hollow: held": any(map(_is_held, estimates)),
+            "arrow: goes on": beyond,
+            "no line: no interval": not all(map(_has_interval, estimates)),
+        }
+        notes = "; ".join(note for note, needed in told.items() if needed)
         axes.set_xlabel(f"{name} (1: as {law['baseline']}), 95% interval" + f"\n{notes}" * bool(notes))
         axes.set_yticks(range(len(recipes)), recipes)
         axes.set_ylim(-0.6, len(recipes) - 0.4)
@@ -251,9 +272,18 @@ def _efficiencies(law: Law) -> Figure:
     return figure
 
 
+def _has_interval(estimate: Law) -> bool:
+    """Not without draws, nor where an end of it is beyond any float."""
+    return estimate["low"] is not None and estimate["high"] is not None
+
+
+def _is_held(estimate: Law) -> bool:
+    return _has_interval(estimate) and estimate["low"] == estimate["high"]
+
+
 def _efficiency_axis(estimates: list[Law]) -> tuple[float, float, str]:
     """(left, right, scale) of an axis that holds 1, every value, and every interval that is not `WIDE`."""
-    narrow = [e for e in estimates if e["low"] is not None and e["high"] <= WIDE * e["low"]]
+    narrow = [e for e in estimates if _has_interval(e) and e["high"] <= WIDE * e["low"]]
     shown = [1.0, *(e["value"] for e in estimates), *(e[end] for e in narrow for end in ("low", "high"))]
     lowest, highest = min(shown), max(shown)
     if lowest < 0.1 or highest > 10:
@@ -266,7 +296,8 @@ def _product(estimates: Law) -> float:
 
 
 def _precision_map(found: Law) -> Figure:
-    """Which recipe has the least loss at equal compute; pale where fewer than 95% of the draws agree."""
+    """Which recipe has the least loss at equal compute, its number in each of its regions; pale where fewer than 95%
+    of the draws agree."""
     figure, axes = _figure(7.4, 4.6)
     best, recipes = np.array(found["best"]), found["recipes"]
     colours = [COLOURS[index % len(COLOURS)] for index in range(len(recipes))]
@@ -276,6 +307,9 @@ def _precision_map(found: Law) -> Figure:
     if found["share"]:
         unsure = np.where(np.array(found["share"]) < 0.95, 1.0, np.nan)
         axes.pcolormesh(x, y, unsure, cmap=ListedColormap(["white"]), shading="nearest", alpha=0.6, rasterized=True)
+    for index in np.unique(best):
+        _number_regions(axes, x, y, best == index, str(index + 1))
+    _draw_borders(axes, x, y, best)
     seen = found["observed"]
     corner, extent = (seen["D_per_N"][0], seen["N"][0]), (np.ptp(seen["D_per_N"]), np.ptp(seen["N"]))
     axes.add_patch(Rectangle(corner, *extent, fill=False, edgecolor="black", linewidth=1.3, linestyle="--"))
@@ -288,7 +322,7 @@ def _precision_map(found: Law) -> Figure:
     axes.set_title(f"speeds: {found['speed_model']}", fontsize=8, loc="left")
     there = set(np.unique(best).tolist())
     handles: list[Any] = [
-        Patch(color=colour, alpha=0.75, label=f"{name}{'' if index in there else ' (nowhere)'}")
+        Patch(color=colour, alpha=0.75, label=f"{index + 1}  {name}{'' if index in there else ' (nowhere)'}")
         for index, (name, colour) in enumerate(zip(recipes, colours, strict=True))
     ]
     handles.append(Rectangle((0, 0), 1, 1, fill=False, edgecolor="black", linestyle="--", label="the fitted runs"))
@@ -296,3 +330,29 @@ def _precision_map(found: Law) -> Figure:
         handles.append(Patch(facecolor="#dddddd", label="pale: under 95% of draws agree"))
     figure.legend(handles=handles, loc="outside right upper", frameon=False, fontsize=8)
     return figure
+
+
+def _number_regions(axes: Axes, x: list[float], y: list[float], inside: Array, text: str) -> None:
+    """The text in the midst of each region of a recipe's cells: the colours are few, and some are alike in grey."""
+    regions = np.zeros(inside.shape, dtype=int)
+    ndimage.label(inside, output=regions)
+    for region in range(1, regions.max() + 1):
+        cells = np.argwhere(regions == region)
+        row, column = cells[np.abs(cells - np.median(cells, axis=0)).sum(axis=1).argmin()]
+        axes.text(x[column], y[row], text, ha="center", va="center", fontsize=10, fontweight="bold",
+                  path_effects=[withStroke(linewidth=3, foreground="white")])  # fmt: skip
+
+
+def _draw_borders(axes: Axes, x: list[float], y: list[float], best: Array) -> None:
+    """A line between cells of different recipes."""
+    across, up = _cell_edges(x), _cell_edges(y)
+    row, column = np.nonzero(best[:, 1:] != best[:, :-1])
+    axes.vlines(across[column + 1], up[row], up[row + 1], color="black", linewidth=0.7)
+    row, column = np.nonzero(best[1:] != best[:-1])
+    axes.hlines(up[row + 1], across[column], across[column + 1], color="black", linewidth=0.7)
+
+
+def _cell_edges(centres: list[float]) -> Array:
+    """Where pcolormesh puts them: halfway, and as far beyond the ends."""
+    between = np.convolve(centres, (0.5, 0.5), "valid")
+    return np.concatenate(([2 * centres[0] - between[0]], between, [2 * centres[-1] - between[-1]]))

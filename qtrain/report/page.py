@@ -8,7 +8,8 @@ import io
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
@@ -20,7 +21,7 @@ from matplotlib import rc_context
 from qtrain.errors import UserError
 from qtrain.report import curves, health
 from qtrain.report.loss import readable
-from qtrain.report.picture import FONTS, Picture
+from qtrain.report.picture import FONTS, Picture, plain_numbers
 from qtrain.report.runs import Corpus, Run, corpora, point_title, read_runs
 from qtrain.report.summaries import write_table
 
@@ -61,26 +62,38 @@ class Section:
 
 def write_report(places: Sequence[Path], out: Path, laws: Sequence[Path], baseline: str, command: str) -> list[str]:
     """Makes out, an .html file, and the folder of the same name without the suffix. Returns what is wrong with the
-    runs, which the page says too. UserError where a place holds no run or a law cannot be read."""
+    runs, which the page says too. UserError where a place holds no run, a file cannot be read, or one not written."""
     read_laws = [(path, read_law(path)) for path in laws]
-    runs, problems = read_runs(places)
-    found = corpora(runs, problems)
     with rc_context(FONTS):
-        sections = [*_run_sections(found, baseline, command), _law_section(read_laws)]
+        with _os_error_told("read", places[0], "mend it, or leave it out"):
+            runs, problems = read_runs(places)
+            found = corpora(runs, problems)
+            sections = [*_run_sections(found, baseline, command), _law_section(read_laws)]
         sections = [_problems(problems), _overview(runs), *sections]
-        folder = own_folder(out.with_suffix(""))
-        for suffix in ("csv", "parquet"):
-            write_table((run.row for run in runs), folder / f"runs.{suffix}")
-        pictures = [pair for section in sections for pair in section.pictures]
-        images = {picture.name: save(picture, made_by, folder) for picture, made_by in pictures}
-    page = Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
-        title=escape(f"qtrain: {len(runs)} runs"),
-        intro=_intro(runs, found, command, folder.name),
-        nav="".join(f'<a href="#{section.anchor}">{escape(section.title)}</a>' for section in sections),
-        sections="\n".join(section.render(images) for section in sections),
-    )
-    out.write_text(page, encoding="utf-8")
+        template = Template(TEMPLATE.read_text(encoding="utf-8"))
+        with _os_error_told("write", out, "give another --out"):
+            folder = own_folder(out.with_suffix(""))
+            for suffix in ("csv", "parquet"):
+                write_table((run.row for run in runs), folder / f"runs.{suffix}")
+            images = save_all([pair for section in sections for pair in section.pictures], folder)
+            page = template.substitute(
+                title=escape(f"qtrain: {len(runs)} runs"),
+                intro=_intro(runs, found, command, folder.name),
+                nav="".join(f'<a href="#{section.anchor}">{escape(section.title)}</a>' for section in sections),
+                sections="\n".join(section.render(images) for section in sections),
+            )
+            out.write_text(page, encoding="utf-8")
     return problems
+
+
+@contextmanager
+def _os_error_told(doing: str, place: Path, advice: str) -> Iterator[None]:
+    """An OSError in its body as UserError. place: named where the error names no file, as that of a full disk."""
+    try:
+        yield
+    except OSError as error:
+        told = f"cannot {doing} {error.filename or place}: {error.strerror or error}; {advice}"
+        raise UserError(told) from None
 
 
 def own_folder(folder: Path) -> Path:
@@ -94,8 +107,19 @@ def own_folder(folder: Path) -> Path:
     return folder
 
 
+def save_all(pictures: Sequence[tuple[Picture, str]], folder: Path) -> dict[str, str]:
+    """name -> data URL of each picture, which is saved with its command. A name is file and anchor: two pictures of
+    one would show the same image twice."""
+    images: dict[str, str] = {}
+    for picture, command in pictures:
+        assert picture.name not in images, f"two pictures named {picture.name}"
+        images[picture.name] = save(picture, command, folder)
+    return images
+
+
 def save(picture: Picture, command: str, folder: Path) -> str:
     """Writes the figure as PDF and PNG, the command in both; the PNG as the data URL of an image."""
+    plain_numbers(picture.figure)
     picture.figure.savefig(folder / f"{picture.name}.pdf", metadata={"Subject": command, "CreationDate": None})
     picture.figure.set_layout_engine("none")  # it stays as it was laid out; the search costs a third of the time
     file = io.BytesIO()
@@ -227,10 +251,16 @@ LAW_CAPTIONS = {
     "loss_by_tokens": "loss over training tokens, dots the runs, lines the law",
     "loss_by_parameters": "loss over non-embedding parameters, dots the runs, lines the law",
     "residuals": "measured loss less the predicted one, held-out points hollow",
-    "isoflop": "loss over parameters at equal training FLOPs, and the least of each",
-    "efficiencies": "share of parameters and of tokens that each recipe is worth to the baseline, with 95% intervals",
-    "precision_map": "the recipe of least loss at equal time, over the baseline's size and tokens per parameter",
+    "isoflop": "loss over parameters at equal 6 N D (non-embedding; not the FLOPs of the runs above), by the law, and "
+    "the least of each",
+    "efficiencies": "share of parameters and of tokens that each recipe is worth to the baseline, with 95% intervals "
+    "where they are known",
+    "precision_map": "the recipe of least loss at equal time, over the baseline's size and tokens per parameter; the "
+    "numbers are those of the legend",
 }
+
+
+LAW_KEYS = ("law", "baseline", "constants", "efficiencies", "fit", "points", "command")
 
 
 def read_law(path: Path) -> dict[str, Any]:
@@ -239,7 +269,7 @@ def read_law(path: Path) -> dict[str, Any]:
         law = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path}: {error}") from None
-    lacking = [key for key in ("law", "constants", "points", "command") if not isinstance(law, dict) or key not in law]
+    lacking = [key for key in LAW_KEYS if not isinstance(law, dict) or key not in law]
     if lacking:
         raise UserError(f"{path} lacks {', '.join(lacking)}; it is no law.json of scripts/fit_scaling_law.py")
     return law
@@ -250,7 +280,7 @@ def _law_section(laws: list[tuple[Path, dict[str, Any]]]) -> Section:
     section = Section("law", "Scaling law", absent + "--law LAW/law.json shows it here.")
     if not laws:
         return section
-    from qtrain.report.law_figures import law_figures
+    from qtrain.report.law_figures import law_figures, without_panel
 
     for number, (path, law) in enumerate(laws, 1):
         section.html += _law_tables(path, law)
@@ -258,7 +288,9 @@ def _law_section(laws: list[tuple[Path, dict[str, Any]]]) -> Section:
         for name, figure in law_figures(law).items():
             caption = f"Law {law['law']}: {LAW_CAPTIONS.get(name, name.replace('_', ' '))}."
             alt = f"{caption} The tables above have the constants, {path} every point with its residual."
-            section.pictures.append((Picture(prefix + name.replace("_", "-"), figure, caption, alt), law["command"]))
+            picture = Picture(prefix + name.replace("_", "-"), figure, caption, alt)
+            picture = picture.without(without_panel(law) if name.startswith("loss_by") else [])
+            section.pictures.append((picture, law["command"]))
     return section
 
 
@@ -271,12 +303,12 @@ def _law_tables(path: Path, law: dict[str, Any]) -> list[str]:
     html = [f"<h3>{escape(law['law'])}, {escape(str(path))}</h3>", table_html(head, rows, "Constants of the law")]
     rows = [
         [recipe, *_interval(both.get("eff_N")), *_interval(both.get("eff_D"))]
-        for recipe, both in law.get("efficiencies", {}).items()
+        for recipe, both in law["efficiencies"].items()
     ]
     if rows:
         head = ["recipe", "eff N", "low", "high", "eff D", "low", "high"]
         html.append(table_html(head, rows, "Efficiencies of the recipes"))
-    fit = ", ".join(f"{name.replace('_', ' ')} {_short(value)}" for name, value in law.get("fit", {}).items())
+    fit = ", ".join(f"{name.replace('_', ' ')} {_short(value)}" for name, value in law["fit"].items())
     html.append(f"<p>Intervals are 95% percentiles of the bootstrap. Fit: {escape(fit)}.</p>")
     if law.get("warnings"):
         html.append("<ul>" + "".join(f"<li>{escape(one)}</li>" for one in law["warnings"]) + "</ul>")

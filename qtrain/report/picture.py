@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, LogFormatter, LogFormatterMathtext
 
 from qtrain.report.loss import readable
 
@@ -19,6 +19,7 @@ FONTS: dict[Any, Any] = {
     "font.size": 9,
     "axes.titlesize": 9,
     "legend.fontsize": 8,
+    "text.parse_math": False,  # names come from files: "4$x$" is a recipe's, and no formula
 }  # matplotlib settings, while a page is made
 MOST_POINTS = 200  # of a line: more cannot be told apart at this width
 
@@ -38,6 +39,10 @@ class Picture:
     figure: Figure
     caption: str
     alt: str
+
+    def without(self, left_out: Sequence[str]) -> Picture:
+        """The same; its caption names what there was no room for."""
+        return replace(self, caption=f"{self.caption} Not shown: {', '.join(left_out)}.") if left_out else self
 
     def said_of(self, corpus: str) -> Picture:
         """The same with the name of the corpus in its words."""
@@ -99,6 +104,24 @@ def legend_height(labels: Iterable[str]) -> float:
 def count_axis(axis: Any) -> None:
     """Tick labels as 1.5k, 20M."""
     axis.set_major_formatter(FuncFormatter(lambda count, _: readable(count)))
+
+
+class PlainLog(LogFormatter):
+    """Labels those ticks of a logarithmic axis that matplotlib's own formatter labels, as 0.1, 10, 1000."""
+
+    def __call__(self, x: float, pos: int | None = None) -> str:
+        return f"{x:g}" if super().__call__(x, pos) else ""
+
+
+def plain_numbers(figure: Figure) -> None:
+    """Takes formulas off the axes: matplotlib's numbers of a logarithmic axis are some, which FONTS turns off."""
+    for axes in figure.axes:
+        for axis in (axes.xaxis, axes.yaxis):
+            major, minor = axis.get_major_formatter(), axis.get_minor_formatter()
+            if isinstance(major, LogFormatterMathtext):
+                axis.set_major_formatter(PlainLog(labelOnlyBase=major.labelOnlyBase))
+            if isinstance(minor, LogFormatterMathtext):
+                axis.set_minor_formatter(PlainLog(labelOnlyBase=minor.labelOnlyBase))
 
 
 def span(values: Iterable[float], digits: int = 3) -> str:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import logging
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -46,8 +46,7 @@ def fetch_runs(place: str, into: Path) -> list[Path]:
     entity/project on the server. Those that were fetched before are renewed.
 
     A run without the summary that qtrain writes (it was killed, or is another program's) is left out, with its name in
-    the log. UserError without the package
-    wandb, where no run is found, or where a file is damaged before its end.
+    the log. UserError without the package wandb, where no run is found, or where a file is damaged before its end.
     """
     if find_spec("wandb") is None:
         raise UserError("reading W&B runs needs the package wandb: pip install 'qtrain[wandb]'")
@@ -95,10 +94,16 @@ def offline_runs(folder: Path) -> Iterable[MirroredRun]:
             elif record.HasField("config"):
                 run.config |= _values(record.config.update)
             elif record.HasField("summary"):
-                run.summary = _values(record.summary.update).get(SUMMARY, run.summary)
+                run.summary = _own_summary(_values(record.summary.update)) or run.summary
             elif record.HasField("history"):
                 run.history.append(_values(record.history.item))
     return runs.values()
+
+
+def _own_summary(entries: Mapping[str, Any]) -> dict[str, Any]:
+    """summary.json among the entries of a W&B summary; {} of another program's, whose `run` may be anything."""
+    found = entries.get(SUMMARY)
+    return dict(found) if isinstance(found, Mapping) else {}
 
 
 def _values(items: Iterable[Any]) -> dict[str, Any]:
@@ -152,7 +157,7 @@ def project_runs(project: str, api: Any = None) -> Iterator[MirroredRun]:
             yield MirroredRun(
                 run.id,
                 {key: value for key, value in run.config.items() if not key.startswith("_")},
-                dict(run.summary_metrics.get(SUMMARY, {})),
+                _own_summary(run.summary_metrics),
                 list(run.scan_history()),
             )
     except (CommError, UsageError, ValueError) as error:

@@ -115,15 +115,17 @@ def test_doubles_are_named_and_none_of_them_is_compared(tmp_path: Path) -> None:
 def test_runs_of_other_data_are_shown_apart(tmp_path: Path) -> None:
     for name in ("bf16", "quartet"):
         write_run(tmp_path / "a", name)
-        write_run(tmp_path / "b", name, data_hash="e" * 64, tokenizer="bpe", loss=9.0)
+        write_run(tmp_path / "b", name, tokenizer="bpe", loss=9.0)
     write_run(tmp_path / "c", "bf16", val_tokens=512)
+    write_run(tmp_path / "d", "bf16", data_hash="e" * 64)
     found, problems = gather(tmp_path)
     assert [corpus.title.split(", ")[1:] for corpus in found] == [
         ["bytes", "65.5k validation tokens", "data dddddddd"],
-        ["bpe", "65.5k validation tokens", "data eeeeeeee"],
+        ["bpe", "65.5k validation tokens", "data dddddddd"],
         ["bytes", "512 validation tokens", "data dddddddd"],
+        ["bytes", "65.5k validation tokens", "data eeeeeeee"],
     ]
-    assert len(problems) == 1 and "3 sets of data, whose losses do not compare" in problems[0]
+    assert len(problems) == 1 and "4 sets of data, whose losses do not compare" in problems[0]
     write_report([tmp_path / "a", tmp_path / "b"], tmp_path / "page.html", [], "bf16", COMMAND)
     page = (tmp_path / "page.html").read_text()
     figures = re.findall(r'<figure id="([^"]+)">', page)

@@ -188,7 +188,7 @@ def corpora(runs: Iterable[Run], problems: list[str]) -> list[Corpus]:
     apart: dict[Hashable, list[Run]] = defaultdict(list)
     for run in runs:
         if run.row["data_hash"] is not None:
-            apart[(run.row["data_hash"], run.row["val_tokens"])].append(run)
+            apart[tuple(run.row[column] for column in ("data_hash", "tokenizer", "val_tokens"))].append(run)
     found = [Corpus(_title(members[0].row), _labelled(members, problems)) for members in apart.values()]
     found.sort(key=lambda corpus: -len(corpus.runs))
     if len(found) > 1:

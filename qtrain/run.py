@@ -319,9 +319,9 @@ class Session:
         last = self.directory.lines("val_loss")[-1]
         values = {key: last[key] for key in ("val_loss", "val_bits_per_byte")}
         speeds = [line["tokens_per_second"] for line in self.directory.lines("tokens_per_second")]
-        plot_loss(self.directory.path)
         self._write_summary("finished", **values, tokens_per_second=median(speeds))
         _record(self.config, self.directory)
+        plot_loss(self.directory.path)
         self._show_sample()
         self._show_end(values["val_loss"], values["val_bits_per_byte"])
         return values["val_loss"]

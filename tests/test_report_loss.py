@@ -9,7 +9,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.image import imread
 
 from qtrain.errors import UserError
-from qtrain.report.loss import BLUE, GREEN, ORANGE, curve, plot_loss, read_metrics, readable, smooth
+from qtrain.report.loss import BLUE, GREEN, ORANGE, curve, plot_loss, read_metrics, readable, scan_metrics, smooth
 
 
 def write_run(directory: Path, summary: dict[str, Any] | None = None, tail: str = "", validate: bool = True) -> Path:
@@ -54,8 +54,23 @@ def test_a_half_written_last_line_is_left_out_and_told(tmp_path: Path, caplog: p
 
 def test_damage_before_the_last_line_is_an_error(tmp_path: Path) -> None:
     write_run(tmp_path, tail='{"step": 51\n{"step": 52, "tokens": 52000, "loss": 1.0}\n')
-    with pytest.raises(UserError, match=r"line 56 of .*metrics\.jsonl is not JSON"):
+    with pytest.raises(UserError, match=r"line 56 of .*metrics\.jsonl is no line of metrics"):
         plot_loss(tmp_path)
+
+
+def test_a_metric_that_is_no_number_is_damage(tmp_path: Path) -> None:
+    write_run(
+        tmp_path, tail='{"step": 51, "tokens": 51000, "loss": "abc"}\n{"step": 52, "tokens": 52000, "loss": null}\n'
+    )
+    lines, damaged, _ = scan_metrics(tmp_path / "metrics.jsonl")
+    assert [fault.number for fault in damaged] == [56] and lines[-1]["step"] == 52
+
+
+def test_names_are_text_and_no_formulas(tmp_path: Path) -> None:
+    """matplotlib reads what stands between two dollars as mathematics, and fails where it is none."""
+    write_run(tmp_path)
+    (tmp_path / "config.yaml").write_text("name: mine\nrecipe: {name: bf16}\nmodel: {name: 'my_$1_and_$2'}\n")
+    assert pixels(plot_loss(tmp_path), BLUE) > 500
 
 
 def test_nothing_to_draw_is_an_error(tmp_path: Path) -> None:
@@ -86,7 +101,17 @@ def test_smoothing_keeps_the_start_and_averages_to_the_end() -> None:
 
 
 @pytest.mark.parametrize(
-    ("count", "text"), [(0, "0"), (999, "999"), (1500, "1.5k"), (2621440, "2.62M"), (3e9, "3B"), (1.5e12, "1.5T")]
+    ("count", "text"),
+    [
+        (0, "0"),
+        (999, "999"),
+        (999.9, "1k"),
+        (1500, "1.5k"),
+        (999_936, "1M"),
+        (2621440, "2.62M"),
+        (3e9, "3B"),
+        (1.5e12, "1.5T"),
+    ],
 )
 def test_readable(count: float, text: str) -> None:
     assert readable(count) == text

@@ -36,7 +36,8 @@ from qtrain.report.summaries import (
 def write(root, name, seed, loss, **more):
     folder = root / f"{name}-{seed}"
     folder.mkdir()
-    row = {"status": "finished", "name": name, "recipe": name, "seed": seed, "val_loss": loss, "data_hash": "d", **more}
+    row = {"status": "finished", "name": name, "recipe": name, "seed": seed, "val_loss": loss, "data_hash": "d",
+           "tokens": 2000, "non_embedding_parameters": 100, **more}  # fmt: skip
     (folder / "summary.json").write_text(json.dumps(row))
 
 
@@ -114,6 +115,8 @@ def test_a_results_file_reads_back_as_it_was_written(tmp_path):
     (f"{HEADER}\na,r,zero,{VALUES}\n", "results.csv, row 2: seed is 'zero', not an integer"),
     (f"{HEADER}\na,r,0,{VALUES.replace('600', '6.5')}\n", "results.csv, row 2: flops is '6.5', not an integer"),
     (f"{HEADER}\na,r,0,{VALUES.replace('10.5', '')}\n", "results.csv, row 2: tokens_per_second is '', not a number"),
+    (f"{HEADER}\n,r,0,{VALUES}\n", "results.csv, row 2: name is empty; a finished run has one"),
+    (f"{HEADER}\na,,0,{VALUES}\n", "results.csv, row 2: recipe is empty; a finished run has one"),
     (f"{HEADER}\na,r,0,1.5\n", "results.csv, row 2 has fewer fields than the header"),
     (f"{HEADER}\na,r,0,{VALUES},more\n", "results.csv, row 2 has more fields than the header"),
     (f"{HEADER.replace('flops', 'flop')}\n", "lacks flops; it is no results file"),
@@ -260,3 +263,16 @@ def test_runs_of_other_tokenizers_or_validation_text_do_not_compare(tmp_path):
     write_run(tmp_path / "other", "bf16", 1, val_tokens=512)
     with pytest.raises(UserError, match=r"2 different sizes of validation text \(512, 65536\)"):
         read_summaries(tmp_path / "other")
+
+
+@pytest.mark.parametrize(("more", "message"), [
+    ({"tokens": "50000"}, r"summary\.json: tokens is '50000', not an integer"),
+    ({"non_embedding_parameters": None}, r"says finished, and non_embedding_parameters is None"),
+    ({"tokens_per_second": [1.0]}, r"tokens_per_second is \[1\.0\], not a number"),
+])  # fmt: skip
+def test_a_summary_of_other_values_is_named(tmp_path, more, message):
+    directory = write_run(tmp_path, "bf16")
+    summary = json.loads((directory / "summary.json").read_text())
+    (directory / "summary.json").write_text(json.dumps(summary | more))
+    with pytest.raises(UserError, match=message):
+        read_run(directory)

@@ -7,6 +7,7 @@ import os
 import struct
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -77,6 +78,9 @@ def test_an_offline_run_comes_back_as_it_was(trained: Path, tmp_path: Path) -> N
     assert [line["step"] for line in lines_of(fetched) if "loss" in line] == [1, 2, 3, 4, 5]
     (row,), (same,) = finished_runs(tmp_path), finished_runs(trained.parent)
     assert row | {"directory": None} == same | {"directory": None}
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"cannot write .*file.*Not a directory; give another --out"):
+        fetch_runs(str(trained.parent), tmp_path / "file")
     assert fetch_runs(str(trained.parent), tmp_path) == [fetched] and lines_of(fetched) == lines_of(trained)
 
 
@@ -112,7 +116,7 @@ def log_file(records: list[bytes]) -> bytes:
                 continue
             piece, record = record[: left - 7], record[left - 7 :]
             kind = {(False, True): 1, (False, False): 2, (True, False): 3, (True, True): 4}[begun, not record]
-            data += struct.pack("<IHB", 0, len(piece), kind) + piece
+            data += struct.pack("<IHB", zlib.crc32(bytes([kind]) + piece), len(piece), kind) + piece
             begun = True
             if not record:
                 break
@@ -136,6 +140,9 @@ def test_a_damaged_file_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixtur
     assert "run-x.wandb: the last record is half-written and left out" in caplog.text
     path.write_bytes(whole[:13] + b"\x09" + whole[14:])
     with pytest.raises(UserError, match=r"run-x\.wandb is damaged at byte 7"):
+        list(read_records(path))
+    path.write_bytes(whole[:15] + b"c" + whole[16:])
+    with pytest.raises(UserError, match=r"run-x\.wandb is damaged at byte 7"):  # the checksum alone tells
         list(read_records(path))
     path.write_bytes(b"{}")
     with pytest.raises(UserError, match=r"run-x\.wandb is no offline file of W&B"):

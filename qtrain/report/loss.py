@@ -53,7 +53,7 @@ def plot_loss(run_dir: str | Path) -> Path:
     _draw_losses(panels[0], train, validation, summary.get("bigram_cross_entropy"))
     _draw_learning_rate(panels[1], lr)
     figure.align_ylabels()
-    figure.suptitle(_title(config, summary), fontsize=12, fontweight="bold", x=0.02, ha="left")
+    figure.suptitle(_title(config, summary), parse_math=False, fontsize=12, fontweight="bold", x=0.02, ha="left")
     path = run_dir / "loss.png"
     figure.savefig(path, dpi=150)
     return path
@@ -66,7 +66,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     lines, damaged, _ = scan_metrics(path)
     for fault in damaged:
         if not fault.last:
-            raise UserError(f"line {fault.number} of {path} is not JSON: {fault.text!r}; remove it")
+            raise UserError(f"line {fault.number} of {path} is no line of metrics: {fault.text!r}; remove it")
         log.warning("%s: the last line is half-written and left out", path)
     return lines
 
@@ -93,11 +93,16 @@ def scan_metrics(path: Path, without: tuple[str, ...] = ()) -> tuple[list[dict[s
             line = json.loads(text)
         except json.JSONDecodeError:
             line = None
-        if isinstance(line, dict) and isinstance(line.get("tokens"), int):
+        if isinstance(line, dict) and isinstance(line.get("tokens"), int) and _are_numbers(line):
             lines.append(line)
         else:
             damaged.append(DamagedLine(number, text[:60], number == len(texts)))
     return lines, damaged, passed
+
+
+def _are_numbers(line: dict[str, Any]) -> bool:
+    """A metric may be null, where a run had none."""
+    return all(value is None or type(value) in (int, float) for value in line.values())
 
 
 def _looks_whole(text: str) -> bool:
@@ -124,9 +129,9 @@ def smooth(values: np.ndarray, reach: int) -> np.ndarray:
 
 
 def readable(count: float) -> str:
-    """1500 -> 1.5k, 2621440 -> 2.62M, 3e9 -> 3B."""
+    """1500 -> 1.5k, 999_936 -> 1M, 2621440 -> 2.62M, 3e9 -> 3B."""
     for size, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if abs(count) >= size:
+        if abs(count) >= 0.9995 * size:  # what three digits would round up to it
             return f"{count / size:.3g}{suffix}"
     return f"{count:.3g}"
 

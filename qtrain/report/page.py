@@ -73,7 +73,7 @@ def write_report(places: Sequence[Path], out: Path, laws: Sequence[Path], baseli
         template = Template(TEMPLATE.read_text(encoding="utf-8"))
         with _os_error_told("write", out, "give another --out"):
             folder = own_folder(out.with_suffix(""))
-            for suffix in ("csv", "parquet"):
+            for suffix in ("parquet", "csv"):  # the first of all: by it a later call knows the folder as its own
                 write_table((run.row for run in runs), folder / f"runs.{suffix}")
             images = save_all([pair for section in sections for pair in section.pictures], folder)
             page = template.substitute(
@@ -97,8 +97,8 @@ def _os_error_told(doing: str, place: Path, advice: str) -> Iterator[None]:
 
 
 def own_folder(folder: Path) -> Path:
-    """The folder of the single figures, empty of those of an earlier page. UserError when it holds something else: it
-    may be the runs themselves."""
+    """The folder of the single figures, without the figures that it holds: those of an earlier page may be others than
+    this one's. UserError when no earlier page made it: it may be the runs themselves."""
     if folder.exists() and any(folder.iterdir()) and not (folder / "runs.parquet").exists():
         raise UserError(f"the figures would go to {folder}, which holds something else; give --out another name")
     folder.mkdir(parents=True, exist_ok=True)

@@ -14,6 +14,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import numpy as np
@@ -125,6 +126,7 @@ def run_row(directory: Path, settings: Mapping[str, Any]) -> Row:
         raise UserError(f"{path} says finished, and val_loss is {row['val_loss']!r}; train it again with force=true")
     if row["name"] is None or type(row["seed"]) is not int:
         raise UserError(f"{path} is no run's summary: it lacks name or seed")
+    _check_values(row, path)
     last = _last_training_line(directory / "metrics.jsonl")
     if row["tokens"] and row["non_embedding_parameters"]:
         row["tokens_per_parameter"] = row["tokens"] / row["non_embedding_parameters"]
@@ -133,6 +135,17 @@ def run_row(directory: Path, settings: Mapping[str, Any]) -> Row:
         "reason": reason, "directory": str(directory),
         "tokens_seen": last.get("tokens"), "memory_bytes": last.get("memory_bytes"),
     }  # fmt: skip
+
+
+def _check_values(row: Row, path: Path) -> None:
+    """UserError for a summary whose figures are no numbers, and for a finished run of no size or budget."""
+    for columns, _, what in _KINDS:
+        for column in columns:
+            if type(row[column]) not in (int, float, NoneType):
+                raise UserError(f"{path}: {column} is {row[column]!r}, not {what}; train it again with force=true")
+    for column in ("tokens", "non_embedding_parameters"):
+        if row["status"] == "finished" and not row[column]:
+            raise UserError(f"{path} says finished, and {column} is {row[column]!r}; train it again with force=true")
 
 
 def damaged_run(directory: Path, error: UserError) -> Row:
@@ -258,7 +271,8 @@ def _read_parquet(path: Path) -> tuple[list[str], list[Row]]:
 
 
 def _parsed(row: Row, where: str) -> Row:
-    """Of a row that is not finished any field may be empty, of a finished one those of MAY_BE_EMPTY."""
+    """Of a row that is not finished any field may be empty, of a finished one those of MAY_BE_EMPTY; its name
+    and recipe are there."""
     status = row.get("status") or "finished"  # older files have finished runs alone
     parsed: Row = {column: row.get(column) for column in COLUMNS}
     for columns, kind, what in _KINDS:
@@ -271,6 +285,9 @@ def _parsed(row: Row, where: str) -> Row:
                 parsed[column] = kind(value)
             except (TypeError, ValueError):
                 raise UserError(f"{where}: {column} is {value!r}, not {what}") from None
+    for column in ("name", "recipe"):
+        if status == "finished" and not parsed[column]:
+            raise UserError(f"{where}: {column} is empty; a finished run has one")
     if status == "finished" and not _is_finite(parsed["val_loss"]):
         raise UserError(f"{where}: val_loss is {row['val_loss']!r}, which no finished run has")
     empty = {column: None for column in COLUMNS if parsed[column] == ""}

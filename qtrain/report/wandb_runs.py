@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import logging
 import struct
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -57,7 +58,11 @@ def fetch_runs(place: str, into: Path) -> list[Path]:
     for run in runs:
         if not run.summary:
             log.warning("%s is left out: it has no summary of a qtrain run", run.id)
-    return [write_run(run, into) for run in runs if run.summary]
+    try:
+        return [write_run(run, into) for run in runs if run.summary]
+    except OSError as error:
+        told = f"cannot write {error.filename or into}: {error.strerror or error}; give another --out"
+        raise UserError(told) from None
 
 
 def write_run(run: MirroredRun, into: Path) -> Path:
@@ -123,7 +128,7 @@ def read_records(path: Path) -> Iterator[bytes]:
         if left < 7:  # no room for a header: the rest of the block is empty
             at += left
             continue
-        _, length, kind = struct.unpack_from("<IHB", data, at)
+        checksum, length, kind = struct.unpack_from("<IHB", data, at)
         piece = data[at + 7 : at + 7 + length]
         if kind == 0:
             break
@@ -131,6 +136,8 @@ def read_records(path: Path) -> Iterator[bytes]:
             raise UserError(f"{path} is damaged at byte {at}; copy it anew, or leave it out")
         if len(piece) < length:
             break
+        if zlib.crc32(data[at + 6 : at + 7 + length]) != checksum:
+            raise UserError(f"{path} is damaged at byte {at}; copy it anew, or leave it out")
         at += 7 + length
         record = piece if kind in (WHOLE, FIRST) else record + piece
         if kind in (WHOLE, LAST):

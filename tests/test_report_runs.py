@@ -150,6 +150,28 @@ def test_the_baseline_is_that_of_the_most_seeds(tmp_path: Path) -> None:
     assert gap_pictures(corpus, "bf16")
 
 
+def test_names_of_one_recipe_that_share_no_seed_are_its_seeds(tmp_path: Path) -> None:
+    for recipe in ("bf16", "quartet"):
+        for seed in (0, 1):
+            write_run(tmp_path, f"{recipe}-s{seed}", seed, recipe=recipe, loss=2 + 0.1 * (recipe == "quartet"))
+    (corpus,), problems = gather(tmp_path)
+    (found,) = comparisons(corpus, "bf16").values()
+    assert [(one.name, sorted(one.losses)) for one in found] == [("bf16", [0, 1]), ("quartet", [0, 1])]
+    assert found[1].gap == pytest.approx(0.1) and problems == []
+    write_csv([run.row for run in corpus.runs], tmp_path / "results.csv")
+    (rows,), _ = gather(tmp_path / "results.csv")
+    assert {run.label for run in rows.runs} == {"bf16", "quartet"}, "whose settings are not known"
+    write_run(tmp_path, "quartet-b", 1, recipe="quartet")
+    (corpus,), _ = gather(tmp_path)
+    assert {run.label for run in corpus.runs} == {"bf16", "quartet-s0", "quartet-s1", "quartet-b"}, "seed 1 is double"
+    config = next(tmp_path.glob("bf16-s1*")) / "config.yaml"
+    change(config, model={"name": "nano", "n_layers": 2, "dim": 128, "norm": "none"})
+    assert "bf16" in {run.label for run in gather(tmp_path)[0][0].runs}, "a setting that the other lacks"
+    change(config, optimizer={"lr": 0.002, "weight_decay": 0.2})
+    change(next(tmp_path.glob("bf16-s0*")) / "config.yaml", optimizer={"lr": 0.002, "weight_decay": 0.1})
+    assert {"bf16-s0", "bf16-s1"} < {run.label for run in gather(tmp_path)[0][0].runs}
+
+
 def test_runs_that_differ_in_other_settings_are_no_seeds_of_one_thing(tmp_path: Path) -> None:
     for name in ("bf16", "quartet", "quest"):
         for seed in (0, 1):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -225,17 +225,23 @@ def told_apart(runs: list[Run], columns: Iterable[str]) -> Iterator[tuple[Run, s
 
 
 def _recipes(runs: list[Run]) -> list[str]:
-    """The recipe of each; its name instead where runs of one recipe, size, budget and settings have several."""
-    names = _distinct(runs, by=lambda run: (run.row["recipe"], run.point, run.variant), of=lambda run: run.row["name"])
-    ambiguous = {recipe for (recipe, *_), found in names.items() if len(found) > 1}
+    """The recipe of each; its name instead where runs of one recipe, size, budget and variant have several names that
+    are not those of seeds."""
+    groups: dict[Hashable, list[Run]] = defaultdict(list)
+    for run in runs:
+        groups[(run.row["recipe"], run.point, run.variant)].append(run)
+    ambiguous = {members[0].row["recipe"] for members in groups.values() if not _seeds_of_one(members)}
     return [str(run.row["name" if run.row["recipe"] in ambiguous else "recipe"]) for run in runs]
 
 
-def _distinct(runs: list[Run], by: Callable[[Run], Hashable], of: Callable[[Run], Hashable]) -> dict[Any, set[Any]]:
-    found: dict[Any, set[Any]] = defaultdict(set)
-    for run in runs:
-        found[by(run)].add(of(run))
-    return found
+def _seeds_of_one(members: list[Run]) -> bool:
+    """Whether these runs have one name, or names that no two of them share a seed under and settings that differ in
+    nothing else, as far as they are known: bf16-s0 and bf16-s1."""
+    named = {(run.row["name"], run.row["seed"]) for run in members}
+    if len({name for name, _ in named}) == 1:
+        return True
+    settings = [run.settings for run in members if run.settings]
+    return len({seed for _, seed in named}) == len(named) and not (settings and any(_differing(settings)))
 
 
 def _marked(runs: list[Run], problems: list[str]) -> list[Run]:

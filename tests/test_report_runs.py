@@ -17,6 +17,7 @@ from qtrain.config import NOT_IN_HASH
 from qtrain.errors import UserError
 from qtrain.report.curves import comparisons, gap_pictures, loss_pictures, rate_pictures
 from qtrain.report.gaps import gaps_figure
+from qtrain.report.health import health_pictures
 from qtrain.report.loss import scan_metrics
 from qtrain.report.picture import Picture
 from qtrain.report.runs import NO_RESULT, Corpus, corpora, read_runs
@@ -299,6 +300,16 @@ def test_a_rate_that_diverged_was_tried(tmp_path: Path) -> None:
     assert points(axes, "x") == [(0.004, 0.97)] and [*axes.get_xticks()] == [0.001, 0.002, 0.004]
     assert axes.get_xlim()[1] > 0.004 and axes.get_ylim()[0] > 1.9, "the height is a share of the axis"
     assert "A cross at the top" in picture.caption
+
+
+def test_telemetry_of_an_unfinished_run_is_told(tmp_path: Path) -> None:
+    write_run(tmp_path, "quartet", 0, status="diverged", telemetry=True)
+    (corpus,), _ = gather(tmp_path)
+    assert all("-0, diverged)" in picture.caption for picture in health_pictures(corpus))
+    write_run(tmp_path, "quartet", 1, telemetry=True)
+    (corpus,), _ = gather(tmp_path)
+    pictures = health_pictures(corpus)
+    assert pictures and all("-1)" in picture.caption for picture in pictures), "the finished one of equal FLOPs"
 
 
 def test_sweeps_of_one_recipe_are_told_apart(tmp_path: Path) -> None:

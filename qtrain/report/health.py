@@ -79,21 +79,33 @@ def _natural(name: str) -> list[tuple[bool, int, str]]:
 
 
 def health_pictures(corpus: Corpus) -> list[Picture]:
-    """For the largest run with telemetry of each of a few recipes: SQNR of every operand over time, all other measures
-    at the end, and the gradients where they were measured. The first caption names the recipes that are not shown."""
+    """For the largest run with telemetry of each of a few recipes, of equal ones a finished: SQNR of every operand over
+    time, all other measures at the end, and the gradients where they were measured. The first caption names the
+    recipes that are not shown."""
     groups = by_largest((run for run in corpus.runs if run.telemetry), key=lambda run: run.recipe)
     pictures = []
     for number, members in enumerate(list(groups.values())[:MOST_RUNS], 1):
-        run = min(members, key=lambda run: (-(run.row["flops"] or 0), run.row["seed"]))
+        run = min(members, key=_largest_finished)
         pictures += _pictures_of(run, number, Telemetry.read(Path(run.row["directory"]) / "metrics.jsonl"))
     if pictures:
         pictures[0] = pictures[0].without(list(groups)[MOST_RUNS:])
     return pictures
 
 
+def _largest_finished(run: Run) -> tuple[int, bool, int]:
+    """A sort key: by FLOPs, and of equal ones the finished first."""
+    return -(run.row["flops"] or 0), run.row["status"] != "finished", run.row["seed"]
+
+
+def _whose(run: Run) -> str:
+    """In a caption; what an unfinished run measured is said to be its own."""
+    status = "" if run.row["status"] == "finished" else f", {run.row['status']}"
+    return f"{run.label} ({run.row['directory']}{status})"
+
+
 def _pictures_of(run: Run, number: int, found: Telemetry) -> list[Picture]:
     """number: of the recipe, for names of its own: letters and digits alone may be those of another, or none."""
-    name, whose = "-".join([str(number), *_WORD.findall(run.recipe.lower())]), f"{run.label} ({run.row['directory']})"
+    name, whose = "-".join([str(number), *_WORD.findall(run.recipe.lower())]), _whose(run)
     pictures = []
     columns = [operand for operand in OPERANDS if ("sqnr_db", operand) in found.values]
     if columns:

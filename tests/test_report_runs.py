@@ -15,7 +15,7 @@ from report_runs import write_run
 
 from qtrain.config import NOT_IN_HASH
 from qtrain.errors import UserError
-from qtrain.report.curves import comparisons, gap_pictures, loss_pictures, rate_pictures
+from qtrain.report.curves import MOST_PANELS, comparisons, gap_curves, gap_pictures, loss_pictures, rate_pictures
 from qtrain.report.gaps import gaps_figure
 from qtrain.report.health import health_pictures
 from qtrain.report.loss import scan_metrics
@@ -151,6 +151,35 @@ def test_the_baseline_is_that_of_the_most_seeds(tmp_path: Path) -> None:
     assert gap_pictures(corpus, "bf16")
 
 
+def test_the_baseline_is_that_of_the_most_pairs(tmp_path: Path) -> None:
+    """A rate that shares seeds with rates of the baseline alone has no pair that is asked for."""
+    for lr, seeds, loss in ((0.002, (0, 1), 2.0), (0.001, (2, 3, 4), 1.9), (0.004, (2, 3, 4), 1.8)):
+        for seed in seeds:
+            write_run(tmp_path, "bf16", seed, lr=lr, loss=loss)
+    for seed in (0, 1):
+        write_run(tmp_path, "quartet", seed, loss=2.1)
+    (corpus,), _ = gather(tmp_path)
+    ((first, *others),) = comparisons(corpus, "bf16").values()
+    assert first.name == "bf16 lr 0.002" and {one.name: one.gap for one in others}["quartet"] == pytest.approx(0.1)
+    caption = gap_pictures(corpus, "bf16")[0].caption
+    assert caption.endswith("No seed in common with bf16 lr 0.002: bf16 lr 0.001, bf16 lr 0.004.")
+
+
+def test_runs_without_a_seed_in_common_are_named(tmp_path: Path) -> None:
+    write_run(tmp_path, "bf16", 0)
+    write_run(tmp_path, "quartet", 1)
+    (corpus,), _ = gather(tmp_path)
+    (picture,) = gap_pictures(corpus, "bf16")
+    assert picture.caption.endswith("No seed in common with bf16: quartet.") and "quartet" in picture.alt
+    (axes,) = picture.figure.axes
+    assert [text.get_text() for text in axes.texts] == ["no seed in common"] and not [*axes.get_yticks()]
+    for seed in (0, 1):
+        write_run(tmp_path, "bf16", seed, parameters=50_000)
+        write_run(tmp_path, "quartet", seed, parameters=50_000)
+    first, *_ = gap_pictures(gather(tmp_path)[0][0], "bf16")
+    assert "50k parameters" in first.caption and "No seed" not in first.caption, "those with gaps come first"
+
+
 def test_names_of_one_recipe_that_share_no_seed_are_its_seeds(tmp_path: Path) -> None:
     for recipe in ("bf16", "quartet"):
         for seed in (0, 1):
@@ -252,6 +281,52 @@ def test_a_gap_of_one_seed_has_no_interval(tmp_path: Path) -> None:
     assert "quest +0.0500 (one seed, no interval)" in alt and re.search(r"quartet \+0\.1000 ± \d", alt)
 
 
+def test_seeds_without_a_curve_are_counted(tmp_path: Path) -> None:
+    """Those of a results file have a gap at the end and no curve."""
+    rows = [
+        read_run(write_run(tmp_path / str(seed), name, seed, loss=2 + gap))
+        for seed in (0, 1, 2)
+        for name, gap in (("bf16", 0.0), ("quartet", 0.1 * (seed + 1)), ("quest", 0.05))
+        if (name, seed) != ("quest", 0)
+    ]
+    write_csv(rows, tmp_path / "results.csv")
+    (corpus,), _ = gather(tmp_path / "0", tmp_path / "results.csv")
+    at_end, over_tokens = gap_pictures(corpus, "bf16")
+    assert "quartet +0.2000" in at_end.alt and "quartet +0.1000" in over_tokens.alt
+    told = "quartet: 1 of 3 paired seeds has a curve; quest: 0 of 2 paired seeds have a curve."
+    assert over_tokens.caption.endswith(told) and over_tokens.alt.endswith(told)
+    (corpus,), _ = gather(*(tmp_path / str(seed) for seed in (0, 1, 2)))
+    assert "have a curve" not in "".join(picture.caption for picture in gap_pictures(corpus, "bf16"))
+
+
+def test_the_mean_over_tokens_is_of_the_same_seeds_everywhere(tmp_path: Path) -> None:
+    """Seed 1 was validated at other tokens than seed 0: a line through both would jump between them."""
+    for seed in (0, 1):
+        for name, gap in (("bf16", 0.0), ("quartet", 0.1 + seed)):
+            metrics = write_run(tmp_path, name, seed, loss=2 + gap) / "metrics.jsonl"
+            lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+            moved = [line | {"tokens": line["tokens"] + (5000 if seed and "val_loss" in line else 0)} for line in lines]
+            metrics.write_text("".join(json.dumps(line) + "\n" for line in moved))
+    (corpus,), _ = gather(tmp_path)
+    assert gap_curves(corpus.compared, "bf16") == {}
+    write_run(tmp_path, "quest", 0)
+    _, over_tokens = gap_pictures(gather(tmp_path)[0][0], "bf16")
+    assert over_tokens.caption.endswith("quartet: no curve, as its seeds were validated at different tokens.")
+
+
+def test_the_cross_of_an_unfinished_run_is_in_the_picture(tmp_path: Path) -> None:
+    write_run(tmp_path, "bf16", loss=2.0)
+    write_run(tmp_path, "quest", loss=1e6, status="diverged")
+    write_run(tmp_path, "quartet", loss=0.1, status="running")
+    (corpus,), _ = gather(tmp_path)
+    for name in ("loss-training", "loss-tokens", "loss-flops", "loss-time"):
+        picture = loss_picture(corpus, name)
+        (axes,) = picture.figure.axes
+        assert sorted(y for _, y in points(axes, "x")) == pytest.approx([*axes.get_ylim()]), name
+        assert not any(line.get_clip_on() for line in axes.lines if line.get_marker() == "x")
+        assert "at the top edge where its loss lies above" in picture.caption
+
+
 def test_a_diverged_run_leaves_the_axes_to_the_finished_ones(tmp_path: Path) -> None:
     write_run(tmp_path, "bf16", loss=2.0)
     write_run(tmp_path, "quest", loss=1e6, status="diverged")
@@ -300,6 +375,16 @@ def test_a_rate_that_diverged_was_tried(tmp_path: Path) -> None:
     assert points(axes, "x") == [(0.004, 0.97)] and [*axes.get_xticks()] == [0.001, 0.002, 0.004]
     assert axes.get_xlim()[1] > 0.004 and axes.get_ylim()[0] > 1.9, "the height is a share of the axis"
     assert "A cross at the top" in picture.caption
+
+
+def test_sweeps_beyond_the_most_that_are_shown_are_named(tmp_path: Path) -> None:
+    for number in range(MOST_PANELS + 1):
+        for lr in (0.001, 0.002):
+            write_run(tmp_path, "bf16", lr=lr, parameters=100_000 * (number + 1))
+    (corpus,), _ = gather(tmp_path)
+    (picture,) = rate_pictures(corpus, "bf16")
+    assert len(picture.figure.axes) == MOST_PANELS
+    assert picture.caption.endswith("Not shown: nano, 100k parameters, 50k tokens (0.5 a parameter).")
 
 
 def test_telemetry_of_an_unfinished_run_is_told(tmp_path: Path) -> None:

@@ -116,25 +116,38 @@ def _loss_picture(
         members = [one for one in drawn if not panelled or one[0].row["non_embedding_parameters"] == size]
         for run, x, y in members:
             few = len(members) <= FEW and len(x) <= FEW
-            _draw_curve(axes, run, x, y, look[run.recipe], marked=few or len(x) == 1)
+            _draw_curve(axes, x, y, look[run.recipe], marked=few or len(x) == 1)
         if panelled:
             axes.set_title(f"{readable(size or 0)} non-embedding parameters", loc="left")
         finished = [one for one in members if one[0].row["status"] == "finished"] or members
         _loss_axes(axes, over, [x for _, x, _ in finished], [y for *_, y in finished])
+        for run, x, y in members:
+            if run.row["status"] != "finished":
+                _draw_cross(axes, x[-1], y[-1], look[run.recipe])
     legend_below(figure, look, recipes)
     unfinished = any(run.row["status"] != "finished" for run, *_ in drawn)
-    cross = " A cross ends a run that did not finish; the axes are those of the finished ones." if unfinished else ""
+    cross = _ABOUT_CROSSES if unfinished else ""
     last = span(y[-1] for *_, y in drawn)
     kind = "a line each" if all(len(x) > 1 for _, x, _ in drawn) else "a line each, or a dot of one value"
     alt = f"{what} of {len(drawn)} runs over {over}, {kind}; they end at {last} nats per token"
-    return Picture(name, figure, f"{what} over {over}. {note}{cross}".strip(), alt)
+    return Picture(name, figure, " ".join(filter(None, [f"{what} over {over}.", note, cross])), alt)
 
 
-def _draw_curve(axes: Axes, run: Run, x: np.ndarray, y: np.ndarray, style: Style, marked: bool) -> None:
+_ABOUT_CROSSES = (
+    "A cross ends a run that did not finish, at the top edge where its loss lies above and at the bottom edge where it "
+    "lies below; the axes are those of the finished ones."
+)
+
+
+def _draw_curve(axes: Axes, x: np.ndarray, y: np.ndarray, style: Style, marked: bool) -> None:
     marks = {"marker": style["marker"] if marked else "", "markersize": 3}
     axes.plot(x, y, **style | marks, linewidth=1.2 if marked else 0.8, alpha=0.8)
-    if run.row["status"] != "finished":
-        axes.plot(x[-1], y[-1], "x", color=style["color"], markersize=7, markeredgewidth=2)
+
+
+def _draw_cross(axes: Axes, x: float, y: float, style: Style) -> None:
+    """Held at the frame, whose limits are set: a loss beyond them would have no cross."""
+    held = np.clip(y, *axes.get_ylim())
+    axes.plot(x, held, "x", color=style["color"], markersize=7, markeredgewidth=2, clip_on=False)
 
 
 def _loss_axes(axes: Axes, over: str, xs: list[np.ndarray], ys: list[np.ndarray]) -> None:
@@ -162,9 +175,8 @@ def _loss_axes(axes: Axes, over: str, xs: list[np.ndarray], ys: list[np.ndarray]
 
 
 def comparisons(corpus: Corpus, baseline: str) -> dict[Point, list[Comparison]]:
-    """For each size and budget that has the baseline and another: every label's gap to it, the baseline first. Of
-    several baselines, which differ in the learning rate, say, the one of the most seeds, then of the least mean loss:
-    a rate that was tried at one seed alone leaves the others without a pair."""
+    """For each size and budget that has the baseline and another: every label's gap to it, the baseline first, that of
+    `best_baseline` where there are several."""
     found = {}
     for point, members in by_largest(corpus.compared, key=lambda run: run.point).items():
         chosen = best_baseline(members, baseline)
@@ -174,11 +186,19 @@ def comparisons(corpus: Corpus, baseline: str) -> dict[Point, list[Comparison]]:
 
 
 def best_baseline(members: list[Run], baseline: str) -> str | None:
-    losses: dict[str, list[float]] = defaultdict(list)
+    """The label of the baseline, None without one. Of several, which differ in the learning rate, say, the one that the
+    most runs of others share a seed with, then the most runs of any label, then of the least mean loss: a rate that was
+    tried at seeds of its own leaves the others without a pair."""
+    losses: dict[str, dict[int, float]] = defaultdict(dict)
     for run in members:
         if baseline in (run.row["recipe"], run.row["name"]):
-            losses[run.label].append(run.row["val_loss"])
-    return min(losses, key=lambda label: (-len(losses[label]), mean(losses[label])), default=None)
+            losses[run.label][run.row["seed"]] = run.row["val_loss"]
+
+    def rank(label: str) -> tuple[int, int, float]:
+        pairs = [run.label for run in members if run.label != label and run.row["seed"] in losses[label]]
+        return -sum(other not in losses for other in pairs), -len(pairs), mean(losses[label].values())
+
+    return min(losses, key=rank, default=None)
 
 
 def label_styles(corpus: Corpus, baseline: str) -> dict[str, Style]:
@@ -200,27 +220,62 @@ def _variants(look: Mapping[str, Style], named: Iterable[tuple[str, str]]) -> di
 
 
 def gap_pictures(corpus: Corpus, baseline: str) -> list[Picture]:
-    """For each of the largest sizes and budgets the gaps at the end and over the tokens seen."""
+    """For each of the largest sizes and budgets the gaps at the end and over the tokens seen. Those without any gap
+    come last, with a picture that says so."""
     at = by_largest(corpus.compared, key=lambda run: run.point)
-    shown = {point: found for point, found in comparisons(corpus, baseline).items()
-             if any(np.isfinite(other.gap) for other in found[1:])}  # fmt: skip
+    ordered = sorted(comparisons(corpus, baseline).items(), key=lambda item: not _paired(item[1]))
     look = label_styles(corpus, baseline)
     pictures = []
-    for number, (point, found) in enumerate(list(shown.items())[:MOST_PANELS], 1):
-        name = found[0].name
-        caption = f"Gap to {name} in validation loss, paired by seed: {point_title(point)}."
-        told = (f"{one.name} {_gap_in_words(one)}" for one in found[1:] if np.isfinite(one.gap))
-        alt = f"Gaps to {name} in nats per token, ± their 95% interval: {', '.join(told)}"
-        pictures.append(Picture(f"gaps-{number}", gaps_figure(found, width=WIDTH), caption, alt))
-        curves = gap_curves(at[point], name)
+    for number, (point, found) in enumerate(ordered[:MOST_PANELS], 1):
+        pictures.append(_gaps_picture(f"gaps-{number}", point, found))
+        curves = gap_curves(at[point], found[0].name)
         if any(len(tokens) > 1 for tokens, _ in curves.values()):
-            caption = (
-                f"Gap to {name} in validation loss while training, the mean over paired seeds: {point_title(point)}."
-            )
-            last = ", ".join(f"{label} {gap[-1]:+.4f}" for label, (_, gap) in curves.items())
-            alt = f"Gaps to {name} over tokens; at the end: {last}"
-            pictures.append(Picture(f"gap-tokens-{number}", _gap_curves_figure(curves, look), caption, alt))
+            figure = _gap_curves_figure(curves, look)
+            pictures.append(_gap_tokens_picture(f"gap-tokens-{number}", figure, point, found, at[point]))
     return pictures
+
+
+def _paired(found: list[Comparison]) -> list[Comparison]:
+    """Those that share a seed with the baseline, which is the first."""
+    return [other for other in found[1:] if np.isfinite(other.gap)]
+
+
+def _gaps_picture(name: str, point: Point, found: list[Comparison]) -> Picture:
+    first, *others = found
+    caption = f"Gap to {first.name} in validation loss, paired by seed: {point_title(point)}."
+    told = ", ".join(f"{one.name} {_gap_in_words(one)}" for one in _paired(found))
+    alt = f"Gaps to {first.name} in nats per token, ± their 95% interval: {told or 'none'}"
+    unpaired = [one.name for one in others if not np.isfinite(one.gap)]
+    if unpaired:
+        missing = f"No seed in common with {first.name}: {', '.join(unpaired)}."
+        caption, alt = f"{caption} {missing}", f"{alt}. {missing}"
+    return Picture(name, gaps_figure(found, width=WIDTH), caption, alt)
+
+
+def _gap_tokens_picture(
+    name: str, figure: Figure, point: Point, found: list[Comparison], members: list[Run]
+) -> Picture:
+    first = found[0].name
+    missing = _missing_curves(found, paired_gaps(members, first))
+    caption = f"Gap to {first} in validation loss while training, the mean over paired seeds: {point_title(point)}."
+    last = ", ".join(f"{label} {gap[-1]:+.4f}" for label, (_, gap) in gap_curves(members, first).items())
+    alt = f"Gaps to {first} over tokens; at the end: {last}"
+    if missing:
+        caption, alt = f"{caption} {missing}", f"{alt}. {missing}"
+    return Picture(name, figure, caption, alt)
+
+
+def _missing_curves(found: list[Comparison], gaps: dict[str, dict[int, dict[float, float]]]) -> str:
+    """A sentence on the seeds that have a gap at the end and none over tokens, "" without such: a results file has no
+    curves."""
+    told = []
+    for one in _paired(found):
+        drawn, paired = len(gaps.get(one.name, {})), len({*one.losses} & {*found[0].losses})
+        if drawn < paired:
+            told.append(f"{one.name}: {drawn} of {paired} paired seeds {'has' if drawn == 1 else 'have'} a curve")
+        if drawn and not len(_mean_gap(gaps[one.name])[0]):
+            told.append(f"{one.name}: no curve, as its seeds were validated at different tokens")
+    return f"{'; '.join(told)}." if told else ""
 
 
 def _gap_in_words(one: Comparison) -> str:
@@ -242,23 +297,31 @@ def _gap_curves_figure(curves: dict[str, Series], look: dict[str, Style]) -> Fig
 
 
 def gap_curves(members: list[Run], baseline: str) -> dict[str, Series]:
-    """label -> (tokens, mean gap over the seeds that the label `baseline` has too), where both validated."""
+    """label -> (tokens, mean gap over the seeds of `paired_gaps`), where all of them have a value; without the labels
+    that have no such place."""
+    curves = {label: _mean_gap(gaps) for label, gaps in sorted(paired_gaps(members, baseline).items())}
+    return {label: curve for label, curve in curves.items() if len(curve[0])}
+
+
+def paired_gaps(members: list[Run], baseline: str) -> dict[str, dict[int, dict[float, float]]]:
+    """label -> seed -> tokens -> gap to the run of the label `baseline` and this seed, where both validated. Seeds
+    without such a place are left out, as those whose run is a row of a results file."""
     base = {run.row["seed"]: dict(zip(*series(run, "val_loss"), strict=True)) for run in members
             if run.label == baseline}  # fmt: skip
-    gaps: dict[str, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
+    gaps: dict[str, dict[int, dict[float, float]]] = defaultdict(dict)
     for run in members:
         other = base.get(run.row["seed"], {})
-        for tokens, loss in zip(*series(run, "val_loss"), strict=True):
-            if run.label != baseline and tokens in other:
-                gaps[run.label][tokens].append(loss - other[tokens])
-    return {label: _complete(found) for label, found in sorted(gaps.items())}
+        own = {tokens: loss - other[tokens] for tokens, loss in zip(*series(run, "val_loss"), strict=True)
+               if tokens in other}  # fmt: skip
+        if own and run.label != baseline:
+            gaps[run.label][run.row["seed"]] = own
+    return dict(gaps)
 
 
-def _complete(found: dict[float, list[float]]) -> Series:
+def _mean_gap(gaps: dict[int, dict[float, float]]) -> Series:
     """Only where every seed has a value: a mean over fewer would jump."""
-    most = max(map(len, found.values()))
-    tokens = sorted(at for at, gaps in found.items() if len(gaps) == most)
-    return thin(np.array(tokens), np.array([mean(found[at]) for at in tokens]))
+    tokens = sorted(set.intersection(*({*found} for found in gaps.values())))
+    return thin(np.array(tokens), np.array([mean(found[at] for found in gaps.values()) for at in tokens]))
 
 
 # ------------------------------------------------------------------------------------------------ learning rate
@@ -291,8 +354,10 @@ class Sweep:
 
 
 def rate_pictures(corpus: Corpus, baseline: str) -> list[Picture]:
-    """Loss over learning rate, a line for each recipe, size and budget that was run at two rates or more."""
-    by_point = dict(list(_sweeps(corpus).items())[:MOST_PANELS])
+    """Loss over learning rate, a line for each recipe, size and budget that was run at two rates or more. The caption
+    names the sizes and budgets for which there is no room."""
+    every = _sweeps(corpus)
+    by_point = dict(list(every.items())[:MOST_PANELS])
     sweeps = [sweep for found in by_point.values() for sweep in found]
     if not sweeps:
         return []
@@ -313,7 +378,8 @@ def rate_pictures(corpus: Corpus, baseline: str) -> list[Picture]:
         tidy(axes)
     legend_below(figure, look, names)
     alt = f"Loss over learning rate; best: {', '.join(best)}"
-    return [Picture("learning-rate", figure, _rates_caption(sweeps), alt)]
+    picture = Picture("learning-rate", figure, _rates_caption(sweeps), alt)
+    return [picture.without([point_title(point) for point in list(every)[MOST_PANELS:]])]
 
 
 def _rates_caption(sweeps: list[Sweep]) -> str:

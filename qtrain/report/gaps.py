@@ -26,8 +26,8 @@ def gaps_figure(
 
     comparisons: as `compare` gives them, the baseline first. Every seed a small dot, their mean a large one with its
     95% interval where it has several seeds; published: name -> the gap that others found, a diamond. Names without a
-    seed in common with the baseline are left out. The axis is logarithmic where all that is drawn lies above zero, over
-    a decade or more.
+    seed in common with the baseline are left out; where all are, the picture says so. The axis is logarithmic where all
+    that is drawn lies above zero, over a decade or more.
     """
     baseline, *others = comparisons
     shown = sorted((other for other in others if np.isfinite(other.gap)), key=lambda other: -other.gap)
@@ -57,12 +57,15 @@ def gaps_figure(
         axes.xaxis.set_minor_locator(LogLocator(subs=(2, 5)))
         axes.xaxis.set_minor_formatter("{x:g}")
         axes.tick_params(axis="x", which="minor", labelsize=7)
-    else:
+    elif shown:
         axes.axvline(0, color=GREY, linewidth=1)
-    axes.set_ylim(-0.6, len(shown) - 0.4)
+    axes.set_ylim(-0.6, max(1, len(shown)) - 0.4)
     axes.set_yticks(range(len(shown)), [other.name for other in shown])
     axes.set_xlabel(f"gap to {baseline.name} (nats per token)")
     if shown:
         axes.legend(frameon=False, loc="best")
+    else:
+        axes.set_xticks([])  # of an axis without a value
+        axes.text(0.5, 0.5, "no seed in common", ha="center", va="center", transform=axes.transAxes)
     tidy(axes)
     return figure

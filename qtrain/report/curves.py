@@ -156,7 +156,8 @@ def _loss_axes(axes: Axes, over: str, xs: list[np.ndarray], ys: list[np.ndarray]
     ends = [x[-1] for x in xs]
     if min(ends) * 8 < max(ends):
         axes.set_xscale("log")
-        axes.xaxis.set_major_locator(LogLocator(numticks=7))
+        decades = max(ends) > 100 * min(ends)
+        axes.xaxis.set_major_locator(LogLocator(subs=(1.0,) if decades else (1.0, 2.0, 5.0), numticks=7))
         axes.xaxis.set_minor_formatter(NullFormatter())
     if over == "FLOPs":
         axes.xaxis.set_major_formatter("{x:.2g}")

@@ -40,7 +40,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     def load_checkpoint(self, path: str | Path, *args: Any, **options: Any) -> dict[str, Any]:
         checkpoint = super().load_checkpoint(path, *args, **options)
-        earlier = [one for one in checkpoint["commits"] if one not in self.commits]
+        earlier = [one for one in checkpoint.get("commits", [None]) if one not in self.commits]
         if earlier:
             computed = ", ".join(map(str, earlier))
             log.warning("%s was computed at commit %s; the code is now at %s", path, computed, self.commits[-1])

@@ -317,9 +317,8 @@ def write_csv(rows: Iterable[Row], path: Path, append: bool = False) -> None:
     """append: add the rows to those that the file has, under the columns that it has; what it has is never
     rewritten."""
     columns = _read_csv(path)[0] if append and path.is_file() else None
-    cut_off = columns is not None and not path.read_bytes().endswith(
-        b"\n"
-    )  # an editor saved it so, or a write was cut short
+    # without its last newline, as an editor may save it or a write that was cut short
+    cut_off = columns is not None and not path.read_bytes().endswith(b"\n")
     with path.open("a" if append else "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns or COLUMNS, lineterminator="\n", extrasaction="ignore")
         if columns is None:

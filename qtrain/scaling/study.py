@@ -36,8 +36,7 @@ class LawFit:
     """theta: (P,), draws: (R, P), as `laws` lays them out. used, first, held: (n,) bool over runs: fitted, fitted for
     the constants, held out. names: (P,) of theta's entries. free: which of them were fitted; flat: which of those
     can be changed, together with others, without changing any fitted loss; holding: which efficiencies were held.
-    objective: of the constants' fit; agreeing:
-    share of its starts that reached it."""
+    objective: of the constants' fit; agreeing: share of its starts that reached it."""
 
     law: Law
     baseline: str

@@ -35,9 +35,6 @@ hooks: $(VENV)/.dev ## run the checks before every commit
 
 RESULTS ?= build/bench
 ON_CPU := --device cpu --out $(RESULTS)
-ON_GPU := --device cuda --out $(RESULTS)
-# Recipes whose models fit into 80 GB together.
-LARGE := --vocabulary 32000 --recipes bf16,quartet,quest --compile 1 --gemm fp8
 
 bench: $(VENV)/.dev ## time quantisers, linear layers and training on CPU (RESULTS=kernels/bench/results)
 	@mkdir -p $(RESULTS)
@@ -48,16 +45,26 @@ bench: $(VENV)/.dev ## time quantisers, linear layers and training on CPU (RESUL
 	$(BIN)/python kernels/bench/bench_training.py $(ON_CPU) --compile 1
 	$(BIN)/python kernels/bench/table.py $(RESULTS)/*.json
 
-bench-gpu: $(VENV)/.dev ## the same on a GPU, at the sizes of large models
+# On a machine with a GPU nothing is installed: PYTHON, if given, or .venv if there is one, or python3 must have all.
+ON_GPU := --device cuda --out $(RESULTS)
+GPU_PYTHON = $(or $(if $(filter file,$(origin PYTHON)),$(wildcard $(BIN)/python)),$(PYTHON),python3)
+# Recipes whose models fit into 80 GB beside the one of bf16.
+LARGE := --vocabulary 32000 --recipes bf16,quartet,quest --compile 1 --gemm fp8
+# A benchmark that fails keeps its rows and stops no other; the target fails in the end.
+
+bench-gpu: export PYTHONPATH := $(CURDIR):$(CURDIR)/kernels:$(PYTHONPATH)
+bench-gpu: ## the same on a GPU, at the sizes of large models; installs nothing (PYTHON=/path/to/python)
 	@mkdir -p $(RESULTS)
-	$(BIN)/python kernels/bench/bench_kernels.py $(ON_GPU) --rows 32768 --columns 8192
-	$(BIN)/python kernels/bench/bench_quantize.py $(ON_GPU) --size 8192
-	$(BIN)/python kernels/bench/bench_linear.py $(ON_GPU) --tokens 16384 --features 4096 --out-features 4096 --gemm fp8
-	$(BIN)/python kernels/bench/bench_linear.py $(ON_GPU) --tokens 16384 --features 4096 --out-features 14336 --gemm fp8
-	$(BIN)/python kernels/bench/bench_linear.py $(ON_GPU) --tokens 16384 --features 4096 --out-features 14336 --gemm fp8_fast
-	$(BIN)/python kernels/bench/bench_training.py $(ON_GPU) --model llama_800m --batch 16 $(LARGE)
-	$(BIN)/python kernels/bench/bench_training.py $(ON_GPU) --model llama_3200m --layers 4 --batch 32 $(LARGE)
-	$(BIN)/python kernels/bench/table.py $(RESULTS)/*.json
+	$(GPU_PYTHON) kernels/bench/packages.py
+	@failed=0; \
+	measure() { echo "kernels/bench/$$*"; $(GPU_PYTHON) kernels/bench/"$$@" $(ON_GPU) || failed=1; }; \
+	measure first_contact.py env peaks equal speed gemms layers training; \
+	measure bench_kernels.py --rows 32768 --columns 8192; \
+	measure bench_quantize.py --size 8192; \
+	measure bench_training.py --model llama_800m --batch 16 $(LARGE); \
+	measure bench_training.py --model llama_3200m --layers 4 --batch 32 $(LARGE); \
+	$(GPU_PYTHON) kernels/bench/table.py $(RESULTS)/*.json; \
+	exit $$failed
 
 # The two stamps are written last, so an interrupted installation is taken up again.
 $(VENV)/.train: pyproject.toml constraints.txt

@@ -164,10 +164,15 @@ def cases(
                 yield f"{name}, {'x'.join(map(str, size))}", partial(measure, make, size, options)
 
 
+def sizes_of(options: argparse.Namespace) -> list[Size]:
+    """M, K and N of each product in options.sizes."""
+    sizes = [tuple(map(int, size.split("x"))) for size in options.sizes.split(",")]
+    return [(m, k, n) for m, k, n in sizes]
+
+
 def main() -> int:
     options = arguments(__doc__, sizes="1024x1024x1024", rounds=5)
-    m_k_n = [tuple(map(int, size.split("x"))) for size in options.sizes.split(",")]
-    found = cases([(m, k, n) for m, k, n in m_k_n], TORCH | OURS, options)
+    found = cases(sizes_of(options), TORCH | OURS, options)
     return run(
         f"gemms-{options.sizes.replace(',', '-')}", f"products M x K x N, {options.sizes}", "product", found, options
     )

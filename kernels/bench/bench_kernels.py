@@ -109,9 +109,9 @@ class Operand:
         view = self.x.reshape(-1, span, self.lines.shape[2])
         return view, self.scale, self.key, self.plan, self.dtype, self.rotation, self.rows
 
-    def both(self, operation: str, *given: Any) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    def both(self, operation: str, *arguments: Any) -> tuple[Callable[[], Any], Callable[[], Any]]:
         """The backend's operation and the reference's with their arguments."""
-        return partial(self.get(operation), *given), partial(getattr(reference, operation), *given)
+        return partial(self.get(operation), *arguments), partial(getattr(reference, operation), *arguments)
 
     def tensor_scale(self) -> Operation:
         ours, wanted = self.both("tensor_scale", self.lines, self.plan, self.rotation)
@@ -126,7 +126,8 @@ class Operand:
 
     def without_integer(self) -> Tensor:
         """Where a code is NaN."""
-        return ~reference.encode(*self.arguments[:4], self.rotation)[0].isfinite()
+        view, scale, key, plan, *_ = self.arguments
+        return ~reference.encode(view, scale, key, plan, self.rotation)[0].isfinite()
 
     def restored(self, found: Any) -> Tensor:
         values, unit = found[0].float(), 1.0

@@ -9,8 +9,8 @@ those). A recipe's steps alternate with those of bf16, whose model stays in memo
 recipe's own model and steps allocate beyond what lay there before; on CPU it is that of a process for each recipe. What
 the linear layers save for their backward is counted where autograd saves it, each tensor once. FLOPs are those of
 `qtrain.metrics.flops_per_token`, of which each recipe multiplies a share as INT8 or FP8 and the rest in bfloat16; how
-much of the device's peaks they use, says peaks.py. --layers: instead of the model's own, so that shapes of large models
-fit.
+much of the device's peaks they use, says peaks.py. --layers, --seq-len: instead of the model's own, so that shapes of
+large models fit.
 """
 
 from __future__ import annotations
@@ -43,10 +43,11 @@ RECIPES = "bf16,quartet,quest,quartet_ii,nvidia_nvfp4"
 
 def config_of(recipe: str, options: Any) -> Config:
     """gemm "auto" for a recipe that has no product of the kind that is asked for."""
-    layers = [f"model.n_layers={options.layers}"] if options.layers else []
+    shape = [f"model.n_layers={options.layers}"] if options.layers else []
+    shape += [f"model.seq_len={options.seq_len}"] if options.seq_len else []
     gemm, backend = gemm_for(recipe, options.gemm), options.backend
     return compose(
-        [f"recipe={recipe}", f"model={options.model}", f"name={recipe}", f"gemm={gemm}", f"backend={backend}", *layers]
+        [f"recipe={recipe}", f"model={options.model}", f"name={recipe}", f"gemm={gemm}", f"backend={backend}", *shape]
     )
 
 
@@ -143,10 +144,6 @@ def peak_bytes(recipe: str, options: Any) -> int:
 def print_peak() -> None:
     options = argparse.Namespace(**json.loads(sys.argv[1]))
     torch.set_num_threads(options.threads or torch.get_num_threads())
-    if options.rehearse:
-        import fake_driver
-
-        fake_driver.install()
     trainer = Trainer(options.recipe, options)
     for _ in range(3):
         trainer.step()
@@ -160,14 +157,16 @@ class Baseline:
         self.options = options
 
     @cached_property
-    def measured(self) -> tuple[Trainer, float, int]:
+    def measured(self) -> tuple[Trainer, float, int | None]:
         return prepared("bf16", self.options)
 
 
-def prepared(recipe: str, options: Any) -> tuple[Trainer, float, int]:
-    """A trainer that has done three steps, what its layers save in bytes a token, and its peak memory in bytes."""
-    peak = peak_bytes(recipe, options) if options.device == "cpu" else 0
-    before = 0
+def prepared(recipe: str, options: Any) -> tuple[Trainer, float, int | None]:
+    """A trainer that has done three steps, what its layers save in bytes a token, and its peak memory in bytes, which
+    a rehearsal does not have."""
+    peak, before = None, 0
+    if options.device == "cpu" and not options.rehearse:
+        peak = peak_bytes(recipe, options)
     if options.device == "cuda":
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
@@ -190,8 +189,8 @@ def measure(recipe: str, baseline: Baseline, options: Any) -> Row:
         "ms a step": seconds * 1e3,
         "tokens/s": round(trainer.tokens / seconds),
         "x time of bf16": ratio(times, recipe, "bf16"),
-        "peak GB": peak / 1e9,
-        "x memory of bf16": peak / plain_peak,
+        "peak GB": peak and peak / 1e9,
+        "x memory of bf16": peak and plain_peak and peak / plain_peak,
         "saved B a token": round(saved),
         "x saved of bf16": saved / plain_saved,
         "TFLOP/s": sum(flops.values()) / seconds / 1e12,
@@ -218,8 +217,9 @@ def title_of(options: Any) -> tuple[str, str]:
 
 def main() -> int:
     options = arguments(
-        __doc__, model="mini", layers=0, vocabulary=257, recipes=RECIPES, batch=8, compile=0, rounds=5, gemm="auto"
-    )
+        __doc__, model="mini", layers=0, seq_len=0, vocabulary=257, recipes=RECIPES, batch=8, compile=0, rounds=5,
+        gemm="auto",
+    )  # fmt: skip
     return run(*title_of(options), "recipe", cases(options), options)
 
 

@@ -21,9 +21,9 @@ import argparse
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from statistics import median
+from typing import Any
 
 import bench_gemms
 import bench_kernels
@@ -37,25 +37,17 @@ from torch import Tensor
 GEMMS = ("auto", "fp8", "fp8_fast")
 
 
-@dataclass(frozen=True)
-class Sizes:
-    """M, K and N of linear layers, edge of a square product, elements of a copy, and the training run."""
-
-    layers: tuple[tuple[int, int, int], ...]
-    square: int
-    copied: int
-    model: str
-    vocabulary: int
-    batch: int
+BY_DEVICE: dict[str, dict[str, Any]] = {  # the defaults of options
+    "cuda": {
+        "sizes": "16384x4096x4096,16384x4096x14336", "square": 8192, "model": "llama_30m", "vocabulary": 32000,
+        "batch": 128,
+    },
+    # These compile the kernels of the large sizes: those depend on whether 128 and 256 divide a size, not on the size.
+    "cpu": {"sizes": "128x256x256", "square": 128, "model": "nano", "vocabulary": 257, "batch": 1},
+}  # fmt: skip
 
 
-SIZES = {
-    "cuda": Sizes(((16384, 4096, 4096), (16384, 4096, 14336)), 8192, 2**29, "llama_30m", 32000, 128),
-    "cpu": Sizes(((256, 256, 256),), 256, 2**20, "nano", 257, 1),
-}
-
-
-def env_cases(options: argparse.Namespace, _: Sizes) -> Iterator[Case]:
+def env_cases(options: argparse.Namespace) -> Iterator[Case]:
     """One row for each fact of the machine."""
     for name, fact in packages.facts(options.device).items():
         yield name, partial(found, fact)
@@ -65,20 +57,21 @@ def found(fact: Callable[[], str]) -> Row:
     return {"found": fact()}
 
 
-def peak_cases(options: argparse.Namespace, sizes: Sizes) -> Iterator[Case]:
-    yield f"copy of {4 * sizes.copied >> 20} MiB", partial(copy, sizes.copied, options)
-    square = sizes.square, sizes.square, sizes.square
+def peak_cases(options: argparse.Namespace) -> Iterator[Case]:
+    copied = 32 * options.square**2  # 2 GiB on CUDA
+    yield f"copy of {copied / 2**20:g} MiB", partial(copy, copied, options)
+    square = options.square, options.square, options.square
     yield from bench_gemms.cases([square], bench_gemms.TORCH, options)
 
 
-def copy(elements: int, options: argparse.Namespace) -> Row:
-    """Bandwidth of a clone: one read and one write."""
-    x = torch.zeros(elements, device=options.device)
+def copy(size: int, options: argparse.Namespace) -> Row:
+    """Bandwidth of a clone of so many bytes: one read and one write."""
+    x = torch.zeros(size, dtype=torch.uint8, device=options.device)
     seconds = median(in_turns({"copy": x.clone}, options.rounds, options.device)["copy"])
     return {"ms": seconds * 1e3, "GB/s": 2 * x.nbytes / seconds / 1e9}
 
 
-def equal_cases(options: argparse.Namespace, _: Sizes) -> Iterator[Case]:
+def equal_cases(options: argparse.Namespace) -> Iterator[Case]:
     """Each operation along rows and columns, at a size that tiles fill in bfloat16 and at an odd one in float32."""
     for lines, length, dtype in ((256, 384, torch.bfloat16), (37, 384, torch.float32)):
         for along in ("rows", "columns"):
@@ -109,28 +102,26 @@ def equal(build: Callable[[], bench_kernels.Operation], options: argparse.Namesp
     return equality(operation.pairs(operation.ours()), options)
 
 
-def speed_cases(options: argparse.Namespace, sizes: Sizes) -> Iterator[Case]:
-    rows, columns, _ = sizes.layers[0]
+def speed_cases(options: argparse.Namespace) -> Iterator[Case]:
+    rows, columns, _ = bench_gemms.sizes_of(options)[0]
     return bench_kernels.cases(rows, columns, options)
 
 
-def gemm_cases(options: argparse.Namespace, sizes: Sizes) -> Iterator[Case]:
-    return bench_gemms.cases(list(sizes.layers), bench_gemms.TORCH | bench_gemms.OURS, options)
+def gemm_cases(options: argparse.Namespace) -> Iterator[Case]:
+    return bench_gemms.cases(bench_gemms.sizes_of(options), bench_gemms.TORCH | bench_gemms.OURS, options)
 
 
-def layer_cases(options: argparse.Namespace, sizes: Sizes) -> Iterator[Case]:
-    for size in sizes.layers:
+def layer_cases(options: argparse.Namespace) -> Iterator[Case]:
+    for size in bench_gemms.sizes_of(options):
         for name, measure in bench_linear.cases(*size, GEMMS, options):
             yield f"{name}, {'x'.join(map(str, size))}", measure
 
 
-def training_cases(options: argparse.Namespace, sizes: Sizes) -> Iterator[Case]:
-    own = {"model": sizes.model, "vocabulary": sizes.vocabulary, "batch": sizes.batch, "recipes": "bf16,quartet"}
-    everything = argparse.Namespace(**vars(options), **own, layers=0, compile=0, gemm="auto")
-    return bench_training.cases(everything)
+def training_cases(options: argparse.Namespace) -> Iterator[Case]:
+    return bench_training.cases(argparse.Namespace(**vars(options), recipes="bf16,quartet", compile=0, gemm="auto"))
 
 
-STAGES: dict[str, tuple[str, Callable[[argparse.Namespace, Sizes], Iterator[Case]]]] = {
+STAGES: dict[str, tuple[str, Callable[[argparse.Namespace], Iterator[Case]]]] = {
     "env": ("fact", env_cases),
     "peaks": ("peak", peak_cases),
     "equal": ("operation", equal_cases),
@@ -142,16 +133,27 @@ STAGES: dict[str, tuple[str, Callable[[argparse.Namespace, Sizes], Iterator[Case
 
 
 def main() -> int:
-    options_parser = parser(__doc__, rounds=5)
-    options_parser.add_argument("stages", nargs="+", choices=STAGES, metavar="stage", help=" | ".join(STAGES))
-    options = checked_options(options_parser)
+    options = stage_options()
     if len(options.stages) > 1:
         return in_processes(options.stages)
-    if options.backend == "auto":
-        options.backend = "triton"
     (stage,) = options.stages
     column, cases = STAGES[stage]
-    return run(f"first-{stage}", f"first contact: {stage}", column, cases(options, SIZES[options.device]), options)
+    return run(f"first-{stage}", f"first contact: {stage}", column, cases(options), options)
+
+
+def stage_options() -> argparse.Namespace:
+    found = parser(__doc__, rounds=5, layers=0, seq_len=0)
+    found.add_argument("stages", nargs="+", choices=STAGES, metavar="stage", help=" | ".join(STAGES))
+    for name, value in BY_DEVICE["cuda"].items():
+        shown = f"default {value} on cuda, {BY_DEVICE['cpu'][name]} on cpu"
+        found.add_argument(f"--{name}", type=type(value), help=shown)
+    options = checked_options(found)
+    for name, value in BY_DEVICE[options.device].items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
+    if options.backend == "auto":
+        options.backend = "triton"
+    return options
 
 
 def in_processes(stages: list[str]) -> int:

@@ -127,6 +127,11 @@ class Report:
         """The table, and the exit code."""
         faulthandler.cancel_dump_traceback_later()
         print(f"\n{markdown(self.result)}" if self.rows else f"no case matches --only {self.options.only!r}")
+        if self.options.rehearse:
+            import fake_driver
+
+            compiled, launches = fake_driver.compiled.total(), fake_driver.launches.total()
+            print(f"rehearsed: {compiled} kernels compiled for sm_90, which {launches} launches would have run")
         if self.path and self.rows:
             print(f"written to {self.path}")
         return int(not self.rows or any("error" in row or row.get("equal", 1) not in (1, None) for row in self.rows))

@@ -151,10 +151,13 @@ def _job(tree: DictConfig) -> float | None:
 
 
 def to_config(tree: DictConfig) -> Config:
-    """A composed tree -> checked settings."""
+    """A composed tree -> checked settings, with trainer.precision=auto replaced by what it is on this machine."""
     plain = OmegaConf.to_container(tree, resolve=True)
     assert isinstance(plain, dict)
-    return parse(Config, {str(key): value for key, value in plain.items()})
+    config = parse(Config, {str(key): value for key, value in plain.items()})
+    from qtrain.plan import resolve_precision  # and with it torch, once there are no mistakes left to be answered
+
+    return resolve_precision(config)
 
 
 def compose(overrides: Sequence[str] = ()) -> Config:

@@ -35,12 +35,15 @@ from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
+import qtrain  # before torch: it sets how long torch's threads spin
+
+# isort: split
+
 import numpy as np
 import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-import qtrain
 from qtrain.quant import Quantizer, QuantLinear
 from qtrain.quant.linear import Numerics
 from qtrain.quant.quantizer import Operand, rotate, unrotate

@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "qtrain_kernels.formats": "",
     "qtrain_kernels.triton_quantize": "triton",
     "qtrain_kernels.triton_packing": "triton qtrain_kernels.triton_quantize",
-    "qtrain": "(qtrain.quant qtrain.run)",
+    "qtrain": "qtrain_kernels (qtrain.quant qtrain.run)",
     "qtrain.errors": "",
     "qtrain.settings": "pydantic",
     "qtrain.recipe": "yaml pydantic qtrain.settings qtrain_kernels.formats",

@@ -43,7 +43,8 @@ class Allowed(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_the_setting_is_there_and_comes_back() -> None:
+def test_the_setting_is_there_and_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(precision, "BFLOAT16_UNITS_ON_CPU", True)
     x = torch.randn(8, 8)
     assert SETTINGS.fp32_precision == "bf16"
     with Allowed() as plain:

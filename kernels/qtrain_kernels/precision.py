@@ -47,9 +47,9 @@ def matmul(left: Tensor, right: Tensor) -> Tensor:
     """left @ right in the dtype of the two, under any autocast. Float32 stays float32 also where
     torch.set_float32_matmul_precision or torch.backends allow TF32 (CUDA) or bfloat16 (CPU): quantised values would
     lose bits, and codes would change."""
+    if left.dtype == torch.bfloat16 and _multiplies_in_float32(left):
+        return matmul(left.float(), right.float()).bfloat16()
     with torch.autocast(left.device.type, enabled=False), _ieee(left):
-        if left.dtype == torch.bfloat16 and _multiplies_in_float32(left):
-            return (left.float() @ right.float()).bfloat16()
         return left @ right
 
 

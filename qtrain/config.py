@@ -285,6 +285,7 @@ NOT_IN_HASH = (
     "logger",
     "debug.detect_anomaly",
     "recipe.source",
+    "recipe.deviations",
 )
 
 
@@ -306,7 +307,8 @@ def hashed_keys(config: Config) -> dict[str, Any]:
     tree = result_keys(config, exclude_defaults=True)
     overrides = tree.get("recipe", {}).get("overrides", {})  # the first match holds: their order counts
     if overrides:
-        pairs = ((pattern, {k: v for k, v in other.items() if k != "source"}) for pattern, other in overrides.items())
+        words = {"source", "deviations"}
+        pairs = ((name, {k: v for k, v in other.items() if k not in words}) for name, other in overrides.items())
         tree["recipe"]["overrides"] = list(pairs)
     return tree
 

@@ -20,6 +20,7 @@ import qtrain
 from qtrain.quant import QuantLinear
 from qtrain.quant.quantizer import Operand, Quantizer
 from qtrain.recipe import read_recipe
+from qtrain.settings import Backend
 from qtrain_kernels import reference
 
 N = 128
@@ -155,10 +156,10 @@ CASES = {
         {"per 16": oracle.quartet_ii, "255.99": partial(oracle.quartet_ii_128, cap=255.99)},
         1.60,
     ),
-    "tetrajet_v2": Case(
-        "tetrajet_v2",
-        oracle.tetrajet_v2,
-        {"quartet_ii": oracle.quartet_ii_no46, "no headroom": partial(oracle.tetrajet_v2, limit=6.0)},
+    "tetrajet_v2_baseline": Case(
+        "tetrajet_v2_baseline",
+        oracle.tetrajet_v2_baseline,
+        {"quartet_ii": oracle.quartet_ii_no46, "no headroom": partial(oracle.tetrajet_v2_baseline, limit=6.0)},
         1.701,
     ),
     "nvidia_nvfp4": Case(
@@ -283,6 +284,27 @@ def test_lsq_starts_from_its_first_batch_and_clips_below() -> None:
     for key, want in zip(("y", "dx", "dweight", "dinput_scale", "dweight_scale"), expected, strict=True):
         assert sqnr(found[key], want) > 90, key
     assert (found["dx"] == 0).mean() > 0.05
+
+
+@pytest.mark.parametrize("backend", ["reference", "compiled"])
+def test_lsq_tells_a_zero_of_a_relu_from_the_smallest_positive_value(backend: Backend) -> None:
+    """At one bit all that a ReLU's output says would be lost if its zeros took the code of its positive values. Both
+    lie within the grid, so both pass their gradient, and the step's slope is the code itself."""
+    model = nn.Sequential(nn.Linear(2, 1, bias=False))
+    qtrain.convert(model, {"name": "lsq", "bits": 1}, backend=backend)
+    module = model.get_submodule("0")
+    assert isinstance(module, QuantLinear) and module.input_scale is not None and module.weight_scale is not None
+    with torch.no_grad():
+        module.weight.copy_(torch.tensor([[0.0, 1.0]]))
+        module.input_scale.fill_(2.0)
+        module.weight_scale.fill_(2.0)
+    x = torch.tensor([[0.0, 1e-6], [-0.0, 0.0]], requires_grad=True)
+    y = module(x)  # codes -1/2 and 1/2 by a weight of -1 and 1
+    assert y.tolist() == [[2.0], [0.0]]
+    y.backward(torch.ones_like(y))
+    assert x.grad is not None and x.grad.tolist() == [[-1.0, 1.0]] * 2
+    assert module.input_scale.grad is not None
+    assert module.input_scale.grad.item() == pytest.approx(0.5)  # (1/2 + 1/2 + 1/2 - 1/2) / sqrt(4)
 
 
 def test_ue5m3_scales_reach_tokens_that_e4m3_scales_lose() -> None:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+from oracles import fp4_schemes as fp4
 from oracles import recipes as oracle
 from torch import Tensor, nn
 
@@ -177,6 +178,84 @@ CASES = {
         oracle.nvfp4_masters,
         {"top exponent reserved": partial(oracle.nvfp4_masters, scales=[s for s in oracle.UE5M3 if abs(s) <= 61440])},
         1.699,
+    ),
+    "ufp4": Case(
+        "ufp4",
+        fp4.ufp4,
+        {
+            "E2M1": partial(fp4.ufp4, grid=oracle.E2M1_GRID),
+            "unrotated forward": partial(fp4.ufp4, forward=False),
+            "no signs": partial(fp4.ufp4, signs=False),
+        },
+        1.51,
+    ),
+    "ufp4-int4": Case(
+        {"name": "ufp4", "format": "int4_sym/16/float32"},
+        fp4.ufp4,
+        {"E2M1": partial(fp4.ufp4, grid=oracle.E2M1_GRID)},
+        1.51,
+    ),
+    "fp4_all_the_way": Case(
+        "fp4_all_the_way",
+        fp4.fp4_all_the_way,
+        {
+            "nearest activations": partial(fp4.fp4_all_the_way, stochastic=("dgrad.dy", "wgrad.dy")),
+            "stochastic weights": partial(
+                fp4.fp4_all_the_way, stochastic=("dgrad.dy", "dgrad.w", "wgrad.dy", "wgrad.x")
+            ),
+            "headroom": partial(fp4.fp4_all_the_way, limit=6 * 16 / 17),
+        },
+        1.722,
+    ),
+    "ue5m3_fp4": Case(
+        "ue5m3_fp4",
+        fp4.ue5m3_fp4,
+        {
+            "1x16 weights": partial(fp4.ue5m3_fp4, rows=1),
+            "amax at its top": partial(fp4.ue5m3_fp4, target=61440.0),
+            "forward's x": partial(fp4.ue5m3_fp4, saved=True),
+        },
+        1.814,
+    ),
+    "amd_mxfp4": Case(
+        "amd_mxfp4",
+        fp4.amd_mxfp4,
+        {
+            "floor": partial(fp4.amd_mxfp4, rule="floor"),
+            "random signs": partial(fp4.amd_mxfp4, signs=True),
+            "wgrad alone": partial(fp4.amd_mxfp4, everywhere=False),
+            "hadamard32": partial(fp4.amd_mxfp4, size=32),
+        },
+        1.967,
+    ),
+    "mxfp4_2d": Case(
+        "mxfp4_2d",
+        fp4.mxfp4_2d,
+        {
+            "floor": partial(fp4.mxfp4_2d, rule="floor"),
+            "16x16": partial(fp4.mxfp4_2d, tile=16),
+            "nearest": partial(fp4.mxfp4_2d, stochastic=False),
+        },
+        2.313,
+    ),
+    "mxfp4_backward": Case(
+        "mxfp4_backward",
+        fp4.mxfp4_backward,
+        {
+            "nearest": partial(fp4.mxfp4_backward, stochastic=False),
+            "no signs": partial(fp4.mxfp4_backward, signs=False),
+            "FP8 forward": partial(fp4.mxfp4_backward, fp8=True),
+        },
+        1.003,
+    ),
+    "mxfp4_backward_fp8": Case(
+        "mxfp4_backward_fp8",
+        partial(fp4.mxfp4_backward, fp8=True),
+        {
+            "BF16 forward": fp4.mxfp4_backward,
+            "master's x": partial(fp4.mxfp4_backward, fp8=True, saved=False),
+        },
+        1.026,
     ),
 }
 NEIGHBOURS = [(name, neighbour) for name, case in CASES.items() for neighbour in case.neighbours]

@@ -22,6 +22,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from functools import cached_property, partial
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -134,10 +135,8 @@ def peak_bytes(recipe: str, options: Any) -> int:
     """Resident memory of a process on CPU that does three steps."""
     code = "import bench_training; bench_training.print_peak()"
     settings = json.dumps({"recipe": recipe, **{key: value for key, value in vars(options).items() if key != "out"}})
-    folder = sys.path[0]
-    shown = subprocess.run(
-        [sys.executable, "-c", code, settings], check=True, stdout=subprocess.PIPE, text=True, cwd=folder
-    ).stdout
+    command, folder = [sys.executable, "-c", code, settings], Path(__file__).parent
+    shown = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=folder).stdout
     return int(shown.splitlines()[-1])
 
 

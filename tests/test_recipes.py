@@ -492,6 +492,26 @@ def test_two_dimensional_mxfp8_weights_lose_rows_that_one_dimensional_ones_keep(
     assert lowest < sqnr(found, exact) < highest
 
 
+def test_signs_are_redrawn_where_the_source_redraws_them() -> None:
+    """An oracle takes the signs that the layer drew, and cannot tell one vector for the run from another each step."""
+    redrawn = {}
+    for name in qtrain.recipes():
+        gemms = [
+            gemm
+            for gemm, specs in read_recipe(name).operands().items()
+            if any(s.signs != "none" for s in specs.values())
+        ]
+        if gemms:
+            module = layer(name, torch.zeros(N, 128))
+            rows = [oracle.USES.index(f"{gemm}.signs") for gemm in gemms]
+            first = module.keys[rows].clone()
+            module.set_step(4, 0)
+            redrawn[name] = bool((module.keys[rows] != first).any(1).all())
+    one_vector = {"nvidia_nvfp4", "ufp4", "mxfp8_fwd_nvfp4_bwd"}
+    assert redrawn == {name: name not in one_vector for name in redrawn}
+    assert one_vector | {"quartet", "quartet_ii", "mxfp4_backward", "mxfp4_backward_fp8"} <= set(redrawn)
+
+
 @pytest.mark.parametrize("name", sorted(set(qtrain.recipes()) - {"bf16"}))
 def test_without_its_formats_a_recipe_is_an_ordinary_linear(name: str) -> None:
     kept = ("rotation", "signs", "source")

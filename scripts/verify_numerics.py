@@ -35,12 +35,15 @@ from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
+import qtrain  # before torch: it sets how long torch's threads spin
+
+# isort: split
+
 import numpy as np
 import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-import qtrain
 from qtrain.quant import Quantizer, QuantLinear
 from qtrain.quant.linear import Numerics
 from qtrain.quant.quantizer import Operand, rotate, unrotate
@@ -802,7 +805,9 @@ def trained(recipe: str, wrong: str | None = None, seed: int = 0) -> float:
     speak_through(Console(quiet=True))
     with TemporaryDirectory() as folder:
         settings = [f"recipe={recipe}", f"seed={seed}", f"run_root={folder}", f"trainer.tokens={TRAINED_TOKENS}"]
-        with open_session(compose([*settings, "data=stdlib", "callbacks.sample_tokens=0"])) as session:
+        with open_session(
+            compose([*settings, "data=stdlib", "callbacks.sample_tokens=0", "trainer.precision=bf16-mixed"])
+        ) as session:
             for layer in session.model.modules():
                 if wrong is not None and isinstance(layer, QuantLinear):
                     layer.numerics = doubled(layer.numerics, wrong)

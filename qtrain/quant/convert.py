@@ -20,6 +20,7 @@ from qtrain.quant.rotation import base
 from qtrain.recipe import LinearRecipe, read_recipe
 from qtrain.settings import FP8_GEMMS, Backend, GemmKind, group_names
 from qtrain_kernels import dispatch
+from qtrain_kernels.precision import Linear
 
 log = logging.getLogger("qtrain")
 
@@ -171,7 +172,7 @@ def _reason_to_skip(name: str, recipe: LinearRecipe, skip: Sequence[str]) -> str
 
 def _other_use(module: nn.Module, inside: nn.Module) -> str | None:
     """Why a linear layer is more than its weight and bias; None for a plain one. inside: the module that holds it."""
-    if type(module) is not nn.Linear:
+    if type(module) not in (nn.Linear, Linear):
         return f"a {type(module).__name__}, which may use its weight in its own way"
     if not isinstance(module.weight, nn.Parameter):
         return "its weight is computed from other parameters (weight_norm, spectral_norm)"

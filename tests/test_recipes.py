@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+from oracles import fp4_schemes as fp4
 from oracles import fp8_and_int_schemes as more
 from oracles import recipes as oracle
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ import qtrain
 from qtrain.quant import QuantLinear
 from qtrain.quant.quantizer import Operand, Quantizer
 from qtrain.recipe import read_recipe
+from qtrain.settings import Backend
 from qtrain_kernels import reference
 
 N = 128
@@ -228,10 +230,10 @@ CASES = {
         {"per 16": oracle.quartet_ii, "255.99": partial(oracle.quartet_ii_128, cap=255.99)},
         1.60,
     ),
-    "tetrajet_v2": Case(
-        "tetrajet_v2",
-        oracle.tetrajet_v2,
-        {"quartet_ii": oracle.quartet_ii_no46, "no headroom": partial(oracle.tetrajet_v2, limit=6.0)},
+    "tetrajet_v2_baseline": Case(
+        "tetrajet_v2_baseline",
+        oracle.tetrajet_v2_baseline,
+        {"quartet_ii": oracle.quartet_ii_no46, "no headroom": partial(oracle.tetrajet_v2_baseline, limit=6.0)},
         1.701,
     ),
     "nvidia_nvfp4": Case(
@@ -249,6 +251,84 @@ CASES = {
         oracle.nvfp4_masters,
         {"top exponent reserved": partial(oracle.nvfp4_masters, scales=[s for s in oracle.UE5M3 if abs(s) <= 61440])},
         1.699,
+    ),
+    "ufp4": Case(
+        "ufp4",
+        fp4.ufp4,
+        {
+            "E2M1": partial(fp4.ufp4, grid=oracle.E2M1_GRID),
+            "unrotated forward": partial(fp4.ufp4, forward=False),
+            "no signs": partial(fp4.ufp4, signs=False),
+        },
+        1.51,
+    ),
+    "ufp4-int4": Case(
+        {"name": "ufp4", "format": "int4_sym/16/float32"},
+        fp4.ufp4,
+        {"E2M1": partial(fp4.ufp4, grid=oracle.E2M1_GRID)},
+        1.51,
+    ),
+    "fp4_all_the_way": Case(
+        "fp4_all_the_way",
+        fp4.fp4_all_the_way,
+        {
+            "nearest activations": partial(fp4.fp4_all_the_way, stochastic=("dgrad.dy", "wgrad.dy")),
+            "stochastic weights": partial(
+                fp4.fp4_all_the_way, stochastic=("dgrad.dy", "dgrad.w", "wgrad.dy", "wgrad.x")
+            ),
+            "headroom": partial(fp4.fp4_all_the_way, limit=6 * 16 / 17),
+        },
+        1.722,
+    ),
+    "ue5m3_fp4": Case(
+        "ue5m3_fp4",
+        fp4.ue5m3_fp4,
+        {
+            "1x16 weights": partial(fp4.ue5m3_fp4, rows=1),
+            "amax at its top": partial(fp4.ue5m3_fp4, target=61440.0),
+            "forward's x": partial(fp4.ue5m3_fp4, saved=True),
+        },
+        1.814,
+    ),
+    "amd_mxfp4": Case(
+        "amd_mxfp4",
+        fp4.amd_mxfp4,
+        {
+            "floor": partial(fp4.amd_mxfp4, rule="floor"),
+            "random signs": partial(fp4.amd_mxfp4, signs=True),
+            "wgrad alone": partial(fp4.amd_mxfp4, everywhere=False),
+            "hadamard32": partial(fp4.amd_mxfp4, size=32),
+        },
+        1.967,
+    ),
+    "mxfp4_2d": Case(
+        "mxfp4_2d",
+        fp4.mxfp4_2d,
+        {
+            "floor": partial(fp4.mxfp4_2d, rule="floor"),
+            "16x16": partial(fp4.mxfp4_2d, tile=16),
+            "nearest": partial(fp4.mxfp4_2d, stochastic=False),
+        },
+        2.313,
+    ),
+    "mxfp4_backward": Case(
+        "mxfp4_backward",
+        fp4.mxfp4_backward,
+        {
+            "nearest": partial(fp4.mxfp4_backward, stochastic=False),
+            "no signs": partial(fp4.mxfp4_backward, signs=False),
+            "FP8 forward": partial(fp4.mxfp4_backward, fp8=True),
+        },
+        1.003,
+    ),
+    "mxfp4_backward_fp8": Case(
+        "mxfp4_backward_fp8",
+        partial(fp4.mxfp4_backward, fp8=True),
+        {
+            "BF16 forward": fp4.mxfp4_backward,
+            "master's x": partial(fp4.mxfp4_backward, fp8=True, saved=False),
+        },
+        1.026,
     ),
 }
 NEIGHBOURS = [(name, neighbour) for name, case in CASES.items() for neighbour in case.neighbours]
@@ -356,6 +436,27 @@ def test_lsq_starts_from_its_first_batch_and_clips_below() -> None:
     for key, want in zip(("y", "dx", "dweight", "dinput_scale", "dweight_scale"), expected, strict=True):
         assert sqnr(found[key], want) > 90, key
     assert (found["dx"] == 0).mean() > 0.05
+
+
+@pytest.mark.parametrize("backend", ["reference", "compiled"])
+def test_lsq_tells_a_zero_of_a_relu_from_the_smallest_positive_value(backend: Backend) -> None:
+    """At one bit all that a ReLU's output says would be lost if its zeros took the code of its positive values. Both
+    lie within the grid, so both pass their gradient, and the step's slope is the code itself."""
+    model = nn.Sequential(nn.Linear(2, 1, bias=False))
+    qtrain.convert(model, {"name": "lsq", "bits": 1}, backend=backend)
+    module = model.get_submodule("0")
+    assert isinstance(module, QuantLinear) and module.input_scale is not None and module.weight_scale is not None
+    with torch.no_grad():
+        module.weight.copy_(torch.tensor([[0.0, 1.0]]))
+        module.input_scale.fill_(2.0)
+        module.weight_scale.fill_(2.0)
+    x = torch.tensor([[0.0, 1e-6], [-0.0, 0.0]], requires_grad=True)
+    y = module(x)  # codes -1/2 and 1/2 by a weight of -1 and 1
+    assert y.tolist() == [[2.0], [0.0]]
+    y.backward(torch.ones_like(y))
+    assert x.grad is not None and x.grad.tolist() == [[-1.0, 1.0]] * 2
+    assert module.input_scale.grad is not None
+    assert module.input_scale.grad.item() == pytest.approx(0.5)  # (1/2 + 1/2 + 1/2 - 1/2) / sqrt(4)
 
 
 def test_ue5m3_scales_reach_tokens_that_e4m3_scales_lose() -> None:

@@ -288,6 +288,7 @@ NOT_IN_HASH = (
     "logger",
     "debug.detect_anomaly",
     "recipe.source",
+    "recipe.deviations",
 )
 # What a setting was before its default changed. Runs that have this value keep the names that they had then.
 AT_INTRODUCTION: dict[str, Any] = {
@@ -327,7 +328,8 @@ def hashed_keys(config: Config) -> dict[str, Any]:
             node[leaf] = found[leaf]
     overrides = tree.get("recipe", {}).get("overrides", {})  # the first match holds: their order counts
     if overrides:
-        pairs = ((pattern, {k: v for k, v in other.items() if k != "source"}) for pattern, other in overrides.items())
+        words = {"source", "deviations"}
+        pairs = ((name, {k: v for k, v in other.items() if k not in words}) for name, other in overrides.items())
         tree["recipe"]["overrides"] = list(pairs)
     return tree
 

@@ -88,8 +88,9 @@ def test_the_order_of_overrides_counts_and_their_wording_does_not():
     assert config_hash(one) != config_hash(other)
     again = parse(Config, one.model_dump(mode="json"))
     assert again == one and config_hash(again) == config_hash(one)
-    reworded = one.recipe.overrides["down"].model_copy(update={"source": "other words"})
-    recipe = one.recipe.model_copy(update={"overrides": one.recipe.overrides | {"down": reworded}})
+    words = {"source": "other words", "deviations": ("Other words.",)}
+    reworded = one.recipe.overrides["down"].model_copy(update=words)
+    recipe = one.recipe.model_copy(update=words | {"overrides": one.recipe.overrides | {"down": reworded}})
     assert config_hash(one.model_copy(update={"recipe": recipe})) == config_hash(one)
 
 

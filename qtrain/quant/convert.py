@@ -28,12 +28,13 @@ log = logging.getLogger("qtrain")
 @dataclass
 class Report:
     """What convert did. converted: qualified names; skipped: name -> reason; numerics: converted name -> its GEMMs, as
-    `print(model)` shows them."""
+    `print(model)` shows them; provenance: where the recipe comes from, and where it differs from that source."""
 
     recipe: str
     converted: list[str] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
     numerics: dict[str, str] = field(default_factory=dict)
+    provenance: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         total = len(self.converted) + len(self.skipped)
@@ -44,6 +45,7 @@ class Report:
                 lines.append(f"{_listed(self.numerics, numerics)}:")
             lines += re.split(r" (?=dgrad|wgrad)", numerics)
         lines += [f"skipped {_listed(self.skipped, why)}: {why}" for why in dict.fromkeys(self.skipped.values())]
+        lines += self.provenance
         return "\n  ".join(lines)
 
 
@@ -90,7 +92,7 @@ def convert(
     _check_names("skip", [entry for entry in names if skip is not None or entry != "lm_head"], linears)
     _check_names("recipe.overrides", recipe.overrides, linears)
     blocks = _high_precision_blocks(recipe, linears)
-    report = Report(recipe.name)
+    report = Report(recipe.name, provenance=recipe.provenance)
     recipes_of: dict[str, LinearRecipe] = {}
     for name, module in linears.items():
         own = next((other for entry, other in recipe.overrides.items() if _matches(entry, name)), recipe)

@@ -459,6 +459,20 @@ def test_lsq_tells_a_zero_of_a_relu_from_the_smallest_positive_value(backend: Ba
     assert module.input_scale.grad.item() == pytest.approx(0.5)  # (1/2 + 1/2 + 1/2 - 1/2) / sqrt(4)
 
 
+def test_lsq_gives_the_zeros_of_a_relu_the_lower_code() -> None:
+    x, w, dy = inputs(*SHAPES[1])
+    x = x.relu()
+    module = layer("lsq", w)
+    found = run(module, x, dy)
+    keys = ("y", "dx", "dweight", "dinput_scale", "dweight_scale")
+    below, above = (
+        {key: sqnr(found[key], want) for key, want in zip(keys, result, strict=True)}
+        for result in (oracle.lsq(*given(module, x, dy), zeros_above=rule) for rule in (False, True))
+    )
+    assert min(below.values()) > BOUND, below
+    assert above["y"] < 20 and above["dweight"] < 20, above
+
+
 def test_ue5m3_scales_reach_tokens_that_e4m3_scales_lose() -> None:
     """One token at 2^24 of the others: their blocks lie under the smallest E4M3 scale."""
     x, w, dy = inputs(*SHAPES[0])

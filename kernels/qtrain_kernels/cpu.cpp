@@ -9,10 +9,18 @@
 #include <cstdlib>
 #include <cstring>
 #include <limits>
+#include <utility>
 
 namespace {
 
+// As many as a register holds: vectors of two registers leave the compiler too few of them, and it keeps them in memory.
+#if defined(__AVX512F__)
 constexpr int LANES = 16;
+#elif defined(__AVX__)
+constexpr int LANES = 8;
+#else
+constexpr int LANES = 4;
+#endif
 typedef float vf __attribute__((vector_size(4 * LANES)));
 typedef int32_t vi __attribute__((vector_size(4 * LANES)));
 typedef uint32_t vu __attribute__((vector_size(4 * LANES)));
@@ -131,7 +139,8 @@ inline vf round_stochastic(vf u, const Grid& g, vf uniform) {
 
 // reference.element_index of sixteen lanes: `apart` from one to the next, which are rows' runs or columns.
 inline vu positions(bool of_rows, int64_t first, int64_t column, int64_t apart) {
-  const vu lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  vu lane;
+  for (int l = 0; l < LANES; l++) lane[l] = l;
   return (uint32_t)first + ((of_rows ? 0 : (uint32_t)column) + lane) * (uint32_t)apart;
 }
 inline vf uniform(vu index, uint32_t key0, uint32_t key1) {
@@ -228,32 +237,19 @@ inline void store(T* to, vf x) {
 #else
 #define PAIRS(a, b, ...) __builtin_shuffle(a, b, vi{__VA_ARGS__})
 #endif
-inline void transpose(vf* r) {  // 16x16: blocks of 8, 4, 2, 1 change places
-  vf t[LANES];
-#pragma GCC unroll 8
-  for (int i = 0; i < 8; i++) {
-    t[i] = PAIRS(r[i], r[i + 8], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23);
-    t[i + 8] = PAIRS(r[i], r[i + 8], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
-  }
-#pragma GCC unroll 8
-  for (int k = 0; k < 16; k += 8)
-#pragma GCC unroll 8
-    for (int i = k; i < k + 4; i++) {
-      r[i] = PAIRS(t[i], t[i + 4], 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27);
-      r[i + 4] = PAIRS(t[i], t[i + 4], 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31);
-    }
-#pragma GCC unroll 8
-  for (int k = 0; k < 16; k += 4)
-#pragma GCC unroll 8
-    for (int i = k; i < k + 2; i++) {
-      t[i] = PAIRS(r[i], r[i + 2], 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29);
-      t[i + 2] = PAIRS(r[i], r[i + 2], 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
-    }
-#pragma GCC unroll 8
-  for (int i = 0; i < 16; i += 2) {
-    r[i] = PAIRS(t[i], t[i + 1], 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30);
-    r[i + 1] = PAIRS(t[i], t[i + 1], 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
-  }
+// The second HALF lanes of every 2 * HALF of a change places with the first ones of b.
+template <int HALF, int... LANE>
+inline void exchange(vf& a, vf& b, std::integer_sequence<int, LANE...>) {
+  const vf first = PAIRS(a, b, (LANE & HALF ? LANES + LANE - HALF : LANE)...);
+  b = PAIRS(a, b, (LANE & HALF ? LANES + LANE : LANE + HALF)...);
+  a = first;
+}
+template <int HALF = LANES / 2>
+inline void transpose(vf* r) {  // LANES x LANES: blocks of HALF, then of half as many, change places
+#pragma GCC unroll 16
+  for (int i = 0; i < LANES; i++)
+    if (!(i & HALF)) exchange<HALF>(r[i], r[i + HALF], std::make_integer_sequence<int, LANES>());
+  if constexpr (HALF > 1) transpose<HALF / 2>(r);
 }
 
 // Where a tile lies: element e of lane l is at first + e * along + l * across; `lanes` of the sixteen are in use.

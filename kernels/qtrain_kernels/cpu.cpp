@@ -244,12 +244,20 @@ inline void exchange(vf& a, vf& b, std::integer_sequence<int, LANE...>) {
   b = PAIRS(a, b, (LANE & HALF ? LANES + LANE : LANE + HALF)...);
   a = first;
 }
-template <int HALF = LANES / 2>
-inline void transpose(vf* r) {  // LANES x LANES: blocks of HALF, then of half as many, change places
+template <int HALF>
+inline void exchange_all(vf* r) {
 #pragma GCC unroll 16
   for (int i = 0; i < LANES; i++)
     if (!(i & HALF)) exchange<HALF>(r[i], r[i + HALF], std::make_integer_sequence<int, LANES>());
-  if constexpr (HALF > 1) transpose<HALF / 2>(r);
+  if constexpr (HALF > 1) exchange_all<HALF / 2>(r);
+}
+inline void transpose(vf* v) {  // LANES x LANES
+  vf r[LANES];                  // in registers
+#pragma GCC unroll 16
+  for (int i = 0; i < LANES; i++) r[i] = v[i];
+  exchange_all<LANES / 2>(r);
+#pragma GCC unroll 16
+  for (int i = 0; i < LANES; i++) v[i] = r[i];
 }
 
 // Where a tile lies: element e of lane l is at first + e * along + l * across; `lanes` of the sixteen are in use.

@@ -26,6 +26,7 @@ typedef int32_t vi __attribute__((vector_size(4 * LANES)));
 typedef uint32_t vu __attribute__((vector_size(4 * LANES)));
 typedef uint16_t vh __attribute__((vector_size(2 * LANES)));
 typedef uint8_t vb __attribute__((vector_size(LANES)));
+typedef uint8_t vq __attribute__((vector_size(4 * LANES)));  // four bytes a lane
 
 constexpr float INF = std::numeric_limits<float>::infinity();
 constexpr float NOT_A_NUMBER = std::numeric_limits<float>::quiet_NaN();
@@ -33,7 +34,10 @@ constexpr float NOT_A_NUMBER = std::numeric_limits<float>::quiet_NaN();
 inline vf all(float x) { return vf{} + x; }
 inline vi bits_of(vf x) { return (vi)x; }
 inline vf absolute(vf x) { return (vf)(bits_of(x) & 0x7fffffff); }
-inline vf clamped(vf x, float limit) { return x < -limit ? all(-limit) : (x > limit ? all(limit) : x); }
+inline vf clamped(vf x, float limit) {  // in the order of minps and maxps, which keep a NaN in their second operand
+  x = limit < x ? all(limit) : x;
+  return -limit > x ? all(-limit) : x;
+}
 inline vf finite_or_nan(vf x) { return x < INF ? x : all(NOT_A_NUMBER); }
 inline vf nonzero(vf x) { return x == 0.0f ? all(1.0f) : x; }
 
@@ -197,6 +201,30 @@ inline void turn_back(vf* v, int64_t height, const float* signs) {
 
 // ------------------------------------------------------------------------------------------------- in and out of a tile
 
+// Bytes are moved by whole registers: GCC 12 converts a vector of bytes one lane at a time.
+inline vi load_bytes(const uint8_t* from) {
+  vi fours, shift;
+  for (int l = 0; l < LANES; l += 4) {
+    int32_t four;
+    memcpy(&four, from + l, sizeof four);
+    for (int i = 0; i < 4; i++) {
+      fours[l + i] = four;
+      shift[l + i] = 8 * i;
+    }
+  }
+  return fours >> shift & 0xff;
+}
+template <int... AT>
+inline void store_bytes(void* to, vi x, std::integer_sequence<int, AT...>) {
+#if defined(__clang__) || defined(__AVX512F__)
+  const vb bytes = __builtin_convertvector(x, vb);
+#else
+  const vq bytes = __builtin_shuffle((vq)x, vq{(uint8_t)(AT * 4 % (4 * LANES))...});
+#endif
+  memcpy(to, &bytes, LANES);
+}
+inline void store_bytes(void* to, vi x) { store_bytes(to, x, std::make_integer_sequence<int, 4 * LANES>()); }
+
 template <class T>
 inline vf load(const T* from) {
   if constexpr (sizeof(T) == 4) {
@@ -208,9 +236,7 @@ inline vf load(const T* from) {
     memcpy(&x, from, sizeof x);
     return (vf)(__builtin_convertvector(x, vu) << 16);
   } else {
-    vb x;
-    memcpy(&x, from, sizeof x);
-    return __builtin_convertvector(__builtin_convertvector(x, vi), vf);
+    return __builtin_convertvector(load_bytes(from), vf);
   }
 }
 
@@ -227,8 +253,7 @@ inline void store(T* to, vf x) {
     vh short_ = to_bfloat16(x);
     memcpy(to, &short_, sizeof short_);
   } else {
-    vb byte = __builtin_convertvector(__builtin_convertvector(x, vi), vb);
-    memcpy(to, &byte, sizeof byte);
+    store_bytes(to, __builtin_convertvector(x, vi));
   }
 }
 
@@ -735,8 +760,7 @@ extern "C" void pack(const void* values_, const float* blocks, int64_t n, uint8_
       vf x = load_some(values + first + i, count - i);
       if (sizeof(Input) == 1) x = ((x > 127.0f ? x - 256.0f : x) + OFFSET) * UNIT;
       if (BLOCK) x = KIND == Kind::E8M0 ? x * reciprocal : x / scale;
-      vb bytes = __builtin_convertvector(field_of(x), vb);
-      memcpy(fields + i, &bytes, sizeof bytes);
+      store_bytes(fields + i, field_of(x));
     }
     join_fields(fields, count, codes + first * WIDTH / 8);
     if (BLOCK) scales[first / RUN] = byte_of(scale[0]);
@@ -752,9 +776,7 @@ extern "C" void unpack(const uint8_t* codes, const uint8_t* scales, int64_t n, v
     const vf scale = all(BLOCK ? scale_of(scales[first / RUN]) : 1.0f);
     split_fields(codes + first * WIDTH / 8, count, fields);
     for (int64_t i = 0; i < count; i += LANES) {
-      vb bytes;
-      memcpy(&bytes, fields + i, sizeof bytes);
-      vf x = code_of(__builtin_convertvector(bytes, vi));
+      vf x = code_of(load_bytes(fields + i));
       if (BLOCK) x *= scale;
       if (sizeof(Output) == 1) x = x * (1.0f / UNIT) - OFFSET;
       store_some(values + first + i, x, count - i);

@@ -202,11 +202,11 @@ inline void turn_back(vf* v, int64_t height, const float* signs) {
 // ------------------------------------------------------------------------------------------------- in and out of a tile
 
 // Bytes are moved by whole registers: GCC 12 converts a vector of bytes one lane at a time.
-inline vi load_bytes(const uint8_t* from) {
+inline vi load_bytes(const void* from) {
   vi fours, shift;
   for (int l = 0; l < LANES; l += 4) {
     int32_t four;
-    memcpy(&four, from + l, sizeof four);
+    memcpy(&four, (const uint8_t*)from + l, sizeof four);
     for (int i = 0; i < 4; i++) {
       fours[l + i] = four;
       shift[l + i] = 8 * i;
@@ -665,8 +665,9 @@ inline void split_fields(const uint8_t* bytes, int64_t n, uint8_t* fields) {
   const int64_t whole = n / 8 * 8, left = n - whole;
   uint64_t x = 0;
   for (int64_t i = 0; i < whole; i += 8) {
-    x = 0;
-    memcpy(&x, bytes + i * WIDTH / 8, WIDTH);
+    x = 0;  // not by memcpy into a part of x: reading the whole would wait until both stores are done
+#pragma GCC unroll 8
+    for (int byte = 0; byte < WIDTH; byte++) x |= (uint64_t)bytes[i * WIDTH / 8 + byte] << 8 * byte;
     x = apart(x);
     memcpy(fields + i, &x, 8);
   }

@@ -1,8 +1,8 @@
 // The operations of reference.py for one plan, compiled for the processor at hand: one read of the input, one write.
 //
-// cpu.py writes the constants that this file uses (the plan, the dtypes, the order of the rotation) before it. Sixteen
-// lines are worked on at once, one a lane of a vector: along dim -1 sixteen runs of memory, transposed on the way in and
-// out; along dim -2 sixteen columns. A tile is `height` elements of each, in the cache of one core. Every value goes
+// cpu.py writes the constants that this file uses (the plan, the dtypes, the order of the rotation) before it. LANES
+// lines are worked on at once, one a lane of a vector: along dim -1 LANES runs of memory, transposed on the way in and
+// out; along dim -2 LANES columns. A tile is `height` elements of each, in the cache of one core. Every value goes
 // through the same float32 operations as in reference.py, in the same order; no multiply-add is fused.
 
 #include <cstdint>
@@ -13,10 +13,11 @@
 
 namespace {
 
-// As many as a register holds: vectors of two registers leave the compiler too few of them, and it keeps them in memory.
+// As many float32 as a register holds. Vectors of two registers run ten times slower: the compiler keeps them in memory
+// and takes them apart lane by lane.
 #if defined(__AVX512F__)
 constexpr int LANES = 16;
-#elif defined(__AVX__)
+#elif defined(__AVX2__)
 constexpr int LANES = 8;
 #else
 constexpr int LANES = 4;
@@ -118,7 +119,8 @@ inline Place on_grid(vf u, const Grid& g) {
   biased = (biased < g.min_exponent + 127 ? vi{} + (g.min_exponent + 127) : biased) - g.mantissa_bits;
   return {u * (vf)((254 - biased) << 23), (vf)(biased << 23)};
 }
-inline vf round_nearest(vf u, const Grid& g) {
+// Inlined whatever its size: called, it reads the grid anew for every vector.
+__attribute__((always_inline)) inline vf round_nearest(vf u, const Grid& g) {
   if (g.offset != 0.0f) return rounded(clamped(u, g.max) + 0.5f) - 0.5f;
   if (!g.minifloat) {
     Place place = on_grid(u, g);
@@ -141,7 +143,7 @@ inline vf round_stochastic(vf u, const Grid& g, vf uniform) {
 
 // --------------------------------------------------------------------------------------------------------- randomness
 
-// reference.element_index of sixteen lanes: `apart` from one to the next, which are rows' runs or columns.
+// reference.element_index of all lanes: `apart` from one to the next, which are rows' runs or columns.
 inline vu positions(bool of_rows, int64_t first, int64_t column, int64_t apart) {
   vu lane;
   for (int l = 0; l < LANES; l++) lane[l] = l;
@@ -285,7 +287,7 @@ inline void transpose(vf* v) {  // LANES x LANES
   for (int i = 0; i < LANES; i++) v[i] = r[i];
 }
 
-// Where a tile lies: element e of lane l is at first + e * along + l * across; `lanes` of the sixteen are in use.
+// Where a tile lies: element e of lane l is at first + e * along + l * across; the first `lanes` lanes are in use.
 struct Tile {
   int64_t first, along, across;
   int lanes;

@@ -1,5 +1,5 @@
-"""The C++ kernels on Arm: compiled for aarch64 and run by QEMU, called by cpu.py as ever, equal to the reference bit for
-bit."""
+"""The C++ kernels on Arm: compiled for aarch64, run by QEMU and called by cpu.py as ever, they equal the reference bit
+for bit."""
 
 import ctypes
 import struct

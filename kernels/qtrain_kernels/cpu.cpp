@@ -35,10 +35,7 @@ constexpr float NOT_A_NUMBER = std::numeric_limits<float>::quiet_NaN();
 inline vf all(float x) { return vf{} + x; }
 inline vi bits_of(vf x) { return (vi)x; }
 inline vf absolute(vf x) { return (vf)(bits_of(x) & 0x7fffffff); }
-inline vf clamped(vf x, float limit) {  // in the order of minps and maxps, which keep a NaN in their second operand
-  x = limit < x ? all(limit) : x;
-  return -limit > x ? all(-limit) : x;
-}
+inline vf clamped(vf x, float limit) { return x < -limit ? all(-limit) : (x > limit ? all(limit) : x); }
 inline vf finite_or_nan(vf x) { return x < INF ? x : all(NOT_A_NUMBER); }
 inline vf nonzero(vf x) { return x == 0.0f ? all(1.0f) : x; }
 

@@ -69,7 +69,7 @@ class Function:
         left = found.read_bytes()
         for address in arguments:
             size = self.sizes.get(address or 0, 0)
-            ctypes.memmove(address, left[:size], size)
+            ctypes.memmove(address or 0, left[:size], size)
             left = left[size:]
         assert not left
 

@@ -80,7 +80,7 @@ def same(a: Tensor | None, b: Tensor | None) -> bool:
 def alike(a: Tensor | float | None, b: Tensor | float | None) -> bool:
     """Equal bits, and NaN in the same places."""
     if not isinstance(a, Tensor) or not isinstance(b, Tensor):
-        return a == b
+        return bool(a == b)
     return same(one_nan(a), one_nan(b))
 
 

@@ -45,7 +45,8 @@ FLAGS = (
     "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC",
 )  # fmt: skip
 GCC_FLAGS = ("-fvect-cost-model=dynamic", "-Wno-psabi")
-LONGEST = 2**14  # elements of a line in a tile, sixteen of which must stay in cache; beyond, the reference
+WITHOUT = {"AVX2": "-mno-avx512f", "DEFAULT": "-mno-avx"}  # torch's capability of an x86 processor -> what is above it
+LONGEST = 2**14  # elements of a line in a tile, of which a vector's lanes must stay in cache; beyond, the reference
 CHUNK = 64  # elements of a line in a tile, where neither blocks nor a rotation say how many
 GRAIN = 32768  # elements that are worth a thread of their own
 TYPES = {torch.float32: "float", torch.bfloat16: "uint16_t"}
@@ -589,10 +590,13 @@ def compiler() -> str:
 
 
 def flags() -> tuple[str, ...]:
-    """Of GCC, or of clang."""
+    """Of GCC, or of clang. No vector instructions that torch may not use either, so that ATEN_CPU_CAPABILITY=avx2
+    shows on any x86 processor what one with AVX2 alone does."""
     own = () if "clang" in _version(compiler()) else GCC_FLAGS
-    wide = ("-mprefer-vector-width=512",) if platform.machine().lower() in ("x86_64", "amd64") else ()
-    return FLAGS + own + wide
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return FLAGS + own
+    without = WITHOUT.get(torch.backends.cpu.get_cpu_capability())
+    return (*FLAGS, *own, "-mprefer-vector-width=512", *([without] if without else []))
 
 
 @cache

@@ -279,7 +279,6 @@ NOT_IN_HASH = (
     "data.prepare_workers",
     "trainer.device",
     "trainer.devices",
-    "trainer.compile",
     "trainer.share_trunk",
     "callbacks",
     "logger",
@@ -300,15 +299,33 @@ def result_keys(config: Config, exclude_defaults: bool = False) -> dict[str, Any
     return tree
 
 
+# What was done before a setting was there, or before its default changed. Runs of that value keep their names.
+AT_INTRODUCTION: dict[str, Any] = {"recipe.redraw": "step"}
+
+
 def hashed_keys(config: Config) -> dict[str, Any]:
-    """The settings that determine the result, for a hash of them. Those that equal the default of their class are left
-    out: a setting that comes later, with what was done before as its default, keeps every run's name."""
+    """The settings that determine the result, for a hash of them. A setting is left out where it has the value of
+    `AT_INTRODUCTION`, or else the default of its class: a setting that comes later renames no run that it leaves as it
+    was."""
     tree = result_keys(config, exclude_defaults=True)
+    for key, before in AT_INTRODUCTION.items():
+        group, name = key.split(".")
+        value = getattr(getattr(config, group), name)
+        tree.setdefault(group, {}).pop(name, None)
+        if value != before and not (key == "recipe.redraw" and not _redraws(config)):
+            tree[group][name] = value
     overrides = tree.get("recipe", {}).get("overrides", {})  # the first match holds: their order counts
     if overrides:
         pairs = ((pattern, {k: v for k, v in other.items() if k != "source"}) for pattern, other in overrides.items())
         tree["recipe"]["overrides"] = list(pairs)
     return tree
+
+
+def _redraws(config: Config) -> bool:
+    """Whether recipe.redraw matters: the recipe draws for its weights, and a step has several micro-batches, of any
+    device."""
+    trainer = config.trainer
+    return config.recipe.redraws and trainer.batch_tokens > trainer.micro_batch_size * config.model.seq_len
 
 
 def config_hash(config: Config) -> str:

@@ -5,16 +5,18 @@ The YAML files under configs/ hold the values, the classes here hold the meaning
 
 from __future__ import annotations
 
+import copy
 import difflib
 import hashlib
 import json
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from qtrain.errors import UserError
 from qtrain.recipe import LinearRecipe
-from qtrain.settings import FP8_GEMMS, Backend, GemmKind, Strict, fields_at, nearest
+from qtrain.settings import FP8_GEMMS, Backend, GemmKind, Strict, fields_at, nearest, parse
 
 
 class ModelConfig(Strict):
@@ -319,6 +321,17 @@ def hashed_keys(config: Config) -> dict[str, Any]:
         pairs = ((pattern, {k: v for k, v in other.items() if k != "source"}) for pattern, other in overrides.items())
         tree["recipe"]["overrides"] = list(pairs)
     return tree
+
+
+def parse_saved(tree: Mapping[str, Any]) -> Config:
+    """The settings of a run as its config.yaml has them; those that were introduced later are as they were before.
+    UserError as `parse`."""
+    tree = copy.deepcopy(dict(tree))
+    for key, before in AT_INTRODUCTION.items():
+        group, name = key.split(".")
+        if isinstance(tree.get(group), dict):
+            tree[group].setdefault(name, before)
+    return parse(Config, tree)
 
 
 def _redraws(config: Config) -> bool:

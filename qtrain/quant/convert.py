@@ -194,15 +194,15 @@ def _nothing_converted(model: nn.Module, report: Report) -> str:
     listed = "\n  ".join([*reasons[:8], *more])
     return (
         f"recipe {report.recipe} would convert none of the {len(reasons)} linear layers of the model "
-        f"({type(model).__name__}):\n  {listed}\ngive skip=[...] the layers that are to stay (skip=[] for none), or use "
-        "recipe bf16, which converts nothing"
+        f"({type(model).__name__}):\n  {listed}\nname in skip only what is to stay (skip=[]: nothing), or use recipe "
+        "bf16, which converts nothing"
     )
 
 
 def _leave_fast_paths(model: nn.Module) -> None:
-    """In evaluation, torch's encoder layers would read linear1.weight and linear2.weight themselves. They do so only for
-    the activations that this flag names; it has no other use. All of them, since nn.TransformerEncoder asks its first
-    layer alone."""
+    """In evaluation, torch's encoder layers read linear1.weight and linear2.weight without calling linear1 and linear2,
+    but only for the activations that this flag names; it has no other use. nn.TransformerEncoder asks its first layer
+    for all, so all layers of a model lose it."""
     layers = [module for module in model.modules() if isinstance(module, nn.TransformerEncoderLayer)]
     if any(isinstance(child, QuantLinear) for layer in layers for child in layer.modules()):
         for layer in layers:

@@ -174,9 +174,9 @@ def _multiplied(left: torch.dtype | None, right: torch.dtype | None) -> tuple[to
 
 
 class QuantizedWeight:
-    """A layer's weight as the GEMMs take it: for fprop at once, for dgrad when its backward asks for it; folded into FP8
-    where they multiply so. Later micro-batches of the same step may use the same one; what dgrad draws in each
-    micro-batch is then quantised in each."""
+    """A layer's weight as the GEMMs take it: for fprop at once, for dgrad when a backward asks for it; folded into FP8
+    where they multiply so. Later micro-batches of the same step may use the same one; an operand of dgrad that is
+    redrawn in each micro-batch is then quantised in each."""
 
     def __init__(
         self,

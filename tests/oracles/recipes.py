@@ -358,7 +358,7 @@ def requantised(
 ) -> Result:
     """dX and dW. q(v, use) quantises a rotated operand."""
     n, t = (rotation(block, draws.signs(f"{gemm}.signs", block) if signs else None) for gemm in ("dgrad", "wgrad"))
-    dx = q(rotate(dy, n), "dgrad.dy") @ q(rotate(wq.T, n), "dgrad.w").T
+    dx = q(rotate(filled(dy, block), n), "dgrad.dy") @ q(rotate(filled(wq.T, block), n), "dgrad.w").T
     dw = q(rotate(filled(dy.T, block), t), "wgrad.dy") @ q(rotate(filled(xq.T, block), t), "wgrad.x").T
     return dx, dw
 
@@ -468,8 +468,9 @@ def nvidia_nvfp4(
 ) -> Result:
     """NVIDIA (arXiv 2509.25149): 16x16 weights, the same in forward and dgrad; wgrad alone rotated, with the run's
     signs, from high precision. rows, limit: 1 and 6 * 16/17 elsewhere. saved: wgrad takes the forward's x."""
-    xq, wq = nvfp4(x), nvfp4(w, rows=rows)
-    dyq = nvfp4(dy, limit, uniform=draws.uniform("dgrad.dy", dy.shape))
+    xq, wq = nvfp4(x), nvfp4(filled(w.T, rows).T, rows=rows)[: len(w)]
+    wide = filled(dy, 16)
+    dyq = nvfp4(wide, limit, uniform=draws.uniform("dgrad.dy", wide.shape))[:, : dy.shape[1]]
     h = rotation(16, draws.signs("wgrad.signs", 16))
     dyt, xt = (rotate(filled(v.T, 16), h) for v in (dy, xq if saved else x))
     dw = nvfp4(dyt, limit, uniform=draws.uniform("wgrad.dy", dyt.shape)) @ nvfp4(xt).T

@@ -201,12 +201,18 @@ def _nothing_converted(model: nn.Module, report: Report) -> str:
 
 def _leave_fast_paths(model: nn.Module) -> None:
     """In evaluation, torch's encoder layers read linear1.weight and linear2.weight without calling linear1 and linear2,
-    but only for the activations that this flag names; it has no other use. nn.TransformerEncoder asks its first layer
-    for all, so all layers of a model lose it."""
-    layers = [module for module in model.modules() if isinstance(module, nn.TransformerEncoderLayer)]
-    if any(isinstance(child, QuantLinear) for layer in layers for child in layer.modules()):
-        for layer in layers:
-            layer.activation_relu_or_gelu = 0
+    but only for the activations that a flag names, which has no other use. Its encoder makes nested tensors for them,
+    by a flag of its own."""
+    encoders = [
+        module for module in model.modules() if isinstance(module, (nn.TransformerEncoder, nn.TransformerEncoderLayer))
+    ]
+    for encoder in encoders:
+        if not any(isinstance(child, QuantLinear) for child in encoder.modules()):
+            continue
+        if isinstance(encoder, nn.TransformerEncoderLayer):
+            encoder.activation_relu_or_gelu = 0
+        else:
+            encoder.use_nested_tensor = False
 
 
 def _matches(entry: str, name: str) -> bool:

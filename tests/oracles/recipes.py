@@ -320,10 +320,10 @@ def fp8_blockwise(x: Array, w: Array, dy: Array, draws: Draws, powers: bool = Fa
     (Transformer Engine's default). saved: wgrad quantises the forward's x again, as the paper; else x itself."""
 
     def q(v: Array, rows: int = 1) -> Array:
-        blocks = tiles_of(filled(v, 128), rows, 128)
+        blocks = tiles_of(filled(filled(v, 128).T, rows).T, rows, 128)
         scale = amax(blocks) / 448
         values = untiled(scaled(blocks, ceil_power(scale) if powers else scale, E4M3), rows, 128)
-        return values[:, : v.shape[1]]
+        return values[: len(v), : v.shape[1]]
 
     y, dx, dw = from_masters(x, w, dy, q, partial(q, rows=128), q)
     return (y, dx, q(dy.T) @ q(q(x).T).T) if saved else (y, dx, dw)

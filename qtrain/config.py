@@ -150,6 +150,9 @@ class TrainerConfig(Strict):
 
     batch_tokens: tokens per optimiser step; micro_batch_size: sequences per device and forward.
     device: auto | cpu | cuda; devices: how many of them, per node.
+    precision: bf16-mixed | 32-true | auto, which is bf16-mixed where the device has units for bfloat16, or where
+        gemm=fp8 needs it, and 32-true elsewhere. The settings of a run hold what auto came to: see
+        `qtrain.plan.resolve_precision`.
     share_trunk: wsd runs that differ in their budget alone compute what they have in common once. Each leaves its state
         before its decay in run_root/trunks, and starts from the longest that another left there: the same result, bit
         for bit.
@@ -162,7 +165,7 @@ class TrainerConfig(Strict):
     grad_clip: float | None = Field(1.0, gt=0)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     devices: int = Field(1, gt=0)
-    precision: Literal["bf16-mixed", "32-true"] = "bf16-mixed"
+    precision: Literal["auto", "bf16-mixed", "32-true"] = "auto"
     compile: bool = False
     share_trunk: bool = False
 
@@ -245,7 +248,7 @@ class Config(Strict):
 
     @model_validator(mode="after")
     def _fp8_gives_bfloat16(self) -> Config:
-        if self.gemm in FP8_GEMMS and self.trainer.precision != "bf16-mixed":
+        if self.gemm in FP8_GEMMS and self.trainer.precision == "32-true":
             raise ValueError(
                 f"gemm={self.gemm} gives products in bfloat16, and trainer.precision is {self.trainer.precision}; set "
                 "trainer.precision=bf16-mixed or gemm=auto"
@@ -286,7 +289,14 @@ NOT_IN_HASH = (
     "logger",
     "debug.detect_anomaly",
     "recipe.source",
+    "recipe.deviations",
 )
+# What was done before a setting was there, or before its default changed. Runs of this value keep the names that they
+# had then.
+AT_INTRODUCTION: dict[str, Any] = {
+    "trainer.precision": "bf16-mixed",
+    "recipe.redraw": "step",
+}
 
 
 def result_keys(config: Config, exclude_defaults: bool = False) -> dict[str, Any]:
@@ -301,24 +311,29 @@ def result_keys(config: Config, exclude_defaults: bool = False) -> dict[str, Any
     return tree
 
 
-# What was done before a setting was there, or before its default changed. Runs of that value keep their names.
-AT_INTRODUCTION: dict[str, Any] = {"recipe.redraw": "step"}
-
-
 def hashed_keys(config: Config) -> dict[str, Any]:
-    """The settings that determine the result, for a hash of them. A setting is left out where it has the value of
-    `AT_INTRODUCTION`, or else the default of its class: a setting that comes later renames no run that it leaves as it
-    was."""
-    tree = result_keys(config, exclude_defaults=True)
+    """The settings that determine the result, for a hash of them. Left out are those that have the value of
+    AT_INTRODUCTION, or else the default of their class, and a recipe.redraw that changes nothing: so a setting that
+    comes later renames no run that it leaves as it was.
+
+    ValueError for trainer.precision=auto, which is no result yet: `qtrain.plan.resolve_precision` comes first.
+    """
+    if config.trainer.precision == "auto":
+        raise ValueError("trainer.precision=auto has no hash; resolve it first (qtrain.plan.resolve_precision)")
+    without_effect = () if _redraws(config) else ("recipe.redraw",)
+    tree, complete = result_keys(config, exclude_defaults=True), result_keys(config)
     for key, before in AT_INTRODUCTION.items():
-        group, name = key.split(".")
-        value = getattr(getattr(config, group), name)
-        tree.setdefault(group, {}).pop(name, None)
-        if value != before and not (key == "recipe.redraw" and not _redraws(config)):
-            tree[group][name] = value
+        *groups, leaf = key.split(".")
+        node, found = tree, complete
+        for group in groups:
+            node, found = node.setdefault(group, {}), found[group]
+        node.pop(leaf, None)
+        if found[leaf] != before and key not in without_effect:
+            node[leaf] = found[leaf]
     overrides = tree.get("recipe", {}).get("overrides", {})  # the first match holds: their order counts
     if overrides:
-        pairs = ((pattern, {k: v for k, v in other.items() if k != "source"}) for pattern, other in overrides.items())
+        words = {"source", "deviations"}
+        pairs = ((name, {k: v for k, v in other.items() if k not in words}) for name, other in overrides.items())
         tree["recipe"]["overrides"] = list(pairs)
     return tree
 

@@ -12,11 +12,13 @@ from __future__ import annotations
 import copy
 import multiprocessing
 import os
+import shlex
 import signal
 import sys
 import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import hydra
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
@@ -37,10 +39,6 @@ def main() -> None:
     """Entry point of train.py and of the command qtrain-train. Exit codes: 0 done, 2 a mistake in what was asked or a
     run that could not go on, 130 stopped by Ctrl-C (the same command continues)."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands exceptions on: what they look like is decided here
-    # Threads that wait for each other spin only briefly before they sleep: with OpenMP's default, a busy core was seen
-    # to cost quartet on nano more than nine tenths of its speed. On two cores of an EPYC, one busy with another
-    # program, nano in BF16 trains at 8k tokens/s like this, and at 37k with both cores free.
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     try:
         sys.argv[1:] = checked_overrides(sys.argv[1:])
         with _stop.listening():
@@ -138,7 +136,10 @@ def _job(tree: DictConfig) -> float | None:
         config = to_config(tree)
         from qtrain.run import run
 
-        return run(config)
+        loss = run(config)
+        if not several and loss is not None:
+            print(next_commands(config))
+        return loss
     except UserError as error:
         _report(error)
     except Exception:
@@ -150,11 +151,33 @@ def _job(tree: DictConfig) -> float | None:
     return None
 
 
+def next_commands(config: Config) -> str:
+    """What a newcomer wants after a run. The commands that need the repository are named only there."""
+    from qtrain.run_directory import RunDirectory
+
+    path = str(RunDirectory.of(config).path)
+    inspect = f'python -c "import qtrain; print(qtrain.load_run({path!r}))"'
+    compare = "-m +experiment=bf16,quartet,quest_2bit,halo_0_fp4 trainer.tokens=524_288"
+    commands = [(f"qtrain-train {compare}", "recipes whose losses differ"), (inspect, "the numerics of every layer")]
+    if Path(sys.argv[0]).name == "train.py":
+        report = f"{shlex.join(['python', 'scripts/report.py', path])} --out report.html"
+        commands = [
+            ("make compare", "recipes whose losses differ, and the page that shows it"),
+            (report, "this run on one page: loss, speed, how every layer's quantisers fare"),
+            (inspect, "the numerics of every layer"),
+        ]
+    width = max(len(command) for command, _ in commands)
+    return "\n".join(["", "next:", *(f"  {command:<{width}}   {purpose}" for command, purpose in commands)])
+
+
 def to_config(tree: DictConfig) -> Config:
-    """A composed tree -> checked settings."""
+    """A composed tree -> checked settings, with trainer.precision=auto replaced by what it is on this machine."""
     plain = OmegaConf.to_container(tree, resolve=True)
     assert isinstance(plain, dict)
-    return parse(Config, {str(key): value for key, value in plain.items()})
+    config = parse(Config, {str(key): value for key, value in plain.items()})
+    from qtrain.plan import resolve_precision  # and with it torch, once there are no mistakes left to be answered
+
+    return resolve_precision(config)
 
 
 def compose(overrides: Sequence[str] = ()) -> Config:

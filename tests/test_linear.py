@@ -367,7 +367,7 @@ def accumulate(module: QuantLinear, x: Tensor, dy: Tensor) -> Tensor:
 
 
 def test_a_weight_is_quantised_once_a_step_and_again_when_it_changes(monkeypatch: pytest.MonkeyPatch) -> None:
-    module = layer({"name": "tetrajet_v2", "redraw": "step"}, step=0)
+    module = layer({"name": "tetrajet_v2_baseline", "redraw": "step"}, step=0)
     x, dy = batch()
     x.requires_grad_()
     seen = weight_quantisations(monkeypatch, module)
@@ -439,7 +439,7 @@ def test_a_compiled_optimiser_is_noticed() -> None:
     assert not torch.equal(outputs[0], outputs[1]) and not torch.equal(outputs[1], outputs[2])
 
 
-@pytest.mark.parametrize("recipe", ["quest", "tetrajet_v2"])
+@pytest.mark.parametrize("recipe", ["quest", "tetrajet_v2_baseline"])
 def test_recomputed_forwards_and_shared_layers_accumulate_what_plain_ones_do(recipe: str) -> None:
     """Over micro-batches and steps of a fused optimiser, with gradients set to zero or to None."""
 
@@ -481,7 +481,7 @@ def test_micro_batches_share_what_belongs_to_the_weight_by_setting_and_nothing_e
 ) -> None:
     """With redraw=step, signs and noise of a GEMM with the weight are the step's; the gradient's noise and the signs of
     wgrad are drawn in each micro-batch."""
-    module = layer({"name": "tetrajet_v2", "redraw": redraw})
+    module = layer({"name": "tetrajet_v2_baseline", "redraw": redraw})
     rows = []
     for micro_batch in (0, 1):
         module.set_step(4, micro_batch)
@@ -491,8 +491,8 @@ def test_micro_batches_share_what_belongs_to_the_weight_by_setting_and_nothing_e
 
 
 @pytest.mark.parametrize(("recipe", "expected"), [
-    ("tetrajet_v2", ["fprop.w", "dgrad.w", "dgrad.w", "dgrad.w"]),  # its forward draws nothing
-    ({"name": "tetrajet_v2", "redraw": "step"}, ["fprop.w", "dgrad.w"]),
+    ("tetrajet_v2_baseline", ["fprop.w", "dgrad.w", "dgrad.w", "dgrad.w"]),  # its forward draws nothing
+    ({"name": "tetrajet_v2_baseline", "redraw": "step"}, ["fprop.w", "dgrad.w"]),
     ("mxfp8", ["fprop.w", "dgrad.w"]),
 ])  # fmt: skip
 def test_only_what_is_drawn_is_quantised_in_every_micro_batch(
@@ -507,7 +507,7 @@ def test_only_what_is_drawn_is_quantised_in_every_micro_batch(
     assert seen == expected
 
 
-@pytest.mark.parametrize("recipe", ["quartet", "quartet_v1", "quartet_ii", "tetrajet_v2"])
+@pytest.mark.parametrize("recipe", ["quartet", "quartet_v1", "quartet_ii", "tetrajet_v2_baseline"])
 def test_noise_averages_out_over_the_micro_batches_of_a_step(recipe: str) -> None:
     """Eight equal micro-batches: their mean input gradient has an eighth of the squared error of one, about the mean of
     many draws. With redraw=step the weight's noise stays."""
@@ -535,7 +535,7 @@ def test_noise_averages_out_over_the_micro_batches_of_a_step(recipe: str) -> Non
     assert left("step") > 2.5 / count
 
 
-@pytest.mark.parametrize("recipe", ["tetrajet_v2", {"name": "tetrajet_v2", "redraw": "step"}])
+@pytest.mark.parametrize("recipe", ["tetrajet_v2_baseline", {"name": "tetrajet_v2_baseline", "redraw": "step"}])
 def test_accumulated_micro_batches_equal_a_recomputed_forward(recipe: object) -> None:
     """A kept weight is the one that a fresh layer quantises for the same step."""
     x, dy = batch()

@@ -18,6 +18,7 @@ from qtrain.callbacks import DivergedError
 from qtrain.checkpoint import list_checkpoints, load_checkpoint
 from qtrain.errors import UserError
 from qtrain.quant import QuantLinear
+from qtrain.recipe import read_recipe
 from qtrain.run import run
 from qtrain.run_directory import RunDirectory
 from qtrain.train import checked_overrides, compose
@@ -68,7 +69,7 @@ def only_run(tmp_path: Path) -> RunDirectory:
 
 @pytest.mark.parametrize(("recipe", "tokenizer"), [
     ("quartet", []),  # a vocabulary of 257
-    ("tetrajet_v2", ["tokenizer=bpe", "tokenizer.vocab_size=300"]),
+    ("tetrajet_v2_baseline", ["tokenizer=bpe", "tokenizer.vocab_size=300"]),
 ])  # fmt: skip
 def test_lm_head_is_quantised_from_the_command_line(small, tmp_path, recipe: str, tokenizer: list[str]) -> None:
     overrides = checked_overrides([*small, *tokenizer, f"recipe={recipe}", "recipe.skip=[]", "debug.max_steps=2"])
@@ -97,7 +98,7 @@ def test_a_run_leaves_what_it_promises(small, tmp_path, capsys):
         assert line.keys() >= {"tokens", "flops", "loss", "grad_norm", "tokens_per_second", "memory_bytes"}
         assert line["tokens"] == 128 * line["step"]
     assert loss < math.log(257) - 1, "it has learned"
-    for word in ("nano", "quartet", "cpu", str(directory.path.name), "bigram", "next:"):
+    for word in ("nano", "quartet", "cpu", str(directory.path.name), "bigram"):
         assert word in shown.replace("\n", "")
 
 
@@ -145,7 +146,8 @@ def test_a_seed_is_a_run(small):
 def test_a_dry_run_touches_nothing(small, tmp_path, capsys):
     assert run(compose([*small, "recipe=quartet", "dry_run=true"])) is None
     assert not (tmp_path / "runs").exists()
-    assert "FLOP" in capsys.readouterr().out
+    out = " ".join(capsys.readouterr().out.split())
+    assert "FLOP" in out and all(f"quartet differs: {each}" in out for each in read_recipe("quartet").deviations)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(small, tmp_path, monkeypatch):
@@ -267,6 +269,18 @@ def test_a_mistake_on_the_command_line_is_one_message_without_a_traceback():
     assert done.stderr.startswith("error: unknown key 'lrr'") and "Traceback" not in done.stderr
 
 
+def test_a_run_ends_with_the_commands_that_come_next_and_a_multirun_does_not(small, tmp_path):
+    """Each command exists: the target of the Makefile, the script, the run."""
+    settings = [*small, "callbacks.sample_tokens=0", "debug.max_steps=2"]
+    shown = command(*settings).stdout
+    after = [line.strip() for line in shown.split("next:\n", 1)[1].splitlines()]
+    assert after[0].startswith("make compare ") and "\ncompare: " in (ROOT / "Makefile").read_text()
+    path = only_run(tmp_path).path
+    assert after[1].startswith(f"python scripts/report.py {path} --out report.html ")
+    assert after[2].startswith(f"python -c \"import qtrain; print(qtrain.load_run('{path}'))\"")
+    assert "next:" not in command("-m", *settings, "seed=1,2").stdout
+
+
 def test_help_lists_what_there_is():
     shown = command("--help").stdout
     for word in (
@@ -305,7 +319,7 @@ def test_the_last_part_of_a_run_can_be_in_high_precision(small, tmp_path, monkey
         return loss(model, tokens, **more)
 
     monkeypatch.setattr(module, "next_token_loss", watched)
-    run(compose([*small, "recipe=tetrajet_v2", "recipe.high_precision_after=0.5"]))
+    run(compose([*small, "recipe=tetrajet_v2_baseline", "recipe.high_precision_after=0.5"]))
     training = [high for is_training, high in seen if is_training]
     assert training == [False] * 6 + [True] * 6
     assert seen[-1] == (False, True)

@@ -25,7 +25,7 @@ from qtrain.models.llama import Llama
 from qtrain.recipe import read_recipe
 from qtrain.settings import configs_dir, parse
 
-RECIPES = ("quartet_v1", "quartet_ii", "tetrajet_v2", "quartet")
+RECIPES = ("quartet_v1", "quartet_ii", "tetrajet_v2_baseline", "quartet")
 SETTINGS = ("step", "micro_batch")
 MICRO_BATCHES = 8
 

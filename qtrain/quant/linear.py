@@ -33,6 +33,7 @@ from qtrain.recipe import LinearRecipe
 from qtrain.settings import FP8_GEMMS, Backend, GemmKind, Redraw
 from qtrain_kernels import dispatch
 from qtrain_kernels.gemm import Folded, fp8_matmul
+from qtrain_kernels.precision import Linear
 from qtrain_kernels.reference import Rotation, stored_integer
 
 
@@ -105,7 +106,7 @@ class Numerics:
             left, right = (Quantizer.build(spec, backend) for spec in operands.values())
             dtypes = left.eight_bits, right.eight_bits
             if right.reuses:
-                dtypes = left.eight_bits, _reused(gemms["fprop"], gemm_name, left.multiple > 1)
+                dtypes = left.eight_bits, _reused(gemms["fprop"], gemm_name, gemm_name == "wgrad" or left.multiple > 1)
             gemms[gemm_name] = Gemm(left, right, _multiplied(*dtypes))
         return Numerics(**gemms, gemm=gemm, redraw=recipe.redraw)
 
@@ -445,7 +446,7 @@ def _state(weight: Tensor, scale: Tensor | None) -> tuple[int, ...]:
     return _OptimizerSteps.count, weight._version, -1 if scale is None else scale._version
 
 
-class QuantLinear(nn.Linear):
+class QuantLinear(Linear):
     """An nn.Linear with the same parameters and state dict, whose GEMMs follow a recipe. Made by `qtrain.convert`.
 
     x (..., K) -> (..., N) in the autocast dtype, or x's own without autocast (bfloat16 or float32). The weight stays

@@ -408,10 +408,10 @@ def nvfp4(
     uniform: Array | None = None,
 ) -> Array:
     """E2M1 in blocks of rows x 16, their scales on a minifloat grid under one of the tensor: amax at limit * cap."""
-    blocks = tiles_of(v, rows, 16)
+    blocks = tiles_of(filled(v.T, rows).T, rows, 16)
     s_t = np.abs(v).max() / limit / (cap or max(scales))
-    draws = None if uniform is None else tiles_of(uniform, rows, 16)
-    return untiled(scaled(blocks, block_scales(blocks, limit, s_t, scales) * s_t, E2M1_GRID, draws), rows, 16)
+    draws = None if uniform is None else tiles_of(filled(uniform.T, rows).T, rows, 16)
+    return untiled(scaled(blocks, block_scales(blocks, limit, s_t, scales) * s_t, E2M1_GRID, draws), rows, 16)[: len(v)]
 
 
 def four_over_six(v: Array) -> Array:
@@ -479,7 +479,7 @@ def nvidia_nvfp4(
 ) -> Result:
     """NVIDIA (arXiv 2509.25149): 16x16 weights, the same in forward and dgrad; wgrad alone rotated, with the run's
     signs, from high precision. rows, limit: 1 and 6 * 16/17 elsewhere. saved: wgrad takes the forward's x."""
-    xq, wq = nvfp4(x), nvfp4(filled(w.T, rows).T, rows=rows)[: len(w)]
+    xq, wq = nvfp4(x), nvfp4(w, rows=rows)
     wide = filled(dy, 16)
     dyq = nvfp4(wide, limit, uniform=draws.uniform("dgrad.dy", wide.shape))[:, : dy.shape[1]]
     h = rotation(16, draws.signs("wgrad.signs", 16))

@@ -115,12 +115,10 @@ def test_redrawing_renames_the_runs_that_it_changes_and_no_other(overrides: list
 
 def test_names_from_before_recipe_redraw_are_kept() -> None:
     """Pinned at the version before it."""
-    assert config_hash(compose(["trainer.precision=bf16-mixed", "recipe=quartet"])) == "89269430"
-    assert config_hash(compose(["trainer.precision=bf16-mixed", "recipe=quest", ACCUMULATED])) == "6ff53fc3"
-    assert (
-        config_hash(compose(["trainer.precision=bf16-mixed", "recipe=quartet_v1", "recipe.redraw=step", ACCUMULATED]))
-        == "a2898620"
-    )
+    base = "trainer.precision=bf16-mixed"
+    assert config_hash(compose([base, "recipe=quartet"])) == "89269430"
+    assert config_hash(compose([base, "recipe=quest", ACCUMULATED])) == "6ff53fc3"
+    assert config_hash(compose([base, "recipe=quartet_v1", "recipe.redraw=step", ACCUMULATED])) == "a2898620"
 
 
 def test_a_run_from_before_recipe_redraw_goes_on_as_it_began(tmp_path: Path) -> None:

@@ -417,8 +417,8 @@ def test_a_layer_computes_what_the_paper_says(name: str, shape: tuple[int, int])
 
 @pytest.mark.parametrize("name", CASES)
 def test_out_features_that_blocks_do_not_divide_are_filled_with_zeros(name: str) -> None:
-    """As those of lm_head, a vocabulary of 257; or of 272, which blocks of 32 and 128 do not divide, where an oracle takes
-    whole blocks of 16 alone."""
+    """As those of lm_head, a vocabulary of 257; or of 272, which 32 and 128 do not divide, where an oracle takes whole
+    blocks of 16 alone."""
     x, w, dy = inputs(64, 256, 272 if name in ("mxfp8_fwd_nvfp4_bwd", "ue5m3_fp4") else 257)
     module = layer(CASES[name].recipe, w)
     found, expected = run(module, x, dy), CASES[name].paper(*given(module, x, dy))

@@ -422,13 +422,13 @@ class _OptimizerSteps:
 
     count = 0
 
-    @staticmethod
-    @torch.compiler.disable
-    def note(*_: Any) -> None:
-        _OptimizerSteps.count += 1
+
+@torch.compiler.disable
+def _note_step(*_: Any) -> None:
+    _OptimizerSteps.count += 1
 
 
-register_optimizer_step_post_hook(_OptimizerSteps.note)
+register_optimizer_step_post_hook(_note_step)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,11 @@
 graphs, which serve CUDA, for some plans, one graph for all shapes."""
 
 import logging
+import platform
+import subprocess
 from dataclasses import replace
+from functools import cache
+from pathlib import Path
 from typing import Any, get_args
 
 import pytest
@@ -76,7 +80,7 @@ def same(a: Tensor | None, b: Tensor | None) -> bool:
 def alike(a: Tensor | float | None, b: Tensor | float | None) -> bool:
     """Equal bits, and NaN in the same places."""
     if not isinstance(a, Tensor) or not isinstance(b, Tensor):
-        return a == b
+        return bool(a == b)
     return same(one_nan(a), one_nan(b))
 
 
@@ -86,7 +90,7 @@ def one_nan(x: Tensor) -> Tensor:
 
 
 def shapes_of(plan: Plan) -> list[tuple[int, int, int]]:
-    """Both dims; whole and broken vectors of sixteen lines; lines that sixteen does not divide."""
+    """Both dims; whole and broken vectors of lines, at any number of lanes; lines that no number of lanes divides."""
     span = plan.span or 96
     rows = [(1, span, 1), (6, span, 1), (131, span, 1)]
     columns = [(1 if plan.span is None else 5, span, 33), (1 if plan.span is None else 2, span, 64)]
@@ -178,6 +182,48 @@ def test_lines_that_are_too_long_for_a_tile_are_the_references(name: str, monkey
     assert alike(scale, cpu.tensor_scale(x, plan, rotation))
     expected, found = (module.encode(x, scale, KEY, plan, rotation) for module in (reference, cpu))
     assert all(map(alike, expected, found))
+
+
+def compile_afresh(monkeypatch: pytest.MonkeyPatch) -> None:
+    """cpu.py forgets, for one test, what it has loaded."""
+    for name, each in vars(cpu).copy().items():
+        if hasattr(each, "cache_clear"):
+            monkeypatch.setattr(cpu, name, cache(each.__wrapped__))
+
+
+@pytest.mark.skipif(platform.machine().lower() not in ("x86_64", "amd64"), reason="vector instructions of x86")
+@pytest.mark.parametrize(("capability", "flag"), [("AVX2", "-mno-avx512f"), ("DEFAULT", "-mno-avx")])
+def test_fewer_lanes_change_nothing(
+    capability: str, flag: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """What ATEN_CPU_CAPABILITY asks of torch, the C++ kernels keep too."""
+    compile_afresh(monkeypatch)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    commands: list[list[str]] = []
+    run = subprocess.run
+    monkeypatch.setattr(cpu.subprocess, "run", lambda command, **rest: commands.append(command) or run(command, **rest))
+    monkeypatch.setattr(cpu, "cache_dir", lambda: str(tmp_path))
+    for name in ("quartet backward", "four over six", "ms-eden", "quest"):
+        plan = PLANS[name]
+        for shape in shapes_of(plan)[2:5]:
+            x = hard_input(shape)
+            scale = reference.tensor_scale(x, plan)
+            expected, found = (module.operand(x, scale, KEY, plan, torch.bfloat16) for module in (reference, cpu))
+            assert all(map(alike, expected, found)), (name, shape)
+    assert all(flag in command for command in commands if "-shared" in command) and len(commands) > 4
+
+
+def test_code_for_other_instructions_is_compiled_anew(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A home folder that two machines share holds the code of both."""
+    monkeypatch.setattr(cpu, "cache_dir", lambda: str(tmp_path))
+    for flags, processor in (
+        (cpu.flags(), "flags: avx2"), (cpu.flags(), "flags: avx2 avx512f"), ((*cpu.flags(), "-O1"), "flags: avx2"),
+    ):  # fmt: skip
+        compile_afresh(monkeypatch)
+        monkeypatch.setattr(cpu, "flags", lambda flags=flags: flags)
+        monkeypatch.setattr(cpu, "_processor", lambda processor=processor: processor)
+        cpu.rotate(torch.ones(1, 2, 1), Rotation(2))
+    assert len(list((tmp_path / "qtrain").glob("*.so"))) == 3
 
 
 def operators() -> list[tuple[Any, tuple[Any, ...]]]:

@@ -1,12 +1,12 @@
-"""Compiles every kernel variant that tests/test_triton.py launches for compute capability 9.0, on a machine without a GPU.
+"""Compiles every kernel variant that tests/test_triton.py launches, for compute capability 9.0; needs no GPU.
 
     python tests/kernel_variants.py                    # all of about a thousand: 3 minutes, then a second each
     python tests/kernel_variants.py --seconds 280      # stops then, with exit status 2; the next run goes on
 
-The tests run once in Triton's interpreter, where each launch is noted: kernel, kinds of arguments, warps. The notes are
-kept in --variants, and are made anew where that file is missing; delete it after a change of kernels or tests. Then each
-variant is launched under a driver that compiles and launches nothing. What is compiled lies in TRITON_CACHE_DIR, which
-serves a GPU of this kind under the same Triton.
+The tests run once in Triton's interpreter, where each launch is noted: kernel, kinds of arguments, warps. The notes
+are kept in --variants, and are made anew where that file is missing; delete it after a change of kernels or tests. Then
+each variant is launched under a driver that compiles and launches nothing (kernels/bench/fake_driver.py). What is
+compiled lies in TRITON_CACHE_DIR, which serves a GPU of this kind under the same Triton.
 """
 
 from __future__ import annotations
@@ -102,6 +102,7 @@ def record(path: Path) -> None:
 def compile_all(variants: list[Variant], seconds: float) -> tuple[int, list[str]]:
     """How many were compiled, all or as many as there was time for, and what failed, with its error."""
     import fake_driver
+
     from qtrain_kernels.quantize import UNFUSED
 
     fake_driver.install()

@@ -227,7 +227,7 @@ def fp8_factors(m: int, k: int, n: int) -> tuple[Tensor, Tensor, Tensor]:
     """(M, K) and (K, N) of small integers; (M, 1) powers of two."""
     generator = torch.Generator().manual_seed(m + k + n)
     left, right = (torch.randint(-6, 7, shape, generator=generator).float() for shape in ((m, k), (k, n)))
-    return left, right, torch.exp2(torch.arange(m) - m / 2.0)[:, None]
+    return left, right, torch.exp2(torch.arange(m) - m // 2.0)[:, None]
 
 
 def test_cudas_fp8_sizes_are_filled_with_zeros(monkeypatch: pytest.MonkeyPatch) -> None:

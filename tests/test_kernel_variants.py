@@ -1,5 +1,5 @@
-"""Triton's kernels compile for compute capability 9.0 without a GPU: the main ones here, in the slow suite every variant
-that tests/test_triton.py launches."""
+"""Triton's kernels compile for compute capability 9.0 without a GPU: the main ones in the default suite, every variant
+that tests/test_triton.py launches in the slow one."""
 
 import os
 import subprocess

@@ -5,7 +5,9 @@ tests/test_resume.py stops and resumes a run on a GPU.
 """
 
 from itertools import product
+from pathlib import Path
 
+import conftest
 import pytest
 import torch
 from test_triton import INTERPRETED, run_in_the_interpreter
@@ -177,3 +179,29 @@ def test_training_by_triton_equals_the_references(recipe: str, device: str) -> N
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreter")
 def test_in_the_interpreter() -> None:
     run_in_the_interpreter(__file__)
+
+
+# ---------------------------------------------------------------------------------------------------------- collection
+
+
+def test_a_missing_package_skips_its_module_where_gpu_tests_are_asked_for(
+    request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    """And is an error elsewhere, as one of our own modules is in any case."""
+
+    def collect(code: str, markers: str = "gpu") -> None:
+        path = tmp_path / f"test_{len(list(tmp_path.iterdir()))}.py"
+        path.write_text(code)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(request.config.option, "markexpr", markers)
+            module = conftest.pytest_pycollect_makemodule(path, request.session)
+        (module or pytest.Module.from_parent(request.session, path=path)).collect()
+
+    with pytest.raises(pytest.skip.Exception, match=r"needs no_such_package, which is not installed"):
+        collect("import no_such_package.part\n")
+    for code, markers in (
+        ("import no_such_package\n", "not slow"),
+        ("import qtrain_kernels.graphs\n", "gpu"),
+    ):
+        with pytest.raises(pytest.Collector.CollectError):
+            collect(code, markers)

@@ -9,6 +9,8 @@ model = qtrain.load_run("runs/quartet-1a2b3c4d")
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+import qtrain_kernels  # noqa: F401  before torch: it sets how long torch's threads spin
+
 if TYPE_CHECKING:
     from qtrain.quant import convert, fake_quantize, fp8_rounded, recipes, set_step
     from qtrain.run import load_run

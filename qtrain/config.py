@@ -148,6 +148,9 @@ class TrainerConfig(Strict):
 
     batch_tokens: tokens per optimiser step; micro_batch_size: sequences per device and forward.
     device: auto | cpu | cuda; devices: how many of them, per node.
+    precision: bf16-mixed | 32-true | auto, which is bf16-mixed where the device has units for bfloat16, or where
+        gemm=fp8 needs it, and 32-true elsewhere. The settings of a run hold what auto came to: see
+        `qtrain.plan.resolve_precision`.
     share_trunk: wsd runs that differ in their budget alone compute what they have in common once. Each leaves its state
         before its decay in run_root/trunks, and starts from the longest that another left there: the same result, bit
         for bit.
@@ -160,7 +163,7 @@ class TrainerConfig(Strict):
     grad_clip: float | None = Field(1.0, gt=0)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     devices: int = Field(1, gt=0)
-    precision: Literal["bf16-mixed", "32-true"] = "bf16-mixed"
+    precision: Literal["auto", "bf16-mixed", "32-true"] = "auto"
     compile: bool = False
     share_trunk: bool = False
 
@@ -243,7 +246,7 @@ class Config(Strict):
 
     @model_validator(mode="after")
     def _fp8_gives_bfloat16(self) -> Config:
-        if self.gemm in FP8_GEMMS and self.trainer.precision != "bf16-mixed":
+        if self.gemm in FP8_GEMMS and self.trainer.precision == "32-true":
             raise ValueError(
                 f"gemm={self.gemm} gives products in bfloat16, and trainer.precision is {self.trainer.precision}; set "
                 "trainer.precision=bf16-mixed or gemm=auto"
@@ -285,7 +288,12 @@ NOT_IN_HASH = (
     "logger",
     "debug.detect_anomaly",
     "recipe.source",
+    "recipe.deviations",
 )
+# What a setting was before its default changed. Runs that have this value keep the names that they had then.
+AT_INTRODUCTION: dict[str, Any] = {
+    "trainer.precision": "bf16-mixed",
+}
 
 
 def result_keys(config: Config, exclude_defaults: bool = False) -> dict[str, Any]:
@@ -302,11 +310,26 @@ def result_keys(config: Config, exclude_defaults: bool = False) -> dict[str, Any
 
 def hashed_keys(config: Config) -> dict[str, Any]:
     """The settings that determine the result, for a hash of them. Those that equal the default of their class are left
-    out: a setting that comes later, with what was done before as its default, keeps every run's name."""
-    tree = result_keys(config, exclude_defaults=True)
+    out: a setting that comes later, with what was done before as its default, keeps every run's name. Where a default
+    has changed since, AT_INTRODUCTION has the value that is left out.
+
+    ValueError for trainer.precision=auto, which is no result yet: `qtrain.plan.resolve_precision` comes first.
+    """
+    if config.trainer.precision == "auto":
+        raise ValueError("trainer.precision=auto has no hash; resolve it first (qtrain.plan.resolve_precision)")
+    tree, complete = result_keys(config, exclude_defaults=True), result_keys(config)
+    for key, before in AT_INTRODUCTION.items():
+        *groups, leaf = key.split(".")
+        node, found = tree, complete
+        for group in groups:
+            node, found = node[group], found[group]
+        node.pop(leaf, None)
+        if found[leaf] != before:
+            node[leaf] = found[leaf]
     overrides = tree.get("recipe", {}).get("overrides", {})  # the first match holds: their order counts
     if overrides:
-        pairs = ((pattern, {k: v for k, v in other.items() if k != "source"}) for pattern, other in overrides.items())
+        words = {"source", "deviations"}
+        pairs = ((name, {k: v for k, v in other.items() if k not in words}) for name, other in overrides.items())
         tree["recipe"]["overrides"] = list(pairs)
     return tree
 

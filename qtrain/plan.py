@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass
 
+import torch
 from rich.table import Table
 
 from qtrain.config import Config, TokenizerConfig
@@ -13,6 +14,8 @@ from qtrain.metrics import Memory, estimate_memory, flops_per_token
 from qtrain.models.llama import count_parameters
 from qtrain.optim import warmup_steps
 from qtrain.recipe import LinearRecipe, QuantSpec
+from qtrain.settings import FP8_GEMMS
+from qtrain_kernels.precision import has_bfloat16_units
 
 MIN_TELEMETRY_STEPS = 40  # taking the quantisers' health once costs most of a step of a small model
 BYTES_VOCABULARY = 257  # 256 values and the end-of-document token
@@ -71,7 +74,8 @@ class RunPlan:
             "tokens": f"{self.tokens:,} of {config.data.source}, {ratio:.3g} per {kind} parameter",
             "steps": f"{self.steps:,} of {self.batch_tokens:,} tokens ({self._split(config)})",
             "optimizer": f"{optimizer.name}, lr {optimizer.lr:g}, {schedule}, {decay}",
-            "compute": f"{self.flops:.3g} FLOP in {trainer.precision}",
+            "compute": f"{self.flops:.3g} FLOP",
+            "precision": _describe_precision(config),
             "memory": f"about {_bytes(self.memory.total)} per device: "
             + ", ".join(f"{key} {size}" for key, size in parts.items()),
             "every": f"log {self.log_every_steps:,}, validate {self.val_every_steps:,}, checkpoint "
@@ -83,6 +87,36 @@ class RunPlan:
         devices = self.batch_tokens // (self.micro_batches * size * length)
         on_devices = f" on {devices} devices" if devices > 1 else ""
         return f"{self.micro_batches} x {size} sequences of {length}{on_devices}"
+
+
+def resolve_precision(config: Config) -> Config:
+    """config with trainer.precision=auto replaced by what it is on this machine; any other config as it is."""
+    if config.trainer.precision != "auto":
+        return config
+    mixed = config.gemm in FP8_GEMMS or has_bfloat16_units(_device_type(config))
+    trainer = config.trainer.model_copy(update={"precision": "bf16-mixed" if mixed else "32-true"})
+    return config.model_copy(update={"trainer": trainer})
+
+
+def _device_type(config: Config) -> str:
+    """cuda | cpu: where the run would train."""
+    device = config.trainer.device
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return device
+
+
+def _describe_precision(config: Config) -> str:
+    """The precision of a run and what it means on its device: the same words whether it was asked for or is auto's."""
+    precision, device = config.trainer.precision, _device_type(config)
+    units, mixed = has_bfloat16_units(device), precision == "bf16-mixed"
+    found = f"{precision}: the {device} device has {'' if units else 'no '}bfloat16 units"
+    if units == mixed:
+        return found
+    if units:
+        return f"{found}, which bf16-mixed would use"
+    why = f"gemm={config.gemm} needs bf16-mixed" if config.gemm in FP8_GEMMS else "32-true is faster"
+    return f"{found} and takes bfloat16 products in float32; {why}"
 
 
 def make_plan(config: Config, world_size: int = 1, vocab_size: int | None = None) -> RunPlan:

@@ -124,6 +124,7 @@ OF_THE_WHOLE_MODEL = ("skip", "overrides", "first_blocks", "last_blocks", "high_
 class LinearRecipe(Strict):
     """The numerics of a linear layer: three GEMMs of two operands each, and the layers that stay in high precision.
 
+    source: the paper or code that the recipe follows. deviations: where it differs from that source, a sentence each.
     format: of every operand that names none itself; `bits: b` is short for int<b>, and where given stands for it.
     skip: layers left as they are, by full name, last component or pattern. overrides: pattern -> another recipe, by
     name or written out, of which the GEMMs count; the first that matches a layer holds, before skip. first_blocks,
@@ -134,6 +135,7 @@ class LinearRecipe(Strict):
 
     name: str
     source: str = ""
+    deviations: tuple[str, ...] = ()
     bits: int | None = Field(None, ge=1, le=8)
     format: str | None = None
     skip: tuple[str, ...] = ("lm_head",)
@@ -202,6 +204,15 @@ class LinearRecipe(Strict):
             for name, gemm in gemms.items()
             if gemm is not None
         }
+
+    @property
+    def provenance(self) -> list[str]:
+        """Lines for a reader: the source and the deviations of this recipe and of those in its overrides."""
+        lines = []
+        for recipe in (self, *self.overrides.values()):
+            lines += [f"{recipe.name} is from: {recipe.source}"] if recipe.source else []
+            lines += [f"{recipe.name} differs: {deviation}" for deviation in recipe.deviations]
+        return list(dict.fromkeys(lines))
 
     @property
     def default_format(self) -> str | None:

@@ -37,10 +37,6 @@ def main() -> None:
     """Entry point of train.py and of the command qtrain-train. Exit codes: 0 done, 2 a mistake in what was asked or a
     run that could not go on, 130 stopped by Ctrl-C (the same command continues)."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands exceptions on: what they look like is decided here
-    # Threads that wait for each other spin only briefly before they sleep: with OpenMP's default, a busy core was seen
-    # to cost quartet on nano more than nine tenths of its speed. On two cores of an EPYC, one busy with another
-    # program, nano in BF16 trains at 8k tokens/s like this, and at 37k with both cores free.
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     try:
         sys.argv[1:] = checked_overrides(sys.argv[1:])
         with _stop.listening():
@@ -151,10 +147,13 @@ def _job(tree: DictConfig) -> float | None:
 
 
 def to_config(tree: DictConfig) -> Config:
-    """A composed tree -> checked settings."""
+    """A composed tree -> checked settings, with trainer.precision=auto replaced by what it is on this machine."""
     plain = OmegaConf.to_container(tree, resolve=True)
     assert isinstance(plain, dict)
-    return parse(Config, {str(key): value for key, value in plain.items()})
+    config = parse(Config, {str(key): value for key, value in plain.items()})
+    from qtrain.plan import resolve_precision  # and with it torch, once there are no mistakes left to be answered
+
+    return resolve_precision(config)
 
 
 def compose(overrides: Sequence[str] = ()) -> Config:

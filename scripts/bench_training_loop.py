@@ -24,6 +24,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import qtrain  # noqa: F401  before torch: it sets how long torch's threads spin
+
+# isort: split
+
 import lightning
 import torch
 from rich.console import Console

@@ -4,7 +4,10 @@ import os
 
 # Before any import that reads them.
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "WANDB_MODE": "offline", "MPLBACKEND": "Agg"}
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as qtrain.train does: a busy machine slows the tests less
+
+import qtrain_kernels  # noqa: F401  before torch: it sets how long torch's threads spin
+
+# isort: split
 
 from collections.abc import Callable, Iterable
 from pathlib import Path

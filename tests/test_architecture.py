@@ -25,16 +25,19 @@ MAY_IMPORT = {
     "qtrain_kernels.formats": "",
     "qtrain_kernels.triton_quantize": "triton",
     "qtrain_kernels.triton_packing": "triton qtrain_kernels.triton_quantize",
-    "qtrain": "(qtrain.quant qtrain.run)",
+    "qtrain": "qtrain_kernels (qtrain.quant qtrain.run)",
     "qtrain.errors": "",
     "qtrain.settings": "pydantic",
     "qtrain.recipe": "yaml pydantic qtrain.settings qtrain_kernels.formats",
     "qtrain.config": "pydantic qtrain.settings qtrain.recipe",
     "qtrain.quant": "torch qtrain.settings qtrain.recipe qtrain_kernels qtrain_kernels.formats",
-    "qtrain.models": "torch einops qtrain.config",
+    "qtrain.models": "torch einops qtrain.config qtrain_kernels",
     "qtrain.metrics": "torch qtrain.config qtrain.models",
     "qtrain.optim": "torch qtrain.config",
-    "qtrain.plan": "rich qtrain.config qtrain.recipe qtrain.models qtrain.metrics qtrain.optim",
+    "qtrain.plan": (
+        "torch rich qtrain.config qtrain.settings qtrain.recipe qtrain.models qtrain.metrics qtrain.optim "
+        "qtrain_kernels"
+    ),
     "qtrain.data": (
         "numpy torch tokenizers filelock rich (datasets huggingface_hub pyarrow transformers) qtrain.config"
     ),
@@ -64,7 +67,7 @@ MAY_IMPORT = {
         "qtrain.data qtrain.data.datamodule qtrain.run_directory qtrain.checkpoint qtrain.loggers "
         "qtrain.lightning_module qtrain.trunk qtrain.callbacks qtrain.report"
     ),
-    "qtrain.train": "hydra omegaconf qtrain.config qtrain.settings (qtrain.run rich)",
+    "qtrain.train": "hydra omegaconf qtrain.config qtrain.settings (qtrain.plan qtrain.run rich)",
 }
 NOBODY_IMPORTS = {
     "kernels": "the name of another package; ours is qtrain_kernels",

@@ -11,6 +11,7 @@ import qtrain
 from qtrain.config import ModelConfig, config_hash
 from qtrain.models.llama import Llama, count_parameters
 from qtrain.plan import RunPlan, make_plan
+from qtrain.recipe import read_recipe
 from qtrain.settings import configs_dir, group_names, parse
 from qtrain.train import compose, compose_all, jobs_of
 
@@ -70,7 +71,7 @@ def test_every_experiment_composes_and_can_be_planned(name: str) -> None:
 def test_experiments_are_listed_without_their_shared_parts() -> None:
     names = group_names("experiment")
     assert {*RECIPES, "paper/quartet_30m", "paper/bf16_800m"} <= set(names)
-    assert not [name for name in names if "_base" in name or "/_" in name]
+    assert not [name for name in names if any(part.startswith("_") for part in name.split("/"))]
 
 
 def test_every_recipe_has_an_experiment_and_a_place_in_the_readme() -> None:
@@ -80,6 +81,24 @@ def test_every_recipe_has_an_experiment_and_a_place_in_the_readme() -> None:
     named = [name for line in table.splitlines() for name in re.findall(r"`(\w+)`", line.split("|")[1])]
     assert sorted(named) == sorted(RECIPES)
     assert set(RECIPES) <= set(group_names("experiment"))
+
+
+def test_every_recipe_names_its_source_and_the_readme_says_where_it_differs() -> None:
+    """Below the README's table, a list's entry begins with the recipes that it is about and holds their sentences."""
+    readme = (configs_dir().parent / "README.md").read_text()
+    details = readme.split("<summary>Where recipes differ from their sources</summary>", 1)[1].split("</details>", 1)[0]
+    entries = [" ".join(entry.split()) for entry in details.split("\n- ")[1:]]
+    about = {entry: re.findall(r"`(\w+)`", entry.split(": ")[0]) for entry in entries}
+    assert {name for names in about.values() for name in names} == {r for r in RECIPES if read_recipe(r).deviations}
+    for name in RECIPES:
+        recipe = read_recipe(name)
+        assert recipe.source, f"{name} names no source"
+        assert all(sentence.strip().endswith(".") for sentence in recipe.deviations), f"{name}: write whole sentences"
+        listed = " ".join(entry.split(": ", 1)[1] for entry, names in about.items() if name in names)
+        for deviation in recipe.deviations:
+            assert deviation in listed, f"README.md lacks a deviation of {name}: {deviation}"
+            listed = listed.replace(deviation, "", 1)
+        assert not listed.strip(), f"README.md says what configs/recipe/{name}.yaml does not: {listed.strip()}"
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

@@ -45,6 +45,16 @@ def test_swaps_in_place_and_says_what_it_did() -> None:
     assert "fwd x:mxfp4/std" in str(report) and "skipped lm_head: named by skip (lm_head)" in str(report)
 
 
+def test_the_report_says_where_a_recipe_differs_from_its_source() -> None:
+    overrides = {"layers.0.*": "ste", "down": {"name": "ste", "bits": 2}}
+    lines = str(qtrain.convert(Numbered(2), {"name": "lsq", "overrides": overrides}, backend="reference")).splitlines()
+    for name in ("lsq", "ste"):
+        recipe = read_recipe(name)
+        assert recipe.source and recipe.deviations
+        said = [f"  {name} is from: {recipe.source}", *(f"  {name} differs: {each}" for each in recipe.deviations)]
+        assert [line for line in lines if line.startswith(f"  {name} ")] == said
+
+
 @pytest.mark.parametrize(("skip", "left"), [
     ("lm_head", {"lm_head"}),
     (["down"], {"blocks.0.down", "blocks.1.down"}),

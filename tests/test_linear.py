@@ -357,7 +357,7 @@ def accumulate(module: QuantLinear, x: Tensor, dy: Tensor) -> Tensor:
 
 
 def test_a_weight_is_quantised_once_a_step_and_again_when_it_changes(monkeypatch: pytest.MonkeyPatch) -> None:
-    module = layer("tetrajet_v2", step=0)
+    module = layer("tetrajet_v2_baseline", step=0)
     x, dy = batch()
     x.requires_grad_()
     seen = weight_quantisations(monkeypatch, module)
@@ -405,7 +405,7 @@ def test_without_a_step_the_weight_is_quantised_in_every_forward() -> None:
 
 def test_micro_batches_share_what_belongs_to_the_weight_and_nothing_else() -> None:
     """Signs and noise of a GEMM with the weight are the step's; the gradient's noise and wgrad's signs are redrawn."""
-    module = layer("tetrajet_v2")
+    module = layer("tetrajet_v2_baseline")
     rows = []
     for micro_batch in (0, 1):
         module.set_step(4, micro_batch)
@@ -417,7 +417,7 @@ def test_micro_batches_share_what_belongs_to_the_weight_and_nothing_else() -> No
 def test_accumulated_micro_batches_equal_a_recomputed_forward() -> None:
     """A kept weight is the one that a fresh layer quantises for the same step."""
     x, dy = batch()
-    kept, fresh = layer("tetrajet_v2"), layer("tetrajet_v2")
+    kept, fresh = layer("tetrajet_v2_baseline"), layer("tetrajet_v2_baseline")
     for micro_batch in (0, 1):
         kept.set_step(2, micro_batch)
         found = run(kept, x, dy)

@@ -200,7 +200,7 @@ def test_generation_without_temperature_takes_the_likeliest_token() -> None:
 
 def test_generation_draws_in_proportion_among_the_top_k() -> None:
     model = llama()
-    nn.init.zeros_(model.lm_head.weight)
+    model.layers = nn.ModuleList()  # 2000 forwards of a model with blocks take minutes on a busy machine
     nn.init.zeros_(model.norm.weight)
     model.lm_head = nn.Linear(64, VOCABULARY)  # the logits are its bias, whatever the tokens
     logits = torch.full((VOCABULARY,), -1.0)

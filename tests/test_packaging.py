@@ -82,3 +82,20 @@ def test_the_name_kernels_is_left_to_the_package_that_owns_it(tmp_path):
     (tmp_path / "kernels" / "__init__.py").write_text("def get_kernel(): ...\n")
     code = "import kernels, qtrain_kernels; assert kernels.get_kernel, kernels.__path__"
     run(sys.executable, "-c", code, cwd=ROOT, pythonpath=[ROOT, ROOT / "kernels", tmp_path])
+
+
+def test_torchs_threads_spin_briefly_unless_the_user_says_otherwise() -> None:
+    """OpenMP tells what it has read when torch was imported; GCC's is that of torch's wheels for Linux."""
+
+    def spins(**setting: str) -> list[str]:
+        environment = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"} | setting
+        command = [sys.executable, "-c", "import qtrain; qtrain.convert"]
+        environment |= {"OMP_DISPLAY_ENV": "verbose", "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        return re.findall(r"GOMP_SPINCOUNT = '(\d+)'", done.stderr)
+
+    found = spins()
+    if not found:
+        pytest.skip("torch here does not use GCC's OpenMP, whose setting this is")
+    assert set(found) == {"10000"}
+    assert set(spins(GOMP_SPINCOUNT="77")) == {"77"}

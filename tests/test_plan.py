@@ -2,15 +2,17 @@ import io
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from rich.console import Console
 
 from qtrain.config import Config
 from qtrain.errors import UserError
 from qtrain.metrics import flops_per_token
-from qtrain.plan import describe_recipe, make_plan
+from qtrain.plan import describe_recipe, make_plan, resolve_precision
 from qtrain.recipe import LinearRecipe
 from qtrain.settings import configs_dir, parse
+from qtrain_kernels import precision
 
 QUANTISED = {
     "name": "mine",
@@ -38,7 +40,7 @@ def config(**changes: Any) -> Config:
         group: yaml.safe_load((configs_dir() / group / f"{option}.yaml").read_text())
         for group, option in options.items()
     }
-    tree["trainer"] = {"tokens": 100_000, "batch_tokens": 4096, "micro_batch_size": 8}
+    tree["trainer"] = {"tokens": 100_000, "batch_tokens": 4096, "micro_batch_size": 8, "precision": "bf16-mixed"}
     tree["name"] = "test"
     for group, values in changes.items():
         tree[group] = tree[group] | values if isinstance(values, dict) else values
@@ -140,6 +142,67 @@ def test_the_table_tells_the_numbers() -> None:
         "run directory  runs/test-1234",
     ):
         assert part in text, text
+
+
+class Machine:
+    """Another machine: whether its processor has bfloat16 units, and its CUDA device; None: it has no such device."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, cpu: bool, cuda: bool | None = None) -> None:
+        monkeypatch.setattr(precision, "BFLOAT16_UNITS_ON_CPU", cpu)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda is not None)
+        monkeypatch.setattr(
+            torch.cuda, "is_bf16_supported", lambda including_emulation=True: cuda or including_emulation
+        )
+
+
+@pytest.mark.parametrize(
+    ("cpu", "cuda", "trainer", "gemm", "expected"),
+    [
+        (True, None, {}, "auto", "bf16-mixed"),
+        (False, None, {}, "auto", "32-true"),
+        (False, None, {}, "fp8", "bf16-mixed"),
+        (False, None, {}, "fp8_fast", "bf16-mixed"),
+        (False, None, {"device": "cuda"}, "auto", "bf16-mixed"),  # planned here, trained elsewhere
+        (False, True, {}, "auto", "bf16-mixed"),
+        (True, False, {}, "auto", "32-true"),
+        (False, True, {"device": "cpu"}, "auto", "32-true"),
+        (True, False, {"device": "cpu"}, "auto", "bf16-mixed"),
+        (True, None, {"precision": "32-true"}, "auto", "32-true"),
+        (False, None, {"precision": "bf16-mixed"}, "auto", "bf16-mixed"),
+    ],
+)
+def test_auto_is_the_precision_that_the_device_has_units_for(
+    monkeypatch: pytest.MonkeyPatch, cpu: bool, cuda: bool | None, trainer: dict[str, str], gemm: str, expected: str
+) -> None:
+    Machine(monkeypatch, cpu, cuda)
+    asked = config(trainer={"precision": "auto"} | trainer, gemm=gemm)
+    assert resolve_precision(asked).trainer.precision == expected
+    assert resolve_precision(asked) == config(trainer=trainer | {"precision": expected}, gemm=gemm), "no more changes"
+
+
+@pytest.mark.parametrize(
+    ("cpu", "trainer", "gemm", "words"),
+    [
+        (True, {"precision": "bf16-mixed"}, "auto", "bf16-mixed: the cpu device has bfloat16 units"),
+        (False, {"precision": "32-true"}, "auto", "32-true: the cpu device has no bfloat16 units"),
+        (True, {"precision": "32-true"}, "auto",
+         "32-true: the cpu device has bfloat16 units, which bf16-mixed would use"),
+        (False, {"precision": "bf16-mixed"}, "auto",
+         "bf16-mixed: the cpu device has no bfloat16 units and takes bfloat16 products in float32; 32-true is faster"),
+        (False, {"precision": "auto"}, "fp8",
+         "bf16-mixed: the cpu device has no bfloat16 units and takes bfloat16 products in float32; "
+         "gemm=fp8 needs bf16-mixed"),
+    ],
+)  # fmt: skip
+def test_the_table_tells_the_precision_and_why(
+    monkeypatch: pytest.MonkeyPatch, cpu: bool, trainer: dict[str, str], gemm: str, words: str
+) -> None:
+    Machine(monkeypatch, cpu)
+    settings = resolve_precision(config(trainer=trainer, gemm=gemm))
+    console = Console(width=200, file=io.StringIO(), record=True)
+    console.print(make_plan(settings).table(settings))
+    line = next(line for line in console.export_text().splitlines() if line.startswith("precision"))
+    assert line.split(maxsplit=1)[1].rstrip() == words
 
 
 def test_describe_recipe() -> None:

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+from oracles import fp4_schemes as fp4
+from oracles import fp8_and_int_schemes as more
 from oracles import recipes as oracle
 from torch import Tensor, nn
 
@@ -20,6 +22,7 @@ import qtrain
 from qtrain.quant import QuantLinear
 from qtrain.quant.quantizer import Operand, Quantizer
 from qtrain.recipe import read_recipe
+from qtrain.settings import Backend
 from qtrain_kernels import reference
 
 N = 128
@@ -78,9 +81,9 @@ quartet_v1 = partial(oracle.quartet, version=1)
 four_eight, two_four = partial(oracle.quest, sparsity="4:8"), partial(oracle.quest, sparsity="2:4")
 two_four_recipe = read_recipe("quest_sparse").model_dump()
 two_four_recipe["fprop"]["w"]["sparsity"] = "2:4"
-deepseek = read_recipe("fp8_blockwise").model_dump()
-deepseek["wgrad"]["x"]["source"] = "forward"
 saved = partial(oracle.fp8_blockwise, saved=True)
+jetfire_fp4 = partial(more.jetfire, grid=oracle.E2M1_GRID)
+luq_fp4_e3m0 = partial(more.luq_fp4, forward=oracle.E3M0)
 
 CASES = {
     **quest("int1", 14.5, narrower=partial(oracle.quest, codes="int1", one_bit=1.25)),
@@ -97,6 +100,17 @@ CASES = {
     "quarot": Case("quarot", oracle.quarot, {"quest": oracle.quest}, 1.891),
     "lsq": Case("lsq", oracle.lsq, {"ste": oracle.ste, "clip": oracle.clip}, 2.41),
     "trilm": Case("trilm", oracle.trilm, {"scale per row": partial(oracle.trilm, per_row=True)}, 5.75),
+    "bitnet_b158": Case(
+        "bitnet_b158",
+        more.bitnet_b158,
+        {
+            "trilm": oracle.trilm,
+            "scale per tensor": partial(more.bitnet_b158, per_token=False),
+            "scale per row": partial(more.bitnet_b158, per_row=True),
+            "no epsilon": partial(more.bitnet_b158, epsilon=0.0),
+        },
+        5.79,
+    ),
     **halo("int8_sym", oracle.INT8, 1.003),
     **halo("e4m3", oracle.E4M3, 1.033),
     **halo("e2m1", oracle.E2M1_GRID, 2.04, saturating=partial(oracle.halo_0, grid=oracle.E2M1_GRID, saturate=0.75)),
@@ -105,6 +119,47 @@ CASES = {
         oracle.luq_int4,
         {"its own SAWB": partial(oracle.luq_int4, sawb=(12.1, 12.2)), "17 levels": partial(oracle.luq_int4, lowest=7)},
         1.697,
+    ),
+    "luq_fp4_e2m1": Case(
+        "luq_fp4_e2m1",
+        more.luq_fp4,
+        {
+            "E3M0 forward": luq_fp4_e3m0,
+            "INT4 forward": oracle.luq_int4,
+            "eight magnitudes": partial(more.luq_fp4, lowest=7),
+        },
+        2.025,
+    ),
+    "luq_fp4_e3m0": Case(
+        "luq_fp4_e3m0",
+        luq_fp4_e3m0,
+        {
+            "E2M1 forward": more.luq_fp4,
+            "geometric": partial(luq_fp4_e3m0, geometric=True),
+            "eight magnitudes": partial(luq_fp4_e3m0, lowest=7),
+        },
+        3.86,
+    ),
+    "jetfire": Case(
+        "jetfire",
+        more.jetfire,
+        {
+            "1x32": more.jetfire_in_rows,
+            "16x16": partial(more.jetfire, size=16),
+            "nearest": partial(more.jetfire, stochastic=False),
+            "float16 scales": partial(more.jetfire, scale_of="float16"),
+        },
+        1.0,
+    ),
+    "jetfire_fp4": Case(
+        "jetfire_fp4",
+        jetfire_fp4,
+        {
+            "powers of two": partial(jetfire_fp4, scale_of="rceil"),
+            "nearest": partial(jetfire_fp4, stochastic=False),
+            "float16 scales": partial(jetfire_fp4, scale_of="float16"),
+        },
+        1.888,
     ),
     "fp8_tensorwise": Case(
         "fp8_tensorwise",
@@ -125,8 +180,28 @@ CASES = {
         },
         1.040,
     ),
-    "fp8_blockwise-deepseek": Case(deepseek, saved, {"master's x": oracle.fp8_blockwise}, 1.040),
+    "deepseek_v3_fp8": Case(
+        "deepseek_v3_fp8",
+        saved,
+        {
+            "master's x": oracle.fp8_blockwise,
+            "powers of two": partial(oracle.fp8_blockwise, powers=True, saved=True),
+        },
+        1.040,
+    ),
     "mxfp8": Case("mxfp8", oracle.mxfp8, {"floor": partial(oracle.mxfp8, rule="floor")}, 1.03),
+    "mxfp8_2d": Case("mxfp8_2d", more.mxfp8_2d, {"floor": partial(more.mxfp8_2d, rule="floor")}, 1.037),
+    "mxfp8_fwd_nvfp4_bwd": Case(
+        "mxfp8_fwd_nvfp4_bwd",
+        more.mxfp8_fwd_nvfp4_bwd,
+        {
+            "master's w": partial(more.mxfp8_fwd_nvfp4_bwd, weight_of="master"),
+            "forward's x": partial(more.mxfp8_fwd_nvfp4_bwd, input_of="forward"),
+            "mxfp8": oracle.mxfp8,
+            "nvfp4": oracle.nvidia_nvfp4,
+        },
+        1.062,
+    ),
     "mxfp6": Case(
         "mxfp6",
         oracle.mxfp6,
@@ -155,10 +230,10 @@ CASES = {
         {"per 16": oracle.quartet_ii, "255.99": partial(oracle.quartet_ii_128, cap=255.99)},
         1.60,
     ),
-    "tetrajet_v2": Case(
-        "tetrajet_v2",
-        oracle.tetrajet_v2,
-        {"quartet_ii": oracle.quartet_ii_no46, "no headroom": partial(oracle.tetrajet_v2, limit=6.0)},
+    "tetrajet_v2_baseline": Case(
+        "tetrajet_v2_baseline",
+        oracle.tetrajet_v2_baseline,
+        {"quartet_ii": oracle.quartet_ii_no46, "no headroom": partial(oracle.tetrajet_v2_baseline, limit=6.0)},
         1.701,
     ),
     "nvidia_nvfp4": Case(
@@ -176,6 +251,84 @@ CASES = {
         oracle.nvfp4_masters,
         {"top exponent reserved": partial(oracle.nvfp4_masters, scales=[s for s in oracle.UE5M3 if abs(s) <= 61440])},
         1.699,
+    ),
+    "ufp4": Case(
+        "ufp4",
+        fp4.ufp4,
+        {
+            "E2M1": partial(fp4.ufp4, grid=oracle.E2M1_GRID),
+            "unrotated forward": partial(fp4.ufp4, forward=False),
+            "no signs": partial(fp4.ufp4, signs=False),
+        },
+        1.51,
+    ),
+    "ufp4-int4": Case(
+        {"name": "ufp4", "format": "int4_sym/16/float32"},
+        fp4.ufp4,
+        {"E2M1": partial(fp4.ufp4, grid=oracle.E2M1_GRID)},
+        1.51,
+    ),
+    "fp4_all_the_way": Case(
+        "fp4_all_the_way",
+        fp4.fp4_all_the_way,
+        {
+            "nearest activations": partial(fp4.fp4_all_the_way, stochastic=("dgrad.dy", "wgrad.dy")),
+            "stochastic weights": partial(
+                fp4.fp4_all_the_way, stochastic=("dgrad.dy", "dgrad.w", "wgrad.dy", "wgrad.x")
+            ),
+            "headroom": partial(fp4.fp4_all_the_way, limit=6 * 16 / 17),
+        },
+        1.722,
+    ),
+    "ue5m3_fp4": Case(
+        "ue5m3_fp4",
+        fp4.ue5m3_fp4,
+        {
+            "1x16 weights": partial(fp4.ue5m3_fp4, rows=1),
+            "amax at its top": partial(fp4.ue5m3_fp4, target=61440.0),
+            "forward's x": partial(fp4.ue5m3_fp4, saved=True),
+        },
+        1.814,
+    ),
+    "amd_mxfp4": Case(
+        "amd_mxfp4",
+        fp4.amd_mxfp4,
+        {
+            "floor": partial(fp4.amd_mxfp4, rule="floor"),
+            "random signs": partial(fp4.amd_mxfp4, signs=True),
+            "wgrad alone": partial(fp4.amd_mxfp4, everywhere=False),
+            "hadamard32": partial(fp4.amd_mxfp4, size=32),
+        },
+        1.967,
+    ),
+    "mxfp4_2d": Case(
+        "mxfp4_2d",
+        fp4.mxfp4_2d,
+        {
+            "floor": partial(fp4.mxfp4_2d, rule="floor"),
+            "16x16": partial(fp4.mxfp4_2d, tile=16),
+            "nearest": partial(fp4.mxfp4_2d, stochastic=False),
+        },
+        2.313,
+    ),
+    "mxfp4_backward": Case(
+        "mxfp4_backward",
+        fp4.mxfp4_backward,
+        {
+            "nearest": partial(fp4.mxfp4_backward, stochastic=False),
+            "no signs": partial(fp4.mxfp4_backward, signs=False),
+            "FP8 forward": partial(fp4.mxfp4_backward, fp8=True),
+        },
+        1.003,
+    ),
+    "mxfp4_backward_fp8": Case(
+        "mxfp4_backward_fp8",
+        partial(fp4.mxfp4_backward, fp8=True),
+        {
+            "BF16 forward": fp4.mxfp4_backward,
+            "master's x": partial(fp4.mxfp4_backward, fp8=True, saved=False),
+        },
+        1.026,
     ),
 }
 NEIGHBOURS = [(name, neighbour) for name, case in CASES.items() for neighbour in case.neighbours]
@@ -285,6 +438,27 @@ def test_lsq_starts_from_its_first_batch_and_clips_below() -> None:
     assert (found["dx"] == 0).mean() > 0.05
 
 
+@pytest.mark.parametrize("backend", ["reference", "compiled"])
+def test_lsq_tells_a_zero_of_a_relu_from_the_smallest_positive_value(backend: Backend) -> None:
+    """At one bit all that a ReLU's output says would be lost if its zeros took the code of its positive values. Both
+    lie within the grid, so both pass their gradient, and the step's slope is the code itself."""
+    model = nn.Sequential(nn.Linear(2, 1, bias=False))
+    qtrain.convert(model, {"name": "lsq", "bits": 1}, backend=backend)
+    module = model.get_submodule("0")
+    assert isinstance(module, QuantLinear) and module.input_scale is not None and module.weight_scale is not None
+    with torch.no_grad():
+        module.weight.copy_(torch.tensor([[0.0, 1.0]]))
+        module.input_scale.fill_(2.0)
+        module.weight_scale.fill_(2.0)
+    x = torch.tensor([[0.0, 1e-6], [-0.0, 0.0]], requires_grad=True)
+    y = module(x)  # codes -1/2 and 1/2 by a weight of -1 and 1
+    assert y.tolist() == [[2.0], [0.0]]
+    y.backward(torch.ones_like(y))
+    assert x.grad is not None and x.grad.tolist() == [[-1.0, 1.0]] * 2
+    assert module.input_scale.grad is not None
+    assert module.input_scale.grad.item() == pytest.approx(0.5)  # (1/2 + 1/2 + 1/2 - 1/2) / sqrt(4)
+
+
 def test_ue5m3_scales_reach_tokens_that_e4m3_scales_lose() -> None:
     """One token at 2^24 of the others: their blocks lie under the smallest E4M3 scale."""
     x, w, dy = inputs(*SHAPES[0])
@@ -297,6 +471,25 @@ def test_ue5m3_scales_reach_tokens_that_e4m3_scales_lose() -> None:
         for token in range(1, len(x)):
             assert lowest < sqnr(found[token], exact[token]) < highest
             assert np.linalg.norm(found[token] - expected[token]) < 1e-3 * np.linalg.norm(exact[token])
+
+
+@pytest.mark.parametrize(
+    ("name", "paper", "neighbour", "lowest", "highest"),
+    [("mxfp8_2d", more.mxfp8_2d, oracle.mxfp8, 10, 25), ("mxfp8", oracle.mxfp8, more.mxfp8_2d, 28, 40)],
+)
+def test_two_dimensional_mxfp8_weights_lose_rows_that_one_dimensional_ones_keep(
+    name: str, paper: Oracle, neighbour: Oracle, lowest: float, highest: float
+) -> None:
+    """Every other row of W at 2^-14 of the rest, which E4M3 codes under one scale hold with few bits. (Where magnitudes
+    are alike, E4M3 codes under either power of two are the same values.)"""
+    x, w, dy = inputs(*SHAPES[0])
+    w[::2] *= 2.0**-14
+    exact = (x.double() @ w.double().T).numpy()[:, ::2]
+    module = layer(name, w)
+    found = run(module, x, dy)["y"][:, ::2]
+    assert sqnr(found, paper(*given(module, x, dy))[0][:, ::2]) > BOUND
+    assert sqnr(found, neighbour(*given(module, x, dy))[0][:, ::2]) < BOUND
+    assert lowest < sqnr(found, exact) < highest
 
 
 @pytest.mark.parametrize("name", sorted(set(qtrain.recipes()) - {"bf16"}))

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import qtrain.plan
 from qtrain.config import Config, config_hash
 from qtrain.errors import UserError
 from qtrain.run_directory import RunDirectory, write_atomically
@@ -54,8 +55,29 @@ def test_hash_ignores_what_cannot_change_the_result(tmp_path, override):
 
 
 def test_hash_tells_apart_what_can(tmp_path):
-    hashes = [config_hash(compose([override])) for override in OTHER_RESULT]
-    assert len({*hashes, config_hash(compose())}) == len(OTHER_RESULT) + 1
+    base = "trainer.precision=bf16-mixed"  # auto is 32-true on some machines
+    hashes = [config_hash(compose([base, override])) for override in OTHER_RESULT]
+    assert len({*hashes, config_hash(compose([base]))}) == len(OTHER_RESULT) + 1
+
+
+def test_runs_keep_their_names_when_a_default_changes():
+    """The names that runs had when bf16-mixed was the default of trainer.precision."""
+    named = {"bf16-mixed": "e39173d1", "32-true": "061eeb57"}
+    assert {name: config_hash(compose([f"trainer.precision={name}"])) for name in named} == named
+
+
+@pytest.mark.parametrize(("units", "precision"), [(True, "bf16-mixed"), (False, "32-true")])
+def test_auto_names_the_run_that_it_comes_to(monkeypatch, units, precision):
+    monkeypatch.setattr(qtrain.plan, "has_bfloat16_units", lambda device_type: units)
+    found, asked = compose(["trainer.precision=auto"]), compose([f"trainer.precision={precision}"])
+    assert found == asked and config_hash(found) == config_hash(asked)
+    assert compose() == asked, "auto is the default"
+
+
+def test_auto_itself_has_no_name(tmp_path):
+    found = compose()
+    with pytest.raises(ValueError, match=r"trainer\.precision=auto has no hash; resolve it first"):
+        config_hash(found.model_copy(update={"trainer": found.trainer.model_copy(update={"precision": "auto"})}))
 
 
 def test_the_order_of_overrides_counts_and_their_wording_does_not():
@@ -66,8 +88,9 @@ def test_the_order_of_overrides_counts_and_their_wording_does_not():
     assert config_hash(one) != config_hash(other)
     again = parse(Config, one.model_dump(mode="json"))
     assert again == one and config_hash(again) == config_hash(one)
-    reworded = one.recipe.overrides["down"].model_copy(update={"source": "other words"})
-    recipe = one.recipe.model_copy(update={"overrides": one.recipe.overrides | {"down": reworded}})
+    words = {"source": "other words", "deviations": ("Other words.",)}
+    reworded = one.recipe.overrides["down"].model_copy(update=words)
+    recipe = one.recipe.model_copy(update=words | {"overrides": one.recipe.overrides | {"down": reworded}})
     assert config_hash(one.model_copy(update={"recipe": recipe})) == config_hash(one)
 
 

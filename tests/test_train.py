@@ -18,6 +18,7 @@ from qtrain.callbacks import DivergedError
 from qtrain.checkpoint import list_checkpoints, load_checkpoint
 from qtrain.errors import UserError
 from qtrain.quant import QuantLinear
+from qtrain.recipe import read_recipe
 from qtrain.run import run
 from qtrain.run_directory import RunDirectory
 from qtrain.train import checked_overrides, compose
@@ -133,7 +134,8 @@ def test_a_seed_is_a_run(small):
 def test_a_dry_run_touches_nothing(small, tmp_path, capsys):
     assert run(compose([*small, "recipe=quartet", "dry_run=true"])) is None
     assert not (tmp_path / "runs").exists()
-    assert "FLOP" in capsys.readouterr().out
+    out = " ".join(capsys.readouterr().out.split())
+    assert "FLOP" in out and all(f"quartet differs: {each}" in out for each in read_recipe("quartet").deviations)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(small, tmp_path, monkeypatch):
@@ -293,7 +295,7 @@ def test_the_last_part_of_a_run_can_be_in_high_precision(small, tmp_path, monkey
         return loss(model, tokens, **more)
 
     monkeypatch.setattr(module, "next_token_loss", watched)
-    run(compose([*small, "recipe=tetrajet_v2", "recipe.high_precision_after=0.5"]))
+    run(compose([*small, "recipe=tetrajet_v2_baseline", "recipe.high_precision_after=0.5"]))
     training = [high for is_training, high in seen if is_training]
     assert training == [False] * 6 + [True] * 6
     assert seen[-1] == (False, True)

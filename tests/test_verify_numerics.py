@@ -107,7 +107,7 @@ def test_a_gradient_one_percent_off_stops_concentrating(
         return Operand(exact.values, exact.post_scale * factor, exact.mask)
 
     monkeypatch.setattr(Quantizer, "operand", scaled)
-    claim = "concentration of tetrajet_v2, input gradient: slope"
+    claim = "concentration of tetrajet_v2_baseline, input gradient: slope"
     small.main(["--only", claim])
     assert verdicts(capsys.readouterr().out) == {claim: verdict}
 

@@ -1,13 +1,21 @@
-"""Matrix products in the precision that their operands have, whatever torch is allowed to do with float32."""
+"""Matrix products in the precision that their operands have, whatever torch is allowed to do and the processor can do.
+
+On a processor without bfloat16 units torch (2.13) multiplies bfloat16 matrices in a scalar loop: at 0.3 GFLOP/s a core
+with AVX2, where float32 reaches 8. There, the product of bfloat16 values is by definition the float32 product, rounded
+once to bfloat16, in the forward and in the backward. Only the functions here keep to this definition, so the layers of
+a model and its attention call them instead of torch's.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 _SETTINGS: dict[str, Any] = {
     "cuda": torch.backends.cuda.matmul,
@@ -15,12 +23,73 @@ _SETTINGS: dict[str, Any] = {
 }
 
 
+def _cpu_has_bfloat16_units() -> bool:
+    """Whether oneDNN multiplies bfloat16: by AMX, AVX512_BF16 or AVX_NE_CONVERT, by AVX-512 with conversions between,
+    or by Arm's instructions. ONEDNN_MAX_CPU_ISA limits that by itself; ATEN_CPU_CAPABILITY limits torch's own code, and
+    is taken for both, so that either setting makes a laptop of a large machine."""
+    if os.environ.get("ATEN_CPU_CAPABILITY") in ("avx2", "default"):
+        return False
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+BFLOAT16_UNITS_ON_CPU = _cpu_has_bfloat16_units()  # found once: the functions below ask at every call
+
+
+def has_bfloat16_units(device_type: str) -> bool:
+    """Whether products of bfloat16 matrices are fast on a type of device, cpu or cuda. A CUDA device that this machine
+    lacks counts as one that has the units, as all since compute capability 8.0 do."""
+    if device_type == "cuda":
+        return not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False)
+    return BFLOAT16_UNITS_ON_CPU
+
+
 def matmul(left: Tensor, right: Tensor) -> Tensor:
     """left @ right in the dtype of the two, under any autocast. Float32 stays float32 also where
     torch.set_float32_matmul_precision or torch.backends allow TF32 (CUDA) or bfloat16 (CPU): quantised values would
     lose bits, and codes would change."""
+    if left.dtype == torch.bfloat16 and _multiplies_in_float32(left):
+        return matmul(left.float(), right.float()).bfloat16()
     with torch.autocast(left.device.type, enabled=False), _ieee(left):
         return left @ right
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """F.linear, in the autocast dtype where autocast is on: x (..., K), weight (N, K), bias (N,) -> (..., N)."""
+    if not (_multiplies_in_float32(x) and _dtype_of_products(x) == torch.bfloat16):
+        return F.linear(x, weight, bias)
+    with torch.autocast("cpu", enabled=False):
+        return F.linear(_rounded(x), _rounded(weight), None if bias is None else _rounded(bias)).bfloat16()
+
+
+class Linear(nn.Linear):
+    """An nn.Linear whose product is `linear`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return linear(input, self.weight, self.bias)
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, enable_gqa: bool = False) -> Tensor:
+    """Causal F.scaled_dot_product_attention, in the autocast dtype where autocast is on. q (B, H, T, d); k, v
+    (B, H, T, d), or fewer heads that divide H with enable_gqa. Where bfloat16 is multiplied in float32, scores and
+    weights stay in float32: only the operands, the result and the gradients are rounded."""
+    if not (_multiplies_in_float32(q) and _dtype_of_products(q) == torch.bfloat16):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=enable_gqa)
+    with torch.autocast("cpu", enabled=False):
+        q, k, v = _rounded(q), _rounded(k), _rounded(v)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=enable_gqa).bfloat16()
+
+
+def _multiplies_in_float32(x: Tensor) -> bool:
+    return x.device.type == "cpu" and not BFLOAT16_UNITS_ON_CPU
+
+
+def _dtype_of_products(x: Tensor) -> torch.dtype:
+    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+
+
+def _rounded(x: Tensor) -> Tensor:
+    """x with the values of bfloat16, in float32. Its gradient, too, is rounded to bfloat16 on the way back."""
+    return x.bfloat16().float()
 
 
 @contextmanager

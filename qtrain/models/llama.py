@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from qtrain.config import ModelConfig
 from qtrain.errors import UserError
+from qtrain_kernels.precision import Linear, causal_attention
 
 
 class Llama(nn.Module):
@@ -44,7 +45,7 @@ class Llama(nn.Module):
         self.embed = nn.Embedding(vocab_size, config.dim)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
-        self.lm_head = nn.Linear(config.dim, vocab_size, bias=False)
+        self.lm_head = Linear(config.dim, vocab_size, bias=False)
         if config.tie_embeddings:
             self.lm_head.weight = self.embed.weight
         cos, sin = rope_tables(config.seq_len, config.head_dim, config.rope_theta)
@@ -96,15 +97,15 @@ class Attention(nn.Module):
         kv_dim = config.kv_heads * config.head_dim
         self.head_dim = config.head_dim
         self.grouped = config.kv_heads != config.n_heads
-        self.q = nn.Linear(config.dim, config.dim, bias=False)
-        self.k = nn.Linear(config.dim, kv_dim, bias=False)
-        self.v = nn.Linear(config.dim, kv_dim, bias=False)
-        self.o = nn.Linear(config.dim, config.dim, bias=False)
+        self.q = Linear(config.dim, config.dim, bias=False)
+        self.k = Linear(config.dim, kv_dim, bias=False)
+        self.v = Linear(config.dim, kv_dim, bias=False)
+        self.o = Linear(config.dim, config.dim, bias=False)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         q, k, v = (rearrange(y, "B T (H d) -> B H T d", d=self.head_dim) for y in (self.q(x), self.k(x), self.v(x)))
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.grouped)
+        y = causal_attention(q, k, v, enable_gqa=self.grouped)
         return self.o(rearrange(y, "B H T d -> B T (H d)"))
 
 
@@ -113,9 +114,9 @@ class MLP(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.gate = nn.Linear(config.dim, config.ffn_dim, bias=False)
-        self.up = nn.Linear(config.dim, config.ffn_dim, bias=False)
-        self.down = nn.Linear(config.ffn_dim, config.dim, bias=False)
+        self.gate = Linear(config.dim, config.ffn_dim, bias=False)
+        self.up = Linear(config.dim, config.ffn_dim, bias=False)
+        self.down = Linear(config.ffn_dim, config.dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(F.silu(self.gate(x)) * self.up(x))

@@ -20,6 +20,7 @@ from qtrain.quant.rotation import base
 from qtrain.recipe import LinearRecipe, read_recipe
 from qtrain.settings import FP8_GEMMS, Backend, GemmKind, group_names
 from qtrain_kernels import dispatch
+from qtrain_kernels.precision import Linear
 
 log = logging.getLogger("qtrain")
 
@@ -27,12 +28,13 @@ log = logging.getLogger("qtrain")
 @dataclass
 class Report:
     """What convert did. converted: qualified names; skipped: name -> reason; numerics: converted name -> its GEMMs, as
-    `print(model)` shows them."""
+    `print(model)` shows them; provenance: where the recipe comes from, and where it differs from that source."""
 
     recipe: str
     converted: list[str] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
     numerics: dict[str, str] = field(default_factory=dict)
+    provenance: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         total = len(self.converted) + len(self.skipped)
@@ -43,6 +45,7 @@ class Report:
                 lines.append(f"{_listed(self.numerics, numerics)}:")
             lines += re.split(r" (?=dgrad|wgrad)", numerics)
         lines += [f"skipped {_listed(self.skipped, why)}: {why}" for why in dict.fromkeys(self.skipped.values())]
+        lines += self.provenance
         return "\n  ".join(lines)
 
 
@@ -89,7 +92,7 @@ def convert(
     _check_names("skip", [entry for entry in names if skip is not None or entry != "lm_head"], linears)
     _check_names("recipe.overrides", recipe.overrides, linears)
     blocks = _high_precision_blocks(recipe, linears)
-    report = Report(recipe.name)
+    report = Report(recipe.name, provenance=recipe.provenance)
     recipes_of: dict[str, LinearRecipe] = {}
     for name, module in linears.items():
         own = next((other for entry, other in recipe.overrides.items() if _matches(entry, name)), recipe)
@@ -169,7 +172,7 @@ def _reason_to_skip(name: str, recipe: LinearRecipe, skip: Sequence[str]) -> str
 
 def _other_use(module: nn.Module, inside: nn.Module) -> str | None:
     """Why a linear layer is more than its weight and bias; None for a plain one. inside: the module that holds it."""
-    if type(module) is not nn.Linear:
+    if type(module) not in (nn.Linear, Linear):
         return f"a {type(module).__name__}, which may use its weight in its own way"
     if not isinstance(module.weight, nn.Parameter):
         return "its weight is computed from other parameters (weight_norm, spectral_norm)"

@@ -29,6 +29,7 @@ from qtrain.recipe import LinearRecipe
 from qtrain.settings import FP8_GEMMS, Backend, GemmKind
 from qtrain_kernels import dispatch
 from qtrain_kernels.gemm import Folded, fp8_matmul
+from qtrain_kernels.precision import Linear
 from qtrain_kernels.reference import Rotation, stored_integer
 
 
@@ -400,7 +401,7 @@ def _versions(weight: Tensor, scale: Tensor | None) -> tuple[int, int]:
     return weight._version, -1 if scale is None else scale._version
 
 
-class QuantLinear(nn.Linear):
+class QuantLinear(Linear):
     """An nn.Linear with the same parameters and state dict, whose GEMMs follow a recipe. Made by `qtrain.convert`.
 
     x (..., K) -> (..., N) in the autocast dtype, or x's own without autocast (bfloat16 or float32). The weight stays

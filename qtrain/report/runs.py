@@ -62,7 +62,7 @@ VARIANT = {"lr": "lr {:g}", "batch_tokens": "batch {:,}", "schedule": "{}"}
 NO_RESULT = (
     "name", "run_root", "run_dir", "force", "dry_run", "results", "retry_failed", "backend", "trainer.device",
     "trainer.devices", "trainer.compile", "trainer.share_trunk", "callbacks", "logger", "debug.detect_anomaly",
-    "recipe.source",
+    "recipe.source", "recipe.deviations",
 )  # fmt: skip
 # ... and those that the seed, the budget and the data say: half of them are places on one machine.
 SAID_ELSEWHERE = ("seed", "data", "tokenizer", "trainer.tokens", "trainer.tokens_per_parameter")

@@ -349,8 +349,8 @@ mxfp6 = partial(mxfp, grid=E3M2, rule="floor")
 
 
 # -------------------------------------------------------------------------------------------------------------- Quartet
-# The backward of Quartet, Quartet II and TetraJet-v2: dY and the forward's quantised values, rotated along N or T with
-# the same signs, each quantised (again); then, in Quartet, the forward's masks and inverse rotation.
+# The backward of Quartet, Quartet II and its TetraJet-v2 baseline: dY and the forward's quantised values, rotated along
+# N or T with the same signs, each quantised (again); then, in Quartet, the forward's masks and inverse rotation.
 
 
 def requantised(
@@ -452,9 +452,11 @@ quartet_ii_no46 = partial(quartet_ii, forward=nvfp4)
 quartet_ii_128 = partial(quartet_ii, correction=128)
 
 
-def tetrajet_v2(x: Array, w: Array, dy: Array, draws: Draws, limit: float = 6 * 16 / 17) -> Result:
-    """TetraJet-v2 (arXiv 2510.27527) as the authors of Quartet II ran it. limit: what amax of a block becomes under
-    stochastic rounding, low enough that a scale rounded down clips nothing."""
+def tetrajet_v2_baseline(x: Array, w: Array, dy: Array, draws: Draws, limit: float = 6 * 16 / 17) -> Result:
+    """The TetraJet-v2 baseline of Quartet II (arXiv 2601.22813), which is not the whole of TetraJet-v2 (2510.27527).
+
+    limit: what amax of a block becomes under stochastic rounding, low enough that a scale rounded down clips nothing.
+    """
     xq, wq = nvfp4(x), nvfp4(w)
 
     def q(v: Array, use: str) -> Array:

@@ -459,6 +459,20 @@ def test_lsq_tells_a_zero_of_a_relu_from_the_smallest_positive_value(backend: Ba
     assert module.input_scale.grad.item() == pytest.approx(0.5)  # (1/2 + 1/2 + 1/2 - 1/2) / sqrt(4)
 
 
+def test_lsq_gives_the_zeros_of_a_relu_the_lower_code() -> None:
+    x, w, dy = inputs(*SHAPES[1])
+    x = x.relu()
+    module = layer("lsq", w)
+    found = run(module, x, dy)
+    keys = ("y", "dx", "dweight", "dinput_scale", "dweight_scale")
+    below, above = (
+        {key: sqnr(found[key], want) for key, want in zip(keys, result, strict=True)}
+        for result in (oracle.lsq(*given(module, x, dy), zeros_above=rule) for rule in (False, True))
+    )
+    assert min(below.values()) > BOUND, below
+    assert above["y"] < 20 and above["dweight"] < 20, above
+
+
 def test_ue5m3_scales_reach_tokens_that_e4m3_scales_lose() -> None:
     """One token at 2^24 of the others: their blocks lie under the smallest E4M3 scale."""
     x, w, dy = inputs(*SHAPES[0])
@@ -490,6 +504,26 @@ def test_two_dimensional_mxfp8_weights_lose_rows_that_one_dimensional_ones_keep(
     assert sqnr(found, paper(*given(module, x, dy))[0][:, ::2]) > BOUND
     assert sqnr(found, neighbour(*given(module, x, dy))[0][:, ::2]) < BOUND
     assert lowest < sqnr(found, exact) < highest
+
+
+def test_signs_are_redrawn_where_the_source_redraws_them() -> None:
+    """An oracle takes the signs that the layer drew, and cannot tell one vector for the run from another each step."""
+    redrawn = {}
+    for name in qtrain.recipes():
+        gemms = [
+            gemm
+            for gemm, specs in read_recipe(name).operands().items()
+            if any(s.signs != "none" for s in specs.values())
+        ]
+        if gemms:
+            module = layer(name, torch.zeros(N, 128))
+            rows = [oracle.USES.index(f"{gemm}.signs") for gemm in gemms]
+            first = module.keys[rows].clone()
+            module.set_step(4, 0)
+            redrawn[name] = bool((module.keys[rows] != first).any(1).all())
+    one_vector = {"nvidia_nvfp4", "ufp4", "mxfp8_fwd_nvfp4_bwd"}
+    assert redrawn == {name: name not in one_vector for name in redrawn}
+    assert one_vector | {"quartet", "quartet_ii", "mxfp4_backward", "mxfp4_backward_fp8"} <= set(redrawn)
 
 
 @pytest.mark.parametrize("name", sorted(set(qtrain.recipes()) - {"bf16"}))

@@ -213,18 +213,27 @@ def quarot(x: Array, w: Array, dy: Array, draws: Draws, codes: str = "int4") -> 
     return straight_through(scaled(xh, amax(xh) / max(grid), grid), scaled(wh, amax(wh) / max(grid), grid), dy, h)
 
 
-def lsq(x: Array, w: Array, dy: Array, draws: Draws, bits: int = 4, steps: tuple[float, float] | None = None) -> Result:
+def lsq(
+    x: Array,
+    w: Array,
+    dy: Array,
+    draws: Draws,
+    bits: int = 4,
+    steps: tuple[float, float] | None = None,
+    zeros_above: bool = False,
+) -> Result:
     """LSQ (arXiv 1902.08153): one learned step per tensor. Also returns the gradients of the two steps.
 
-    steps: of x and w; None is LSQ's first, 2 E|x| / sqrt(q_max).
+    steps: of x and w; None is LSQ's first, 2 E|x| / sqrt(q_max). zeros_above: an exact zero, midway between two codes,
+    takes the upper one, as in the released code.
     """
-    q_min, q_max = -(2.0 ** (bits - 1)), 2.0 ** (bits - 1) - 1
+    q_max = 2.0 ** (bits - 1) - 1
     first = [2 * np.abs(v).mean() / np.sqrt(q_max) for v in (x, w)]
     values, masks, slopes = [], [], []
     for v, step in zip((x, w), steps or first, strict=True):
-        u = v / step - 0.5
-        code = np.rint(np.clip(u, q_min, q_max)) + 0.5
-        mask = (u >= q_min) & (u <= q_max)
+        u = np.clip(v / step, -q_max - 0.5, q_max + 0.5)
+        code = np.rint(u - 0.5) + 0.5 if zeros_above else np.rint(u + 0.5) - 0.5
+        mask = np.abs(v / step) <= q_max + 0.5
         values.append(code * step)
         masks.append(mask)
         slopes.append((code - mask * v / step) / np.sqrt(v.size * q_max))

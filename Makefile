@@ -7,13 +7,16 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; 
 	$$p -c "$(SUPPORTED)" 2>/dev/null && { echo $$p; break; }; done)
 
 BIN := $(VENV)/bin
+OLDEST ?= .venv-oldest
+OLDEST_PYTHON ?= $(shell for p in python3.12 $(PYTHON); do \
+	$$p -c "$(SUPPORTED)" 2>/dev/null && { echo $$p; break; }; done)
 INSTALL := $(BIN)/python -m pip --disable-pip-version-check --quiet install -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help train compare test lint format hooks bench bench-gpu constraints clean
+.PHONY: help train compare test test-oldest compile-kernels lint format hooks bench bench-gpu constraints clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s%s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-17s%s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 train: $(VENV)/.train ## train the nano Llama in MXFP4, in 1 to 3 minutes (ARGS="trainer.tokens=2e6" adds settings)
 	$(BIN)/python train.py +experiment=quartet $(ARGS)
@@ -28,6 +31,16 @@ compare: $(VENV)/.train ## train four recipes on the same text and open the page
 
 test: $(VENV)/.dev ## run the default test suite (ARGS="-k scale", ARGS="-m slow")
 	$(BIN)/python -m pytest $(ARGS)
+
+# The tests of the kernels and of what stands on them directly.
+KERNEL_TESTS := $(addprefix tests/test_,$(addsuffix .py,triton gpu kernel_variants gemm reference compiled packing formats \
+	policy precision quantizer linear))
+
+test-oldest: $(OLDEST)/.dev ## run the kernels' tests with the oldest torch and triton allowed (installs 5.3 GB)
+	$(OLDEST)/bin/python -m pytest $(KERNEL_TESTS) $(ARGS)
+
+compile-kernels: $(VENV)/.dev ## compile every kernel that the tests launch for a GPU, without one (25 minutes)
+	$(BIN)/python tests/kernel_variants.py $(ARGS)
 
 lint: $(VENV)/.dev ## check style, format and types
 	$(BIN)/ruff check
@@ -87,6 +100,16 @@ $(VENV)/.dev: pyproject.toml constraints.txt
 	@$(INSTALL) -e '.[dev]'
 	@touch $(VENV)/.train $@
 
+# torch and triton at their lower bounds, all else as it is pinned; in Python 3.12, in which that torch is most in use.
+$(OLDEST)/.dev: pyproject.toml constraints.txt
+	$(OLDEST_PYTHON) -m venv $(OLDEST)
+	@sed -nE 's/^ *"(torch|triton)>=([0-9.]+).*/\1==\2/p' pyproject.toml > $(OLDEST)/constraints.txt
+	@grep -vE '^(torch|triton)==' constraints.txt >> $(OLDEST)/constraints.txt
+	@echo "installing the oldest torch and triton into $(OLDEST), several minutes: 5.3 GB with torch for CUDA"
+	@$(OLDEST)/bin/python -m pip --disable-pip-version-check --quiet install -c $(OLDEST)/constraints.txt \
+		-e . hypothesis pytest pytest-timeout
+	@touch $@
+
 define venv
 @$(or $(PYTHON),false) -c "$(SUPPORTED)" 2>/dev/null || { \
 	echo "qtrain needs Python 3.11 or newer with its venv module; found: $$($(or $(PYTHON),python3) --version 2>&1)."; \
@@ -110,5 +133,5 @@ constraints: ## resolve constraints.txt afresh (torch and triton keep their vers
 	cp "$$new/constraints.txt" constraints.txt
 
 clean: ## remove .venv, caches and build products; runs and token shards stay
-	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) build dist .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

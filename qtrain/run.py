@@ -285,10 +285,12 @@ class Session:
         telemetry = Telemetry(recorder, plan.telemetry_every_steps, config.callbacks.telemetry_gradients)
         validate = Validate(recorder, plan.val_every_steps, self.bytes_per_token)
         trunk = [LeaveTrunk(self.trunk, self.directory, measure)] if self.trunk else []
+        precision = config.trainer.precision
+        assert precision != "auto"  # the settings of a run are resolved
         return lightning.Trainer(
             accelerator="gpu" if self.device.type == "cuda" else "cpu",
             devices=config.trainer.devices,
-            precision=config.trainer.precision,
+            precision=precision,
             max_steps=plan.steps,
             max_epochs=1,  # the data module's one epoch spans the run
             accumulate_grad_batches=plan.micro_batches,

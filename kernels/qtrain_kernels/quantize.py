@@ -215,9 +215,12 @@ def _common_tile(rows: Spec, columns: Spec) -> Tile:
 # --------------------------------------------------------------------------------------------------------------- checks
 
 
+HAS_TRITON = find_spec("triton") is not None  # a constant, since torch.compile of torch 2.11 cannot trace find_spec
+
+
 def obstacle(device_type: str) -> str | None:
     """Why Triton's kernels cannot run there, with the remedy; None if they can."""
-    if find_spec("triton") is None:
+    if not HAS_TRITON:
         return "triton is not installed; install it"
     if device_type == "cuda" or (device_type == "cpu" and _interpreted()):
         return None
@@ -244,9 +247,22 @@ def check_matrix(x: Tensor, dim: int, span: int) -> None:
         raise ValueError(f"dim {dim} must be a multiple of {span}; x has {tuple(x.shape)}; pad it with zeros")
 
 
-def check_power_of_two(name: str, size: int | None) -> None:
-    if size is not None and (size & (size - 1) or size > LARGEST_SPAN):
-        raise ValueError(f"backend 'triton' needs a {name} that is a power of two up to {LARGEST_SPAN}; got {size}")
+def missing_kernel(plan: Plan | None, rotation: int | None) -> str | None:
+    """Why there is no kernel for a plan or for a rotation of this size; None if there is one."""
+    sizes = {"rotation": rotation}
+    if plan is not None:
+        sizes |= {"block": plan.block, "correction": plan.correction}
+    for name, size in sizes.items():
+        if size is not None and (size & (size - 1) or size > LARGEST_SPAN):
+            return f"backend 'triton' needs a {name} that is a power of two up to {LARGEST_SPAN}; got {size}"
+    return None
+
+
+def check_kernel(plan: Plan | None, rotation: int | None) -> None:
+    """ValueError where there is no kernel."""
+    reason = missing_kernel(plan, rotation)
+    if reason:
+        raise ValueError(reason)
 
 
 def signs_of(rotation: Rotation | None, x: Tensor) -> Tensor | None:
@@ -267,9 +283,7 @@ def _signs(signs: Tensor | None, size: int | None, x: Tensor) -> Tensor | None:
 def _check(x: Tensor, spec: Spec, key: Tensor | None) -> None:
     """ValueError for what the kernels cannot do."""
     plan = spec.plan
-    check_power_of_two("block", plan.block)
-    check_power_of_two("correction", plan.correction)
-    check_power_of_two("rotation", spec.rotation)
+    check_kernel(plan, spec.rotation)
     check_matrix(x, spec.dim, spec.span)
     check_key(key, plan, x)
     if spec.output == "packed":

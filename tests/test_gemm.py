@@ -286,7 +286,7 @@ def test_a_weight_is_folded_once_per_optimiser_step(monkeypatch: pytest.MonkeyPa
 
     def gradient(forget: bool) -> Tensor:
         folds.clear()
-        model = layer("quartet", "fp8", (128, 256))
+        model = layer({"name": "quartet", "redraw": "step"}, "fp8", (128, 256))
         for micro_batch, x in enumerate(xs):
             qtrain.set_step(model, 1, micro_batch)
             if forget:

@@ -67,6 +67,18 @@ def only_run(tmp_path: Path) -> RunDirectory:
     return RunDirectory(path)
 
 
+@pytest.mark.parametrize(("recipe", "tokenizer"), [
+    ("quartet", []),  # a vocabulary of 257
+    ("tetrajet_v2_baseline", ["tokenizer=bpe", "tokenizer.vocab_size=300"]),
+])  # fmt: skip
+def test_lm_head_is_quantised_from_the_command_line(small, tmp_path, recipe: str, tokenizer: list[str]) -> None:
+    overrides = checked_overrides([*small, *tokenizer, f"recipe={recipe}", "recipe.skip=[]", "debug.max_steps=2"])
+    loss = run(compose([*overrides, "callbacks.sample_tokens=0"]))
+    assert loss is not None and loss < 7
+    model = qtrain.load_run(only_run(tmp_path).path)
+    assert isinstance(model.get_submodule("lm_head"), QuantLinear)
+
+
 def test_a_run_leaves_what_it_promises(small, tmp_path, capsys):
     loss = run(compose([*small, "recipe=quartet"]))
     shown = capsys.readouterr().out

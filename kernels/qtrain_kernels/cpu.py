@@ -36,7 +36,7 @@ from qtrain_kernels.checks import (
 )
 from qtrain_kernels.formats import Element
 from qtrain_kernels.operators import Namespace, read_plan, spell
-from qtrain_kernels.reference import Packed, Plan, Rotation
+from qtrain_kernels.reference import Knows, Packed, Plan, Rotation
 
 CPU = Namespace("qtrain_cpu", "CPU")
 SOURCE = Path(__file__).with_suffix(".cpp")
@@ -52,6 +52,21 @@ GRAIN = 32768  # elements that are worth a thread of their own
 TYPES = {torch.float32: "float", torch.bfloat16: "uint16_t"}
 RESULTS = TYPES | {torch.int8: "int8_t"}
 NO_ELEMENT = Element(1.0)
+KNOWS = Knows(  # what is not named here is absmax and nearest in cpu.cpp
+    "compiled",
+    rules={
+        "e8m0": (
+            "floor", "floor_three_quarters", "even", "rceil", "ceil", "round", "std", "std_round", "mse", "mse_phase",
+            "gaussian",
+        ),
+        "minifloat": ("absmax", "absmax_headroom", "absmax_fitted", "four_over_six"),
+        "float32": ("absmax", "gaussian", "absmean", "sawb"),
+        "line": ("absmax", "gaussian", "absmean", "sawb", "learned"),
+    },
+    roundings=("nearest", "stochastic", "eden"),
+    masks=("inside", "within", "error"),
+    sparsities=("2:4", "4:8"),
+)  # fmt: skip
 Values = Literal["codes", "operand", "restored"]  # codes; codes * block scale; that times the scale, rotated back
 
 
@@ -78,6 +93,7 @@ def unrotate(x: Tensor, rotation: Rotation | None, mask: Tensor | None, dtype: t
 def tensor_scale(x: Tensor, plan: Plan, rotation: Rotation | None = None) -> Tensor | float:
     """Equals reference.tensor_scale bit for bit."""
     check_spans(x)
+    KNOWS.check(plan)
     constant = reference.constant_scale(plan)
     if constant is not None:
         return constant
@@ -153,6 +169,7 @@ def _run(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Values, block scales (unless they are not asked for) and mask."""
     check_spans(x)
+    KNOWS.check(plan)
     check_key(key, plan, x)
     check_operand_dtype(dtype, plan)
     if (plan.span or 1) > LONGEST:

@@ -21,7 +21,7 @@ from qtrain_kernels import reference
 from qtrain_kernels.checks import check_key, check_operand_dtype, check_same_device, check_signs, check_spans
 from qtrain_kernels.formats import Element
 from qtrain_kernels.operators import Namespace, plan_of, spell
-from qtrain_kernels.reference import Exponent, Plan, Rotation, stored_integer
+from qtrain_kernels.reference import Exponent, Knows, Plan, Rotation, stored_integer
 
 TRITON = Namespace("qtrain", "CompositeExplicitAutograd")
 Output = Literal["codes", "bfloat16", "float32", "int8", "packed"]
@@ -30,6 +30,22 @@ LEAST_BFLOAT16 = 2.0**-133
 UNFUSED = {
     "enable_fp_fusion": False
 }  # of every launch: a fused multiply-add rounds once where the reference rounds twice
+
+
+KNOWS = Knows(  # what is not named here is absmax and nearest in triton_quantize.py; a line's scale is given
+    "triton",
+    rules={
+        "e8m0": (
+            "floor", "floor_three_quarters", "even", "rceil", "ceil", "round", "std", "std_round", "mse", "mse_phase",
+            "gaussian",
+        ),
+        "minifloat": ("absmax", "absmax_headroom", "absmax_fitted", "four_over_six"),
+        "float32": ("absmax", "gaussian"),
+    },
+    roundings=("nearest", "stochastic", "eden"),
+    masks=("inside", "within", "error"),
+    sparsities=("2:4", "4:8"),
+)  # fmt: skip
 
 
 class Quantized(NamedTuple):
@@ -52,13 +68,16 @@ class Quantized(NamedTuple):
 @dataclass(frozen=True)
 class Spec:
     """One quantisation of a matrix: plan, dim (-1 | -2), order of the rotation or None, output; with_blocks: whether
-    the block scales, if any, are written too."""
+    the block scales, if any, are written too. ValueError for a plan that there is no kernel for."""
 
     plan: Plan
     dim: int = -1
     rotation: int | None = None
     output: Output = "bfloat16"
     with_blocks: bool = True
+
+    def __post_init__(self) -> None:
+        KNOWS.check(self.plan)
 
     def __str__(self) -> str:
         """JSON of all of it, which `read_spec` takes."""

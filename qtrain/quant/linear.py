@@ -428,7 +428,7 @@ def _note_step(*_: Any) -> None:
     _OptimizerSteps.count += 1
 
 
-register_optimizer_step_post_hook(_note_step)
+register_optimizer_step_post_hook(_note_step)  # pyright: ignore[reportArgumentType]: disable's type is too wide
 
 
 @dataclass(frozen=True)

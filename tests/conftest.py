@@ -3,6 +3,8 @@
 import os
 
 # Before any import that reads them.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # the workers share the cores
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "WANDB_MODE": "offline", "MPLBACKEND": "Agg"}
 
 import qtrain_kernels  # noqa: F401  before torch: it sets how long torch's threads spin

@@ -226,6 +226,15 @@ def test_code_for_other_instructions_is_compiled_anew(monkeypatch: pytest.Monkey
     assert len(list((tmp_path / "qtrain").glob("*.so"))) == 3
 
 
+@pytest.mark.parametrize("n", [1, 7, 32, 100, 256])
+def test_random_signs_are_the_reference_s(n: int) -> None:
+    for key in (KEY, torch.tensor([-(2**31), 2**31 - 1], dtype=torch.int32)):
+        found = cpu.random_signs(n, key)
+        assert torch.equal(found, reference.random_signs(n, key)) and found.dtype == torch.float32
+    with pytest.raises(ValueError, match=r"a key is \(2,\) int32; got \(3,\) torch.int32"):
+        cpu.random_signs(n, torch.zeros(3, dtype=torch.int32))
+
+
 def operators() -> list[tuple[Any, tuple[Any, ...]]]:
     """Every operator of the C++ kernels, with arguments; both dims, every kind of result. No NaN, which equals none."""
     x, signs, across = torch.randn(64, 32, 1), SIGNS, torch.randn(1, 32, 18).bfloat16()
@@ -233,6 +242,7 @@ def operators() -> list[tuple[Any, tuple[Any, ...]]]:
     forward, eden, quest = (spell(PLANS[name]) for name in ("quartet forward", "ms-eden 128", "quest"))
     packed = torch.zeros(1024, dtype=torch.uint8)
     return [
+        (cpu._random_signs, (32, KEY)),
         (cpu._turn, (x, mask, signs, 32, torch.bfloat16, True)),
         (cpu._turn, (across, None, None, 16, torch.float32, False)),
         (cpu._line_scales, (x, signs, 32, quest)),

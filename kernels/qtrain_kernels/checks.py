@@ -40,9 +40,14 @@ def check_key(key: Tensor | None, plan: Plan, x: Tensor) -> None:
         return
     if key is None:
         raise ValueError(f"rounding {plan.rounding!r} draws random bits; got no key; give (2,) int32")
+    check_words(key)
+    check_same_device(x, key=key)
+
+
+def check_words(key: Tensor) -> None:
+    """key: (2,) int32."""
     if key.shape != (2,) or key.dtype != torch.int32:
         raise ValueError(f"a key is (2,) int32; got {tuple(key.shape)} {key.dtype}")
-    check_same_device(x, key=key)
 
 
 def check_operand_dtype(dtype: torch.dtype, plan: Plan) -> None:

@@ -146,13 +146,15 @@ inline vu positions(bool of_rows, int64_t first, int64_t column, int64_t apart) 
   for (int l = 0; l < LANES; l++) lane[l] = l;
   return (uint32_t)first + ((of_rows ? 0 : (uint32_t)column) + lane) * (uint32_t)apart;
 }
-inline vf uniform(vu index, uint32_t key0, uint32_t key1) {
+inline vu mix(vu index, uint32_t key0, uint32_t key1) {
   vu h = index ^ key0;
   h = (h ^ (h >> 16)) * 0x7FEB352Du;
   h = h ^ key1;
   h = (h ^ (h >> 15)) * 0x846CA68Bu;
-  h = h ^ (h >> 16);
-  return __builtin_convertvector((vi)(h >> 8), vf) * 0x1p-24f;
+  return h ^ (h >> 16);
+}
+inline vf uniform(vu index, uint32_t key0, uint32_t key1) {
+  return __builtin_convertvector((vi)(mix(index, key0, key1) >> 8), vf) * 0x1p-24f;
 }
 
 // ------------------------------------------------------------------------------------------------------------ rotation
@@ -579,6 +581,15 @@ extern "C" void line_scales(const void* x_, int64_t rows, int64_t inner, int64_t
   });
 }
 
+#endif
+
+#ifdef RANDOM_SIGNS
+extern "C" void random_signs(int64_t n, uint32_t key0, uint32_t key1, float* out) {
+  for (int64_t first = 0; first < n; first += LANES) {
+    vu bits = mix(positions(true, first, 0, 1), key0, key1) & 1u;
+    for (int l = 0; l < LANES && first + l < n; l++) out[first + l] = bits[l] ? 1.0f : -1.0f;
+  }
+}
 #endif
 
 #ifdef EXTENT

@@ -1,7 +1,7 @@
 """What runs where, chosen once per device and said once.
 
-Backends, whose modules have the operations that reference.py defines (rotate, unrotate, tensor_scale, encode, operand,
-fake_quantize, pack, unpack, join, split):
+Backends, whose modules have the operations that reference.py defines (random_signs, rotate, unrotate, tensor_scale,
+encode, operand, fake_quantize, pack, unpack, join, split):
 - reference: eager torch, on any device.
 - compiled: C++ that is made for each plan, on CPU.
 - triton: fused kernels, on CUDA.

@@ -49,7 +49,10 @@ def matmul(left: Tensor, right: Tensor) -> Tensor:
     lose bits, and codes would change."""
     if left.dtype == torch.bfloat16 and _multiplies_in_float32(left):
         return matmul(left.float(), right.float()).bfloat16()
-    with torch.autocast(left.device.type, enabled=False), _ieee(left):
+    if torch.is_autocast_enabled(left.device.type):
+        with torch.autocast(left.device.type, enabled=False):
+            return matmul(left, right)
+    with _ieee(left):
         return left @ right
 
 

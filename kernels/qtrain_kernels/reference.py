@@ -481,6 +481,12 @@ def mix(index: Tensor, key: Tensor) -> Tensor:
     return h ^ ((h >> 16) & 0xFFFF)
 
 
+def random_signs(n: int, key: Tensor) -> Tensor:
+    """(n,) float32 of ±1, a function of key (2,) int32."""
+    index = torch.arange(n, dtype=torch.int32, device=key.device)
+    return (mix(index, key) & 1).to(torch.float32) * 2.0 - 1.0
+
+
 def uniform(index: Tensor, key: Tensor) -> Tensor:
     """float32 multiples of 2^-24 in [0, 1)."""
     return ((mix(index, key) >> 8) & 0xFFFFFF).to(torch.float32) * 2.0**-24

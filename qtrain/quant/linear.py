@@ -74,7 +74,8 @@ class Gemm:
         spec = self.left.spec
         if spec.rotation_block is None:
             return None
-        return hadamard(spec.rotation_block or size, None if spec.signs == "none" else key, key.device)
+        drawn = None if spec.signs == "none" else key
+        return hadamard(spec.rotation_block or size, drawn, key.device, self.left.backend)
 
     @property
     def held(self) -> str:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Literal
 
 import torch
@@ -212,7 +212,7 @@ class Quantizer:
         """Whether it leaves the forward's codes as they are."""
         return self.plan is None and self.spec.source == "forward" and self.spec.rotation_block is None
 
-    @property
+    @cached_property
     def tile(self) -> tuple[int, int]:
         """(rows, elements along the contraction dim) that share a scale or a correction."""
         if self.plan is None or self.spec.number_format is None:
@@ -220,7 +220,7 @@ class Quantizer:
         rows = self.spec.number_format.rows
         return rows, (self.plan.span or 1) // rows
 
-    @property
+    @cached_property
     def multiple(self) -> int:
         """What the contraction dim must be a multiple of."""
         return math.lcm(self.tile[1], self.spec.rotation_block or 1, 8 if self.spec.sparsity else 1)

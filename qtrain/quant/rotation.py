@@ -13,13 +13,16 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from qtrain_kernels.reference import Rotation, mix
+from qtrain.settings import Backend
+from qtrain_kernels import dispatch
+from qtrain_kernels.reference import Rotation
 
 
-def hadamard(size: int, key: Tensor | None, device: torch.device) -> Rotation:
+def hadamard(size: int, key: Tensor | None, device: torch.device, backend: Backend = "auto") -> Rotation:
     """Blocks of `size` with signs that are a function of key (2,) int32; None: without signs. ValueError where no
     Hadamard matrix of this order is known here."""
-    return Rotation(size, None if key is None else signs(size, key), base(size, device))
+    signs = None if key is None else dispatch.get("random_signs", backend, device.type)(size, key)
+    return Rotation(size, signs, base(size, device))
 
 
 @cache
@@ -52,9 +55,3 @@ def _paley(order: int) -> Tensor:
     matrix[1:, 0] = -1.0
     matrix[1:, 1:] = residue[(index[:, None] - index) % q] + torch.eye(q, device="cpu")
     return matrix
-
-
-def signs(n: int, key: Tensor) -> Tensor:
-    """(n,) float32 of ±1, a function of key (2,) int32."""
-    index = torch.arange(n, dtype=torch.int32, device=key.device)
-    return (mix(index, key) & 1).to(torch.float32) * 2.0 - 1.0

@@ -49,7 +49,8 @@ def estimate_memory(config: ModelConfig, vocab_size: int, micro_batch_size: int,
     layouts (3 D), k and v (2 G d), gate, up, silu(gate) and their product (4 F), and the norms' outputs (2 D), of which
     every linear makes its own copy in mixed precision (5 D). The head: one more norm, and at the peak of the loss the
     logits in the compute dtype and two float32 tensors of their size. Mixed precision also copies every weight once.
-    Quantised operands, the allocator's slack and temporaries come on top.
+    Quantised operands, the allocator's slack and temporaries come on top; so do float32 copies of what mixed precision
+    multiplies, on a processor without bfloat16 units (`qtrain_kernels.precision`).
     """
     total, _ = count_parameters(config, vocab_size)
     size, normed = (2, 5) if mixed else (4, 2)

@@ -12,6 +12,7 @@ from qtrain.config import ModelConfig, OptimizerConfig
 from qtrain.metrics import bits_per_byte, estimate_memory, flops_per_token, matmul_parameters
 from qtrain.models.llama import Llama
 from qtrain.optim import build_optimizer
+from qtrain_kernels import precision
 
 VOCABULARY = 40
 
@@ -70,7 +71,10 @@ def test_weights_gradients_and_moments_are_exact(tied: bool) -> None:
 
 @pytest.mark.parametrize("mixed", [True, False])
 @pytest.mark.parametrize("changes", [{}, {"n_layers": 6, "n_kv_heads": 1}, {"ffn_dim": 512}])
-def test_activations_are_about_what_autograd_keeps(mixed: bool, changes: dict[str, Any]) -> None:
+def test_activations_are_about_what_autograd_keeps(
+    mixed: bool, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(precision, "BFLOAT16_UNITS_ON_CPU", True)  # without them, products keep float32 copies
     settings = config(**changes)
     model = Llama(settings, VOCABULARY)
     kept: dict[int, Tensor] = {}

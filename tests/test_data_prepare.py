@@ -351,7 +351,7 @@ def test_processes_that_prepare_at_once_agree(files: Path) -> None:
     children = [context.Process(target=_prepare_at, args=(start, data, results)) for _ in range(4)]
     for child in children:
         child.start()
-    hashes = {results.get(timeout=60) for _ in children}
+    hashes = {results.get(timeout=600) for _ in children}
     for child in children:
         child.join()
     assert hashes == {quiet(data).data_hash}

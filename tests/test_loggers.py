@@ -32,7 +32,7 @@ def train(tmp_path: Path, *overrides: str) -> None:
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "WANDB_SILENT": "true"},
         check=True,
-        timeout=200,
+        timeout=600,
     )
 
 

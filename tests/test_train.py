@@ -259,7 +259,7 @@ def command(*arguments: str) -> subprocess.CompletedProcess[str]:
         env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"},
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=600,
     )
 
 

@@ -59,7 +59,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         f"run_root={folder}/runs", "logger=wandb",
     ]  # fmt: skip
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "WANDB_SILENT": "true"}
-    subprocess.run([sys.executable, "-c", STOPPED, *small], cwd=folder, env=environment, check=True, timeout=200)
+    subprocess.run([sys.executable, "-c", STOPPED, *small], cwd=folder, env=environment, check=True, timeout=600)
     (path,) = (folder / "runs").iterdir()
     assert len(list(path.glob("wandb/offline-run-*"))) == 2
     return path

@@ -27,7 +27,7 @@ compare: $(VENV)/.train ## train four recipes on the same text and open the page
 		callbacks.sample_tokens=0 $(ARGS)
 	@echo; echo "Validation loss in nats per token; the gap is the loss less that of bf16:"; echo
 	@$(BIN)/python scripts/compare_runs.py runs/compare
-	@$(BIN)/python scripts/report.py runs/compare --out runs/compare.html --open
+	@$(BIN)/python scripts/report.py runs/compare --out runs/comparison.html --open
 
 test: $(VENV)/.dev ## run the default test suite (ARGS="-k scale", ARGS="-m slow")
 	$(BIN)/python -m pytest -n auto --maxprocesses 8 $(ARGS)

@@ -7,19 +7,40 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; 
 	$$p -c "$(SUPPORTED)" 2>/dev/null && { echo $$p; break; }; done)
 
 BIN := $(VENV)/bin
-INSTALL := $(BIN)/python -m pip --disable-pip-version-check install -c constraints.txt
+OLDEST ?= .venv-oldest
+OLDEST_PYTHON ?= $(shell for p in python3.12 $(PYTHON); do \
+	$$p -c "$(SUPPORTED)" 2>/dev/null && { echo $$p; break; }; done)
+INSTALL := $(BIN)/python -m pip --disable-pip-version-check --quiet install -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help train test lint format hooks bench bench-gpu constraints clean
+.PHONY: help train compare test test-oldest compile-kernels lint format hooks bench bench-gpu constraints clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s%s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-17s%s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
-train: $(VENV)/.train ## train the nano Llama in MXFP4 (ARGS="trainer.tokens=2e6" adds settings)
+train: $(VENV)/.train ## train the nano Llama in MXFP4, in 1 to 3 minutes (ARGS="trainer.tokens=2e6" adds settings)
 	$(BIN)/python train.py +experiment=quartet $(ARGS)
+
+# MXFP4 as Quartet does it, 2 bits by QuEST, and FP4 by the largest value of each tensor, which does not work.
+compare: $(VENV)/.train ## train four recipes on the same text and open the page that compares them (2 to 5 minutes)
+	$(BIN)/python train.py -m +experiment=bf16,quartet,quest_2bit,halo_0_fp4 trainer.tokens=524_288 run_root=runs/compare \
+		callbacks.sample_tokens=0 $(ARGS)
+	@echo; echo "Validation loss in nats per token; the gap is the loss less that of bf16:"; echo
+	@$(BIN)/python scripts/compare_runs.py runs/compare
+	@$(BIN)/python scripts/report.py runs/compare --out runs/compare.html --open
 
 test: $(VENV)/.dev ## run the default test suite (ARGS="-k scale", ARGS="-m slow")
 	$(BIN)/python -m pytest $(ARGS)
+
+# The tests of the kernels and of what stands on them directly.
+KERNEL_TESTS := $(addprefix tests/test_,$(addsuffix .py,triton gpu kernel_variants gemm reference compiled packing formats \
+	policy precision quantizer linear))
+
+test-oldest: $(OLDEST)/.dev ## run the kernels' tests with the oldest torch and triton allowed (installs 5.3 GB)
+	$(OLDEST)/bin/python -m pytest $(KERNEL_TESTS) $(ARGS)
+
+compile-kernels: $(VENV)/.dev ## compile every kernel that the tests launch for a GPU, without one (25 minutes)
+	$(BIN)/python tests/kernel_variants.py $(ARGS)
 
 lint: $(VENV)/.dev ## check style, format and types
 	$(BIN)/ruff check
@@ -35,9 +56,6 @@ hooks: $(VENV)/.dev ## run the checks before every commit
 
 RESULTS ?= build/bench
 ON_CPU := --device cpu --out $(RESULTS)
-ON_GPU := --device cuda --out $(RESULTS)
-# Recipes whose models fit into 80 GB together.
-LARGE := --vocabulary 32000 --recipes bf16,quartet,quest --compile 1 --gemm fp8
 
 bench: $(VENV)/.dev ## time quantisers, linear layers and training on CPU (RESULTS=kernels/bench/results)
 	@mkdir -p $(RESULTS)
@@ -48,27 +66,49 @@ bench: $(VENV)/.dev ## time quantisers, linear layers and training on CPU (RESUL
 	$(BIN)/python kernels/bench/bench_training.py $(ON_CPU) --compile 1
 	$(BIN)/python kernels/bench/table.py $(RESULTS)/*.json
 
-bench-gpu: $(VENV)/.dev ## the same on a GPU, at the sizes of large models
+# On a machine with a GPU nothing is installed: PYTHON, if given, or .venv if there is one, or python3 must have all.
+ON_GPU := --device cuda --out $(RESULTS)
+GPU_PYTHON = $(or $(if $(filter file,$(origin PYTHON)),$(wildcard $(BIN)/python)),$(PYTHON),python3)
+# Recipes whose models fit into 80 GB beside the one of bf16.
+LARGE := --vocabulary 32000 --recipes bf16,quartet,quest --compile 1 --gemm fp8
+# A benchmark that fails keeps its rows and stops no other; the target fails in the end.
+
+bench-gpu: export PYTHONPATH := $(CURDIR):$(CURDIR)/kernels:$(PYTHONPATH)
+bench-gpu: ## the same on a GPU, at the sizes of large models; installs nothing (PYTHON=/path/to/python)
 	@mkdir -p $(RESULTS)
-	$(BIN)/python kernels/bench/bench_kernels.py $(ON_GPU) --rows 32768 --columns 8192
-	$(BIN)/python kernels/bench/bench_quantize.py $(ON_GPU) --size 8192
-	$(BIN)/python kernels/bench/bench_linear.py $(ON_GPU) --tokens 16384 --features 4096 --out-features 4096 --gemm fp8
-	$(BIN)/python kernels/bench/bench_linear.py $(ON_GPU) --tokens 16384 --features 4096 --out-features 14336 --gemm fp8
-	$(BIN)/python kernels/bench/bench_linear.py $(ON_GPU) --tokens 16384 --features 4096 --out-features 14336 --gemm fp8_fast
-	$(BIN)/python kernels/bench/bench_training.py $(ON_GPU) --model llama_800m --batch 16 $(LARGE)
-	$(BIN)/python kernels/bench/bench_training.py $(ON_GPU) --model llama_3200m --layers 4 --batch 32 $(LARGE)
-	$(BIN)/python kernels/bench/table.py $(RESULTS)/*.json
+	$(GPU_PYTHON) kernels/bench/packages.py
+	@failed=0; \
+	measure() { echo "kernels/bench/$$*"; $(GPU_PYTHON) kernels/bench/"$$@" $(ON_GPU) || failed=1; }; \
+	measure first_contact.py env peaks equal speed gemms layers training; \
+	measure bench_kernels.py --rows 32768 --columns 8192; \
+	measure bench_quantize.py --size 8192; \
+	measure bench_training.py --model llama_800m --batch 16 $(LARGE); \
+	measure bench_training.py --model llama_3200m --layers 4 --batch 32 $(LARGE); \
+	$(GPU_PYTHON) kernels/bench/table.py $(RESULTS)/*.json; \
+	exit $$failed
 
 # The two stamps are written last, so an interrupted installation is taken up again.
 $(VENV)/.train: pyproject.toml constraints.txt
 	$(venv)
-	$(INSTALL) -e .
+	@echo "installing qtrain and 66 packages into $(VENV), a few minutes: 2.3 GB with torch for CPU, 7 GB with torch for CUDA"
+	@$(INSTALL) -e .
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml constraints.txt
 	$(venv)
-	$(INSTALL) -e '.[dev]'
+	@echo "installing qtrain and what its tests use into $(VENV), a few minutes: 2.8 GB with torch for CPU"
+	@$(INSTALL) -e '.[dev]'
 	@touch $(VENV)/.train $@
+
+# torch and triton at their lower bounds, all else as it is pinned; in Python 3.12, in which that torch is most in use.
+$(OLDEST)/.dev: pyproject.toml constraints.txt
+	$(OLDEST_PYTHON) -m venv $(OLDEST)
+	@sed -nE 's/^ *"(torch|triton)>=([0-9.]+).*/\1==\2/p' pyproject.toml > $(OLDEST)/constraints.txt
+	@grep -vE '^(torch|triton)==' constraints.txt >> $(OLDEST)/constraints.txt
+	@echo "installing the oldest torch and triton into $(OLDEST), several minutes: 5.3 GB with torch for CUDA"
+	@$(OLDEST)/bin/python -m pip --disable-pip-version-check --quiet install -c $(OLDEST)/constraints.txt \
+		-e . hypothesis pytest pytest-timeout
+	@touch $@
 
 define venv
 @$(or $(PYTHON),false) -c "$(SUPPORTED)" 2>/dev/null || { \
@@ -93,5 +133,5 @@ constraints: ## resolve constraints.txt afresh (torch and triton keep their vers
 	cp "$$new/constraints.txt" constraints.txt
 
 clean: ## remove .venv, caches and build products; runs and token shards stay
-	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) build dist .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

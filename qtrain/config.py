@@ -5,16 +5,18 @@ The YAML files under configs/ hold the values, the classes here hold the meaning
 
 from __future__ import annotations
 
+import copy
 import difflib
 import hashlib
 import json
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from qtrain.errors import UserError
 from qtrain.recipe import LinearRecipe
-from qtrain.settings import FP8_GEMMS, Backend, GemmKind, Strict, fields_at, nearest
+from qtrain.settings import FP8_GEMMS, Backend, GemmKind, Strict, fields_at, nearest, parse
 
 
 class ModelConfig(Strict):
@@ -282,7 +284,6 @@ NOT_IN_HASH = (
     "data.prepare_workers",
     "trainer.device",
     "trainer.devices",
-    "trainer.compile",
     "trainer.share_trunk",
     "callbacks",
     "logger",
@@ -290,9 +291,11 @@ NOT_IN_HASH = (
     "recipe.source",
     "recipe.deviations",
 )
-# What a setting was before its default changed. Runs that have this value keep the names that they had then.
+# What was done before a setting was there, or before its default changed. Runs of this value keep the names that they
+# had then.
 AT_INTRODUCTION: dict[str, Any] = {
     "trainer.precision": "bf16-mixed",
+    "recipe.redraw": "step",
 }
 
 
@@ -309,22 +312,23 @@ def result_keys(config: Config, exclude_defaults: bool = False) -> dict[str, Any
 
 
 def hashed_keys(config: Config) -> dict[str, Any]:
-    """The settings that determine the result, for a hash of them. Those that equal the default of their class are left
-    out: a setting that comes later, with what was done before as its default, keeps every run's name. Where a default
-    has changed since, AT_INTRODUCTION has the value that is left out.
+    """The settings that determine the result, for a hash of them. Left out are those that have the value of
+    AT_INTRODUCTION, or else the default of their class, and a recipe.redraw that changes nothing: so a setting that
+    comes later renames no run that it leaves as it was.
 
     ValueError for trainer.precision=auto, which is no result yet: `qtrain.plan.resolve_precision` comes first.
     """
     if config.trainer.precision == "auto":
         raise ValueError("trainer.precision=auto has no hash; resolve it first (qtrain.plan.resolve_precision)")
+    without_effect = () if _redraws(config) else ("recipe.redraw",)
     tree, complete = result_keys(config, exclude_defaults=True), result_keys(config)
     for key, before in AT_INTRODUCTION.items():
         *groups, leaf = key.split(".")
         node, found = tree, complete
         for group in groups:
-            node, found = node[group], found[group]
+            node, found = node.setdefault(group, {}), found[group]
         node.pop(leaf, None)
-        if found[leaf] != before:
+        if found[leaf] != before and key not in without_effect:
             node[leaf] = found[leaf]
     overrides = tree.get("recipe", {}).get("overrides", {})  # the first match holds: their order counts
     if overrides:
@@ -332,6 +336,24 @@ def hashed_keys(config: Config) -> dict[str, Any]:
         pairs = ((name, {k: v for k, v in other.items() if k not in words}) for name, other in overrides.items())
         tree["recipe"]["overrides"] = list(pairs)
     return tree
+
+
+def parse_saved(tree: Mapping[str, Any]) -> Config:
+    """The settings of a run as its config.yaml has them; those that were introduced later are as they were before.
+    UserError as `parse`."""
+    tree = copy.deepcopy(dict(tree))
+    for key, before in AT_INTRODUCTION.items():
+        group, name = key.split(".")
+        if isinstance(tree.get(group), dict):
+            tree[group].setdefault(name, before)
+    return parse(Config, tree)
+
+
+def _redraws(config: Config) -> bool:
+    """Whether recipe.redraw matters: the recipe draws for its weights, and a step has several micro-batches, of any
+    device."""
+    trainer = config.trainer
+    return config.recipe.redraws and trainer.batch_tokens > trainer.micro_batch_size * config.model.seq_len
 
 
 def config_hash(config: Config) -> str:

@@ -14,7 +14,7 @@ import yaml
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from qtrain.errors import UserError
-from qtrain.settings import Strict, configs_dir, group_names, nearest, parse
+from qtrain.settings import Redraw, Strict, configs_dir, group_names, nearest, parse
 from qtrain_kernels.formats import Format, check_scale, get_format
 
 
@@ -29,7 +29,7 @@ class QuantSpec(Strict):
     rotation: "hadamard<n>" rotates blocks of n along the contraction dim, "hadamard" the whole dim; both operands of a
         GEMM must agree.
     signs: random signs applied before the rotation: none, fixed (one vector for the run, the same in every layer), step
-        (redrawn every step; of wgrad every micro-batch).
+        (redrawn every step, and in each of its micro-batches as `LinearRecipe.redraw` says).
     row_rotation: "hadamard<n>" rotates blocks of n rows (tokens), undone on the product; for dgrad.dy (HALO-2).
     sparsity: 2:4 or 4:8 (in pairs), by magnitude after the rotation: what is pruned becomes zero.
     estimator: how the gradient passes the quantiser, for operands of fprop: ste, clip or trust.
@@ -118,7 +118,7 @@ class Wgrad(Strict):
     x: QuantSpec
 
 
-OF_THE_WHOLE_MODEL = ("skip", "overrides", "first_blocks", "last_blocks", "high_precision_after")
+OF_THE_WHOLE_MODEL = ("skip", "overrides", "first_blocks", "last_blocks", "high_precision_after", "redraw")
 
 
 class LinearRecipe(Strict):
@@ -131,6 +131,10 @@ class LinearRecipe(Strict):
     last_blocks: so many transformer blocks at either end stay as they are; below 1, that fraction of them, rounded.
     high_precision_after: the fraction of the run's steps after which every layer computes in the compute dtype, for
     train.py to act on. A recipe without GEMMs (bf16) converts nothing but what its overrides name.
+    redraw: whether the random bits of the weight (its noise, and the signs of fprop and dgrad) are drawn in every
+    micro_batch, as published code does in every backward, or once a step: all micro-batches then share that noise,
+    which does not average out over them, and the weight is quantised once for all of them. wgrad draws in every
+    micro-batch either way.
     """
 
     name: str
@@ -143,6 +147,7 @@ class LinearRecipe(Strict):
     first_blocks: float = Field(0, ge=0)
     last_blocks: float = Field(0, ge=0)
     high_precision_after: float | None = Field(None, ge=0, lt=1)
+    redraw: Redraw = "micro_batch"
     fprop: Fprop | None = None
     dgrad: Dgrad | None = None
     wgrad: Wgrad | None = None
@@ -213,6 +218,14 @@ class LinearRecipe(Strict):
             lines += [f"{recipe.name} is from: {recipe.source}"] if recipe.source else []
             lines += [f"{recipe.name} differs: {deviation}" for deviation in recipe.deviations]
         return list(dict.fromkeys(lines))
+
+    @property
+    def redraws(self) -> bool:
+        """Whether `redraw` changes anything where a step has several micro-batches, here or in an override."""
+        gemms = self.operands()
+        of_the_weight = [gemms[name]["w"] for name in ("fprop", "dgrad") if name in gemms]
+        own = any(spec.signs == "step" or (spec.quantised and spec.rounding != "nearest") for spec in of_the_weight)
+        return own or any(other.redraws for other in self.overrides.values())
 
     @property
     def default_format(self) -> str | None:

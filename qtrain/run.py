@@ -285,10 +285,12 @@ class Session:
         telemetry = Telemetry(recorder, plan.telemetry_every_steps, config.callbacks.telemetry_gradients)
         validate = Validate(recorder, plan.val_every_steps, self.bytes_per_token)
         trunk = [LeaveTrunk(self.trunk, self.directory, measure)] if self.trunk else []
+        precision = config.trainer.precision
+        assert precision != "auto"  # the settings of a run are resolved
         return lightning.Trainer(
             accelerator="gpu" if self.device.type == "cuda" else "cpu",
             devices=config.trainer.devices,
-            precision=config.trainer.precision,
+            precision=precision,
             max_steps=plan.steps,
             max_epochs=1,  # the data module's one epoch spans the run
             accumulate_grad_batches=plan.micro_batches,
@@ -315,7 +317,7 @@ class Session:
     # -------------------------------------------------------------------------------------------------------------- end
 
     def _finish(self) -> float:
-        """Summary, picture, sample and where to go from here. The last step's validation stands in metrics.jsonl."""
+        """Summary, picture, sample and the result. The last step's validation stands in metrics.jsonl."""
         last = self.directory.lines("val_loss")[-1]
         values = {key: last[key] for key in ("val_loss", "val_bits_per_byte")}
         speeds = [line["tokens_per_second"] for line in self.directory.lines("tokens_per_second")]
@@ -367,17 +369,10 @@ class Session:
 
     def _show_end(self, val_loss: float, val_bits: float) -> None:
         bigram = self.corpus.bigram_cross_entropy
-        path = self.directory.path
-        program = "qtrain-train" if Path(sys.argv[0]).name.startswith("qtrain-train") else "python train.py"
         lines = [
             f"validation loss {val_loss:.4f} nats per token ({val_bits:.4f} bits per byte)",
             f"bigram model    {bigram:.4f} nats per token: what the pair counts of the training text alone predict",
-            f"run directory   {path}  (loss.png, metrics.jsonl, summary.json, checkpoints/)",
-            "",
-            "next:",
-            f"  {program} -m +experiment=bf16,quest,quartet     compare recipes on the same data",
-            f"  {program} +experiment=quartet trainer.tokens=8_000_000",
-            f'  python -c "import qtrain; print(qtrain.load_run({str(path)!r}))"',
+            f"run directory   {self.directory.path}  (loss.png, metrics.jsonl, summary.json, checkpoints/)",
         ]
         self.console.print("\n".join(lines), soft_wrap=True)
 

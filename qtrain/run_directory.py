@@ -31,9 +31,9 @@ from typing import Any, TextIO
 
 import yaml
 
-from qtrain.config import Config, config_hash, result_keys
+from qtrain.config import Config, config_hash, parse_saved, result_keys
 from qtrain.errors import UserError
-from qtrain.settings import configs_dir, parse
+from qtrain.settings import configs_dir
 
 log = logging.getLogger("qtrain")
 
@@ -206,7 +206,7 @@ class RunDirectory:
         if not path.exists():
             raise UserError(f"{self.path} is no run directory: it has no config.yaml")
         try:
-            return parse(Config, yaml.safe_load(path.read_text()))
+            return parse_saved(yaml.safe_load(path.read_text()))
         except (yaml.YAMLError, UserError) as error:
             raise UserError(f"{path} does not read as the settings of a run: {error}") from None
 

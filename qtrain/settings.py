@@ -18,6 +18,7 @@ from qtrain.errors import UserError
 Backend = Literal["auto", "reference", "compiled", "triton"]
 GemmKind = Literal["auto", "float", "fp8", "fp8_fast", "fp4"]
 FP8_GEMMS = ("fp8", "fp8_fast")
+Redraw = Literal["micro_batch", "step"]
 T = TypeVar("T", bound="Strict")
 
 

@@ -12,11 +12,13 @@ from __future__ import annotations
 import copy
 import multiprocessing
 import os
+import shlex
 import signal
 import sys
 import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import hydra
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
@@ -134,7 +136,10 @@ def _job(tree: DictConfig) -> float | None:
         config = to_config(tree)
         from qtrain.run import run
 
-        return run(config)
+        loss = run(config)
+        if not several and loss is not None:
+            print(next_commands(config))
+        return loss
     except UserError as error:
         _report(error)
     except Exception:
@@ -144,6 +149,25 @@ def _job(tree: DictConfig) -> float | None:
     if several:
         raise JobFailedError
     return None
+
+
+def next_commands(config: Config) -> str:
+    """What a newcomer wants after a run. The commands that need the repository are named only there."""
+    from qtrain.run_directory import RunDirectory
+
+    path = str(RunDirectory.of(config).path)
+    inspect = f'python -c "import qtrain; print(qtrain.load_run({path!r}))"'
+    compare = "-m +experiment=bf16,quartet,quest_2bit,halo_0_fp4 trainer.tokens=524_288"
+    commands = [(f"qtrain-train {compare}", "recipes whose losses differ"), (inspect, "the numerics of every layer")]
+    if Path(sys.argv[0]).name == "train.py":
+        report = f"{shlex.join(['python', 'scripts/report.py', path])} --out report.html"
+        commands = [
+            ("make compare", "recipes whose losses differ, and the page that shows it"),
+            (report, "this run on one page: loss, speed, how every layer's quantisers fare"),
+            (inspect, "the numerics of every layer"),
+        ]
+    width = max(len(command) for command, _ in commands)
+    return "\n".join(["", "next:", *(f"  {command:<{width}}   {purpose}" for command, purpose in commands)])
 
 
 def to_config(tree: DictConfig) -> Config:

@@ -9,12 +9,16 @@ Beside report.html the folder report/ gets every figure as PDF and PNG, and the 
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import sys
+import webbrowser
 from pathlib import Path
 
 from qtrain.errors import UserError
 from qtrain.report.page import write_report
+
+SCREENS = ("DISPLAY", "WAYLAND_DISPLAY")  # of these variables, graphical sessions on Linux set at least one
 
 
 def main() -> None:
@@ -23,6 +27,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="the page, an .html file")
     parser.add_argument("--law", type=Path, nargs="+", default=[], help="law.json of scripts/fit_scaling_law.py")
     parser.add_argument("--baseline", default="bf16", help="the recipe to compare with (default: bf16)")
+    parser.add_argument("--open", action="store_true", help="show the page in a browser, where there is a screen")
     arguments = parser.parse_args()
     command = shlex.join(["python", *sys.argv])
     try:
@@ -34,6 +39,17 @@ def main() -> None:
     for problem in problems:
         print(f"problem: {problem}", file=sys.stderr)
     print(f"{arguments.out}, and single figures and tables in {arguments.out.with_suffix('')}/")
+    if arguments.open:
+        show(arguments.out)
+
+
+def show(page: Path) -> None:
+    """Opens a page in the browser. Without a screen it only says how: a browser for terminals would take the terminal
+    over."""
+    address = page.resolve().as_uri()
+    has_screen = sys.platform in ("darwin", "win32") or any(os.environ.get(name) for name in SCREENS)
+    if not has_screen or not webbrowser.open(address):
+        print(f"open it in a browser: {address}")
 
 
 if __name__ == "__main__":

@@ -741,16 +741,20 @@ def keying(name: str, noise: float, same: bool, side: int, samples: int) -> Meas
 def _keying(name: str, data: list[MicroBatch], side: int, trial: int) -> float:
     weights = [normal((SIZE, SIZE), "keying", layer, trial) / SIZE**0.5 for layer in (0, 1)]
     exact = _mean_gradient(layers(weights, read_recipe("bf16"), trial), data, side, [(0, 0)] * len(data))
-    model = layers(weights, backward_only(name), trial)
 
-    def left(keys: list[list[tuple[int, int]]]) -> float:
-        """Summed over steps; keys: of each step and micro-batch, what set_step is given."""
-        return sum((_mean_gradient(model, data, side, own) - exact).square().sum().item() for own in keys)
+    def left(redraw: str) -> float:
+        """Summed over steps."""
+        recipe = backward_only(name).model_dump() | {"redraw": redraw}
+        model = layers(weights, read_recipe(recipe), trial)
+        return sum(
+            (_mean_gradient(model, data, side, [(step, number) for number in range(len(data))]) - exact)
+            .square()
+            .sum()
+            .item()
+            for step in range(STEPS)
+        )
 
-    numbers = range(len(data))
-    per_step = [[(step, number) for number in numbers] for step in range(STEPS)]
-    per_micro_batch = [[(STEPS + step * len(data) + number, 0) for number in numbers] for step in range(STEPS)]
-    return left(per_step) / left(per_micro_batch)
+    return left("step") / left("micro_batch")
 
 
 def _mean_gradient(model: nn.Sequential, data: list[MicroBatch], side: int, keys: list[tuple[int, int]]) -> Tensor:

@@ -9,13 +9,15 @@ import qtrain_kernels  # noqa: F401  before torch: it sets how long torch's thre
 
 # isort: split
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 from torch.utils._device import _device_constructors
 
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _device_constructors()  # `with torch.device("meta")` remembers torch.empty as it is now, not the poisoned one
 
 
@@ -25,6 +27,33 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device; torch finds none"))
+
+
+class Module(pytest.Module):
+    """A test module. Where GPU tests are asked for, one that needs a package which is not there is skipped, with the
+    package's name, instead of ending the run: a GPU machine often lacks what only other tests need."""
+
+    def collect(self) -> Iterable[pytest.Item | pytest.Collector]:
+        try:
+            return super().collect()
+        except self.CollectError as error:
+            missing = error.__cause__
+            ours = ("qtrain", "qtrain_kernels")
+            if isinstance(missing, ModuleNotFoundError) and (missing.name or "").partition(".")[0] not in ours:
+                pytest.skip(f"needs {missing.name}, which is not installed", allow_module_level=True)
+            raise
+
+
+def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> pytest.Module | None:
+    if parent.config.getoption("markexpr") != "gpu":
+        return None  # pytest's own, to which a missing package is an error
+    return Module.from_parent(parent, path=module_path)
+
+
+@pytest.fixture(params=["cpu" if INTERPRETED else pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> str:
+    """Where Triton's kernels run: on CUDA, or in Triton's interpreter, which takes CPU tensors."""
+    return request.param
 
 
 @pytest.fixture(autouse=True)

@@ -67,7 +67,7 @@ MAY_IMPORT = {
         "qtrain.data qtrain.data.datamodule qtrain.run_directory qtrain.checkpoint qtrain.loggers "
         "qtrain.lightning_module qtrain.trunk qtrain.callbacks qtrain.report"
     ),
-    "qtrain.train": "hydra omegaconf qtrain.config qtrain.settings (qtrain.plan qtrain.run rich)",
+    "qtrain.train": "hydra omegaconf qtrain.config qtrain.settings (qtrain.plan qtrain.run qtrain.run_directory rich)",
 }
 NOBODY_IMPORTS = {
     "kernels": "the name of another package; ours is qtrain_kernels",

@@ -1,8 +1,13 @@
-"""Compiled code equals the reference bit for bit: C++ on CPU for every plan, shape, dtype and rotation; torch.compile's
-graphs, which serve CUDA, for some plans, one graph for all shapes."""
+"""Compiled code, C++ on CPU, equals the reference bit for bit for every plan, shape, dtype and rotation; and what
+backend and GEMM run where."""
 
 import logging
+import platform
+import subprocess
+from collections.abc import Iterator
 from dataclasses import replace
+from functools import cache
+from pathlib import Path
 from typing import Any, get_args
 
 import pytest
@@ -11,7 +16,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from qtrain.settings import Backend, GemmKind
-from qtrain_kernels import cpu, dispatch, graphs, reference
+from qtrain_kernels import cpu, dispatch, gpu, reference
 from qtrain_kernels.formats import SCALE_RULES, get_format
 from qtrain_kernels.operators import spell
 from qtrain_kernels.reference import Mask, Plan, Rotation
@@ -48,7 +53,6 @@ PLANS = {
     "quest one bit": Plan(get_format("int1").element, "float32", None, "gaussian", mask=Mask("within", 0.65)),
 }
 SIGNS = torch.tensor([1.0, -1.0, -1.0, 1.0] * 8)
-GRAPHS = ("quartet backward", "quest", "ms-eden 128", "four over six")  # one of each kind of scale; two dims, noise
 
 
 def hard_input(shape: tuple[int, int, int]) -> Tensor:
@@ -76,7 +80,7 @@ def same(a: Tensor | None, b: Tensor | None) -> bool:
 def alike(a: Tensor | float | None, b: Tensor | float | None) -> bool:
     """Equal bits, and NaN in the same places."""
     if not isinstance(a, Tensor) or not isinstance(b, Tensor):
-        return a == b
+        return bool(a == b)
     return same(one_nan(a), one_nan(b))
 
 
@@ -86,7 +90,7 @@ def one_nan(x: Tensor) -> Tensor:
 
 
 def shapes_of(plan: Plan) -> list[tuple[int, int, int]]:
-    """Both dims; whole and broken vectors of sixteen lines; lines that sixteen does not divide."""
+    """Both dims; whole and broken vectors of lines, at any number of lanes; lines that no number of lanes divides."""
     span = plan.span or 96
     rows = [(1, span, 1), (6, span, 1), (131, span, 1)]
     columns = [(1 if plan.span is None else 5, span, 33), (1 if plan.span is None else 2, span, 64)]
@@ -178,6 +182,48 @@ def test_lines_that_are_too_long_for_a_tile_are_the_references(name: str, monkey
     assert alike(scale, cpu.tensor_scale(x, plan, rotation))
     expected, found = (module.encode(x, scale, KEY, plan, rotation) for module in (reference, cpu))
     assert all(map(alike, expected, found))
+
+
+def compile_afresh(monkeypatch: pytest.MonkeyPatch) -> None:
+    """cpu.py forgets, for one test, what it has loaded."""
+    for name, each in vars(cpu).copy().items():
+        if hasattr(each, "cache_clear"):
+            monkeypatch.setattr(cpu, name, cache(each.__wrapped__))
+
+
+@pytest.mark.skipif(platform.machine().lower() not in ("x86_64", "amd64"), reason="vector instructions of x86")
+@pytest.mark.parametrize(("capability", "flag"), [("AVX2", "-mno-avx512f"), ("DEFAULT", "-mno-avx")])
+def test_fewer_lanes_change_nothing(
+    capability: str, flag: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """What ATEN_CPU_CAPABILITY asks of torch, the C++ kernels keep too."""
+    compile_afresh(monkeypatch)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    commands: list[list[str]] = []
+    run = subprocess.run
+    monkeypatch.setattr(cpu.subprocess, "run", lambda command, **rest: commands.append(command) or run(command, **rest))
+    monkeypatch.setattr(cpu, "cache_dir", lambda: str(tmp_path))
+    for name in ("quartet backward", "four over six", "ms-eden", "quest"):
+        plan = PLANS[name]
+        for shape in shapes_of(plan)[2:5]:
+            x = hard_input(shape)
+            scale = reference.tensor_scale(x, plan)
+            expected, found = (module.operand(x, scale, KEY, plan, torch.bfloat16) for module in (reference, cpu))
+            assert all(map(alike, expected, found)), (name, shape)
+    assert all(flag in command for command in commands if "-shared" in command) and len(commands) > 4
+
+
+def test_code_for_other_instructions_is_compiled_anew(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A home folder that two machines share holds the code of both."""
+    monkeypatch.setattr(cpu, "cache_dir", lambda: str(tmp_path))
+    for flags, processor in (
+        (cpu.flags(), "flags: avx2"), (cpu.flags(), "flags: avx2 avx512f"), ((*cpu.flags(), "-O1"), "flags: avx2"),
+    ):  # fmt: skip
+        compile_afresh(monkeypatch)
+        monkeypatch.setattr(cpu, "flags", lambda flags=flags: flags)
+        monkeypatch.setattr(cpu, "_processor", lambda processor=processor: processor)
+        cpu.rotate(torch.ones(1, 2, 1), Rotation(2))
+    assert len(list((tmp_path / "qtrain").glob("*.so"))) == 3
 
 
 def operators() -> list[tuple[Any, tuple[Any, ...]]]:
@@ -281,34 +327,6 @@ def compiled_graphs() -> int:
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
-@pytest.mark.parametrize("name", GRAPHS)
-def test_a_graph_equals_the_reference_at_every_shape_without_recompiling(name: str) -> None:
-    plan = PLANS[name]
-    graphs._graph.cache_clear()
-    seen = set()
-    for shape in [*shapes_of(plan)[:3], (1 if plan.span is None else 5, plan.span or 96, 33)]:
-        x = hard_input(shape)
-        layout, block_alone = shape[2] == 1, shape[0] == 1 and (plan.span or shape[2] == 1)  # the latter runs eagerly
-        before = compiled_graphs()
-        for key, grad in ((KEY, True), (KEY + 1, False)):
-            with torch.set_grad_enabled(grad):
-                scale = reference.tensor_scale(x, plan)
-                expected = reference.operand(x, scale, key, plan, torch.bfloat16)
-                assert all(map(same, expected, graphs.operand(x, scale, key, plan, torch.bfloat16))), (name, shape)
-        assert compiled_graphs() == before + (not block_alone and layout not in seen), (name, shape)
-        seen |= set() if block_alone else {layout}
-
-
-@pytest.mark.parametrize("name", GRAPHS)
-def test_fake_quantize_by_a_graph_equals_the_reference(name: str) -> None:
-    plan = PLANS[name]
-    x, rotation = hard_input((64, plan.span or 96, 1)), Rotation(32, SIGNS)
-    scale = reference.tensor_scale(x, plan, rotation)
-    for dtype in (torch.float32, torch.bfloat16):
-        expected, found = (module.fake_quantize(x, scale, KEY, plan, dtype, rotation) for module in (reference, graphs))
-        assert same(expected, found), dtype
-
-
 def test_every_e8m0_rule_and_every_mask_has_a_plan() -> None:
     rules = {rule for rule, kinds in SCALE_RULES.items() if "e8m0" in kinds}
     assert rules <= {plan.rule for plan in PLANS.values() if plan.scale_kind == "e8m0"}
@@ -319,8 +337,19 @@ def test_settings_name_the_backends_that_there_are() -> None:
     assert get_args(Backend) == dispatch.BACKENDS and get_args(GemmKind) == dispatch.GEMMS
 
 
-def test_auto_chooses_once_and_says_so(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    dispatch.resolve.cache_clear()
+@pytest.fixture
+def resolved() -> Iterator[None]:
+    """Nothing remembered of what runs where, before or after."""
+    for function in (dispatch.resolve, dispatch._lacks_kernel):
+        function.cache_clear()
+    yield
+    for function in (dispatch.resolve, dispatch._lacks_kernel):
+        function.cache_clear()
+
+
+def test_auto_chooses_once_and_says_so(
+    resolved: None, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(dispatch, "_cpp_obstacle", lambda: "no C++ compiler was found; install g++ or set CXX")
     with caplog.at_level(logging.INFO, "qtrain"):
         assert dispatch.get("operand", "auto", "cpu") is reference.operand
@@ -336,17 +365,49 @@ def test_auto_chooses_once_and_says_so(caplog: pytest.LogCaptureFixture, monkeyp
         dispatch.get("operand", "triton", "cpu")
     with pytest.raises(ValueError, match="unknown backend 'cuda'; backends: auto, reference, compiled, triton"):
         dispatch.get("operand", "cuda", "cpu")
-    dispatch.resolve.cache_clear()
+
+
+def test_auto_on_cuda_is_triton(resolved: None, caplog: pytest.LogCaptureFixture) -> None:
+    """And the reference, said once, for a plan or a rotation that Triton has no kernel for."""
+    plan, wide = PLANS["mxfp8"], replace(PLANS["fp8 block"], block=16384)
+    with caplog.at_level(logging.INFO, "qtrain"):
+        assert dispatch.get("operand", "auto", "cuda", plan, Rotation(256)) is gpu.operand
+        assert dispatch.get("join", "auto", "cuda") is gpu.join
+        for _ in range(2):
+            assert dispatch.get("operand", "auto", "cuda", wide) is reference.operand
+        assert dispatch.get("rotate", "auto", "cuda", rotation=Rotation(512)) is reference.rotate
+    assert [record.message for record in caplog.records] == [
+        "quantisers on cuda run on backend triton",
+        "backend auto takes the reference on cuda: backend 'triton' needs a block that is a power of two up to 256; "
+        "got 16384",
+        "backend auto takes the reference on cuda: backend 'triton' needs a rotation that is a power of two up to 256; "
+        "got 512",
+    ]
+    assert dispatch.get("operand", "triton", "cuda", wide) is gpu.operand, "asked for by name, it refuses"
+
+
+def test_auto_without_triton_is_the_reference(resolved: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qtrain_kernels.quantize.HAS_TRITON", False)
+    assert dispatch.get("operand", "auto", "cuda") is reference.operand
+    with pytest.raises(ValueError, match="'triton' cannot run on cuda: triton is not installed; install it; or ask"):
+        dispatch.get("operand", "triton", "cuda")
+
+
+def test_compiled_is_for_the_cpu_alone(resolved: None) -> None:
+    with pytest.raises(
+        ValueError, match=r"'compiled' cannot run on cuda: its C\+\+ is for the CPU; on cuda ask for 'auto'; or ask for"
+    ):
+        dispatch.get("operand", "compiled", "cuda")
+    assert dispatch.get("operand", "auto", "mps") is reference.operand
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", PLANS)
-def test_cuda_equals_the_reference_on_cpu(name: str) -> None:
+def test_the_reference_on_cuda_equals_it_on_cpu(name: str) -> None:
     plan = PLANS[name]
     x = hard_input((65, plan.span or 96, 1))
     scale = reference.tensor_scale(x, plan)
     expected = reference.operand(x, scale, KEY, plan, torch.bfloat16)
     moved = scale.cuda() if isinstance(scale, Tensor) else scale
-    for function in (reference.operand, graphs.operand):
-        found = function(x.cuda(), moved, KEY.cuda(), plan, torch.bfloat16)
-        assert all(same(a, None if b is None else b.cpu()) for a, b in zip(expected, found, strict=True)), function
+    found = reference.operand(x.cuda(), moved, KEY.cuda(), plan, torch.bfloat16)
+    assert all(same(a, None if b is None else b.cpu()) for a, b in zip(expected, found, strict=True))

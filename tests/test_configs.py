@@ -187,6 +187,7 @@ def test_paper_runs_fit_one_device_and_eight(size: str) -> None:
 def test_every_point_of_a_study_is_a_run(path: Path) -> None:
     """Names and settings compose, and no run has two names."""
     tree = yaml.safe_load(path.read_text())
+    assert "trainer.precision=bf16-mixed" in tree["settings"], "auto would be another run on another machine"
     names = {}
     for name, entry in tree["points"].items():
         jobs = jobs_of([f"name={name}", *tree["settings"], *entry.get("settings", [])])

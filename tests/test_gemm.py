@@ -2,11 +2,11 @@
 
 from dataclasses import replace
 from itertools import product
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import ScalingType
 
 import qtrain
 from qtrain.errors import UserError
@@ -215,11 +215,41 @@ def test_the_largest_of_a_line_takes_the_top_of_the_range(dtype: torch.dtype, la
     assert bad.scale.isnan().flatten().tolist() == [True, True, False] and bad.inexact == 0
 
 
-def test_sizes_are_filled_for_the_fp8_product() -> None:
-    left, right = (torch.randint(-6, 7, shape).float() for shape in ((5, 40), (40, 23)))
-    scale = torch.exp2(torch.arange(5.0))[:, None]
+@pytest.mark.parametrize(("m", "k", "n"), [(1, 1, 1), (5, 40, 23), (16, 48, 32)])
+def test_the_fp8_product_is_exact_and_rounded_once(m: int, k: int, n: int) -> None:
+    """Of small integers under powers of two, whose sums float32 holds."""
+    left, right, scale = fp8_factors(m, k, n)
     found = fp8_matmul(fold(left * scale, -1, E4M3), fold(right, -2, E4M3))
     assert torch.equal(found, ((left * scale).double() @ right.double()).bfloat16())
+
+
+def fp8_factors(m: int, k: int, n: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(M, K) and (K, N) of small integers; (M, 1) powers of two."""
+    generator = torch.Generator().manual_seed(m + k + n)
+    left, right = (torch.randint(-6, 7, shape, generator=generator).float() for shape in ((m, k), (k, n)))
+    return left, right, torch.exp2(torch.arange(m) - m // 2.0)[:, None]
+
+
+def test_cudas_fp8_sizes_are_filled_with_zeros(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the layout, the sizes and with the scales that cuBLASLt takes; and how the sums are kept is asked for."""
+    asked = []
+
+    def cublas(
+        left: Tensor, right: Tensor, left_scale: Tensor, left_kind: ScalingType,
+        right_scale: Tensor, right_kind: ScalingType, use_fast_accum: bool,
+    ) -> Tensor:  # fmt: skip
+        assert left.is_contiguous() and right.T.is_contiguous() and left_kind == right_kind == ScalingType.RowWise
+        assert left_scale.shape == (left.shape[0], 1) and right_scale.shape == (1, right.shape[1])
+        assert left_scale.is_contiguous() and right_scale.is_contiguous()
+        asked.append((*left.shape, right.shape[1], use_fast_accum))
+        return ((left.double() * left_scale) @ (right.double() * right_scale)).bfloat16()
+
+    monkeypatch.setattr(gemm, "scaled_mm", cublas)
+    for (m, k, n), fast in (((5, 40, 23), False), ((16, 48, 32), True)):
+        left, right, scale = fp8_factors(m, k, n)
+        folded = fold(left * scale, -1, E4M3), fold(right, -2, E4M3)
+        assert torch.equal(gemm._scaled_mm(*folded, fast), fp8_matmul(*folded))
+    assert asked == [(5, 48, 32, False), (16, 48, 32, True)]
 
 
 @pytest.mark.parametrize("recipe", ["quartet", "mxfp8", "mxfp6", "fp8_rowwise", "fp8_tensorwise"])
@@ -286,7 +316,7 @@ def test_a_weight_is_folded_once_per_optimiser_step(monkeypatch: pytest.MonkeyPa
 
     def gradient(forget: bool) -> Tensor:
         folds.clear()
-        model = layer("quartet", "fp8", (128, 256))
+        model = layer({"name": "quartet", "redraw": "step"}, "fp8", (128, 256))
         for micro_batch, x in enumerate(xs):
             qtrain.set_step(model, 1, micro_batch)
             if forget:
@@ -355,13 +385,12 @@ def test_fp8_needs_a_card_that_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_fast_accumulation_is_asked_for_by_name_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
-    scaled_mm = gemm.scaled_mm
 
-    def noted(*arguments: Any, use_fast_accum: bool) -> torch.Tensor:
-        asked.append(use_fast_accum)
-        return scaled_mm(*arguments, use_fast_accum=use_fast_accum)
+    def noted(left: gemm.Folded, right: gemm.Folded, fast: bool) -> Tensor:
+        asked.append(fast)
+        return fp8_matmul(left, right, fast)
 
-    monkeypatch.setattr(gemm, "scaled_mm", noted)
+    monkeypatch.setattr("qtrain.quant.linear.fp8_matmul", noted)
     for kind in ("fp8", "fp8_fast"):
         with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
             layer("quartet", kind, (128, 128))(torch.randn(32, 128))

@@ -334,14 +334,15 @@ CASES = {
 NEIGHBOURS = [(name, neighbour) for name, case in CASES.items() for neighbour in case.neighbours]
 
 
-def inputs(tokens: int, features: int) -> tuple[Tensor, Tensor, Tensor]:
+def inputs(tokens: int, features: int, out_features: int = N) -> tuple[Tensor, Tensor, Tensor]:
     """X with a scale per token and a loud channel, W, dY of about 1e-3.
 
     With this seed no oracle falls below 65 dB where all inputs move by 3e-7 of themselves: no near-tie of great weight
     decides a test. (One value on the other side of a tie can leave 38 dB.)
     """
     generator = torch.Generator().manual_seed(9)
-    x, w, dy = (torch.randn(*shape, generator=generator) for shape in ((tokens, features), (N, features), (tokens, N)))
+    shapes = (tokens, features), (out_features, features), (tokens, out_features)
+    x, w, dy = (torch.randn(*shape, generator=generator) for shape in shapes)
     per_token = torch.exp2(torch.randn(2, tokens, 1, generator=generator) / 2)
     x[:, 7] *= 10
     return x * per_token[0], w * 0.03, dy * per_token[1] * 1e-3
@@ -414,6 +415,18 @@ def test_a_layer_computes_what_the_paper_says(name: str, shape: tuple[int, int])
     assert min(found.values()) > BOUND, found
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_out_features_that_blocks_do_not_divide_are_filled_with_zeros(name: str) -> None:
+    """As those of lm_head, a vocabulary of 257; or of 272, which 32 and 128 do not divide, where an oracle takes whole
+    blocks of 16 alone."""
+    x, w, dy = inputs(64, 256, 272 if name in ("mxfp8_fwd_nvfp4_bwd", "ue5m3_fp4") else 257)
+    module = layer(CASES[name].recipe, w)
+    found, expected = run(module, x, dy), CASES[name].paper(*given(module, x, dy))
+    assert found["dx"].shape == x.shape and found["dweight"].shape == w.shape
+    for key, want in zip(("y", "dx", "dweight"), expected, strict=False):
+        assert sqnr(found[key], want) > BOUND, key
+
+
 @pytest.mark.parametrize(("name", "neighbour"), NEIGHBOURS)
 def test_the_bound_tells_a_recipe_from_its_neighbour(name: str, neighbour: str) -> None:
     found = agreement(name, CASES[name].neighbours[neighbour], SHAPES[0])
@@ -459,6 +472,20 @@ def test_lsq_tells_a_zero_of_a_relu_from_the_smallest_positive_value(backend: Ba
     assert module.input_scale.grad.item() == pytest.approx(0.5)  # (1/2 + 1/2 + 1/2 - 1/2) / sqrt(4)
 
 
+def test_lsq_gives_the_zeros_of_a_relu_the_lower_code() -> None:
+    x, w, dy = inputs(*SHAPES[1])
+    x = x.relu()
+    module = layer("lsq", w)
+    found = run(module, x, dy)
+    keys = ("y", "dx", "dweight", "dinput_scale", "dweight_scale")
+    below, above = (
+        {key: sqnr(found[key], want) for key, want in zip(keys, result, strict=True)}
+        for result in (oracle.lsq(*given(module, x, dy), zeros_above=rule) for rule in (False, True))
+    )
+    assert min(below.values()) > BOUND, below
+    assert above["y"] < 20 and above["dweight"] < 20, above
+
+
 def test_ue5m3_scales_reach_tokens_that_e4m3_scales_lose() -> None:
     """One token at 2^24 of the others: their blocks lie under the smallest E4M3 scale."""
     x, w, dy = inputs(*SHAPES[0])
@@ -490,6 +517,26 @@ def test_two_dimensional_mxfp8_weights_lose_rows_that_one_dimensional_ones_keep(
     assert sqnr(found, paper(*given(module, x, dy))[0][:, ::2]) > BOUND
     assert sqnr(found, neighbour(*given(module, x, dy))[0][:, ::2]) < BOUND
     assert lowest < sqnr(found, exact) < highest
+
+
+def test_signs_are_redrawn_where_the_source_redraws_them() -> None:
+    """An oracle takes the signs that the layer drew, and cannot tell one vector for the run from another each step."""
+    redrawn = {}
+    for name in qtrain.recipes():
+        gemms = [
+            gemm
+            for gemm, specs in read_recipe(name).operands().items()
+            if any(s.signs != "none" for s in specs.values())
+        ]
+        if gemms:
+            module = layer(name, torch.zeros(N, 128))
+            rows = [oracle.USES.index(f"{gemm}.signs") for gemm in gemms]
+            first = module.keys[rows].clone()
+            module.set_step(4, 0)
+            redrawn[name] = bool((module.keys[rows] != first).any(1).all())
+    one_vector = {"nvidia_nvfp4", "ufp4", "mxfp8_fwd_nvfp4_bwd"}
+    assert redrawn == {name: name not in one_vector for name in redrawn}
+    assert one_vector | {"quartet", "quartet_ii", "mxfp4_backward", "mxfp4_backward_fp8"} <= set(redrawn)
 
 
 @pytest.mark.parametrize("name", sorted(set(qtrain.recipes()) - {"bf16"}))

@@ -158,6 +158,19 @@ def test_another_number_of_workers_after_the_restart_changes_nothing(corpus, und
     assert_same_run(run_dir, undisturbed)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("recipe", ["quartet_v1", "quest"])
+def test_a_kill_changes_nothing_on_a_gpu(corpus, tmp_path, recipe):
+    """By Triton's quantisers, and the products that the device takes."""
+    on_gpu = ("trainer.device=cuda", "backend=triton", f"recipe={recipe}", "model.dim=128", "model.ffn_dim=256")
+    code, output = train(corpus, tmp_path / "undisturbed", *on_gpu)
+    assert code == 0, output
+    kill_after(corpus, tmp_path / "killed", 17, 0.01, *on_gpu)
+    code, output = train(corpus, tmp_path / "killed", *on_gpu)
+    assert code == 0 and "resuming at step" in output, output
+    assert_same_run(tmp_path / "killed", tmp_path / "undisturbed")
+
+
 @pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
 def test_asked_to_stop_a_run_saves_the_step(corpus, undisturbed, tmp_path, signal_number):
     run_dir = tmp_path / "interrupted"

@@ -7,6 +7,7 @@ import threading
 from pathlib import Path
 
 import pytest
+import yaml
 
 import qtrain.plan
 from qtrain.config import Config, config_hash
@@ -42,6 +43,7 @@ OTHER_RESULT = [
     "trainer.batch_tokens=8192",
     "trainer.precision=32-true",
     "trainer.micro_batch_size=4",  # blocks along the tokens, and draws, belong to micro-batches
+    "trainer.compile=true",  # norms and activations are rounded in another order
     "tokenizer=bpe",
     "data.val_fraction=0.1",
     "recipe=quest",
@@ -92,6 +94,43 @@ def test_the_order_of_overrides_counts_and_their_wording_does_not():
     reworded = one.recipe.overrides["down"].model_copy(update=words)
     recipe = one.recipe.model_copy(update=words | {"overrides": one.recipe.overrides | {"down": reworded}})
     assert config_hash(one.model_copy(update={"recipe": recipe})) == config_hash(one)
+
+
+ACCUMULATED = "trainer.micro_batch_size=1"
+
+
+@pytest.mark.parametrize(("overrides", "counts"), [
+    (["recipe=quartet_v1", ACCUMULATED], True),  # noise of dgrad's weight
+    (["recipe=quartet", ACCUMULATED], True),  # signs of dgrad
+    (["recipe=quest", "recipe.overrides={down:quartet}", ACCUMULATED], True),
+    (["recipe=quartet_v1"], False),  # one micro-batch a step
+    (["recipe=quest", ACCUMULATED], False),  # draws nothing
+    (["recipe=luq_int4", ACCUMULATED], False),  # draws for gradients alone
+])  # fmt: skip
+def test_redrawing_renames_the_runs_that_it_changes_and_no_other(overrides: list[str], counts: bool) -> None:
+    """The name of a run before `recipe.redraw` was there is that of one with redraw=step."""
+    now, before = compose(overrides), compose([*overrides, "recipe.redraw=step"])
+    assert (config_hash(now) != config_hash(before)) == counts
+
+
+def test_names_from_before_recipe_redraw_are_kept() -> None:
+    """Pinned at the version before it."""
+    base = "trainer.precision=bf16-mixed"
+    assert config_hash(compose([base, "recipe=quartet"])) == "89269430"
+    assert config_hash(compose([base, "recipe=quest", ACCUMULATED])) == "6ff53fc3"
+    assert config_hash(compose([base, "recipe=quartet_v1", "recipe.redraw=step", ACCUMULATED])) == "a2898620"
+
+
+def test_a_run_from_before_recipe_redraw_goes_on_as_it_began(tmp_path: Path) -> None:
+    asked = config(tmp_path, "recipe=quartet_v1", ACCUMULATED, f"run_dir={tmp_path / 'one'}")
+    saved = asked.model_dump(mode="json")
+    del saved["recipe"]["redraw"]
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "config.yaml").write_text(yaml.safe_dump(saved))
+    directory = RunDirectory.of(asked)
+    assert directory.read_config().recipe.redraw == "step"
+    with pytest.raises(UserError, match=r"made with another config: .*recipe\.redraw"):
+        directory.check(asked)
 
 
 def test_bits_of_a_recipe_change_the_hash():

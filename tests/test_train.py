@@ -67,6 +67,18 @@ def only_run(tmp_path: Path) -> RunDirectory:
     return RunDirectory(path)
 
 
+@pytest.mark.parametrize(("recipe", "tokenizer"), [
+    ("quartet", []),  # a vocabulary of 257
+    ("tetrajet_v2_baseline", ["tokenizer=bpe", "tokenizer.vocab_size=300"]),
+])  # fmt: skip
+def test_lm_head_is_quantised_from_the_command_line(small, tmp_path, recipe: str, tokenizer: list[str]) -> None:
+    overrides = checked_overrides([*small, *tokenizer, f"recipe={recipe}", "recipe.skip=[]", "debug.max_steps=2"])
+    loss = run(compose([*overrides, "callbacks.sample_tokens=0"]))
+    assert loss is not None and loss < 7
+    model = qtrain.load_run(only_run(tmp_path).path)
+    assert isinstance(model.get_submodule("lm_head"), QuantLinear)
+
+
 def test_a_run_leaves_what_it_promises(small, tmp_path, capsys):
     loss = run(compose([*small, "recipe=quartet"]))
     shown = capsys.readouterr().out
@@ -86,7 +98,7 @@ def test_a_run_leaves_what_it_promises(small, tmp_path, capsys):
         assert line.keys() >= {"tokens", "flops", "loss", "grad_norm", "tokens_per_second", "memory_bytes"}
         assert line["tokens"] == 128 * line["step"]
     assert loss < math.log(257) - 1, "it has learned"
-    for word in ("nano", "quartet", "cpu", str(directory.path.name), "bigram", "next:"):
+    for word in ("nano", "quartet", "cpu", str(directory.path.name), "bigram"):
         assert word in shown.replace("\n", "")
 
 
@@ -255,6 +267,18 @@ def test_a_mistake_on_the_command_line_is_one_message_without_a_traceback():
     done = command("+experiment=quartet", "+lrr=3")
     assert done.returncode == 2
     assert done.stderr.startswith("error: unknown key 'lrr'") and "Traceback" not in done.stderr
+
+
+def test_a_run_ends_with_the_commands_that_come_next_and_a_multirun_does_not(small, tmp_path):
+    """Each command exists: the target of the Makefile, the script, the run."""
+    settings = [*small, "callbacks.sample_tokens=0", "debug.max_steps=2"]
+    shown = command(*settings).stdout
+    after = [line.strip() for line in shown.split("next:\n", 1)[1].splitlines()]
+    assert after[0].startswith("make compare ") and "\ncompare: " in (ROOT / "Makefile").read_text()
+    path = only_run(tmp_path).path
+    assert after[1].startswith(f"python scripts/report.py {path} --out report.html ")
+    assert after[2].startswith(f"python -c \"import qtrain; print(qtrain.load_run('{path}'))\"")
+    assert "next:" not in command("-m", *settings, "seed=1,2").stdout
 
 
 def test_help_lists_what_there_is():

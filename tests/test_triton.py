@@ -40,11 +40,6 @@ NVFP4 = Plan(E2M1, "minifloat", 16, "absmax", scale_element=get_format("nvfp4").
 QUEST = Plan(get_format("int4").element, "float32", None, "gaussian", mask=MASKS[2])
 
 
-@pytest.fixture(params=[pytest.param("cpu" if INTERPRETED else "cuda", marks=[] if INTERPRETED else pytest.mark.gpu)])
-def device(request: pytest.FixtureRequest) -> str:
-    return request.param
-
-
 def plans(fmt: Format) -> Iterator[Plan]:
     """Every scale rule and rounding of a format, with each kind of mask in turn and the sparsities."""
     count = 0
@@ -702,7 +697,12 @@ def print_ptx(spec: Spec) -> None:
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreter")
 def test_in_the_interpreter() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--show-capture=no", __file__]
+    run_in_the_interpreter(__file__)
+
+
+def run_in_the_interpreter(path: str) -> None:
+    """The tests of a file, in a process of their own."""
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--show-capture=no", path]
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]

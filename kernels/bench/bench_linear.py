@@ -6,33 +6,34 @@
 Input, output gradient and products in bfloat16 under autocast, weight in float32; a new step's keys each time, so that
 the weight is quantised anew, also in the forward alone. Operations: 6 tokens * in * out. x: speed over bfloat16's, or
 over the same recipe by the reference in eager, our own unfused path. Kept: bytes a token that a forward saves for its
-backward. Equal: the share of output and weight gradient that is the reference's, bit for bit; where a value is not, no
-time is shown.
+backward. Equal: the share of output, input gradient and weight gradient that is the reference's, bit for bit; where a
+value is not, no time is shown. On CUDA also: host time, launches and the longest kernels of a forward and backward.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import argparse
+import sys
+from collections.abc import Callable, Iterator
+from functools import cache, partial
 from statistics import median
-from typing import Any
 
 import torch
-from harness import arguments, checked, gemm_flops, gemm_for, in_turns, ratio, report, share_equal, sqnr
+from harness import Case, Row, arguments, equality, gemm_flops, gemm_for, in_turns, launched, ratio, run, sqnr
 from peaks import utilisation
 from torch import Tensor, nn
 
 import qtrain
 
-RECIPES = ("quartet", "quartet_v1", "quartet_ii", "nvidia_nvfp4", "quest", "fp8_rowwise", "mxfp8")
+RECIPES = ("quartet", "quartet_v1", "quartet_ii", "nvidia_nvfp4", "quest", "fp8_rowwise", "fp8_blockwise", "mxfp8")
 Step = Callable[[], Tensor]
 
 
 def layer(recipe: str | None, size: tuple[int, int], device: str, backend: str, gemm: str = "auto") -> nn.Sequential:
-    """recipe None: torch's own. gemm "auto" for a recipe that has no product of the kind that is asked for."""
+    """recipe None: torch's own."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(*size, bias=False, device=device))
     if recipe is not None:
-        gemm = gemm_for(recipe, gemm)
         qtrain.convert(model, recipe, backend=backend, gemm=gemm)  # pyright: ignore[reportArgumentType]
     return model
 
@@ -82,57 +83,88 @@ def _kept_bytes(model: nn.Sequential, x: Tensor) -> int:
     return sum(found.values())
 
 
-def share_of_reference(model: nn.Sequential, unfused: nn.Sequential, x: Tensor, dy: Tensor) -> float:
-    """Of output and weight gradient of the same step."""
-    found = []
-    for one in (model, unfused):
-        _, both = passes(one, x, dy)
-        y = both()
-        found.append((y, one.get_parameter("0.weight").grad))
-    return min(share_equal(a, b) for a, b in zip(*found, strict=True))
+def results(model: nn.Sequential, x: Tensor, dy: Tensor) -> list[Tensor]:
+    """Output, input gradient and weight gradient of step 0."""
+    _, both = passes(model, x, dy)
+    y = both()
+    found = [y, x.grad, model.get_parameter("0.weight").grad]
+    return [each for each in found if each is not None]
 
 
-def main() -> None:
-    options = arguments(__doc__, tokens=2048, features=1024, out_features=1024, rounds=5, gemm="auto")
-    size, device, backend = (options.features, options.out_features), options.device, options.backend
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(options.tokens, size[0], generator=generator).to(device, torch.bfloat16).requires_grad_()
-    dy = torch.randn(options.tokens, size[1], generator=generator).to(device, torch.bfloat16)
-    models = {"bfloat16": layer(None, size, device, backend)}
-    models |= {recipe: layer(recipe, size, device, backend, options.gemm) for recipe in RECIPES}
-    unfused = {recipe: layer(recipe, size, device, "reference", options.gemm) for recipe in RECIPES}
-    forwards, boths = {}, {}
-    for name, model in (models | {f"{recipe} reference": model for recipe, model in unfused.items()}).items():
-        forwards[name], boths[name] = passes(model, x, dy)
-    forward_times = in_turns({name: forwards[name] for name in models}, options.rounds, device)
-    times = in_turns(boths, options.rounds, device)
-    exact = x.detach().float() @ models["bfloat16"].get_parameter("0.weight").detach().float().T
-    device_name = torch.cuda.get_device_name() if device == "cuda" else ""
+class Linear:
+    """What is measured: layers of one size on the same tokens and output gradients."""
 
-    def row(name: str) -> dict[str, Any]:
-        seconds, plain = median(times[name]), name == "bfloat16"
-        flops = gemm_flops(models[name][0], options.tokens, device)
+    def __init__(self, tokens: int, features: int, out_features: int, options: argparse.Namespace):
+        self.size, self.options = (features, out_features), options
+        generator = torch.Generator().manual_seed(0)
+        self.x = torch.randn(tokens, features, generator=generator).to(options.device, torch.bfloat16).requires_grad_()
+        self.dy = torch.randn(tokens, out_features, generator=generator).to(options.device, torch.bfloat16)
+
+    def layer(self, recipe: str | None, gemm: str, backend: str | None = None) -> nn.Sequential:
+        return layer(recipe, self.size, self.options.device, backend or self.options.backend, gemm)
+
+    def measure(self, recipe: str | None, gemm: str) -> Row:
+        """recipe None: torch's own layer in bfloat16."""
+        x, dy, device = self.x, self.dy, self.options.device
+        plain = self.layer(None, gemm)
+        model = plain if recipe is None else self.layer(recipe, gemm)
+        functions = {"bfloat16": passes(plain, x, dy), "ours": passes(model, x, dy)}
+        exact = x.detach().float() @ plain.get_parameter("0.weight").detach().float().T
+        quality: Row = {"SQNR dB": sqnr(functions["ours"][1](), exact), "equal": 1.0}
+        if recipe is not None:
+            unfused = self.layer(recipe, gemm, "reference")
+            functions["reference"] = passes(unfused, x, dy)
+            pairs = zip(results(model, x, dy), results(unfused, x, dy), strict=True)
+            quality |= equality(pairs, self.options)
+            if quality["equal"] not in (1, None):
+                return quality
+        forward_times = in_turns(
+            {name: forward for name, (forward, _) in functions.items() if name != "reference"},
+            self.options.rounds,
+            device,
+        )
+        both_passes = {name: both for name, (_, both) in functions.items()}
+        times = in_turns(both_passes, self.options.rounds, device)
+        seconds, flops = median(times["ours"]), gemm_flops(model[0], len(x), device)
+        device_name = torch.cuda.get_device_name() if device == "cuda" else ""
         return {
-            "recipe": name,
-            "gemms": "" if plain else str(models[name][0]).rpartition("gemms ")[2].rstrip(")"),
-            "forward ms": median(forward_times[name]) * 1e3,
-            "forward x bfloat16": ratio(forward_times, "bfloat16", name),
+            "gemms": "" if recipe is None else str(model[0]).rpartition("gemms ")[2].rstrip(")"),
+            "forward ms": median(forward_times["ours"]) * 1e3,
+            "forward x bfloat16": ratio(forward_times, "bfloat16", "ours"),
             "ms": seconds * 1e3,
-            "x bfloat16": ratio(times, "bfloat16", name),
-            "x reference": None if plain else ratio(times, f"{name} reference", name),
+            "x bfloat16": ratio(times, "bfloat16", "ours"),
+            "x reference": ratio(times, "reference", "ours") if "reference" in times else None,
             "TFLOP/s": sum(flops.values()) / seconds / 1e12,
             **utilisation(flops, seconds, device_name),
-            "kept B/token": kept_bytes(models[name], x),
-            "SQNR dB": sqnr(boths[name](), exact),
-            "equal": 1.0 if plain else share_of_reference(models[name], unfused[name], x, dy),
+            "kept B/token": kept_bytes(model, x),
+            **launched(both_passes["ours"], device),
+            **quality,
         }
 
-    rows = [checked(row(name), "recipe", "gemms", "SQNR dB") for name in models]
-    sizes = f"{options.tokens}x{size[0]}x{size[1]}"
+
+def cases(
+    tokens: int, features: int, out_features: int, gemms: tuple[str, ...], options: argparse.Namespace
+) -> Iterator[Case]:
+    """bfloat16, then each recipe by each of the kinds of products that it has."""
+    inputs = cache(partial(Linear, tokens, features, out_features, options))  # made by the first case that is measured
+
+    def measure(recipe: str | None, gemm: str) -> Row:
+        return inputs().measure(recipe, gemm)
+
+    yield "bfloat16", partial(measure, None, "auto")
+    for recipe in RECIPES:
+        for gemm in dict.fromkeys(gemm_for(recipe, gemm) for gemm in gemms):
+            yield recipe if gemm == "auto" else f"{recipe}, {gemm}", partial(measure, recipe, gemm)
+
+
+def main() -> int:
+    options = arguments(__doc__, tokens=2048, features=1024, out_features=1024, rounds=5, gemm="auto")
+    size = options.tokens, options.features, options.out_features
     kind = "" if options.gemm == "auto" else f", gemm {options.gemm}"
-    title = f"linear, {options.tokens} tokens, {size[0]} -> {size[1]}{kind}"
-    report(f"linear-{sizes}{kind.replace(', gemm ', '-')}", title, rows, options)
+    title = f"linear, {size[0]} tokens, {size[1]} -> {size[2]}{kind}"
+    name = f"linear-{'x'.join(map(str, size))}{kind.replace(', gemm ', '-')}"
+    return run(name, title, "recipe", cases(*size, (options.gemm,), options), options)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -10,13 +10,15 @@ one is not, no time is shown.
 
 from __future__ import annotations
 
+import argparse
+import sys
 from collections.abc import Callable
 from functools import partial
 from statistics import median
 from typing import Any
 
 import torch
-from harness import arguments, checked, in_turns, ratio, report, share_equal, sqnr
+from harness import Row, arguments, equality, in_turns, ratio, run, sqnr
 from torch import Tensor
 
 import qtrain
@@ -49,38 +51,38 @@ def torchao_cast(format: str) -> Callable[[Tensor], Tensor] | None:
     return None if element is None else lambda x: MXTensor.to_mx(x, element, 32).dequantize(torch.float32)
 
 
-def measure(name: str, case: dict[str, Any], x: Tensor, backend: str, rounds: int) -> dict[str, Any]:
-    device = x.device.type
-    ours = partial(qtrain.fake_quantize, x, backend=backend, **case)
+def measure(name: str, x: Tensor, options: argparse.Namespace) -> Row:
+    case, device = CASES[name], x.device.type
+    ours = partial(qtrain.fake_quantize, x, backend=options.backend, **case)
     reference = partial(qtrain.fake_quantize, x, backend="reference", **case)
+    found = ours()
+    quality = {"SQNR dB": sqnr(found, x), **equality([(found, reference())], options)}
+    if quality["equal"] not in (1, None):
+        return quality
     peer = torchao_cast(case["format"]) if set(case) == {"format"} else None
     functions = {"ours": ours, "copy": x.clone, "reference": reference}
     if peer is not None:
         functions["torchao"] = partial(peer, x)
-    times = in_turns(functions, rounds, device)
-    found, exact = ours(), reference()
+    times = in_turns(functions, options.rounds, device)
     seconds = median(times["ours"])
-    row = {
-        "case": name,
+    return {
         "ms": seconds * 1e3,
         "GB/s": 2 * x.nbytes / seconds / 1e9,
         "of copy speed": ratio(times, "copy", "ours"),
         "x reference": ratio(times, "reference", "ours"),
         "x torchao": ratio(times, "torchao", "ours") if peer is not None else None,
-        "SQNR dB": sqnr(found, x),
-        "equal": share_equal(found, exact),
+        **quality,
     }
-    return checked(row, "case", "SQNR dB")
 
 
-def main() -> None:
+def main() -> int:
     options = arguments(__doc__, size=4096, rounds=5)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(options.size, options.size, generator=generator).to(options.device)
-    rows = [measure(name, case, x, options.backend, options.rounds) for name, case in CASES.items()]
+    cases = ((name, partial(measure, name, x, options)) for name in CASES)
     title = f"quantise and dequantise {options.size} x {options.size} float32"
-    report(f"quantize-{options.size}", title, rows, options)
+    return run(f"quantize-{options.size}", title, "case", cases, options)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

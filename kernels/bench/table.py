@@ -50,7 +50,7 @@ def _shown(value: Any) -> str:
     if value is None:
         return ""
     if not isinstance(value, float):
-        return str(value)
+        return str(value).replace("|", "\\|")
     return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 

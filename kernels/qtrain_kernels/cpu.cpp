@@ -1,23 +1,33 @@
 // The operations of reference.py for one plan, compiled for the processor at hand: one read of the input, one write.
 //
-// cpu.py writes the constants that this file uses (the plan, the dtypes, the order of the rotation) before it. Sixteen
-// lines are worked on at once, one a lane of a vector: along dim -1 sixteen runs of memory, transposed on the way in and
-// out; along dim -2 sixteen columns. A tile is `height` elements of each, in the cache of one core. Every value goes
+// cpu.py writes the constants that this file uses (the plan, the dtypes, the order of the rotation) before it. LANES
+// lines are worked on at once, one a lane of a vector: along dim -1 LANES runs of memory, transposed on the way in and
+// out; along dim -2 LANES columns. A tile is `height` elements of each, in the cache of one core. Every value goes
 // through the same float32 operations as in reference.py, in the same order; no multiply-add is fused.
 
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
 #include <limits>
+#include <utility>
 
 namespace {
 
+// As many float32 as a register holds. Vectors of two registers run ten times slower: the compiler keeps them in memory
+// and takes them apart lane by lane.
+#if defined(__AVX512F__)
 constexpr int LANES = 16;
+#elif defined(__AVX2__)
+constexpr int LANES = 8;
+#else
+constexpr int LANES = 4;
+#endif
 typedef float vf __attribute__((vector_size(4 * LANES)));
 typedef int32_t vi __attribute__((vector_size(4 * LANES)));
 typedef uint32_t vu __attribute__((vector_size(4 * LANES)));
 typedef uint16_t vh __attribute__((vector_size(2 * LANES)));
 typedef uint8_t vb __attribute__((vector_size(LANES)));
+typedef uint8_t vq __attribute__((vector_size(4 * LANES)));  // four bytes a lane
 
 constexpr float INF = std::numeric_limits<float>::infinity();
 constexpr float NOT_A_NUMBER = std::numeric_limits<float>::quiet_NaN();
@@ -106,7 +116,8 @@ inline Place on_grid(vf u, const Grid& g) {
   biased = (biased < g.min_exponent + 127 ? vi{} + (g.min_exponent + 127) : biased) - g.mantissa_bits;
   return {u * (vf)((254 - biased) << 23), (vf)(biased << 23)};
 }
-inline vf round_nearest(vf u, const Grid& g) {
+// Inlined whatever its size: called, it reads the grid anew for every vector.
+__attribute__((always_inline)) inline vf round_nearest(vf u, const Grid& g) {
   if (g.offset != 0.0f) return rounded(clamped(u, g.max) + 0.5f) - 0.5f;
   if (!g.minifloat) {
     Place place = on_grid(u, g);
@@ -129,9 +140,10 @@ inline vf round_stochastic(vf u, const Grid& g, vf uniform) {
 
 // --------------------------------------------------------------------------------------------------------- randomness
 
-// reference.element_index of sixteen lanes: `apart` from one to the next, which are rows' runs or columns.
+// reference.element_index of all lanes: `apart` from one to the next, which are rows' runs or columns.
 inline vu positions(bool of_rows, int64_t first, int64_t column, int64_t apart) {
-  const vu lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  vu lane;
+  for (int l = 0; l < LANES; l++) lane[l] = l;
   return (uint32_t)first + ((of_rows ? 0 : (uint32_t)column) + lane) * (uint32_t)apart;
 }
 inline vf uniform(vu index, uint32_t key0, uint32_t key1) {
@@ -188,6 +200,30 @@ inline void turn_back(vf* v, int64_t height, const float* signs) {
 
 // ------------------------------------------------------------------------------------------------- in and out of a tile
 
+// Bytes are moved by whole registers: GCC 12 converts a vector of bytes one lane at a time.
+inline vi load_bytes(const void* from) {
+  vi fours, shift;
+  for (int l = 0; l < LANES; l += 4) {
+    int32_t four;
+    memcpy(&four, (const uint8_t*)from + l, sizeof four);
+    for (int i = 0; i < 4; i++) {
+      fours[l + i] = four;
+      shift[l + i] = 8 * i;
+    }
+  }
+  return fours >> shift & 0xff;
+}
+template <int... AT>
+inline void store_bytes(void* to, vi x, std::integer_sequence<int, AT...>) {
+#if defined(__clang__) || defined(__AVX512F__)
+  const vb bytes = __builtin_convertvector(x, vb);
+#else
+  const vq bytes = __builtin_shuffle((vq)x, vq{(uint8_t)(AT * 4 % (4 * LANES))...});
+#endif
+  memcpy(to, &bytes, LANES);
+}
+inline void store_bytes(void* to, vi x) { store_bytes(to, x, std::make_integer_sequence<int, 4 * LANES>()); }
+
 template <class T>
 inline vf load(const T* from) {
   if constexpr (sizeof(T) == 4) {
@@ -199,9 +235,7 @@ inline vf load(const T* from) {
     memcpy(&x, from, sizeof x);
     return (vf)(__builtin_convertvector(x, vu) << 16);
   } else {
-    vb x;
-    memcpy(&x, from, sizeof x);
-    return __builtin_convertvector(__builtin_convertvector(x, vi), vf);
+    return __builtin_convertvector(load_bytes(from), vf);
   }
 }
 
@@ -218,8 +252,7 @@ inline void store(T* to, vf x) {
     vh short_ = to_bfloat16(x);
     memcpy(to, &short_, sizeof short_);
   } else {
-    vb byte = __builtin_convertvector(__builtin_convertvector(x, vi), vb);
-    memcpy(to, &byte, sizeof byte);
+    store_bytes(to, __builtin_convertvector(x, vi));
   }
 }
 
@@ -228,35 +261,30 @@ inline void store(T* to, vf x) {
 #else
 #define PAIRS(a, b, ...) __builtin_shuffle(a, b, vi{__VA_ARGS__})
 #endif
-inline void transpose(vf* r) {  // 16x16: blocks of 8, 4, 2, 1 change places
-  vf t[LANES];
-#pragma GCC unroll 8
-  for (int i = 0; i < 8; i++) {
-    t[i] = PAIRS(r[i], r[i + 8], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23);
-    t[i + 8] = PAIRS(r[i], r[i + 8], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
-  }
-#pragma GCC unroll 8
-  for (int k = 0; k < 16; k += 8)
-#pragma GCC unroll 8
-    for (int i = k; i < k + 4; i++) {
-      r[i] = PAIRS(t[i], t[i + 4], 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27);
-      r[i + 4] = PAIRS(t[i], t[i + 4], 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31);
-    }
-#pragma GCC unroll 8
-  for (int k = 0; k < 16; k += 4)
-#pragma GCC unroll 8
-    for (int i = k; i < k + 2; i++) {
-      t[i] = PAIRS(r[i], r[i + 2], 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29);
-      t[i + 2] = PAIRS(r[i], r[i + 2], 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
-    }
-#pragma GCC unroll 8
-  for (int i = 0; i < 16; i += 2) {
-    r[i] = PAIRS(t[i], t[i + 1], 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30);
-    r[i + 1] = PAIRS(t[i], t[i + 1], 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
-  }
+// The second HALF lanes of every 2 * HALF of a change places with the first ones of b.
+template <int HALF, int... LANE>
+inline void exchange(vf& a, vf& b, std::integer_sequence<int, LANE...>) {
+  const vf first = PAIRS(a, b, (LANE & HALF ? LANES + LANE - HALF : LANE)...);
+  b = PAIRS(a, b, (LANE & HALF ? LANES + LANE : LANE + HALF)...);
+  a = first;
+}
+template <int HALF>
+inline void exchange_all(vf* r) {
+#pragma GCC unroll 16
+  for (int i = 0; i < LANES; i++)
+    if (!(i & HALF)) exchange<HALF>(r[i], r[i + HALF], std::make_integer_sequence<int, LANES>());
+  if constexpr (HALF > 1) exchange_all<HALF / 2>(r);
+}
+inline void transpose(vf* v) {  // LANES x LANES
+  vf r[LANES];                  // in registers
+#pragma GCC unroll 16
+  for (int i = 0; i < LANES; i++) r[i] = v[i];
+  exchange_all<LANES / 2>(r);
+#pragma GCC unroll 16
+  for (int i = 0; i < LANES; i++) v[i] = r[i];
 }
 
-// Where a tile lies: element e of lane l is at first + e * along + l * across; `lanes` of the sixteen are in use.
+// Where a tile lies: element e of lane l is at first + e * along + l * across; the first `lanes` lanes are in use.
 struct Tile {
   int64_t first, along, across;
   int lanes;
@@ -636,8 +664,9 @@ inline void split_fields(const uint8_t* bytes, int64_t n, uint8_t* fields) {
   const int64_t whole = n / 8 * 8, left = n - whole;
   uint64_t x = 0;
   for (int64_t i = 0; i < whole; i += 8) {
-    x = 0;
-    memcpy(&x, bytes + i * WIDTH / 8, WIDTH);
+    x = 0;  // not by memcpy into a part of x: reading the whole would wait until both stores are done
+#pragma GCC unroll 8
+    for (int byte = 0; byte < WIDTH; byte++) x |= (uint64_t)bytes[i * WIDTH / 8 + byte] << 8 * byte;
     x = apart(x);
     memcpy(fields + i, &x, 8);
   }
@@ -731,8 +760,7 @@ extern "C" void pack(const void* values_, const float* blocks, int64_t n, uint8_
       vf x = load_some(values + first + i, count - i);
       if (sizeof(Input) == 1) x = ((x > 127.0f ? x - 256.0f : x) + OFFSET) * UNIT;
       if (BLOCK) x = KIND == Kind::E8M0 ? x * reciprocal : x / scale;
-      vb bytes = __builtin_convertvector(field_of(x), vb);
-      memcpy(fields + i, &bytes, sizeof bytes);
+      store_bytes(fields + i, field_of(x));
     }
     join_fields(fields, count, codes + first * WIDTH / 8);
     if (BLOCK) scales[first / RUN] = byte_of(scale[0]);
@@ -748,9 +776,7 @@ extern "C" void unpack(const uint8_t* codes, const uint8_t* scales, int64_t n, v
     const vf scale = all(BLOCK ? scale_of(scales[first / RUN]) : 1.0f);
     split_fields(codes + first * WIDTH / 8, count, fields);
     for (int64_t i = 0; i < count; i += LANES) {
-      vb bytes;
-      memcpy(&bytes, fields + i, sizeof bytes);
-      vf x = code_of(__builtin_convertvector(bytes, vi));
+      vf x = code_of(load_bytes(fields + i));
       if (BLOCK) x *= scale;
       if (sizeof(Output) == 1) x = x * (1.0f / UNIT) - OFFSET;
       store_some(values + first + i, x, count - i);

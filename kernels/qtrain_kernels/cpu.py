@@ -36,7 +36,7 @@ from qtrain_kernels.checks import (
 )
 from qtrain_kernels.formats import Element
 from qtrain_kernels.operators import Namespace, read_plan, spell
-from qtrain_kernels.reference import Packed, Plan, Rotation
+from qtrain_kernels.reference import Knows, Packed, Plan, Rotation
 
 CPU = Namespace("qtrain_cpu", "CPU")
 SOURCE = Path(__file__).with_suffix(".cpp")
@@ -45,12 +45,28 @@ FLAGS = (
     "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC",
 )  # fmt: skip
 GCC_FLAGS = ("-fvect-cost-model=dynamic", "-Wno-psabi")
-LONGEST = 2**14  # elements of a line in a tile, sixteen of which must stay in cache; beyond, the reference
+WITHOUT = {"AVX2": "-mno-avx512f", "DEFAULT": "-mno-avx"}  # torch's capability of an x86 processor -> what is above it
+LONGEST = 2**14  # elements of a line in a tile, of which a vector's lanes must stay in cache; beyond, the reference
 CHUNK = 64  # elements of a line in a tile, where neither blocks nor a rotation say how many
 GRAIN = 32768  # elements that are worth a thread of their own
 TYPES = {torch.float32: "float", torch.bfloat16: "uint16_t"}
 RESULTS = TYPES | {torch.int8: "int8_t"}
 NO_ELEMENT = Element(1.0)
+KNOWS = Knows(  # what is not named here is absmax and nearest in cpu.cpp
+    "compiled",
+    rules={
+        "e8m0": (
+            "floor", "floor_three_quarters", "even", "rceil", "ceil", "round", "std", "std_round", "mse", "mse_phase",
+            "gaussian",
+        ),
+        "minifloat": ("absmax", "absmax_headroom", "absmax_fitted", "four_over_six"),
+        "float32": ("absmax", "gaussian", "absmean", "sawb"),
+        "line": ("absmax", "gaussian", "absmean", "sawb", "learned"),
+    },
+    roundings=("nearest", "stochastic", "eden"),
+    masks=("inside", "within", "error"),
+    sparsities=("2:4", "4:8"),
+)  # fmt: skip
 Values = Literal["codes", "operand", "restored"]  # codes; codes * block scale; that times the scale, rotated back
 
 
@@ -77,6 +93,7 @@ def unrotate(x: Tensor, rotation: Rotation | None, mask: Tensor | None, dtype: t
 def tensor_scale(x: Tensor, plan: Plan, rotation: Rotation | None = None) -> Tensor | float:
     """Equals reference.tensor_scale bit for bit."""
     check_spans(x)
+    KNOWS.check(plan)
     constant = reference.constant_scale(plan)
     if constant is not None:
         return constant
@@ -152,6 +169,7 @@ def _run(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Values, block scales (unless they are not asked for) and mask."""
     check_spans(x)
+    KNOWS.check(plan)
     check_key(key, plan, x)
     check_operand_dtype(dtype, plan)
     if (plan.span or 1) > LONGEST:
@@ -589,10 +607,13 @@ def compiler() -> str:
 
 
 def flags() -> tuple[str, ...]:
-    """Of GCC, or of clang."""
+    """Of GCC, or of clang. No vector instructions that torch may not use either, so that ATEN_CPU_CAPABILITY=avx2
+    shows on any x86 processor what one with AVX2 alone does."""
     own = () if "clang" in _version(compiler()) else GCC_FLAGS
-    wide = ("-mprefer-vector-width=512",) if platform.machine().lower() in ("x86_64", "amd64") else ()
-    return FLAGS + own + wide
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return FLAGS + own
+    without = WITHOUT.get(torch.backends.cpu.get_cpu_capability())
+    return (*FLAGS, *own, "-mprefer-vector-width=512", *([without] if without else []))
 
 
 @cache

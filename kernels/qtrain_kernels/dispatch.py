@@ -1,11 +1,12 @@
-"""What runs where, chosen once per device and said once; never fallen back from.
+"""What runs where, chosen once per device and said once.
 
-One table: (backend, device) -> the module that has its operations.
-
-Operations: rotate, unrotate, tensor_scale, encode, operand, fake_quantize, pack, unpack, join, split, as reference.py
-defines them.
-reference: eager torch, anywhere. compiled: code made for each plan, by a C++ compiler on CPU, by torch.compile on CUDA.
-triton: fused kernels on CUDA. auto: compiled where it can work, else reference.
+Backends, whose modules have the operations that reference.py defines (rotate, unrotate, tensor_scale, encode, operand,
+fake_quantize, pack, unpack, join, split):
+- reference: eager torch, on any device.
+- compiled: C++ that is made for each plan, on CPU.
+- triton: fused kernels, on CUDA.
+- auto: compiled on CPU and triton on CUDA where these can work, else reference. A plan or a rotation that has no Triton
+  kernel is the reference's under auto, and refused under triton.
 
 GEMMs: auto multiplies integer codes as INT8, exactly, on the devices that have it, and all else as float, which is
 values in the compute dtype. fp8 multiplies values of few bits as FP8 besides, whose sums some devices take in fewer
@@ -17,12 +18,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from functools import cache
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 
-from qtrain_kernels import cpu, gpu, graphs, reference
+from qtrain_kernels import cpu, gpu, reference
+from qtrain_kernels.reference import Plan, Rotation
 
 log = logging.getLogger("qtrain")
 
@@ -30,13 +31,19 @@ GEMMS = ("auto", "float", "fp8", "fp8_fast", "fp4")
 FP8_GEMMS = ("fp8", "fp8_fast")  # fast: sums as Hopper's FP8 units keep them, without promotion to float32
 EIGHT_BIT_DEVICES = ("cpu", "cuda")
 BACKENDS = ("auto", "reference", "compiled", "triton")
+MODULES = {"reference": reference, "compiled": cpu, "triton": gpu}
+FASTEST = {"cpu": "compiled", "cuda": "triton"}  # of each device
 
 
-def get(op: str, backend: str, device_type: str) -> Callable[..., Any]:
-    """The function of an operation. ValueError for an unknown backend, or for one that cannot work there."""
-    compiled = cpu if device_type == "cpu" else graphs
-    modules = {"reference": reference, "compiled": compiled, "triton": gpu}
-    return getattr(modules[resolve(backend, device_type)], op)
+def get(
+    op: str, backend: str, device_type: str, plan: Plan | None = None, rotation: Rotation | None = None
+) -> Callable[..., Any]:
+    """The function of an operation; plan, rotation: what it will be given, if it takes such. ValueError for an unknown
+    backend, or for one that cannot work there."""
+    chosen = resolve(backend, device_type)
+    if backend == "auto" and chosen == "triton" and _lacks_kernel(plan, rotation and rotation.size):
+        chosen = "reference"
+    return getattr(MODULES[chosen], op)
 
 
 @cache
@@ -45,15 +52,24 @@ def resolve(backend: str, device_type: str) -> str:
     if backend not in BACKENDS:
         raise ValueError(f"unknown backend {backend!r}; backends: {', '.join(BACKENDS)}")
     if backend == "auto":
-        obstacle = _obstacle_to_compiling(device_type)
-        chosen, why = ("reference", f": {obstacle}") if obstacle else ("compiled", "")
+        fastest = FASTEST.get(device_type, "reference")
+        obstacle = _obstacle(fastest, device_type)
+        chosen, why = ("reference", f": {obstacle}") if obstacle else (fastest, "")
         log.info("quantisers on %s run on backend %s%s", device_type, chosen, why)
         return chosen
-    obstacles = {"compiled": _obstacle_to_compiling, "triton": gpu.obstacle}
-    obstacle = obstacles[backend](device_type) if backend in obstacles else None
+    obstacle = _obstacle(backend, device_type)
     if obstacle:
         raise ValueError(f"backend {backend!r} cannot run on {device_type}: {obstacle}; or ask for backend 'reference'")
     return backend
+
+
+@cache
+def _lacks_kernel(plan: Plan | None, size: int | None) -> bool:
+    """Whether Triton has no kernel for a plan or a rotation of this size; said once."""
+    reason = gpu.missing_kernel(plan, size)
+    if reason:
+        log.info("backend auto takes the reference on cuda: %s", reason)
+    return reason is not None
 
 
 def resolve_gemm(gemm: str, held: str, device_type: str) -> str:
@@ -73,13 +89,13 @@ def resolve_gemm(gemm: str, held: str, device_type: str) -> str:
     return held
 
 
-def _obstacle_to_compiling(device_type: str) -> str | None:
-    """Why nothing can be compiled there, with the remedy; None if it can."""
-    if device_type == "cuda":
-        return None if find_spec("triton") else "triton is not installed; install it"
-    if device_type != "cpu":
-        return f"nothing is compiled for {device_type}"
-    return _cpp_obstacle()
+def _obstacle(backend: str, device_type: str) -> str | None:
+    """Why a backend cannot work on a device, with the remedy; None if it can."""
+    if backend == "triton":
+        return gpu.obstacle(device_type)
+    if backend == "compiled":
+        return _cpp_obstacle() if device_type == "cpu" else f"its C++ is for the CPU; on {device_type} ask for 'auto'"
+    return None
 
 
 def _cpp_obstacle() -> str | None:

@@ -129,15 +129,25 @@ def fold(values: Tensor, dim: int, dtype: torch.dtype) -> Folded:
 
 
 def fp8_matmul(left: Folded, right: Folded, fast: bool = False) -> Tensor:
-    """(M, K) @ (K, N) of matrices folded along K -> bfloat16. fast: summed by CUDA's FP8 units alone (fast
-    accumulation); else their partial sums are added up in float32. The same on CPU.
-    ValueError for factors that do not fit."""
+    """(M, K) @ (K, N) of matrices folded along K -> bfloat16: sums in float32, rounded once.
+
+    fast: CUDA's FP8 units keep the sums themselves, in fewer bits; else their partial sums are added up in float32. On
+    CPU both are the float32 product of codes * scale. ValueError for factors that do not fit.
+    """
     _check_product(left.codes, right.codes, tuple(TOP))
     if right.codes.dtype == torch.float8_e5m2:
         raise ValueError("right must be in float8_e4m3fn: CUDA multiplies by no other; got torch.float8_e5m2")
     if not left.codes.numel() or not right.codes.numel():
         shape = left.codes.shape[0], right.codes.shape[1]
         return torch.zeros(shape, dtype=torch.bfloat16, device=left.codes.device)
+    if left.codes.is_cuda:
+        return _scaled_mm(left, right, fast)
+    # torch's scaled_mm has no CPU kernel before torch 2.12; from then on it takes this very product.
+    return matmul(left.codes.float() * left.scale, right.codes.float() * right.scale).bfloat16()
+
+
+def _scaled_mm(left: Folded, right: Folded, fast: bool) -> Tensor:
+    """In the sizes and the layout that cuBLASLt takes: rows by columns, 16 elements at a time."""
     rows, columns = left.codes.shape[0], right.codes.shape[1]
     missing, wide = -left.codes.shape[1] % FP8_MULTIPLE, -columns % FP8_MULTIPLE
     a, b = _filled(left.codes, 0, missing), _filled(right.codes.T, wide, missing).T

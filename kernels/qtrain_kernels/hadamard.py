@@ -11,7 +11,7 @@ from torch import Tensor
 
 from qtrain_kernels import reference
 from qtrain_kernels.checks import check_mask, check_spans
-from qtrain_kernels.quantize import TRITON, check_matrix, check_power_of_two, launch, signs_of, tile_of
+from qtrain_kernels.quantize import TRITON, check_kernel, check_matrix, launch, signs_of, tile_of
 from qtrain_kernels.reference import Plan, Rotation
 
 
@@ -73,7 +73,7 @@ def _matrix(x: Tensor, width: int) -> tuple[Tensor, int]:
 def _turned(x: Tensor, rotation: Rotation, mask: Tensor | None, dtype: torch.dtype, inverse: bool) -> Tensor:
     if dtype not in (torch.bfloat16, torch.float32):
         raise ValueError(f"a rotation gives bfloat16 or float32; asked for {dtype}")
-    check_power_of_two("rotation", rotation.size)
+    check_kernel(None, rotation.size)
     check_mask(mask, x)
     matrix, dim = _matrix(x, rotation.size)
     check_matrix(matrix, dim, rotation.size)
@@ -85,7 +85,7 @@ def _amax(x: Tensor, rotation: Rotation | None, single: bool) -> Tensor:
     """() or (outer, 1, inner) float32: the largest magnitude of each row or column of x rotated, or of all."""
     outer, span, inner = x.shape
     size = None if rotation is None else rotation.size
-    check_power_of_two("rotation", size)
+    check_kernel(None, size)
     matrix, dim = _matrix(x, span)
     if dim == -2 and outer > 1 and not single:
         raise ValueError(f"columns with one scale each need an outer size of 1; got {tuple(x.shape)}")

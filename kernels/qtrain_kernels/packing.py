@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from qtrain_kernels.checks import check_fields, check_packable, check_packed
-from qtrain_kernels.quantize import LARGEST_SPAN, TRITON, Spec, Tile, launch, obstacle, read_spec, scale_nan
+from qtrain_kernels.quantize import TRITON, Spec, Tile, check_kernel, launch, obstacle, read_spec, scale_nan
 from qtrain_kernels.reference import Packed, Plan, field_width, grids, stored_integer
 
 SIZE = 4096  # elements of a program; blocks divide it
@@ -38,11 +38,6 @@ def _form(plan: Plan, dtype: torch.dtype) -> Form:
     return Form(plan, plan.element.bits, width, scale_nan(plan), unit, offset, **kinds)
 
 
-def takes(plan: Plan) -> bool:
-    """Whether there is a kernel for its block."""
-    return plan.block is None or (plan.block <= LARGEST_SPAN and plan.block & (plan.block - 1) == 0)
-
-
 def pack(values: Tensor, blocks: Tensor | None, plan: Plan) -> Packed:
     """Equals reference.pack bit for bit. ValueError for a device, dtype or block that there is no kernel for."""
     _check(values, plan)
@@ -56,7 +51,7 @@ def unpack(packed: Packed, shape: torch.Size, plan: Plan, dtype: torch.dtype) ->
     """Equals reference.unpack bit for bit. ValueError as `pack`."""
     _check_device(packed.codes)
     check_packed(packed, shape, plan)
-    _check_block(plan)
+    check_kernel(plan, None)
     scales = None if packed.scales is None else packed.scales.contiguous()
     return _unpack(packed.codes.contiguous(), scales, str(Spec(grids(plan))), list(shape), dtype)
 
@@ -83,14 +78,9 @@ def _check_device(x: Tensor) -> None:
 
 def _check(values: Tensor, plan: Plan) -> None:
     _check_device(values)
-    _check_block(plan)
+    check_kernel(plan, None)
     if values.dtype not in (torch.float32, torch.bfloat16, torch.int8):
         raise ValueError(f"backend 'triton' packs float32, bfloat16 or int8; got {values.dtype}")
-
-
-def _check_block(plan: Plan) -> None:
-    if not takes(plan):
-        raise ValueError(f"backend 'triton' packs blocks that are a power of two up to 256; got {plan.block}")
 
 
 def _launch(kernel: object, x: Tensor, packed: Tensor, scales: tuple[Tensor | None, ...], form: Form | int) -> None:

@@ -21,7 +21,7 @@ from qtrain_kernels import reference
 from qtrain_kernels.checks import check_key, check_operand_dtype, check_same_device, check_signs, check_spans
 from qtrain_kernels.formats import Element
 from qtrain_kernels.operators import Namespace, plan_of, spell
-from qtrain_kernels.reference import Exponent, Plan, Rotation, stored_integer
+from qtrain_kernels.reference import Exponent, Knows, Plan, Rotation, stored_integer
 
 TRITON = Namespace("qtrain", "CompositeExplicitAutograd")
 Output = Literal["codes", "bfloat16", "float32", "int8", "packed"]
@@ -30,6 +30,22 @@ LEAST_BFLOAT16 = 2.0**-133
 UNFUSED = {
     "enable_fp_fusion": False
 }  # of every launch: a fused multiply-add rounds once where the reference rounds twice
+
+
+KNOWS = Knows(  # what is not named here is absmax and nearest in triton_quantize.py; a line's scale is given
+    "triton",
+    rules={
+        "e8m0": (
+            "floor", "floor_three_quarters", "even", "rceil", "ceil", "round", "std", "std_round", "mse", "mse_phase",
+            "gaussian",
+        ),
+        "minifloat": ("absmax", "absmax_headroom", "absmax_fitted", "four_over_six"),
+        "float32": ("absmax", "gaussian"),
+    },
+    roundings=("nearest", "stochastic", "eden"),
+    masks=("inside", "within", "error"),
+    sparsities=("2:4", "4:8"),
+)  # fmt: skip
 
 
 class Quantized(NamedTuple):
@@ -52,13 +68,16 @@ class Quantized(NamedTuple):
 @dataclass(frozen=True)
 class Spec:
     """One quantisation of a matrix: plan, dim (-1 | -2), order of the rotation or None, output; with_blocks: whether
-    the block scales, if any, are written too."""
+    the block scales, if any, are written too. ValueError for a plan that there is no kernel for."""
 
     plan: Plan
     dim: int = -1
     rotation: int | None = None
     output: Output = "bfloat16"
     with_blocks: bool = True
+
+    def __post_init__(self) -> None:
+        KNOWS.check(self.plan)
 
     def __str__(self) -> str:
         """JSON of all of it, which `read_spec` takes."""
@@ -196,9 +215,12 @@ def _common_tile(rows: Spec, columns: Spec) -> Tile:
 # --------------------------------------------------------------------------------------------------------------- checks
 
 
+HAS_TRITON = find_spec("triton") is not None  # a constant, since torch.compile of torch 2.11 cannot trace find_spec
+
+
 def obstacle(device_type: str) -> str | None:
     """Why Triton's kernels cannot run there, with the remedy; None if they can."""
-    if find_spec("triton") is None:
+    if not HAS_TRITON:
         return "triton is not installed; install it"
     if device_type == "cuda" or (device_type == "cpu" and _interpreted()):
         return None
@@ -225,9 +247,22 @@ def check_matrix(x: Tensor, dim: int, span: int) -> None:
         raise ValueError(f"dim {dim} must be a multiple of {span}; x has {tuple(x.shape)}; pad it with zeros")
 
 
-def check_power_of_two(name: str, size: int | None) -> None:
-    if size is not None and (size & (size - 1) or size > LARGEST_SPAN):
-        raise ValueError(f"backend 'triton' needs a {name} that is a power of two up to {LARGEST_SPAN}; got {size}")
+def missing_kernel(plan: Plan | None, rotation: int | None) -> str | None:
+    """Why there is no kernel for a plan or for a rotation of this size; None if there is one."""
+    sizes = {"rotation": rotation}
+    if plan is not None:
+        sizes |= {"block": plan.block, "correction": plan.correction}
+    for name, size in sizes.items():
+        if size is not None and (size & (size - 1) or size > LARGEST_SPAN):
+            return f"backend 'triton' needs a {name} that is a power of two up to {LARGEST_SPAN}; got {size}"
+    return None
+
+
+def check_kernel(plan: Plan | None, rotation: int | None) -> None:
+    """ValueError where there is no kernel."""
+    reason = missing_kernel(plan, rotation)
+    if reason:
+        raise ValueError(reason)
 
 
 def signs_of(rotation: Rotation | None, x: Tensor) -> Tensor | None:
@@ -248,9 +283,7 @@ def _signs(signs: Tensor | None, size: int | None, x: Tensor) -> Tensor | None:
 def _check(x: Tensor, spec: Spec, key: Tensor | None) -> None:
     """ValueError for what the kernels cannot do."""
     plan = spec.plan
-    check_power_of_two("block", plan.block)
-    check_power_of_two("correction", plan.correction)
-    check_power_of_two("rotation", spec.rotation)
+    check_kernel(plan, spec.rotation)
     check_matrix(x, spec.dim, spec.span)
     check_key(key, plan, x)
     if spec.output == "packed":

@@ -14,7 +14,7 @@ NaN and infinity stay visible: either one in a block (or row, or, with a tensor 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
@@ -77,6 +77,51 @@ class Plan:
             return False
         scale_bits = self.scale_element.significant_bits if self.scale_element else 0
         return self.element.significant_bits + scale_bits <= 8
+
+
+@dataclass(frozen=True)
+class Knows:
+    """What a backend computes. rules: its scale rules by the kind of a block's scale, and for the one scale of a whole
+    line or tensor (`line`); of a kind that is not there it computes no scales, so it takes all rules."""
+
+    backend: str
+    rules: Mapping[str, tuple[str, ...]]
+    roundings: tuple[str, ...]
+    masks: tuple[str, ...]
+    sparsities: tuple[str, ...]
+
+    def check(self, plan: Plan) -> None:
+        """ValueError for a plan that asks for anything else."""
+        kind = plan.scale_kind if plan.block is not None else "line"
+        asked = (
+            (f"scale rule ({kind})", plan.rule, self.rules.get(kind)),
+            ("rounding", plan.rounding, self.roundings),
+            ("mask", plan.mask and plan.mask.kind, self.masks),
+            ("sparsity", plan.sparsity, self.sparsities),
+        )
+        for what, name, known in asked:
+            if name is not None and known is not None and name not in known:
+                raise ValueError(
+                    f"backend {self.backend!r} knows no {what} {name!r}; it knows {', '.join(known)}; use one of them, "
+                    "or a backend that knows it"
+                )
+
+
+KNOWS = Knows(
+    "reference",
+    rules={
+        "e8m0": (
+            "floor", "floor_three_quarters", "even", "rceil", "ceil", "round", "std", "std_round", "mse", "mse_phase",
+            "gaussian",
+        ),
+        "minifloat": ("absmax", "absmax_headroom", "absmax_fitted", "four_over_six"),
+        "float32": ("absmax", "gaussian", "absmean", "sawb"),
+        "line": ("absmax", "gaussian", "absmean", "sawb", "learned"),
+    },
+    roundings=("nearest", "stochastic", "eden"),
+    masks=("inside", "within", "error"),
+    sparsities=("2:4", "4:8"),
+)  # fmt: skip
 
 
 def stored_integer(element: Element) -> tuple[float, float]:
@@ -173,10 +218,10 @@ class Exponent:
 
 
 def exponent_rule(plan: Plan) -> Exponent:
-    """Of a plan with E8M0 scales."""
+    """Of a plan with E8M0 scales. ValueError for a rule that is not there."""
     element, emax = plan.element, plan.element.max_exponent
     half_a_unit = 1 << (22 - element.precision_bits)  # of the element's last mantissa bit
-    return {
+    rules = {
         "floor": Exponent("amax", shift=emax),
         "floor_three_quarters": Exponent("amax", shift=emax),
         "mse": Exponent("amax", shift=emax, search=True),
@@ -188,7 +233,10 @@ def exponent_rule(plan: Plan) -> Exponent:
         "gaussian": Exponent("rms"),
         "std": Exponent("std"),
         "std_round": Exponent("std", CARRY_ABOVE_SQRT2),
-    }[plan.rule]
+    }
+    if plan.rule not in rules:
+        raise ValueError(f"there is no scale rule {plan.rule!r} for e8m0 scales; use {', '.join(rules)}")
+    return rules[plan.rule]
 
 
 def _e8m0_exponent(x: Tensor, plan: Plan) -> Tensor:
@@ -286,6 +334,7 @@ def tensor_scale(x: Tensor, plan: Plan, rotation: Rotation | None = None) -> Ten
     x: whole rows, (outer, contraction, inner), before the rotation. A row or tensor of zeros gets scale 0, which
     `encode` takes as codes of zero inputs: the product is 0.
     """
+    KNOWS.check(plan)
     constant = constant_scale(plan)
     if constant is not None:
         return constant
@@ -304,7 +353,9 @@ def tensor_scale(x: Tensor, plan: Plan, rotation: Rotation | None = None) -> Ten
 
 
 def constant_scale(plan: Plan) -> float | None:
-    """The scale above the blocks where it does not depend on x."""
+    """The scale above the blocks where it does not depend on x. ValueError for a learned one, which is given."""
+    if plan.rule == "learned":
+        raise ValueError("scale rule 'learned' has no scale of x: it is a parameter, which is given")
     if plan.scale_kind == "minifloat" or plan.rule == "mse_phase" or plan.block is None:
         return None
     return 1.0 / HEADROOM if plan.rule == "floor_three_quarters" else 1.0
@@ -454,8 +505,9 @@ def encode(
     x: (outer, span, inner), before the rotation; scale: its tensor_scale, () or (outer, 1, inner); key: (2,) int32 for
     stochastic rounding and EDEN.
     Returns codes float32 on the element's grid, (outer, span, inner); block_scale (outer * span / block, 1, inner) or
-    None; mask uint8 (1 passes the gradient) or None.
+    None; mask uint8 (1 passes the gradient) or None. ValueError for a rule, rounding, mask or sparsity that is unknown.
     """
+    KNOWS.check(plan)
     x = rotate(x, rotation)
     shape = x.shape
     if plan.rule == "mse_phase":

@@ -476,6 +476,8 @@ def tensor_scale_of_blocks(pointer, i, j, rows, columns, per, JOB: tl.constexpr)
 @triton.jit
 def quantize_tile(tile, scale, key, signs, values, block_scales, masks, i, j, rows, columns, per, JOB: tl.constexpr):
     """One quantisation of a loaded tile (i, j) of (rows, columns): every output of it."""
+    ELEMENT: tl.constexpr = JOB.plan.element  # a constexpr by its annotation: Triton 3.6 passes no bare object on
+    MASK: tl.constexpr = JOB.plan.mask
     x = to_float32(tile)
     if JOB.rotation is not None:
         x = rotate(x, signs, False, JOB)
@@ -489,16 +491,16 @@ def quantize_tile(tile, scale, key, signs, values, block_scales, masks, i, j, ro
         blocks = above
     u = code_units(x, above, blocks, JOB)
     if JOB.plan.rounding == "stochastic":
-        codes = round_stochastic(u, JOB.plan.element, uniform(element_index(i, j, rows, columns, 1, JOB), key))
+        codes = round_stochastic(u, ELEMENT, uniform(element_index(i, j, rows, columns, 1, JOB), key))
     else:
-        codes = round_nearest(u, JOB.plan.element)
+        codes = round_nearest(u, ELEMENT)
     if JOB.plan.sparsity is not None:
         codes = codes * largest_of_four(x, 2 if JOB.plan.sparsity == "4:8" else 1)
     if JOB.plan.rounding == "eden":
         blocks = corrected(u, codes, blocks, element_index(i, j, rows, columns, JOB.block, JOB), key, JOB)
 
     if JOB.plan.mask is not None:
-        passed = gradient_mask(u, codes, JOB.plan.mask)
+        passed = gradient_mask(u, codes, MASK)
         if JOB.output == "packed":
             emit(masks, packed_in_bytes(passed, 1, JOB), i, j, rows, columns, 8, JOB)
         else:

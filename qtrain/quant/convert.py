@@ -71,8 +71,9 @@ def convert(
     gemm, which multiplies: auto (integer codes as INT8, exactly, all else in the compute dtype) | float (all in the
     compute dtype) | fp8 (as auto, and MXFP4, FP8 and the like on FP8 units).
     UserError, with the model untouched, for a width that the recipe's blocks do not divide, a skip name that matches
-    nothing (lm_head in the recipe's own may), a pattern of recipe.overrides that does, or a model that has no linear
-    layer or is already converted.
+    nothing (lm_head in the recipe's own may), a pattern of recipe.overrides that does, a model that has no linear layer
+    or is already converted, or a recipe that quantises but would convert none of the model's linear layers.
+    nn.TransformerEncoderLayer loses its fast path for inference, which reads the weights without calling the layers.
     """
     if not isinstance(model, nn.Module):
         raise UserError(f"convert takes a torch.nn.Module; got {type(model).__name__}")
@@ -96,15 +97,17 @@ def convert(
     recipes_of: dict[str, LinearRecipe] = {}
     for name, module in linears.items():
         own = next((other for entry, other in recipe.overrides.items() if _matches(entry, name)), recipe)
-        inside = model.get_submodule(name.rpartition(".")[0])
         kept = names if own is recipe or skip is not None else ()  # an override comes before the recipe's own skip
-        reason = _reason_to_skip(name, own, kept) or blocks.get(name) or _other_use(module, inside)
+        reason = _reason_to_skip(name, own, kept) or blocks.get(name) or _other_use(module)
         if reason is None:
-            recipes_of[name] = own
+            recipes_of[name] = own.model_copy(update={"redraw": recipe.redraw})
         else:
             report.skipped[name] = reason
     report.converted = list(recipes_of)
+    if not recipes_of and any(each.fprop is not None for each in (recipe, *recipe.overrides.values())):
+        raise UserError(_nothing_converted(model, report))
     _swap(model, linears, recipes_of, seed, backend, gemm, report)
+    _leave_fast_paths(model)
     log.debug("%s", report)
     return report
 
@@ -112,10 +115,17 @@ def convert(
 def set_step(model: nn.Module, step: int, micro_batch: int = 0) -> None:
     """Key the random bits of every QuantLinear in model by the optimiser step and the micro-batch within it.
 
-    Call it before every training forward, with another step after every optimiser step: without it, a forward repeats
-    the noise of the last. With activation checkpointing, call it again only after the backward of the forward that it
-    keyed. A layer used twice in one forward draws the same bits twice. What belongs to a weight (its noise, and the
-    signs of the two GEMMs that it enters) is drawn once a step, for all micro-batches; published code draws it in each.
+    Call it before every training forward: with another step after every optimiser step, and with a larger micro_batch
+    for each further forward of the same step. Without it, a forward repeats the noise of the last. With activation
+    checkpointing, call it again only after the backward of the forward that it keyed. A layer used twice in one forward
+    draws the same bits twice. `LinearRecipe.redraw` says whether micro-batches of a step share the weight's noise.
+
+    A forward quantises the weight as it is at that moment. The one exception: in training, a forward may take the
+    weight that was quantised in a forward of the same step with a smaller micro_batch. It does not where the parameter
+    was replaced, was written to in place, or an optimiser of torch.optim has stepped since. A write that torch does not
+    see (weight.data, an optimiser of another library) between two micro-batches is therefore seen from the next step
+    on, or from a micro_batch that is not larger. Gradients play no part: accumulation, zero_grad in either form, loss
+    scaling and recomputed forwards change nothing of this.
     """
     for module in model.modules():
         if isinstance(module, QuantLinear):
@@ -170,17 +180,42 @@ def _reason_to_skip(name: str, recipe: LinearRecipe, skip: Sequence[str]) -> str
     return None
 
 
-def _other_use(module: nn.Module, inside: nn.Module) -> str | None:
-    """Why a linear layer is more than its weight and bias; None for a plain one. inside: the module that holds it."""
+def _other_use(module: nn.Module) -> str | None:
+    """Why a linear layer is more than its weight and bias; None for a plain one."""
     if type(module) not in (nn.Linear, Linear):
         return f"a {type(module).__name__}, which may use its weight in its own way"
     if not isinstance(module.weight, nn.Parameter):
         return "its weight is computed from other parameters (weight_norm, spectral_norm)"
     if any(getattr(module, f"_{kind}_hooks") for kind in ("forward", "forward_pre", "backward", "backward_pre")):
         return "it carries hooks; remove them, or register them after the conversion"
-    if isinstance(inside, nn.TransformerEncoderLayer):
-        return "inside a TransformerEncoderLayer, whose fast path reads the weights without calling the layer"
     return None
+
+
+def _nothing_converted(model: nn.Module, report: Report) -> str:
+    reasons = [f"{name or 'the model itself'}: {why}" for name, why in report.skipped.items()]
+    more = [f"and {len(reasons) - 8} more"] if len(reasons) > 8 else []
+    listed = "\n  ".join([*reasons[:8], *more])
+    return (
+        f"recipe {report.recipe} would convert none of the {len(reasons)} linear layers of the model "
+        f"({type(model).__name__}):\n  {listed}\nname in skip only what is to stay (skip=[]: nothing), or use recipe "
+        "bf16, which converts nothing"
+    )
+
+
+def _leave_fast_paths(model: nn.Module) -> None:
+    """In evaluation, torch's encoder layers read linear1.weight and linear2.weight without calling linear1 and linear2,
+    but only for the activations that a flag names, which has no other use. Its encoder makes nested tensors for them,
+    by a flag of its own."""
+    encoders = [
+        module for module in model.modules() if isinstance(module, (nn.TransformerEncoder, nn.TransformerEncoderLayer))
+    ]
+    for encoder in encoders:
+        if not any(isinstance(child, QuantLinear) for child in encoder.modules()):
+            continue
+        if isinstance(encoder, nn.TransformerEncoderLayer):
+            encoder.activation_relu_or_gelu = 0
+        else:
+            encoder.use_nested_tensor = False
 
 
 def _matches(entry: str, name: str) -> bool:
@@ -234,7 +269,9 @@ def _swap(
         numerics = Numerics.build(recipe, backend, gemm)
         report.numerics[name] = str(numerics)
         found.append(numerics)
-        problems += [problem for problem in [_misfit(name, linears[name], recipe, numerics)] if problem]
+        module = linears[name]
+        assert isinstance(module, nn.Linear)
+        problems += [problem for problem in [_misfit(name, module, recipe, numerics)] if problem]
     if problems:
         raise UserError("\n".join(problems))
     if gemm in FP8_GEMMS and found and not any(each.held == "fp8" for numerics in found for each in numerics.gemms):
@@ -253,16 +290,18 @@ def _swap(
         setattr(model.get_submodule(parent), child, made[linears[name]])
 
 
-def _misfit(name: str, module: nn.Module, recipe: LinearRecipe, numerics: Numerics) -> str | None:
+def _misfit(name: str, module: nn.Linear, recipe: LinearRecipe, numerics: Numerics) -> str | None:
     """Why a layer's widths do not fit the recipe's blocks; None if they do."""
     for operand, quantizer in sorted(numerics.operands.items(), key=lambda item: -item[1].multiple):
-        kind = {"fprop": "in_features", "dgrad": "out_features"}.get(operand.split(".")[0])  # wgrad pads its tokens
-        if kind is None:
+        gemm_name = operand.split(".")[0]
+        if gemm_name == "wgrad":  # of blocks alone, to which its tokens are filled with zeros
             continue
-        size, multiple = getattr(module, kind), quantizer.multiple
-        if size % multiple:
+        multiple, size = quantizer.multiple, module.in_features
+        if gemm_name == "dgrad":
+            size = module.out_features + -module.out_features % numerics.dgrad.multiple
+        elif size % multiple:
             return (
-                f"recipe {recipe.name} needs {kind} % {multiple} == 0 for {operand} ({quantizer}); {name} has "
+                f"recipe {recipe.name} needs in_features % {multiple} == 0 for {operand} ({quantizer}); {name} has "
                 f"{size}; pad it or add it to recipe.skip"
             )
         if quantizer.spec.rotation == "hadamard":

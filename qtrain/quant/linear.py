@@ -5,28 +5,32 @@
     dgrad  dX = (Q(dY D' H) Q(W' D' H)  * mask_X) (D H)^-1   contraction over N
     wgrad  dW = (Q(dY^T D" H) Q(X' D" H) * mask_W) (D H)^-1  contraction over T
 X', W': the master values, or the rotated and quantised ones of the forward, whose gradients leave the rotation by its
-inverse. Masks are the forward's estimators. Weights are quantised from the float32 master, once per optimiser step.
+inverse. Masks are the forward's estimators. Weights are quantised from the float32 master; what is not redrawn in each
+micro-batch is quantised once for all micro-batches of an optimiser step (`qtrain.set_step` has the rule).
+N (in dgrad) and T (in wgrad) are filled with zeros to whole blocks.
 """
 
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, cast
+from typing import Any, SupportsIndex, cast
 
 import torch
 from torch import Tensor, distributed, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from qtrain.errors import UserError
 from qtrain.quant.quantizer import Operand, Quantizer, folded, gemm, rotate, unrotate
-from qtrain.quant.random import PER_STEP, USES, key_of, key_words
+from qtrain.quant.random import OF_THE_WEIGHT, USES, key_of, key_words
 from qtrain.quant.rotation import hadamard
 from qtrain.recipe import LinearRecipe
-from qtrain.settings import FP8_GEMMS, Backend, GemmKind
+from qtrain.settings import FP8_GEMMS, Backend, GemmKind, Redraw
 from qtrain_kernels import dispatch
 from qtrain_kernels.gemm import Folded, fp8_matmul
 from qtrain_kernels.precision import Linear
@@ -92,6 +96,7 @@ class Numerics:
     dgrad: Gemm
     wgrad: Gemm
     gemm: GemmKind
+    redraw: Redraw
 
     @staticmethod
     def build(recipe: LinearRecipe, backend: Backend, gemm: GemmKind = "auto") -> Numerics:
@@ -101,9 +106,9 @@ class Numerics:
             left, right = (Quantizer.build(spec, backend) for spec in operands.values())
             dtypes = left.eight_bits, right.eight_bits
             if right.reuses:
-                dtypes = left.eight_bits, _reused(gemms["fprop"], gemm_name)
+                dtypes = left.eight_bits, _reused(gemms["fprop"], gemm_name, gemm_name == "wgrad" or left.multiple > 1)
             gemms[gemm_name] = Gemm(left, right, _multiplied(*dtypes))
-        return Numerics(**gemms, gemm=gemm)
+        return Numerics(**gemms, gemm=gemm, redraw=recipe.redraw)
 
     @property
     def gemms(self) -> tuple[Gemm, Gemm, Gemm]:
@@ -112,6 +117,10 @@ class Numerics:
     def kind(self, gemm_: Gemm, device_type: str) -> str:
         """int8 | fp8 | float: how one of the GEMMs is multiplied on a device."""
         return dispatch.resolve_gemm(self.gemm, gemm_.held, device_type)
+
+    def lasts(self, gemm_: Gemm) -> bool:
+        """Whether the weight's operand of fprop or dgrad is the same in every micro-batch of a step."""
+        return self.redraw == "step" or not (gemm_.right.stochastic or gemm_.right.spec.signs == "step")
 
     def runs_on(self, device_type: str) -> str:
         """compiled on cpu, gemms int8 float float: what quantises on a device, and how fprop, dgrad, wgrad multiply."""
@@ -144,16 +153,16 @@ class Numerics:
         return f"fwd {' '.join(texts['fprop'])} dgrad {' '.join(texts['dgrad'])} wgrad {' '.join(texts['wgrad'])}"
 
 
-def _reused(fprop: Gemm, gemm_name: str) -> torch.dtype | None:
-    """The 8-bit dtype of the forward's codes in a backward GEMM. None unless one scale of the tensor stays outside (one
-    per row lies along the contraction); and in wgrad, which fills up tokens with zeros, of integers without their half,
-    among which there is none."""
+def _reused(fprop: Gemm, gemm_name: str, fills: bool) -> torch.dtype | None:
+    """The 8-bit dtype in which a backward GEMM can take the forward's codes, or None. A scale per row varies along the
+    contraction, so only one scale per tensor qualifies. fills: the contraction may be filled with zeros, which integers
+    stored without their half cannot encode."""
     forward = fprop.right if gemm_name == "dgrad" else fprop.left
     if forward.plan is None or not forward.plan.per_tensor or forward.eight_bits is None:
         return None
     if forward.eight_bits == torch.int8:
         _, offset = stored_integer(forward.plan.element)
-        if fprop.held != "int8" or (offset and gemm_name == "wgrad"):
+        if fprop.held != "int8" or (offset and fills):
             return None
     return forward.eight_bits
 
@@ -166,11 +175,9 @@ def _multiplied(left: torch.dtype | None, right: torch.dtype | None) -> tuple[to
 
 
 class QuantizedWeight:
-    """A layer's weight as the GEMMs of one optimiser step take it: for fprop at once, for dgrad when first asked for;
-    folded into FP8 where they multiply so.
-
-    Every micro-batch of the step, and every recomputed forward, uses the same one.
-    """
+    """A layer's weight as the GEMMs take it: for fprop at once, for dgrad when a backward asks for it; folded into FP8
+    where they multiply so. Later micro-batches of the same step may use the same one; an operand of dgrad that is
+    redrawn in each micro-batch is then quantised in each."""
 
     def __init__(
         self,
@@ -253,12 +260,18 @@ class QuantizedWeight:
         return folded(right, -2, gemm_.eight_bits[1])
 
     def dgrad(self, keys: Tensor) -> tuple[Operand | Folded, Rotation | None]:
-        """W' quantised along N, and how it was rotated."""
+        """W' (N, K), filled with zero rows to whole blocks and quantised along N, and how it was rotated."""
         if self._dgrad is None:
+            gemm_ = self.numerics.dgrad
             source = self.fprop if self._master is None else Operand(self._master)
-            rotation = self.numerics.dgrad.rotation(key_of(keys, "dgrad.signs"), source.values.shape[0])
-            operand = self.again("dgrad.w", source, rotation, keys)
-            self._dgrad = (self._right_side(self.numerics.dgrad, operand), rotation)
+            rows = source.values.shape[0]
+            source = _filled(source, -rows % gemm_.multiple, self.dtype)
+            rotation = gemm_.rotation(key_of(keys, "dgrad.signs"), source.values.shape[0])
+            operand = self.again("dgrad.w", source, rotation, keys, rows=rows)
+            found = self._right_side(gemm_, operand), rotation
+            if not self.numerics.lasts(gemm_):
+                return found
+            self._dgrad = found
         return self._dgrad
 
 
@@ -322,34 +335,42 @@ class _QuantLinearFunction(torch.autograd.Function):
 
 
 def _dgrad(gemm_: Gemm, grad_output: Tensor, quantized: QuantizedWeight, keys: Tensor) -> Tensor:
-    """(T, N) @ (N, K), both quantised along N."""
-    tokens, block = grad_output.shape[0], gemm_.left.spec.row_rotation_block
+    """(T, N) @ (N, K), both quantised along N, filled with zeros to whole blocks as `_wgrad` fills T."""
+    (tokens, features), block = grad_output.shape, gemm_.left.spec.row_rotation_block
     weight, rotation = quantized.dgrad(keys)
     backend = gemm_.left.backend
     rows = None if block is None else hadamard(block, None, grad_output.device)
-    turned = grad_output
+    padding = -features % gemm_.multiple
+    turned = F.pad(grad_output, (0, padding)) if padding else grad_output
     if rows is not None:
-        turned = rotate(F.pad(grad_output, (0, 0, 0, -tokens % rows.size)), rows, backend, dim=-2)
+        turned = rotate(F.pad(turned, (0, 0, 0, -tokens % rows.size)), rows, backend, dim=-2)
     dy = quantized.operand("dgrad.dy", turned, rotation, keys, raw=grad_output)
     product = quantized.multiply(gemm_, dy, weight)
     return product if rows is None else unrotate(product, rows, backend, dim=-2)[:tokens]
 
 
 def _wgrad(gemm_: Gemm, grad_output: Tensor, x: Operand, keys: Tensor, quantized: QuantizedWeight) -> Tensor:
-    """(T, N)^T @ (T, K), both quantised along T, filled with zeros to whole blocks. The product stays but for formats
-    without a zero on both sides, unrotated, which no recipe of ours has."""
-    tokens, filled = grad_output.shape[0], grad_output
+    """(T, N)^T @ (T, K), both quantised along T, filled with zeros to whole blocks. Zeros do not change the product,
+    unless neither operand can represent zero and neither is rotated; no shipped recipe does that."""
+    tokens = grad_output.shape[0]
     padding = -tokens % gemm_.multiple
-    if padding:
-        filled = F.pad(grad_output, (0, 0, 0, padding))
-        if isinstance(x.post_scale, Tensor) and x.post_scale.ndim:
-            x = Operand(x.dequantize())
-        elif x.offset:  # integers without their half hold no zero
-            x = x.floating(quantized.dtype)
-        x = replace(x, values=F.pad(x.values, (0, 0, 0, padding)))
+    filled = F.pad(grad_output, (0, 0, 0, padding)) if padding else grad_output
+    x = _filled(x, padding, quantized.dtype)
     rotation = gemm_.rotation(key_of(keys, "wgrad.signs"), filled.shape[0])
     dy = quantized.operand("wgrad.dy", filled, rotation, keys, dim=-2, raw=grad_output)
     return quantized.multiply(gemm_, dy.t, quantized.again("wgrad.x", x, rotation, keys, rows=tokens))
+
+
+def _filled(operand: Operand, rows: int, dtype: torch.dtype) -> Operand:
+    """An operand (M, N) with so many rows of zeros below it. A scale per row is multiplied in; integers stored without
+    their half, which cannot encode zero, become floats in dtype."""
+    if not rows:
+        return operand
+    if isinstance(operand.post_scale, Tensor) and operand.post_scale.ndim:
+        operand = Operand(operand.dequantize())
+    elif operand.offset:
+        operand = operand.floating(dtype)
+    return replace(operand, values=F.pad(operand.values, (0, 0, 0, rows)), mask=None, blocks=None)
 
 
 def _to_operand(
@@ -396,9 +417,33 @@ def _scale_gradient_factor(x: Tensor, quantizer: Quantizer) -> float:
     return (x.numel() * max(math.floor(quantizer.plan.element.max), 1)) ** -0.5
 
 
-def _versions(weight: Tensor, scale: Tensor | None) -> tuple[int, int]:
-    """What moves when either is written to in place."""
-    return weight._version, -1 if scale is None else scale._version
+class _OptimizerSteps:
+    """How many steps the optimisers of torch have made in this process: a fused one moves no version of a weight."""
+
+    count = 0
+
+
+@torch.compiler.disable
+def _note_step(*_: Any) -> None:
+    _OptimizerSteps.count += 1
+
+
+register_optimizer_step_post_hook(_note_step)  # pyright: ignore[reportArgumentType]: disable's type is too wide
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """A quantised weight, the micro-batch for which it was quantised, and what the weight was then."""
+
+    quantized: QuantizedWeight
+    micro_batch: int
+    weight: Tensor
+    state: tuple[int, ...]
+
+
+def _state(weight: Tensor, scale: Tensor | None) -> tuple[int, ...]:
+    """What moves when either is written to in place, or an optimiser of torch steps."""
+    return _OptimizerSteps.count, weight._version, -1 if scale is None else scale._version
 
 
 class QuantLinear(Linear):
@@ -425,20 +470,21 @@ class QuantLinear(Linear):
             unset = torch.full((1,), math.nan, dtype=torch.float32, device=linear.weight.device)
             self.register_parameter(f"{side}_scale", nn.Parameter(unset) if learned else None)
         self.name, self.seed = name, seed
-        self.step, self.step_is_set = 0, False
+        self.step, self.micro_batch, self.step_is_set = 0, 0, False
         self.high_precision = False
         self.fp8_counts: Tensor | None = None  # (2,) int64: elements that FP8 rounded, and all that it multiplied
         self.observer: Observer | None = None
-        self._quantized: tuple[Tensor, tuple[int, int], QuantizedWeight] | None = None
+        self._quantized: _Kept | None = None
         self.train(linear.training)
         self._draw_keys(0, 0)
 
-    def set_step(self, step: int, micro_batch: int) -> None:
+    def set_step(self, step: SupportsIndex, micro_batch: SupportsIndex) -> None:
         """Keys every draw of the next forward and its backward; see `qtrain.set_step`."""
-        if micro_batch == 0 or step != self.step:
+        step, micro_batch = operator.index(step), operator.index(micro_batch)
+        if step != self.step or micro_batch <= self.micro_batch:
             self._quantized = None
         self._draw_keys(step, micro_batch)
-        self.step, self.step_is_set = step, True
+        self.step, self.micro_batch, self.step_is_set = step, micro_batch, True
 
     def _draw_keys(self, step: int, micro_batch: int) -> None:
         rows = [self._words(use, step, micro_batch) for use in USES]
@@ -450,7 +496,8 @@ class QuantLinear(Linear):
         gemm_name, _, kind = use.partition(".")
         if kind == "signs" and getattr(self.numerics, gemm_name).left.spec.signs == "fixed":
             return key_words(self.seed, "signs")
-        return key_words(self.seed, self.name, use, "step", step, 0 if use in PER_STEP else micro_batch)
+        once_a_step = self.numerics.redraw == "step" and use in OF_THE_WEIGHT
+        return key_words(self.seed, self.name, use, "step", step, 0 if once_a_step else micro_batch)
 
     def forward(self, input: Tensor) -> Tensor:
         if self.high_precision:
@@ -499,20 +546,21 @@ class QuantLinear(Linear):
         return dtype
 
     def _quantized_weight(self, scale: Tensor | None, keys: Tensor, dtype: torch.dtype) -> QuantizedWeight:
-        """Kept from one micro-batch of a step to the next. Without a step, or in evaluation, nothing says how long the
-        weight stays what it is (fused optimisers and writes to weight.data move no version), so nothing is kept."""
-        weight = self.weight
-        keep = self.training and self.step_is_set and not weight.is_inference()
-        first = weight.requires_grad and weight.grad is None  # of its step: a fused optimiser moves no version either
-        if keep and not first and self._quantized is not None:
-            kept, versions, quantized = self._quantized
-            if kept is weight and versions == _versions(weight, scale) and quantized.dtype == dtype:
-                return quantized
+        """Kept for later micro-batches of the same step, and for nothing else: only `set_step` says that the weight is
+        still the same. Versions and the count of optimiser steps are checked besides, but a write to weight.data moves
+        neither."""
+        weight, kept = self.weight, self._quantized
+        keep = self.training and self.step_is_set and self.numerics.lasts(self.numerics.fprop)
+        keep = keep and not weight.is_inference()
+        if keep and kept is not None and kept.micro_batch < self.micro_batch:
+            unchanged = kept.weight is weight and kept.state == _state(weight, scale)
+            if unchanged and kept.quantized.dtype == dtype:
+                return kept.quantized
         with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
             quantized = QuantizedWeight(
                 weight.detach(), scale, keys, self.numerics, dtype, self._counts(), self.observer
             )
-        self._quantized = (weight, _versions(weight, scale), quantized) if keep else None
+        self._quantized = _Kept(quantized, self.micro_batch, weight, _state(weight, scale)) if keep else None
         return quantized
 
     def _counts(self) -> Tensor:

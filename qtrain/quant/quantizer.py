@@ -131,7 +131,7 @@ def gemm(left: Operand, right: Operand) -> Tensor:
 
 def rotate(x: Tensor, rotation: Rotation | None, backend: Backend, dim: int = -1) -> Tensor:
     """x (M, N) -> x D H in blocks along dim -1 or -2, float32."""
-    turned = dispatch.get("rotate", backend, x.device.type)(_lines(x, dim), rotation)
+    turned = dispatch.get("rotate", backend, x.device.type, rotation=rotation)(_lines(x, dim), rotation)
     return turned.view(x.shape)
 
 
@@ -145,8 +145,8 @@ def unrotate(
 ) -> Tensor:
     """(x * mask) (D H)^-1 in dtype; mask (M, N) uint8."""
     passes = None if mask is None else _lines(mask, dim)
-    turned = dispatch.get("unrotate", backend, x.device.type)(_lines(x, dim), rotation, passes, dtype)
-    return turned.view(x.shape)
+    turn_back = dispatch.get("unrotate", backend, x.device.type, rotation=rotation)
+    return turn_back(_lines(x, dim), rotation, passes, dtype).view(x.shape)
 
 
 def _lines(x: Tensor, dim: int) -> Tensor:
@@ -232,7 +232,7 @@ class Quantizer:
         assert self.plan is not None
         view = _View(x.shape, dim, *self.tile)
         blocks, scale, post, rotation = self._prepare(x, rotation, view)
-        encode = dispatch.get("encode", self.backend, x.device.type)
+        encode = dispatch.get("encode", self.backend, x.device.type, self.plan, rotation)
         codes, block_scale, mask = encode(blocks, scale, key, self.plan, rotation)
         passes = None if mask is None else view.undo(mask).view(torch.bool)
         if block_scale is not None:
@@ -279,7 +279,7 @@ class Quantizer:
         view = _View(x.shape, dim, *self.tile)
         blocks, scale, post, rotation = self._prepare(x, rotation, view, learned)
         exact = dtype if dtype == torch.int8 or self.plan.exact_in_bfloat16 else torch.float32
-        operand = dispatch.get("operand", self.backend, x.device.type)
+        operand = dispatch.get("operand", self.backend, x.device.type, self.plan, rotation)
         values, block_scale, mask = operand(blocks, scale, key, self.plan, exact, rotation, with_blocks)
         unit, offset = stored_integer(self.plan.element) if dtype == torch.int8 else (1.0, 0.0)
         passes = None if mask is None else view.undo(mask)
@@ -296,7 +296,7 @@ class Quantizer:
         view, plan, constant = _View(shape, -1, *self.tile), self.plan, post if isinstance(post, float) else 1.0
         packs = pack and plan is not None and view.rows == 1 and can_pack(plan)
         packs = packs and plan is not None and field_width(plan.element) < 8 * dtype.itemsize
-        op = partial(dispatch.get, backend=self.backend, device_type=values.device.type)
+        op = partial(dispatch.get, backend=self.backend, device_type=values.device.type, plan=plan if packs else None)
         spans = view.spans(values) if packs else values
         span_shape = spans.shape
         held = op("pack")(spans, operand.blocks, plan) if packs else (values, None)
@@ -314,7 +314,7 @@ class Quantizer:
         assert self.plan is not None
         view = _View(x.shape, -1, *self.tile)
         blocks, scale, _, left = self._prepare(x, rotation, view)
-        function = dispatch.get("fake_quantize", self.backend, x.device.type)
+        function = dispatch.get("fake_quantize", self.backend, x.device.type, self.plan, left)
         dtype = x.dtype if left is rotation else torch.float32
         values = view.undo(function(blocks, scale, key, self.plan, dtype, left))
         return values if left is rotation else unrotate(values, rotation, self.backend, dtype=x.dtype)
@@ -326,7 +326,7 @@ class Quantizer:
         assert self.plan is not None
         if view.rows > 1 and rotation is not None:  # tiles are copies, in which a rotation's blocks do not lie together
             x, rotation = rotate(x, rotation, self.backend, view.dim), None
-        tensor_scale = dispatch.get("tensor_scale", self.backend, x.device.type)
+        tensor_scale = dispatch.get("tensor_scale", self.backend, x.device.type, self.plan, rotation)
         scale = learned if learned is not None else tensor_scale(view.lines(x), self.plan, rotation)
         blocks = view.spans(x)
         if not isinstance(scale, Tensor) or not scale.ndim:

@@ -17,8 +17,9 @@ from qtrain.errors import UserError
 # What one layer draws for, in the order of the rows of its key table.
 USES = ("fprop.x", "fprop.w", "dgrad.dy", "dgrad.w", "wgrad.dy", "wgrad.x", "fprop.signs", "dgrad.signs", "wgrad.signs")
 
-# Drawn once per optimiser step, as a weight is quantised once for all its micro-batches; the others in each of them.
-PER_STEP = ("fprop.w", "dgrad.w", "fprop.signs", "dgrad.signs")
+# What enters a GEMM with the weight. Drawn in each micro-batch, or once for all micro-batches of an optimiser step, as
+# `LinearRecipe.redraw` says; the others are drawn in each.
+OF_THE_WEIGHT = ("fprop.w", "dgrad.w", "fprop.signs", "dgrad.signs")
 
 
 def checked_seed(seed: SupportsIndex) -> int:

@@ -1,5 +1,5 @@
-"""The three GEMMs of seven published schemes in plain float64: Transformer Engine's MXFP8 with 2-D weights and its hybrid
-of MXFP8 and NVFP4, BitNet b1.58, Jetfire in INT8 and FP4, LUQ in FP4 by two readings. Conventions are those of
+"""The three GEMMs of seven published schemes in plain float64: Transformer Engine's MXFP8 with 2-D weights and its
+hybrid of MXFP8 and NVFP4, BitNet b1.58, Jetfire in INT8 and FP4, LUQ in FP4 by two readings. Conventions are those of
 `recipes`: numpy, and nothing of qtrain. The eighth, DeepSeek-V3, is `recipes.fp8_blockwise(saved=True)`.
 """
 

@@ -213,18 +213,27 @@ def quarot(x: Array, w: Array, dy: Array, draws: Draws, codes: str = "int4") -> 
     return straight_through(scaled(xh, amax(xh) / max(grid), grid), scaled(wh, amax(wh) / max(grid), grid), dy, h)
 
 
-def lsq(x: Array, w: Array, dy: Array, draws: Draws, bits: int = 4, steps: tuple[float, float] | None = None) -> Result:
+def lsq(
+    x: Array,
+    w: Array,
+    dy: Array,
+    draws: Draws,
+    bits: int = 4,
+    steps: tuple[float, float] | None = None,
+    zeros_above: bool = False,
+) -> Result:
     """LSQ (arXiv 1902.08153): one learned step per tensor. Also returns the gradients of the two steps.
 
-    steps: of x and w; None is LSQ's first, 2 E|x| / sqrt(q_max).
+    steps: of x and w; None is LSQ's first, 2 E|x| / sqrt(q_max). zeros_above: an exact zero, midway between two codes,
+    takes the upper one, as in the released code.
     """
-    q_min, q_max = -(2.0 ** (bits - 1)), 2.0 ** (bits - 1) - 1
+    q_max = 2.0 ** (bits - 1) - 1
     first = [2 * np.abs(v).mean() / np.sqrt(q_max) for v in (x, w)]
     values, masks, slopes = [], [], []
     for v, step in zip((x, w), steps or first, strict=True):
-        u = v / step - 0.5
-        code = np.rint(np.clip(u, q_min, q_max)) + 0.5
-        mask = (u >= q_min) & (u <= q_max)
+        u = np.clip(v / step, -q_max - 0.5, q_max + 0.5)
+        code = np.rint(u - 0.5) + 0.5 if zeros_above else np.rint(u + 0.5) - 0.5
+        mask = np.abs(v / step) <= q_max + 0.5
         values.append(code * step)
         masks.append(mask)
         slopes.append((code - mask * v / step) / np.sqrt(v.size * q_max))
@@ -320,10 +329,10 @@ def fp8_blockwise(x: Array, w: Array, dy: Array, draws: Draws, powers: bool = Fa
     (Transformer Engine's default). saved: wgrad quantises the forward's x again, as the paper; else x itself."""
 
     def q(v: Array, rows: int = 1) -> Array:
-        blocks = tiles_of(filled(v, 128), rows, 128)
+        blocks = tiles_of(filled(filled(v, 128).T, rows).T, rows, 128)
         scale = amax(blocks) / 448
         values = untiled(scaled(blocks, ceil_power(scale) if powers else scale, E4M3), rows, 128)
-        return values[:, : v.shape[1]]
+        return values[: len(v), : v.shape[1]]
 
     y, dx, dw = from_masters(x, w, dy, q, partial(q, rows=128), q)
     return (y, dx, q(dy.T) @ q(q(x).T).T) if saved else (y, dx, dw)
@@ -358,7 +367,7 @@ def requantised(
 ) -> Result:
     """dX and dW. q(v, use) quantises a rotated operand."""
     n, t = (rotation(block, draws.signs(f"{gemm}.signs", block) if signs else None) for gemm in ("dgrad", "wgrad"))
-    dx = q(rotate(dy, n), "dgrad.dy") @ q(rotate(wq.T, n), "dgrad.w").T
+    dx = q(rotate(filled(dy, block), n), "dgrad.dy") @ q(rotate(filled(wq.T, block), n), "dgrad.w").T
     dw = q(rotate(filled(dy.T, block), t), "wgrad.dy") @ q(rotate(filled(xq.T, block), t), "wgrad.x").T
     return dx, dw
 
@@ -399,10 +408,10 @@ def nvfp4(
     uniform: Array | None = None,
 ) -> Array:
     """E2M1 in blocks of rows x 16, their scales on a minifloat grid under one of the tensor: amax at limit * cap."""
-    blocks = tiles_of(v, rows, 16)
+    blocks = tiles_of(filled(v.T, rows).T, rows, 16)
     s_t = np.abs(v).max() / limit / (cap or max(scales))
-    draws = None if uniform is None else tiles_of(uniform, rows, 16)
-    return untiled(scaled(blocks, block_scales(blocks, limit, s_t, scales) * s_t, E2M1_GRID, draws), rows, 16)
+    draws = None if uniform is None else tiles_of(filled(uniform.T, rows).T, rows, 16)
+    return untiled(scaled(blocks, block_scales(blocks, limit, s_t, scales) * s_t, E2M1_GRID, draws), rows, 16)[: len(v)]
 
 
 def four_over_six(v: Array) -> Array:
@@ -471,7 +480,8 @@ def nvidia_nvfp4(
     """NVIDIA (arXiv 2509.25149): 16x16 weights, the same in forward and dgrad; wgrad alone rotated, with the run's
     signs, from high precision. rows, limit: 1 and 6 * 16/17 elsewhere. saved: wgrad takes the forward's x."""
     xq, wq = nvfp4(x), nvfp4(w, rows=rows)
-    dyq = nvfp4(dy, limit, uniform=draws.uniform("dgrad.dy", dy.shape))
+    wide = filled(dy, 16)
+    dyq = nvfp4(wide, limit, uniform=draws.uniform("dgrad.dy", wide.shape))[:, : dy.shape[1]]
     h = rotation(16, draws.signs("wgrad.signs", 16))
     dyt, xt = (rotate(filled(v.T, 16), h) for v in (dy, xq if saved else x))
     dw = nvfp4(dyt, limit, uniform=draws.uniform("wgrad.dy", dyt.shape)) @ nvfp4(xt).T

@@ -1,0 +1,155 @@
+"""The C++ kernels on Arm: compiled for aarch64, run by QEMU and called by cpu.py as ever, they equal the reference bit
+for bit."""
+
+import ctypes
+import struct
+import subprocess
+from functools import cache
+from pathlib import Path
+from shutil import which
+
+import pytest
+import torch
+from test_compiled import KEY, PLANS, SIGNS, alike, compile_afresh, hard_input
+from torch import Tensor
+
+from qtrain_kernels import cpu, reference
+from qtrain_kernels.reference import Rotation
+
+COMPILER, EMULATOR = which("aarch64-linux-gnu-g++"), which("qemu-aarch64") or which("qemu-aarch64-static")
+pytestmark = pytest.mark.skipif(
+    not (COMPILER and EMULATOR),
+    reason="compiles for Arm and emulates it: needs aarch64-linux-gnu-g++ and qemu-aarch64 "
+    "(Debian: apt install g++-aarch64-linux-gnu qemu-user)",
+)
+MOST = 16  # arguments, all of them integers or addresses
+NUMBER = -1  # in place of the size of a buffer
+
+# Reads arguments (size and bytes of a buffer, or -1 and a number), calls CALLED, writes all buffers.
+MAIN = r"""
+#include <cstdio>
+int main(int, char** argv) {
+  uint64_t arguments[16] = {};
+  int64_t sizes[16], count = 0;
+  FILE* given = fopen(argv[1], "rb");
+  for (; fread(&sizes[count], 8, 1, given) == 1; count++) {
+    if (sizes[count] < 0) {
+      if (fread(&arguments[count], 8, 1, given) != 1) return 1;
+      continue;
+    }
+    void* buffer = aligned_alloc(64, (sizes[count] + 127) / 64 * 64);
+    if (sizes[count] && fread(buffer, sizes[count], 1, given) != 1) return 1;
+    arguments[count] = (uint64_t)buffer;
+  }
+  const uint64_t* a = arguments;
+  using Word = uint64_t;
+  ((void (*)(Word, Word, Word, Word, Word, Word, Word, Word, Word, Word, Word, Word, Word, Word, Word, Word))CALLED)(
+      a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7], a[8], a[9], a[10], a[11], a[12], a[13], a[14], a[15]);
+  FILE* found = fopen(argv[2], "wb");
+  for (int64_t i = 0; i < count; i++)
+    if (sizes[i] > 0 && fwrite((void*)a[i], sizes[i], 1, found) != 1) return 1;
+  return fclose(found);
+}
+"""
+
+
+class Function:
+    """One of the C++ functions, in a program for aarch64; called as ctypes calls one of a library."""
+
+    argtypes = ()
+
+    def __init__(self, program: Path, sizes: dict[int, int]) -> None:
+        self.program, self.sizes = program, sizes
+
+    def __call__(self, *arguments: int | None) -> None:
+        assert len(arguments) <= MOST
+        given, found = self.program.with_suffix(".given"), self.program.with_suffix(".found")
+        given.write_bytes(b"".join(map(self._spelled, arguments)))
+        subprocess.run([str(EMULATOR), str(self.program), str(given), str(found)], check=True)
+        left = found.read_bytes()
+        for address in arguments:
+            size = self.sizes.get(address or 0, 0)
+            ctypes.memmove(address or 0, left[:size], size)
+            left = left[size:]
+        assert not left
+
+    def _spelled(self, argument: int | None) -> bytes:
+        size = self.sizes.get(argument or 0)
+        if size is None:
+            return struct.pack("<qq", NUMBER, argument or 0)
+        return struct.pack("<q", size) + ctypes.string_at(argument or 0, size)
+
+
+class Library:
+    """The functions of cpu.cpp under these constants, compiled when they are asked for."""
+
+    def __init__(self, defines: str, folder: Path, sizes: dict[int, int]) -> None:
+        self.defines, self.folder, self.sizes = defines, folder, sizes
+
+    def __getattr__(self, name: str) -> Function:
+        program = self.folder / f"{name}-{len(list(self.folder.iterdir()))}"
+        source = program.with_suffix(".cpp")
+        source.write_text(f"{self.defines}{cpu.SOURCE.read_text()}\n#define CALLED {name}\n{MAIN}")
+        flags = [flag for flag in (*cpu.FLAGS, *cpu.GCC_FLAGS) if flag not in ("-march=native", "-shared", "-fPIC")]
+        command = [str(COMPILER), *flags, "-march=armv8-a", "-static", str(source), "-o", str(program)]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert not result.returncode, result.stderr
+        setattr(self, name, Function(program, self.sizes))
+        return getattr(self, name)
+
+
+@pytest.fixture
+def emulated(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """cpu.py compiles for aarch64 and calls the emulator."""
+    sizes: dict[int, int] = {}  # of the tensors whose address was taken
+    address_of = cpu._at
+
+    def recorded(tensor: Tensor | None) -> int | None:
+        address = address_of(tensor)
+        if tensor is not None and address:
+            sizes[address] = tensor.nbytes
+        return address
+
+    compile_afresh(monkeypatch)
+    monkeypatch.setattr(cpu, "_at", recorded)
+    monkeypatch.setattr(cpu, "_library", cache(lambda defines: Library(defines, tmp_path, sizes)))
+
+
+@pytest.mark.usefixtures("emulated")
+@pytest.mark.parametrize("name", PLANS)
+def test_arm_quantises_as_the_reference(name: str) -> None:
+    """Every plan in float32; of the rotated ones in bfloat16, which take a program of their own, some."""
+    plan = PLANS[name]
+    rotated = name in ("quartet forward", "ms-eden", "quest")
+    for dtype, rotation in ((torch.float32, None), (torch.bfloat16, Rotation(32, SIGNS)))[: 1 + rotated]:
+        for shape in ((32, plan.span or 96, 1), (1 if plan.span is None else 2, plan.span or 96, 6)):
+            x = hard_input(shape).to(dtype)
+            if shape[0] > 5:
+                x[4, 0], x[5, -1] = float("nan"), float("inf")
+            scale = reference.tensor_scale(x, plan, rotation)
+            assert alike(scale, cpu.tensor_scale(x, plan, rotation)), (shape, dtype)
+            expected, found = (module.operand(x, scale, KEY, plan, dtype, rotation) for module in (reference, cpu))
+            assert all(map(alike, expected, found)), (shape, dtype)
+
+
+@pytest.mark.usefixtures("emulated")
+def test_arm_turns_packs_and_joins_as_the_reference() -> None:
+    rotation = Rotation(32, SIGNS)
+    for inner in (1, 6):
+        x = hard_input((9, 64, inner))
+        mask = (x > 0).to(torch.uint8)
+        assert alike(reference.rotate(x, rotation), cpu.rotate(x, rotation))
+        arguments = x.bfloat16(), rotation, mask, torch.bfloat16
+        assert alike(reference.unrotate(*arguments), cpu.unrotate(*arguments))
+    for width in (1, 2, 4):
+        fields = torch.arange(1001, dtype=torch.uint8) % 2**width
+        joined = reference.join(fields, width)
+        assert torch.equal(cpu.join(fields, width), joined) and torch.equal(cpu.split(joined, width, 1001), fields)
+    for name, dtype in (("mxfp8", torch.bfloat16), ("nvfp4", torch.float32), ("quest", torch.int8)):
+        plan = PLANS[name]
+        x = hard_input((9, plan.span or 96, 1))
+        values, blocks, _ = reference.operand(x, reference.tensor_scale(x, plan), KEY, plan, dtype)
+        packed, found = (module.pack(values, blocks, plan) for module in (reference, cpu))
+        assert all(map(alike, packed, found)), name
+        back = [module.unpack(packed, values.shape, plan, dtype) for module in (reference, cpu)]
+        assert torch.equal(*(each.nan_to_num() for each in back)), name

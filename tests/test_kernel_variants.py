@@ -1,0 +1,68 @@
+"""Triton's kernels compile for compute capability 9.0 without a GPU: the main ones in the default suite, every variant
+that tests/test_triton.py launches in the slow one."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+# One matrix along each dim by each kind of scale, rounding and mask, and every other kernel; nothing is launched.
+MAIN = """
+import fake_driver
+fake_driver.install()
+import torch
+from test_triton import KEY, MATRIX_PLANS, NVFP4, MXFP4, rotation_of
+from qtrain_kernels import hadamard, packing, quantize
+from qtrain_kernels.quantize import Side, Spec
+
+x = torch.zeros(256, 256, dtype=torch.bfloat16)
+signs, one, lines = rotation_of(32, True).signs, torch.ones(()), torch.ones(256)
+for number, (name, plan) in enumerate(MATRIX_PLANS.items()):
+    spec = Spec(plan, (-1, -2)[number % 2], 32, "packed" if name == "mxfp4" else "bfloat16")
+    quantize.quantize(x, spec, lines if name in ("mse_phase", "quest") else one, KEY, signs)
+rows, columns = Spec(MXFP4, -1, 32), Spec(NVFP4, -2)
+quantize.quantize_both(x, Side(rows, None, None, signs), Side(columns, one))
+spans, rotation = x.view(-1, 32, 1), rotation_of(32, True)
+mask = torch.ones(spans.shape, dtype=torch.uint8)
+hadamard.unrotate(spans, rotation, mask, torch.bfloat16)
+hadamard.tensor_scale(spans, NVFP4, rotation)
+packed = packing.pack(spans, torch.ones(spans.shape[0], 1, 1), MXFP4)
+packing.unpack(packed, spans.shape, MXFP4, torch.bfloat16)
+packing.split(packing.join(mask.view(-1), 1), 1, mask.numel())
+print(*sorted(fake_driver.launches.items()), sum(fake_driver.launches.values()))
+"""
+
+
+def environment() -> dict[str, str]:
+    """Without the interpreter, and with all of our folders."""
+    folders = (ROOT, ROOT / "kernels", ROOT / "kernels" / "bench", ROOT / "tests")
+    paths = {"PYTHONPATH": os.pathsep.join(map(str, folders))}
+    return {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | paths
+
+
+def test_the_main_kernels_compile_for_a_gpu(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", MAIN],
+        env=environment() | {"TRITON_CACHE_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    compiled = {path.stem for path in tmp_path.rglob("*.cubin")}
+    kernels = {"quantize", "quantize_both", "rotate", "amax", "pack", "unpack", "join", "split"}
+    assert compiled == {f"{name}_kernel" for name in kernels}
+    assert len(list(tmp_path.rglob("*.cubin"))) == 13, done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_every_variant_of_the_tests_compiles_for_a_gpu() -> None:
+    command = [sys.executable, str(ROOT / "tests" / "kernel_variants.py")]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert " 0 failed" in done.stdout

@@ -1,0 +1,228 @@
+"""Every scale rule, rounding, mask and sparsity of every backend, against float64; and what a backend does not know.
+
+Triton's kernels run in its interpreter, which must be chosen before triton is imported: `test_in_the_interpreter` runs
+this file once more in a process of its own.
+"""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import cycle, product
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from oracles import rules as oracle
+from oracles.recipes import USES, Draws
+from torch import Tensor
+
+from qtrain_kernels import cpu, gpu, quantize, reference
+from qtrain_kernels.formats import SCALE_RULES, get_format
+from qtrain_kernels.reference import Mask, Plan
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+BACKENDS = {"triton": gpu} if INTERPRETED else {"reference": reference, "compiled": cpu}
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of the interpreter, which computes by numpy
+
+KEY = (1374496523, -987654321)
+FORMATS = {  # where the scale lies -> a format, and the rules that only another one takes
+    "e8m0": ("mxfp4", {}),
+    "minifloat": ("nvfp4", {}),
+    "float32": ("e2m1/32/float32", {}),
+    "row": ("int4_sym", {"gaussian": "int4", "learned": "int4"}),
+    "tensor": ("int4_sym/tensor/float32", {"gaussian": "int4/tensor/float32", "learned": "int4/tensor/float32"}),
+}
+OF_LINES = ("absmean", "sawb", "learned")  # one scale per row or tensor
+MASKS = (None, ("inside", 0.6), ("within", 0.4), ("error", 0.04))  # limits in largest codes
+SPARSITIES = (None, "2:4", "4:8")
+LEARNED = 0.4
+
+
+def rules() -> list[tuple[str, str]]:
+    """(where the scale lies, rule), all that there are."""
+    return [
+        (kind, rule)
+        for kind in FORMATS
+        for rule, kinds in SCALE_RULES.items()
+        if ("float32" if kind in ("row", "tensor") else kind) in kinds and not (kind == "float32" and rule in OF_LINES)
+    ]
+
+
+def roundings(kind: str, rule: str) -> tuple[str, ...]:
+    if rule == "learned":
+        return ("nearest",)
+    return ("nearest", "stochastic", "eden") if kind == "minifloat" else ("nearest", "stochastic")
+
+
+def setting(
+    kind: str, rule: str, rounding: str, mask: tuple[str, float] | None, sparsity: str | None
+) -> oracle.Setting:
+    name = FORMATS[kind][1].get(rule, FORMATS[kind][0])
+    grid = oracle.CENTRED if name.startswith("int4/") or name == "int4" else oracle.SYMMETRIC
+    if kind in ("e8m0", "minifloat", "float32"):
+        grid = oracle.E2M1
+    limit = mask and (mask[0], mask[1] * max(grid))
+    block = {"e8m0": 32, "minifloat": 16, "float32": 32}.get(kind)
+    fit = oracle.CENTRED_FIT if grid == oracle.CENTRED else 0.4870795
+    return oracle.Setting(kind, rule, rounding, limit, sparsity, block, grid, fit, LEARNED)
+
+
+def plan_of(asked: oracle.Setting) -> Plan:
+    fmt = get_format(FORMATS[asked.kind][1].get(asked.rule, FORMATS[asked.kind][0]))
+    return Plan(
+        fmt.element,
+        fmt.scale_kind,
+        fmt.block_size,
+        asked.rule,
+        asked.rounding,  # pyright: ignore[reportArgumentType]
+        asked.mask and Mask(*asked.mask),  # pyright: ignore[reportArgumentType]
+        scale_element=fmt.scale_element,
+        per_tensor=fmt.block == "tensor",
+        correction=fmt.block_size if asked.rounding == "eden" else None,
+        sparsity=asked.sparsity,  # pyright: ignore[reportArgumentType]
+    )
+
+
+EVERY = [
+    setting(kind, rule, rounding, mask, sparsity)
+    for kind, rule in rules()
+    for rounding, mask, sparsity in product(roundings(kind, rule), MASKS, SPARSITIES)
+]
+
+
+def every_pair() -> Iterator[oracle.Setting]:
+    """Every rule with every rounding, masks and sparsities in turn: each plan is compiled."""
+    masks, sparsities = cycle(MASKS), cycle(SPARSITIES)
+    for kind, rule in rules():
+        for rounding in roundings(kind, rule):
+            yield setting(kind, rule, rounding, next(masks), next(sparsities))
+
+
+SOME = list(every_pair())
+
+
+def matrix() -> Tensor:
+    """(8, 64): Gaussians with a mean, over some octaves, and an outlier; no near-tie decides in float32."""
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(8, 64, generator=generator) + 0.3
+    x[3, 5] = 9.0
+    return x * torch.exp2(torch.randn(8, 1, generator=generator))
+
+
+def found(module: ModuleType, x: Tensor, plan: Plan) -> oracle.Quantised:
+    """codes, scale and mask (8, 64) of a backend."""
+    rows, columns = x.shape
+    lines = x.view(rows, columns, 1)
+    scale = torch.tensor(LEARNED) if plan.rule == "learned" else module.tensor_scale(lines, plan)
+    size = plan.block or columns
+    spans = x.reshape(-1, size, 1)
+    above = torch.as_tensor(scale)
+    if above.ndim:
+        above = above.repeat_interleave(columns // size, 0)
+    codes, blocks, mask = module.encode(
+        spans, above if isinstance(scale, Tensor) else scale, torch.tensor(KEY, dtype=torch.int32), plan
+    )
+    whole = above.double() if blocks is None else above.double() * blocks.double().view(-1, 1, 1)
+    passes = None if mask is None else mask.view(rows, columns).bool().numpy()
+    return oracle.Quantised(
+        codes.view(rows, columns).double().numpy(), whole.expand(spans.shape).reshape(rows, columns).numpy(), passes
+    )
+
+
+def check(module: ModuleType, asked: oracle.Setting) -> None:
+    x = matrix()
+    draws = Draws([KEY] * len(USES))
+    expected = oracle.quantise(x.double().numpy(), asked, lambda shape: draws.uniform(USES[0], shape))
+    got = found(module, x, plan_of(asked))
+    np.testing.assert_allclose(got.scale, expected.scale, rtol=1e-6)
+    np.testing.assert_array_equal(got.codes, expected.codes)
+    if expected.mask is None:
+        assert got.mask is None
+        return
+    np.testing.assert_array_equal(got.mask, expected.mask)
+    assert 0 < expected.mask.mean() < 1
+
+
+def name(asked: oracle.Setting) -> str:
+    return "-".join([*asked[:3], asked.mask[0] if asked.mask else "all", asked.sparsity or "dense"])
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter takes seconds for each; it runs the selection below")
+@pytest.mark.parametrize(("kind", "rule"), rules())
+def test_the_reference_computes_every_rule_rounding_mask_and_sparsity(kind: str, rule: str) -> None:
+    for asked in EVERY:
+        if (asked.kind, asked.rule) == (kind, rule):
+            check(reference, asked)
+
+
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "reference"])
+@pytest.mark.parametrize("asked", SOME, ids=name)
+def test_a_backend_computes_every_rule_with_every_rounding(backend: str, asked: oracle.Setting) -> None:
+    check(BACKENDS[backend], asked)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(INTERPRETED, reason="the compiled kernels are of the process without the interpreter")
+@pytest.mark.parametrize("asked", EVERY, ids=name)
+def test_compiled_code_computes_every_rule_rounding_mask_and_sparsity(asked: oracle.Setting) -> None:
+    check(cpu, asked)
+
+
+def test_nothing_is_left_out() -> None:
+    assert {rule for _, rule in rules()} == set(SCALE_RULES)
+    assert {(asked.kind, asked.rule, asked.rounding) for asked in SOME} == {
+        (asked.kind, asked.rule, asked.rounding) for asked in EVERY
+    }
+    assert {asked.mask and asked.mask[0] for asked in SOME} == {None, *reference.KNOWS.masks}
+    assert {asked.sparsity for asked in SOME} == {None, *reference.KNOWS.sparsities}
+    for knows in (reference.KNOWS, cpu.KNOWS, quantize.KNOWS):
+        for asked in SOME:
+            knows.check(plan_of(asked))
+
+
+E2M1 = get_format("mxfp4").element
+NVFP4 = plan_of(setting("minifloat", "absmax", "nearest", None, None))
+UNKNOWN = {
+    r"scale rule \(e8m0\) 'new'": replace(NVFP4, scale_kind="e8m0", rule="new"),
+    r"scale rule \(minifloat\) 'new'": replace(NVFP4, rule="new"),
+    r"scale rule \(float32\) 'new'": replace(NVFP4, scale_kind="float32", rule="new"),
+    r"scale rule \(float32\) 'learned'": replace(NVFP4, scale_kind="float32", rule="learned"),
+    "rounding 'upwards'": replace(NVFP4, rounding="upwards"),  # pyright: ignore[reportArgumentType]
+    "mask 'outside'": replace(NVFP4, mask=Mask("outside", 1.0)),  # pyright: ignore[reportArgumentType]
+    "sparsity '1:4'": replace(NVFP4, sparsity="1:4"),  # pyright: ignore[reportArgumentType]
+}
+
+
+@pytest.mark.parametrize("module", [reference, cpu, gpu], ids=["reference", "compiled", "triton"])
+@pytest.mark.parametrize("what", UNKNOWN)
+def test_a_backend_refuses_what_it_does_not_know_by_name(module: ModuleType, what: str) -> None:
+    """It would be absmax, round to nearest, mask by the error or prune 2:4 without a word."""
+    x, key = torch.randn(4, 16, 1, generator=torch.Generator().manual_seed(0)), torch.tensor(KEY, dtype=torch.int32)
+    with pytest.raises(ValueError, match=what):
+        module.encode(x, torch.tensor(1.0), key, UNKNOWN[what])
+    with pytest.raises(ValueError, match=what):
+        module.operand(x, torch.tensor(1.0), key, UNKNOWN[what], torch.float32)
+
+
+@pytest.mark.parametrize("module", [reference, cpu, gpu], ids=["reference", "compiled", "triton"])
+def test_an_unknown_scale_of_whole_lines_is_refused_by_name(module: ModuleType) -> None:
+    x = torch.randn(4, 16, 1, generator=torch.Generator().manual_seed(0))
+    plan = Plan(get_format("int4_sym").element, "float32", None, "new")
+    with pytest.raises(ValueError, match=r"scale rule \(line\) 'new'"):
+        module.tensor_scale(x, plan)
+    with pytest.raises(ValueError, match=r"'learned' has no scale of x"):
+        module.tensor_scale(x, replace(plan, rule="learned"))
+
+
+@pytest.mark.skipif(INTERPRETED, reason="this is the process that it starts")
+def test_in_the_interpreter() -> None:
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "every_rule_with"]
+    root = Path(__file__).parents[1]
+    result = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout[-4000:]
+    assert f"{len(SOME)} passed" in result.stdout

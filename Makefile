@@ -18,11 +18,11 @@ INSTALL := $(BIN)/python -m pip --disable-pip-version-check --quiet install -c c
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-17s%s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
-train: $(VENV)/.train ## train the nano Llama in MXFP4, in 1 to 3 minutes (ARGS="trainer.tokens=2e6" adds settings)
+train: $(VENV)/.train ## train the nano Llama in MXFP4, about 2.5 minutes on two cores (ARGS="trainer.tokens=2e6" adds settings)
 	$(BIN)/python train.py +experiment=quartet $(ARGS)
 
 # MXFP4 as Quartet does it, 2 bits by QuEST, and FP4 by the largest value of each tensor, which does not work.
-compare: $(VENV)/.train ## train four recipes on the same text and open the page that compares them (2 to 5 minutes)
+compare: $(VENV)/.train ## train four recipes on the same text and open the page that compares them (about 4.5 minutes on two cores)
 	$(BIN)/python train.py -m +experiment=bf16,quartet,quest_2bit,halo_0_fp4 trainer.tokens=524_288 run_root=runs/compare \
 		callbacks.sample_tokens=0 $(ARGS)
 	@echo; echo "Validation loss in nats per token; the gap is the loss less that of bf16:"; echo
@@ -90,7 +90,7 @@ bench-gpu: ## the same on a GPU, at the sizes of large models; installs nothing 
 # The two stamps are written last, so an interrupted installation is taken up again.
 $(VENV)/.train: pyproject.toml constraints.txt
 	$(venv)
-	@echo "installing qtrain and 66 packages into $(VENV), a few minutes: 2.3 GB with torch for CPU, 7 GB with torch for CUDA"
+	@echo "installing qtrain and 66 packages into $(VENV), a few minutes: 2.3 GB with torch for CPU, several more with torch for CUDA"
 	@$(INSTALL) -e .
 	@touch $@
 

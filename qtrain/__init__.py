@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 import qtrain_kernels  # noqa: F401  before torch: it sets how long torch's threads spin
 
 if TYPE_CHECKING:
-    from qtrain.quant import convert, fake_quantize, fp8_rounded, recipes, set_step
+    from qtrain.quant import calibrate, convert, fake_quantize, keep_weights, recipes, set_step
     from qtrain.run import load_run
 
-__all__ = ["convert", "fake_quantize", "fp8_rounded", "load_run", "recipes", "set_step"]
+__all__ = ["calibrate", "convert", "fake_quantize", "keep_weights", "load_run", "recipes", "set_step"]
 
 _HOME = {name: "qtrain.run" if name == "load_run" else "qtrain.quant" for name in __all__}
 

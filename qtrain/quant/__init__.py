@@ -1,8 +1,10 @@
 """Quantised linear layers: recipes in, swapped layers out."""
 
-from qtrain.quant.convert import Report, check_backend, convert, fp8_rounded, recipes, set_high_precision, set_step
+from qtrain.quant.convert import Report, check_backend, convert, recipes, set_high_precision
+from qtrain.quant.functional import Observed, Observer
 from qtrain.quant.health import operand_health
-from qtrain.quant.linear import Observed, Observer, QuantLinear
+from qtrain.quant.linear import QuantLinear, keep_weights, set_step
+from qtrain.quant.lsq import calibrate
 from qtrain.quant.quantizer import QuantizedTensor, Quantizer, fake_quantize
 
 __all__ = [
@@ -12,10 +14,11 @@ __all__ = [
     "QuantizedTensor",
     "Quantizer",
     "Report",
+    "calibrate",
     "check_backend",
     "convert",
     "fake_quantize",
-    "fp8_rounded",
+    "keep_weights",
     "operand_health",
     "recipes",
     "set_high_precision",

@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from qtrain.errors import UserError
-from qtrain.quant.linear import Numerics, QuantLinear
+from qtrain.quant.functional import Numerics
+from qtrain.quant.linear import QuantLinear, quant_linears
 from qtrain.quant.random import checked_seed
 from qtrain.quant.rotation import base
 from qtrain.recipe import LinearRecipe, read_recipe
@@ -112,43 +113,10 @@ def convert(
     return report
 
 
-def set_step(model: nn.Module, step: int, micro_batch: int = 0) -> None:
-    """Key the random bits of every QuantLinear in model by the optimiser step and the micro-batch within it.
-
-    Call it before every training forward: with another step after every optimiser step, and with a larger micro_batch
-    for each further forward of the same step. Without it, a forward repeats the noise of the last. With activation
-    checkpointing, call it again only after the backward of the forward that it keyed. A layer used twice in one forward
-    draws the same bits twice. `LinearRecipe.redraw` says whether micro-batches of a step share the weight's noise.
-
-    A forward quantises the weight as it is at that moment. The one exception: in training, a forward may take the
-    weight that was quantised in a forward of the same step with a smaller micro_batch. It does not where the parameter
-    was replaced, was written to in place, or an optimiser of torch.optim has stepped since. A write that torch does not
-    see (weight.data, an optimiser of another library) between two micro-batches is therefore seen from the next step
-    on, or from a micro_batch that is not larger. Gradients play no part: accumulation, zero_grad in either form, loss
-    scaling and recomputed forwards change nothing of this.
-    """
-    for module in model.modules():
-        if isinstance(module, QuantLinear):
-            module.set_step(step, micro_batch)
-
-
 def set_high_precision(model: nn.Module, high_precision: bool = True) -> None:
     """Let every QuantLinear in model compute in the compute dtype, without its quantisers, or with them again."""
-    for module in model.modules():
-        if isinstance(module, QuantLinear):
-            module.high_precision = high_precision
-
-
-def fp8_rounded(model: nn.Module) -> float:
-    """The share of elements that gemm 'fp8' has rounded since the last call, because their line holds far larger ones;
-    of all that it multiplied, each as often as it did. 0 where it multiplied none. Waits for the device."""
-    total = torch.zeros(2, dtype=torch.int64)
-    for module in model.modules():
-        if isinstance(module, QuantLinear) and module.fp8_counts is not None:
-            total += module.fp8_counts.cpu()
-            module.fp8_counts.zero_()
-    rounded, elements = total.tolist()
-    return rounded / max(elements, 1)
+    for layer in quant_linears(model):
+        layer.high_precision = high_precision
 
 
 def check_backend(backend: Backend, gemm: GemmKind, device_type: str) -> None:

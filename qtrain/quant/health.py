@@ -14,7 +14,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from qtrain.quant.linear import Observed
+from qtrain.quant.functional import Observed
 from qtrain.quant.quantizer import Operand, Quantizer, rotate
 from qtrain_kernels.reference import Plan
 

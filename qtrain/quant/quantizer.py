@@ -9,7 +9,7 @@ without blocks go into an INT8 GEMM as they are.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Literal
@@ -28,7 +28,7 @@ from qtrain_kernels import dispatch
 from qtrain_kernels.formats import get_format
 from qtrain_kernels.gemm import Folded, fold, int8_matmul
 from qtrain_kernels.precision import matmul
-from qtrain_kernels.reference import Packed, Plan, Rotation, can_pack, field_width, stored_integer
+from qtrain_kernels.reference import Packed, Plan, Rotation, can_pack, constant_scale, field_width, stored_integer
 
 
 @dataclass(frozen=True)
@@ -278,36 +278,74 @@ class Quantizer:
             return Operand((x if rotation is None else rotate(x, rotation, self.backend, dim)).to(dtype))
         view = _View(x.shape, dim, *self.tile)
         blocks, scale, post, rotation = self._prepare(x, rotation, view, learned)
-        exact = dtype if dtype == torch.int8 or self.plan.exact_in_bfloat16 else torch.float32
         operand = dispatch.get("operand", self.backend, x.device.type, self.plan, rotation)
-        values, block_scale, mask = operand(blocks, scale, key, self.plan, exact, rotation, with_blocks)
+        values, block_scale, mask = operand(
+            blocks, scale, key, self.plan, self._values_dtype(dtype), rotation, with_blocks
+        )
         unit, offset = stored_integer(self.plan.element) if dtype == torch.int8 else (1.0, 0.0)
         passes = None if mask is None else view.undo(mask)
         return Operand(view.undo(values), post, passes, unit, offset, block_scale)
 
-    def save(self, operand: Operand, pack: bool) -> tuple[list[Tensor | None], Callable[..., Operand]]:
-        """Tensors that hold an operand (M, N), and a function that makes it of them again, but for its blocks.
+    @property
+    def learned(self) -> bool:
+        """Whether its scale is a parameter."""
+        return self.plan is not None and self.plan.rule == "learned"
 
-        pack: the operand is this quantiser's, along dim -1, and is held in the bits of its format where that can be
-        (`can_pack`, no tiles of rows, fewer bits than values have). Masks are held in bits.
-        """
-        values, post, mask = operand.values, operand.post_scale, operand.mask
-        shape, dtype, count, unit, offset = values.shape, values.dtype, values.numel(), operand.unit, operand.offset
-        view, plan, constant = _View(shape, -1, *self.tile), self.plan, post if isinstance(post, float) else 1.0
-        packs = pack and plan is not None and view.rows == 1 and can_pack(plan)
-        packs = packs and plan is not None and field_width(plan.element) < 8 * dtype.itemsize
-        op = partial(dispatch.get, backend=self.backend, device_type=values.device.type, plan=plan if packs else None)
-        spans = view.spans(values) if packs else values
-        span_shape = spans.shape
-        held = op("pack")(spans, operand.blocks, plan) if packs else (values, None)
+    @cached_property
+    def scaled(self) -> bool:
+        """Whether a tensor scale, of the data or learned, multiplies what its operands are multiplied to."""
+        return self.plan is not None and (self.learned or constant_scale(self.plan) is None)
 
-        def restore(codes: Tensor, scales: Tensor | None, post: Tensor | None, bits: Tensor | None) -> Operand:
-            values = op("unpack")(Packed(codes, scales), span_shape, plan, dtype).view(shape) if packs else codes
-            mask = None if bits is None else op("split")(bits, 1, count).view(shape)
-            return Operand(values, constant if post is None else post, mask, unit, offset)
+    def packs(self, dtype: torch.dtype) -> bool:
+        """Whether an operand along dim -1 with values in dtype can be held in the bits of its format: `can_pack`, no
+        tiles of rows, and fewer bits than the values have."""
+        plan = self.plan
+        packable = plan is not None and self.tile[0] == 1 and can_pack(plan)
+        return packable and field_width(plan.element) < 8 * self._values_dtype(dtype).itemsize
 
-        bits = None if mask is None else op("join")(mask, 1)
-        return [*held, post if isinstance(post, Tensor) else None, bits], restore
+    def parts(self, dtype: torch.dtype, packed: bool) -> tuple[str, ...]:
+        """The tensors in which an operand in dtype is held: of codes, scales, post_scale and mask."""
+        blocks = packed and self.packs(dtype) and self.plan is not None and self.plan.block is not None
+        mask = self.plan is not None and self.plan.mask is not None
+        there = {"codes": True, "scales": blocks, "post_scale": self.scaled, "mask": mask}
+        return tuple(name for name, is_there in there.items() if is_there)
+
+    def hold(self, operand: Operand, packed: bool) -> dict[str, Tensor]:
+        """An operand (M, N) of this quantiser along dim -1, as `parts` names it. packed: in the bits of its format if
+        it `packs`, of which the operand must have its blocks; else its values. The mask is held in bits."""
+        values, plan = operand.values, self.plan
+        op = partial(dispatch.get, backend=self.backend, device_type=values.device.type)
+        held: dict[str, Tensor | None] = {"codes": values}
+        if packed and self.packs(values.dtype):
+            spans = _View(values.shape, -1, *self.tile).spans(values)
+            held["codes"], held["scales"] = op("pack", plan=plan)(spans, operand.blocks, plan)
+        held["post_scale"] = operand.post_scale if isinstance(operand.post_scale, Tensor) else None
+        held["mask"] = None if operand.mask is None else op("join")(operand.mask, 1)
+        return {name: tensor for name, tensor in held.items() if tensor is not None}
+
+    def restore(self, held: Sequence[Tensor], shape: torch.Size, dtype: torch.dtype) -> Operand:
+        """An operand of `shape` in dtype, without its blocks and mask, from the tensors of `hold`."""
+        codes, dtype = held[0], self._values_dtype(dtype)
+        packed = codes.dtype == torch.uint8
+        named = dict(zip(self.parts(dtype, packed), held, strict=False))
+        if packed:
+            size = self.tile[1] if self.tile[1] > 1 else shape[1]
+            spans = torch.Size((shape.numel() // size, size, 1))
+            unpack = dispatch.get("unpack", self.backend, codes.device.type, self.plan)
+            codes = unpack(Packed(codes, named.get("scales")), spans, self.plan, dtype).view(shape)
+        constant = 1.0 if self.plan is None or self.scaled else constant_scale(self.plan) or 1.0
+        unit, offset = (1.0, 0.0) if self.plan is None or dtype != torch.int8 else stored_integer(self.plan.element)
+        return Operand(codes.to(dtype), named.get("post_scale", constant), None, unit, offset)
+
+    def bytes_of(self, bits: Tensor, shape: Sequence[int]) -> Tensor:
+        """A mask as `hold` has it -> uint8 of `shape`, 0 or 1."""
+        split = dispatch.get("split", self.backend, bits.device.type)
+        return split(bits, 1, math.prod(shape)).view(shape)
+
+    def _values_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Of an operand in dtype: float32 where bfloat16 does not hold its values."""
+        exact = dtype == torch.int8 or self.plan is None or self.plan.exact_in_bfloat16
+        return dtype if exact else torch.float32
 
     def fake_quantize(self, x: Tensor, rotation: Rotation | None = None, key: Tensor | None = None) -> Tensor:
         """x (M, N) quantised along dim -1, dequantised and rotated back, in its own dtype."""

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import operator
+from collections.abc import Iterable
+from functools import cache
 from typing import SupportsIndex
 
+import torch
 from torch import Tensor
 
 from qtrain.errors import UserError
@@ -38,6 +41,31 @@ def key_of(keys: Tensor, use: str) -> Tensor:
 def key_words(*parts: SupportsIndex | str) -> list[int]:
     """Two int32 words, a stable hash of the parts (equal on every machine and Python); any integer type counts."""
     parts = tuple(part if isinstance(part, str) else int(operator.index(part)) for part in parts)
-    text = "\x1f".join(f"{type(part).__name__}:{part}" for part in parts)
-    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    digest = _hash(*parts).digest()
     return [int.from_bytes(digest[at : at + 4], "little", signed=True) for at in (0, 4)]
+
+
+@cache
+def _hash(*parts: int | str) -> hashlib.blake2b:
+    text = "\x1f".join(f"{type(part).__name__}:{part}" for part in parts)
+    return hashlib.blake2b(text.encode(), digest_size=8)
+
+
+def key_table(layers: Iterable[tuple[int, str, frozenset[str], bool]], step: int, micro_batch: int) -> Tensor:
+    """(layers, 9, 2) int32, on the CPU: the keys of an optimiser step's micro-batch, rows in the order of USES.
+
+    layers: (seed, qualified name, GEMMs whose signs are the same for all layers and steps, whether what belongs to the
+    weight is drawn once a step) of each.
+    """
+    digests = []
+    for seed, name, fixed, once_a_step in layers:
+        for use in USES:
+            gemm, _, kind = use.partition(".")
+            if kind == "signs" and gemm in fixed:
+                digests.append(_hash(seed, "signs").digest())
+                continue
+            found = _hash(seed, name, use, "step").copy()
+            found.update(f"\x1fint:{step}\x1fint:{0 if once_a_step and use in OF_THE_WEIGHT else micro_batch}".encode())
+            digests.append(found.digest())
+    words = torch.frombuffer(bytearray(b"".join(digests)), dtype=torch.int32)
+    return words.view(-1, len(USES), 2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import ExitStack
 from typing import Any
 
 import lightning
@@ -14,7 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from qtrain.config import Config
 from qtrain.optim import build_optimizer, lr_factor
 from qtrain.plan import RunPlan
-from qtrain.quant import set_high_precision, set_step
+from qtrain.quant import calibrate, keep_weights, set_high_precision, set_step
 
 # B sequences, T tokens, V vocabulary
 
@@ -46,17 +47,25 @@ class CausalLM(lightning.LightningModule):
         self.plan = plan
         self.step_loss = torch.zeros(())
         self.grad_norm = torch.zeros(())
+        self._step = ExitStack()  # closed before the weights change
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         micro_batch = batch_idx % self.plan.micro_batches
         if micro_batch == 0:
             set_high_precision(self.model, computes_in_high_precision(self.config, self.plan, self.trainer.global_step))
+            if self.trainer.global_step == 0:
+                calibrate(self.model, batch[:, :-1])
+            if self.plan.micro_batches > 1:
+                self._step.enter_context(keep_weights(self.model))
         # numbered over all devices, as the data is: the same samples draw the same bits on any number of them
         set_step(self.model, self.trainer.global_step, micro_batch * self.trainer.world_size + self.global_rank)
         loss = next_token_loss(self.model, batch)
         share = loss.detach() / self.plan.micro_batches
         self.step_loss = share if micro_batch == 0 else self.step_loss + share
         return loss
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        self._step.close()
 
     def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:
         limit = self.config.trainer.grad_clip

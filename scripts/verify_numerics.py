@@ -45,7 +45,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from qtrain.quant import Quantizer, QuantLinear
-from qtrain.quant.linear import Numerics
+from qtrain.quant.functional import Numerics
 from qtrain.quant.quantizer import Operand, rotate, unrotate
 from qtrain.quant.random import key_words
 from qtrain.quant.rotation import hadamard

@@ -52,7 +52,6 @@ def dashboard() -> tuple[Section, ...]:
         Panel("tokens per second", ("tokens_per_second",)),
         Panel("share of time waiting for data", ("data_wait",)),
         Panel("peak memory (bytes)", ("memory_bytes",)),
-        Panel("share of elements that FP8 rounded", ("fp8_rounded",)),
     )
     gradients = (
         Panel("cosine of quantised and exact weight gradient", pattern=r"grad/.*/cosine"),
@@ -66,6 +65,7 @@ def dashboard() -> tuple[Section, ...]:
         Section("Quantisers: elements beyond the grid", _by_operand("clipped")),
         Section("Quantisers: blocks below the scales' range", _by_operand("scale_underflow")),
         Section("Quantisers: blocks above the scales' range", _by_operand("scale_overflow")),
+        Section("Quantisers: elements that FP8 rounded", _by_operand("fp8_rounded")),
         Section("Quantisers: gradient masks", _by_operand("mask_density", ("fprop.x", "fprop.w"))),
         Section("Quantisers: kurtosis", _by_operand("kurtosis")),
         Section("Quantisers: largest over mean magnitude", _by_operand("max_to_mean")),

@@ -10,8 +10,8 @@ from torch.nn.functional import ScalingType
 
 import qtrain
 from qtrain.errors import UserError
-from qtrain.quant import quantizer
-from qtrain.quant.linear import Numerics, QuantLinear
+from qtrain.quant.functional import Numerics, Observed, Observer
+from qtrain.quant.linear import QuantLinear
 from qtrain.recipe import read_recipe
 from qtrain_kernels import cpu, dispatch, gemm, reference
 from qtrain_kernels.formats import get_format
@@ -266,8 +266,6 @@ def test_a_layer_multiplies_in_fp8_what_it_would_in_float(recipe: str) -> None:
             y = model(given)
         y.backward(dy.to(y.dtype))
         results.append((y, given.grad, model[0].weight.grad))
-        rounded = qtrain.fp8_rounded(model)
-        assert rounded == 0 or (kind in ("fp8", "fp8_fast") and recipe.startswith("mx"))
     for found, fast, rounded, exact in zip(*results, strict=True):
         assert torch.equal(found, fast)  # a CPU has one way to sum
         error, other = ((each.float() - exact).norm() / exact.norm() for each in (found, rounded))
@@ -281,63 +279,47 @@ def test_fp8_products_are_for_bfloat16() -> None:
         layer("quartet", "fp8", (128, 128))(torch.randn(4, 128))
 
 
-def test_what_fp8_rounds_is_counted_on_both_sides_once() -> None:
-    """As a share of all that was multiplied since it was last asked."""
-    shares = {}
-    for side in ("neither", "input", "weight"):
-        model = layer("mxfp6", "fp8", (128, 128))
-        x = torch.randn(32, 128)
-        for name, values in (("input", x), ("weight", model[0].weight.data)):
-            if side == name:
-                values[:, 32:64] *= 2.0**-20
-        with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
-            model(x)
-        shares[side] = qtrain.fp8_rounded(model)
-        assert qtrain.fp8_rounded(model) == 0
-        with torch.autocast("cpu", torch.bfloat16), torch.inference_mode():
-            model(x), model(x)
-        assert qtrain.fp8_rounded(model) == shares[side]
-    assert shares["neither"] == 0
-    # of 32 and 128 rows of 128, a quarter each; nearly all of what is in it
-    assert 0.7 < shares["input"] / (32 / 4 / 160) <= 1 and 0.7 < shares["weight"] / (128 / 4 / 160) <= 1
+def rounded(model: nn.Module, x: Tensor, dy: Tensor | None = None) -> dict[str, float]:
+    """The share of each operand that FP8 rounds, as an observer is told."""
+    found: dict[str, float] = {}
+    linear = model.get_submodule("0")
+    assert isinstance(linear, QuantLinear)
+
+    def note(seen: Observed) -> None:
+        assert seen.fp8_rounded is not None
+        found[seen.use] = seen.fp8_rounded.item()
+
+    linear.observer = Observer(note, lambda _: None)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = model(x)
+    if dy is not None:
+        y.backward(dy.to(y.dtype))
+    return found
 
 
-def test_a_weight_is_folded_once_per_optimiser_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For all micro-batches; and they compute what they would with one folded for each."""
-    folds: list[tuple[int, ...]] = []
-    fold_of = quantizer.fold
+@pytest.mark.parametrize("side", ["neither", "input", "weight"])
+def test_what_fp8_rounds_is_counted_for_each_operand(side: str) -> None:
+    model = layer("mxfp6", "fp8", (128, 128))
+    x = torch.randn(32, 128)
+    for name, values in (("input", x), ("weight", model.get_parameter("0.weight").data)):
+        if side == name:
+            values[:, 32:64] *= 2.0**-20
+    shares = rounded(model, x)
+    assert set(shares) == {"fprop.x", "fprop.w"}
+    for name, use in (("input", "fprop.x"), ("weight", "fprop.w")):  # a quarter; nearly all of what is in it
+        assert 0.7 < 4 * shares[use] <= 1 if side == name else shares[use] == 0
 
-    def counted(values: Tensor, dim: int, dtype: torch.dtype) -> gemm.Folded:
-        folds.append(tuple(values.shape))
-        return fold_of(values, dim, dtype)
 
-    monkeypatch.setattr(quantizer, "fold", counted)
-    xs = torch.randn(2, 64, 128, generator=torch.Generator().manual_seed(3))
-
-    def gradient(forget: bool) -> Tensor:
-        folds.clear()
-        model = layer({"name": "quartet", "redraw": "step"}, "fp8", (128, 256))
-        for micro_batch, x in enumerate(xs):
-            qtrain.set_step(model, 1, micro_batch)
-            if forget:
-                model[0]._quantized = None
-            with torch.autocast("cpu", torch.bfloat16):
-                model(x.requires_grad_()).float().square().sum().backward()
-        assert isinstance(model[0].weight.grad, Tensor)
-        return model[0].weight.grad
-
-    once = gradient(forget=False)
-    weights = [shape for shape in folds if set(shape) == {128, 256}]
-    assert weights == [(128, 256), (256, 128)] and len(folds) == 2 + 4 * 2  # x; dy, of dgrad and of wgrad; x'
-    assert torch.equal(gradient(forget=True), once) and len(folds) == 2 * 2 + 4 * 2
+@pytest.mark.parametrize("recipe", ["fp8_rowwise", "fp8_tensorwise"])
+def test_fp8_rounds_nothing_of_what_has_one_scale_a_line(recipe: str) -> None:
+    x, dy = torch.randn(64, 128), torch.randn(64, 128)
+    assert not any(rounded(layer(recipe, "fp8", (128, 128)), x.requires_grad_(), dy).values())
 
 
 def test_gradients_of_many_octaves_keep_to_e5m2() -> None:
-    model = layer("fp8_tensorwise", "fp8", (128, 128))
-    with torch.autocast("cpu", torch.bfloat16):
-        y = model(torch.randn(32, 128))
-    y.backward((torch.randn(32, 128) * torch.exp2(-torch.arange(128.0) / 5)).bfloat16())
-    assert qtrain.fp8_rounded(model) == 0
+    dy = torch.randn(32, 128) * torch.exp2(-torch.arange(128.0) / 5)
+    shares = rounded(layer("fp8_tensorwise", "fp8", (128, 128)), torch.randn(32, 128, requires_grad=True), dy)
+    assert {"dgrad.dy", "wgrad.dy"} <= set(shares) and not any(shares.values())
 
 
 def test_e5m2_on_the_right_multiplies_as_float() -> None:
@@ -390,7 +372,7 @@ def test_fast_accumulation_is_asked_for_by_name_alone(monkeypatch: pytest.Monkey
         asked.append(fast)
         return fp8_matmul(left, right, fast)
 
-    monkeypatch.setattr("qtrain.quant.linear.fp8_matmul", noted)
+    monkeypatch.setattr("qtrain.quant.functional.fp8_matmul", noted)
     for kind in ("fp8", "fp8_fast"):
         with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
             layer("quartet", kind, (128, 128))(torch.randn(32, 128))

@@ -114,6 +114,7 @@ def pass_through(recipe: str, backend: str, gemm: str, device: str) -> list[Tens
     x = x.to(device).requires_grad_()
     dy = torch.randn(T, N, generator=generator(3)).to(device) * 1e-3
     with torch.autocast(device, torch.bfloat16):
+        qtrain.calibrate(module, x)
         y = module(x)
     y.backward(dy.to(y.dtype))
     found = [y.detach(), x.grad, *(parameter.grad for parameter in module.parameters())]

@@ -362,6 +362,8 @@ def layer(recipe: Any, weight: Tensor, bias: bool = False) -> QuantLinear:
 
 def run(module: nn.Module, x: Tensor, dy: Tensor) -> dict[str, np.ndarray]:
     """Y, dX, and the gradients of all parameters."""
+    if isinstance(module, QuantLinear) and not module.calibrated:
+        qtrain.calibrate(module, x)
     x = x.clone().requires_grad_()
     module.zero_grad()
     y = module(x)
@@ -459,10 +461,8 @@ def test_lsq_tells_a_zero_of_a_relu_from_the_smallest_positive_value(backend: Ba
     qtrain.convert(model, {"name": "lsq", "bits": 1}, backend=backend)
     module = model.get_submodule("0")
     assert isinstance(module, QuantLinear) and module.input_scale is not None and module.weight_scale is not None
-    with torch.no_grad():
-        module.weight.copy_(torch.tensor([[0.0, 1.0]]))
-        module.input_scale.fill_(2.0)
-        module.weight_scale.fill_(2.0)
+    two = torch.tensor([2.0])
+    module.load_state_dict({"weight": torch.tensor([[0.0, 1.0]]), "input_scale": two, "weight_scale": two})
     x = torch.tensor([[0.0, 1e-6], [-0.0, 0.0]], requires_grad=True)
     y = module(x)  # codes -1/2 and 1/2 by a weight of -1 and 1
     assert y.tolist() == [[2.0], [0.0]]
@@ -585,6 +585,8 @@ def trained(name: str | None, wrong: tuple[str, float] | None = None) -> float:
         spoil(module, *wrong)
     optimizer = torch.optim.SGD([{"params": [x], "lr": 64.0}, {"params": list(module.parameters()), "lr": 2.0}])
     loss = torch.tensor(float("nan"))
+    with torch.autocast("cpu", torch.bfloat16):
+        qtrain.calibrate(module, x)
     for step in range(24):
         qtrain.set_step(module, step)
         with torch.autocast("cpu", torch.bfloat16):

@@ -272,7 +272,7 @@ def trained(tmp_path: Path, name: str) -> tuple[list[dict[str, Any]], dict[str, 
     directory = RunDirectory(path)
     lines = [json.loads(line) for line in directory.metrics.read_text().splitlines()]
     health = [line for line in lines if any(key.startswith(("quant/", "grad/")) for key in line)]
-    unclocked = ("step", "tokens", "flops", "loss", "lr", "grad_norm", "val_loss", "val_bits_per_byte", "fp8_rounded")
+    unclocked = ("step", "tokens", "flops", "loss", "lr", "grad_norm", "val_loss", "val_bits_per_byte")
     results = [{key: line[key] for key in unclocked if key in line} for line in lines if line not in health]
     return results, load_checkpoint(list_checkpoints(directory.checkpoints)[-1][1])["state_dict"], health
 

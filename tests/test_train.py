@@ -103,9 +103,11 @@ def test_a_run_leaves_what_it_promises(small, tmp_path, capsys):
 
 
 def test_fp8_products_are_said_and_counted(small, tmp_path):
-    run(compose([*small, "recipe=mxfp8", "gemm=fp8", "debug.max_steps=4"]))
+    run(compose([*small, "recipe=mxfp8", "gemm=fp8", "debug.max_steps=4", "callbacks.telemetry_every_steps=2"]))
     directory = only_run(tmp_path)
-    assert all(0 < line["fp8_rounded"] < 0.1 for line in directory.lines("lr"))
+    lines = [line for line in map(json.loads, directory.metrics.read_text().splitlines()) if "quant" in str(line)]
+    shares = [value for line in lines for name, value in line.items() if name.endswith("/fp8_rounded")]
+    assert len(shares) == 2 * 7 * 6 and 0 < max(shares) < 0.2
     assert "gemms fp8 fp8 fp8" in repr(qtrain.load_run(directory.path))
     with pytest.raises(UserError, match=r"gemm=fp8 gives products in bfloat16, and trainer.precision is 32-true; set"):
         compose([*small, "recipe=quartet", "gemm=fp8", "trainer.precision=32-true"])

@@ -17,9 +17,8 @@ from qtrain.callbacks.step import StepCallback
 from qtrain.errors import UserError
 from qtrain.lightning_module import CausalLM, evaluate
 from qtrain.metrics import bits_per_byte
-from qtrain.quant import fp8_rounded
 from qtrain.run_directory import RunDirectory
-from qtrain.settings import FP8_GEMMS
+
 
 Line = Mapping[str, Any]
 
@@ -93,9 +92,6 @@ class Measure(StepCallback):
             "data_wait": round(self.waiting / seconds, 5),
             "memory_bytes": memory_bytes(module.device),
         }
-        if module.config.gemm in FP8_GEMMS:
-            rounded = torch.tensor(fp8_rounded(module.model), device=module.device)
-            values["fp8_rounded"] = float(trainer.strategy.reduce(rounded, reduce_op="mean"))
         self.history.clear()
         self.busy = self.waiting = 0.0
         self.recorder.write(trainer, module, step, values)

@@ -21,7 +21,7 @@ from torch import Tensor
 from qtrain.callbacks.measure import Recorder
 from qtrain.callbacks.step import StepCallback
 from qtrain.lightning_module import CausalLM, next_token_loss
-from qtrain.quant import Observed, Observer, QuantLinear, operand_health, set_high_precision
+from qtrain.quant import Observed, Observer, QuantLinear, operand_health, quant_linears, set_high_precision
 
 MAX_LINES = 64  # of an operand: an SQNR of all lines differs by 0.2 dB (RMS over nano's layers, Quartet, step 60)
 
@@ -39,6 +39,7 @@ class Telemetry(StepCallback):
         self.gradients = gradients
         self.max_lines = max_lines
         self.values: dict[str, Tensor] = {}
+        self.observers: dict[QuantLinear, Observer] = {}
         self.seen: dict[QuantLinear, Tensor] = {}  # the weight gradients of this step's first micro-batch
         self.batch: Tensor | None = None  # that is being watched
 
@@ -48,8 +49,8 @@ class Telemetry(StepCallback):
         if not (first and self.every and step % self.every == 0 and trainer.is_global_zero):
             return
         self.batch = batch
-        for layer in quantised_layers(pl_module):
-            layer.observer = self._observer(layer)
+        for layer in quant_linears(pl_module.model):
+            layer.observer = self.observers.setdefault(layer, self._observer(layer))
 
     def _observer(self, layer: QuantLinear) -> Observer:
         def operand(seen: Observed) -> None:
@@ -65,7 +66,7 @@ class Telemetry(StepCallback):
     def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
         if self.batch is None:
             return
-        for layer in quantised_layers(pl_module):
+        for layer in quant_linears(pl_module.model):
             layer.observer = None
         if self.seen:
             exact = exact_gradients(pl_module, self.batch, list(self.seen))
@@ -82,10 +83,6 @@ class Telemetry(StepCallback):
         found = {name: float(f"{x:.6g}") for name, x in zip(self.values, numbers, strict=True) if math.isfinite(x)}
         self.values = {}
         self.recorder.write(trainer, module, step, found)
-
-
-def quantised_layers(module: CausalLM) -> list[QuantLinear]:
-    return [layer for layer in module.model.modules() if isinstance(layer, QuantLinear)]
 
 
 def exact_gradients(module: CausalLM, batch: Tensor, layers: list[QuantLinear]) -> list[Tensor]:

@@ -3,7 +3,7 @@
 from qtrain.quant.convert import Report, check_backend, convert, recipes, set_high_precision
 from qtrain.quant.functional import Observed, Observer
 from qtrain.quant.health import operand_health
-from qtrain.quant.linear import QuantLinear, keep_weights, set_step
+from qtrain.quant.linear import QuantLinear, keep_weights, quant_linears, set_step
 from qtrain.quant.lsq import calibrate
 from qtrain.quant.quantizer import QuantizedTensor, Quantizer, fake_quantize
 
@@ -20,6 +20,7 @@ __all__ = [
     "fake_quantize",
     "keep_weights",
     "operand_health",
+    "quant_linears",
     "recipes",
     "set_high_precision",
     "set_step",

@@ -28,7 +28,7 @@ from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 from torch.nn import functional as F
 
 from qtrain.quant.quantizer import Operand, Quantizer, folded, gemm, rotate, unrotate
@@ -177,6 +177,8 @@ class Numerics:
 @cache
 def read_numerics(text: str, backend: Backend | None = None) -> Numerics:
     """The Numerics of their text, or the same on another backend."""
+    if text in _own:
+        return _own[text]
     written, own, kind = json.loads(text)
     recipe, gemms = LinearRecipe.model_validate(written), {}
     for name, operands in recipe.operands().items():
@@ -186,6 +188,16 @@ def read_numerics(text: str, backend: Backend | None = None) -> Numerics:
             dtypes = left.eight_bits, _reused(gemms["fprop"], name, name == "wgrad" or left.multiple > 1)
         gemms[name] = Gemm(left, right, _multiplied(*dtypes))
     return Numerics(**gemms, gemm=kind, redraw=recipe.redraw, text=text)
+
+
+_own: dict[str, Numerics] = {}
+
+
+def text_of_own(numerics: Numerics) -> str:
+    """A text for numerics that no recipe says; known in this process alone."""
+    text = f"own {len(_own)}"
+    _own[text] = replace(numerics, text=text)
+    return text
 
 
 def _reused(fprop: Gemm, gemm_name: str, fills: bool) -> torch.dtype | None:
@@ -293,17 +305,17 @@ def _filled(operand: Operand, rows: int, dtype: torch.dtype) -> Operand:
 
 def _to_operand(
     grad: Tensor, mask: Tensor | None, slope: Tensor | None, rotation: Rotation | None, rotated: bool,
-    quantizer: Quantizer, dtype: torch.dtype,
+    quantizer: Quantizer, dtype: torch.dtype, ranks: int = 1,
 ) -> list[Tensor]:  # fmt: skip
     """A gradient by the operand as quantised (rotated: it is in rotated space) -> by the operand itself in dtype, and
-    by its learned scale, (1,) float32, where there is one."""
+    by its learned scale, (1,) float32, where there is one. ranks: among which the operand's rows are divided."""
     if mask is None and slope is None and not rotated:
         return [grad.to(dtype)]
     if not rotated:
         grad = rotate(grad, rotation, quantizer.backend)
     found = [unrotate(grad, rotation, quantizer.backend, mask=mask, dtype=dtype)]
     if slope is not None:
-        found.append((grad.float() * slope).sum().view(1) * _scale_gradient_factor(slope, quantizer))
+        found.append((grad.float() * slope).sum().view(1) * _scale_gradient_factor(ranks * slope.numel(), quantizer))
     return found
 
 
@@ -316,10 +328,11 @@ def _scale_slope(x: Tensor, rotation: Rotation | None, operand: Operand, scale: 
     return torch.where(u.abs() > quantizer.plan.element.max, codes, codes - u)
 
 
-def _scale_gradient_factor(x: Tensor, quantizer: Quantizer) -> float:
-    """LSQ's 1 / sqrt(numel * q_max), q_max the largest code of the grid with zero; 1 at one bit, where that is none."""
+def _scale_gradient_factor(elements: int, quantizer: Quantizer) -> float:
+    """LSQ's 1 / sqrt(elements * q_max), q_max the largest code of the grid with zero; 1 at one bit, where that is
+    none."""
     assert quantizer.plan is not None
-    return (x.numel() * max(math.floor(quantizer.plan.element.max), 1)) ** -0.5
+    return (elements * max(math.floor(quantizer.plan.element.max), 1)) ** -0.5
 
 
 # --------------------------------------------------------------------------------------------------------- the operators
@@ -406,7 +419,8 @@ def _dgrad(
     shape = (tokens, weight.shape[1])
     mask = None if x_mask is None else forward.left.bytes_of(x_mask, shape)
     turn = call.rotation("fprop", shape[1])
-    return _to_operand(product, mask, x_slope, turn, from_codes, forward.left, x_dtype)
+    ranks = distributed.get_world_size() if x_slope is not None and distributed.is_initialized() else 1
+    return _to_operand(product, mask, x_slope, turn, from_codes, forward.left, x_dtype, ranks)
 
 
 def _wgrad(

@@ -18,7 +18,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from qtrain.errors import UserError
 from qtrain.quant import functional
-from qtrain.quant.functional import OPERANDS, Numerics, Observer, read_numerics
+from qtrain.quant.functional import OPERANDS, Numerics, Observer, read_numerics, text_of_own
 from qtrain.quant.random import key_table
 from qtrain.recipe import LinearRecipe
 from qtrain.settings import FP8_GEMMS, Backend, GemmKind
@@ -65,6 +65,10 @@ class QuantLinear(Linear):
     def numerics(self) -> Numerics:
         return read_numerics(self.text)
 
+    @numerics.setter
+    def numerics(self, numerics: Numerics) -> None:
+        self.text = text_of_own(numerics)
+
     @property
     def keyed_by(self) -> tuple[int, str, frozenset[str], bool]:
         """What `key_table` takes."""
@@ -98,11 +102,19 @@ class QuantLinear(Linear):
             )
         x, saving = input.reshape(-1, self.in_features), torch.is_grad_enabled()
         y = functional.fprop(
-            x, self.weight, self.input_scale, self.weight_scale, self.kept if self.training else [],
+            x, self.weight, self.input_scale, self.weight_scale, self._kept(),
             saving and self.weight.requires_grad, saving and x.requires_grad, self._keys(input.device),
             self.text, dtype, 0 if self.observer is None else self.observer.number,
         )[0].view(*input.shape[:-1], self.out_features)  # fmt: skip
         return y if self.bias is None else y + self.bias.to(dtype)
+
+    def _kept(self) -> list[Tensor]:
+        """The kept weight, unless the weight has been written to since; graphs cannot ask for that."""
+        current = self.training and (torch.compiler.is_compiling() or self.kept_of[1:] == self._state())
+        return self.kept if current else []
+
+    def _state(self) -> tuple[int, int]:
+        return id(self.weight), self.weight._version
 
     def _keys(self, device: torch.device) -> Tensor:
         """Of this forward; of a recomputed one, those of the forward that it repeats: it runs within a backward, by a
@@ -141,7 +153,7 @@ class QuantLinear(Linear):
         lasts = quantizer.plan is not None and not quantizer.learned and self.numerics.lasts(self.numerics.fprop)
         if not lasts or isinstance(weight, DTensor) or weight.is_inference():
             return
-        state = step, id(weight), weight._version
+        state = step, *self._state()
         if not self.kept or self.kept_of != state:
             self.kept = functional.quantize_weight(
                 weight.detach(), None, True, self._keys(weight.device), self.text, torch.bfloat16, 0
@@ -213,8 +225,8 @@ def keep_weights(model: nn.Module) -> Iterator[None]:
 
     `set_step` quantises it, when it is called with another step or finds the weight changed; a step of an optimiser of
     torch drops it. Only what is the same in all micro-batches is kept, and nothing of a weight that is sharded (FSDP2),
-    since what is kept would be whole on every rank. Between two calls of set_step the weight must not be changed in any
-    other way. Use it where a step has several micro-batches:
+    since what is kept would be whole on every rank. What torch does not see (a write to weight.data, an optimiser of
+    another library) must be followed by a set_step with another step. Use it where a step has several micro-batches:
 
         with qtrain.keep_weights(model):
             for micro_batch, batch in enumerate(batches):

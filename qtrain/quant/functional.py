@@ -30,6 +30,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor, distributed
 from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves
 
 from qtrain.quant.quantizer import Operand, Quantizer, folded, gemm, rotate, unrotate
 from qtrain.quant.random import USES, key_of
@@ -382,12 +383,18 @@ def _fprop(
     return [y, *(held[name] for name in names)]
 
 
+def saves_codes(numerics: Numerics) -> bool:
+    """Whether wgrad takes x as fprop has quantised or rotated it, and not x itself."""
+    forward = numerics.fprop.left
+    return numerics.wgrad.right.spec.source == "forward" and (forward.plan is not None or forward.rotates)
+
+
 def saved_parts(numerics: Numerics, kind: str, dtype: torch.dtype, save_x: bool, save_mask: bool) -> tuple[str, ...]:
     """What fprop keeps of x for wgrad (save_x) and dgrad (save_mask): of `Quantizer.parts`, and the slope of a learned
     scale."""
     quantizer = numerics.fprop.left
     parts = quantizer.parts(torch.int8 if kind == "int8" else dtype, packed=True)
-    wanted = {"codes", "scales", "post_scale"} if save_x and numerics.wgrad.right.spec.source == "forward" else set()
+    wanted = {"codes", "scales", "post_scale"} if save_x and saves_codes(numerics) else set()
     wanted |= {"mask"} if save_mask else set()
     slope = ("slope",) if quantizer.learned and save_mask else ()
     return tuple(name for name in parts if name in wanted) + slope
@@ -433,9 +440,10 @@ def _wgrad(
     is rotated; no shipped recipe does that."""
     gemm_, forward = call.numerics.wgrad, call.numerics.fprop
     tokens, from_codes = dy.shape[0], gemm_.right.spec.source == "forward"
-    source = Operand(x[0])
-    if from_codes:
+    if saves_codes(call.numerics):
         source = forward.left.restore(x, torch.Size((tokens, features)), call.dtype_in(forward))
+    else:
+        source = Operand(x[0].to(call.dtype) if from_codes else x[0])
     padding = -tokens % gemm_.multiple
     filled = F.pad(dy, (0, 0, 0, padding)) if padding else dy
     source = _filled(source, padding, call.dtype)
@@ -452,10 +460,24 @@ def _wgrad(
 
 
 def _scalar(scale: Tensor | None) -> Tensor | None:
-    return None if scale is None else scale.float().view(())
+    """A copy, since an operator's result must not be its argument."""
+    return None if scale is None else scale.to(torch.float32, copy=True).view(())
 
 
 LIBRARY = torch.library.Library("qtrain", "FRAGMENT")
+
+
+def _described(argument: Any) -> Any:
+    """A tensor by what decides the shapes of results."""
+    if isinstance(argument, Tensor):
+        return tuple(argument.shape), argument.dtype, argument.device.type
+    return tuple(map(_described, argument)) if isinstance(argument, list) else argument
+
+
+def _is_static(arguments: list[Any]) -> bool:
+    """Whether no size is a symbol of torch.compile's."""
+    tensors = [each for each in tree_leaves(arguments) if isinstance(each, Tensor)]
+    return all(type(size) is int for each in tensors for size in each.shape)
 
 
 def _define(function: Callable[..., list[Tensor]], arguments: str) -> Any:
@@ -468,10 +490,18 @@ def _define(function: Callable[..., list[Tensor]], arguments: str) -> Any:
         *own, keys, numerics, dtype, observer = given
         return function(Call(read_numerics(numerics), keys, dtype, _observers.get(observer)), *own)
 
+    known: dict[Any, list[tuple[torch.Size, torch.dtype]]] = {}
+
     def fake(*given: Any) -> list[Tensor]:
         *own, keys, numerics, dtype, _ = given
-        found = function(Call(read_numerics(numerics, "reference"), keys, dtype, None), *own)
-        return [torch.empty_like(each, memory_format=torch.contiguous_format) for each in found]
+        key = (numerics, dtype, *map(_described, own))
+        found = known.get(key)
+        if found is None:
+            outputs = function(Call(read_numerics(numerics, "reference"), keys, dtype, None), *own)
+            found = [(each.shape, each.dtype) for each in outputs]
+            if _is_static(own):
+                known[key] = found
+        return [keys.new_empty(shape, dtype=kind) for shape, kind in found]
 
     LIBRARY.impl(name, real, "CompositeExplicitAutograd")
     torch.library.register_fake(f"qtrain::{name}", fake, lib=LIBRARY)
@@ -483,12 +513,8 @@ fprop = _define(
     _fprop,
     "Tensor x, Tensor weight, Tensor? x_scale, Tensor? w_scale, Tensor[] kept, bool save_x, bool save_mask",
 )
-dgrad = _define(
-    _dgrad, "Tensor dy, Tensor weight, Tensor[] w, Tensor? x_mask, Tensor? x_slope, ScalarType x_dtype"
-)
-wgrad = _define(
-    _wgrad, "Tensor dy, Tensor[] x, Tensor? w_mask, Tensor? w_slope, int features, ScalarType weight_dtype"
-)
+dgrad = _define(_dgrad, "Tensor dy, Tensor weight, Tensor[] w, Tensor? x_mask, Tensor? x_slope, ScalarType x_dtype")
+wgrad = _define(_wgrad, "Tensor dy, Tensor[] x, Tensor? w_mask, Tensor? w_slope, int features, ScalarType weight_dtype")
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
@@ -499,9 +525,10 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     ctx.parts = saved_parts(numerics, kind, dtype, save_x, save_mask)
     ctx.shared, ctx.x_dtype, ctx.counts = (text, dtype, observer), x.dtype, (len(kept), len(ctx.parts))
     ctx.observer = _observers.get(observer)  # holds it
-    ctx.from_master = save_x and numerics.wgrad.right.spec.source == "master"
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(keys, weight, w_scale, x if ctx.from_master else None, *kept, *output[1:])
+    ctx.save_for_backward(
+        keys, weight, w_scale, x if save_x and not saves_codes(numerics) else None, *kept, *output[1:]
+    )
 
 
 def _backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
@@ -512,7 +539,7 @@ def _backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
     needs_x, needs_w, needs_x_scale, needs_w_scale = ctx.needs_input_grad[:4]
     dy, found = grads[0].contiguous(), [None] * 4
     w, names = kept, numerics.fprop.right.parts(_values_dtype(numerics, dy.device.type, dtype), bool(kept))
-    from_codes = numerics.dgrad.right.spec.source == "forward"
+    from_codes = numerics.dgrad.right.spec.source == "forward" and numerics.fprop.right.plan is not None
     if not kept and (((needs_x or needs_x_scale) and from_codes) or (needs_w and "mask" in names) or needs_w_scale):
         w = quantize_weight(weight, w_scale, False, *shared)
     of_w = dict(zip((*names, "slope"), w, strict=False))
@@ -520,7 +547,7 @@ def _backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
         slope = parts.get("slope") if needs_x_scale else None
         found[0:3:2] = _two(dgrad(dy, weight, w if from_codes else [], parts.get("mask"), slope, ctx.x_dtype, *shared))
     if needs_w or needs_w_scale:
-        held = [x] if ctx.from_master else [parts[name] for name in ("codes", "scales", "post_scale") if name in parts]
+        held = [x] if x is not None else [parts[name] for name in ("codes", "scales", "post_scale") if name in parts]
         given = of_w.get("mask"), of_w.get("slope") if needs_w_scale else None
         found[1:4:2] = _two(wgrad(dy, held, *given, weight.shape[1], weight.dtype, *shared))
     return *found, [None] * len(kept), *[None] * 6

@@ -58,7 +58,9 @@ class QuantLinear(Linear):
         self.keeps, self.kept, self.kept_of = False, [], ()
         self.train(linear.training)
         with torch.inference_mode(False):
-            self.keys = key_table([self.keyed_by], 0, 0)[0]  # no buffer, which ranks would share and to_empty would lose
+            self.keys = key_table([self.keyed_by], 0, 0)[
+                0
+            ]  # no buffer, which ranks would share and to_empty would lose
         self.history = deque([(-1, self.keys)], REMEMBERED)
 
     @property
@@ -176,7 +178,13 @@ class QuantLinear(Linear):
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles leave out the kept weight and the steps of past forwards."""
         history = deque([(-1, self.keys)], REMEMBERED)
-        return super().__getstate__() | {"kept": [], "kept_of": (), "keeps": False, "history": history, "observer": None}
+        return super().__getstate__() | {
+            "kept": [],
+            "kept_of": (),
+            "keeps": False,
+            "history": history,
+            "observer": None,
+        }
 
     def extra_repr(self) -> str:
         state = "high precision, after " if self.high_precision else ""

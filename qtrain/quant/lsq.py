@@ -21,7 +21,9 @@ def calibrate(model: nn.Module, *inputs: Any) -> None:
     every rank must call this; E|x| of the inputs is then the mean over all ranks. A model without learned scales is left
     alone. Call it in the autocast context that the training will have, once, before the first training step.
     """
-    layers = [layer for layer in quant_linears(model) if layer.input_scale is not None or layer.weight_scale is not None]
+    layers = [
+        layer for layer in quant_linears(model) if layer.input_scale is not None or layer.weight_scale is not None
+    ]
     found: dict[QuantLinear, dict[str, Tensor]] = {}
 
     def start(layer: nn.Module, arguments: tuple[Tensor, ...]) -> None:
@@ -33,7 +35,9 @@ def calibrate(model: nn.Module, *inputs: Any) -> None:
             distributed.all_reduce(learned["input_scale"])
             learned["input_scale"] /= distributed.get_world_size()
         for name, value in learned.items():
-            getattr(layer, name).copy_(value)  # of a shard that was gathered for this forward, which it then loses again
+            getattr(layer, name).copy_(
+                value
+            )  # of a shard that was gathered for this forward, which it then loses again
         found[layer], layer.calibrated = learned, True
 
     hooks = [layer.register_forward_pre_hook(start) for layer in layers]

@@ -287,6 +287,10 @@ class Quantizer:
         return Operand(view.undo(values), post, passes, unit, offset, block_scale)
 
     @property
+    def rotates(self) -> bool:
+        return self.spec.rotation_block is not None
+
+    @property
     def learned(self) -> bool:
         """Whether its scale is a parameter."""
         return self.plan is not None and self.plan.rule == "learned"

@@ -70,7 +70,7 @@ def equal(found: list[Tensor], wanted: list[Tensor]) -> bool:
     return all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
 
 
-# ------------------------------------------------------------------------------------------------- compiled and exported
+# ----------------------------------------------------------------------------------------------- compiled and exported
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -102,14 +102,14 @@ def train_compiled(recipe: str, blocks: int, steps: int, micro_batches: int) -> 
 
 
 def test_inductor_keeps_to_its_own_rounding() -> None:
-    """It computes norms, activations and the gradients of biases in its own way. The quantised products are the same."""
+    """It computes norms, activations and biases in its own way. The quantised products are the same."""
     torch._dynamo.reset()
     model = model_of("quartet")
     compiled = torch.compile(model, fullgraph=True, dynamic=False)
     for step in range(2):
         qtrain.set_step(model, step)
         for found, wanted in zip(gradients(model, inputs(step), compiled), gradients(model, inputs(step)), strict=True):
-            assert (found - wanted).float().norm() < 0.05 * wanted.float().norm()
+            assert (found - wanted).float().norm() < 0.1 * wanted.float().norm()
     alone = model.get_submodule("0.gate")
     assert equal(
         gradients(alone, inputs(3), torch.compile(alone, fullgraph=True, dynamic=False)), gradients(alone, inputs(3))
@@ -147,7 +147,7 @@ def test_operators_are_what_torch_takes_them_for(recipe: str, rows: int) -> None
     torch.library.opcheck(functional.wgrad, (dy, held, None, None, 128, torch.float32, *shared), test_utils=tests[::2])
 
 
-# --------------------------------------------------------------------------------------------------- recomputed and moved
+# ------------------------------------------------------------------------------------------------- recomputed and moved
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -234,7 +234,7 @@ def test_kept_weights_are_packed(recipe: str, limit: float) -> None:
     assert not any(layer.kept for layer in layers)
 
 
-# -------------------------------------------------------------------------------------------------------------- observers
+# ------------------------------------------------------------------------------------------------------------ observers
 
 
 def test_an_observer_sees_the_forward_that_it_was_attached_to_and_its_backward() -> None:
@@ -243,7 +243,7 @@ def test_an_observer_sees_the_forward_that_it_was_attached_to_and_its_backward()
     assert isinstance(layer, QuantLinear)
     seen: list[str] = []
     observer = Observer(lambda each: seen.append(each.use), lambda _: seen.append("gradient"))
-    forward, backward = ["fprop.w", "fprop.x"], ["dgrad.dy", "dgrad.w", "fprop.w", "gradient", "wgrad.dy", "wgrad.x"]
+    forward, backward = ["fprop.w", "fprop.x"], ["dgrad.dy", "dgrad.w", "gradient", "wgrad.dy", "wgrad.x"]
     unobserved = model(inputs(1))
     layer.observer = observer
     observed = model(inputs(2))
@@ -253,10 +253,10 @@ def test_an_observer_sees_the_forward_that_it_was_attached_to_and_its_backward()
     assert sorted(seen) == forward
     seen.clear()
     observed.sum().backward()
-    assert sorted(set(seen)) == backward
+    assert sorted(seen) == backward
 
 
-# -------------------------------------------------------------------------------------------------------------- many ranks
+# ----------------------------------------------------------------------------------------------------------- many ranks
 
 
 def trained(wrap: Callable[[nn.Module], nn.Module], rank: int, ranks: int, recipe: Any) -> list[Tensor]:

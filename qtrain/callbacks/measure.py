@@ -19,7 +19,6 @@ from qtrain.lightning_module import CausalLM, evaluate
 from qtrain.metrics import bits_per_byte
 from qtrain.run_directory import RunDirectory
 
-
 Line = Mapping[str, Any]
 
 

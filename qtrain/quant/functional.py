@@ -12,8 +12,8 @@ Each operator is a pure function of its arguments: tensors, keys of its random b
 torch.compile, export, checkpointing, saved-tensor hooks and FSDP see one node for each. Its fake implementation is the
 operator itself on the reference backend, run on fake tensors, so that shapes are stated in one place.
 
-The backward keeps no quantised weight: it quantises the weight again, with the same keys and hence the same bits, unless
-the caller passes one that it keeps itself.
+The backward keeps no quantised weight: it quantises the weight again, with the same keys and hence the same bits,
+unless the caller passes one that it keeps itself.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from qtrain_kernels.reference import Rotation, stored_integer
 
 OPERANDS = {"fprop": ("x", "w"), "dgrad": ("dy", "w"), "wgrad": ("dy", "x")}
 
-# ------------------------------------------------------------------------------------------------------ what is observed
+# ----------------------------------------------------------------------------------------------------- what is observed
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Observer:
 _observers: WeakValueDictionary[int, Observer] = WeakValueDictionary()
 
 
-# -------------------------------------------------------------------------------------------- a layer's numerics, resolved
+# ----------------------------------------------------------------------------------------- a layer's numerics, resolved
 
 
 @dataclass(frozen=True)
@@ -336,7 +336,7 @@ def _scale_gradient_factor(elements: int, quantizer: Quantizer) -> float:
     return (elements * max(math.floor(quantizer.plan.element.max), 1)) ** -0.5
 
 
-# --------------------------------------------------------------------------------------------------------- the operators
+# -------------------------------------------------------------------------------------------------------- the operators
 #
 # A held operand travels as a list of tensors, in the order of `Quantizer.parts`; a weight's ends with its slope (see
 # `_scale_slope`) where its scale is learned. Arguments that all four share come last: keys, numerics, dtype, observer.
@@ -434,10 +434,10 @@ def _wgrad(
     call: Call, dy: Tensor, x: Held, w_mask: Tensor | None, w_slope: Tensor | None, features: int,
     weight_dtype: torch.dtype,
 ) -> list[Tensor]:  # fmt: skip
-    """dy (T, N), x: the input (T, K) itself, or what fprop saved of its codes; w_mask: bits, w_slope (N, K) -> dW (N, K)
-    in weight_dtype, K = features, and the gradient of a learned scale, (1,). Both operands are quantised along T, filled
-    with zeros to whole blocks. Zeros do not change the product, unless neither operand can represent zero and neither
-    is rotated; no shipped recipe does that."""
+    """dy (T, N), x: the input (T, K) itself, or what fprop saved of its codes; w_mask: bits, w_slope (N, K) -> dW
+    (N, K) in weight_dtype, K = features, and the gradient of a learned scale, (1,). Both operands are quantised along
+    T, filled with zeros to whole blocks. Zeros do not change the product, unless neither operand can represent zero and
+    neither is rotated; no shipped recipe does that."""
     gemm_, forward = call.numerics.wgrad, call.numerics.fprop
     tokens, from_codes = dy.shape[0], gemm_.right.spec.source == "forward"
     if saves_codes(call.numerics):
@@ -541,7 +541,7 @@ def _backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
     w, names = kept, numerics.fprop.right.parts(_values_dtype(numerics, dy.device.type, dtype), bool(kept))
     from_codes = numerics.dgrad.right.spec.source == "forward" and numerics.fprop.right.plan is not None
     if not kept and (((needs_x or needs_x_scale) and from_codes) or (needs_w and "mask" in names) or needs_w_scale):
-        w = quantize_weight(weight, w_scale, False, *shared)
+        w = quantize_weight(weight, w_scale, False, *shared[:-1], 0)  # which the forward has shown to the observer
     of_w = dict(zip((*names, "slope"), w, strict=False))
     if needs_x or needs_x_scale:
         slope = parts.get("slope") if needs_x_scale else None

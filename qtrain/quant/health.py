@@ -31,8 +31,8 @@ def operand_health(seen: Observed, max_lines: int) -> dict[str, Tensor]:
         the largest code only with a scale below, or above, all positive ones of the scale's format. Blocks of zeros ask
         for none; a block with NaN or infinity overflows.
     mask_density (operands with one): the fraction of elements that pass a gradient.
-    fp8_rounded (operands of products in FP8): the share of elements that FP8 rounds, because their line holds far larger
-        ones.
+    fp8_rounded (operands of products in FP8): the share of elements that FP8 rounds, because their line holds far
+        larger ones.
     kurtosis: E[x^4] / E[x^2]^2, 3 for a normal distribution. max_to_mean: max |x| / mean |x|.
 
     Outliers are counted in all that came in, for they gather in few lines. All else is of x, which is quantised with

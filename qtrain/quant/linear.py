@@ -106,9 +106,13 @@ class QuantLinear(Linear):
         y = functional.fprop(
             x, self.weight, self.input_scale, self.weight_scale, self._kept(),
             saving and self.weight.requires_grad, saving and x.requires_grad, self._keys(input.device),
-            self.text, dtype, 0 if self.observer is None else self.observer.number,
+            self.text, dtype, self._observer,
         )[0].view(*input.shape[:-1], self.out_features)  # fmt: skip
         return y if self.bias is None else y + self.bias.to(dtype)
+
+    @property
+    def _observer(self) -> int:
+        return 0 if self.observer is None else self.observer.number
 
     def _kept(self) -> list[Tensor]:
         """The kept weight, unless the weight has been written to since; graphs cannot ask for that."""
@@ -153,12 +157,12 @@ class QuantLinear(Linear):
         operand that is redrawn or learned, or a shard of a weight."""
         quantizer, weight = self.numerics.fprop.right, self.weight
         lasts = quantizer.plan is not None and not quantizer.learned and self.numerics.lasts(self.numerics.fprop)
-        if not lasts or isinstance(weight, DTensor) or weight.is_inference():
+        if not lasts or self.high_precision or isinstance(weight, DTensor) or weight.is_inference():
             return
         state = step, *self._state()
         if not self.kept or self.kept_of != state:
             self.kept = functional.quantize_weight(
-                weight.detach(), None, True, self._keys(weight.device), self.text, torch.bfloat16, 0
+                weight.detach(), None, True, self._keys(weight.device), self.text, torch.bfloat16, self._observer
             )
             self.kept_of = state
 
@@ -200,9 +204,9 @@ def set_step(model: nn.Module, step: SupportsIndex, micro_batch: SupportsIndex =
 
     Call it before every training forward: with another step after every optimiser step, and with another micro_batch
     for each further forward of the same step. Without it, a forward repeats the noise of the last. It changes nothing
-    of earlier forwards: their backwards, and what activation checkpointing recomputes of them, keep their own noise. The
-    exception is a compiled model inside an activation checkpoint that is not itself compiled: there, call it after the
-    backward. A layer used twice in one forward draws the same bits twice. `LinearRecipe.redraw` says whether
+    of earlier forwards: their backwards, and what activation checkpointing recomputes of them, keep their own noise.
+    The exception is a compiled model inside an activation checkpoint that is not itself compiled: there, call it after
+    the backward. A layer used twice in one forward draws the same bits twice. `LinearRecipe.redraw` says whether
     micro-batches of a step share the weight's noise.
     """
     step, micro_batch = operator.index(step), operator.index(micro_batch)

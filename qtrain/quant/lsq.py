@@ -18,8 +18,8 @@ def calibrate(model: nn.Module, *inputs: Any) -> None:
     """Set every learned scale in model to LSQ's start, 2 E|x| / sqrt(q_max), by a forward of model(*inputs).
 
     A layer's input is what the layers before it give with their own scales set. Where torch.distributed is initialised,
-    every rank must call this; E|x| of the inputs is then the mean over all ranks. A model without learned scales is left
-    alone. Call it in the autocast context that the training will have, once, before the first training step.
+    every rank must call this; E|x| of the inputs is then the mean over all ranks. A model without learned scales is
+    left alone. Call it in the autocast context that the training will have, once, before the first training step.
     """
     layers = [
         layer for layer in quant_linears(model) if layer.input_scale is not None or layer.weight_scale is not None

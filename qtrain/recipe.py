@@ -15,7 +15,8 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from qtrain.errors import UserError
 from qtrain.settings import Redraw, Strict, configs_dir, group_names, nearest, parse
-from qtrain_kernels.formats import Format, check_scale, get_format
+from qtrain_kernels.formats import Format, get_format
+from qtrain_kernels.plans import check_scale
 
 
 class QuantSpec(Strict):

@@ -4,7 +4,8 @@ import pytest
 from oracles import quantization as oracle
 from scipy.optimize import minimize_scalar
 
-from qtrain_kernels.formats import FORMATS, check_scale, get_format
+from qtrain_kernels.formats import FORMATS, get_format
+from qtrain_kernels.plans import check_scale
 
 GRIDS = {
     "mxfp4": oracle.E2M1_GRID,

@@ -21,8 +21,8 @@ from oracles.recipes import USES, Draws
 from torch import Tensor
 
 from qtrain_kernels import cpu, gpu, quantize, reference
-from qtrain_kernels.formats import SCALE_RULES, get_format
-from qtrain_kernels.reference import Mask, Plan
+from qtrain_kernels.formats import get_format
+from qtrain_kernels.plans import SCALE_RULES, Mask, Plan
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 BACKENDS = {"triton": gpu} if INTERPRETED else {"reference": reference, "compiled": cpu}

@@ -27,8 +27,8 @@ from qtrain.settings import Backend, parse
 from qtrain_kernels import dispatch
 from qtrain_kernels.formats import get_format
 from qtrain_kernels.gemm import Folded, fold, int8_matmul
+from qtrain_kernels.plans import Packed, Plan, Rotation, can_pack, field_width, stored_integer
 from qtrain_kernels.precision import matmul
-from qtrain_kernels.reference import Packed, Plan, Rotation, can_pack, field_width, stored_integer
 
 
 @dataclass(frozen=True)

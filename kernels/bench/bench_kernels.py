@@ -119,7 +119,7 @@ class Operand:
 
     def operand(self) -> Operation:
         scale = self.scale if isinstance(self.scale, Tensor) else None
-        key = None if self.plan.rounding == "nearest" else self.key
+        key = self.key if self.plan.rounding_mode.draws else None
         undefined = self.without_integer if self.dtype == torch.int8 else None
         ours, wanted = self.both("operand", *self.arguments)
         return Operation(ours, wanted, (self.x, scale, key), self.restored, undefined)
@@ -181,7 +181,7 @@ def operations(x: Tensor, along: Along, backend: str) -> Iterator[tuple[str, Cal
         if reference.constant_scale(plan) is None:
             yield f"tensor_scale, {name}, {along}", on.tensor_scale
         yield f"operand, {name}, {along}", on.operand
-        if along == "rows" and can_pack(plan) and plan.rounding != "eden":
+        if along == "rows" and can_pack(plan) and not plan.rounding_mode.corrects:
             yield f"pack, {name}", on.pack
             yield f"unpack, {name}", on.unpack
         if along == "rows" and plan.mask is not None:

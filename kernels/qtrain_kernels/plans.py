@@ -10,7 +10,6 @@ import difflib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from qtrain_kernels.formats import ELEMENTS, Element, Format, ScaleKind
@@ -253,12 +252,17 @@ class Plan:
     correction: int | None = None
     sparsity: Literal["2:4", "4:8"] | None = None
 
-    @cached_property
-    def scale_rule(self) -> ScaleRule:
-        """The record of `rule`. ValueError where there is none for this kind of scale."""
+    def __post_init__(self) -> None:
         row = SCALE_RULES.get(self.rule, {}).get(self.scale_kind)
         rule = row and row(self.element, self.scale_element)
-        if rule is None or not _has_place(rule, self.block):
+        # kept, since every call of an operation asks for it; no cached_property, which torch.compile cannot trace
+        object.__setattr__(self, "_scale_rule", rule if rule and _has_place(rule, self.block) else None)
+
+    @property
+    def scale_rule(self) -> ScaleRule:
+        """The record of `rule`. ValueError where there is none for this kind of scale."""
+        rule: ScaleRule | None = self._scale_rule  # pyright: ignore[reportAttributeAccessIssue]
+        if rule is None:
             place = "line" if self.block is None else self.scale_kind
             names = ", ".join(name for name, kinds in SCALE_RULES.items() if self.scale_kind in kinds)
             raise ValueError(f"there is no scale rule ({place}) {self.rule!r}; {self.scale_kind} scales have {names}")

@@ -29,7 +29,16 @@ from qtrain.run_directory import RunDirectory
 from qtrain.train import compose
 
 T, K, N = 96, 128, 64
-METRICS = {"sqnr_db", "clipped", "scale_underflow", "scale_overflow", "mask_density", "kurtosis", "max_to_mean", "fp8_rounded"}
+METRICS = {
+    "sqnr_db",
+    "clipped",
+    "scale_underflow",
+    "scale_overflow",
+    "mask_density",
+    "kurtosis",
+    "max_to_mean",
+    "fp8_rounded",
+}
 
 FORWARD = {"format": "mxfp4", "scale": "std", "rotation": "hadamard32", "estimator": "clip"}
 GRADIENT = {"format": "mxfp4", "scale": "floor_three_quarters", "rotation": "hadamard32"}

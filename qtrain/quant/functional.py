@@ -39,7 +39,7 @@ from qtrain.recipe import LinearRecipe
 from qtrain.settings import Backend, GemmKind, Redraw
 from qtrain_kernels import dispatch
 from qtrain_kernels.gemm import fp8_matmul
-from qtrain_kernels.reference import Rotation, stored_integer
+from qtrain_kernels.plans import Rotation, stored_integer
 
 OPERANDS = {"fprop": ("x", "w"), "dgrad": ("dy", "w"), "wgrad": ("dy", "x")}
 

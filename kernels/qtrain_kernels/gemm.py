@@ -16,9 +16,9 @@ and MX are rounded to bfloat16. On CPU, products in FP8 are float32 products of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import torch
@@ -28,7 +28,7 @@ from torch.nn.functional import ScalingType, SwizzleType, scaled_mm
 
 from qtrain_kernels.formats import E4M3, MX_E2M1, Element
 from qtrain_kernels.precision import matmul
-from qtrain_kernels.qtensor import Layout, QTensor, Storage, float_storage, obstacle
+from qtrain_kernels.qtensor import Layout, QTensor, Storage, float_storage, refines
 from qtrain_kernels.reference import biased_exponent, power_of_two, stored_integer
 
 LONGEST = 2**15  # of a contraction whose doubled products of 8 bits stay within int32: 255^2 * 2^15 < 2^31
@@ -38,67 +38,88 @@ FP8_MULTIPLE = 16  # of its contraction and columns, on CUDA
 TOP = {torch.float8_e4m3fn: 8, torch.float8_e5m2: 15}  # exponent of the largest number, 1.75 * 2^TOP in both
 
 
-# ---------------------------------------------------------------------------------------------------------- the table
+# ----------------------------------------------------------------------------------------------------------- the table
 
 Capability = tuple[int, int]
+ANY: tuple[Capability, Capability] = (0, 0), (99, 0)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Product:
     """A row of the table.
 
-    accepts: why it does not take two layouts, left (M, K) contracted along -1 and right (K, N) along -2; None if it
-    does. needs: why it cannot run on a type of device of a CUDA compute capability, with the remedy. wants: the layout
-    that it takes one side in, given the compute dtype. run: the product of two QTensors in those layouts, in bfloat16
-    or float32.
+    wants: the layout in which it takes a side, given the compute dtype; ValueError where the side does not go into it.
+    run: the product of two QTensors in those layouts, in bfloat16 or float32. devices: the types of device that it runs
+    on, with the least and the largest CUDA compute capability; None: all. pair: why it does not take two sides
+    together, each of which it takes; None if it does.
     """
 
     name: str
-    accepts: Callable[[Layout, Layout], str | None]
-    needs: Callable[[str, Capability], str | None]
     wants: Callable[[Layout, torch.dtype], Layout]
     run: Callable[[QTensor, QTensor], Tensor]
+    devices: Mapping[str, tuple[Capability, Capability]] | None
+    pair: Callable[[Layout, Layout], str | None] = lambda left, right: None
+
+    def accepts(self, left: Layout, right: Layout) -> str | None:
+        """Why it does not multiply left (M, K) by right (K, N); None if it does."""
+        for side, layout in (("left", left), ("right", right)):
+            try:
+                wanted = self.wants(layout, torch.float32)
+            except ValueError as error:
+                return f"{side}: {error}"
+            if not refines(layout, wanted):
+                return f"{side}: its codes and blocks are not among those that {self.name} takes"
+        return self.pair(left, right)
+
+    def needs(self, device_type: str, capability: Capability) -> str | None:
+        """Why it does not run on a device, with the remedy; None if it does. capability: of a CUDA device."""
+        if self.devices is None:
+            return None
+        if device_type in self.devices:
+            least, most = self.devices[device_type]
+            if device_type != "cuda" or least <= capability <= most:
+                return None
+        least, most = self.devices["cuda"]
+        range_ = f"{least[0]}.{least[1]} to {most[0]}.{most[1]}" if most < ANY[1] else f"{least[0]}.{least[1]} or later"
+        found = f"{capability[0]}.{capability[1]}" if device_type == "cuda" else device_type
+        return f"{self.name} needs a CUDA device of compute capability {range_}; found {found}"
 
 
 def multiply(product: Product, left: QTensor, right: QTensor, dtype: torch.dtype, backend: str = "auto") -> Tensor:
     """left (M, K) @ right (K, N), each converted to the layout that the product wants. dtype: the compute dtype,
-    bfloat16 or float32. ValueError for layouts that it does not accept."""
+    bfloat16 or float32. ValueError for operands that it does not take."""
     if left.shape[1] != right.shape[0]:
         raise ValueError(f"left {left.shape} and right {right.shape} share no contraction")
     for name, side, dim in (("left", left, -1), ("right", right, -2)):
-        if side.layout.dim != dim and side.layout.plan is not None:
-            raise ValueError(
-                f"{name} must be quantised along dim {dim}, the contraction; it is along {side.layout.dim}"
-            )
+        if side.layout.plan is not None and side.layout.dim != dim:
+            raise ValueError(f"{name} contracts dim {dim}, and is quantised along {side.layout.dim}; quantise it again")
     reason = product.accepts(left.layout, right.layout)
     if reason:
         raise ValueError(f"product {product.name!r} does not take these operands: {reason}")
-    left, right = (side.unmasked.to(product.wants(side.layout.unmasked, dtype), backend) for side in (left, right))
+    left, right = (side.to(product.wants(side.layout.unmasked, dtype), backend) for side in (left, right))
     return product.run(left, right)
 
 
+@lru_cache(1024)
 def resolve(
     setting: str, left: Layout, right: Layout, device_type: str, capability: Capability | None = None
 ) -> Product:
-    """The row by which a setting of GEMMS multiplies two layouts on a device.
+    """The row by which a gemm setting multiplies two layouts on a device.
 
-    It is the first row of the setting that accepts them. A setting other than auto raises ValueError where no such row
-    runs on the device; auto then takes the next. Operands that no row of the setting accepts multiply as float.
-    capability: of the CUDA device; None: of the current one.
+    It is the first row of the setting that accepts them. Operands that no row of the setting accepts multiply as float.
+    ValueError where rows accept them and none of these runs on the device; setting auto then multiplies as float.
+    capability: of the CUDA device.
     """
     if setting not in SETTINGS:
         raise ValueError(f"unknown gemm {setting!r}; gemms: {', '.join(SETTINGS)}")
-    if device_type == "cuda" and capability is None:
-        capability = torch.cuda.get_device_capability()
-    obstacles = []
-    for product in (TABLE[name] for name in SETTINGS[setting]):
-        if product.accepts(left, right) is None:
-            obstacle = product.needs(device_type, capability or (0, 0))
-            if obstacle is None:
-                return product
-            obstacles.append(f"product {product.name} {obstacle}")
+    accepting = [TABLE[name] for name in SETTINGS[setting] if TABLE[name].accepts(left, right) is None]
+    obstacles = {product: product.needs(device_type, capability or (0, 0)) for product in accepting}
+    for product, obstacle in obstacles.items():
+        if obstacle is None:
+            return product
     if obstacles and setting != "auto":
-        raise ValueError(f"gemm {setting!r} cannot run on {device_type}: {'; '.join(obstacles)}")
+        reasons = "; ".join(map(str, obstacles.values()))
+        raise ValueError(f"gemm {setting!r} cannot run on {device_type}: {reasons}; ask for gemm 'auto'")
     return TABLE["float"]
 
 
@@ -109,107 +130,42 @@ def reused(forward: Layout, fprop: Product, dim: int, pads: bool) -> Layout:
     Scales of rows and blocks vary along that contraction, so only codes under one scale of the tensor are contracted
     again. pads: whether zeros fill up the contraction, which integers that are stored less a half do not hold.
     """
-    plain = Layout(None, forward.shape, dim)
     plan = forward.plan
-    if plan is None or not plan.per_tensor or plan.block is not None:
-        return plain
-    if plan.element.mantissa_bits is None and (fprop.name != "int8" or (pads and stored_integer(plan.element)[1])):
-        return plain
+    integers = plan is not None and plan.element.mantissa_bits is None
+    if plan is None or not plan.per_tensor or plan.block is not None or (integers and fprop.name != "int8"):
+        return Layout(None, forward.shape, dim)
+    if integers and pads and stored_integer(plan.element)[1]:
+        return Layout(None, forward.shape, dim)
     return forward.unmasked.along(dim)
 
 
-# ----------------------------------------------------------------------------------------- which operands, where, how
-
-
-def _both(lacks: Callable[[Layout], str | None]) -> Callable[[Layout, Layout], str | None]:
-    """Of a question about one layout that of both."""
-
-    def accepts(left: Layout, right: Layout) -> str | None:
-        reasons = {"left": lacks(left), "right": lacks(right)}
-        return next((f"{side}: {reason}" for side, reason in reasons.items() if reason), None)
-
-    return accepts
-
-
-def _quantised(storage: Storage) -> Callable[[Layout], str | None]:
-    return lambda layout: "it is not quantised" if layout.plan is None else layout.lacks(storage)
-
-
-def _fp8_accepts(left: Layout, right: Layout) -> str | None:
-    reason = _both(_quantised("float8"))(left, right)
-    if reason is None and right.float8_dtype == torch.float8_e5m2:
-        return "right: its codes need float8_e5m2, and FP8 units take float8_e4m3fn there"
-    return reason
-
-
-def _fp8_block_accepts(left: Layout, right: Layout) -> str | None:
-    reason = _both(_quantised("float8_128"))(left, right)
-    if reason is None and torch.float8_e5m2 in (left.float8_dtype, right.float8_dtype):
-        return "its units take codes in float8_e4m3fn alone"
-    return (
-        "both sides have 128x128 tiles, which only one may" if reason is None and left.tiled and right.tiled else reason
-    )
-
-
-def _native(element: Element, block: int) -> Callable[[Layout], Layout]:
+def _native(element: Element, block: int) -> Callable[[Layout, torch.dtype], Layout]:
     """The layout that FP4 and MX units take: codes of `element`, a scale for each row and `block` elements."""
 
-    def layout(found: Layout) -> Layout:
-        assert found.plan is not None
-        correction = found.plan.correction and block
-        plan = replace(found.plan, element=element, block=block, correction=correction, mask=None)
-        return replace(found, plan=plan, rows=1, storage="swizzled", blocks=False)
+    def wants(layout: Layout, dtype: torch.dtype) -> Layout:
+        plan = layout.plan and replace(layout.plan, element=element, block=block, correction=None)
+        return replace(layout, plan=plan, rows=1, storage="swizzled", blocks=False)
 
-    return layout
-
-
-def _in(native: Callable[[Layout], Layout]) -> Callable[[Layout], str | None]:
-    """Why a layout does not go into that of `native` without the loss of bits."""
-
-    def lacks(found: Layout) -> str | None:
-        if found.plan is None:
-            return "it is not quantised"
-        try:
-            return obstacle(found.stored("float32", blocks=True), native(found))
-        except ValueError as error:
-            return str(error)
-
-    return lacks
-
-
-def _on_cuda(
-    least: Capability, most: Capability = (99, 0), cpu: bool = True
-) -> Callable[[str, Capability], str | None]:
-    def needs(device_type: str, capability: Capability) -> str | None:
-        if device_type == "cpu" and cpu:
-            return None
-        range_ = f"compute capability {least[0]}.{least[1]}" + (f" to {most[0]}.{most[1]}" if most < (99, 0) else "")
-        if device_type == "cuda" and least <= capability <= most:
-            return None
-        found = f"capability {capability[0]}.{capability[1]}" if device_type == "cuda" else device_type
-        return f"needs a CUDA device of {range_}; found {found}; ask for gemm 'auto'"
-
-    return needs
-
-
-def _everywhere(device_type: str, capability: Capability) -> str | None:
-    return None
-
-
-def _on_8_bit_devices(device_type: str, capability: Capability) -> str | None:
-    return None if device_type in ("cpu", "cuda") else f"has no kernel on {device_type}; ask for gemm 'float'"
+    return wants
 
 
 def _stored(storage: Storage) -> Callable[[Layout, torch.dtype], Layout]:
     return lambda layout, dtype: layout.stored(storage)
 
 
-def _as(native: Callable[[Layout], Layout]) -> Callable[[Layout, torch.dtype], Layout]:
-    return lambda layout, dtype: native(layout)
-
-
 def _floats(layout: Layout, dtype: torch.dtype) -> Layout:
     return layout.stored(float_storage(layout.plan, dtype))
+
+
+def _not_e5m2_on_the_right(left: Layout, right: Layout) -> str | None:
+    wide = right.float8_dtype == torch.float8_e5m2
+    return "right: its codes need float8_e5m2, and FP8 units take float8_e4m3fn there" if wide else None
+
+
+def _in_blocks(left: Layout, right: Layout) -> str | None:
+    if torch.float8_e5m2 in (left.float8_dtype, right.float8_dtype):
+        return "codes that need float8_e5m2; its units take float8_e4m3fn alone"
+    return "both sides are in tiles of 128x128; only one may be" if left.tiled and right.tiled else None
 
 
 # ---------------------------------------------------------------------------------------------------------------- INT8
@@ -407,9 +363,14 @@ def _fp8_product(left: QTensor, right: QTensor, fast: bool = False) -> Tensor:
 def _fp8_block_product(left: QTensor, right: QTensor) -> Tensor:
     """bfloat16. The tensor scales are multiplied into the block scales."""
     left, right = (replace(side, block_scale=_line_scale(side)) for side in (left, right))
-    if not left.codes.is_cuda:
-        values = (side.codes.float() * side.scale_of_each() for side in (left, right))
-        return matmul(next(values), next(values).T).bfloat16()
+    if left.codes.is_cuda:
+        return _block_scaled_mm(left, right)
+    a, b = (side.codes.float() * side.scale_of_each() for side in (left, right))
+    return matmul(a, b.T).bfloat16()
+
+
+def _block_scaled_mm(left: QTensor, right: QTensor) -> Tensor:
+    """In the sizes and the layout that cuBLASLt takes."""
     missing, wide = -left.shape[1] % FP8_MULTIPLE, -right.shape[1] % FP8_MULTIPLE
     a, b = _filled(left.codes, 0, missing), _filled(right.codes, wide, missing).T
     (scale_a, kind_a), (scale_b, kind_b) = _block_scales(left, 0), _block_scales(right, wide)
@@ -428,38 +389,37 @@ def _block_scales(q: QTensor, wide: int) -> tuple[Tensor, ScalingType]:
 
 def _native_product(left: QTensor, right: QTensor) -> Tensor:
     """On FP4 and MX units, bfloat16; float32 where a scale that the units do not read multiplies it."""
-    wide = -right.shape[1] % FP8_MULTIPLE
-    codes = _filled(left.codes, 0, 0), _filled(right.codes, wide, 0)
-    assert left.layout.plan is not None and left.block_scale is not None and right.block_scale is not None
-    if left.layout.plan.element != E4M3:
-        codes = tuple(each.view(torch.float4_e2m1fn_x2) for each in codes)
-    else:
-        codes = tuple(each.view(torch.float8_e4m3fn) for each in codes)
-    swizzle = SwizzleType.SWIZZLE_32_4_4
-    if left.layout.plan.scale_kind == "minifloat":
-        scales = [[side.block_scale.view(torch.float8_e4m3fn), side.tensor_scale] for side in (left, right)]
-        kinds, orders = [ScalingType.BlockWise1x16, ScalingType.TensorWise], [swizzle, SwizzleType.NO_SWIZZLE]
-        found = scaled_mm(codes[0], codes[1].T, scales[0], kinds, scales[1], kinds, orders, orders)
-        return found[:, : right.shape[1]]
-    scales = [side.block_scale.view(torch.float8_e8m0fnu) for side in (left, right)]
-    kind = ScalingType.BlockWise1x32
-    found = scaled_mm(codes[0], codes[1].T, scales[0], kind, scales[1], kind, swizzle, swizzle)
-    return _scaled(found[:, : right.shape[1]], left, right)
+    plan, wide = left.layout.plan, -right.shape[1] % FP8_MULTIPLE
+    assert plan is not None and left.block_scale is not None and right.block_scale is not None
+    two_levels = plan.scale_kind == "minifloat"
+    dtype = torch.float8_e4m3fn if plan.element == E4M3 else torch.float4_e2m1fn_x2
+    scale_dtype = torch.float8_e4m3fn if two_levels else torch.float8_e8m0fnu
+    a, b = left.codes.view(dtype), _filled(right.codes, wide, 0).view(dtype).T
+    scales = [left.block_scale.view(scale_dtype)], [right.block_scale.view(scale_dtype)]
+    kinds, orders = [ScalingType.BlockWise1x32], [SwizzleType.SWIZZLE_32_4_4]
+    if two_levels:
+        kinds, orders = [ScalingType.BlockWise1x16, ScalingType.TensorWise], [*orders, SwizzleType.NO_SWIZZLE]
+        assert left.tensor_scale is not None and right.tensor_scale is not None
+        scales = [*scales[0], left.tensor_scale], [*scales[1], right.tensor_scale]
+    product = scaled_mm(a, b, scales[0], kinds, scales[1], kinds, orders, orders)[:, : right.shape[1]]
+    return product if two_levels else _scaled(product, left, right)
 
 
-FP4_UNITS, MXFP4_UNITS, FP8_UNITS, HOPPER = (10, 0), (10, 9), (8, 9), ((9, 0), (9, 9))
-MXFP4, NVFP4, MXFP8 = _native(MX_E2M1, 32), _native(MX_E2M1, 16), _native(E4M3, 32)
+ON_8_BIT_UNITS = {"cpu": ANY, "cuda": ANY}
+ON_FP8_UNITS, ON_HOPPER = {"cpu": ANY, "cuda": ((8, 9), ANY[1])}, {"cpu": ANY, "cuda": ((9, 0), (9, 9))}
+ON_FP4_UNITS, ON_DATACENTER_BLACKWELL = {"cuda": ((10, 0), ANY[1])}, {"cuda": ((10, 0), (10, 9))}
+_fast = partial(_fp8_product, fast=True)
 TABLE = {
     product.name: product
     for product in (
-        Product("int8", _both(_quantised("int8")), _on_8_bit_devices, _stored("int8"), _int8_product),
-        Product("mxfp4", _both(_in(MXFP4)), _on_cuda(FP4_UNITS, MXFP4_UNITS, cpu=False), _as(MXFP4), _native_product),
-        Product("nvfp4", _both(_in(NVFP4)), _on_cuda(FP4_UNITS, cpu=False), _as(NVFP4), _native_product),
-        Product("mxfp8", _both(_in(MXFP8)), _on_cuda(FP4_UNITS, cpu=False), _as(MXFP8), _native_product),
-        Product("fp8", _fp8_accepts, _on_cuda(FP8_UNITS), _stored("float8"), _fp8_product),
-        Product("fp8_fast", _fp8_accepts, _on_cuda(FP8_UNITS), _stored("float8"), partial(_fp8_product, fast=True)),
-        Product("fp8_block", _fp8_block_accepts, _on_cuda(*HOPPER), _stored("float8_128"), _fp8_block_product),
-        Product("float", lambda left, right: None, _everywhere, _floats, _float_product),
+        Product("int8", _stored("int8"), _int8_product, ON_8_BIT_UNITS),
+        Product("mxfp4", _native(MX_E2M1, 32), _native_product, ON_DATACENTER_BLACKWELL),
+        Product("nvfp4", _native(MX_E2M1, 16), _native_product, ON_FP4_UNITS),
+        Product("mxfp8", _native(E4M3, 32), _native_product, ON_FP4_UNITS),
+        Product("fp8", _stored("float8"), _fp8_product, ON_FP8_UNITS, _not_e5m2_on_the_right),
+        Product("fp8_fast", _stored("float8"), _fast, ON_FP8_UNITS, _not_e5m2_on_the_right),
+        Product("fp8_block", _stored("float8_128"), _fp8_block_product, ON_HOPPER, _in_blocks),
+        Product("float", _floats, _float_product, None),
     )
 }
 SETTINGS = {  # the rows that a setting tries, in this order; then float

@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, lru_cache
 from typing import Literal, get_args
 
 import torch
@@ -79,7 +79,7 @@ class Layout:
     @property
     def lines(self) -> tuple[int, int]:
         """(L, n): the shape with the contraction last."""
-        return self.shape if self.dim == -1 else self.shape[::-1]
+        return self.shape if self.dim == -1 else (self.shape[1], self.shape[0])
 
     @property
     def flat(self) -> bool:
@@ -456,7 +456,7 @@ def obstacle(here: Layout, target: Layout) -> str | None:
     if target.plan.mask not in (None, here.plan.mask):
         return "it has no such mask"
     regroups = (here.unmasked.plan, here.rows) != (target.unmasked.plan, target.rows)
-    if regroups and not _refines(here, target):
+    if not refines(here, target) or (regroups and here.storage == "int8"):
         return "its codes and blocks are not among those of the target's plan"
     if here.storage in ("float8", "float8_128"):
         rounded = here.size is not None and here.plan.scale_kind == "e8m0"
@@ -470,17 +470,17 @@ def obstacle(here: Layout, target: Layout) -> str | None:
     return None
 
 
-def _refines(here: Layout, target: Layout) -> bool:
-    """Whether every code under its scale is one of the target's plan: its element has all codes of ours, its blocks
-    divide ours, and scales above and beside them are of the same kind."""
+@lru_cache(1024)
+def refines(here: Layout, target: Layout) -> bool:
+    """Whether the target's plan has every code under every scale of ours: its element has all of our codes, its rows
+    and blocks divide ours, and all else but masks and corrections is the same."""
     ours, theirs = here.plan, target.plan
-    assert ours is not None and theirs is not None
-    same = replace(theirs, element=ours.element, block=ours.block, mask=ours.mask, correction=ours.correction) == ours
-    if not same or target.rows not in (1, here.rows) or (here.size is None) != (target.size is None):
-        return False
-    if here.size is not None and target.size is not None and here.size % target.size:
-        return False
-    return here.storage != "int8" and set(ours.element.levels()) <= set(theirs.element.levels())
+    if ours is None or theirs is None:
+        return ours is theirs
+    like = replace(theirs, element=ours.element, block=ours.block, mask=ours.mask, correction=ours.correction)
+    divides = here.size == target.size or (here.size is not None and here.size % (target.size or here.size + 1) == 0)
+    codes = ours.element == theirs.element or set(ours.element.levels()) <= set(theirs.element.levels())
+    return like == ours and target.rows in (1, here.rows) and divides and codes
 
 
 # --------------------------------------------------------------------------------------------------------------- float8
@@ -592,9 +592,10 @@ def quantize(
     if blocks is not None:
         blocks = blocks.view(held.scale_grid if held.dim == -1 else held.scale_grid[::-1])
     if held.storage == "float8_128":
-        codes, blocks = (each if held.dim == -1 else each.T for each in (codes, blocks))
+        assert blocks is not None
+        if held.dim == -2:
+            codes, blocks = codes.T, blocks.T.contiguous()
         codes = codes.to(held.float8_dtype, memory_format=torch.contiguous_format)
-        blocks = blocks.contiguous()
     bits = None if mask is None else dispatch.get("join", backend, device)(layout.unspan(mask), 1)
     return QTensor(codes, blocks, tensor_scale, bits, held).to(layout, backend)
 

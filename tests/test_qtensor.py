@@ -172,11 +172,9 @@ def test_rotations_run_before_quantising() -> None:
 
 @pytest.mark.parametrize(("lines", "blocks"), [(1, 1), (128, 4), (130, 3), (300, 9), (32, 8), (0, 4)])
 def test_scales_are_swizzled_as_cublas_documents(lines: int, blocks: int) -> None:
-    """Each byte at the place that the formula says; as torchao's packer does it; and back."""
-    peer = pytest.importorskip("torchao.prototype.mx_formats.utils", reason="torchao, the peer, is not installed")
+    """Each byte at the place that the formula says; and back."""
     scales = torch.randint(1, 256, (lines, blocks), generator=torch.Generator().manual_seed(lines)).to(torch.uint8)
     found = swizzle(scales)
-    assert torch.equal(found, peer.to_blocked(scales))
     assert torch.equal(unswizzle(found, lines, blocks), scales)
     across = -(-blocks // 4)
     expected = torch.zeros(-(-lines // 128) * 128 * across * 4, dtype=torch.uint8)
@@ -185,6 +183,27 @@ def test_scales_are_swizzled_as_cublas_documents(lines: int, blocks: int) -> Non
             tile, row = (line // 128) * across + block // 4, line % 128
             expected[tile * 512 + (row % 32) * 16 + (row // 32) * 4 + block % 4] = scales[line, block]
     assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("name", ["mxfp4", "mxfp8", "nvfp4"])
+def test_units_read_what_torchao_packs_for_them(name: str) -> None:
+    """Codes, the order of two in a byte, scale bytes and their order: of each byte the same bits."""
+    package, missing = "torchao.prototype.mx_formats", "torchao, the peer, is not installed"
+    utils, mx, nvfp4 = (
+        pytest.importorskip(f"{package}.{module}", reason=missing) for module in ("utils", "mx_tensor", "nvfp4_tensor")
+    )
+    x = matrix(136, 192)[1:]  # a zero row's scales are each project's own
+    plan = {"mxfp4": MXFP4, "mxfp8": MXFP8, "nvfp4": NVFP4}[name]
+    found = quantize(x, Layout(plan, (135, 192), storage="swizzled"))
+    if name == "nvfp4":
+        scale = nvfp4.per_tensor_amax_to_scale(x.abs().max())
+        scales, codes = nvfp4.nvfp4_quantize(x.contiguous(), 16, scale)
+        assert torch.equal(found.tensor_scale, scale)
+    else:
+        dtype = torch.float4_e2m1fn_x2 if name == "mxfp4" else torch.float8_e4m3fn
+        scales, codes = mx.to_mx(x.contiguous(), dtype, 32, mx.ScaleCalculationMode.FLOOR)
+    assert torch.equal(found.codes, codes.view(torch.uint8).view(135, -1))
+    assert torch.equal(found.block_scale, utils.to_blocked(scales.view(torch.uint8)))
 
 
 def test_packed_lines_have_the_bits_of_the_reference() -> None:

@@ -6,7 +6,7 @@ from itertools import product
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import ScalingType
+from torch.nn.functional import ScalingType, SwizzleType
 
 import qtrain
 from qtrain.errors import UserError
@@ -14,9 +14,12 @@ from qtrain.quant.functional import Numerics, Observed, Observer
 from qtrain.quant.linear import QuantLinear
 from qtrain.recipe import read_recipe
 from qtrain_kernels import cpu, dispatch, gemm, reference
-from qtrain_kernels.formats import get_format
-from qtrain_kernels.gemm import fold, fp8_matmul, int8_matmul
+from qtrain_kernels.formats import E4M3 as FORMAT_E4M3
+from qtrain_kernels.formats import MX_E2M1, get_format
+from qtrain_kernels.gemm import TABLE, fold, fp8_matmul, int8_matmul, multiply, resolve, reused
 from qtrain_kernels.plans import Plan, stored_integer
+from qtrain_kernels.precision import matmul
+from qtrain_kernels.qtensor import Layout, QTensor, Storage, inexact, quantize, unswizzle
 
 FORMATS = ("int1", "int4", "int7", "int8", "int1.585", "int4_sym", "int8_sym")
 
@@ -248,7 +251,10 @@ def test_cudas_fp8_sizes_are_filled_with_zeros(monkeypatch: pytest.MonkeyPatch) 
     for (m, k, n), fast in (((5, 40, 23), False), ((16, 48, 32), True)):
         left, right, scale = fp8_factors(m, k, n)
         folded = fold(left * scale, -1, E4M3), fold(right, -2, E4M3)
-        assert torch.equal(gemm._scaled_mm(*folded, fast), fp8_matmul(*folded))
+        assert torch.equal(
+            gemm._scaled_mm(folded[0].codes, folded[0].scale, folded[1].codes, folded[1].scale, fast),
+            fp8_matmul(*folded),
+        )
     assert asked == [(5, 48, 32, False), (16, 48, 32, True)]
 
 
@@ -279,7 +285,7 @@ def test_fp8_products_are_for_bfloat16() -> None:
         layer("quartet", "fp8", (128, 128))(torch.randn(4, 128))
 
 
-def rounded(model: nn.Module, x: Tensor, dy: Tensor | None = None) -> dict[str, float]:
+def shares_rounded(model: nn.Module, x: Tensor, dy: Tensor | None = None) -> dict[str, float]:
     """The share of each operand that FP8 rounds, as an observer is told."""
     found: dict[str, float] = {}
     linear = model.get_submodule("0")
@@ -304,7 +310,7 @@ def test_what_fp8_rounds_is_counted_for_each_operand(side: str) -> None:
     for name, values in (("input", x), ("weight", model.get_parameter("0.weight").data)):
         if side == name:
             values[:, 32:64] *= 2.0**-20
-    shares = rounded(model, x)
+    shares = shares_rounded(model, x)
     assert set(shares) == {"fprop.x", "fprop.w"}
     for name, use in (("input", "fprop.x"), ("weight", "fprop.w")):  # a quarter; nearly all of what is in it
         assert 0.7 < 4 * shares[use] <= 1 if side == name else shares[use] == 0
@@ -313,12 +319,12 @@ def test_what_fp8_rounds_is_counted_for_each_operand(side: str) -> None:
 @pytest.mark.parametrize("recipe", ["fp8_rowwise", "fp8_tensorwise"])
 def test_fp8_rounds_nothing_of_what_has_one_scale_a_line(recipe: str) -> None:
     x, dy = torch.randn(64, 128), torch.randn(64, 128)
-    assert not any(rounded(layer(recipe, "fp8", (128, 128)), x.requires_grad_(), dy).values())
+    assert not any(shares_rounded(layer(recipe, "fp8", (128, 128)), x.requires_grad_(), dy).values())
 
 
 def test_gradients_of_many_octaves_keep_to_e5m2() -> None:
     dy = torch.randn(32, 128) * torch.exp2(-torch.arange(128.0) / 5)
-    shares = rounded(layer("fp8_tensorwise", "fp8", (128, 128)), torch.randn(32, 128, requires_grad=True), dy)
+    shares = shares_rounded(layer("fp8_tensorwise", "fp8", (128, 128)), torch.randn(32, 128, requires_grad=True), dy)
     assert {"dgrad.dy", "wgrad.dy"} <= set(shares) and not any(shares.values())
 
 
@@ -377,3 +383,337 @@ def test_fast_accumulation_is_asked_for_by_name_alone(monkeypatch: pytest.Monkey
         with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
             layer("quartet", kind, (128, 128))(torch.randn(32, 128))
     assert asked == [False, True]
+
+
+# ----------------------------------------------------------------------------------------------------------- the table
+
+MXFP4 = Plan(MX_E2M1, "e8m0", 32, "floor")
+MXFP8 = replace(MXFP4, element=FORMAT_E4M3)
+NVFP4 = Plan(MX_E2M1, "minifloat", 16, "absmax", scale_element=FORMAT_E4M3)
+FP8 = Plan(FORMAT_E4M3, "float32", None, "absmax")
+QUEST = Plan(get_format("int4").element, "float32", None, "gaussian")
+OPERANDS = {
+    "mxfp4": Layout(MXFP4),
+    "mxfp4 three quarters": Layout(replace(MXFP4, rule="floor_three_quarters")),
+    "mxfp4 phase": Layout(replace(MXFP4, rule="mse_phase")),
+    "mxfp4 64": Layout(replace(MXFP4, block=64)),
+    "mxfp4 tiles": Layout(replace(MXFP4, block=32 * 32), rows=32),
+    "mxfp6": Layout(replace(MXFP4, element=get_format("mxfp6_e3m2").element)),
+    "mxfp8": Layout(MXFP8),
+    "mxfp8 e5m2": Layout(replace(MXFP4, element=get_format("mxfp8_e5m2").element)),
+    "nvfp4": Layout(NVFP4),
+    "nvfp4 tiles": Layout(replace(NVFP4, block=16 * 16), rows=16),
+    "ue5m3": Layout(replace(NVFP4, scale_element=get_format("e2m1/16/ue5m3").scale_element)),
+    "fp8": Layout(FP8),
+    "fp8 tensor": Layout(replace(FP8, per_tensor=True)),
+    "fp8 e5m2": Layout(replace(FP8, element=get_format("fp8_e5m2").element)),
+    "fp8 128": Layout(replace(FP8, block=128)),
+    "fp8 128 tiles": Layout(replace(FP8, block=128 * 128), rows=128),
+    "fp4 row": Layout(replace(FP8, element=MX_E2M1)),
+    "int4": Layout(QUEST),
+    "int8 tensor": Layout(replace(QUEST, element=get_format("int8").element, per_tensor=True)),
+    "int8 tiles": Layout(Plan(get_format("int8_sym").element, "float32", 32 * 32, "absmax"), rows=32),
+    "learned": Layout(replace(QUEST, rule="learned")),
+    "none": Layout(None),
+}
+NATIVE = {  # the rows of 4-bit and MX units that take an operand
+    "mxfp4": "mxfp4 mxfp8", "mxfp4 three quarters": "mxfp4 mxfp8", "mxfp4 phase": "mxfp4 mxfp8",
+    "mxfp4 64": "mxfp4 mxfp8", "mxfp4 tiles": "mxfp4 mxfp8", "mxfp6": "mxfp8", "mxfp8": "mxfp8",
+    "nvfp4": "nvfp4", "nvfp4 tiles": "nvfp4",
+}  # fmt: skip
+IN_FP8 = ("mxfp4", "mxfp4 three quarters", "mxfp4 phase", "mxfp4 64", "mxfp4 tiles", "mxfp6", "mxfp8", "fp8")
+IN_FP8 += ("mxfp8 e5m2", "fp8 tensor", "fp8 e5m2", "fp4 row")
+IN_BLOCKS = ("mxfp4", "mxfp4 three quarters", "mxfp4 phase", "mxfp4 64", "mxfp4 tiles", "mxfp6", "mxfp8", "fp8 128")
+IN_BLOCKS += ("fp8 128 tiles",)
+BLACKWELL, HOPPER, ADA = (10, 0), (9, 0), (8, 9)
+
+
+def quantised(name: str, dim: int, lines: int, length: int, storage: Storage = "float32") -> QTensor:
+    """So many lines of a Gaussian matrix whose rows spread over some octaves, as one of OPERANDS along dim."""
+    generator = torch.Generator().manual_seed(lines)
+    x = torch.randn(lines, length, generator=generator)
+    x = x * torch.exp2(torch.randint(-2, 3, (lines, 1), generator=generator).float())
+    x = x if dim == -1 else x.T
+    layout = replace(OPERANDS[name], shape=tuple(x.shape), dim=dim)
+    learned = torch.tensor(0.2) if name == "learned" else None
+    return quantize(x.contiguous(), layout.stored(storage, blocks=True), learned=learned, backend="reference")
+
+
+def test_each_row_takes_what_it_names_and_refuses_the_rest_with_a_reason() -> None:
+    for left, right in product(OPERANDS, OPERANDS):
+        a, b = OPERANDS[left], OPERANDS[right]
+        found = {name for name, row in TABLE.items() if row.accepts(a, b) is None}
+        expected = {"float"}
+        if {left, right} <= {"int4", "int8 tensor"}:
+            expected.add("int8")
+        if left in IN_FP8 and right in IN_FP8 and not right.endswith("e5m2"):
+            expected |= {"fp8", "fp8_fast"}
+        if left in IN_BLOCKS and right in IN_BLOCKS and not left == right == "fp8 128 tiles":
+            expected.add("fp8_block")
+        expected |= {*NATIVE.get(left, "").split()} & {*NATIVE.get(right, "").split()}
+        assert found == expected, (left, right)
+
+
+REFUSED = {
+    ("int8", "mxfp4", "int4"): "left: .*int8 holds integer codes without block scales",
+    ("int8", "int4", "learned"): "right: .*a NaN has no integer, and a learned scale stays finite",
+    ("mxfp4", "none", "mxfp4"): "left: .*it is not quantised; use float32 or bfloat16",
+    ("mxfp4", "mxfp4", "mxfp8"): "right: its codes and blocks are not among those that mxfp4 takes",
+    ("mxfp4", "nvfp4", "mxfp4"): "left: .*FP4 and MX units take e2m1/32/e8m0.*; found e2m1/32/e4m3",
+    ("nvfp4", "nvfp4", "ue5m3"): "right: .*FP4 and MX units take .*; found e2m1/16/minifloat",
+    ("mxfp8", "mxfp8 e5m2", "mxfp8"): "left: its codes and blocks are not among those that mxfp8 takes",
+    ("fp8", "nvfp4", "fp8"): "left: .*block scales in minifloat are no powers of two",
+    ("fp8", "int4", "int4"): "left: .*float8 holds minifloat codes of at most 3 mantissa bits",
+    ("fp8", "fp8", "fp8 e5m2"): "right: its codes need float8_e5m2, and FP8 units take float8_e4m3fn there",
+    ("fp8_block", "fp8", "fp8 128"): "left: .*its block scales are not those of 128 elements or less",
+    ("fp8_block", "fp8 128 tiles", "fp8 128 tiles"): "both sides are in tiles of 128x128; only one may be",
+    ("fp8_block", "mxfp8 e5m2", "fp8 128"): "codes that need float8_e5m2; its units take float8_e4m3fn alone",
+}
+
+
+@pytest.mark.parametrize(("row", "left", "right"), REFUSED)
+def test_what_a_row_does_not_take_it_refuses_by_name(row: str, left: str, right: str) -> None:
+    sides = quantised(left, -1, 32, 128), quantised(right, -2, 32, 128)
+    message = f"product '{row}' does not take these operands: {REFUSED[row, left, right]}"
+    with pytest.raises(ValueError, match=message):
+        multiply(TABLE[row], *sides, torch.bfloat16)
+
+
+def test_operands_that_do_not_meet_are_refused_by_name() -> None:
+    a, b = quantised("mxfp4", -1, 32, 64), quantised("mxfp4", -2, 32, 128)
+    with pytest.raises(ValueError, match=r"left \(32, 64\) and right \(128, 32\) share no contraction"):
+        multiply(TABLE["float"], a, b, torch.bfloat16)
+    with pytest.raises(ValueError, match="left contracts dim -1, and is quantised along -2; quantise it again"):
+        multiply(TABLE["float"], b, b.t, torch.bfloat16)
+    with pytest.raises(ValueError, match="right contracts dim -2, and is quantised along -1; quantise it again"):
+        multiply(TABLE["float"], a, quantised("mxfp4", -1, 64, 32), torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("name", OPERANDS)
+def test_the_float_product_is_of_the_values_and_its_scales_multiply_it(name: str, dtype: torch.dtype) -> None:
+    """Each in one rounding: the product in the values' dtype, then float32 times the left scale, then the right one."""
+    storage = "bfloat16" if name == "none" and dtype == torch.bfloat16 else "float32"
+    a, b = quantised(name, -1, 5, 128, storage), quantised(name, -2, 7, 128, storage)
+    found = multiply(TABLE["float"], a, b, dtype)
+    held = torch.bfloat16 if dtype == torch.bfloat16 and not a.layout.lacks("bfloat16") else torch.float32
+    expected = matmul(a.codes.to(held), b.codes.to(held))
+    if a.tensor_scale is not None:
+        expected = expected.float() * a.tensor_scale * b.tensor_scale
+    elif name == "mxfp4 three quarters":
+        expected = expected.float() * (16 / 9)
+    assert torch.equal(found, expected) and found.dtype == expected.dtype
+    exact = a.dequantize().double() @ b.dequantize().double()
+    assert (found.double() - exact).norm() < (2**-8 if held == torch.bfloat16 else 2**-21) * exact.norm()
+
+
+@pytest.mark.parametrize(("left", "right"), [("int4", "int4"), ("int4", "int8 tensor"), ("int8 tensor", "int8 tensor")])
+def test_the_int8_product_is_exact_before_its_scales(left: str, right: str) -> None:
+    a, b = quantised(left, -1, 9, 160), quantised(right, -2, 6, 160)
+    exact = (a.codes.double() @ b.codes.double()).float()
+    for storage in ("float32", "bfloat16", "int8"):
+        found = multiply(TABLE["int8"], a.to(storage), b.to(storage), torch.bfloat16)
+        assert torch.equal(found, exact * a.tensor_scale * b.tensor_scale)
+
+
+def rounded(q: QTensor, storage: Storage) -> Tensor:
+    """Its values in float8 times all scales, the line's or the group's first multiplied by the tensor's: float32."""
+    codes, scales = q.to(storage), q.layout.constant if q.tensor_scale is None else q.tensor_scale
+    values = codes.codes.float() if q.layout.dim == -1 else codes.codes.float().T
+    if codes.block_scale is None:
+        return values * scales
+    each = codes.scale_of_each()
+    return values * ((each if q.layout.dim == -1 else each.T) * scales)
+
+
+@pytest.mark.parametrize("name", [name for name in IN_FP8 if not name.endswith("e5m2")])
+def test_the_fp8_product_is_of_codes_and_line_scales(name: str) -> None:
+    a, b = quantised(name, -1, 37, 192), quantised(name, -2, 20, 192)
+    values, others = rounded(a, "float8").double(), rounded(b, "float8").double()
+    expected, terms = (values @ others).bfloat16(), values.abs() @ others.abs()
+    for row in ("fp8", "fp8_fast"):
+        found = multiply(TABLE[row], a, b, torch.bfloat16)
+        assert found.dtype == torch.bfloat16 and (found != expected).float().mean() < 0.01
+        difference = (found.double() - expected.double()).abs()  # where float32 sums round to the neighbour
+        assert (difference <= 2**-7 * expected.double().abs() + 2**-20 * terms).all()
+    assert a.layout.size is None or inexact(a) == 0 or name == "mxfp8"
+
+
+@pytest.mark.parametrize(
+    ("left", "right"), [("fp8 128", "fp8 128 tiles"), ("fp8 128", "fp8 128"), ("mxfp4 phase", "mxfp4")]
+)
+@pytest.mark.parametrize("sizes", [(37, 256, 20), (130, 384, 150)])
+def test_the_fp8_product_by_blocks_is_in_cublas_layout(
+    left: str, right: str, sizes: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same on CPU and, with the sizes, strides and scales that torch's CUDA operator checks, on CUDA."""
+    m, k, n = sizes
+    asked = []
+
+    def cublas(
+        a: Tensor, b: Tensor, scale_a: Tensor, kind_a: ScalingType, scale_b: Tensor, kind_b: ScalingType
+    ) -> Tensor:
+        assert a.is_contiguous() and b.T.is_contiguous() and b.shape[1] % 16 == 0 and a.shape[1] % 16 == 0
+        values = []
+        for codes, scale, kind in ((a, scale_a, kind_a), (b.T, scale_b, kind_b)):
+            lines, groups = codes.shape[0], -(-codes.shape[1] // 128)
+            if kind == ScalingType.BlockWise1x128:
+                assert scale.shape == (lines, groups) and scale.stride() == (1, lines)
+                each = scale.repeat_interleave(128, 1)
+            else:
+                assert kind == ScalingType.BlockWise128x128
+                groups = -(-groups // 4) * 4
+                assert scale.shape == (groups, -(-lines // 128)) and scale.stride(0) == 1
+                assert scale.stride(1) == groups or scale.shape[1] == 1
+                each = scale.T.repeat_interleave(128, 0).repeat_interleave(128, 1)
+            values.append(codes.double() * each[:lines, : codes.shape[1]])
+        asked.append(kind_b)
+        return (values[0] @ values[1].T).bfloat16()
+
+    monkeypatch.setattr(gemm, "scaled_mm", cublas)
+    storages: dict[str, Storage] = dict.fromkeys(("fp8 128", "fp8 128 tiles"), "float8_128")
+    a, b = (
+        quantised(left, -1, m, k, storages.get(left, "float32")),
+        quantised(right, -2, n, k, storages.get(right, "float32")),
+    )
+    found = multiply(TABLE["fp8_block"], a, b, torch.bfloat16)
+    on_cuda = gemm._block_scaled_mm(
+        *(replace(q, block_scale=gemm._line_scale(q)) for q in (a.to("float8_128"), b.to("float8_128")))
+    )
+    exact = a.dequantize().double() @ b.dequantize().double()
+    for each in (found, on_cuda):
+        assert each.shape == (m, n) and (each.double() - exact).norm() < 2**-8 * exact.norm()
+    assert (found != on_cuda).float().mean() < 0.01
+    assert asked == [ScalingType.BlockWise128x128 if "tiles" in right else ScalingType.BlockWise1x128]
+
+
+def unit(
+    a: Tensor, b: Tensor, scales_a: list[Tensor], kinds_a: list[ScalingType], scales_b: list[Tensor],
+    kinds_b: list[ScalingType], orders_a: list[SwizzleType], orders_b: list[SwizzleType],
+) -> Tensor:  # fmt: skip
+    """torch's scaled_mm of FP4 and MX codes as its operator checks it and cuBLAS documents it, in float64."""
+    assert kinds_a == kinds_b and orders_a == orders_b and orders_a[0] == SwizzleType.SWIZZLE_32_4_4
+    assert a.is_contiguous() and b.T.is_contiguous() and b.shape[1] % 16 == 0 and a.dtype == b.dtype
+    levels = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
+    table = torch.tensor(levels + [-level for level in levels], dtype=torch.float64)
+    size, scale_dtype = {
+        ScalingType.BlockWise1x32: (32, torch.float8_e8m0fnu), ScalingType.BlockWise1x16: (16, torch.float8_e4m3fn),
+    }[kinds_a[0]]  # fmt: skip
+    values = []
+    for codes, scales in ((a, scales_a), (b.T, scales_b)):
+        if codes.dtype == torch.float4_e2m1fn_x2:
+            pairs = codes.view(torch.uint8)
+            read = torch.stack((table[(pairs & 15).long()], table[(pairs >> 4).long()]), -1).flatten(1)
+        else:
+            assert codes.dtype == torch.float8_e4m3fn and size == 32
+            read = codes.double()
+        lines, blocks = read.shape[0], read.shape[1] // size
+        assert read.shape[1] % 16 == 0 and read.shape[1] % size == 0
+        across = -(-blocks // 4)
+        assert scales[0].dtype == scale_dtype and scales[0].is_contiguous()
+        assert scales[0].numel() == -(-lines // 128) * 128 * across * 4
+        line, block = torch.arange(lines)[:, None], torch.arange(blocks)
+        at = ((line // 128) * across + block // 4) * 512 + (line % 32) * 16 + (line % 128 // 32) * 4 + block % 4
+        values.append(read * scales[0].double()[at].repeat_interleave(size, 1))
+    found = values[0] @ values[1].T
+    if kinds_a[1:]:
+        assert kinds_a[1:] == [ScalingType.TensorWise] and orders_a[1:] == [SwizzleType.NO_SWIZZLE]
+        assert all(scales[1].numel() == 1 and scales[1].dtype == torch.float32 for scales in (scales_a, scales_b))
+        found = found * (scales_a[1] * scales_b[1]).double()
+    return found.bfloat16()
+
+
+@pytest.mark.parametrize("row", ["mxfp4", "nvfp4", "mxfp8"])
+def test_units_multiply_what_was_quantised(row: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bits that the units are given, read as torch and cuBLAS document them, are the operands: their product is the
+    exact one, rounded once before the scales that the units do not read."""
+    monkeypatch.setattr(gemm, "scaled_mm", unit)
+    taken = [name for name, rows in NATIVE.items() if row in rows.split()]
+    for (left, right), (m, k, n) in product(product(taken, taken), ((37, 192, 20), (150, 320, 144))):
+        a, b = quantised(left, -1, m, k), quantised(right, -2, n, k)
+        exact = a.codes.double() @ b.codes.double()
+        if row == "nvfp4":
+            expected = (exact * (a.tensor_scale * b.tensor_scale).double()).bfloat16()
+        else:
+            scales = [q.layout.constant if q.tensor_scale is None else q.tensor_scale for q in (a, b)]
+            expected = exact.bfloat16().float()
+            both = [scales[0] * scales[1]] if all(isinstance(scale, float) for scale in scales) else scales
+            for scale in both:
+                expected = expected * scale
+        found = multiply(TABLE[row], a, b, torch.bfloat16)
+        assert found.shape == (m, n) and torch.equal(found.float(), expected.float()), (left, right)
+        packed = [q.to("packed") if q.layout.rows == 1 else q for q in (a, b)]
+        assert torch.equal(multiply(TABLE[row], *packed, torch.bfloat16), found)
+
+
+def test_a_nan_reaches_the_units() -> None:
+    """As E8M0's NaN, and as a tensor scale that is NaN."""
+    x = torch.ones(4, 64)
+    x[1, 40] = float("nan")
+    mx = quantize(x, Layout(MXFP4, (4, 64), storage="swizzled"))
+    assert unswizzle(mx.block_scale, 4, 2).tolist() == [[125, 125], [125, 255], [125, 125], [125, 125]]
+    assert quantize(x, Layout(NVFP4, (4, 64), storage="swizzled")).tensor_scale.isnan()
+
+
+# (setting, left, right, device, capability) -> the row, or what is said
+RESOLVED = {
+    ("auto", "int4", "int4", "cpu", None): "int8",
+    ("auto", "int4", "int4", "mps", None): "float",
+    ("auto", "mxfp4", "mxfp4", "cuda", BLACKWELL): "float",
+    ("float", "int4", "int4", "cuda", BLACKWELL): "float",
+    ("fp8", "int4", "int4", "cpu", None): "int8",
+    ("fp8", "mxfp4", "mxfp4", "cpu", None): "fp8",
+    ("fp8_fast", "mxfp4", "mxfp8", "cuda", ADA): "fp8_fast",
+    ("fp8", "fp8 128", "fp8 128 tiles", "cpu", None): "fp8_block",
+    ("fp8", "fp8 128", "fp8 128 tiles", "cuda", HOPPER): "fp8_block",
+    ("fp8", "fp8 128", "mxfp8", "cuda", HOPPER): "fp8_block",
+    ("fp8", "nvfp4", "nvfp4", "cuda", HOPPER): "float",
+    ("fp8", "none", "mxfp4", "cuda", HOPPER): "float",
+    ("fp4", "mxfp4", "mxfp4", "cuda", BLACKWELL): "mxfp4",
+    ("fp4", "mxfp4", "mxfp4", "cuda", (12, 0)): "mxfp8",  # torch multiplies MXFP4 on compute capability 10 alone
+    ("fp4", "nvfp4", "nvfp4 tiles", "cuda", (12, 0)): "nvfp4",
+    ("fp4", "mxfp4", "mxfp8", "cuda", (10, 3)): "mxfp8",
+    ("fp4", "int4", "int4", "cuda", BLACKWELL): "int8",
+    ("fp4", "none", "none", "cpu", None): "float",
+    ("fp4", "nvfp4", "nvfp4", "cpu", None): (
+        "gemm 'fp4' cannot run on cpu: nvfp4 needs a CUDA device of compute capability 10.0 or later; found cpu; "
+        "ask for gemm 'auto'"
+    ),
+    ("fp4", "mxfp4", "mxfp4", "cuda", HOPPER): (
+        "gemm 'fp4' cannot run on cuda: mxfp4 needs a CUDA device of compute capability 10.0 to 10.9; found 9.0; mxfp8 "
+        "needs a CUDA device of compute capability 10.0 or later; found 9.0; ask for gemm 'auto'"
+    ),
+    ("fp8", "fp8", "fp8", "cuda", (8, 6)): "fp8 needs a CUDA device of compute capability 8.9 or later; found 8.6",
+    (
+        "fp8",
+        "fp8",
+        "fp8",
+        "mps",
+        None,
+    ): "gemm 'fp8' cannot run on mps: fp8 needs a CUDA device of .*; found mps; ask for",
+    ("fp8", "fp8 128", "fp8 128", "cuda", BLACKWELL): "fp8_block needs .* compute capability 9.0 to 9.9; found 10.0",
+    ("int4", "fp8", "fp8", "cpu", None): "unknown gemm 'int4'; gemms: auto, float, fp8, fp8_fast, fp4",
+}
+
+
+@pytest.mark.parametrize("asked", RESOLVED, ids=str)
+def test_a_setting_names_its_row_or_says_what_it_lacks(asked: tuple) -> None:
+    setting, left, right, device, capability = asked
+    expected = RESOLVED[asked]
+    if expected in TABLE:
+        assert resolve(setting, OPERANDS[left], OPERANDS[right], device, capability) is TABLE[expected]
+    else:
+        with pytest.raises(ValueError, match=expected):
+            resolve(setting, OPERANDS[left], OPERANDS[right], device, capability)
+
+
+def test_a_backward_product_contracts_the_forwards_codes_where_one_scale_is_the_tensors() -> None:
+    tensor = replace(OPERANDS["int8 tensor"], shape=(8, 4), storage="int8")
+    floats = replace(OPERANDS["fp8 tensor"], shape=(8, 4))
+    int8, plain = TABLE["int8"], Layout(None, (8, 4), -2)
+    assert reused(tensor, int8, -2, pads=False) == replace(tensor, dim=-2)
+    assert reused(tensor, int8, -2, pads=True) == plain  # 8 bits and a half: no zero to fill up with
+    assert reused(tensor, TABLE["float"], -2, pads=False) == plain
+    assert reused(floats, TABLE["fp8"], -2, pads=True) == replace(floats, dim=-2)
+    for name in ("int4", "mxfp4", "fp8 128 tiles", "none"):
+        assert reused(replace(OPERANDS[name], shape=(8, 4)), int8, -2, pads=False) == plain

@@ -5,6 +5,7 @@ short float32 product its value would not tell."""
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 
 import pytest
@@ -57,6 +58,25 @@ def test_the_setting_is_there_and_comes_back(monkeypatch: pytest.MonkeyPatch) ->
     assert SETTINGS.fp32_precision == "bf16"
     with pytest.raises(RuntimeError):
         matmul(x, torch.ones(3, 3))
+    assert SETTINGS.fp32_precision == "bf16"
+
+
+def test_a_product_that_ends_leaves_another_threads_in_float32() -> None:
+    """The second of two products begins while the first runs, and ends after it."""
+    x, first_runs, first_may_end = torch.randn(8, 8), threading.Event(), threading.Event()
+
+    def first() -> None:
+        with precision._ieee(x):
+            first_runs.set()
+            first_may_end.wait(60)
+
+    thread = threading.Thread(target=first)
+    thread.start()
+    assert first_runs.wait(60)
+    with precision._ieee(x):
+        first_may_end.set()
+        thread.join(60)
+        assert SETTINGS.fp32_precision == "ieee"
     assert SETTINGS.fp32_precision == "bf16"
 
 

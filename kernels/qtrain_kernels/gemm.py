@@ -1,16 +1,35 @@
-"""Matrix products on 8-bit units: integer codes as INT8, exactly; values of few bits as FP8 with a scale per line."""
+"""Products of quantised matrices, as a table. Each row says which operands it takes, in which layouts, and on what.
+
+| product | operands | multiplies |
+|---|---|---|
+| int8 | integer codes without block scales | as integers, exactly; rounded once to float32 |
+| mxfp4 | E2M1 codes in blocks of 32 under E8M0 scales | on FP4 units, compute capability 10 |
+| nvfp4 | E2M1 codes in blocks of 16 under E4M3 scales | on FP4 units, compute capability 10.0 and later |
+| mxfp8 | codes that E4M3 has, in blocks of 32 under E8M0 scales | on MX units, compute capability 10.0 and later |
+| fp8 | minifloat codes under scales of lines, or powers of two of blocks | in FP8, compute capability 8.9 and later |
+| fp8_block | E4M3 codes under a float32 scale for 128 elements | in FP8, compute capability 9 (Hopper) |
+| float | anything | in the compute dtype |
+
+The units of FP4 and MX products read block scales. All products keep their sums in float32. Those in FP8, FP4
+and MX are rounded to bfloat16. On CPU, products in FP8 are float32 products of codes * scale; FP4 and MX have none.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.nn.functional import ScalingType, scaled_mm
+from torch.nn.functional import ScalingType, SwizzleType, scaled_mm
 
+from qtrain_kernels.formats import E4M3, MX_E2M1, Element
+from qtrain_kernels.plans import stored_integer
 from qtrain_kernels.precision import matmul
+from qtrain_kernels.qtensor import Layout, QTensor, Storage, float_storage, refines
 from qtrain_kernels.reference import biased_exponent, power_of_two
 
 LONGEST = 2**15  # of a contraction whose doubled products of 8 bits stay within int32: 255^2 * 2^15 < 2^31
@@ -18,6 +37,139 @@ CUDA_MULTIPLE, CUDA_ROWS = 8, 32  # torch._int_mm there: more than 16 rows; the 
 EXACT_IN_FLOAT32 = 2**10  # products of 2^14, within 2^24
 FP8_MULTIPLE = 16  # of its contraction and columns, on CUDA
 TOP = {torch.float8_e4m3fn: 8, torch.float8_e5m2: 15}  # exponent of the largest number, 1.75 * 2^TOP in both
+
+
+# ----------------------------------------------------------------------------------------------------------- the table
+
+Capability = tuple[int, int]
+ANY: tuple[Capability, Capability] = (0, 0), (99, 0)
+
+
+@dataclass(frozen=True, eq=False)
+class Product:
+    """A row of the table.
+
+    wants: the layout in which it takes a side, given the compute dtype; ValueError where the side does not go into it.
+    run: the product of two QTensors in those layouts, in bfloat16 or float32. devices: the types of device that it runs
+    on, with the least and the largest CUDA compute capability; None: all. pair: why it does not take two sides
+    together, each of which it takes; None if it does.
+    """
+
+    name: str
+    wants: Callable[[Layout, torch.dtype], Layout]
+    run: Callable[[QTensor, QTensor], Tensor]
+    devices: Mapping[str, tuple[Capability, Capability]] | None
+    pair: Callable[[Layout, Layout], str | None] = lambda left, right: None
+
+    def accepts(self, left: Layout, right: Layout) -> str | None:
+        """Why it does not multiply left (M, K) by right (K, N); None if it does."""
+        for side, layout in (("left", left), ("right", right)):
+            try:
+                wanted = self.wants(layout, torch.float32)
+            except ValueError as error:
+                return f"{side}: {error}"
+            if not refines(layout, wanted):
+                return f"{side}: its codes and blocks are not among those that {self.name} takes"
+        return self.pair(left, right)
+
+    def needs(self, device_type: str, capability: Capability) -> str | None:
+        """Why it does not run on a device, with the remedy; None if it does. capability: of a CUDA device."""
+        if self.devices is None:
+            return None
+        if device_type in self.devices:
+            least, most = self.devices[device_type]
+            if device_type != "cuda" or least <= capability <= most:
+                return None
+        least, most = self.devices["cuda"]
+        range_ = f"{least[0]}.{least[1]} to {most[0]}.{most[1]}" if most < ANY[1] else f"{least[0]}.{least[1]} or later"
+        found = f"{capability[0]}.{capability[1]}" if device_type == "cuda" else device_type
+        return f"{self.name} needs a CUDA device of compute capability {range_}; found {found}"
+
+
+def multiply(product: Product, left: QTensor, right: QTensor, dtype: torch.dtype, backend: str = "auto") -> Tensor:
+    """left (M, K) @ right (K, N), each converted to the layout that the product wants. dtype: the compute dtype,
+    bfloat16 or float32. ValueError for operands that it does not take."""
+    if left.shape[1] != right.shape[0]:
+        raise ValueError(f"left {left.shape} and right {right.shape} share no contraction")
+    for name, side, dim in (("left", left, -1), ("right", right, -2)):
+        if side.layout.plan is not None and side.layout.dim != dim:
+            raise ValueError(f"{name} contracts dim {dim}, and is quantised along {side.layout.dim}; quantise it again")
+    reason = product.accepts(left.layout, right.layout)
+    if reason:
+        raise ValueError(f"product {product.name!r} does not take these operands: {reason}")
+    left, right = (side.to(product.wants(side.layout.unmasked, dtype), backend) for side in (left, right))
+    return product.run(left, right)
+
+
+@lru_cache(1024)
+def resolve(
+    setting: str, left: Layout, right: Layout, device_type: str, capability: Capability | None = None
+) -> Product:
+    """The row by which a gemm setting multiplies two layouts on a device.
+
+    It is the first row of the setting that accepts them. Operands that no row of the setting accepts multiply as float.
+    ValueError where rows accept them and none of these runs on the device; setting auto then multiplies as float.
+    capability: of the CUDA device.
+    """
+    if setting not in SETTINGS:
+        raise ValueError(f"unknown gemm {setting!r}; gemms: {', '.join(SETTINGS)}")
+    accepting = [TABLE[name] for name in SETTINGS[setting] if TABLE[name].accepts(left, right) is None]
+    obstacles = {product: product.needs(device_type, capability or (0, 0)) for product in accepting}
+    for product, obstacle in obstacles.items():
+        if obstacle is None:
+            return product
+    if obstacles and setting != "auto":
+        reasons = "; ".join(map(str, obstacles.values()))
+        raise ValueError(f"gemm {setting!r} cannot run on {device_type}: {reasons}; ask for gemm 'auto'")
+    return TABLE["float"]
+
+
+def reused(forward: Layout, fprop: Product, dim: int, pads: bool) -> Layout:
+    """The layout in which a backward product contracts the forward's codes along dim; one of a matrix in the compute
+    dtype where they must be dequantised first.
+
+    Scales of rows and blocks vary along that contraction, so only codes under one scale of the tensor are contracted
+    again. pads: whether zeros fill up the contraction, which integers that are stored less a half do not hold.
+    """
+    plan = forward.plan
+    integers = plan is not None and plan.element.mantissa_bits is None
+    if plan is None or not plan.per_tensor or plan.block is not None or (integers and fprop.name != "int8"):
+        return Layout(None, forward.shape, dim)
+    if integers and pads and stored_integer(plan.element)[1]:
+        return Layout(None, forward.shape, dim)
+    return forward.unmasked.along(dim)
+
+
+def _native(element: Element, block: int) -> Callable[[Layout, torch.dtype], Layout]:
+    """The layout that FP4 and MX units take: codes of `element`, a scale for each row and `block` elements."""
+
+    def wants(layout: Layout, dtype: torch.dtype) -> Layout:
+        plan = layout.plan and replace(layout.plan, element=element, block=block, correction=None)
+        return replace(layout, plan=plan, rows=1, storage="swizzled", blocks=False)
+
+    return wants
+
+
+def _stored(storage: Storage) -> Callable[[Layout, torch.dtype], Layout]:
+    return lambda layout, dtype: layout.stored(storage)
+
+
+def _floats(layout: Layout, dtype: torch.dtype) -> Layout:
+    return layout.stored(float_storage(layout.plan, dtype))
+
+
+def _not_e5m2_on_the_right(left: Layout, right: Layout) -> str | None:
+    wide = right.float8_dtype == torch.float8_e5m2
+    return "right: its codes need float8_e5m2, and FP8 units take float8_e4m3fn there" if wide else None
+
+
+def _in_blocks(left: Layout, right: Layout) -> str | None:
+    if torch.float8_e5m2 in (left.float8_dtype, right.float8_dtype):
+        return "codes that need float8_e5m2; its units take float8_e4m3fn alone"
+    return "both sides are in tiles of 128x128; only one may be" if left.tiled and right.tiled else None
+
+
+# ---------------------------------------------------------------------------------------------------------------- INT8
 
 
 def int8_matmul(left: Tensor, right: Tensor, left_offset: float = 0.0, right_offset: float = 0.0) -> Tensor:
@@ -92,6 +244,32 @@ def _filled(x: Tensor, rows: int, columns: int) -> Tensor:
 # ----------------------------------------------------------------------------------------------------------------- FP8
 
 
+def _fp8_matmul(left: Tensor, left_scale: Tensor, right: Tensor, right_scale: Tensor, fast: bool) -> Tensor:
+    """(M, K) * (M, 1) @ (K, N) * (1, N) in float8 with float32 scales -> bfloat16: sums in float32, rounded once."""
+    _check_product(left, right, tuple(TOP))
+    if right.dtype == torch.float8_e5m2:
+        raise ValueError("right must be in float8_e4m3fn: CUDA multiplies by no other; got torch.float8_e5m2")
+    if not left.numel() or not right.numel():
+        return torch.zeros((left.shape[0], right.shape[1]), dtype=torch.bfloat16, device=left.device)
+    if left.is_cuda:
+        return _scaled_mm(left, left_scale, right, right_scale, fast)
+    # torch's scaled_mm has no CPU kernel before torch 2.12; from then on it takes this very product.
+    return matmul(left.float() * left_scale, right.float() * right_scale).bfloat16()
+
+
+def _scaled_mm(left: Tensor, left_scale: Tensor, right: Tensor, right_scale: Tensor, fast: bool) -> Tensor:
+    """In the sizes and the layout that cuBLASLt takes: rows by columns, 16 elements at a time."""
+    rows, columns = left.shape[0], right.shape[1]
+    missing, wide = -left.shape[1] % FP8_MULTIPLE, -columns % FP8_MULTIPLE
+    a, b = _filled(left, 0, missing), _filled(right.T, wide, missing).T
+    by_row = ScalingType.RowWise
+    scales = left_scale, by_row, F.pad(right_scale, (0, wide)), by_row
+    return scaled_mm(a, b, *scales, use_fast_accum=fast)[:rows, :columns]
+
+
+# What the layers take until they multiply QTensors.
+
+
 class Folded(NamedTuple):
     """A matrix as codes * scale. codes: float8, its shape, the folded dim contiguous; scale: float32 powers of two, (M,
     1) or (1, N); inexact: () int64, elements that codes * scale does not give back."""
@@ -134,23 +312,121 @@ def fp8_matmul(left: Folded, right: Folded, fast: bool = False) -> Tensor:
     fast: CUDA's FP8 units keep the sums themselves, in fewer bits; else their partial sums are added up in float32. On
     CPU both are the float32 product of codes * scale. ValueError for factors that do not fit.
     """
-    _check_product(left.codes, right.codes, tuple(TOP))
-    if right.codes.dtype == torch.float8_e5m2:
-        raise ValueError("right must be in float8_e4m3fn: CUDA multiplies by no other; got torch.float8_e5m2")
-    if not left.codes.numel() or not right.codes.numel():
-        shape = left.codes.shape[0], right.codes.shape[1]
-        return torch.zeros(shape, dtype=torch.bfloat16, device=left.codes.device)
+    return _fp8_matmul(left.codes, left.scale, right.codes, right.scale, fast)
+
+
+# ------------------------------------------------------------------------------------------------------------ products
+
+
+def _scaled(product: Tensor, left: QTensor, right: QTensor) -> Tensor:
+    """A product of codes times both sides' tensor scales, float32; as it is where there are none."""
+    scales = [each.layout.constant if each.tensor_scale is None else each.tensor_scale for each in (left, right)]
+    if isinstance(scales[0], float) and isinstance(scales[1], float):
+        scales = [scales[0] * scales[1]]
+    for scale in scales:
+        if isinstance(scale, Tensor) or scale != 1.0:
+            product = product.float().mul_(scale)
+    return product
+
+
+def _float_product(left: QTensor, right: QTensor) -> Tensor:
+    """In the dtype of the two, float32 if either is; float32 where a tensor scale multiplies the product.
+
+    A bfloat16 product is rounded once before the scale, and once more by the caller who casts it.
+    """
+    dtype = torch.promote_types(left.codes.dtype, right.codes.dtype)
+    return _scaled(matmul(left.codes.to(dtype), right.codes.to(dtype)), left, right)
+
+
+def _int8_product(left: QTensor, right: QTensor) -> Tensor:
+    """The exact sum, rounded to float32, times each scale."""
+    (unit, offset), (other_unit, other_offset) = (
+        stored_integer(side.layout.plan.element) for side in (left, right) if side.layout.plan is not None
+    )
+    product = int8_matmul(left.codes, right.codes, offset, other_offset).mul_(unit * other_unit)
+    return _scaled(product, left, right)
+
+
+def _line_scale(q: QTensor) -> Tensor:
+    """(L, 1) float32: what multiplies each line of float8 codes."""
+    scale = q.layout.constant if q.tensor_scale is None else q.tensor_scale
+    if isinstance(scale, Tensor) and scale.ndim:
+        scale = scale.view(-1, 1)
+    lines = q.codes.new_ones((q.codes.shape[0], 1), dtype=torch.float32) if q.block_scale is None else q.block_scale
+    return lines * scale
+
+
+def _fp8_product(left: QTensor, right: QTensor, fast: bool = False) -> Tensor:
+    sides = left.codes, _line_scale(left), right.codes.T, _line_scale(right).T
+    return _fp8_matmul(*sides, fast=fast)
+
+
+def _fp8_block_product(left: QTensor, right: QTensor) -> Tensor:
+    """bfloat16. The tensor scales are multiplied into the block scales."""
+    left, right = (replace(side, block_scale=_line_scale(side)) for side in (left, right))
     if left.codes.is_cuda:
-        return _scaled_mm(left, right, fast)
-    # torch's scaled_mm has no CPU kernel before torch 2.12; from then on it takes this very product.
-    return matmul(left.codes.float() * left.scale, right.codes.float() * right.scale).bfloat16()
+        return _block_scaled_mm(left, right)
+    a, b = (side.codes.float() * side.scale_of_each() for side in (left, right))
+    return matmul(a, b.T).bfloat16()
 
 
-def _scaled_mm(left: Folded, right: Folded, fast: bool) -> Tensor:
-    """In the sizes and the layout that cuBLASLt takes: rows by columns, 16 elements at a time."""
-    rows, columns = left.codes.shape[0], right.codes.shape[1]
-    missing, wide = -left.codes.shape[1] % FP8_MULTIPLE, -columns % FP8_MULTIPLE
-    a, b = _filled(left.codes, 0, missing), _filled(right.codes.T, wide, missing).T
-    by_row = ScalingType.RowWise
-    scales = left.scale, by_row, F.pad(right.scale, (0, wide)), by_row
-    return scaled_mm(a, b, *scales, use_fast_accum=fast)[:rows, :columns]
+def _block_scaled_mm(left: QTensor, right: QTensor) -> Tensor:
+    """In the sizes and the layout that cuBLASLt takes."""
+    missing, wide = -left.shape[1] % FP8_MULTIPLE, -right.shape[1] % FP8_MULTIPLE
+    a, b = _filled(left.codes, 0, missing), _filled(right.codes, wide, missing).T
+    (scale_a, kind_a), (scale_b, kind_b) = _block_scales(left, 0), _block_scales(right, wide)
+    return scaled_mm(a, b, scale_a, kind_a, scale_b, kind_b)[:, : right.shape[1]]
+
+
+def _block_scales(q: QTensor, wide: int) -> tuple[Tensor, ScalingType]:
+    """Of a side of a product by blocks of 128, as cuBLASLt takes them, for so many more lines: (L, n / 128) with L
+    contiguous; of 128x128 tiles (n / 128, L / 128), n / 128 contiguous and a multiple of 4."""
+    assert q.block_scale is not None
+    if q.layout.tiled:
+        more = -(-(q.layout.lines[0] + wide) // 128) - q.block_scale.shape[0]
+        return F.pad(q.block_scale, (0, -q.block_scale.shape[1] % 4, 0, more)).T, ScalingType.BlockWise128x128
+    return F.pad(q.block_scale, (0, 0, 0, wide)).T.contiguous().T, ScalingType.BlockWise1x128
+
+
+def _native_product(left: QTensor, right: QTensor) -> Tensor:
+    """On FP4 and MX units, bfloat16; float32 where a scale that the units do not read multiplies it."""
+    plan, wide = left.layout.plan, -right.shape[1] % FP8_MULTIPLE
+    assert plan is not None and left.block_scale is not None and right.block_scale is not None
+    two_levels = plan.scale_kind == "minifloat"
+    dtype = torch.float8_e4m3fn if plan.element == E4M3 else torch.float4_e2m1fn_x2
+    scale_dtype = torch.float8_e4m3fn if two_levels else torch.float8_e8m0fnu
+    a, b = left.codes.view(dtype), _filled(right.codes, wide, 0).view(dtype).T
+    scales = [left.block_scale.view(scale_dtype)], [right.block_scale.view(scale_dtype)]
+    kinds, orders = [ScalingType.BlockWise1x32], [SwizzleType.SWIZZLE_32_4_4]
+    if two_levels:
+        kinds, orders = [ScalingType.BlockWise1x16, ScalingType.TensorWise], [*orders, SwizzleType.NO_SWIZZLE]
+        assert left.tensor_scale is not None and right.tensor_scale is not None
+        scales = [*scales[0], left.tensor_scale], [*scales[1], right.tensor_scale]
+    product = scaled_mm(a, b, scales[0], kinds, scales[1], kinds, orders, orders)[:, : right.shape[1]]
+    return product if two_levels else _scaled(product, left, right)
+
+
+ON_8_BIT_UNITS = {"cpu": ANY, "cuda": ANY}
+ON_FP8_UNITS, ON_HOPPER = {"cpu": ANY, "cuda": ((8, 9), ANY[1])}, {"cpu": ANY, "cuda": ((9, 0), (9, 9))}
+ON_FP4_UNITS, ON_DATACENTER_BLACKWELL = {"cuda": ((10, 0), ANY[1])}, {"cuda": ((10, 0), (10, 9))}
+_fast = partial(_fp8_product, fast=True)
+TABLE = {
+    product.name: product
+    for product in (
+        Product("int8", _stored("int8"), _int8_product, ON_8_BIT_UNITS),
+        Product("mxfp4", _native(MX_E2M1, 32), _native_product, ON_DATACENTER_BLACKWELL),
+        Product("nvfp4", _native(MX_E2M1, 16), _native_product, ON_FP4_UNITS),
+        Product("mxfp8", _native(E4M3, 32), _native_product, ON_FP4_UNITS),
+        Product("fp8", _stored("float8"), _fp8_product, ON_FP8_UNITS, _not_e5m2_on_the_right),
+        Product("fp8_fast", _stored("float8"), _fast, ON_FP8_UNITS, _not_e5m2_on_the_right),
+        Product("fp8_block", _stored("float8_128"), _fp8_block_product, ON_HOPPER, _in_blocks),
+        Product("float", _floats, _float_product, None),
+    )
+}
+SETTINGS = {  # the rows that a setting tries, in this order; then float
+    "auto": ("int8",),
+    "float": (),
+    "fp8": ("int8", "fp8", "fp8_block"),
+    "fp8_fast": ("int8", "fp8_fast", "fp8_block"),
+    "fp4": ("int8", "mxfp4", "nvfp4", "mxfp8"),
+}

@@ -9,6 +9,7 @@ so the layers of a model and its attention call them instead of torch's.
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -95,17 +96,45 @@ def _rounded(x: Tensor) -> Tensor:
     return x.bfloat16().float()
 
 
-@contextmanager
-def _ieee(x: Tensor) -> Iterator[None]:
-    """Torch's setting for float32 products like x's at "ieee", for all threads; after it as it was, at its own level
-    even if it had come from a general one."""
-    settings = _SETTINGS.get(x.device.type) if x.dtype == torch.float32 else None
-    if settings is None or settings.fp32_precision in ("none", "ieee"):  # none: torch's default, which is ieee
-        yield
-        return
-    allowed = settings.fp32_precision
-    settings.fp32_precision = "ieee"
-    try:
-        yield
-    finally:
-        settings.fp32_precision = allowed
+class _Ieee:
+    """Torch's settings for float32 products, held at "ieee" while products run that may not take fewer bits.
+
+    A setting is one of the process. The first product to need it changes it, and the last to end, in whichever thread,
+    puts back what was allowed: at its own level, even if it had come from a general one.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.running = dict.fromkeys(_SETTINGS, 0)  # products that hold the setting, by type of device
+        self.allowed = dict.fromkeys(_SETTINGS, "none")
+
+    @contextmanager
+    def __call__(self, x: Tensor) -> Iterator[None]:
+        """While a product of tensors like x runs. Nothing changes where x is not in float32."""
+        device = x.device.type
+        held = x.dtype == torch.float32 and device in _SETTINGS and self._begin(device)
+        try:
+            yield
+        finally:
+            if held:
+                self._end(device)
+
+    def _begin(self, device: str) -> bool:
+        """Whether the setting is held for one more product; not where it is torch's default, or "ieee" by itself."""
+        with self.lock:
+            if not self.running[device]:
+                self.allowed[device] = _SETTINGS[device].fp32_precision
+                if self.allowed[device] in ("none", "ieee"):
+                    return False
+                _SETTINGS[device].fp32_precision = "ieee"
+            self.running[device] += 1
+            return True
+
+    def _end(self, device: str) -> None:
+        with self.lock:
+            self.running[device] -= 1
+            if not self.running[device]:
+                _SETTINGS[device].fp32_precision = self.allowed[device]
+
+
+_ieee = _Ieee()

@@ -16,7 +16,7 @@ from pydantic import Field, field_validator, model_validator
 
 from qtrain.errors import UserError
 from qtrain.recipe import LinearRecipe
-from qtrain.settings import FP8_GEMMS, Backend, GemmKind, Strict, fields_at, nearest, parse
+from qtrain.settings import BFLOAT16_GEMMS, Backend, GemmKind, Strict, fields_at, nearest, parse
 
 
 class ModelConfig(Strict):
@@ -248,7 +248,7 @@ class Config(Strict):
 
     @model_validator(mode="after")
     def _fp8_gives_bfloat16(self) -> Config:
-        if self.gemm in FP8_GEMMS and self.trainer.precision == "32-true":
+        if self.gemm in BFLOAT16_GEMMS and self.trainer.precision == "32-true":
             raise ValueError(
                 f"gemm={self.gemm} gives products in bfloat16, and trainer.precision is {self.trainer.precision}; set "
                 "trainer.precision=bf16-mixed or gemm=auto"

@@ -14,7 +14,7 @@ from qtrain.metrics import Memory, estimate_memory, flops_per_token
 from qtrain.models.llama import count_parameters
 from qtrain.optim import warmup_steps
 from qtrain.recipe import LinearRecipe, QuantSpec
-from qtrain.settings import FP8_GEMMS
+from qtrain.settings import BFLOAT16_GEMMS
 from qtrain_kernels.precision import has_bfloat16_units
 
 MIN_TELEMETRY_STEPS = 40  # taking the quantisers' health once costs most of a step of a small model
@@ -93,7 +93,7 @@ def resolve_precision(config: Config) -> Config:
     """config with trainer.precision=auto replaced by what it is on this machine; any other config as it is."""
     if config.trainer.precision != "auto":
         return config
-    mixed = config.gemm in FP8_GEMMS or has_bfloat16_units(_device_type(config))
+    mixed = config.gemm in BFLOAT16_GEMMS or has_bfloat16_units(_device_type(config))
     trainer = config.trainer.model_copy(update={"precision": "bf16-mixed" if mixed else "32-true"})
     return config.model_copy(update={"trainer": trainer})
 
@@ -115,7 +115,7 @@ def _describe_precision(config: Config) -> str:
         return found
     if units:
         return f"{found}, which bf16-mixed would use"
-    why = f"gemm={config.gemm} needs bf16-mixed" if config.gemm in FP8_GEMMS else "32-true is faster"
+    why = f"gemm={config.gemm} needs bf16-mixed" if config.gemm in BFLOAT16_GEMMS else "32-true is faster"
     return f"{found} and takes bfloat16 products in float32; {why}"
 
 

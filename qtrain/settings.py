@@ -17,7 +17,7 @@ from qtrain.errors import UserError
 
 Backend = Literal["auto", "reference", "compiled", "triton"]
 GemmKind = Literal["auto", "float", "fp8", "fp8_fast", "fp4"]
-FP8_GEMMS = ("fp8", "fp8_fast")
+BFLOAT16_GEMMS = ("fp8", "fp8_fast", "fp4")  # whose products are bfloat16
 Redraw = Literal["micro_batch", "step"]
 T = TypeVar("T", bound="Strict")
 

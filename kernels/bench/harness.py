@@ -183,8 +183,8 @@ def gemm_flops(layer: nn.Module, tokens: int, device: str) -> dict[str, float]:
     if not isinstance(layer, QuantLinear):
         return {"bfloat16": 3 * each}
     found: dict[str, float] = {}
-    for gemm in layer.numerics.gemms:
-        kind = layer.numerics.kind(gemm, device).replace("float", "bfloat16")
+    for gemm in ("fprop", "dgrad", "wgrad"):
+        kind = layer.numerics.product(gemm, device).name.replace("float", "bfloat16")
         found[kind] = found.get(kind, 0.0) + each
     return found
 

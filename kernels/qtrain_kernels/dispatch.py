@@ -7,10 +7,6 @@ encode, operand, fake_quantize, pack, unpack, join, split):
 - triton: fused kernels, on CUDA.
 - auto: compiled on CPU and triton on CUDA where these can work, else reference. A plan or a rotation that has no Triton
   kernel is the reference's under auto, and refused under triton.
-
-GEMMs: auto multiplies integer codes as INT8, exactly, on the devices that have it, and all else as float, which is
-values in the compute dtype. fp8 multiplies values of few bits as FP8 besides, whose sums some devices take in fewer
-bits. fp4, on FP4 units, has no kernel yet.
 """
 
 from __future__ import annotations
@@ -27,9 +23,6 @@ from qtrain_kernels.plans import Plan, Rotation
 
 log = logging.getLogger("qtrain")
 
-GEMMS = ("auto", "float", "fp8", "fp8_fast", "fp4")
-FP8_GEMMS = ("fp8", "fp8_fast")  # fast: sums as Hopper's FP8 units keep them, without promotion to float32
-EIGHT_BIT_DEVICES = ("cpu", "cuda")
 BACKENDS = ("auto", "reference", "compiled", "triton")
 MODULES = {"reference": reference, "compiled": cpu, "triton": gpu}
 FASTEST = {"cpu": "compiled", "cuda": "triton"}  # of each device
@@ -70,23 +63,6 @@ def _lacks_kernel(plan: Plan | None, size: int | None) -> bool:
     if reason:
         log.info("backend auto takes the reference on cuda: %s", reason)
     return reason is not None
-
-
-def resolve_gemm(gemm: str, held: str, device_type: str) -> str:
-    """How a product is taken on a device, int8 | fp8 | float, whose operands fit `held`, one of these. ValueError for
-    an unknown gemm, or one that the device lacks."""
-    if gemm not in GEMMS:
-        raise ValueError(f"unknown gemm {gemm!r}; gemms: {', '.join(GEMMS)}")
-    if gemm == "fp4":
-        raise ValueError(
-            "gemm 'fp4' needs FP4 units (sm_100), for which there is no kernel yet; ask for 'auto' or 'fp8'"
-        )
-    eight_bit = device_type in EIGHT_BIT_DEVICES
-    if gemm in FP8_GEMMS and (not eight_bit or (device_type == "cuda" and torch.cuda.get_device_capability() < (8, 9))):
-        raise ValueError(f"gemm {gemm!r} cannot run on {device_type}: it has no FP8 product; ask for gemm 'auto'")
-    if gemm == "float" or not eight_bit or (held == "fp8" and gemm not in FP8_GEMMS):
-        return "float"
-    return held
 
 
 def _obstacle(backend: str, device_type: str) -> str | None:

@@ -29,7 +29,7 @@ from torch.nn.functional import ScalingType, SwizzleType, scaled_mm
 from qtrain_kernels.formats import E4M3, MX_E2M1, Element
 from qtrain_kernels.plans import stored_integer
 from qtrain_kernels.precision import matmul
-from qtrain_kernels.qtensor import Layout, QTensor, Storage, float_storage, refines
+from qtrain_kernels.qtensor import FLOATS, Layout, QTensor, Storage, float_storage, refines
 from qtrain_kernels.reference import biased_exponent, power_of_two
 
 LONGEST = 2**15  # of a contraction whose doubled products of 8 bits stay within int32: 255^2 * 2^15 < 2^31
@@ -49,17 +49,25 @@ ANY: tuple[Capability, Capability] = (0, 0), (99, 0)
 class Product:
     """A row of the table.
 
-    wants: the layout in which it takes a side, given the compute dtype; ValueError where the side does not go into it.
+    storage: of the layout that it takes; float: float32 or bfloat16. wants: that layout of a side, given the compute dtype; ValueError where the side does not go into it.
     run: the product of two QTensors in those layouts, in bfloat16 or float32. devices: the types of device that it runs
     on, with the least and the largest CUDA compute capability; None: all. pair: why it does not take two sides
     together, each of which it takes; None if it does.
     """
 
     name: str
+    storage: str
     wants: Callable[[Layout, torch.dtype], Layout]
     run: Callable[[QTensor, QTensor], Tensor]
     devices: Mapping[str, tuple[Capability, Capability]] | None
     pair: Callable[[Layout, Layout], str | None] = lambda left, right: None
+
+    def taken(self, side: QTensor, dtype: torch.dtype, backend: str) -> QTensor:
+        """A side as `run` takes it."""
+        ready = side.layout.storage in (FLOATS if self.storage == "float" else (self.storage,))
+        if ready and self.storage != "swizzled":  # whose plan may differ
+            return side
+        return side.to(self.wants(side.layout.unmasked, dtype), backend)
 
     def accepts(self, left: Layout, right: Layout) -> str | None:
         """Why it does not multiply left (M, K) by right (K, N); None if it does."""
@@ -97,8 +105,7 @@ def multiply(product: Product, left: QTensor, right: QTensor, dtype: torch.dtype
     reason = product.accepts(left.layout, right.layout)
     if reason:
         raise ValueError(f"product {product.name!r} does not take these operands: {reason}")
-    left, right = (side.to(product.wants(side.layout.unmasked, dtype), backend) for side in (left, right))
-    return product.run(left, right)
+    return product.run(*(product.taken(side, dtype, backend) for side in (left, right)))
 
 
 @lru_cache(1024)
@@ -122,6 +129,17 @@ def resolve(
         reasons = "; ".join(map(str, obstacles.values()))
         raise ValueError(f"gemm {setting!r} cannot run on {device_type}: {reasons}; ask for gemm 'auto'")
     return TABLE["float"]
+
+
+def check_setting(setting: str, device_type: str, capability: Capability | None = None) -> None:
+    """ValueError for an unknown gemm setting, or one of whose products, float and int8 apart, a device has none."""
+    if setting not in SETTINGS:
+        raise ValueError(f"unknown gemm {setting!r}; gemms: {', '.join(SETTINGS)}")
+    if device_type == "cuda" and capability is None:
+        capability = torch.cuda.get_device_capability()
+    own = [TABLE[name].needs(device_type, capability or (0, 0)) for name in SETTINGS[setting] if name != "int8"]
+    if own and all(own):
+        raise ValueError(f"gemm {setting!r} cannot run on {device_type}: {own[0]}; ask for gemm 'auto'")
 
 
 def reused(forward: Layout, fprop: Product, dim: int, pads: bool) -> Layout:
@@ -413,14 +431,14 @@ _fast = partial(_fp8_product, fast=True)
 TABLE = {
     product.name: product
     for product in (
-        Product("int8", _stored("int8"), _int8_product, ON_8_BIT_UNITS),
-        Product("mxfp4", _native(MX_E2M1, 32), _native_product, ON_DATACENTER_BLACKWELL),
-        Product("nvfp4", _native(MX_E2M1, 16), _native_product, ON_FP4_UNITS),
-        Product("mxfp8", _native(E4M3, 32), _native_product, ON_FP4_UNITS),
-        Product("fp8", _stored("float8"), _fp8_product, ON_FP8_UNITS, _not_e5m2_on_the_right),
-        Product("fp8_fast", _stored("float8"), _fast, ON_FP8_UNITS, _not_e5m2_on_the_right),
-        Product("fp8_block", _stored("float8_128"), _fp8_block_product, ON_HOPPER, _in_blocks),
-        Product("float", _floats, _float_product, None),
+        Product("int8", "int8", _stored("int8"), _int8_product, ON_8_BIT_UNITS),
+        Product("mxfp4", "swizzled", _native(MX_E2M1, 32), _native_product, ON_DATACENTER_BLACKWELL),
+        Product("nvfp4", "swizzled", _native(MX_E2M1, 16), _native_product, ON_FP4_UNITS),
+        Product("mxfp8", "swizzled", _native(E4M3, 32), _native_product, ON_FP4_UNITS),
+        Product("fp8", "float8", _stored("float8"), _fp8_product, ON_FP8_UNITS, _not_e5m2_on_the_right),
+        Product("fp8_fast", "float8", _stored("float8"), _fast, ON_FP8_UNITS, _not_e5m2_on_the_right),
+        Product("fp8_block", "float8_128", _stored("float8_128"), _fp8_block_product, ON_HOPPER, _in_blocks),
+        Product("float", "float", _floats, _float_product, None),
     )
 }
 SETTINGS = {  # the rows that a setting tries, in this order; then float

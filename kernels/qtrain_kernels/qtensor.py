@@ -128,12 +128,12 @@ class Layout:
         would vary along that contraction."""
         if dim == self.dim:
             return self
-        plan = self.plan
-        if plan is not None and not (plan.per_tensor and plan.block is None):
+        lined = self._tensor_scale is not None and self._tensor_scale[0] != ()
+        if lined or (self.size is not None and self.storage not in FLOATS):
             raise ValueError("scales of rows or blocks vary along the other dim; dequantise, and quantise again")
         if not self.flat:
             raise ValueError(f"{self.storage} codes lie along dim {self.dim}; convert them to float or int8 first")
-        return replace(self, dim=dim)
+        return replace(self, dim=dim, blocks=False)
 
     def lacks(self, storage: str) -> str | None:
         """Why a storage cannot hold what the plan quantises, with the remedy; None if it can."""
@@ -325,14 +325,19 @@ class QTensor:
 
     def along(self, dim: int) -> QTensor:
         """The same codes for a product that contracts the other dim, without a mask; see `Layout.along`."""
-        return replace(self, layout=self.layout.along(dim)).unmasked
+        blocks = self.block_scale if dim == self.layout.dim else None
+        return replace(self, block_scale=blocks, layout=self.layout.along(dim)).unmasked
 
     def passes(self, backend: str = "auto") -> Tensor | None:
         """The mask as uint8 (M, N) of 0 and 1; None without one."""
-        if self.mask is None:
-            return None
-        split = dispatch.get("split", backend, self.mask.device.type)
-        return split(self.mask, 1, math.prod(self.shape)).view(self.shape)
+        return None if self.mask is None else bytes_of(self.mask, self.shape, backend)
+
+    def filled(self, rows: int) -> QTensor:
+        """A matrix of flat codes under one tensor scale, without a mask, with so many rows of zeros below it."""
+        if not rows:
+            return self
+        shape = self.shape[0] + rows, self.shape[1]
+        return replace(self, codes=F.pad(self.codes, (0, 0, 0, rows)), layout=replace(self.layout, shape=shape))
 
     def dequantize(self, backend: str = "auto") -> Tensor:
         """(M, N): the values themselves where they are floats and no scale is left to multiply, else float32."""
@@ -445,6 +450,17 @@ class QTensor:
         scales = None if packed.scales is None else packed.scales.view(target.scale_grid)
         scales = swizzle(scales) if scales is not None and target.storage == "swizzled" else scales
         return replace(self, codes=packed.codes.view(target._codes[0]), block_scale=scales, layout=target)
+
+
+def unquantised(x: Tensor) -> QTensor:
+    """A matrix as it is, float32 or bfloat16."""
+    storage: Storage = "bfloat16" if x.dtype == torch.bfloat16 else "float32"
+    return QTensor(x, None, None, None, Layout(None, (x.shape[0], x.shape[1]), storage=storage))
+
+
+def bytes_of(bits: Tensor, shape: Sequence[int], backend: str = "auto") -> Tensor:
+    """A mask in bits, eight a byte -> uint8 of `shape`, 0 or 1."""
+    return dispatch.get("split", backend, bits.device.type)(bits, 1, math.prod(shape)).view(*shape)
 
 
 def obstacle(here: Layout, target: Layout) -> str | None:
@@ -566,22 +582,11 @@ def quantize(
     if tuple(x.shape) != layout.shape:
         raise ValueError(f"the layout is of {layout.shape}; got {tuple(x.shape)}")
     plan, device = layout.plan, x.device.type
-    if rotation is not None and (plan is None or layout.rows > 1):  # tiles are copies, which no rotation runs through
-        x = dispatch.get("rotate", backend, device, rotation=rotation)(layout.whole_lines(x), rotation).view(x.shape)
-        rotation = None
     if plan is None:
+        if rotation is not None:
+            x = dispatch.get("rotate", backend, device, rotation=rotation)(layout.whole_lines(x), rotation).view(x.shape)
         return QTensor(x.to(FLOATS[layout.storage]), None, None, None, layout)
-    scale: Tensor | float | None = learned
-    if scale is None:
-        lines = layout.whole_lines(x)
-        scale = dispatch.get("tensor_scale", backend, device, plan, rotation)(lines, plan, rotation)
-    spans = layout.spans(x)
-    tensor_scale = scale if isinstance(scale, Tensor) and layout.parts[2] is not None else None
-    if isinstance(scale, Tensor) and scale.ndim:
-        tensor_scale = scale.squeeze(1)
-        if scale.shape[0] != spans.shape[0]:  # one scale a line over several blocks
-            scale = scale.repeat_interleave(spans.shape[0] // scale.shape[0], 0)
-        scale = scale.expand(-1, -1, spans.shape[2]).contiguous()
+    spans, scale, tensor_scale, rotation = prepared(x, layout, rotation, learned, backend)
     held = _quantised_into(layout)
     if held.storage == "float8_128":
         codes, blocks, mask = dispatch.get("encode", backend, device, plan, rotation)(spans, scale, key, plan, rotation)
@@ -599,6 +604,30 @@ def quantize(
         codes = codes.to(held.float8_dtype, memory_format=torch.contiguous_format)
     bits = None if mask is None else dispatch.get("join", backend, device)(layout.unspan(mask), 1)
     return QTensor(codes, blocks, tensor_scale, bits, held).to(layout, backend)
+
+
+def prepared(
+    x: Tensor, layout: Layout, rotation: Rotation | None, learned: Tensor | None, backend: str
+) -> tuple[Tensor, Tensor | float, Tensor | None, Rotation | None]:
+    """What the backends' operations take of x (M, N): spans; its tensor scale, a number or one for each span; the same
+    as a QTensor has it; and the rotation that they have to do themselves."""
+    plan, device = layout.plan, x.device.type
+    assert plan is not None
+    if rotation is not None and layout.rows > 1:  # tiles are copies, which no rotation runs through
+        x = dispatch.get("rotate", backend, device, rotation=rotation)(layout.whole_lines(x), rotation).view(x.shape)
+        rotation = None
+    scale: Tensor | float | None = learned
+    if scale is None:
+        lines = layout.whole_lines(x)
+        scale = dispatch.get("tensor_scale", backend, device, plan, rotation)(lines, plan, rotation)
+    spans = layout.spans(x)
+    tensor_scale = scale if isinstance(scale, Tensor) else None
+    if isinstance(scale, Tensor) and scale.ndim:
+        tensor_scale = scale.squeeze(1)
+        if scale.shape[0] != spans.shape[0]:  # one scale a line over several blocks
+            scale = scale.repeat_interleave(spans.shape[0] // scale.shape[0], 0)
+        scale = scale.expand(-1, -1, spans.shape[2]).contiguous()
+    return spans, scale, tensor_scale, rotation
 
 
 def _quantised_into(layout: Layout) -> Layout:

@@ -14,16 +14,21 @@ import torch
 from torch import nn
 
 from qtrain.errors import UserError
-from qtrain.quant.functional import Numerics
+from qtrain.quant.functional import OPERANDS, Numerics
 from qtrain.quant.linear import QuantLinear, quant_linears
 from qtrain.quant.random import checked_seed
 from qtrain.quant.rotation import base
 from qtrain.recipe import LinearRecipe, read_recipe
-from qtrain.settings import FP8_GEMMS, Backend, GemmKind, group_names
+from qtrain.settings import Backend, GemmKind, group_names
 from qtrain_kernels import dispatch
+from qtrain_kernels.gemm import check_setting
 from qtrain_kernels.precision import Linear
 
 log = logging.getLogger("qtrain")
+
+_FP8 = (9, 0), "MXFP4, MXFP6, MXFP8 or FP8"
+# The compute capability that has all products of a setting, and what it multiplies.
+NEEDS = {"fp8": _FP8, "fp8_fast": _FP8, "fp4": ((10, 0), "MXFP4, NVFP4 or MXFP8")}
 
 
 @dataclass
@@ -70,7 +75,8 @@ def convert(
     they are, by full name, last component or pattern ("layers.0.*"); None takes the recipe's own. seed keys random
     bits, together with each layer's qualified name. backend, which quantises: auto | reference | compiled | triton.
     gemm, which multiplies: auto (integer codes as INT8, exactly, all else in the compute dtype) | float (all in the
-    compute dtype) | fp8 (as auto, and MXFP4, FP8 and the like on FP8 units).
+    compute dtype) | fp8 (as auto, and MXFP4, FP8 and the like on FP8 units; fp8_fast: summed in fewer bits) | fp4 (as
+    auto, and MXFP4, NVFP4 and MXFP8 on the units of Blackwell).
     UserError, with the model untouched, for a width that the recipe's blocks do not divide, a skip name that matches
     nothing (lm_head in the recipe's own may), a pattern of recipe.overrides that does, a model that has no linear layer
     or is already converted, or a recipe that quantises but would convert none of the model's linear layers.
@@ -81,10 +87,8 @@ def convert(
     recipe, seed = read_recipe(recipe), checked_seed(seed)
     if backend not in get_args(Backend):
         raise UserError(f"unknown backend {backend!r}; backends: {', '.join(get_args(Backend))}")
-    try:
-        dispatch.resolve_gemm(gemm, "float", "cpu")  # where all can be multiplied that can be anywhere
-    except ValueError as error:
-        raise UserError(str(error)) from None
+    if gemm not in get_args(GemmKind):
+        raise UserError(f"unknown gemm {gemm!r}; gemms: {', '.join(get_args(GemmKind))}")
     linears = {name: module for name, module in model.named_modules(remove_duplicate=False) if _is_linear(module)}
     if any(isinstance(module, QuantLinear) for module in linears.values()):
         raise UserError("the model is converted already; build it afresh to convert it with another recipe")
@@ -123,7 +127,7 @@ def check_backend(backend: Backend, gemm: GemmKind, device_type: str) -> None:
     """UserError when one of them cannot work on a device ("cpu", "cuda"): at once, not at the first forward."""
     try:
         dispatch.resolve(backend, device_type)
-        dispatch.resolve_gemm(gemm, "float", device_type)
+        check_setting(gemm, device_type)
     except ValueError as error:
         raise UserError(str(error)) from None
 
@@ -242,10 +246,10 @@ def _swap(
         problems += [problem for problem in [_misfit(name, module, recipe, numerics)] if problem]
     if problems:
         raise UserError("\n".join(problems))
-    if gemm in FP8_GEMMS and found and not any(each.held == "fp8" for numerics in found for each in numerics.gemms):
+    if gemm in NEEDS and found and not any(_multiplies(numerics, gemm) for numerics in found):
         raise UserError(
-            f"gemm {gemm!r} needs MXFP4, MXFP6, MXFP8 or FP8 codes on both sides of a GEMM, and recipe {report.recipe} "
-            "has none such; ask for gemm 'auto'"
+            f"gemm {gemm!r} needs {NEEDS[gemm][1]} codes on both sides of a GEMM, and recipe {report.recipe} has none "
+            "such; ask for gemm 'auto'"
         )
     made: dict[nn.Module, QuantLinear] = {}  # a layer used under two names stays one layer
     for name, recipe in recipes_of.items():
@@ -256,6 +260,12 @@ def _swap(
     for name in recipes_of:  # all are built: nothing raises from here on
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, made[linears[name]])
+
+
+def _multiplies(numerics: Numerics, gemm: GemmKind) -> bool:
+    """Whether the setting changes how one of the GEMMs is multiplied, on a device that has all of its products."""
+    products = (numerics.product(name, "cuda", NEEDS[gemm][0]).name for name in OPERANDS)
+    return not {"int8", "float"} >= set(products)
 
 
 def _misfit(name: str, module: nn.Linear, recipe: LinearRecipe, numerics: Numerics) -> str | None:

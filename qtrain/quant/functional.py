@@ -32,15 +32,17 @@ from torch import Tensor, distributed
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
-from qtrain.quant.quantizer import Operand, Quantizer, folded, gemm, rotate, unrotate
+from qtrain.quant.quantizer import Quantizer, rotate, unrotate
 from qtrain.quant.random import USES, key_of
 from qtrain.quant.rotation import hadamard
 from qtrain.recipe import LinearRecipe
 from qtrain.settings import Backend, GemmKind, Redraw
 from qtrain_kernels import dispatch
-from qtrain_kernels.gemm import fp8_matmul
-from qtrain_kernels.plans import Rotation, stored_integer
+from qtrain_kernels.gemm import Product, resolve, reused
+from qtrain_kernels.plans import Rotation
+from qtrain_kernels.qtensor import Layout, QTensor, bytes_of, float_storage, inexact, unquantised
 
+NO_SHAPE = (0, 0)
 OPERANDS = {"fprop": ("x", "w"), "dgrad": ("dy", "w"), "wgrad": ("dy", "x")}
 
 # ----------------------------------------------------------------------------------------------------- what is observed
@@ -57,7 +59,7 @@ class Observed:
     x: Tensor
     rotation: Rotation | None
     dim: int
-    operand: Operand
+    operand: QTensor
     raw: Tensor | None = None
     fp8_rounded: Tensor | None = None
 
@@ -84,12 +86,10 @@ _observers: WeakValueDictionary[int, Observer] = WeakValueDictionary()
 
 @dataclass(frozen=True)
 class Gemm:
-    """The two operands of one GEMM; they share the rotation and its signs. eight_bits: the dtypes in which 8-bit units
-    can multiply them, or None."""
+    """The two operands of one GEMM; they share the rotation and its signs."""
 
     left: Quantizer
     right: Quantizer
-    eight_bits: tuple[torch.dtype, torch.dtype] | None = None
 
     def rotation(self, key: Tensor, size: int) -> Rotation | None:
         """Of the contraction dim, which has this size."""
@@ -98,13 +98,6 @@ class Gemm:
             return None
         drawn = None if spec.signs == "none" else key
         return hadamard(spec.rotation_block or size, drawn, key.device, self.left.backend)
-
-    @property
-    def held(self) -> str:
-        """int8 | fp8 | float: the narrowest that holds both operands."""
-        if self.eight_bits is None:
-            return "float"
-        return "int8" if self.eight_bits[0] == torch.int8 else "fp8"
 
     @property
     def multiple(self) -> int:
@@ -132,9 +125,10 @@ class Numerics:
     def gemms(self) -> tuple[Gemm, Gemm, Gemm]:
         return self.fprop, self.dgrad, self.wgrad
 
-    def kind(self, gemm_: Gemm, device_type: str) -> str:
-        """int8 | fp8 | float: how one of the GEMMs is multiplied on a device."""
-        return dispatch.resolve_gemm(self.gemm, gemm_.held, device_type)
+    def product(self, name: str, device_type: str, capability: tuple[int, int] | None = None) -> Product:
+        """The row of the table by which one of the GEMMs is multiplied on a device; capability: of a CUDA device, None
+        is the one that is there. ValueError where the rows that could do not run there."""
+        return _product(self, name, device_type, capability)
 
     def lasts(self, gemm_: Gemm) -> bool:
         """Whether the weight's operand of fprop or dgrad is the same in every micro-batch of a step."""
@@ -146,7 +140,7 @@ class Numerics:
             return "on no device yet"
         try:
             backend = dispatch.resolve(self.fprop.left.backend, device_type)
-            return f"{backend} on {device_type}, gemms {' '.join(self.kind(each, device_type) for each in self.gemms)}"
+            return f"{backend} on {device_type}, gemms {' '.join(self.product(name, device_type).name for name in OPERANDS)}"
         except ValueError as error:
             return str(error)
 
@@ -181,14 +175,24 @@ def read_numerics(text: str, backend: Backend | None = None) -> Numerics:
     if text in _own:
         return _own[text]
     written, own, kind = json.loads(text)
-    recipe, gemms = LinearRecipe.model_validate(written), {}
-    for name, operands in recipe.operands().items():
-        left, right = (Quantizer.build(spec, backend or own) for spec in operands.values())
-        dtypes = left.eight_bits, right.eight_bits
-        if right.reuses:
-            dtypes = left.eight_bits, _reused(gemms["fprop"], name, name == "wgrad" or left.multiple > 1)
-        gemms[name] = Gemm(left, right, _multiplied(*dtypes))
+    recipe = LinearRecipe.model_validate(written)
+    gemms = {
+        name: Gemm(*(Quantizer.build(spec, backend or own) for spec in operands.values()))
+        for name, operands in recipe.operands().items()
+    }
     return Numerics(**gemms, gemm=kind, redraw=recipe.redraw, text=text)
+
+
+@cache
+def _product(numerics: Numerics, name: str, device_type: str, capability: tuple[int, int] | None) -> Product:
+    gemm, fprop = getattr(numerics, name), numerics.fprop
+    if device_type == "cuda" and capability is None:
+        capability = torch.cuda.get_device_capability()
+    left, right = gemm.left.layout(NO_SHAPE, -1), gemm.right.layout(NO_SHAPE, -2)
+    if name != "fprop" and gemm.right.reuses:
+        forward = (fprop.right if name == "dgrad" else fprop.left).layout(NO_SHAPE)
+        right = reused(forward, numerics.product("fprop", device_type, capability), -2, name == "wgrad" or gemm.left.multiple > 1)
+    return resolve(numerics.gemm, left, right, device_type, capability)
 
 
 _own: dict[str, Numerics] = {}
@@ -199,27 +203,6 @@ def text_of_own(numerics: Numerics) -> str:
     text = f"own {len(_own)}"
     _own[text] = replace(numerics, text=text)
     return text
-
-
-def _reused(fprop: Gemm, gemm_name: str, fills: bool) -> torch.dtype | None:
-    """The 8-bit dtype in which a backward GEMM can take the forward's codes, or None. A scale per row varies along the
-    contraction, so only one scale per tensor qualifies. fills: the contraction may be filled with zeros, which integers
-    stored without their half cannot encode."""
-    forward = fprop.right if gemm_name == "dgrad" else fprop.left
-    if forward.plan is None or not forward.plan.per_tensor or forward.eight_bits is None:
-        return None
-    if forward.eight_bits == torch.int8:
-        _, offset = stored_integer(forward.plan.element)
-        if fprop.held != "int8" or (offset and fills):
-            return None
-    return forward.eight_bits
-
-
-def _multiplied(left: torch.dtype | None, right: torch.dtype | None) -> tuple[torch.dtype, torch.dtype] | None:
-    """The dtypes of a product, if there is one of them: INT8 by INT8, or FP8 whose right side is E4M3 (as on CUDA)."""
-    if left is None or right is None or (left == torch.int8) != (right == torch.int8) or right == torch.float8_e5m2:
-        return None
-    return left, right
 
 
 # ------------------------------------------------------------------------------------------------------- the arithmetic
@@ -235,15 +218,21 @@ class Call:
     dtype: torch.dtype
     observer: Observer | None
 
-    def kind(self, gemm_: Gemm) -> str:
-        return self.numerics.kind(gemm_, self.keys.device.type)
+    def product(self, name: str) -> Product:
+        return self.numerics.product(name, self.keys.device.type)
 
-    def dtype_in(self, gemm_: Gemm) -> torch.dtype:
-        """Of the operands of one of the GEMMs."""
-        return torch.int8 if self.kind(gemm_) == "int8" else self.dtype
+    def rotation(self, name: str, size: int) -> Rotation | None:
+        """Of one of the GEMMs."""
+        return getattr(self.numerics, name).rotation(key_of(self.keys, f"{name}.signs"), size)
 
-    def rotation(self, gemm_name: str, size: int) -> Rotation | None:
-        return getattr(self.numerics, gemm_name).rotation(key_of(self.keys, f"{gemm_name}.signs"), size)
+    def layout(self, use: str, shape: tuple[int, int], dim: int, blocks: bool = False) -> Layout:
+        """In which an operand is quantised: as its product takes it, or in floats where that is made of them; blocks: in
+        floats with its block scales, where integers do not do."""
+        quantizer, product = self.numerics.operands[use], self.product(use.partition(".")[0])
+        if product.storage == "int8":
+            return quantizer.layout(shape, dim, "int8")
+        floats = float_storage(quantizer.plan, self.dtype)
+        return quantizer.layout(shape, dim, floats, blocks or product.storage != "float")
 
     def operand(
         self,
@@ -252,56 +241,37 @@ class Call:
         rotation: Rotation | None,
         dim: int = -1,
         learned: Tensor | None = None,
-        with_blocks: bool = False,
+        blocks: bool = False,
         raw: Tensor | None = None,
-    ) -> Operand:
+    ) -> QTensor:
         """x as the operand `use` (fprop.x) of its GEMM, along dim, drawn with that use's key; learned: () a scale;
-        with_blocks: with its block scales, which packing and observing need; raw: as in `Observed`."""
-        quantizer, gemm_ = self.numerics.operands[use], getattr(self.numerics, use.partition(".")[0])
-        observed = self.observer is not None and quantizer.plan is not None
-        operand = quantizer.operand(
-            x, self.dtype_in(gemm_), rotation, key_of(self.keys, use),
-            dim=dim, learned=learned, with_blocks=with_blocks or observed,
-        )  # fmt: skip
-        if self.observer is not None and observed:
-            rounded = None
-            if self.kind(gemm_) == "fp8":
-                side = use.endswith((".w", "wgrad.x"))
-                along = -1 if use in ("fprop.x", "fprop.w", "dgrad.dy") else -2
-                rounded = folded(operand, along, gemm_.eight_bits[side]).inexact / operand.values.numel()
-            self.observer.operand(Observed(use, quantizer, x, rotation, dim, operand, raw, rounded))
-        return operand if with_blocks else replace(operand, blocks=None)
-
-    def again(self, use: str, source: Operand, rotation: Rotation | None, rows: int) -> Operand:
-        """An operand of the backward, along dim -2, from a master or forward value of which `rows` rows came in before
-        zeros filled it up. A forward value that is neither rotated nor quantised again is returned as it is, its tensor
-        scale beside it; a scale per row lies along the contraction and is multiplied in."""
-        per_row = isinstance(source.post_scale, Tensor) and source.post_scale.ndim > 0
-        if self.numerics.operands[use].reuses and not per_row:
-            dtype = self.dtype_in(getattr(self.numerics, use.partition(".")[0]))
-            return source if dtype == torch.int8 else source.floating(dtype)
-        x = source.dequantize()
-        return self.operand(use, x, rotation, dim=-2, raw=x[:rows])
-
-    def multiply(self, gemm_: Gemm, left: Operand, right: Operand) -> Tensor:
-        """left @ right as one of the GEMMs is multiplied."""
-        if self.kind(gemm_) != "fp8":
-            return gemm(left, right)
-        assert gemm_.eight_bits is not None
-        sides = folded(left, -1, gemm_.eight_bits[0]), folded(right, -2, gemm_.eight_bits[1])
-        return fp8_matmul(*sides, fast=self.numerics.gemm == "fp8_fast")
-
-
-def _filled(operand: Operand, rows: int, dtype: torch.dtype) -> Operand:
-    """An operand (M, N) with so many rows of zeros below it. A scale per row is multiplied in; integers stored without
-    their half, which cannot encode zero, become floats in dtype."""
-    if not rows:
+        blocks: with its block scales, of which packed codes are made; raw: as in `Observed`."""
+        quantizer, observer = self.numerics.operands[use], self.observer
+        layout = self.layout(use, (x.shape[0], x.shape[1]), dim, blocks or observer is not None)
+        operand = quantizer.operand(x, layout, rotation, key_of(self.keys, use), learned)
+        if observer is not None and quantizer.plan is not None:
+            storage = self.product(use.partition(".")[0]).storage
+            rounded = inexact(operand, storage) / x.numel() if storage in ("float8", "float8_128") else None
+            observer.operand(Observed(use, quantizer, x, rotation, dim, operand, raw, rounded))
         return operand
-    if isinstance(operand.post_scale, Tensor) and operand.post_scale.ndim:
-        operand = Operand(operand.dequantize())
-    elif operand.offset:
-        operand = operand.floating(dtype)
-    return replace(operand, values=F.pad(operand.values, (0, 0, 0, rows)), mask=None, blocks=None)
+
+    def again(self, use: str, source: QTensor, rotation: Rotation | None, padding: int) -> QTensor:
+        """An operand of the backward, along dim -2, from a master or forward value, and so many rows of zeros below it.
+        A forward value that is neither rotated nor quantised again keeps its codes, and its tensor scale beside them; a
+        scale per row lies along the contraction and is multiplied in."""
+        name = use.partition(".")[0]
+        if self.numerics.operands[use].reuses and (source.tensor_scale is None or not source.tensor_scale.ndim):
+            if self.product(name).storage != "int8":
+                source = source.unmasked.to(float_storage(source.layout.plan, self.dtype), self.numerics.fprop.left.backend)
+            return source.along(-2).filled(padding)
+        x = source.dequantize(self.numerics.fprop.left.backend)
+        filled = F.pad(x, (0, 0, 0, padding)) if padding else x
+        return self.operand(use, filled, rotation, dim=-2, raw=x)
+
+    def multiply(self, name: str, left: QTensor, right: QTensor) -> Tensor:
+        """left @ right as one of the GEMMs is multiplied."""
+        product, backend = self.product(name), self.numerics.fprop.left.backend
+        return product.run(*(product.taken(side, self.dtype, backend) for side in (left, right)))
 
 
 def _to_operand(
@@ -309,23 +279,24 @@ def _to_operand(
     quantizer: Quantizer, dtype: torch.dtype, ranks: int = 1,
 ) -> list[Tensor]:  # fmt: skip
     """A gradient by the operand as quantised (rotated: it is in rotated space) -> by the operand itself in dtype, and
-    by its learned scale, (1,) float32, where there is one. ranks: among which the operand's rows are divided."""
+    by its learned scale, (1,) float32, where there is one. mask: bits. ranks: among which the operand's rows are divided."""
     if mask is None and slope is None and not rotated:
         return [grad.to(dtype)]
     if not rotated:
         grad = rotate(grad, rotation, quantizer.backend)
-    found = [unrotate(grad, rotation, quantizer.backend, mask=mask, dtype=dtype)]
+    passes = None if mask is None else bytes_of(mask, grad.shape, quantizer.backend)
+    found = [unrotate(grad, rotation, quantizer.backend, mask=passes, dtype=dtype)]
     if slope is not None:
         found.append((grad.float() * slope).sum().view(1) * _scale_gradient_factor(ranks * slope.numel(), quantizer))
     return found
 
 
-def _scale_slope(x: Tensor, rotation: Rotation | None, operand: Operand, scale: Tensor, quantizer: Quantizer) -> Tensor:
+def _scale_slope(x: Tensor, rotation: Rotation | None, operand: QTensor, scale: Tensor, quantizer: Quantizer) -> Tensor:
     """d(codes * scale) / d scale by the straight-through estimator (LSQ, arXiv 1902.08153), (M, N) float32: codes - x /
     scale inside the grid, the last code beyond it."""
     assert quantizer.plan is not None
     u = rotate(x, rotation, quantizer.backend) / torch.where(scale == 0, 1.0, scale.float())
-    codes = operand.values.float()
+    codes = operand.codes.float()
     return torch.where(u.abs() > quantizer.plan.element.max, codes, codes - u)
 
 
@@ -338,49 +309,60 @@ def _scale_gradient_factor(elements: int, quantizer: Quantizer) -> float:
 
 # -------------------------------------------------------------------------------------------------------- the operators
 #
-# A held operand travels as a list of tensors, in the order of `Quantizer.parts`; a weight's ends with its slope (see
-# `_scale_slope`) where its scale is learned. Arguments that all four share come last: keys, numerics, dtype, observer.
+# A quantised operand travels as the tensors of a QTensor; a weight's are followed by its slope (`_scale_slope`) where its
+# scale is learned. Arguments that all four share come last: keys, numerics, dtype, observer.
 
 Held = list[Tensor]
 
 
 def _quantize_weight(call: Call, weight: Tensor, scale: Tensor | None, packed: bool) -> Held:
     """weight (N, K) master -> as fprop takes it; packed: in the bits of its format, where it has such."""
-    operand, slope = _weight(call, weight, scale, [], with_blocks=packed)
-    held = list(call.numerics.fprop.right.hold(operand, packed).values())
-    return held if slope is None else [*held, slope]
+    operand, slope = _weight(call, weight, scale, [], blocks=packed)
+    if packed:
+        operand = operand.to(operand.layout.saved, call.numerics.fprop.right.backend)
+    return operand.tensors() if slope is None else [*operand.tensors(), slope]
 
 
 def _weight(
-    call: Call, weight: Tensor, scale: Tensor | None, kept: Held, with_blocks: bool = False
-) -> tuple[Operand, Tensor | None]:
+    call: Call, weight: Tensor, scale: Tensor | None, kept: Held, blocks: bool = False
+) -> tuple[QTensor, Tensor | None]:
     """The operand fprop.w and its slope: as kept, or else quantised here."""
-    gemm_ = call.numerics.fprop
+    quantizer = call.numerics.fprop.right
     if kept:
-        parts = gemm_.right.restore(kept, weight.shape, call.dtype_in(gemm_))
-        return parts, None if scale is None else kept[-1]
+        packed = kept[0].dtype == torch.uint8
+        layout = call.layout("fprop.w", (weight.shape[0], weight.shape[1]), -1, packed)
+        layout = layout.saved if packed else layout
+        return QTensor.of(layout, kept[: len(layout.shapes())]), None if scale is None else kept[-1]
     rotation = call.rotation("fprop", weight.shape[1])
-    operand = call.operand("fprop.w", weight, rotation, learned=_scalar(scale), with_blocks=with_blocks)
-    return operand, None if scale is None else _scale_slope(weight, rotation, operand, scale, gemm_.right)
+    operand = call.operand("fprop.w", weight, rotation, learned=_scalar(scale), blocks=blocks)
+    return operand, None if scale is None else _scale_slope(weight, rotation, operand, scale, quantizer)
 
 
 def _fprop(
-    call: Call, x: Tensor, weight: Tensor, x_scale: Tensor | None, w_scale: Tensor | None, kept: Held,
-    save_x: bool, save_mask: bool,
-) -> list[Tensor]:  # fmt: skip
-    """x (T, K), weight (N, K) master, both scales () learned ones, kept: of quantize_weight, or nothing -> y (T, N) in
-    dtype, and what `saved_parts` names."""
-    gemm_ = call.numerics.fprop
-    names = saved_parts(call.numerics, call.kind(gemm_), call.dtype, save_x, save_mask)
+    call: Call,
+    x: Tensor,
+    weight: Tensor,
+    x_scale: Tensor | None,
+    w_scale: Tensor | None,
+    kept: Held,
+    save_x: bool,
+    save_mask: bool,
+) -> list[Tensor]:
+    """x (T, K), weight (N, K) master, both scales (1,) learned ones, kept: of quantize_weight, or nothing -> y (T, N) in
+    dtype; and of x, what there is of: the tensors of its codes (save_x, where `saves_codes`); the bits of its mask and
+    the slope of its learned scale (save_mask)."""
+    quantizer, rotation = call.numerics.fprop.left, call.rotation("fprop", x.shape[1])
+    codes = save_x and saves_codes(call.numerics)
     w, _ = _weight(call, weight, w_scale, kept)
-    rotation = call.rotation("fprop", x.shape[1])
-    xq = call.operand("fprop.x", x, rotation, learned=_scalar(x_scale), with_blocks="codes" in names)
-    y = call.multiply(gemm_, xq, w.t).to(call.dtype)
-    held = gemm_.left.hold(xq, packed="codes" in names)
-    if "slope" in names:
-        assert x_scale is not None
-        held["slope"] = _scale_slope(x, rotation, xq, x_scale, gemm_.left)
-    return [y, *(held[name] for name in names)]
+    xq = call.operand("fprop.x", x, rotation, learned=_scalar(x_scale), blocks=codes)
+    found = [call.multiply("fprop", xq, w.t).to(call.dtype)]
+    if codes:
+        found += xq.unmasked.to(xq.layout.unmasked.saved, quantizer.backend).tensors()
+    if save_mask and xq.mask is not None:
+        found.append(xq.mask)
+    if save_mask and x_scale is not None:
+        found.append(_scale_slope(x, rotation, xq, x_scale, quantizer))
+    return found
 
 
 def saves_codes(numerics: Numerics) -> bool:
@@ -389,51 +371,46 @@ def saves_codes(numerics: Numerics) -> bool:
     return numerics.wgrad.right.spec.source == "forward" and (forward.plan is not None or forward.rotates)
 
 
-def saved_parts(numerics: Numerics, kind: str, dtype: torch.dtype, save_x: bool, save_mask: bool) -> tuple[str, ...]:
-    """What fprop keeps of x for wgrad (save_x) and dgrad (save_mask): of `Quantizer.parts`, and the slope of a learned
-    scale."""
-    quantizer = numerics.fprop.left
-    parts = quantizer.parts(torch.int8 if kind == "int8" else dtype, packed=True)
-    wanted = {"codes", "scales", "post_scale"} if save_x and saves_codes(numerics) else set()
-    wanted |= {"mask"} if save_mask else set()
-    slope = ("slope",) if quantizer.learned and save_mask else ()
-    return tuple(name for name in parts if name in wanted) + slope
-
-
 def _dgrad(
-    call: Call, dy: Tensor, weight: Tensor, w: Held, x_mask: Tensor | None, x_slope: Tensor | None,
+    call: Call,
+    dy: Tensor,
+    weight: Tensor,
+    w: Held,
+    x_mask: Tensor | None,
+    x_slope: Tensor | None,
     x_dtype: torch.dtype,
-) -> list[Tensor]:  # fmt: skip
+) -> list[Tensor]:
     """dy (T, N), weight (N, K) master, w: of quantize_weight, where its codes are multiplied; x_mask: bits, x_slope (T,
     K) -> dX (T, K) in x_dtype, and the gradient of a learned scale, (1,). Both operands are quantised along N, filled
     with zeros to whole blocks."""
     gemm_, forward = call.numerics.dgrad, call.numerics.fprop
     (tokens, features), block = dy.shape, gemm_.left.spec.row_rotation_block
+    padding, backend = -features % gemm_.multiple, gemm_.left.backend
     from_codes = gemm_.right.spec.source == "forward"
-    source = _weight(call, weight, None, w)[0] if from_codes else Operand(weight)
-    source = _filled(source, -features % gemm_.multiple, call.dtype)
-    rotation = call.rotation("dgrad", source.values.shape[0])
-    right = call.again("dgrad.w", source, rotation, features)
-    backend = gemm_.left.backend
+    source = _weight(call, weight, None, w)[0] if from_codes else unquantised(weight)
+    rotation = call.rotation("dgrad", features + padding)
+    right = call.again("dgrad.w", source, rotation, padding)
     rows = None if block is None else hadamard(block, None, dy.device)
-    padding = -features % gemm_.multiple
     turned = F.pad(dy, (0, padding)) if padding else dy
     if rows is not None:
         turned = rotate(F.pad(turned, (0, 0, 0, -tokens % rows.size)), rows, backend, dim=-2)
-    product = call.multiply(gemm_, call.operand("dgrad.dy", turned, rotation, raw=dy), right)
+    product = call.multiply("dgrad", call.operand("dgrad.dy", turned, rotation, raw=dy), right)
     if rows is not None:
         product = unrotate(product, rows, backend, dim=-2)[:tokens]
-    shape = (tokens, weight.shape[1])
-    mask = None if x_mask is None else forward.left.bytes_of(x_mask, shape)
-    turn = call.rotation("fprop", shape[1])
     ranks = distributed.get_world_size() if x_slope is not None and distributed.is_initialized() else 1
-    return _to_operand(product, mask, x_slope, turn, from_codes, forward.left, x_dtype, ranks)
+    turn = call.rotation("fprop", weight.shape[1])
+    return _to_operand(product, x_mask, x_slope, turn, from_codes, forward.left, x_dtype, ranks)
 
 
 def _wgrad(
-    call: Call, dy: Tensor, x: Held, w_mask: Tensor | None, w_slope: Tensor | None, features: int,
+    call: Call,
+    dy: Tensor,
+    x: Held,
+    w_mask: Tensor | None,
+    w_slope: Tensor | None,
+    features: int,
     weight_dtype: torch.dtype,
-) -> list[Tensor]:  # fmt: skip
+) -> list[Tensor]:
     """dy (T, N), x: the input (T, K) itself, or what fprop saved of its codes; w_mask: bits, w_slope (N, K) -> dW
     (N, K) in weight_dtype, K = features, and the gradient of a learned scale, (1,). Both operands are quantised along
     T, filled with zeros to whole blocks. Zeros do not change the product, unless neither operand can represent zero and
@@ -441,19 +418,17 @@ def _wgrad(
     gemm_, forward = call.numerics.wgrad, call.numerics.fprop
     tokens, from_codes = dy.shape[0], gemm_.right.spec.source == "forward"
     if saves_codes(call.numerics):
-        source = forward.left.restore(x, torch.Size((tokens, features)), call.dtype_in(forward))
+        layout = call.layout("fprop.x", (tokens, features), -1, blocks=True).unmasked.saved
+        source = QTensor.of(layout, x)
     else:
-        source = Operand(x[0].to(call.dtype) if from_codes else x[0])
+        source = unquantised(x[0].to(call.dtype) if from_codes else x[0])
     padding = -tokens % gemm_.multiple
     filled = F.pad(dy, (0, 0, 0, padding)) if padding else dy
-    source = _filled(source, padding, call.dtype)
-    rotation = call.rotation("wgrad", filled.shape[0])
+    rotation = call.rotation("wgrad", tokens + padding)
     left = call.operand("wgrad.dy", filled, rotation, dim=-2, raw=dy)
-    product = call.multiply(gemm_, left.t, call.again("wgrad.x", source, rotation, tokens))
-    shape = (dy.shape[1], features)
-    mask = None if w_mask is None else forward.right.bytes_of(w_mask, shape)
+    product = call.multiply("wgrad", left.t, call.again("wgrad.x", source, rotation, padding))
     turn = call.rotation("fprop", features)
-    found = _to_operand(product, mask, w_slope, turn, from_codes, forward.right, weight_dtype)
+    found = _to_operand(product, w_mask, w_slope, turn, from_codes, forward.right, weight_dtype)
     if call.observer is not None:
         call.observer.gradient(found[0])
     return found
@@ -520,46 +495,43 @@ wgrad = _define(_wgrad, "Tensor dy, Tensor[] x, Tensor? w_mask, Tensor? w_slope,
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     """Saves only what the gradients that are asked for need."""
     x, weight, _, w_scale, kept, save_x, save_mask, keys, text, dtype, observer = inputs
-    numerics = read_numerics(text)
-    kind = numerics.kind(numerics.fprop, x.device.type)
-    ctx.parts = saved_parts(numerics, kind, dtype, save_x, save_mask)
-    ctx.shared, ctx.x_dtype, ctx.counts = (text, dtype, observer), x.dtype, (len(kept), len(ctx.parts))
+    ctx.shared, ctx.x_dtype, ctx.counts = (text, dtype, observer), x.dtype, (len(kept), save_x, save_mask)
     ctx.observer = _observers.get(observer)  # holds it
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(
-        keys, weight, w_scale, x if save_x and not saves_codes(numerics) else None, *kept, *output[1:]
-    )
+    own = x if save_x and not saves_codes(read_numerics(text)) else None
+    ctx.save_for_backward(keys, weight, w_scale, own, *kept, *output[1:])
 
 
 def _backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
     keys, weight, w_scale, x, *rest = ctx.saved_tensors
-    kept, parts = rest[: ctx.counts[0]], dict(zip(ctx.parts, rest[ctx.counts[0] :], strict=True))
-    shared = keys, *ctx.shared
-    numerics, dtype = read_numerics(ctx.shared[0]), ctx.shared[1]
+    kept_count, _, save_mask = ctx.counts
+    kept, saved = rest[:kept_count], rest[kept_count:]
+    shared, numerics = (keys, *ctx.shared), read_numerics(ctx.shared[0])
+    forward = numerics.fprop
     needs_x, needs_w, needs_x_scale, needs_w_scale = ctx.needs_input_grad[:4]
-    dy, found = grads[0].contiguous(), [None] * 4
-    w, names = kept, numerics.fprop.right.parts(_values_dtype(numerics, dy.device.type, dtype), bool(kept))
-    from_codes = numerics.dgrad.right.spec.source == "forward" and numerics.fprop.right.plan is not None
-    if not kept and (((needs_x or needs_x_scale) and from_codes) or (needs_w and "mask" in names) or needs_w_scale):
+    x_slope = saved.pop() if save_mask and forward.left.learned else None
+    x_mask = saved.pop() if save_mask and forward.left.masks else None
+    dy, found, w, w_mask, w_slope = grads[0].contiguous(), [None] * 4, kept, None, None
+    from_codes = numerics.dgrad.right.spec.source == "forward" and forward.right.plan is not None
+    needed = ((needs_x or needs_x_scale) and from_codes) or (needs_w and forward.right.masks) or needs_w_scale
+    if not kept and needed:
         w = quantize_weight(weight, w_scale, False, *shared[:-1], 0)  # which the forward has shown to the observer
-    of_w = dict(zip((*names, "slope"), w, strict=False))
+    if w:
+        w_slope = w[-1] if forward.right.learned else None
+        w_mask = w[-1 - forward.right.learned] if forward.right.masks else None
     if needs_x or needs_x_scale:
-        slope = parts.get("slope") if needs_x_scale else None
-        found[0:3:2] = _two(dgrad(dy, weight, w if from_codes else [], parts.get("mask"), slope, ctx.x_dtype, *shared))
+        slope = x_slope if needs_x_scale else None
+        found[0:3:2] = _two(dgrad(dy, weight, w if from_codes else [], x_mask, slope, ctx.x_dtype, *shared))
     if needs_w or needs_w_scale:
-        held = [x] if x is not None else [parts[name] for name in ("codes", "scales", "post_scale") if name in parts]
-        given = of_w.get("mask"), of_w.get("slope") if needs_w_scale else None
-        found[1:4:2] = _two(wgrad(dy, held, *given, weight.shape[1], weight.dtype, *shared))
+        slope = w_slope if needs_w_scale else None
+        held = saved if x is None else [x]
+        found[1:4:2] = _two(wgrad(dy, held, w_mask, slope, weight.shape[1], weight.dtype, *shared))
     return *found, [None] * len(kept), *[None] * 6
 
 
 def _two(found: list[Tensor]) -> list[Tensor | None]:
     """A gradient, and that of a learned scale, if there is one."""
     return [*found, None][:2]
-
-
-def _values_dtype(numerics: Numerics, device_type: str, dtype: torch.dtype) -> torch.dtype:
-    return torch.int8 if numerics.kind(numerics.fprop, device_type) == "int8" else dtype
 
 
 torch.library.register_autograd("qtrain::fprop", _backward, setup_context=_setup, lib=LIBRARY)

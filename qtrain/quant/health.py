@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from qtrain.quant.functional import Observed
-from qtrain.quant.quantizer import Operand, Quantizer, rotate
+from qtrain.quant.quantizer import Quantizer, rotate
 from qtrain_kernels.plans import Plan
+from qtrain_kernels.qtensor import QTensor
 
 ROUNDING = 1 + 2.0**-20  # what lies on the grid's edge may be beyond it by float32's rounding
 
@@ -38,19 +39,21 @@ def operand_health(seen: Observed, max_lines: int) -> dict[str, Tensor]:
     Outliers are counted in all that came in, for they gather in few lines. All else is of x, which is quantised with
     the zeros that fill it up: of no more than max_lines, evenly spaced; of formats in tiles of rows, of all.
     """
-    plan, operand, dim = seen.quantizer.plan, seen.operand, seen.dim
+    plan, operand, dim, backend = seen.quantizer.plan, seen.operand, seen.dim, seen.quantizer.backend
     assert plan is not None
     lines, in_tiles = seen.x.shape[0 if dim == -1 else 1], seen.quantizer.tile[0] > 1
     stride = 1 if in_tiles else -(-lines // max_lines) | 1  # odd: no rhythm of sequences or heads, which are even
+    passes = operand.passes(backend)
     if stride > 1:
-        operand = _every(operand, stride, dim, lines)
-    x = rotate(_lines(seen.x, stride, dim).contiguous(), seen.rotation, seen.quantizer.backend, dim)
-    scale = operand.post_scale
+        operand, passes = _every(operand, stride), None if passes is None else _lines(passes, stride, dim)
+    x = rotate(_lines(seen.x, stride, dim).contiguous(), seen.rotation, backend, dim)
+    scale = operand.layout.constant if operand.tensor_scale is None else operand.tensor_scale
     in_units = x / (torch.where(scale == 0, 1.0, scale) if isinstance(scale, Tensor) else scale)
-    found = {"sqnr_db": _sqnr(x, operand.dequantize().float())} | _outliers(seen.x if seen.raw is None else seen.raw)
-    found |= _range(in_units, operand.blocks, plan, seen.quantizer, dim)
-    if operand.mask is not None:
-        found["mask_density"] = operand.mask.float().mean()
+    held = operand.dequantize(backend).float()
+    found = {"sqnr_db": _sqnr(x, held)} | _outliers(seen.x if seen.raw is None else seen.raw)
+    found |= _range(in_units, operand, plan, seen.quantizer, dim)
+    if passes is not None:
+        found["mask_density"] = passes.float().mean()
     if seen.fp8_rounded is not None:
         found["fp8_rounded"] = seen.fp8_rounded
     return found
@@ -60,19 +63,16 @@ def _lines(matrix: Tensor, stride: int, dim: int) -> Tensor:
     return matrix[::stride] if dim == -1 else matrix[:, ::stride]
 
 
-def _every(operand: Operand, stride: int, dim: int, lines: int) -> Operand:
-    """Every stride-th line of an operand whose blocks lie within lines."""
-    scale, blocks = operand.post_scale, operand.blocks
-    if blocks is not None and dim == -1:
-        blocks = blocks.reshape(lines, -1)[::stride].reshape(-1, 1, 1)
-    elif blocks is not None:
-        blocks = blocks[:, :, ::stride]
+def _every(operand: QTensor, stride: int) -> QTensor:
+    """Every stride-th line of an operand in a flat storage, without its mask."""
+    dim, scale, blocks = operand.layout.dim, operand.tensor_scale, operand.block_scale
+    codes = _lines(operand.codes, stride, dim)
     return replace(
-        operand,
-        values=_lines(operand.values, stride, dim),
-        post_scale=_lines(scale, stride, dim) if isinstance(scale, Tensor) and scale.ndim else scale,
-        mask=None if operand.mask is None else _lines(operand.mask, stride, dim),
-        blocks=blocks,
+        operand.unmasked,
+        codes=codes,
+        tensor_scale=_lines(scale, stride, dim) if scale is not None and scale.ndim else scale,
+        block_scale=None if blocks is None else _lines(blocks, stride, dim),
+        layout=replace(operand.layout.unmasked, shape=(codes.shape[0], codes.shape[1])),
     )
 
 
@@ -94,12 +94,13 @@ def _outliers(x: Tensor) -> dict[str, Tensor]:
     }
 
 
-def _range(in_units: Tensor, blocks: Tensor | None, plan: Plan, quantizer: Quantizer, dim: int) -> dict[str, Tensor]:
+def _range(in_units: Tensor, operand: QTensor, plan: Plan, quantizer: Quantizer, dim: int) -> dict[str, Tensor]:
     """What lies beyond the grid, and beyond the scales' own. in_units: x over its tensor scale."""
-    if blocks is None:
+    if operand.block_scale is None:
         return {"clipped": (in_units.abs() > plan.element.max * ROUNDING).float().mean()}
+    blocks = operand.block_scale[:, None] if dim == -2 and quantizer.tile[0] == 1 else operand.block_scale.reshape(-1, 1, 1)
     assert plan.block is not None
-    magnitudes = quantizer.in_blocks(in_units, dim).abs()
+    magnitudes = replace(operand.layout, plan=replace(plan, correction=None)).spans(in_units).abs()
     beyond = magnitudes > blocks * (plan.element.max * ROUNDING)
     wanted = magnitudes.amax(1) / plan.element.max
     smallest, largest = _scale_limits(plan)

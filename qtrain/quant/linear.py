@@ -21,7 +21,7 @@ from qtrain.quant import functional
 from qtrain.quant.functional import OPERANDS, Numerics, Observer, read_numerics, text_of_own
 from qtrain.quant.random import key_table
 from qtrain.recipe import LinearRecipe
-from qtrain.settings import FP8_GEMMS, Backend, GemmKind
+from qtrain.settings import BFLOAT16_GEMMS, Backend, GemmKind
 from qtrain_kernels.precision import Linear
 
 REMEMBERED = 64  # steps or micro-batches whose forwards can still be recomputed
@@ -140,7 +140,7 @@ class QuantLinear(Linear):
         device_type = input.device.type
         autocast = torch.is_autocast_enabled(device_type)
         dtype = torch.get_autocast_dtype(device_type) if autocast else input.dtype
-        if self.gemm in FP8_GEMMS and dtype != torch.bfloat16:
+        if self.gemm in BFLOAT16_GEMMS and dtype != torch.bfloat16:
             raise UserError(
                 f"{self.name}: gemm {self.gemm!r} gives products in bfloat16; the compute dtype is {dtype}; "
                 "use torch.autocast(..., dtype=torch.bfloat16), or convert with gemm='auto'"

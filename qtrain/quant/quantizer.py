@@ -1,21 +1,18 @@
 """Quantizer: rotate -> scale -> round -> codes, of a matrix along one of its two dims.
 
 # M, N the matrix; quantised along dim -1 (each row) or -2 (each column): no transpose is made.
-x ≈ codes * block_scale * tensor_scale. A GEMM takes codes * block_scale, exact in bfloat16, and its result takes the
-tensor scale: one GEMM in bfloat16 thus holds exactly the operands that a low-precision GEMM would. Integer codes
-without blocks go into an INT8 GEMM as they are.
+x ≈ codes * block_scale * tensor_scale. `Quantizer.operand` gives a QTensor for a product, `Quantizer.quantize` codes and
+scales to look at.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from qtrain.errors import UserError
 from qtrain.quant.estimator import gradient_mask
@@ -23,21 +20,10 @@ from qtrain.quant.random import checked_seed, key_words
 from qtrain.quant.rotation import hadamard
 from qtrain.recipe import QuantSpec, check_spec
 from qtrain.settings import Backend, parse
-from qtrain_kernels import dispatch
+from qtrain_kernels import dispatch, qtensor
 from qtrain_kernels.formats import get_format
-from qtrain_kernels.gemm import Folded, fold, int8_matmul
-from qtrain_kernels.plans import (
-    ROUNDINGS,
-    Packed,
-    Plan,
-    Rotation,
-    RoundingName,
-    can_pack,
-    field_width,
-    stored_integer,
-)
-from qtrain_kernels.precision import matmul
-from qtrain_kernels.reference import constant_scale
+from qtrain_kernels.plans import ROUNDINGS, Plan, Rotation, RoundingName
+from qtrain_kernels.qtensor import Layout, QTensor, Storage
 
 
 @dataclass(frozen=True)
@@ -69,73 +55,6 @@ class Counts:
     not_a_number: int
     saturated: int
     flushed: int
-
-
-@dataclass(frozen=True)
-class Operand:
-    """One side of a GEMM: values (M, N) in the compute dtype, and what multiplies the result instead of them.
-
-    values: in float32 where the compute dtype cannot hold codes * block_scale; int8 for integer codes, which are
-    (values + offset) * unit. post_scale: a float, () or, along the dim that is not contracted, (M, 1) or (1, N)
-    float32. mask: (M, N) uint8, 1 where a gradient passes (a product with bool takes four times as long on CPU); None
-    where all do. blocks: the block scales that values contain, as the operation `operand` gives them; None
-    without, and where nothing asks.
-    """
-
-    values: Tensor
-    post_scale: Tensor | float = 1.0
-    mask: Tensor | None = None
-    unit: float = 1.0
-    offset: float = 0.0
-    blocks: Tensor | None = None
-
-    @property
-    def t(self) -> Operand:
-        post_scale = (
-            self.post_scale.T if isinstance(self.post_scale, Tensor) and self.post_scale.ndim else self.post_scale
-        )
-        return replace(self, values=self.values.T, post_scale=post_scale, mask=None, blocks=None)
-
-    def floating(self, dtype: torch.dtype) -> Operand:
-        """The same with float values: integer codes in dtype, bfloat16 or float32, both of which hold them."""
-        if self.values.dtype != torch.int8:
-            return self
-        codes = self.values.to(dtype)
-        if self.offset:
-            codes = codes.add_(self.offset)
-        return replace(self, values=codes.mul_(self.unit), unit=1.0, offset=0.0)
-
-    def dequantize(self) -> Tensor:
-        """(M, N): the values themselves where nothing is left to multiply, else float32."""
-        if self.values.dtype != torch.int8 and isinstance(self.post_scale, float) and self.post_scale == 1.0:
-            return self.values
-        return self.floating(torch.float32).values.float() * self.post_scale
-
-
-def folded(operand: Operand, dim: int, dtype: torch.dtype) -> Folded:
-    """An operand for FP8 units, which contract dim (-1: of the left one, -2: of the right one); its scales inside."""
-    found = fold(operand.values, dim, dtype)
-    return found._replace(scale=found.scale * operand.post_scale)
-
-
-def gemm(left: Operand, right: Operand) -> Tensor:
-    """left (M, K) @ right (K, N) in their dtype, float32 if either is; float32 where a post-scale multiplies it.
-
-    In bfloat16 the product is then rounded once to bfloat16 before the post-scale, and once more by the caller's cast.
-    Of two int8 operands the sum is exact, rounded to float32, and multiplied by each scale.
-    """
-    scales = [left.post_scale, right.post_scale]
-    if left.values.dtype == torch.int8:
-        product = int8_matmul(left.values, right.values, left.offset, right.offset).mul_(left.unit * right.unit)
-    else:
-        dtype = torch.promote_types(left.values.dtype, right.values.dtype)
-        product = matmul(left.values.to(dtype), right.values.to(dtype))
-    if isinstance(scales[0], float) and isinstance(scales[1], float):
-        scales = [scales[0] * scales[1]]
-    for scale in scales:
-        if isinstance(scale, Tensor) or scale != 1.0:
-            product = product.float().mul_(scale)
-    return product
 
 
 def rotate(x: Tensor, rotation: Rotation | None, backend: Backend, dim: int = -1) -> Tensor:
@@ -202,21 +121,6 @@ class Quantizer:
         return self.spec.quantised and ROUNDINGS[self.spec.rounding].draws
 
     @property
-    def eight_bits(self) -> torch.dtype | None:
-        """The 8-bit dtype that a GEMM can take it in: int8 for integer codes with scales that multiply the product;
-        float8 for values of few significant bits, each line of them times a power of two. None where there is none."""
-        plan = self.plan
-        if plan is None or plan.rule == "learned":  # a NaN has no integer, and a learned scale does not show it
-            return None
-        if plan.element.mantissa_bits is None:
-            _, offset = stored_integer(plan.element)
-            dropped = plan.sparsity is not None and offset  # what sparsity drops is zero, which a centred grid lacks
-            return torch.int8 if plan.block is None and not dropped else None
-        if plan.element.mantissa_bits > 3 or (plan.block is not None and plan.scale_kind != "e8m0"):
-            return None
-        return torch.float8_e5m2 if plan.element.max > 448 else torch.float8_e4m3fn
-
-    @property
     def reuses(self) -> bool:
         """Whether it leaves the forward's codes as they are."""
         return self.plan is None and self.spec.source == "forward" and self.spec.rotation_block is None
@@ -234,27 +138,36 @@ class Quantizer:
         """What the contraction dim must be a multiple of."""
         return math.lcm(self.tile[1], self.spec.rotation_block or 1, 8 if self.spec.sparsity else 1)
 
+    def layout(self, shape: tuple[int, int], dim: int = -1, storage: Storage = "float32", blocks: bool = False) -> Layout:
+        """Of a matrix (M, N) that it quantises along dim."""
+        return _layout(self.plan, shape, dim, storage, self.tile[0], blocks)
+
+    def operand(
+        self,
+        x: Tensor,
+        layout: Layout,
+        rotation: Rotation | None = None,
+        key: Tensor | None = None,
+        learned: Tensor | None = None,
+    ) -> QTensor:
+        """x (M, N), float -> x rotated and quantised, in a layout of this quantiser. key: (2,) int32; learned: () float32,
+        the scale itself where it is learned."""
+        return qtensor.quantize(x, layout, rotation, key, learned, self.backend)
+
     def quantize(
         self, x: Tensor, rotation: Rotation | None = None, key: Tensor | None = None, dim: int = -1
     ) -> QuantizedTensor:
         """x (M, N), float -> codes and scales of x rotated, along dim (-1 or -2); key (2,) int32."""
         assert self.plan is not None
-        view = _View(x.shape, dim, *self.tile)
-        blocks, scale, post, rotation = self._prepare(x, rotation, view)
+        layout = self.layout((x.shape[0], x.shape[1]), dim)
+        spans, scale, tensor_scale, rotation = qtensor.prepared(x, layout, rotation, None, self.backend)
         encode = dispatch.get("encode", self.backend, x.device.type, self.plan, rotation)
-        codes, block_scale, mask = encode(blocks, scale, key, self.plan, rotation)
-        passes = None if mask is None else view.undo(mask).view(torch.bool)
+        codes, block_scale, mask = encode(spans, scale, key, self.plan, rotation)
         if block_scale is not None:
-            size = self.plan.block or 1
-            block_scale = view.undo(block_scale.expand(-1, size, -1))
-        return QuantizedTensor(view.undo(codes), block_scale, post, passes)
-
-    def in_blocks(self, x: Tensor, dim: int) -> Tensor:
-        """x (M, N), quantised along dim, as its format's blocks, (blocks, elements of one, inner); zeros fill up its
-        last tiles."""
-        assert self.plan is not None and self.plan.block is not None
-        rows = self.tile[0]
-        return _View(x.shape, dim, rows, self.plan.block // rows).spans(x)
+            block_scale = layout.unspan(block_scale.expand(-1, self.plan.block or 1, -1))
+        passes = None if mask is None else layout.unspan(mask).view(torch.bool)
+        post = layout.constant if tensor_scale is None else tensor_scale
+        return QuantizedTensor(layout.unspan(codes), block_scale, post, passes)
 
     def count(self, x: Tensor, rotation: Rotation | None = None, key: Tensor | None = None, dim: int = -1) -> Counts:
         """What `quantize` does to x: nothing becomes NaN, saturates or vanishes without being counted here."""
@@ -271,121 +184,29 @@ class Quantizer:
             flushed=int(((values == 0) & (rotated != 0)).sum()),
         )
 
-    def operand(
-        self,
-        x: Tensor,
-        dtype: torch.dtype,
-        rotation: Rotation | None = None,
-        key: Tensor | None = None,
-        dim: int = -1,
-        learned: Tensor | None = None,
-        with_blocks: bool = False,
-    ) -> Operand:
-        """As quantize, but ready for a GEMM in dtype: bfloat16, float32, or int8 where `eight_bits` says so. learned:
-        () float32, the scale itself where the rule is `learned`. with_blocks: block scales too, which `save` packs."""
-        if self.plan is None:
-            return Operand((x if rotation is None else rotate(x, rotation, self.backend, dim)).to(dtype))
-        view = _View(x.shape, dim, *self.tile)
-        blocks, scale, post, rotation = self._prepare(x, rotation, view, learned)
-        operand = dispatch.get("operand", self.backend, x.device.type, self.plan, rotation)
-        values, block_scale, mask = operand(
-            blocks, scale, key, self.plan, self._values_dtype(dtype), rotation, with_blocks
-        )
-        unit, offset = stored_integer(self.plan.element) if dtype == torch.int8 else (1.0, 0.0)
-        passes = None if mask is None else view.undo(mask)
-        return Operand(view.undo(values), post, passes, unit, offset, block_scale)
-
     @property
     def rotates(self) -> bool:
         return self.spec.rotation_block is not None
+
+    @property
+    def masks(self) -> bool:
+        """Whether its estimator stops some gradients."""
+        return self.plan is not None and self.plan.mask is not None
 
     @property
     def learned(self) -> bool:
         """Whether its scale is a parameter."""
         return self.plan is not None and self.plan.rule == "learned"
 
-    @cached_property
-    def scaled(self) -> bool:
-        """Whether a tensor scale, of the data or learned, multiplies what its operands are multiplied to."""
-        return self.plan is not None and (self.learned or constant_scale(self.plan) is None)
-
-    def packs(self, dtype: torch.dtype) -> bool:
-        """Whether an operand along dim -1 with values in dtype can be held in the bits of its format: `can_pack`, no
-        tiles of rows, and fewer bits than the values have."""
-        plan = self.plan
-        packable = plan is not None and self.tile[0] == 1 and can_pack(plan)
-        return packable and field_width(plan.element) < 8 * self._values_dtype(dtype).itemsize
-
-    def parts(self, dtype: torch.dtype, packed: bool) -> tuple[str, ...]:
-        """The tensors in which an operand in dtype is held: of codes, scales, post_scale and mask."""
-        blocks = packed and self.packs(dtype) and self.plan is not None and self.plan.block is not None
-        mask = self.plan is not None and self.plan.mask is not None
-        there = {"codes": True, "scales": blocks, "post_scale": self.scaled, "mask": mask}
-        return tuple(name for name, is_there in there.items() if is_there)
-
-    def hold(self, operand: Operand, packed: bool) -> dict[str, Tensor]:
-        """An operand (M, N) of this quantiser along dim -1, as `parts` names it. packed: in the bits of its format if
-        it `packs`, of which the operand must have its blocks; else its values. The mask is held in bits."""
-        values, plan = operand.values, self.plan
-        op = partial(dispatch.get, backend=self.backend, device_type=values.device.type)
-        held: dict[str, Tensor | None] = {"codes": values}
-        if packed and self.packs(values.dtype):
-            spans = _View(values.shape, -1, *self.tile).spans(values)
-            held["codes"], held["scales"] = op("pack", plan=plan)(spans, operand.blocks, plan)
-        held["post_scale"] = operand.post_scale if isinstance(operand.post_scale, Tensor) else None
-        held["mask"] = None if operand.mask is None else op("join")(operand.mask, 1)
-        return {name: tensor for name, tensor in held.items() if tensor is not None}
-
-    def restore(self, held: Sequence[Tensor], shape: torch.Size, dtype: torch.dtype) -> Operand:
-        """An operand of `shape` in dtype, without its blocks and mask, from the tensors of `hold`."""
-        codes, dtype = held[0], self._values_dtype(dtype)
-        packed = codes.dtype == torch.uint8
-        named = dict(zip(self.parts(dtype, packed), held, strict=False))
-        if packed:
-            size = self.tile[1] if self.tile[1] > 1 else shape[1]
-            spans = torch.Size((shape.numel() // size, size, 1))
-            unpack = dispatch.get("unpack", self.backend, codes.device.type, self.plan)
-            codes = unpack(Packed(codes, named.get("scales")), spans, self.plan, dtype).view(shape)
-        constant = 1.0 if self.plan is None or self.scaled else constant_scale(self.plan) or 1.0
-        unit, offset = (1.0, 0.0) if self.plan is None or dtype != torch.int8 else stored_integer(self.plan.element)
-        return Operand(codes.to(dtype), named.get("post_scale", constant), None, unit, offset)
-
-    def bytes_of(self, bits: Tensor, shape: Sequence[int]) -> Tensor:
-        """A mask as `hold` has it -> uint8 of `shape`, 0 or 1."""
-        split = dispatch.get("split", self.backend, bits.device.type)
-        return split(bits, 1, math.prod(shape)).view(shape)
-
-    def _values_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """Of an operand in dtype: float32 where bfloat16 does not hold its values."""
-        exact = dtype == torch.int8 or self.plan is None or self.plan.exact_in_bfloat16
-        return dtype if exact else torch.float32
-
     def fake_quantize(self, x: Tensor, rotation: Rotation | None = None, key: Tensor | None = None) -> Tensor:
         """x (M, N) quantised along dim -1, dequantised and rotated back, in its own dtype."""
         assert self.plan is not None
-        view = _View(x.shape, -1, *self.tile)
-        blocks, scale, _, left = self._prepare(x, rotation, view)
+        layout = self.layout((x.shape[0], x.shape[1]))
+        spans, scale, _, left = qtensor.prepared(x, layout, rotation, None, self.backend)
         function = dispatch.get("fake_quantize", self.backend, x.device.type, self.plan, left)
         dtype = x.dtype if left is rotation else torch.float32
-        values = view.undo(function(blocks, scale, key, self.plan, dtype, left))
+        values = layout.unspan(function(spans, scale, key, self.plan, dtype, left))
         return values if left is rotation else unrotate(values, rotation, self.backend, dtype=x.dtype)
-
-    def _prepare(
-        self, x: Tensor, rotation: Rotation | None, view: _View, learned: Tensor | None = None
-    ) -> tuple[Tensor, Tensor | float, Tensor | float, Rotation | None]:
-        """x in spans; its tensor scale for `encode`, and as it multiplies the matrix; the rotation left to do."""
-        assert self.plan is not None
-        if view.rows > 1 and rotation is not None:  # tiles are copies, in which a rotation's blocks do not lie together
-            x, rotation = rotate(x, rotation, self.backend, view.dim), None
-        tensor_scale = dispatch.get("tensor_scale", self.backend, x.device.type, self.plan, rotation)
-        scale = learned if learned is not None else tensor_scale(view.lines(x), self.plan, rotation)
-        blocks = view.spans(x)
-        if not isinstance(scale, Tensor) or not scale.ndim:
-            return blocks, scale, scale, rotation
-        post = scale.squeeze(1)
-        if scale.shape[0] != blocks.shape[0]:  # one scale per row over several blocks
-            scale = scale.repeat_interleave(blocks.shape[0] // scale.shape[0], 0)
-        return blocks, scale.expand(-1, -1, blocks.shape[2]).contiguous(), post, rotation
 
     def __str__(self) -> str:
         """mxfp4/std/nearest/had32/clip, as in the printed model."""
@@ -403,46 +224,11 @@ class Quantizer:
         return "/".join(part for part in parts if part)
 
 
-@dataclass(frozen=True)
-class _View:
-    """A matrix of `shape` (M, N) as spans of `size` elements along dim -1 or -2; tiles of rows become blocks."""
-
-    shape: torch.Size
-    dim: int
-    rows: int
-    size: int
-
-    def lines(self, x: Tensor) -> Tensor:
-        return _lines(x, self.dim)
-
-    def spans(self, x: Tensor) -> Tensor:
-        """(outer, span, inner), without a copy unless in tiles."""
-        if self.rows > 1:
-            (height, width), (padding_down, padding_right) = self._tile, self._padding
-            x = F.pad(x, (0, padding_right, 0, padding_down))
-            tiles = x.view(x.shape[0] // height, height, -1, width).transpose(1, 2)
-            return tiles.reshape(-1, height * width, 1)
-        if self.size == 1:
-            return self.lines(x)
-        return x.reshape(-1, self.size, 1) if self.dim == -1 else x.reshape(-1, self.size, x.shape[1])
-
-    def undo(self, spans: Tensor) -> Tensor:
-        """(M, N) again."""
-        if self.rows == 1:
-            return spans.reshape(self.shape)
-        (height, width), padding = self._tile, self._padding
-        down, right = (size + extra for size, extra in zip(self.shape, padding, strict=True))
-        tiles = spans.reshape(down // height, right // width, height, width).transpose(1, 2)
-        return tiles.reshape(down, right)[: self.shape[0], : self.shape[1]]
-
-    @property
-    def _tile(self) -> tuple[int, int]:
-        return (self.rows, self.size) if self.dim == -1 else (self.size, self.rows)
-
-    @property
-    def _padding(self) -> tuple[int, int]:
-        """Zeros below and to the right of the matrix that fill its last tiles; no scale by magnitude sees them."""
-        return -self.shape[0] % self._tile[0], -self.shape[1] % self._tile[1]
+@lru_cache(4096)
+def _layout(
+    plan: Plan | None, shape: tuple[int, int], dim: int, storage: Storage, rows: int, blocks: bool
+) -> Layout:
+    return Layout(plan, shape, dim, storage, rows, blocks and plan is not None and plan.block is not None)
 
 
 @torch.no_grad()

@@ -26,7 +26,7 @@ import csv
 import math
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from decimal import Decimal
 from functools import cache, partial
 from itertools import pairwise
@@ -46,13 +46,14 @@ from torch import Tensor, nn
 
 from qtrain.quant import Quantizer, QuantLinear
 from qtrain.quant.functional import Numerics
-from qtrain.quant.quantizer import Operand, rotate, unrotate
+from qtrain.quant.quantizer import rotate, unrotate
 from qtrain.quant.random import key_words
 from qtrain.quant.rotation import hadamard
 from qtrain.recipe import LinearRecipe, QuantSpec, read_recipe
 from qtrain.settings import Backend, parse
 from qtrain_kernels import reference
 from qtrain_kernels.formats import E2M1, E4M3, GAUSSIAN_CLIP
+from qtrain_kernels.gemm import Product
 from qtrain_kernels.plans import Rotation
 
 BACKEND: Backend = "reference"
@@ -828,17 +829,13 @@ def behind(recipe: str, band: str, wrong: str | None = None) -> float:
 
 
 def doubled(numerics: Numerics, operand: str) -> Numerics:
-    gemm = operand.partition(".")[0]
-    side = "right" if operand in ("fprop.w", "dgrad.w", "wgrad.x") else "left"
+    class Doubled(Numerics):
+        def product(self, name: str, *device: Any) -> Product:
+            found = super().product(name, *device)
+            wrong = name == operand.partition(".")[0]
+            return replace(found, run=lambda *sides: found.run(*sides) * 2.0) if wrong else found
 
-    class Doubled(Quantizer):
-        def operand(self, *arguments: Any, **options: Any) -> Operand:
-            found = super().operand(*arguments, **options)
-            return replace(found, post_scale=found.post_scale * 2.0)
-
-    right = numerics.operands[operand]
-    spoiled = replace(getattr(numerics, gemm), **{side: Doubled(right.spec, right.plan, right.backend)})
-    return replace(numerics, **{gemm: spoiled})
+    return Doubled(**{each.name: getattr(numerics, each.name) for each in fields(Numerics)})
 
 
 def training_rows() -> list[Row]:

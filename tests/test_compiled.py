@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from qtrain.settings import Backend, GemmKind
 from qtrain_kernels import cpu, dispatch, gpu, reference
 from qtrain_kernels.formats import get_format
+from qtrain_kernels.gemm import SETTINGS
 from qtrain_kernels.operators import spell
 from qtrain_kernels.plans import SCALE_RULES, Mask, Plan, Rotation
 
@@ -344,7 +345,7 @@ def test_every_e8m0_rule_and_every_mask_has_a_plan() -> None:
 
 
 def test_settings_name_the_backends_that_there_are() -> None:
-    assert get_args(Backend) == dispatch.BACKENDS and get_args(GemmKind) == dispatch.GEMMS
+    assert get_args(Backend) == dispatch.BACKENDS and get_args(GemmKind) == tuple(SETTINGS)
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """Products on 8-bit units: INT8 exact, FP8 exact in its operands, and what a layer makes of them."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import product
 
@@ -10,10 +11,11 @@ from torch.nn.functional import ScalingType, SwizzleType
 
 import qtrain
 from qtrain.errors import UserError
+from qtrain.quant import check_backend
 from qtrain.quant.functional import Numerics, Observed, Observer
 from qtrain.quant.linear import QuantLinear
 from qtrain.recipe import read_recipe
-from qtrain_kernels import cpu, dispatch, gemm, reference
+from qtrain_kernels import cpu, gemm, reference
 from qtrain_kernels.formats import E4M3 as FORMAT_E4M3
 from qtrain_kernels.formats import MX_E2M1, get_format
 from qtrain_kernels.gemm import TABLE, fold, fp8_matmul, int8_matmul, multiply, resolve, reused
@@ -21,6 +23,7 @@ from qtrain_kernels.plans import Plan, stored_integer
 from qtrain_kernels.precision import matmul
 from qtrain_kernels.qtensor import Layout, QTensor, Storage, inexact, quantize, unswizzle
 
+GEMMS = ("fprop", "dgrad", "wgrad")
 FORMATS = ("int1", "int4", "int7", "int8", "int1.585", "int4_sym", "int8_sym")
 
 
@@ -107,7 +110,7 @@ def test_a_forward_is_the_exact_product_of_codes_and_scales(recipe: object) -> N
     """Rounded to float32, times one scale, times the other, then to bfloat16."""
     model = layer(recipe)
     linear = model[0]
-    assert isinstance(linear, QuantLinear) and linear.numerics.fprop.held == "int8"
+    assert isinstance(linear, QuantLinear) and linear.numerics.product("fprop", "cpu").name == "int8"
     x = torch.randn(33, 128, generator=torch.Generator().manual_seed(1))
     with torch.autocast("cpu", torch.bfloat16):
         y = model(x)
@@ -174,7 +177,7 @@ def test_tokens_are_filled_up_with_what_multiplies_to_zero() -> None:
     recipe = read_recipe("halo_1").model_dump()
     for format_, integer in (("int8/tensor/float32", "float"), ("int7/tensor/float32", "int8")):
         numerics = Numerics.build(read_recipe(recipe | {"format": format_}), "reference")
-        assert [each.held for each in numerics.gemms] == ["int8", "int8", integer]
+        assert [numerics.product(name, "cpu").name for name in GEMMS] == ["int8", "int8", integer]
         assert replace(numerics, gemm="float").runs_on("cpu").endswith("float float float")
 
 
@@ -330,8 +333,9 @@ def test_gradients_of_many_octaves_keep_to_e5m2() -> None:
 
 def test_e5m2_on_the_right_multiplies_as_float() -> None:
     fprop = {"x": {"format": "e4m3/row/float32"}, "w": {"format": "e5m2/row/float32"}}
-    numerics = Numerics.build(read_recipe(read_recipe("fp8_rowwise").model_dump() | {"fprop": fprop}), "reference")
-    assert [each.held for each in numerics.gemms] == ["float", "fp8", "fp8"]
+    recipe = read_recipe(read_recipe("fp8_rowwise").model_dump() | {"fprop": fprop})
+    numerics = Numerics.build(recipe, "reference", "fp8")
+    assert [numerics.product(name, "cpu").name for name in GEMMS] == ["float", "fp8", "fp8"]
 
 
 def test_the_model_says_where_it_multiplies_in_fp8() -> None:
@@ -353,36 +357,28 @@ def test_what_cannot_multiply_so_says_so() -> None:
             UserError, match=rf"gemm 'fp8' needs MXFP4, .* recipe {recipe} has none such; ask for gemm 'auto'"
         ):
             layer(recipe, "fp8", (128, 128))
-    with pytest.raises(ValueError, match="gemm 'fp8' cannot run on mps: it has no FP8 product; ask for gemm 'auto'"):
-        dispatch.resolve_gemm("fp8", "fp8", "mps")
-    with pytest.raises(UserError, match=r"gemm 'fp4' needs FP4 units \(sm_100\), for which there is no kernel yet"):
-        layer("quartet", "fp4", (128, 128))
-    assert dispatch.resolve_gemm("auto", "int8", "mps") == "float"
+    with pytest.raises(
+        UserError, match="gemm 'fp8' cannot run on mps: fp8 needs a CUDA device .*; ask for gemm 'auto'"
+    ):
+        check_backend("auto", "fp8", "mps")
+    with pytest.raises(UserError, match="gemm 'fp4' cannot run on cpu: mxfp4 needs a CUDA device of .* 10.0 to 10.9;"):
+        check_backend("auto", "fp4", "cpu")
+    with pytest.raises(UserError, match="gemm 'fp4' needs MXFP4, .* recipe quest has none such; ask for gemm 'auto'"):
+        layer("quest", "fp4", (128, 128))
+    assert "gemm 'fp4' cannot run on cpu: mxfp4 needs" in str(layer("quartet", "fp4", (128, 128)))
     assert "forward | on no device yet" in str(layer("quartet", "fp8", (128, 128)).to("meta"))
 
 
 def test_fp8_needs_a_card_that_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
     for capability, allowed in (((8, 6), False), ((8, 9), True), ((9, 0), True)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda found=capability: found)
-        if allowed:
-            assert dispatch.resolve_gemm("fp8", "fp8", "cuda") == "fp8"
-        else:
-            with pytest.raises(ValueError, match="gemm 'fp8' cannot run on cuda"):
-                dispatch.resolve_gemm("fp8", "fp8", "cuda")
+        with nullcontext() if allowed else pytest.raises(UserError, match="gemm 'fp8' cannot run on cuda: .*found 8.6"):
+            check_backend("reference", "fp8", "cuda")
 
 
-def test_fast_accumulation_is_asked_for_by_name_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
-
-    def noted(left: gemm.Folded, right: gemm.Folded, fast: bool) -> Tensor:
-        asked.append(fast)
-        return fp8_matmul(left, right, fast)
-
-    monkeypatch.setattr("qtrain.quant.functional.fp8_matmul", noted)
+def test_fast_accumulation_is_asked_for_by_name_alone() -> None:
     for kind in ("fp8", "fp8_fast"):
-        with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
-            layer("quartet", kind, (128, 128))(torch.randn(32, 128))
-    assert asked == [False, True]
+        assert f"gemms {kind} {kind} {kind}" in str(layer("quartet", kind, (128, 128)))
 
 
 # ----------------------------------------------------------------------------------------------------------- the table

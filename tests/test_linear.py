@@ -24,6 +24,7 @@ from qtrain.quant.quantizer import Quantizer
 from qtrain.quant.random import USES, key_words
 from qtrain.recipe import LinearRecipe, QuantSpec, read_recipe
 from qtrain_kernels.plans import Rotation
+from qtrain_kernels.qtensor import Layout
 
 T, K, N = 96, 256, 128
 
@@ -150,9 +151,9 @@ def test_every_draw_takes_the_key_of_its_own_use(redraw: str, monkeypatch: pytes
     found: list[tuple[str, tuple[int, ...]]] = []
     operand, rotation = Quantizer.operand, Gemm.rotation
 
-    def operand_seen(self: Quantizer, x: Tensor, dtype: torch.dtype, rotation: Rotation, key: Tensor, **more: Any):
+    def operand_seen(self: Quantizer, x: Tensor, layout: Layout, rotation: Rotation, key: Tensor, *more: Any):
         found.append((names[id(self)], tuple(key.tolist())))
-        return operand(self, x, dtype, rotation, key, **more)
+        return operand(self, x, layout, rotation, key, *more)
 
     def rotation_seen(self: Gemm, key: Tensor, size: int) -> Rotation | None:
         found.append((names[id(self)], tuple(key.tolist())))

@@ -9,8 +9,7 @@ from test_compiled import KEY, PLANS, alike, hard_input
 from torch import Tensor, nn
 
 import qtrain
-from qtrain.quant import quantizer
-from qtrain_kernels import cpu, reference
+from qtrain_kernels import cpu, qtensor, reference
 from qtrain_kernels.formats import get_format
 from qtrain_kernels.plans import Packed, Plan, can_pack, field_width
 
@@ -145,7 +144,8 @@ def step(recipe: Any, seed: int = 0) -> tuple[dict[str, Tensor], float]:
     sizes: list[int] = []
 
     def keep(tensor: Tensor) -> Tensor:
-        sizes.append(tensor.nbytes)
+        if tensor.data_ptr() != model.get_parameter("0.weight").data_ptr():  # which is there anyway
+            sizes.append(tensor.nbytes)
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
@@ -171,7 +171,7 @@ def test_a_layer_keeps_the_bits_of_its_format(
 ) -> None:
     packed, size = step(recipe)
     assert size == pytest.approx(bytes_an_element)
-    monkeypatch.setattr(quantizer, "can_pack", lambda plan: False)
+    monkeypatch.setattr(qtensor.Layout, "saved", property(lambda layout: layout.stored(layout.storage)))
     whole, unpacked = step(recipe)
     assert unpacked >= size + 0.5  # int8 or bfloat16
     assert all(torch.equal(packed[name], whole[name]) for name in packed)
@@ -187,7 +187,7 @@ def test_block_scales_are_written_for_what_is_packed_alone(monkeypatch: pytest.M
         return operand(*arguments)
 
     monkeypatch.setattr(cpu, "operand", counted)
-    for recipe, wanted, count in (("quartet", [True], 6), ("nvidia_nvfp4", [], 5)):  # whose dgrad reuses the weight
+    for recipe, wanted, count in (("quartet", [True], 7), ("nvidia_nvfp4", [], 6)):  # whose dgrad reuses the weight
         asked.clear()
         step(recipe)
         assert [each for each in asked if each] == wanted and len(asked) == count, recipe

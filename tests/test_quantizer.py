@@ -12,12 +12,14 @@ from torch import Tensor
 import qtrain
 from qtrain.errors import UserError
 from qtrain.quant.estimator import gradient_mask
-from qtrain.quant.quantizer import Quantizer, gemm, rotate, unrotate
+from qtrain.quant.quantizer import Quantizer, rotate, unrotate
 from qtrain.quant.rotation import hadamard
 from qtrain.recipe import QuantSpec
 from qtrain.settings import Backend
 from qtrain_kernels.formats import FORMATS, get_format
+from qtrain_kernels.gemm import TABLE, multiply
 from qtrain_kernels.plans import Mask
+from qtrain_kernels.qtensor import float_storage
 
 RULES = {  # octave-averaged relative error on N(0, 1) in blocks of 32, E2M1
     "floor": 1.334e-2, "even": 1.260e-2, "rceil": 1.367e-2, "ceil": 1.99e-2, "round": 1.464e-2, "std": 2.23e-2,
@@ -163,11 +165,13 @@ def test_operands_are_exact_in_bfloat16(name: str, scale: str | None, dim: int) 
     quantizer = Quantizer.build(QuantSpec(format=name, scale=scale), "reference")
     x = gaussians(64, 96) * torch.exp2(gaussians(64, 1) * 3)
     exact = quantizer.quantize(x, dim=dim)
-    operand = quantizer.operand(x, torch.bfloat16, dim=dim)
+    operand = quantizer.operand(x, quantizer.layout((64, 96), dim, float_storage(quantizer.plan, torch.bfloat16)))
     torch.testing.assert_close(operand.dequantize().float(), exact.dequantize(), rtol=2e-7, atol=0)
-    left, right = quantizer.operand(x.T, torch.float32), quantizer.operand(x, torch.float32, dim=-2)
+    left = quantizer.operand(x.T, quantizer.layout((96, 64)))
+    right = quantizer.operand(x, quantizer.layout((64, 96), -2))
     expected = left.dequantize().double() @ right.dequantize().double()
-    torch.testing.assert_close(gemm(left, right).double(), expected, rtol=1e-5, atol=1e-4 * expected.abs().max().item())
+    found = multiply(TABLE["float"], left, right, torch.float32)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-4 * expected.abs().max().item())
 
 
 @pytest.mark.parametrize(("arguments", "message"), [

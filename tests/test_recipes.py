@@ -20,10 +20,11 @@ from torch import Tensor, nn
 
 import qtrain
 from qtrain.quant import QuantLinear
-from qtrain.quant.quantizer import Operand, Quantizer
+from qtrain.quant.functional import Numerics
 from qtrain.recipe import read_recipe
 from qtrain.settings import Backend
 from qtrain_kernels import reference
+from qtrain_kernels.gemm import Product
 
 N = 128
 SHAPES = [(96, 256), (45, 384)]  # T, K; 45 tokens fill the last block of every wgrad in part
@@ -599,18 +600,15 @@ def trained(name: str | None, wrong: tuple[str, float] | None = None) -> float:
 
 def spoil(module: QuantLinear, operand: str, factor: float) -> None:
     """Let a quantiser's scale be wrong by a factor where a GEMM multiplies by it."""
-    gemm, side = operand.split(".")
-    name = "right" if (gemm, side) in (("fprop", "w"), ("dgrad", "w"), ("wgrad", "x")) else "left"
+    gemm = operand.partition(".")[0]
 
-    class Wrong(Quantizer):
-        def operand(self, *args: Any, **kwargs: Any) -> Operand:
-            found = super().operand(*args, **kwargs)
-            return dataclasses.replace(found, post_scale=found.post_scale * factor)
+    class Wrong(Numerics):
+        def product(self, name: str, *device: Any) -> Product:
+            found = super().product(name, *device)
+            return dataclasses.replace(found, run=lambda *sides: found.run(*sides) * factor) if name == gemm else found
 
-    right = getattr(getattr(module.numerics, gemm), name)
-    wrong = Wrong(right.spec, right.plan, right.backend)
-    changed = dataclasses.replace(getattr(module.numerics, gemm), **{name: wrong})
-    module.numerics = dataclasses.replace(module.numerics, **{gemm: changed})
+    parts = {each.name: getattr(module.numerics, each.name) for each in dataclasses.fields(Numerics)}
+    module.numerics = Wrong(**parts)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -22,7 +22,6 @@ from qtrain.callbacks.telemetry import MAX_LINES, Telemetry
 from qtrain.checkpoint import list_checkpoints, load_checkpoint
 from qtrain.models.llama import Llama
 from qtrain.quant import Observed, Observer, Quantizer, QuantLinear, operand_health
-from qtrain.quant.quantizer import Operand
 from qtrain.recipe import QuantSpec
 from qtrain.run import Session, run
 from qtrain.run_directory import RunDirectory
@@ -189,7 +188,7 @@ def test_outliers_are_those_before_the_rotation_of_rows(tokens: int) -> None:
 
 def made(spec: QuantSpec, x: Tensor, dim: int = -1, key: Tensor | None = None) -> Observed:
     quantizer = Quantizer.build(spec, "reference")
-    operand = quantizer.operand(x, torch.float32, key=key, dim=dim, with_blocks=True)
+    operand = quantizer.operand(x, quantizer.layout((x.shape[0], x.shape[1]), dim, blocks=True), key=key)
     return Observed("fprop.x", quantizer, x, None, dim, operand)
 
 
@@ -247,7 +246,7 @@ def test_rows_with_scales_of_their_own() -> None:
 def test_integers_are_measured_as_they_are_multiplied() -> None:
     quantizer = Quantizer.build(QuantSpec(format="int8"), "reference")
     x = torch.randn(8, 256, generator=torch.Generator().manual_seed(0))
-    operands: list[Operand] = [quantizer.operand(x, dtype) for dtype in (torch.int8, torch.float32)]
+    operands = [quantizer.operand(x, quantizer.layout((8, 256), storage=each)) for each in ("int8", "float32")]
     held, floats = (numbers(Observed("fprop.x", quantizer, x, None, -1, operand), 3) for operand in operands)
     assert held == floats
 

@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from qtrain.quant import quantizer
-from qtrain.quant.quantizer import Operand, QuantizedTensor, Quantizer
+from qtrain.quant.quantizer import QuantizedTensor, Quantizer
 from qtrain_kernels import reference
 from qtrain_kernels.plans import Mask
+from qtrain_kernels.qtensor import QTensor
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "verify_numerics.py"
 FEW = ["--samples", "8e6"]
@@ -102,9 +103,9 @@ def test_a_gradient_one_percent_off_stops_concentrating(
 ) -> None:
     operand = Quantizer.operand
 
-    def scaled(*arguments: object, **options: object) -> Operand:
+    def scaled(*arguments: object, **options: object) -> QTensor:
         exact = operand(*arguments, **options)  # pyright: ignore[reportArgumentType]
-        return Operand(exact.values, exact.post_scale * factor, exact.mask)
+        return replace(exact, codes=exact.codes * factor)
 
     monkeypatch.setattr(Quantizer, "operand", scaled)
     claim = "concentration of tetrajet_v2_baseline, input gradient: slope"

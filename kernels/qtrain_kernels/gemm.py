@@ -29,7 +29,7 @@ from torch.nn.functional import ScalingType, SwizzleType, scaled_mm
 from qtrain_kernels.formats import E4M3, MX_E2M1, Element
 from qtrain_kernels.plans import stored_integer
 from qtrain_kernels.precision import matmul
-from qtrain_kernels.qtensor import FLOATS, Layout, QTensor, Storage, float_storage, refines
+from qtrain_kernels.qtensor import Layout, QTensor, Storage, float_storage, refines
 from qtrain_kernels.reference import biased_exponent, power_of_two
 
 LONGEST = 2**15  # of a contraction whose doubled products of 8 bits stay within int32: 255^2 * 2^15 < 2^31
@@ -64,8 +64,8 @@ class Product:
 
     def taken(self, side: QTensor, dtype: torch.dtype, backend: str) -> QTensor:
         """A side as `run` takes it."""
-        ready = side.layout.storage in (FLOATS if self.storage == "float" else (self.storage,))
-        if ready and self.storage != "swizzled":  # whose plan may differ
+        storage = float_storage(side.layout.plan, dtype) if self.storage == "float" else self.storage
+        if side.layout.storage == storage != "swizzled":  # whose plan may differ
             return side
         return side.to(self.wants(side.layout.unmasked, dtype), backend)
 

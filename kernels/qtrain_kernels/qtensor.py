@@ -117,11 +117,11 @@ class Layout:
     @property
     def saved(self) -> Layout:
         """The storage of the fewest bits that holds the same: packed where that is smaller, else as it is."""
-        if not self.flat or self.lacks("packed"):
-            return self
-        assert self.plan is not None
-        width = 8 if self.storage == "int8" else 8 * FLOATS[self.storage].itemsize
-        return self.stored("packed") if field_width(self.plan.element) < width else self
+        if self.flat and self.plan is not None and not self.lacks("packed"):
+            width = 8 if self.storage == "int8" else 8 * FLOATS[self.storage].itemsize
+            if field_width(self.plan.element) < width:
+                return self.stored("packed")
+        return self.stored(self.storage)
 
     def along(self, dim: int) -> Layout:
         """The layout in which the same codes serve a product that contracts the other dim. ValueError where a scale
@@ -584,7 +584,9 @@ def quantize(
     plan, device = layout.plan, x.device.type
     if plan is None:
         if rotation is not None:
-            x = dispatch.get("rotate", backend, device, rotation=rotation)(layout.whole_lines(x), rotation).view(x.shape)
+            x = dispatch.get("rotate", backend, device, rotation=rotation)(layout.whole_lines(x), rotation).view(
+                x.shape
+            )
         return QTensor(x.to(FLOATS[layout.storage]), None, None, None, layout)
     spans, scale, tensor_scale, rotation = prepared(x, layout, rotation, learned, backend)
     held = _quantised_into(layout)

@@ -23,7 +23,9 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
+from hashlib import blake2b
 from itertools import count
+from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -37,12 +39,14 @@ from qtrain.quant.random import USES, key_of
 from qtrain.quant.rotation import hadamard
 from qtrain.recipe import LinearRecipe
 from qtrain.settings import Backend, GemmKind, Redraw
-from qtrain_kernels import dispatch
+from qtrain_kernels import dispatch, qtensor
 from qtrain_kernels.gemm import Product, resolve, reused
 from qtrain_kernels.plans import Rotation
 from qtrain_kernels.qtensor import Layout, QTensor, bytes_of, float_storage, inexact, unquantised
 
 NO_SHAPE = (0, 0)
+# Of what the operators' results look like: graphs that torch keeps on disk must not outlive it.
+VERSION = blake2b(b"".join(Path(each).read_bytes() for each in (__file__, qtensor.__file__)), digest_size=4).hexdigest()
 OPERANDS = {"fprop": ("x", "w"), "dgrad": ("dy", "w"), "wgrad": ("dy", "x")}
 
 # ----------------------------------------------------------------------------------------------------- what is observed
@@ -119,7 +123,7 @@ class Numerics:
     def build(recipe: LinearRecipe, backend: Backend, gemm: GemmKind = "auto") -> Numerics:
         """UserError for a recipe that asks for what is not there."""
         written = recipe.model_dump(mode="json", include={"name", "bits", "format", "redraw", *OPERANDS})
-        return read_numerics(json.dumps([written, backend, gemm]))
+        return read_numerics(json.dumps([written, backend, gemm, VERSION]))
 
     @property
     def gemms(self) -> tuple[Gemm, Gemm, Gemm]:
@@ -174,7 +178,7 @@ def read_numerics(text: str, backend: Backend | None = None) -> Numerics:
     """The Numerics of their text, or the same on another backend."""
     if text in _own:
         return _own[text]
-    written, own, kind = json.loads(text)
+    written, own, kind, _ = json.loads(text)
     recipe = LinearRecipe.model_validate(written)
     gemms = {
         name: Gemm(*(Quantizer.build(spec, backend or own) for spec in operands.values()))
@@ -191,7 +195,9 @@ def _product(numerics: Numerics, name: str, device_type: str, capability: tuple[
     left, right = gemm.left.layout(NO_SHAPE, -1), gemm.right.layout(NO_SHAPE, -2)
     if name != "fprop" and gemm.right.reuses:
         forward = (fprop.right if name == "dgrad" else fprop.left).layout(NO_SHAPE)
-        right = reused(forward, numerics.product("fprop", device_type, capability), -2, name == "wgrad" or gemm.left.multiple > 1)
+        right = reused(
+            forward, numerics.product("fprop", device_type, capability), -2, name == "wgrad" or gemm.left.multiple > 1
+        )
     return resolve(numerics.gemm, left, right, device_type, capability)
 
 
@@ -262,7 +268,9 @@ class Call:
         name = use.partition(".")[0]
         if self.numerics.operands[use].reuses and (source.tensor_scale is None or not source.tensor_scale.ndim):
             if self.product(name).storage != "int8":
-                source = source.unmasked.to(float_storage(source.layout.plan, self.dtype), self.numerics.fprop.left.backend)
+                source = source.unmasked.to(
+                    float_storage(source.layout.plan, self.dtype), self.numerics.fprop.left.backend
+                )
             return source.along(-2).filled(padding)
         x = source.dequantize(self.numerics.fprop.left.backend)
         filled = F.pad(x, (0, 0, 0, padding)) if padding else x

@@ -98,7 +98,9 @@ def _range(in_units: Tensor, operand: QTensor, plan: Plan, quantizer: Quantizer,
     """What lies beyond the grid, and beyond the scales' own. in_units: x over its tensor scale."""
     if operand.block_scale is None:
         return {"clipped": (in_units.abs() > plan.element.max * ROUNDING).float().mean()}
-    blocks = operand.block_scale[:, None] if dim == -2 and quantizer.tile[0] == 1 else operand.block_scale.reshape(-1, 1, 1)
+    blocks = (
+        operand.block_scale[:, None] if dim == -2 and quantizer.tile[0] == 1 else operand.block_scale.reshape(-1, 1, 1)
+    )
     assert plan.block is not None
     magnitudes = replace(operand.layout, plan=replace(plan, correction=None)).spans(in_units).abs()
     beyond = magnitudes > blocks * (plan.element.max * ROUNDING)

@@ -138,7 +138,9 @@ class Quantizer:
         """What the contraction dim must be a multiple of."""
         return math.lcm(self.tile[1], self.spec.rotation_block or 1, 8 if self.spec.sparsity else 1)
 
-    def layout(self, shape: tuple[int, int], dim: int = -1, storage: Storage = "float32", blocks: bool = False) -> Layout:
+    def layout(
+        self, shape: tuple[int, int], dim: int = -1, storage: Storage = "float32", blocks: bool = False
+    ) -> Layout:
         """Of a matrix (M, N) that it quantises along dim."""
         return _layout(self.plan, shape, dim, storage, self.tile[0], blocks)
 
@@ -225,9 +227,7 @@ class Quantizer:
 
 
 @lru_cache(4096)
-def _layout(
-    plan: Plan | None, shape: tuple[int, int], dim: int, storage: Storage, rows: int, blocks: bool
-) -> Layout:
+def _layout(plan: Plan | None, shape: tuple[int, int], dim: int, storage: Storage, rows: int, blocks: bool) -> Layout:
     return Layout(plan, shape, dim, storage, rows, blocks and plan is not None and plan.block is not None)
 
 

@@ -26,16 +26,7 @@ from qtrain.settings import Backend, parse
 from qtrain_kernels import dispatch
 from qtrain_kernels.formats import get_format
 from qtrain_kernels.gemm import Folded, fold, int8_matmul
-from qtrain_kernels.plans import (
-    ROUNDINGS,
-    Packed,
-    Plan,
-    Rotation,
-    RoundingName,
-    can_pack,
-    field_width,
-    stored_integer,
-)
+from qtrain_kernels.plans import ROUNDINGS, Packed, Plan, Rotation, RoundingName, can_pack, field_width, stored_integer
 from qtrain_kernels.precision import matmul
 
 

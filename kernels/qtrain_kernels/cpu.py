@@ -12,7 +12,7 @@ import math
 import platform
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -37,17 +37,7 @@ from qtrain_kernels.checks import (
 )
 from qtrain_kernels.formats import Element
 from qtrain_kernels.operators import Namespace, read_plan, spell
-from qtrain_kernels.plans import (
-    Knows,
-    Packed,
-    Plan,
-    Rotation,
-    ScaleRule,
-    field_width,
-    grids,
-    scale_nan,
-    stored_integer,
-)
+from qtrain_kernels.plans import Knows, Packed, Plan, Rotation, ScaleRule, field_width, grids, scale_nan, stored_integer
 
 CPU = Namespace("qtrain_cpu", "CPU")
 SOURCE = Path(__file__).with_suffix(".cpp")
@@ -62,6 +52,7 @@ CHUNK = 64  # elements of a line in a tile, where neither blocks nor a rotation 
 GRAIN = 32768  # elements that are worth a thread of their own
 TYPES = {torch.float32: "float", torch.bfloat16: "uint16_t"}
 RESULTS = TYPES | {torch.int8: "int8_t"}
+ARGUMENTS = {"p": ctypes.c_void_p, "l": ctypes.c_int64, "w": ctypes.c_uint32, "i": ctypes.c_int}
 NO_ELEMENT = Element(1.0)
 KNOWS = Knows(
     "compiled",
@@ -420,7 +411,7 @@ def _(codes: Tensor, scales: Tensor | None, plan: str, shape: list[int], dtype: 
 def _join(fields: Tensor, width: int) -> Tensor:
     fields = fields.contiguous()
     joined = _empty((-(-fields.numel() * width // 8),), torch.uint8)
-    _fields(width).join(_at(fields), fields.numel(), _at(joined), _threads(fields))
+    _fields_function("join", width)(_at(fields), fields.numel(), _at(joined), _threads(fields))
     return joined
 
 
@@ -432,7 +423,7 @@ def _(fields: Tensor, width: int) -> Tensor:
 @CPU.operator
 def _split(joined: Tensor, width: int, count: int) -> Tensor:
     joined, fields = joined.contiguous(), _empty((count,), torch.uint8)
-    _fields(width).split(_at(joined), count, _at(fields), _threads(fields))
+    _fields_function("split", width)(_at(joined), count, _at(fields), _threads(fields))
     return fields
 
 
@@ -461,96 +452,71 @@ def _threads(x: Tensor) -> int:
 # ----------------------------------------------------------------------------------------------------------- compiling
 
 
+def _function(
+    part: str, name: str, arguments: str, constants: Mapping[str, object], rotation: int = 0
+) -> Callable[..., None]:
+    """A function of one part of cpu.cpp, compiled for its constants. arguments: the kind of each, as in ARGUMENTS."""
+    always = {
+        part: 1,
+        "Input": "float",
+        "Output": "float",
+        "ROTATION": rotation,
+        "NORM": _float((rotation or 1) ** -0.5),
+    }
+    function = getattr(_library(_defines(always | constants)), name)
+    function.argtypes = [ARGUMENTS[kind] for kind in arguments]
+    return function
+
+
 @cache
 def _rotate_function(size: int, source: torch.dtype, result: torch.dtype) -> Callable[..., None]:
-    constants = {"ROTATE": 1, **_types(source, result), **_rotation(size)}
-    function = _library(_defines(constants)).rotate
-    pointer, long, integer = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-    function.argtypes = (pointer, long, long, pointer, pointer, integer, pointer, integer)
-    return function
+    return _function("ROTATE", "rotate", "pllppipi", _types(source, result), size)
 
 
 @cache
 def _quantize_function(plan: Plan, source: torch.dtype, result: torch.dtype, rotation: int) -> Callable[..., None]:
-    constants = {"QUANTIZE": 1, **_types(source, result), **_rotation(rotation), **_plan(plan)}
-    function = _library(_defines(constants)).quantize
-    pointer, long, word, integer = ctypes.c_void_p, ctypes.c_int64, ctypes.c_uint32, ctypes.c_int
-    function.argtypes = (
-        pointer, long, long, long, long, pointer, pointer, integer, word, word, pointer, pointer, pointer, integer,
-        integer, integer,
-    )  # fmt: skip
-    return function
+    return _function("QUANTIZE", "quantize", "pllllppiwwpppiii", _types(source, result) | _plan(plan), rotation)
 
 
 @cache
 def _line_scales_function(plan: Plan, source: torch.dtype, rotation: int) -> Callable[..., None]:
     """Of a plan without mask or noise, which play no part in it."""
-    constants = {
-        "LINE_SCALES": 1,
-        **_types(source, torch.float32),
-        **_rotation(rotation),
-        **_plan(plan, plan.line_rule),
-    }
-    function = _library(_defines(constants)).line_scales
-    pointer, long, integer = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-    function.argtypes = (pointer, long, long, long, pointer, pointer, integer)
-    return function
+    constants = _types(source, torch.float32) | _plan(plan, plan.line_rule)
+    return _function("LINE_SCALES", "line_scales", "plllppi", constants, rotation)
 
 
 @cache
 def _pack_function(plan: Plan, source: torch.dtype) -> Callable[..., None]:
-    function = _library(_defines(_packing(plan, source))).pack
-    pointer, long, integer = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-    function.argtypes = (pointer, pointer, long, pointer, pointer, integer)
-    return function
+    return _function("PACK", "pack", "pplppi", _packing(plan, source))
 
 
 @cache
 def _unpack_function(plan: Plan, result: torch.dtype) -> Callable[..., None]:
-    function = _library(_defines(_packing(plan, result))).unpack
-    pointer, long, integer = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-    function.argtypes = (pointer, pointer, long, pointer, integer)
-    return function
+    return _function("PACK", "unpack", "pplpi", _packing(plan, result))
 
 
 def _packing(plan: Plan, dtype: torch.dtype) -> dict[str, object]:
     bits = {"BITS": plan.element.bits, "WIDTH": field_width(plan.element), "SCALE_NAN": scale_nan(plan)}
-    types = {"Input": RESULTS[dtype], "Output": RESULTS[dtype]}
-    return {"PACK": 1, **types, **_rotation(0), **_plan(plan), **bits}
+    return _types(dtype, dtype) | _plan(plan) | bits
 
 
 @cache
-def _fields(width: int) -> ctypes.CDLL:
-    constants = {"FIELDS": 1, "WIDTH": width, **_types(torch.float32, torch.float32), **_rotation(0)}
-    library = _library(_defines(constants))
-    pointer, long, integer = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-    library.join.argtypes = (pointer, long, pointer, integer)
-    library.split.argtypes = (pointer, long, pointer, integer)
-    return library
+def _fields_function(name: Literal["join", "split"], width: int) -> Callable[..., None]:
+    return _function("FIELDS", name, "plpi", {"WIDTH": width})
 
 
 @cache
 def _random_signs_function() -> Callable[..., None]:
-    constants = {"RANDOM_SIGNS": 1, **_types(torch.float32, torch.float32), **_rotation(0)}
-    function = _library(_defines(constants)).random_signs
-    function.argtypes = (ctypes.c_int64, ctypes.c_uint32, ctypes.c_uint32, ctypes.c_void_p)
-    return function
+    return _function("RANDOM_SIGNS", "random_signs", "lwwp", {})
 
 
 @cache
 def _extent_function(size: int, source: torch.dtype) -> Callable[..., None]:
-    function = _library(_defines({"EXTENT": 1, **_types(source, torch.float32), **_rotation(size)})).extent
-    pointer, long, integer = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-    function.argtypes = (pointer, long, long, pointer, pointer, integer)
-    return function
+    return _function("EXTENT", "extent", "pllppi", _types(source, torch.float32), size)
 
 
 def _types(source: torch.dtype, result: torch.dtype) -> dict[str, object]:
-    return {"Input": TYPES[source], "Output": RESULTS[result]}
-
-
-def _rotation(size: int) -> dict[str, object]:
-    return {"ROTATION": size, "NORM": _float(size**-0.5 if size else 1.0)}
+    return {"Input": RESULTS[source], "Output": RESULTS[result]}
 
 
 def _plan(plan: Plan, rule: ScaleRule | None = None) -> dict[str, object]:

@@ -20,17 +20,7 @@ import torch
 from torch import Tensor
 
 from qtrain_kernels.formats import Element
-from qtrain_kernels.plans import (
-    Knows,
-    Mask,
-    Packed,
-    Plan,
-    Rotation,
-    ScaleRule,
-    field_width,
-    scale_nan,
-    stored_integer,
-)
+from qtrain_kernels.plans import Knows, Mask, Packed, Plan, Rotation, ScaleRule, field_width, scale_nan, stored_integer
 from qtrain_kernels.precision import matmul
 
 # ----------------------------------------------------------------------------------------------------------- reductions

@@ -261,41 +261,6 @@ def candidate(magnitude, scale, WHICH: tl.constexpr, JOB: tl.constexpr):
 
 
 @triton.jit
-def squared_error(x, scale, blocks, first, JOB: tl.constexpr):
-    """reference._squared_error."""
-    ELEMENT: tl.constexpr = JOB.plan.element
-    u = code_units(x, scale, blocks, JOB)
-    if JOB.plan.scale_kind == "e8m0":
-        weight = blocks * reciprocal(first)
-    elif JOB.plan.scale_kind == "minifloat":
-        weight = blocks
-    else:
-        weight = tl.div_rn(blocks, first)
-    difference = (round_nearest(u, ELEMENT) - u) * weight
-    return tree_sum(difference * difference)
-
-
-@triton.jit
-def block_scale(x, scale, JOB: tl.constexpr):
-    """(G, 1, I) float32: reference.block_scale. scale: the tensor scale, zero made one."""
-    RULE: tl.constexpr = JOB.rule
-    magnitude = magnitude_of(x, RULE)
-    first = candidate(magnitude, scale, 0, JOB)
-    best = first
-    if tried(RULE) > 1:
-        least = squared_error(x, scale, first, first, JOB)
-        for which in tl.static_range(1, tried(RULE)):
-            blocks = candidate(magnitude, scale, which, JOB)
-            error = squared_error(x, scale, blocks, first, JOB)
-            best = tl.where(error < least, blocks, best)
-            least = tl.where(error < least, error, least)
-    return best
-
-
-# --------------------------------------------------------------------------------------------------------------- encode
-
-
-@triton.jit
 def code_units(x, scale, blocks, JOB: tl.constexpr):
     """What is rounded: reference._in_code_units."""
     if JOB.plan.scale_kind == "e8m0":
@@ -307,6 +272,48 @@ def code_units(x, scale, blocks, JOB: tl.constexpr):
     else:
         u = tl.div_rn(x, scale * blocks)
     return u
+
+
+@triton.jit
+def squared_error(u, blocks, first, JOB: tl.constexpr):
+    """reference._squared_error of x in code units."""
+    ELEMENT: tl.constexpr = JOB.plan.element
+    if JOB.plan.scale_kind == "e8m0":
+        weight = blocks * reciprocal(first)
+    elif JOB.plan.scale_kind == "minifloat":
+        weight = blocks
+    else:
+        weight = tl.div_rn(blocks, first)
+    difference = (round_nearest(u, ELEMENT) - u) * weight
+    return tree_sum(difference * difference)
+
+
+@triton.jit
+def scaled(x, scale, JOB: tl.constexpr):
+    """Block scales (G, 1, I) float32, reference.block_scale, and x in their code units. scale: the tensor scale, zero
+    made one, which stands in for block scales where there are none."""
+    RULE: tl.constexpr = JOB.rule
+    if JOB.plan.block is None:
+        blocks = scale
+        u = code_units(x, scale, blocks, JOB)
+    else:
+        magnitude = magnitude_of(x, RULE)
+        first = candidate(magnitude, scale, 0, JOB)
+        blocks = first
+        u = code_units(x, scale, blocks, JOB)
+        if tried(RULE) > 1:
+            least = squared_error(u, first, first, JOB)
+            for which in tl.static_range(1, tried(RULE)):
+                other = candidate(magnitude, scale, which, JOB)
+                other_u = code_units(x, scale, other, JOB)
+                error = squared_error(other_u, other, first, JOB)
+                better = error < least
+                blocks, u = tl.where(better, other, blocks), tl.where(better, other_u, u)
+                least = tl.where(better, error, least)
+    return blocks, u
+
+
+# --------------------------------------------------------------------------------------------------------------- encode
 
 
 @triton.jit
@@ -510,11 +517,7 @@ def quantize_tile(tile, scale, key, signs, values, block_scales, masks, i, j, ro
     above = tensor_scale_of_blocks(scale, i, j, rows, columns, per, JOB)
     if JOB.divides_first:
         x = tl.div_rn(x, above)
-    if JOB.plan.block is not None:
-        blocks = block_scale(x, above, JOB)
-    else:
-        blocks = above
-    u = code_units(x, above, blocks, JOB)
+    blocks, u = scaled(x, above, JOB)
     if JOB.rounding.codes == "nearest":
         codes = round_nearest(u, ELEMENT)
     if JOB.rounding.codes == "stochastic":

@@ -20,9 +20,18 @@ RECIPES = Path(__file__).parents[1] / "configs/recipe"
 KEY = torch.tensor([7, -8], dtype=torch.int32)
 
 
+OTHERS = ("int8/tensor/float32", "int1", "mxint8", "mxfp6_e2m3", "mxfp8_e5m2", "e3m4/row/float32")
+
+
 def layouts() -> dict[str, Layout]:
-    """Of every operand of the shipped recipes, by the text that a printed model shows; shape and dim left open."""
+    """Of every operand of the shipped recipes, by the text that a printed model shows, and of other formats; shape and
+    dim left open."""
     found = {}
+    for name in OTHERS:
+        fmt = get_format(name)
+        found[Plan(fmt.element, fmt.scale_kind, fmt.block_size, fmt.default_scale, per_tensor="tensor" in name), 1] = (
+            name
+        )
     for name in sorted(path.stem for path in RECIPES.glob("*.yaml")):
         for operands in read_recipe(name).operands().values():
             for spec in operands.values():
@@ -292,6 +301,15 @@ def test_the_scale_of_a_line_comes_from_its_block_scales() -> None:
             assert found.codes.is_contiguous() and found.block_scale.shape == (4, 1)
             assert inexact(q) == (found.dequantize() != turned).sum()
             assert (inexact(q) == 0) == (depth <= octaves)
+            tile = replace(plan, block=2 * 32)
+            both = replace(
+                q,
+                layout=replace(layout, plan=tile, rows=2),
+                block_scale=q.block_scale[1::2] if dim == -1 else q.block_scale[:, 1::2],
+            )
+            assert (
+                both.to("float8").block_scale.flatten().tolist() == found.block_scale[[1, 1, 3, 3]].flatten().tolist()
+            )
             grouped = q.to("float8_128")
             assert torch.equal(grouped.codes.float(), found.codes.float()) and grouped.block_scale.shape == (4, 1)
 

@@ -665,7 +665,12 @@ inline void join_fields(const uint8_t* fields, int64_t n, uint8_t* bytes) {
 inline void split_fields(const uint8_t* bytes, int64_t n, uint8_t* fields) {
   const int64_t whole = n / 8 * 8, left = n - whole;
   uint64_t x = 0;
-  for (int64_t i = 0; i < whole; i += 8) {
+  if (WIDTH == 4)  // two fields of a byte to two bytes, in vectors
+    for (int64_t i = 0; i < whole / 2; i++) {
+      const uint16_t two = (bytes[i] | bytes[i] << 4) & 0x0f0f;
+      memcpy(fields + 2 * i, &two, 2);
+    }
+  for (int64_t i = WIDTH == 4 ? whole : 0; i < whole; i += 8) {
     x = 0;  // not by memcpy into a part of x: reading the whole would wait until both stores are done
 #pragma GCC unroll 8
     for (int byte = 0; byte < WIDTH; byte++) x |= (uint64_t)bytes[i * WIDTH / 8 + byte] << 8 * byte;
@@ -716,10 +721,20 @@ inline vi field_of(vf code) {
   if (!ELEMENT.minifloat) return __builtin_convertvector((code + ELEMENT.max) * (1.0f / ELEMENT.step), vi);
   return place_of(absolute(code), ELEMENT) | ((bits_of(code) >> 31 & 1) << (BITS - 1));
 }
-inline vf code_of(vi field) {
-  if (!ELEMENT.minifloat) return __builtin_convertvector(field, vf) * ELEMENT.step - ELEMENT.max;
-  vf magnitude = at_place(field & ((1 << (BITS - 1)) - 1), ELEMENT);
-  return (vf)(bits_of(magnitude) | (field >> (BITS - 1)) << 31);
+inline vf code_of(vi field) {  // of the low BITS
+  constexpr int places = 1 << (BITS - 1);
+  if (!ELEMENT.minifloat)
+    return __builtin_convertvector(field & ((1 << WIDTH) - 1), vf) * ELEMENT.step - ELEMENT.max;
+  vi place = field & (places - 1);
+#ifndef __clang__
+  if constexpr (places <= LANES) {  // looked up in a register
+    vi lane;
+    for (int l = 0; l < LANES; l++) lane[l] = l;
+    place = __builtin_shuffle(bits_of(at_place(lane & (places - 1), ELEMENT)), field & (LANES - 1) & (places - 1));
+  } else
+#endif
+    place = bits_of(at_place(place, ELEMENT));
+  return (vf)(place | (vi)((vu)field << (32 - BITS) & 0x80000000u));
 }
 
 inline uint8_t byte_of(float scale) {
@@ -747,6 +762,53 @@ inline void store_some(T* to, vf x, int64_t n) {
 }
 
 constexpr int64_t RUN = BLOCK ? BLOCK : PIECE;  // of fields under one scale, which fill whole bytes
+constexpr int64_t GROUP = LANES < 8 ? 8 : LANES;  // of fields in whole vectors and whole bytes
+
+// LANES fields of WIDTH bits from the one at i, a multiple of LANES, on: in the low bits of a lane each, with other bits
+// above.
+#if defined(__AVX2__) && !defined(__AVX512F__) && !defined(__clang__)
+template <int... AT>
+inline vi spread(uint64_t eight, std::integer_sequence<int, AT...>) {  // a byte to all four of its lane
+  typedef uint64_t vl __attribute__((vector_size(4 * LANES)));
+  return (vi)__builtin_shuffle((vq)(vl{} + eight), vq{(uint8_t)(AT / 16 * 16 + AT / 4)...});
+}
+#endif
+inline vi fields_at(const uint8_t* from, int64_t i) {
+#if defined(__AVX2__) && !defined(__AVX512F__) && !defined(__clang__)
+  if (WIDTH == 8) {
+    uint64_t eight;
+    memcpy(&eight, from + i, 8);
+    return spread(eight, std::make_integer_sequence<int, 4 * LANES>());
+  }
+#endif
+  constexpr int a_word = 32 / WIDTH < LANES ? 32 / WIDTH : LANES, bytes = a_word * WIDTH < 8 ? 1 : a_word * WIDTH / 8;
+  vi words, shift;
+  for (int l = 0; l < LANES; l += a_word) {
+    int32_t word = 0;
+    memcpy(&word, from + (i + l) * WIDTH / 8, bytes);
+    for (int j = 0; j < a_word; j++) {
+      words[l + j] = word;
+      shift[l + j] = j * WIDTH;
+    }
+  }
+  return words >> (a_word * WIDTH < 8 ? shift + (int)(i * WIDTH % 8) : shift);
+}
+
+constexpr int LOWEST_OF_SCALE = KIND == Kind::E8M0 ? -127 : SCALE.min_exponent - SCALE.mantissa_bits;
+constexpr bool SHORT =  // whether bfloat16 holds every code times every scale
+    !BLOCK || (ELEMENT.minifloat && KIND != Kind::FLOAT32 &&
+               ELEMENT.mantissa_bits + (KIND == Kind::E8M0 ? 0 : SCALE.mantissa_bits + 1) < 8 &&
+               ELEMENT.min_exponent - ELEMENT.mantissa_bits + LOWEST_OF_SCALE >= -133);
+
+// As `store`; a NaN is NOT_A_NUMBER, whose upper half is bfloat16's.
+template <class T>
+inline void store_value(T* to, vf x) {
+  if constexpr (sizeof(T) != 2) return store(to, x);
+  vu bits = (vu)x;
+  if (!SHORT) bits += 0x7fff + ((bits >> 16) & 1);
+  vh halves = __builtin_convertvector(bits >> 16, vh);
+  memcpy(to, &halves, sizeof halves);
+}
 
 }  // namespace
 
@@ -771,17 +833,30 @@ extern "C" void pack(const void* values_, const float* blocks, int64_t n, uint8_
 
 extern "C" void unpack(const uint8_t* codes, const uint8_t* scales, int64_t n, void* values_, int threads) {
   Output* values = (Output*)values_;
+  float known[256];  // scales by their bytes
+  for (int byte = 0; BLOCK && byte < 256; byte++) known[byte] = scale_of(byte);
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
   for (int64_t first = 0; first < n; first += RUN) {
-    uint8_t fields[RUN + LANES] = {};
-    const int64_t count = n - first < RUN ? n - first : RUN;
-    const vf scale = all(BLOCK ? scale_of(scales[first / RUN]) : 1.0f);
-    split_fields(codes + first * WIDTH / 8, count, fields);
-    for (int64_t i = 0; i < count; i += LANES) {
-      vf x = code_of(load_bytes(fields + i));
-      if (BLOCK) x *= scale;
-      if (sizeof(Output) == 1) x = x * (1.0f / UNIT) - OFFSET;
-      store_some(values + first + i, x, count - i);
+    const vf scale = all(BLOCK ? known[scales[first / RUN]] : 1.0f);
+    const auto value_of = [&](vi field) { return BLOCK ? code_of(field) * scale : code_of(field); };
+    const uint8_t* from = codes + first * WIDTH / 8;
+    Output* to = values + first;
+    const int64_t count = BLOCK || n - first >= RUN ? RUN : n - first;
+    if (sizeof(Output) == 1) {
+      uint8_t fields[RUN];
+      split_fields(from, count, fields);
+      constexpr int step = ELEMENT.step / UNIT, lowest = ELEMENT.max / UNIT + OFFSET;  // all of them integers
+      for (int64_t i = 0; i < count; i++) to[i] = fields[i] * step - lowest;
+      continue;
+    }
+    int64_t at = 0;
+    if (count == RUN)  // a length that the compiler knows
+      for (; at < RUN / GROUP * GROUP; at += LANES) store_value(to + at, value_of(fields_at(from, at)));
+    for (; at < count; at += GROUP) {  // what fills no vectors and no bytes
+      const int64_t left = count - at < GROUP ? count - at : GROUP;
+      uint8_t last[GROUP * WIDTH / 8 + 3] = {};
+      memcpy(last, from + at * WIDTH / 8, (left * WIDTH + 7) / 8);
+      for (int64_t i = 0; i < left; i += LANES) store_some(to + at + i, value_of(fields_at(last, i)), left - i);
     }
   }
 }

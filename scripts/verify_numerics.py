@@ -830,8 +830,8 @@ def behind(recipe: str, band: str, wrong: str | None = None) -> float:
 
 def doubled(numerics: Numerics, operand: str) -> Numerics:
     class Doubled(Numerics):
-        def product(self, name: str, *device: Any) -> Product:
-            found = super().product(name, *device)
+        def product(self, name: str, device_type: str, capability: Any = None) -> Product:
+            found = super().product(name, device_type, capability)
             wrong = name == operand.partition(".")[0]
             return replace(found, run=lambda *sides: found.run(*sides) * 2.0) if wrong else found
 

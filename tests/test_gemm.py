@@ -358,12 +358,12 @@ def test_what_cannot_multiply_so_says_so() -> None:
         ):
             layer(recipe, "fp8", (128, 128))
     with pytest.raises(
-        UserError, match="gemm 'fp8' cannot run on mps: fp8 needs a CUDA device .*; ask for gemm 'auto'"
+        UserError, match=r"gemm 'fp8' cannot run on mps: fp8 needs a CUDA device .*; ask for gemm 'auto'"
     ):
         check_backend("auto", "fp8", "mps")
-    with pytest.raises(UserError, match="gemm 'fp4' cannot run on cpu: mxfp4 needs a CUDA device of .* 10.0 to 10.9;"):
+    with pytest.raises(UserError, match=r"gemm 'fp4' cannot run on cpu: mxfp4 needs a CUDA device .* 10\.0 to 10\.9;"):
         check_backend("auto", "fp4", "cpu")
-    with pytest.raises(UserError, match="gemm 'fp4' needs MXFP4, .* recipe quest has none such; ask for gemm 'auto'"):
+    with pytest.raises(UserError, match=r"gemm 'fp4' needs MXFP4, .* recipe quest has none such; ask for gemm 'auto'"):
         layer("quest", "fp4", (128, 128))
     assert "gemm 'fp4' cannot run on cpu: mxfp4 needs" in str(layer("quartet", "fp4", (128, 128)))
     assert "forward | on no device yet" in str(layer("quartet", "fp8", (128, 128)).to("meta"))
@@ -372,7 +372,9 @@ def test_what_cannot_multiply_so_says_so() -> None:
 def test_fp8_needs_a_card_that_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
     for capability, allowed in (((8, 6), False), ((8, 9), True), ((9, 0), True)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda found=capability: found)
-        with nullcontext() if allowed else pytest.raises(UserError, match="gemm 'fp8' cannot run on cuda: .*found 8.6"):
+        with (
+            nullcontext() if allowed else pytest.raises(UserError, match=r"gemm 'fp8' cannot run on cuda: .*found 8\.6")
+        ):
             check_backend("reference", "fp8", "cuda")
 
 

@@ -603,8 +603,8 @@ def spoil(module: QuantLinear, operand: str, factor: float) -> None:
     gemm = operand.partition(".")[0]
 
     class Wrong(Numerics):
-        def product(self, name: str, *device: Any) -> Product:
-            found = super().product(name, *device)
+        def product(self, name: str, device_type: str, capability: Any = None) -> Product:
+            found = super().product(name, device_type, capability)
             return dataclasses.replace(found, run=lambda *sides: found.run(*sides) * factor) if name == gemm else found
 
     parts = {each.name: getattr(module.numerics, each.name) for each in dataclasses.fields(Numerics)}

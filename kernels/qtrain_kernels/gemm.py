@@ -49,10 +49,10 @@ ANY: tuple[Capability, Capability] = (0, 0), (99, 0)
 class Product:
     """A row of the table.
 
-    storage: of the layout that it takes; float: float32 or bfloat16. wants: that layout of a side, given the compute dtype; ValueError where the side does not go into it.
-    run: the product of two QTensors in those layouts, in bfloat16 or float32. devices: the types of device that it runs
-    on, with the least and the largest CUDA compute capability; None: all. pair: why it does not take two sides
-    together, each of which it takes; None if it does.
+    storage: of the layout that it takes; "float" for float32 or bfloat16. wants: that layout of a side, given the
+    compute dtype; ValueError where the side does not go into it. run: the product of two QTensors in those layouts, in
+    bfloat16 or float32. devices: the types of device that it runs on, with the least and the largest CUDA compute
+    capability; None: all. pair: why it does not take two sides together, each of which it takes; None if it does.
     """
 
     name: str

@@ -618,10 +618,11 @@ def prepared(
     if rotation is not None and layout.rows > 1:  # tiles are copies, which no rotation runs through
         x = dispatch.get("rotate", backend, device, rotation=rotation)(layout.whole_lines(x), rotation).view(x.shape)
         rotation = None
-    scale: Tensor | float | None = learned
-    if scale is None:
-        lines = layout.whole_lines(x)
-        scale = dispatch.get("tensor_scale", backend, device, plan, rotation)(lines, plan, rotation)
+    scale: Tensor | float
+    if learned is not None:
+        scale = learned
+    else:
+        scale = dispatch.get("tensor_scale", backend, device, plan, rotation)(layout.whole_lines(x), plan, rotation)
     spans = layout.spans(x)
     tensor_scale = scale if isinstance(scale, Tensor) else None
     if isinstance(scale, Tensor) and scale.ndim:

@@ -144,7 +144,8 @@ class Numerics:
             return "on no device yet"
         try:
             backend = dispatch.resolve(self.fprop.left.backend, device_type)
-            return f"{backend} on {device_type}, gemms {' '.join(self.product(name, device_type).name for name in OPERANDS)}"
+            products = " ".join(self.product(name, device_type).name for name in OPERANDS)
+            return f"{backend} on {device_type}, gemms {products}"
         except ValueError as error:
             return str(error)
 
@@ -232,8 +233,8 @@ class Call:
         return getattr(self.numerics, name).rotation(key_of(self.keys, f"{name}.signs"), size)
 
     def layout(self, use: str, shape: tuple[int, int], dim: int, blocks: bool = False) -> Layout:
-        """In which an operand is quantised: as its product takes it, or in floats where that is made of them; blocks: in
-        floats with its block scales, where integers do not do."""
+        """In which an operand is quantised: as its product takes it, or in floats where that is made of floats. blocks:
+        with block scales beside the floats."""
         quantizer, product = self.numerics.operands[use], self.product(use.partition(".")[0])
         if product.storage == "int8":
             return quantizer.layout(shape, dim, "int8")
@@ -287,7 +288,7 @@ def _to_operand(
     quantizer: Quantizer, dtype: torch.dtype, ranks: int = 1,
 ) -> list[Tensor]:  # fmt: skip
     """A gradient by the operand as quantised (rotated: it is in rotated space) -> by the operand itself in dtype, and
-    by its learned scale, (1,) float32, where there is one. mask: bits. ranks: among which the operand's rows are divided."""
+    by its learned scale, (1,) float32, where there is one. mask: bits. ranks: that share the operand's rows."""
     if mask is None and slope is None and not rotated:
         return [grad.to(dtype)]
     if not rotated:
@@ -317,8 +318,8 @@ def _scale_gradient_factor(elements: int, quantizer: Quantizer) -> float:
 
 # -------------------------------------------------------------------------------------------------------- the operators
 #
-# A quantised operand travels as the tensors of a QTensor; a weight's are followed by its slope (`_scale_slope`) where its
-# scale is learned. Arguments that all four share come last: keys, numerics, dtype, observer.
+# A quantised operand travels as the tensors of a QTensor. A weight's are followed by its slope (`_scale_slope`) where
+# its scale is learned. Arguments that all four share come last: keys, numerics, dtype, observer.
 
 Held = list[Tensor]
 
@@ -356,9 +357,9 @@ def _fprop(
     save_x: bool,
     save_mask: bool,
 ) -> list[Tensor]:
-    """x (T, K), weight (N, K) master, both scales (1,) learned ones, kept: of quantize_weight, or nothing -> y (T, N) in
-    dtype; and of x, what there is of: the tensors of its codes (save_x, where `saves_codes`); the bits of its mask and
-    the slope of its learned scale (save_mask)."""
+    """x (T, K), weight (N, K) master, both scales (1,) learned ones, kept: of quantize_weight, or nothing -> y (T, N)
+    in dtype; then, of x, the tensors of its codes (with save_x, if it `saves_codes`), and the bits of its mask and the
+    slope of its learned scale (with save_mask, if it has them)."""
     quantizer, rotation = call.numerics.fprop.left, call.rotation("fprop", x.shape[1])
     codes = save_x and saves_codes(call.numerics)
     w, _ = _weight(call, weight, w_scale, kept)
@@ -519,7 +520,8 @@ def _backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
     needs_x, needs_w, needs_x_scale, needs_w_scale = ctx.needs_input_grad[:4]
     x_slope = saved.pop() if save_mask and forward.left.learned else None
     x_mask = saved.pop() if save_mask and forward.left.masks else None
-    dy, found, w, w_mask, w_slope = grads[0].contiguous(), [None] * 4, kept, None, None
+    dy, w, w_mask, w_slope = grads[0].contiguous(), kept, None, None
+    found: list[Tensor | None] = [None] * 4
     from_codes = numerics.dgrad.right.spec.source == "forward" and forward.right.plan is not None
     needed = ((needs_x or needs_x_scale) and from_codes) or (needs_w and forward.right.masks) or needs_w_scale
     if not kept and needed:

@@ -174,8 +174,8 @@ class QuantLinear(Linear):
                 nn.init.constant_(getattr(self, name), math.nan)
                 self.calibrated = False
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        super()._load_from_state_dict(state_dict, prefix, *rest)
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         scales = (name for name in ("input_scale", "weight_scale") if getattr(self, name) is not None)
         self.calibrated = self.calibrated or all(f"{prefix}{name}" in state_dict for name in scales)
 
@@ -212,7 +212,7 @@ def set_step(model: nn.Module, step: SupportsIndex, micro_batch: SupportsIndex =
     step, micro_batch = operator.index(step), operator.index(micro_batch)
     layers = quant_linears(model)
     drawing = [layer for layer in layers if layer.stochastic]
-    first = torch._C._autograd._get_sequence_nr()  # of the nodes of autograd that are made from here on
+    first = torch.autograd._get_sequence_nr()  # of the nodes that are made from here on
     with torch.inference_mode(False):
         table = key_table([layer.keyed_by for layer in drawing], step, micro_batch) if drawing else torch.empty(0)
         for device in dict.fromkeys(layer.weight.device for layer in layers):

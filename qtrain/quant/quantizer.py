@@ -1,8 +1,8 @@
 """Quantizer: rotate -> scale -> round -> codes, of a matrix along one of its two dims.
 
 # M, N the matrix; quantised along dim -1 (each row) or -2 (each column): no transpose is made.
-x ≈ codes * block_scale * tensor_scale. `Quantizer.operand` gives a QTensor for a product, `Quantizer.quantize` codes and
-scales to look at.
+x ≈ codes * block_scale * tensor_scale. `Quantizer.operand` gives a QTensor for a product, `Quantizer.quantize` codes
+and scales to look at.
 """
 
 from __future__ import annotations
@@ -152,8 +152,8 @@ class Quantizer:
         key: Tensor | None = None,
         learned: Tensor | None = None,
     ) -> QTensor:
-        """x (M, N), float -> x rotated and quantised, in a layout of this quantiser. key: (2,) int32; learned: () float32,
-        the scale itself where it is learned."""
+        """x (M, N), float -> x rotated and quantised, in a layout of this quantiser. key: (2,) int32; learned: ()
+        float32, the scale itself where it is learned."""
         return qtensor.quantize(x, layout, rotation, key, learned, self.backend)
 
     def quantize(

@@ -8,18 +8,16 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 import pytest
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from qtrain.settings import Backend, GemmKind
 from qtrain_kernels import cpu, dispatch, gpu, reference
 from qtrain_kernels.formats import get_format
 from qtrain_kernels.gemm import SETTINGS
-from qtrain_kernels.operators import spell
 from qtrain_kernels.plans import SCALE_RULES, Mask, Plan, Rotation
 
 KEY = torch.tensor([5, -6], dtype=torch.int32)
@@ -236,67 +234,6 @@ def test_random_signs_are_the_reference_s(n: int) -> None:
         cpu.random_signs(n, torch.zeros(3, dtype=torch.int32))
 
 
-def operators() -> list[tuple[Any, tuple[Any, ...]]]:
-    """Every operator of the C++ kernels, with arguments; both dims, every kind of result. No NaN, which equals none."""
-    x, signs, across = torch.randn(64, 32, 1), SIGNS, torch.randn(1, 32, 18).bfloat16()
-    mask, one = torch.ones(x.shape, dtype=torch.uint8), torch.ones(())
-    forward, eden, quest = (spell(PLANS[name]) for name in ("quartet forward", "ms-eden 128", "quest"))
-    packed = torch.zeros(1024, dtype=torch.uint8)
-    return [
-        (cpu._random_signs, (32, KEY)),
-        (cpu._turn, (x, mask, signs, 32, torch.bfloat16, True)),
-        (cpu._turn, (across, None, None, 16, torch.float32, False)),
-        (cpu._line_scales, (x, signs, 32, quest)),
-        (cpu._extent, (across, None, 16)),
-        (cpu._quantize, (x, one, None, signs, 32, forward, torch.bfloat16, "operand", True)),
-        (cpu._quantize, (x, one, None, None, 0, forward, torch.bfloat16, "operand", False)),
-        (cpu._quantize, (x.view(-1, 128, 1), one, KEY, None, 0, eden, torch.float32, "codes", True)),
-        (cpu._quantize, (across, torch.ones(1, 1, 18), None, None, 0, quest, torch.int8, "operand", True)),
-        (cpu._pack, (x, torch.ones(64, 1, 1), forward)),
-        (cpu._pack, (mask.view(torch.int8), None, quest)),
-        (cpu._unpack, (packed, packed[:64], forward, [64, 32, 1], torch.bfloat16)),
-        (cpu._join, (packed, 4)),
-        (cpu._split, (packed, 1, 8191)),
-    ]
-
-
-@pytest.mark.parametrize("at", range(len(operators())))
-def test_the_operators_keep_torchs_rules(at: int) -> None:
-    operator, arguments = operators()[at]
-    assert set(torch.library.opcheck(operator, arguments).values()) == {"SUCCESS"}
-
-
-def test_a_compiled_function_sees_the_operators() -> None:
-    """In one graph, with equal bits, for any number of rows."""
-    plan, rotation = PLANS["quartet backward"], Rotation(32, SIGNS)
-
-    def work(x: Tensor, key: Tensor) -> tuple[Tensor, ...]:
-        scale = cpu.tensor_scale(x, NVFP4, rotation)
-        values, blocks, _ = cpu.operand(x * 2, 1.0, key, plan, torch.bfloat16, rotation)
-        codes, _, _ = cpu.encode(x.reshape(-1, 16, 1), scale, None, NVFP4)
-        packed = cpu.pack(values, blocks, plan)
-        back = cpu.unpack(packed, values.shape, plan, torch.bfloat16)
-        return cpu.unrotate(back, rotation, cpu.split(packed.codes, 1, x.numel()).view(x.shape), torch.float32), codes
-
-    compiled = torch.compile(work, fullgraph=True, backend="aot_eager")
-    before = compiled_graphs()
-    for rows in (64, 96, 160):
-        x = hard_input((rows, 32, 1))
-        torch._dynamo.mark_dynamic(x, 0)
-        assert all(map(alike, compiled(x, KEY), work(x, KEY)))
-    assert compiled_graphs() == before + 1
-
-
-def test_fake_tensors_have_the_shapes_of_the_results() -> None:
-    plan = PLANS["quartet forward"]
-    with FakeTensorMode() as mode:
-        x = mode.from_tensor(torch.ones(4, 32, 1))
-        values, blocks, mask = cpu.operand(x, 1.0, None, plan, torch.bfloat16, Rotation(32))
-    assert [(each.shape, each.dtype) for each in (values, blocks, mask) if each is not None] == [
-        ((4, 32, 1), torch.bfloat16), ((4, 1, 1), torch.float32), ((4, 32, 1), torch.uint8),
-    ]  # fmt: skip
-
-
 def test_what_does_not_fill_its_blocks_is_refused() -> None:
     for operation in (
         lambda x: cpu.rotate(x, Rotation(32)),
@@ -332,10 +269,6 @@ def test_a_compiler_that_fails_is_named(monkeypatch: pytest.MonkeyPatch) -> None
     cpu._library.cache_clear()
     with pytest.raises(RuntimeError, match=r"-not-a-flag.*cannot build cpu.cpp \(.*error"):
         cpu._library("#define ROTATE\n")
-
-
-def compiled_graphs() -> int:
-    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
 def test_every_e8m0_rule_and_every_mask_has_a_plan() -> None:

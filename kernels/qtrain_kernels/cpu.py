@@ -36,10 +36,8 @@ from qtrain_kernels.checks import (
     scale_tensor,
 )
 from qtrain_kernels.formats import Element
-from qtrain_kernels.operators import Namespace, read_plan, spell
 from qtrain_kernels.plans import Knows, Packed, Plan, Rotation, ScaleRule, field_width, grids, scale_nan, stored_integer
 
-CPU = Namespace("qtrain_cpu", "CPU")
 SOURCE = Path(__file__).with_suffix(".cpp")
 FLAGS = (
     "-std=c++17", "-O2", "-ftree-vectorize", "-march=native", "-ffp-contract=off", "-fno-math-errno",
@@ -88,7 +86,9 @@ def unrotate(x: Tensor, rotation: Rotation | None, mask: Tensor | None, dtype: t
 def random_signs(n: int, key: Tensor) -> Tensor:
     """Equals reference.random_signs bit for bit, in a tenth of the time of its eighteen small operations."""
     check_words(key)
-    return _random_signs(n, key)
+    signs = _empty((n,), torch.float32)
+    _random_signs_function()(n, *(word & 0xFFFFFFFF for word in key.tolist()), _at(signs))
+    return signs
 
 
 def tensor_scale(x: Tensor, plan: Plan, rotation: Rotation | None = None) -> Tensor | float:
@@ -110,7 +110,13 @@ def tensor_scale(x: Tensor, plan: Plan, rotation: Rotation | None = None) -> Ten
         return reference.tensor_scale(rotate(x, rotation), plan)
     size = 0 if rotation is None else rotation.size
     _check_filled(x, size or 1, x.shape[1])
-    return _line_scales(_ready(x), _signs(rotation), size, spell(replace(plan, mask=None, rounding="nearest")))
+    return _line_scales(_ready(x), _signs(rotation), size, _scales_alone(plan))
+
+
+@cache
+def _scales_alone(plan: Plan) -> Plan:
+    """Without what plays no part in a line's scale, so that plans that differ in it share one library."""
+    return replace(plan, mask=None, rounding="nearest")
 
 
 def _amax(x: Tensor, rotation: Rotation | None) -> Tensor:
@@ -184,10 +190,7 @@ def _run(
     _check_filled(x, _multiple(plan, size), x.shape[1] if plan.block is None else None)
     scales = scale_tensor(scale, x)
     drawn = key if plan.rounding_mode.draws else None
-    found = _quantize(_ready(x), scales, drawn, _signs(rotation), size, spell(plan), dtype, values, with_blocks)
-    rest = iter(found)
-    has_blocks = with_blocks and plan.block is not None
-    return next(rest), next(rest) if has_blocks else None, next(rest) if plan.mask is not None else None
+    return _quantize(_ready(x), scales, drawn, _signs(rotation), size, plan, dtype, values, with_blocks)
 
 
 def _multiple(plan: Plan, rotation: int) -> int:
@@ -200,8 +203,12 @@ def pack(values: Tensor, blocks: Tensor | None, plan: Plan) -> Packed:
     check_packable(values, blocks, plan)
     if not _packs(plan, values.dtype):
         return reference.pack(values, blocks, plan)
-    found = _pack(values.detach(), blocks, spell(grids(plan)))
-    return Packed(found[0], found[1] if len(found) > 1 else None)
+    values, blocks, plan = values.contiguous(), None if blocks is None else blocks.contiguous(), grids(plan)
+    codes = _empty((-(-values.numel() * field_width(plan.element) // 8),), torch.uint8)
+    scales = None if blocks is None else _empty((blocks.numel(),), torch.uint8)
+    function = _pack_function(plan, values.dtype)
+    function(_at(values), _at(blocks), values.numel(), _at(codes), _at(scales), _threads(values))
+    return Packed(codes, scales)
 
 
 def unpack(packed: Packed, shape: torch.Size, plan: Plan, dtype: torch.dtype) -> Tensor:
@@ -209,19 +216,27 @@ def unpack(packed: Packed, shape: torch.Size, plan: Plan, dtype: torch.dtype) ->
     check_packed(packed, shape, plan)
     if not _packs(plan, dtype):
         return reference.unpack(packed, shape, plan, dtype)
-    return _unpack(packed.codes, packed.scales, spell(grids(plan)), list(shape), dtype)
+    codes, scales = packed.codes.contiguous(), None if packed.scales is None else packed.scales.contiguous()
+    values = _empty(shape, dtype)
+    _unpack_function(grids(plan), dtype)(_at(codes), _at(scales), values.numel(), _at(values), _threads(values))
+    return values
 
 
 def join(fields: Tensor, width: int) -> Tensor:
     """Equals reference.join bit for bit."""
     check_fields(fields, width)
-    return _join(fields, width)
+    fields = fields.contiguous()
+    joined = _empty((-(-fields.numel() * width // 8),), torch.uint8)
+    _fields_function("join", width)(_at(fields), fields.numel(), _at(joined), _threads(fields))
+    return joined
 
 
 def split(joined: Tensor, width: int, count: int) -> Tensor:
     """Equals reference.split bit for bit."""
     check_fields(joined, width, count)
-    return _split(joined, width, count)
+    joined, fields = joined.contiguous(), _empty((count,), torch.uint8)
+    _fields_function("split", width)(_at(joined), count, _at(fields), _threads(fields))
+    return fields
 
 
 def _packs(plan: Plan, dtype: torch.dtype) -> bool:
@@ -252,10 +267,9 @@ def _signs(rotation: Rotation | None) -> Tensor | None:
     return None if rotation.signs is None else rotation.signs.float()
 
 
-# ----------------------------------------------------------------------------------------------------------- operators
+# ----------------------------------------------------------------------------------------------------------- calls
 
 
-@CPU.operator
 def _turn(x: Tensor, mask: Tensor | None, signs: Tensor | None, size: int, dtype: torch.dtype, inverse: bool) -> Tensor:
     """x (outer, span, inner) rotated in blocks of size, or masked and rotated back."""
     x, out = x.contiguous(), _empty(x.shape, dtype)
@@ -267,40 +281,16 @@ def _turn(x: Tensor, mask: Tensor | None, signs: Tensor | None, size: int, dtype
     return out
 
 
-@CPU.fake(_turn)
-def _(x: Tensor, mask: Tensor | None, signs: Tensor | None, size: int, dtype: torch.dtype, inverse: bool) -> Tensor:
-    return x.new_empty(x.shape, dtype=dtype)
-
-
-@CPU.operator
-def _random_signs(n: int, key: Tensor) -> Tensor:
-    signs = _empty((n,), torch.float32)
-    _random_signs_function()(n, *(word & 0xFFFFFFFF for word in key.tolist()), _at(signs))
-    return signs
-
-
-@CPU.fake(_random_signs)
-def _(n: int, key: Tensor) -> Tensor:
-    return key.new_empty((n,), dtype=torch.float32)
-
-
-@CPU.operator
-def _line_scales(x: Tensor, signs: Tensor | None, size: int, plan: str) -> Tensor:
+def _line_scales(x: Tensor, signs: Tensor | None, size: int, plan: Plan) -> Tensor:
     """(outer, 1, inner) float32 scales of the lines of x (outer, length, inner), rotated in blocks of size (0: not)."""
     x, signs = x.contiguous(), None if signs is None else signs.contiguous()
     outer, length, inner = x.shape
     scales = _empty((outer, 1, inner), torch.float32)
-    function = _line_scales_function(read_plan(plan), x.dtype, size)
+    function = _line_scales_function(plan, x.dtype, size)
     function(_at(x), outer * length, inner, length, _at(signs), _at(scales), _threads(x))
     return scales
 
 
-@CPU.fake(_line_scales)
-def _(x: Tensor, signs: Tensor | None, size: int, plan: str) -> Tensor:
-    return x.new_empty((x.shape[0], 1, x.shape[2]), dtype=torch.float32)
-
-
-@CPU.operator
 def _extent(x: Tensor, signs: Tensor | None, size: int) -> Tensor:
     """() float32: the largest magnitude of x rotated."""
     x, signs = x.contiguous(), None if signs is None else signs.contiguous()
@@ -310,126 +300,34 @@ def _extent(x: Tensor, signs: Tensor | None, size: int) -> Tensor:
     return found
 
 
-@CPU.fake(_extent)
-def _(x: Tensor, signs: Tensor | None, size: int) -> Tensor:
-    return x.new_empty((), dtype=torch.float32)
-
-
-@CPU.operator
 def _quantize(
     x: Tensor,
     scale: Tensor,
     key: Tensor | None,
     signs: Tensor | None,
     size: int,
-    plan: str,
+    plan: Plan,
     dtype: torch.dtype,
-    values: str,
+    values: Values,
     with_blocks: bool,
-) -> list[Tensor]:
-    """Those of values, block scales and mask that there are; values as of `Values`. scale: () or (outer, 1, inner)."""
-    what, x = read_plan(plan), x.contiguous()
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Values, and block scales and mask where there are any. scale: () or (outer, 1, inner)."""
+    x, scale, signs = x.contiguous(), scale.contiguous(), None if signs is None else signs.contiguous()
     outer, span, inner = x.shape
-    found = [_empty(shape, dtype) for shape, dtype in _results(x, what, dtype, with_blocks)]
-    blocks = found[1] if with_blocks and what.block is not None else None
-    mask = found[-1] if what.mask is not None else None
-    scale, signs = scale.contiguous(), None if signs is None else signs.contiguous()
+    found, blocks, mask = _empty(x.shape, dtype), None, None
+    if with_blocks and plan.block is not None:
+        blocks = _empty((outer * span // plan.block, 1, inner), torch.float32)
+    if plan.mask is not None:
+        mask = _empty(x.shape, torch.uint8)
     words = (0, 0) if key is None else key.tolist()
-    height = _multiple(what, size)
+    height = _multiple(plan, size)
     height = math.gcd(span, CHUNK) if height == 1 else height
-    _quantize_function(what, x.dtype, dtype, size)(
+    _quantize_function(plan, x.dtype, dtype, size)(
         _at(x), outer * span, span, inner, height, _at(signs), _at(scale), int(scale.ndim > 0),
-        *(word & 0xFFFFFFFF for word in words), _at(found[0]), _at(blocks), _at(mask), int(values == "codes"),
+        *(word & 0xFFFFFFFF for word in words), _at(found), _at(blocks), _at(mask), int(values == "codes"),
         int(values == "restored"), _threads(x),
     )  # fmt: skip
-    return found
-
-
-@CPU.fake(_quantize)
-def _(
-    x: Tensor,
-    scale: Tensor,
-    key: Tensor | None,
-    signs: Tensor | None,
-    size: int,
-    plan: str,
-    dtype: torch.dtype,
-    values: str,
-    with_blocks: bool,
-) -> list[Tensor]:
-    return [x.new_empty(shape, dtype=kind) for shape, kind in _results(x, read_plan(plan), dtype, with_blocks)]
-
-
-def _results(x: Tensor, plan: Plan, dtype: torch.dtype, with_blocks: bool) -> list[tuple[Sequence[int], torch.dtype]]:
-    """Shape and dtype of values, and of block scales and mask where there are any."""
-    outer, span, inner = x.shape
-    found: list = [(x.shape, dtype)]
-    if with_blocks and plan.block is not None:
-        found.append(((outer * span // plan.block, 1, inner), torch.float32))
-    if plan.mask is not None:
-        found.append((x.shape, torch.uint8))
-    return found
-
-
-@CPU.operator
-def _pack(values: Tensor, blocks: Tensor | None, plan: str) -> list[Tensor]:
-    """Codes, and scales where there are blocks."""
-    values, blocks = values.contiguous(), None if blocks is None else blocks.contiguous()
-    what = read_plan(plan)
-    codes = _empty((_packed_bytes(values.numel(), what),), torch.uint8)
-    scales = None if blocks is None else _empty((blocks.numel(),), torch.uint8)
-    function = _pack_function(what, values.dtype)
-    function(_at(values), _at(blocks), values.numel(), _at(codes), _at(scales), _threads(values))
-    return [codes] if scales is None else [codes, scales]
-
-
-@CPU.fake(_pack)
-def _(values: Tensor, blocks: Tensor | None, plan: str) -> list[Tensor]:
-    codes = values.new_empty(_packed_bytes(values.numel(), read_plan(plan)), dtype=torch.uint8)
-    return [codes] if blocks is None else [codes, values.new_empty(blocks.numel(), dtype=torch.uint8)]
-
-
-def _packed_bytes(count: int, plan: Plan) -> int:
-    return -(-count * field_width(plan.element) // 8)
-
-
-@CPU.operator
-def _unpack(codes: Tensor, scales: Tensor | None, plan: str, shape: list[int], dtype: torch.dtype) -> Tensor:
-    codes, scales = codes.contiguous(), None if scales is None else scales.contiguous()
-    values = _empty(shape, dtype)
-    function = _unpack_function(read_plan(plan), dtype)
-    function(_at(codes), _at(scales), values.numel(), _at(values), _threads(values))
-    return values
-
-
-@CPU.fake(_unpack)
-def _(codes: Tensor, scales: Tensor | None, plan: str, shape: list[int], dtype: torch.dtype) -> Tensor:
-    return codes.new_empty(shape, dtype=dtype)
-
-
-@CPU.operator
-def _join(fields: Tensor, width: int) -> Tensor:
-    fields = fields.contiguous()
-    joined = _empty((-(-fields.numel() * width // 8),), torch.uint8)
-    _fields_function("join", width)(_at(fields), fields.numel(), _at(joined), _threads(fields))
-    return joined
-
-
-@CPU.fake(_join)
-def _(fields: Tensor, width: int) -> Tensor:
-    return fields.new_empty(-(-fields.numel() * width // 8))
-
-
-@CPU.operator
-def _split(joined: Tensor, width: int, count: int) -> Tensor:
-    joined, fields = joined.contiguous(), _empty((count,), torch.uint8)
-    _fields_function("split", width)(_at(joined), count, _at(fields), _threads(fields))
-    return fields
-
-
-@CPU.fake(_split)
-def _(joined: Tensor, width: int, count: int) -> Tensor:
-    return joined.new_empty(count)
+    return found, blocks, mask
 
 
 def _empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:

@@ -10,6 +10,7 @@ import difflib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from qtrain_kernels.formats import ELEMENTS, Element, Format, ScaleKind
@@ -257,6 +258,11 @@ class Plan:
         rule = row and row(self.element, self.scale_element)
         # kept, since every call of an operation asks for it; no cached_property, which torch.compile cannot trace
         object.__setattr__(self, "_scale_rule", rule if rule and _has_place(rule, self.block) else None)
+        fields = (self.element, self.scale_kind, self.block, self.rule, self.rounding, self.mask, self.scale_element)
+        object.__setattr__(self, "_hash", hash((*fields, self.per_tensor, self.correction, self.sparsity)))
+
+    def __hash__(self) -> int:
+        return self._hash  # pyright: ignore[reportAttributeAccessIssue]
 
     @property
     def scale_rule(self) -> ScaleRule:
@@ -317,21 +323,26 @@ class Knows:
 
     def check(self, plan: Plan) -> None:
         """ValueError for a plan that asks for anything else."""
-        rule = plan.scale_rule
-        asked = (
-            ("statistic", None if rule.given else rule.statistic, self.statistics),
-            ("statistic", rule.outer and rule.outer.statistic, self.statistics),
-            ("kind of scale", plan.scale_kind, self.scales),
-            ("rounding", plan.rounding_mode.codes, self.roundings),
-            ("mask", plan.mask and plan.mask.kind, self.masks),
-            ("sparsity", plan.sparsity, self.sparsities),
-        )
-        for what, name, known in asked:
-            if name is not None and name not in known:
-                raise ValueError(
-                    f"backend {self.backend!r} knows no {what} {name!r}; it knows {', '.join(known)}; use one of them, "
-                    "or a backend that knows it"
-                )
+        _check_known(self, plan)
+
+
+@cache
+def _check_known(backend: Knows, plan: Plan) -> None:
+    rule = plan.scale_rule
+    asked = (
+        ("statistic", None if rule.given else rule.statistic, backend.statistics),
+        ("statistic", rule.outer and rule.outer.statistic, backend.statistics),
+        ("kind of scale", plan.scale_kind, backend.scales),
+        ("rounding", plan.rounding_mode.codes, backend.roundings),
+        ("mask", plan.mask and plan.mask.kind, backend.masks),
+        ("sparsity", plan.sparsity, backend.sparsities),
+    )
+    for what, name, known in asked:
+        if name is not None and name not in known:
+            raise ValueError(
+                f"backend {backend.backend!r} knows no {what} {name!r}; it knows {', '.join(known)}; use one of them, "
+                "or a backend that knows it"
+            )
 
 
 @dataclass(frozen=True, eq=False)
@@ -397,6 +408,7 @@ def can_pack(plan: Plan) -> bool:
     )
 
 
+@cache
 def grids(plan: Plan) -> Plan:
     """The plan without what plays no part in packing, so that plans that differ in it share one compiled kernel."""
     rule = "floor" if plan.scale_kind == "e8m0" else "absmax"

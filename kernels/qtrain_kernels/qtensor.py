@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cache, lru_cache
+from functools import cache, cached_property, lru_cache
 from typing import Literal, get_args
 
 import torch
@@ -67,37 +67,38 @@ class Layout:
         if reason:
             raise ValueError(f"storage {self.storage!r} cannot hold this matrix: {reason}")
 
-    @property
+    @cached_property
     def t(self) -> Layout:
         """Of the transpose, which has no mask."""
         return replace(self.unmasked, shape=self.shape[::-1], dim=-3 - self.dim)
 
-    @property
+    @cached_property
     def unmasked(self) -> Layout:
         """The same without a mask."""
-        return self if self.plan is None else replace(self, plan=replace(self.plan, mask=None))
+        masked = self.plan is not None and self.plan.mask is not None
+        return replace(self, plan=replace(self.plan, mask=None)) if masked else self
 
-    @property
+    @cached_property
     def lines(self) -> tuple[int, int]:
         """(L, n): the shape with the contraction last."""
         return self.shape if self.dim == -1 else (self.shape[1], self.shape[0])
 
-    @property
+    @cached_property
     def flat(self) -> bool:
         """Whether codes have the shape (M, N); else the contraction lies last."""
         return self.storage in (*FLOATS, "int8")
 
-    @property
+    @cached_property
     def packed(self) -> bool:
         """Whether codes and block scales are bits of the format."""
         return self.storage in ("packed", "swizzled")
 
-    @property
+    @cached_property
     def size(self) -> int | None:
         """Elements along the contraction that share a block scale; None without blocks."""
         return None if self.plan is None or self.plan.block is None else self.plan.block // self.rows
 
-    @property
+    @cached_property
     def constant(self) -> float:
         """What multiplies all codes beside the tensor scale, and follows from the plan: 4/3 where the quantiser leaves
         headroom, else 1."""
@@ -114,7 +115,7 @@ class Layout:
         """The same in another storage. ValueError where the plan does not fit it."""
         return replace(self, storage=storage, blocks=blocks and self.size is not None and storage in FLOATS)
 
-    @property
+    @cached_property
     def saved(self) -> Layout:
         """The storage of the fewest bits that holds the same: packed where that is smaller, else as it is."""
         if self.flat and self.plan is not None and not self.lacks("packed"):
@@ -143,7 +144,7 @@ class Layout:
         """(shape, dtype) of each of the tensors: codes, block scales, tensor scale, mask, without those not there."""
         return [part for part in self.parts if part is not None]
 
-    @property
+    @cached_property
     def parts(self) -> tuple[tuple[Shape, torch.dtype] | None, ...]:
         """As `shapes`, with None for what is not there."""
         mask = ((-(-math.prod(self.shape) // 8),), torch.uint8) if self.plan is not None and self.plan.mask else None
@@ -180,7 +181,7 @@ class Layout:
             return (), torch.float32
         return ((self.shape[0], 1) if self.dim == -1 else (1, self.shape[1])), torch.float32
 
-    @property
+    @cached_property
     def scale_grid(self) -> tuple[int, int]:
         """(lines, blocks) of the block scales, contraction last: a scale for each tile in a float storage."""
         lines, length = self.lines
@@ -321,7 +322,7 @@ class QTensor:
 
     @property
     def unmasked(self) -> QTensor:
-        return replace(self, mask=None, layout=self.layout.unmasked)
+        return QTensor(self.codes, self.block_scale, self.tensor_scale, None, self.layout.unmasked)
 
     def along(self, dim: int) -> QTensor:
         """The same codes for a product that contracts the other dim, without a mask; see `Layout.along`."""

@@ -149,6 +149,9 @@ class Numerics:
         except ValueError as error:
             return str(error)
 
+    def __hash__(self) -> int:
+        return hash(self.text)
+
     @cached_property
     def operands(self) -> dict[str, Quantizer]:
         """fprop.x -> its quantiser, and so on."""

@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cache, cached_property, lru_cache
+from functools import cache, cached_property
 from typing import Literal, get_args
 
 import torch
@@ -488,17 +488,21 @@ def obstacle(here: Layout, target: Layout) -> str | None:
     return None
 
 
-@lru_cache(1024)
 def refines(here: Layout, target: Layout) -> bool:
     """Whether the target's plan has every code under every scale of ours: its element has all of our codes, its rows
     and blocks divide ours, and all else but masks and corrections is the same."""
-    ours, theirs = here.plan, target.plan
+    return _refines(here.plan, here.rows, target.plan, target.rows)
+
+
+@cache
+def _refines(ours: Plan | None, rows: int, theirs: Plan | None, their_rows: int) -> bool:
     if ours is None or theirs is None:
         return ours is theirs
     like = replace(theirs, element=ours.element, block=ours.block, mask=ours.mask, correction=ours.correction)
-    divides = here.size == target.size or (here.size is not None and here.size % (target.size or here.size + 1) == 0)
+    size, their_size = (None if plan.block is None else plan.block // n for plan, n in ((ours, rows), (theirs, their_rows)))
+    divides = size == their_size or (size is not None and size % (their_size or size + 1) == 0)
     codes = ours.element == theirs.element or set(ours.element.levels()) <= set(theirs.element.levels())
-    return like == ours and target.rows in (1, here.rows) and divides and codes
+    return like == ours and their_rows in (1, rows) and divides and codes
 
 
 # --------------------------------------------------------------------------------------------------------------- float8

@@ -481,12 +481,12 @@ def _define(function: Callable[..., list[Tensor]], arguments: str) -> Any:
 
     def fake(*given: Any) -> list[Tensor]:
         *own, keys, numerics, dtype, _ = given
-        key = (numerics, dtype, *map(_described, own))
+        key = (numerics, dtype, *map(_described, own)) if _is_static(own) else None
         found = known.get(key)
         if found is None:
             outputs = function(Call(read_numerics(numerics, "reference"), keys, dtype, None), *own)
             found = [(each.shape, each.dtype) for each in outputs]
-            if _is_static(own):
+            if key is not None:
                 known[key] = found
         return [keys.new_empty(shape, dtype=kind) for shape, kind in found]
 

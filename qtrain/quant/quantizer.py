@@ -142,7 +142,8 @@ class Quantizer:
         self, shape: tuple[int, int], dim: int = -1, storage: Storage = "float32", blocks: bool = False
     ) -> Layout:
         """Of a matrix (M, N) that it quantises along dim."""
-        return _layout(self.plan, shape, dim, storage, self.tile[0], blocks)
+        made = _layout if type(shape[0]) is type(shape[1]) is int else _layout.__wrapped__  # symbols have no hash
+        return made(self.plan, shape, dim, storage, self.tile[0], blocks)
 
     def operand(
         self,

@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cache, lru_cache
+from functools import cache, cached_property, lru_cache
 from typing import Literal, get_args
 
 import torch
@@ -71,10 +71,12 @@ class Layout:
         """Of the transpose, which has no mask."""
         return replace(self.unmasked, shape=self.shape[::-1], dim=-3 - self.dim)
 
-    @property
+    @cached_property
     def unmasked(self) -> Layout:
         """The same without a mask."""
-        return self if self.plan is None else replace(self, plan=replace(self.plan, mask=None))
+        if self.plan is None or self.plan.mask is None:
+            return self
+        return replace(self, plan=replace(self.plan, mask=None))
 
     @property
     def lines(self) -> tuple[int, int]:
@@ -320,7 +322,8 @@ class QTensor:
 
     @property
     def unmasked(self) -> QTensor:
-        return replace(self, mask=None, layout=self.layout.unmasked)
+        """The same without a mask."""
+        return self if self.mask is None else replace(self, mask=None, layout=self.layout.unmasked)
 
     def along(self, dim: int) -> QTensor:
         """The same codes for a product that contracts the other dim, without a mask; see `Layout.along`."""

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,8 +17,9 @@ from torch import Tensor
 
 from qtrain_kernels import cpu, gpu, reference
 from qtrain_kernels.formats import get_format
-from qtrain_kernels.gemm import fold, fp8_matmul, int8_matmul
+from qtrain_kernels.gemm import TABLE, fold, fp8_matmul, int8_matmul, multiply, resolve
 from qtrain_kernels.plans import Mask, Packed, Plan, Rotation
+from qtrain_kernels.qtensor import Layout, QTensor, quantize
 
 ROOT = Path(__file__).parents[1]
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -130,6 +132,51 @@ BAD_PRODUCTS: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: fp8_matmul(fold(FLOATS, -1, E4M3), fold(FLOATS, -2, E4M3)), r"\(4, 32\) and right \(4, 32\) share no",
     ),
 }  # fmt: skip
+
+
+def quantised(plan: Plan | None, dim: int) -> QTensor:
+    return quantize(torch.ones(32, 32), Layout(plan, (32, 32), dim, blocks=plan is not None and plan.block is not None))
+
+
+def product(row: str, left: Plan | None, right: Plan | None) -> Tensor:
+    return multiply(TABLE[row], quantised(left, -1), quantised(right, -2), torch.bfloat16)
+
+
+NVFP4_BY_MXFP4 = {  # what each row says of an NVFP4 operand beside one of MXFP4
+    "int8": "left: .*int8 holds integer codes without block scales",
+    "mxfp4": "left: .*FP4 and MX units take .*; found e2m1/32/e4m3",
+    "nvfp4": "right: .*FP4 and MX units take .*; found e2m1/16/e8m0",
+    "mxfp8": "left: .*FP4 and MX units take .*; found e4m3/32/e4m3",
+    "fp8": "left: .*block scales in minifloat are no powers of two",
+    "fp8_fast": "left: .*block scales in minifloat are no powers of two",
+    "fp8_block": "left: .*block scales in minifloat must be float32 of E4M3 codes, in blocks of 128 or 128x128",
+}
+BAD_PRODUCTS |= {
+    f"{row} of NVFP4 and MXFP4": (partial(product, row, NVFP4, MXFP4), f"product '{row}' does not take .*: {reason}")
+    for row, reason in NVFP4_BY_MXFP4.items()
+}
+BAD_PRODUCTS |= {
+    f"{row} of what is not quantised": (partial(product, row, None, None), "left: .*not quantised; use float32 or bfl")
+    for row in NVFP4_BY_MXFP4
+}
+BAD_PRODUCTS |= {
+    f"{setting} on {device}": (
+        partial(resolve, setting, Layout(plan), Layout(plan), device, capability),
+        f"gemm '{setting}' cannot run on {device}: {reason}; ask for gemm 'auto'",
+    )
+    for setting, plan, device, capability, reason in (
+        (
+            "fp4",
+            MXFP4,
+            "cpu",
+            None,
+            "mxfp4 needs a CUDA device of compute capability 10.0 to 10.9; found cpu; mxfp8 .*",
+        ),
+        ("fp4", NVFP4, "cuda", (9, 0), "nvfp4 needs a CUDA device of compute capability 10.0 or later; found 9.0"),
+        ("fp8", MXFP4, "cuda", (8, 0), "fp8 needs a CUDA device of compute capability 8.9 or later; found 8.0; .*"),
+        ("fp8", MXFP4, "mps", None, "fp8 needs a CUDA device of compute capability 8.9 or later; found mps; .*"),
+    )
+}
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the products are torch's")

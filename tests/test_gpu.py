@@ -24,8 +24,11 @@ from qtrain.models.llama import Llama
 from qtrain.quant.functional import OPERANDS
 from qtrain.quant.linear import QuantLinear
 from qtrain_kernels import dispatch
-from qtrain_kernels.gemm import fold, fp8_matmul, int8_matmul
+from qtrain_kernels.formats import get_format
+from qtrain_kernels.gemm import TABLE, fold, fp8_matmul, int8_matmul, multiply
+from qtrain_kernels.qtensor import Layout, quantize
 from qtrain_kernels.quantize import missing_kernel
+from qtrain_kernels.reference import Plan
 
 # The interpreter computes by numpy, which warns of what IEEE arithmetic defines.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -94,6 +97,39 @@ def test_fp8_products_are_those_of_float64(left_dtype: torch.dtype, fast: bool, 
                 assert torch.equal(found.cpu(), exact.bfloat16()), (m, k, n)
             lost = 2.0**-8 * exact.abs() + (2.0**-10 if fast else 2.0**-20) * terms
             assert ((found.cpu().double() - exact).abs() <= lost).all(), (m, k, n)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("row", [name for name in TABLE if name not in ("int8", "float")])
+@pytest.mark.parametrize(
+    ("left", "right"),
+    [
+        *((name, name) for name in ("mxfp4", "nvfp4", "mxfp8_e4m3", "fp8_e4m3")),
+        ("mxfp8_e4m3", "mxfp4"),
+        ("e4m3/128/float32", "e4m3/128x128/float32"),
+    ],
+)
+def test_products_of_the_table_are_those_of_float64(left: str, right: str, row: str) -> None:
+    """To bfloat16's rounding and what is lost in a sum; a scale in another place would be off by octaves."""
+    product, sides, sizes = TABLE[row], [], ((33, 256, 16), (130, 384, 72))
+    for name, dim in ((left, -1), (right, -2)):
+        fmt = get_format(name)
+        scale = fmt.scale_element
+        plan = Plan(fmt.element, fmt.scale_kind, fmt.block_size, fmt.default_scale, scale_element=scale)
+        sides.append(Layout(plan, dim=dim, rows=fmt.rows))
+    reason = product.accepts(*sides) or product.needs("cuda", torch.cuda.get_device_capability())
+    if reason:
+        pytest.skip(reason)
+    for m, k, n in sizes:
+        operands = []
+        for layout, shape in zip(sides, ((m, k), (k, n)), strict=True):
+            x = torch.randn(shape, generator=generator(sum(shape))).cuda()
+            storage = "float8_128" if layout.size == 128 else "float32"
+            operands.append(quantize(x, replace(layout, shape=shape).stored(storage, blocks=True), backend="reference"))
+        found = multiply(product, *operands, torch.bfloat16, "reference")
+        a, b = (operand.dequantize("reference").cpu().double() for operand in operands)
+        lost = 2.0**-8 * (a @ b).abs() + (2.0**-10 if row == "fp8_fast" else 2.0**-18) * (a.abs() @ b.abs())
+        assert found.shape == (m, n) and ((found.cpu().double() - a @ b).abs() <= 2 * lost).all(), (m, k, n)
 
 
 # -------------------------------------------------------------------------------------------------------------- layers

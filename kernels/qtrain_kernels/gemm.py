@@ -97,15 +97,22 @@ class Product:
 def multiply(product: Product, left: QTensor, right: QTensor, dtype: torch.dtype, backend: str = "auto") -> Tensor:
     """left (M, K) @ right (K, N), each converted to the layout that the product wants. dtype: the compute dtype,
     bfloat16 or float32. ValueError for operands that it does not take."""
+    wanted = _wanted(product, left.layout, right.layout, dtype)
+    return product.run(left.to(wanted[0], backend), right.to(wanted[1], backend))
+
+
+@lru_cache(1024)
+def _wanted(product: Product, left: Layout, right: Layout, dtype: torch.dtype) -> tuple[Layout, Layout]:
+    """The layouts in which a product takes two sides. ValueError where it does not take them."""
     if left.shape[1] != right.shape[0]:
         raise ValueError(f"left {left.shape} and right {right.shape} share no contraction")
     for name, side, dim in (("left", left, -1), ("right", right, -2)):
-        if side.layout.plan is not None and side.layout.dim != dim:
-            raise ValueError(f"{name} contracts dim {dim}, and is quantised along {side.layout.dim}; quantise it again")
-    reason = product.accepts(left.layout, right.layout)
+        if side.plan is not None and side.dim != dim:
+            raise ValueError(f"{name} contracts dim {dim}, and is quantised along {side.dim}; quantise it again")
+    reason = product.accepts(left, right)
     if reason:
         raise ValueError(f"product {product.name!r} does not take these operands: {reason}")
-    return product.run(*(product.taken(side, dtype, backend) for side in (left, right)))
+    return product.wants(left.unmasked, dtype), product.wants(right.unmasked, dtype)
 
 
 @lru_cache(1024)

@@ -322,6 +322,9 @@ class QTensor:
 
     @property
     def unmasked(self) -> QTensor:
+        """The same without a mask."""
+        if self.mask is None:
+            return self
         return QTensor(self.codes, self.block_scale, self.tensor_scale, None, self.layout.unmasked)
 
     def along(self, dim: int) -> QTensor:

@@ -267,9 +267,7 @@ def _turn(x: Tensor, mask: Tensor | None, signs: Tensor | None, size: int, dtype
     return out
 
 
-@CPU.fake(_turn)
-def _(x: Tensor, mask: Tensor | None, signs: Tensor | None, size: int, dtype: torch.dtype, inverse: bool) -> Tensor:
-    return x.new_empty(x.shape, dtype=dtype)
+CPU.fake(_turn)(lambda x, mask, signs, size, dtype, inverse: x.new_empty(x.shape, dtype=dtype))
 
 
 @CPU.operator
@@ -279,9 +277,7 @@ def _random_signs(n: int, key: Tensor) -> Tensor:
     return signs
 
 
-@CPU.fake(_random_signs)
-def _(n: int, key: Tensor) -> Tensor:
-    return key.new_empty((n,), dtype=torch.float32)
+CPU.fake(_random_signs)(lambda n, key: key.new_empty((n,), dtype=torch.float32))
 
 
 @CPU.operator
@@ -295,9 +291,7 @@ def _line_scales(x: Tensor, signs: Tensor | None, size: int, plan: str) -> Tenso
     return scales
 
 
-@CPU.fake(_line_scales)
-def _(x: Tensor, signs: Tensor | None, size: int, plan: str) -> Tensor:
-    return x.new_empty((x.shape[0], 1, x.shape[2]), dtype=torch.float32)
+CPU.fake(_line_scales)(lambda x, signs, size, plan: x.new_empty((x.shape[0], 1, x.shape[2]), dtype=torch.float32))
 
 
 @CPU.operator
@@ -310,9 +304,7 @@ def _extent(x: Tensor, signs: Tensor | None, size: int) -> Tensor:
     return found
 
 
-@CPU.fake(_extent)
-def _(x: Tensor, signs: Tensor | None, size: int) -> Tensor:
-    return x.new_empty((), dtype=torch.float32)
+CPU.fake(_extent)(lambda x, signs, size: x.new_empty((), dtype=torch.float32))
 
 
 @CPU.operator
@@ -345,19 +337,11 @@ def _quantize(
     return found
 
 
-@CPU.fake(_quantize)
-def _(
-    x: Tensor,
-    scale: Tensor,
-    key: Tensor | None,
-    signs: Tensor | None,
-    size: int,
-    plan: str,
-    dtype: torch.dtype,
-    values: str,
-    with_blocks: bool,
-) -> list[Tensor]:
-    return [x.new_empty(shape, dtype=kind) for shape, kind in _results(x, read_plan(plan), dtype, with_blocks)]
+CPU.fake(_quantize)(
+    lambda x, scale, key, signs, size, plan, dtype, values, with_blocks: [
+        x.new_empty(shape, dtype=kind) for shape, kind in _results(x, read_plan(plan), dtype, with_blocks)
+    ]
+)
 
 
 def _results(x: Tensor, plan: Plan, dtype: torch.dtype, with_blocks: bool) -> list[tuple[Sequence[int], torch.dtype]]:
@@ -376,21 +360,24 @@ def _pack(values: Tensor, blocks: Tensor | None, plan: str) -> list[Tensor]:
     """Codes, and scales where there are blocks."""
     values, blocks = values.contiguous(), None if blocks is None else blocks.contiguous()
     what = read_plan(plan)
-    codes = _empty((_packed_bytes(values.numel(), what),), torch.uint8)
-    scales = None if blocks is None else _empty((blocks.numel(),), torch.uint8)
+    found = [_empty((count,), torch.uint8) for count in _packed_sizes(values, blocks, what)]
+    scales = None if blocks is None else found[1]
     function = _pack_function(what, values.dtype)
-    function(_at(values), _at(blocks), values.numel(), _at(codes), _at(scales), _threads(values))
-    return [codes] if scales is None else [codes, scales]
+    function(_at(values), _at(blocks), values.numel(), _at(found[0]), _at(scales), _threads(values))
+    return found
 
 
-@CPU.fake(_pack)
-def _(values: Tensor, blocks: Tensor | None, plan: str) -> list[Tensor]:
-    codes = values.new_empty(_packed_bytes(values.numel(), read_plan(plan)), dtype=torch.uint8)
-    return [codes] if blocks is None else [codes, values.new_empty(blocks.numel(), dtype=torch.uint8)]
+CPU.fake(_pack)(
+    lambda values, blocks, plan: [
+        values.new_empty(count, dtype=torch.uint8) for count in _packed_sizes(values, blocks, read_plan(plan))
+    ]
+)
 
 
-def _packed_bytes(count: int, plan: Plan) -> int:
-    return -(-count * field_width(plan.element) // 8)
+def _packed_sizes(values: Tensor, blocks: Tensor | None, plan: Plan) -> list[int]:
+    """Bytes of codes, and of scales where there are blocks."""
+    codes = -(-values.numel() * field_width(plan.element) // 8)
+    return [codes] if blocks is None else [codes, blocks.numel()]
 
 
 @CPU.operator
@@ -402,9 +389,7 @@ def _unpack(codes: Tensor, scales: Tensor | None, plan: str, shape: list[int], d
     return values
 
 
-@CPU.fake(_unpack)
-def _(codes: Tensor, scales: Tensor | None, plan: str, shape: list[int], dtype: torch.dtype) -> Tensor:
-    return codes.new_empty(shape, dtype=dtype)
+CPU.fake(_unpack)(lambda codes, scales, plan, shape, dtype: codes.new_empty(shape, dtype=dtype))
 
 
 @CPU.operator
@@ -415,9 +400,7 @@ def _join(fields: Tensor, width: int) -> Tensor:
     return joined
 
 
-@CPU.fake(_join)
-def _(fields: Tensor, width: int) -> Tensor:
-    return fields.new_empty(-(-fields.numel() * width // 8))
+CPU.fake(_join)(lambda fields, width: fields.new_empty(-(-fields.numel() * width // 8)))
 
 
 @CPU.operator
@@ -427,9 +410,7 @@ def _split(joined: Tensor, width: int, count: int) -> Tensor:
     return fields
 
 
-@CPU.fake(_split)
-def _(joined: Tensor, width: int, count: int) -> Tensor:
-    return joined.new_empty(count)
+CPU.fake(_split)(lambda joined, width, count: joined.new_empty(count))
 
 
 def _empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:

@@ -108,11 +108,7 @@ def _turn(
     return y
 
 
-@TRITON.fake(_turn)
-def _(
-    x: Tensor, mask: Tensor | None, signs: Tensor | None, size: int, dim: int, inverse: bool, dtype: torch.dtype
-) -> Tensor:
-    return x.new_empty(x.shape, dtype=dtype)
+TRITON.fake(_turn)(lambda x, mask, signs, size, dim, inverse, dtype: x.new_empty(x.shape, dtype=dtype))
 
 
 @TRITON.operator
@@ -128,9 +124,7 @@ def _largest(x: Tensor, signs: Tensor | None, size: int | None, dim: int, single
     return bits.view(torch.float32)
 
 
-@TRITON.fake(_largest)
-def _(x: Tensor, signs: Tensor | None, size: int | None, dim: int, single: bool) -> Tensor:
-    return x.new_empty(_lines(x, dim, single), dtype=torch.float32)
+TRITON.fake(_largest)(lambda x, signs, size, dim, single: x.new_empty(_lines(x, dim, single), dtype=torch.float32))
 
 
 def _lines(x: Tensor, dim: int, single: bool) -> tuple[int, ...]:

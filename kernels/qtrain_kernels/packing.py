@@ -111,9 +111,7 @@ def _pack(values: Tensor, blocks: Tensor | None, spec: str) -> list[Tensor]:
     return found
 
 
-@TRITON.fake(_pack)
-def _(values: Tensor, blocks: Tensor | None, spec: str) -> list[Tensor]:
-    return _empty_packed(values, blocks, read_spec(spec).plan)
+TRITON.fake(_pack)(lambda values, blocks, spec: _empty_packed(values, blocks, read_spec(spec).plan))
 
 
 @TRITON.operator
@@ -125,9 +123,7 @@ def _unpack(codes: Tensor, scales: Tensor | None, spec: str, shape: list[int], d
     return values
 
 
-@TRITON.fake(_unpack)
-def _(codes: Tensor, scales: Tensor | None, spec: str, shape: list[int], dtype: torch.dtype) -> Tensor:
-    return codes.new_empty(shape, dtype=dtype)
+TRITON.fake(_unpack)(lambda codes, scales, spec, shape, dtype: codes.new_empty(shape, dtype=dtype))
 
 
 @TRITON.operator
@@ -139,9 +135,7 @@ def _join(fields: Tensor, width: int) -> Tensor:
     return joined
 
 
-@TRITON.fake(_join)
-def _(fields: Tensor, width: int) -> Tensor:
-    return _bytes(fields.numel(), width, fields)
+TRITON.fake(_join)(lambda fields, width: _bytes(fields.numel(), width, fields))
 
 
 @TRITON.operator
@@ -153,6 +147,4 @@ def _split(joined: Tensor, width: int, count: int) -> Tensor:
     return fields
 
 
-@TRITON.fake(_split)
-def _(joined: Tensor, width: int, count: int) -> Tensor:
-    return joined.new_empty(count)
+TRITON.fake(_split)(lambda joined, width, count: joined.new_empty(count))

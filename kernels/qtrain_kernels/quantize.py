@@ -375,9 +375,7 @@ def _quantize(
     return _present(found)
 
 
-@TRITON.fake(_quantize)
-def _(x: Tensor, scale: Tensor | None, key: Tensor | None, signs: Tensor | None, spec: str, per: int) -> list[Tensor]:
-    return _present(_allocate(read_spec(spec), x))
+TRITON.fake(_quantize)(lambda x, scale, key, signs, spec, per: _present(_allocate(read_spec(spec), x)))
 
 
 @TRITON.operator
@@ -405,19 +403,9 @@ def _quantize_both(
     return _present(row_found) + _present(column_found)
 
 
-@TRITON.fake(_quantize_both)
-def _(
-    x: Tensor,
-    row_scale: Tensor | None,
-    row_key: Tensor | None,
-    row_signs: Tensor | None,
-    row_spec: str,
-    column_scale: Tensor | None,
-    column_key: Tensor | None,
-    column_signs: Tensor | None,
-    column_spec: str,
-) -> list[Tensor]:
-    return [tensor for spec in (row_spec, column_spec) for tensor in _present(_allocate(read_spec(spec), x))]
+TRITON.fake(_quantize_both)(
+    lambda x, *sides: [tensor for spec in (sides[3], sides[7]) for tensor in _present(_allocate(read_spec(spec), x))]
+)
 
 
 # --------------------------------------------------------------------------------------------------------- entry points

@@ -9,17 +9,21 @@ import subprocess
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from fractions import Fraction
 from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from qtrain_kernels import gpu, hadamard, packing, quantize, reference
 from qtrain_kernels.formats import SCALE_RULES, Format, _misfit, get_format
 from qtrain_kernels.quantize import Side, Spec
 from qtrain_kernels.reference import Mask, Plan, Rotation
+from qtrain_kernels.triton_quantize import divisor, quotient
 
 ROOT = Path(__file__).parents[1]
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -214,6 +218,94 @@ def test_a_learned_scale(device: str) -> None:
     scale = torch.tensor(0.37)
     expected = reference.encode(x, scale, None, plan)
     assert all(map(same, results(quantize.encode, device, x, scale, None, plan), expected))
+
+
+# ----------------------------------------------------------------------------------------------------------- division
+
+
+@triton.jit
+def divide_kernel(x, d, found, SIZE: tl.constexpr):
+    at = tl.arange(0, SIZE)
+    tl.store(found + at, quotient(tl.load(x + at), divisor(tl.load(d + at))))
+
+
+def divided(x: Tensor, d: Tensor, device: str) -> Tensor:
+    """x / d as the kernels divide, float32 of any equal sizes."""
+    found, size = [], 1 << 15
+    for numerator, denominator in zip(x.split(size), d.split(size), strict=True):
+        count = len(numerator)
+        given = [torch.cat((each, torch.ones(size - count))).to(device) for each in (numerator, denominator)]
+        out = torch.empty(size, device=device)
+        divide_kernel[(1,)](*given, out, size, **quantize.UNFUSED)
+        found.append(out[:count].cpu())
+    return torch.cat(found)
+
+
+def hardest(divisors: Tensor) -> tuple[Tensor, Tensor]:
+    """(x, d): integers of 24 bits whose quotients lie next to a midpoint of two floats, by up to 7 of the 2^25 parts of
+    one and nearest of all. Of odd divisors d: 2^n x - m d = k for odd m of 25 bits has one solution a k."""
+    numerators, denominators = [], []
+    inverse = divisors.clone()
+    for _ in range(5):  # Newton's, modulo 2^64
+        inverse = inverse * (2 - divisors * inverse)
+    for n, k, above in product((24, 25), (-7, -5, -3, -1, 1, 3, 5, 7), (0, 1)):
+        m = (-k * inverse) % 2**n + above * 2**n
+        x = (m * divisors + k) >> n
+        fits = (m >= 2**24) & (m < 2**25) & (x >= 2**23) & (x < 2**24)
+        numerators.append(x[fits].float())
+        denominators.append(divisors[fits].float())
+    return torch.cat(numerators), torch.cat(denominators)
+
+
+def test_division_is_ieees_at_the_hardest_quotients(device: str) -> None:
+    """Of divisors from all of an octave. (All of its odd ones, with those of their multiples by 2, 4 and 8 that have
+    such quotients, 46 million, were tried once.)"""
+    x, d = hardest(torch.arange(2**23 + 1, 2**24, 2 * 401))
+    assert len(x) > 50_000
+    assert same(divided(x, d, device), x / d)
+
+
+def test_division_is_ieees_at_the_ends(device: str) -> None:
+    """Zeros, subnormals, infinities, NaN, of both signs, and everything between; but for quotients next to zero, and for
+    those that no grid has."""
+    ends = torch.tensor([0.0, 1e-45, 1e-42, 1.1754942e-38, 1.1754944e-38, 1e-30, 0.1, 1.0, 6.0, 3e4, 1e30, 3.4028235e38])
+    ends = torch.cat((ends, torch.tensor([float("inf"), float("nan")])))
+    ends = torch.cat((ends, -ends))
+    draws = torch.Generator().manual_seed(0)
+    anywhere = torch.randint(-(2**31), 2**31, (2, 200_000), generator=draws).to(torch.int32).view(torch.float32)
+    x = torch.cat((ends.repeat_interleave(len(ends)), anywhere[0]))
+    d = torch.cat((ends.repeat(len(ends)), anywhere[1]))
+    found, wanted = divided(x, d, device), x / d
+    tiny, huge = wanted.abs() < 2.0**-126, (wanted.abs() >= 2.0**102) & wanted.isfinite()
+    assert same(found[~tiny & ~huge], wanted[~tiny & ~huge])
+    assert (found[huge].abs() >= 2.0**102).all() and torch.equal(found[huge].sign(), wanted[huge].sign())
+    assert torch.equal(found[tiny].signbit(), wanted[tiny].signbit())
+    assert ((found[tiny].double() - wanted[tiny].double()).abs() <= 2.0**-149).all()
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="a GPU has a fused multiply-add of its own")
+def test_the_interpreters_multiply_add_rounds_once() -> None:
+    """Against exact fractions: of any exponents, and where the sum lies within a hair of a midpoint."""
+    from qtrain_kernels.triton_interpreter import fma
+
+    draws = torch.Generator().manual_seed(0)
+    x, y, z = torch.randint(-(2**31), 2**31, (3, 3000), generator=draws).to(torch.int32).view(torch.float32)
+    near = 1 + torch.randint(0, 2**23, (3000,), generator=draws) * 2.0**-22  # odd multiples of 2^-24 round it
+    x = torch.cat((x, torch.full((3000,), 2.0**-24), torch.full((3000,), 2.0**-24)))
+    y = torch.cat((y, 1 + near * 2.0**-23, torch.tensor([1.0, -1.0]).repeat(1500) * (1 - near * 2.0**-24)))
+    z = torch.cat((z, near, near))
+    exact = x.isfinite() & y.isfinite() & z.isfinite()
+    x, y, z = (each[exact] for each in (x, y, z))
+    for factor, other, term, found in zip(*(each.tolist() for each in (x, y, z, fma(x, y, z))), strict=True):
+        total = Fraction(factor) * Fraction(other) + Fraction(term)
+        if abs(total) >= 2**127:
+            continue
+        below = torch.tensor(found).nextafter(torch.tensor(-torch.inf)).item()
+        above = torch.tensor(found).nextafter(torch.tensor(torch.inf)).item()
+        distances = [abs(total - Fraction(each)) for each in (below, found, above)]
+        assert distances[1] == min(distances)
+        if distances.count(distances[1]) > 1:  # a tie, to even
+            assert torch.tensor(found).view(torch.int32).item() % 2 == 0
 
 
 # ----------------------------------------------------------------------------------------------------- whole matrices

@@ -15,9 +15,16 @@ terms, which have no order. NaN passes through comparisons and integer maxima, n
 import triton
 import triton.language as tl
 
+INTERPRETED: tl.constexpr = tl.constexpr(triton.knobs.runtime.interpret)
+if INTERPRETED:
+    from qtrain_kernels import triton_interpreter
+
+    triton_interpreter.install()
+
 ABS: tl.constexpr = tl.constexpr(0x7FFFFFFF)
 INFINITY: tl.constexpr = tl.constexpr(0x7F800000)
 NAN: tl.constexpr = tl.constexpr(0x7FC00000)
+LARGEST: tl.constexpr = tl.constexpr(3.4028234663852886e38)
 LARGE: tl.constexpr = tl.constexpr(1.5 * 2.0**23)
 
 
@@ -89,6 +96,44 @@ def std(x):
 def amax(x):
     """By the bits, whose order is that of the magnitudes with NaN above all."""
     return float_of(tl.max(bits_of(x) & ABS, axis=1, keep_dims=True))
+
+
+# ------------------------------------------------------------------------------------------------------------- division
+
+
+@triton.jit
+def inverse(x):
+    """1 / x rounded once. The GPU's own instruction is half of its division, and has no name in Triton."""
+    if INTERPRETED:
+        found = tl.div_rn(tl.full(x.shape, 1.0, tl.float32), x)
+    else:
+        found = tl.inline_asm_elementwise("rcp.rn.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+    return found
+
+
+@triton.jit
+def divisor(d):
+    """What `quotient` divides by, made once for a block: a power of two whose sign is not d's, d times it, and the
+    reciprocal of that product, which is -2^24 or less where a power of two brings d there: no remainder underflows."""
+    bits = d.to(tl.uint32, bitcast=True)
+    lift = tl.minimum(0x8B000000 - (bits & 0x7F800000), 0x7F000000) | ((bits & 0x80000000) ^ 0x80000000)
+    below = d * lift.to(tl.float32, bitcast=True)
+    return lift.to(tl.float32, bitcast=True), tl.maximum(below, -LARGEST), inverse(below)
+
+
+@triton.jit
+def quotient(x, by):
+    """x / d rounded once, as IEEE division does, of what `divisor` made of d; without a division.
+
+    Markstein's theorem: of a reciprocal rounded once, the product's exact remainder corrects the product to the nearest
+    float. A divisor below zero makes that remainder +0 of a zero, which keeps the zero's sign. A product that is
+    infinite is corrected by what is infinite or zero. Quotients below 2^-126 may be off by 2^-149, those above 2^102
+    infinite: no grid has codes between those and zero, or beyond these.
+    """
+    lift, below, reciprocal = by
+    x = x * lift
+    product = clamp(x * reciprocal, LARGEST)
+    return tl.fma(tl.fma(product, below * -1.0, x), reciprocal, product)
 
 
 # ----------------------------------------------------------------------------------------------------------- randomness
@@ -231,21 +276,22 @@ def least_error_exponent(x, floor, ELEMENT: tl.constexpr):
 
 
 @triton.jit
-def minifloat_scale(largest, limit: tl.constexpr, scale, ELEMENT: tl.constexpr):
-    rounded = round_nearest(tl.div_rn(tl.div_rn(largest, constant(limit)), scale), ELEMENT)
+def minifloat_scale(largest, limit: tl.constexpr, by_scale, ELEMENT: tl.constexpr):
+    """by_scale: the divisor made of the tensor scale."""
+    rounded = round_nearest(quotient(tl.div_rn(largest, constant(limit)), by_scale), ELEMENT)
     return tl.where(rounded == 0, 1.0, rounded)
 
 
 @triton.jit
-def minifloat_error(x, blocks, scale, ELEMENT: tl.constexpr):
-    u = tl.div_rn(x, scale * blocks)
+def minifloat_error(u, blocks, ELEMENT: tl.constexpr):
     difference = (round_nearest(u, ELEMENT) - u) * blocks
     return tree_sum(difference * difference)
 
 
 @triton.jit
-def block_scale(x, scale, JOB: tl.constexpr):
-    """(G, 1, I) float32: reference.block_scale. scale: the tensor scale, zero made one."""
+def scaled(x, scale, JOB: tl.constexpr):
+    """Block scales (G, 1, I) float32, and x in code units, which is what is rounded: reference.block_scale and
+    reference._in_code_units. scale: the tensor scale, zero made one."""
     ELEMENT: tl.constexpr = JOB.plan.element
     GRID: tl.constexpr = JOB.plan.scale_element
     if JOB.plan.scale_kind == "e8m0":
@@ -253,35 +299,29 @@ def block_scale(x, scale, JOB: tl.constexpr):
         if JOB.exponent.search:
             exponent = least_error_exponent(x, exponent, ELEMENT)
         blocks = power_of_two(exponent)
+        u = (x * JOB.headroom) * reciprocal(blocks)
     elif JOB.plan.scale_kind == "minifloat":
-        largest = amax(x)
-        blocks = minifloat_scale(largest, JOB.limit, scale, GRID)
+        largest, by_scale = amax(x), divisor(scale)
+        blocks = minifloat_scale(largest, JOB.limit, by_scale, GRID)
+        u = quotient(x, divisor(scale * blocks))
         if JOB.plan.rule == "four_over_six":
-            four = minifloat_scale(largest, 4.0, scale, GRID)
-            better = minifloat_error(x, four, scale, ELEMENT) < minifloat_error(x, blocks, scale, ELEMENT)
-            blocks = tl.where(better, four, blocks)
-    elif JOB.plan.rule == "gaussian":
-        blocks = finite_or_nan(JOB.fit * rms(x))
+            four = minifloat_scale(largest, 4.0, by_scale, GRID)
+            u_four = quotient(x, divisor(scale * four))
+            better = minifloat_error(u_four, four, ELEMENT) < minifloat_error(u, blocks, ELEMENT)
+            blocks, u = tl.where(better, four, blocks), tl.where(better, u_four, u)
+    elif JOB.plan.block is None:
+        blocks = scale
+        u = quotient(x, divisor(scale))
     else:
-        blocks = finite_or_nan(tl.div_rn(amax(x), constant(JOB.limit)))
-    return blocks
+        if JOB.plan.rule == "gaussian":
+            blocks = finite_or_nan(JOB.fit * rms(x))
+        else:
+            blocks = finite_or_nan(tl.div_rn(amax(x), constant(JOB.limit)))
+        u = quotient(x, divisor(nonzero(blocks)))
+    return blocks, u
 
 
 # --------------------------------------------------------------------------------------------------------------- encode
-
-
-@triton.jit
-def code_units(x, scale, blocks, JOB: tl.constexpr):
-    """What is rounded: reference._in_code_units."""
-    if JOB.plan.scale_kind == "e8m0":
-        u = (x * JOB.headroom) * reciprocal(blocks)
-    elif JOB.plan.block is None:
-        u = tl.div_rn(x, scale)
-    elif JOB.plan.scale_kind == "float32":
-        u = tl.div_rn(x, nonzero(blocks))
-    else:
-        u = tl.div_rn(x, scale * blocks)
-    return u
 
 
 @triton.jit
@@ -484,12 +524,8 @@ def quantize_tile(tile, scale, key, signs, values, block_scales, masks, i, j, ro
     x = in_blocks(x, JOB.block, JOB)
     above = tensor_scale_of_blocks(scale, i, j, rows, columns, per, JOB)
     if JOB.plan.rule == "mse_phase":
-        x = tl.div_rn(x, above)
-    if JOB.plan.block is not None:
-        blocks = block_scale(x, above, JOB)
-    else:
-        blocks = above
-    u = code_units(x, above, blocks, JOB)
+        x = quotient(x, divisor(above))
+    blocks, u = scaled(x, above, JOB)
     if JOB.plan.rounding == "stochastic":
         codes = round_stochastic(u, ELEMENT, uniform(element_index(i, j, rows, columns, 1, JOB), key))
     else:
@@ -534,13 +570,24 @@ def element_index(i, j, rows, columns, SHARE: tl.constexpr, JOB: tl.constexpr):
     return index
 
 
+@triton.constexpr_function
+def neighbours(rows, columns):
+    """Rows of a tile along columns that a thread holds one after the other, where it loads 8 columns at once."""
+    return rows * columns // (256 * max(1, rows // 128))
+
+
 @triton.jit
 def load_tile(x, i, j, rows, columns, JOB: tl.constexpr):
-    r, c = tl.arange(0, JOB.rows)[:, None], tl.arange(0, JOB.columns)[None, :]
+    """Along columns so that a thread holds neighbouring rows: of a block of 16 all, which makes its scale its own. Triton
+    gives lanes to the last dims first."""
+    SIDE: tl.constexpr = JOB.rows if JOB.dim == -1 else neighbours(JOB.rows, JOB.columns)
+    r = tl.arange(0, SIDE)[:, None, None] + tl.arange(0, JOB.rows // SIDE)[None, :, None] * SIDE
+    c = tl.arange(0, JOB.columns)[None, None, :]
     row, column = i * JOB.rows, j * JOB.columns
     inside = (row + r < rows) & (column + c < columns)
     x += row.to(tl.int64) * columns + column
-    return tl.load(x + r * columns + c, mask=inside, other=0.0)
+    tile = tl.load(x + r * columns + c, mask=inside, other=0.0)
+    return tl.reshape(tl.permute(tile, (1, 0, 2)), (JOB.rows, JOB.columns))
 
 
 @triton.jit

@@ -369,13 +369,14 @@ def gradient_mask(u, codes, MASK: tl.constexpr):
 @triton.jit
 def hadamard(x, N: tl.constexpr):
     """(G, N, I) times the Hadamard matrix over sqrt(N), in the order of additions of reference.rotate: elements half a
-    block apart first. An element's partner is the sum of both, as integers, less itself: moved, not computed."""
+    block apart first. An element's partner is the sum of both, as integers, less itself: moved, not computed. A product
+    with ±1 rounds nothing, so that the fused multiply-add is the reference's sum or difference."""
     shape: tl.constexpr = x.shape
-    side = tl.arange(0, 2)[None, :, None, None]
+    side = (1 - 2 * tl.arange(0, 2)).to(tl.float32)[None, :, None, None]
     for stage in tl.static_range(log2(N)):
         pairs = tl.reshape(x, (x.shape[0] * x.shape[1] // (N >> stage), 2, N >> (stage + 1), x.shape[2]))
         partner = float_of(tl.sum(bits_of(pairs), axis=1, keep_dims=True) - bits_of(pairs))
-        x = tl.reshape(tl.where(side == 0, pairs + partner, partner - pairs), shape)
+        x = tl.reshape(tl.fma(pairs, tl.broadcast_to(side, pairs.shape), partner), shape)
     return x * (N**-0.5)
 
 
@@ -580,14 +581,18 @@ def neighbours(rows, columns):
 def load_tile(x, i, j, rows, columns, JOB: tl.constexpr):
     """Along columns so that a thread holds neighbouring rows: of a block of 16 all, which makes its scale its own. Triton
     gives lanes to the last dims first."""
-    SIDE: tl.constexpr = JOB.rows if JOB.dim == -1 else neighbours(JOB.rows, JOB.columns)
-    r = tl.arange(0, SIDE)[:, None, None] + tl.arange(0, JOB.rows // SIDE)[None, :, None] * SIDE
-    c = tl.arange(0, JOB.columns)[None, None, :]
     row, column = i * JOB.rows, j * JOB.columns
-    inside = (row + r < rows) & (column + c < columns)
     x += row.to(tl.int64) * columns + column
-    tile = tl.load(x + r * columns + c, mask=inside, other=0.0)
-    return tl.reshape(tl.permute(tile, (1, 0, 2)), (JOB.rows, JOB.columns))
+    if JOB.dim == -1:
+        r, c = tl.arange(0, JOB.rows)[:, None], tl.arange(0, JOB.columns)[None, :]
+        tile = tl.load(x + r * columns + c, mask=(row + r < rows) & (column + c < columns), other=0.0)
+    else:
+        SIDE: tl.constexpr = neighbours(JOB.rows, JOB.columns)
+        r = tl.arange(0, SIDE)[:, None, None] + tl.arange(0, JOB.rows // SIDE)[None, :, None] * SIDE
+        c = tl.arange(0, JOB.columns)[None, None, :]
+        tile = tl.load(x + r * columns + c, mask=(row + r < rows) & (column + c < columns), other=0.0)
+        tile = tl.reshape(tl.permute(tile, (1, 0, 2)), (JOB.rows, JOB.columns))
+    return tile
 
 
 @triton.jit

@@ -15,7 +15,8 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from qtrain.errors import UserError
 from qtrain.settings import Redraw, Strict, configs_dir, group_names, nearest, parse
-from qtrain_kernels.formats import Format, check_scale, get_format
+from qtrain_kernels.formats import Format, get_format
+from qtrain_kernels.plans import ROUNDINGS, RoundingName, check_scale
 
 
 class QuantSpec(Strict):
@@ -23,7 +24,7 @@ class QuantSpec(Strict):
 
     format: a number format, by name or as element/block/scale (`qtrain_kernels.formats`); None takes the recipe's own
         `format`; "none" leaves the operand in the compute dtype.
-    scale: a scale rule (`qtrain_kernels.formats.SCALE_RULES`); None is the format's default. learned: a parameter, LSQ.
+    scale: a scale rule (`qtrain_kernels.plans.SCALE_RULES`); None is the format's default. learned: a parameter, LSQ.
     rounding: nearest (ties to even), stochastic, or eden (nearest, then a stochastically rounded scale correction).
     correction: elements that share an EDEN correction; None is the format's block.
     rotation: "hadamard<n>" rotates blocks of n along the contraction dim, "hadamard" the whole dim; both operands of a
@@ -39,7 +40,7 @@ class QuantSpec(Strict):
 
     format: str | None = None
     scale: str | None = None
-    rounding: Literal["nearest", "stochastic", "eden"] = "nearest"
+    rounding: RoundingName = "nearest"
     correction: int | None = Field(None, gt=0)
     rotation: str | None = None
     signs: Literal["none", "fixed", "step"] = "none"
@@ -224,7 +225,7 @@ class LinearRecipe(Strict):
         """Whether `redraw` changes anything where a step has several micro-batches, here or in an override."""
         gemms = self.operands()
         of_the_weight = [gemms[name]["w"] for name in ("fprop", "dgrad") if name in gemms]
-        own = any(spec.signs == "step" or (spec.quantised and spec.rounding != "nearest") for spec in of_the_weight)
+        own = any(spec.signs == "step" or (spec.quantised and ROUNDINGS[spec.rounding].draws) for spec in of_the_weight)
         return own or any(other.redraws for other in self.overrides.values())
 
     @property
@@ -287,12 +288,14 @@ def _for_some_layers(pattern: str, recipe: Any) -> LinearRecipe:
 
 def check_spec(spec: QuantSpec, fmt: Format) -> str:
     """The scale rule in force. ValueError where scale, rounding or sparsity do not fit the format."""
-    rule = check_scale(fmt, spec.scale)
-    if spec.correction and spec.rounding != "eden":
+    rule, corrects = check_scale(fmt, spec.scale), ROUNDINGS[spec.rounding].corrects
+    if spec.correction and not corrects:
         raise ValueError(f"correction is of rounding eden; the rounding is {spec.rounding}")
-    if spec.rounding == "eden" and (fmt.scale_kind != "minifloat" or fmt.rows > 1):
-        raise ValueError(f"rounding eden corrects minifloat block scales (nvfp4); {fmt.name} has {fmt.scale} scales")
-    if spec.rounding == "eden" and spec.correction and spec.correction % (fmt.block_size or 1):
+    if corrects and (fmt.scale_kind != "minifloat" or fmt.rows > 1):
+        raise ValueError(
+            f"rounding {spec.rounding} corrects minifloat block scales (nvfp4); {fmt.name} has {fmt.scale} scales"
+        )
+    if corrects and spec.correction and spec.correction % (fmt.block_size or 1):
         raise ValueError(f"correction={spec.correction} must be a multiple of the block of {fmt.name}, {fmt.block}")
     if rule == "learned" and spec.rounding != "nearest":
         raise ValueError(f"scale learned (LSQ) rounds to nearest; got {spec.rounding}")

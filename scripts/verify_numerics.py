@@ -53,7 +53,7 @@ from qtrain.recipe import LinearRecipe, QuantSpec, read_recipe
 from qtrain.settings import Backend, parse
 from qtrain_kernels import reference
 from qtrain_kernels.formats import E2M1, E4M3, GAUSSIAN_CLIP
-from qtrain_kernels.reference import Rotation
+from qtrain_kernels.plans import Rotation
 
 BACKEND: Backend = "reference"
 SAMPLES = 2**26  # elements per row of the table: a misalignment is then known to 2e-5

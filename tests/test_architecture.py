@@ -20,17 +20,18 @@ ROOT = Path(__file__).parents[1]
 # neither needs it nor pays for it.
 # wandb is reached through Lightning's logger alone, but where its own files and server are read.
 MAY_IMPORT = {
-    "qtrain_kernels": "torch qtrain_kernels.formats (triton qtrain_kernels.triton_quantize "
+    "qtrain_kernels": "torch qtrain_kernels.formats qtrain_kernels.plans (triton qtrain_kernels.triton_quantize "
     "qtrain_kernels.triton_packing)",
     "qtrain_kernels.formats": "",
+    "qtrain_kernels.plans": "qtrain_kernels.formats (torch)",
     "qtrain_kernels.triton_quantize": "triton",
     "qtrain_kernels.triton_packing": "triton qtrain_kernels.triton_quantize",
     "qtrain": "qtrain_kernels (qtrain.quant qtrain.run)",
     "qtrain.errors": "",
     "qtrain.settings": "pydantic",
-    "qtrain.recipe": "yaml pydantic qtrain.settings qtrain_kernels.formats",
+    "qtrain.recipe": "yaml pydantic qtrain.settings qtrain_kernels.formats qtrain_kernels.plans",
     "qtrain.config": "pydantic qtrain.settings qtrain.recipe",
-    "qtrain.quant": "torch qtrain.settings qtrain.recipe qtrain_kernels qtrain_kernels.formats",
+    "qtrain.quant": "torch qtrain.settings qtrain.recipe qtrain_kernels qtrain_kernels.formats qtrain_kernels.plans",
     "qtrain.models": "torch einops qtrain.config qtrain_kernels",
     "qtrain.metrics": "torch qtrain.config qtrain.models",
     "qtrain.optim": "torch qtrain.config",

@@ -14,7 +14,7 @@ from test_compiled import KEY, PLANS, SIGNS, alike, compile_afresh, hard_input
 from torch import Tensor
 
 from qtrain_kernels import cpu, reference
-from qtrain_kernels.reference import Rotation
+from qtrain_kernels.plans import Rotation
 
 COMPILER, EMULATOR = which("aarch64-linux-gnu-g++"), which("qemu-aarch64") or which("qemu-aarch64-static")
 pytestmark = pytest.mark.skipif(

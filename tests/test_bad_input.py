@@ -17,7 +17,7 @@ from torch import Tensor
 from qtrain_kernels import cpu, gpu, reference
 from qtrain_kernels.formats import get_format
 from qtrain_kernels.gemm import fold, fp8_matmul, int8_matmul
-from qtrain_kernels.reference import Mask, Packed, Plan, Rotation
+from qtrain_kernels.plans import Mask, Packed, Plan, Rotation
 
 ROOT = Path(__file__).parents[1]
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

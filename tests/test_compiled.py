@@ -17,9 +17,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from qtrain.settings import Backend, GemmKind
 from qtrain_kernels import cpu, dispatch, gpu, reference
-from qtrain_kernels.formats import SCALE_RULES, get_format
+from qtrain_kernels.formats import get_format
 from qtrain_kernels.operators import spell
-from qtrain_kernels.reference import Mask, Plan, Rotation
+from qtrain_kernels.plans import SCALE_RULES, Mask, Plan, Rotation
 
 KEY = torch.tensor([5, -6], dtype=torch.int32)
 E2M1 = get_format("mxfp4").element

@@ -4,7 +4,8 @@ import pytest
 from oracles import quantization as oracle
 from scipy.optimize import minimize_scalar
 
-from qtrain_kernels.formats import FORMATS, check_scale, get_format
+from qtrain_kernels.formats import FORMATS, get_format
+from qtrain_kernels.plans import SCALE_RULES, ScaleRule, check_scale
 
 GRIDS = {
     "mxfp4": oracle.E2M1_GRID,
@@ -65,3 +66,18 @@ def test_unknown_names_raise_with_the_nearest() -> None:
 def test_a_rule_that_the_format_lacks_raises(name: str, rule: str) -> None:
     with pytest.raises(ValueError, match=rule):
         check_scale(get_format(name), rule)
+
+
+def test_no_row_has_numbers_that_its_kind_of_scale_does_not_read() -> None:
+    of_e8m0 = ("increment", "shift", "headroom")
+    unread = {"e8m0": ("given", "of_lines"), "minifloat": (*of_e8m0, "given", "of_lines"), "float32": of_e8m0}
+    fmt, nothing = get_format("int4"), ScaleRule()
+    for name, kinds in SCALE_RULES.items():
+        for kind, row in kinds.items():
+            rule = row(fmt.element, get_format("nvfp4").scale_element)
+            assert {field: getattr(rule, field) for field in unread[kind] if getattr(rule, field)} == {
+                field: getattr(nothing, field) for field in unread[kind] if getattr(nothing, field)
+            }, name
+            assert (rule.outer is not None) >= (kind == "minifloat"), f"{name}: minifloat scales have one above them"
+            assert rule.headroom == 1.0 or rule.outer is None, f"{name}: the headroom is the tensor scale's"
+            assert bool(rule.less) == (rule.statistic == "rms_absmean"), name

@@ -16,7 +16,7 @@ from qtrain.recipe import read_recipe
 from qtrain_kernels import cpu, dispatch, gemm, reference
 from qtrain_kernels.formats import get_format
 from qtrain_kernels.gemm import fold, fp8_matmul, int8_matmul
-from qtrain_kernels.reference import Plan
+from qtrain_kernels.plans import Plan, stored_integer
 
 FORMATS = ("int1", "int4", "int7", "int8", "int1.585", "int4_sym", "int8_sym")
 
@@ -72,7 +72,7 @@ def test_cudas_sizes_are_filled_with_zeros(monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize("name", FORMATS)
 def test_stored_integers_are_the_codes(name: str) -> None:
     element = get_format(name).element
-    unit, offset = reference.stored_integer(element)
+    unit, offset = stored_integer(element)
     x = torch.randn(7, 96, 1, generator=torch.Generator().manual_seed(0)) * 2
     x[0], x[1] = 0, x[1] * 1e-42
     for plan in (

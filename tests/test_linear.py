@@ -22,7 +22,7 @@ from qtrain.quant.linear import Gemm
 from qtrain.quant.quantizer import Quantizer
 from qtrain.quant.random import USES, key_words
 from qtrain.recipe import LinearRecipe, QuantSpec, read_recipe
-from qtrain_kernels.reference import Rotation
+from qtrain_kernels.plans import Rotation
 
 T, K, N = 96, 256, 128
 

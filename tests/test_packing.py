@@ -12,9 +12,9 @@ import qtrain
 from qtrain.quant import quantizer
 from qtrain_kernels import cpu, reference
 from qtrain_kernels.formats import get_format
-from qtrain_kernels.reference import Plan
+from qtrain_kernels.plans import Packed, Plan, can_pack, field_width
 
-PACKED = {name: plan for name, plan in PLANS.items() if reference.can_pack(plan)}
+PACKED = {name: plan for name, plan in PLANS.items() if can_pack(plan)}
 E2M1_BYTES = {  # low nibble first; OCP Microscaling Formats v1.0, table 5: sign, two bits of exponent, one of mantissa
     (0.0, 0.5): 0x10, (1.0, 1.5): 0x32, (2.0, 3.0): 0x54, (4.0, 6.0): 0x76,
     (-0.0, -0.5): 0x98, (-1.0, -1.5): 0xBA, (-2.0, -3.0): 0xDC, (-4.0, -6.0): 0xFE,
@@ -77,7 +77,7 @@ def test_packed_values_come_back(name: str) -> None:
             assert not finite or (values != 0).float().mean() > 0.2
             expected, found = (module.pack(values, blocks, plan) for module in (reference, cpu))
             assert all(map(alike, expected, found)), (shape, dtype)
-            assert expected.codes.numel() == -(-x.numel() * reference.field_width(plan.element) // 8)
+            assert expected.codes.numel() == -(-x.numel() * field_width(plan.element) // 8)
             # what a NaN of the tensor scale will make NaN again is any code
             free = torch.as_tensor(scale).isnan() if blocks is None else torch.tensor(False)
             for module in (reference, cpu):
@@ -103,7 +103,7 @@ def test_tensors_that_lie_apart_are_read_as_they_are() -> None:
     packed = cpu.pack(apart(values), apart(blocks), plan)
     assert all(map(alike, packed, cpu.pack(values, blocks, plan)))
     assert packed.scales is not None
-    strided = reference.Packed(apart(packed.codes), apart(packed.scales))
+    strided = Packed(apart(packed.codes), apart(packed.scales))
     assert torch.equal(cpu.unpack(strided, values.shape, plan, torch.bfloat16), values)
     assert torch.equal(cpu.split(apart(packed.codes), 4, 64), cpu.split(packed.codes, 4, 64))
 
@@ -129,7 +129,7 @@ def test_what_cannot_come_back_is_not_packed() -> None:
     float32_blocks = PLANS["fp8 block"]
     e1m0 = get_format("e2m1/16/e1m0")  # a zero scale stands as 1, which its scales lack: 0 and 2
     no_one = Plan(e1m0.element, "minifloat", 16, "absmax", scale_element=e1m0.scale_element)
-    assert not any(map(reference.can_pack, (learned, sparse, float32_blocks, no_one)))
+    assert not any(map(can_pack, (learned, sparse, float32_blocks, no_one)))
     values, _, _ = reference.operand(hard_input((6, 96, 1)), torch.ones(6, 1, 1), None, sparse, torch.float32)
     back = reference.unpack(reference.pack(values, None, sparse), values.shape, sparse, torch.float32)
     assert not torch.equal(back, values)

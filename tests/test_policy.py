@@ -11,7 +11,8 @@ import qtrain
 from qtrain.errors import UserError
 from qtrain.quant.quantizer import Quantizer
 from qtrain.recipe import QuantSpec
-from qtrain_kernels.formats import FORMATS, SCALE_RULES, get_format
+from qtrain_kernels.formats import FORMATS, get_format
+from qtrain_kernels.plans import SCALE_RULES
 
 OPEN = ("e2m1/16x16/e4m3", "e2m1/16/ue5m3", "e4m3/128/float32", "e4m3/128x128/float32", "int8_sym/tensor/float32",
         "e3m0/tensor/float32", "int1.585/tensor/float32", "e4m3/16/e8m0", "e3m0/32/e8m0", "int4_sym/16/e8m0",

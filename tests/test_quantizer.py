@@ -17,7 +17,7 @@ from qtrain.quant.rotation import hadamard
 from qtrain.recipe import QuantSpec
 from qtrain.settings import Backend
 from qtrain_kernels.formats import FORMATS, get_format
-from qtrain_kernels.reference import Mask
+from qtrain_kernels.plans import Mask
 
 RULES = {  # octave-averaged relative error on N(0, 1) in blocks of 32, E2M1
     "floor": 1.334e-2, "even": 1.260e-2, "rceil": 1.367e-2, "ceil": 1.99e-2, "round": 1.464e-2, "std": 2.23e-2,

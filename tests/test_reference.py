@@ -10,7 +10,7 @@ from torch import Tensor
 
 from qtrain_kernels import reference
 from qtrain_kernels.formats import get_format
-from qtrain_kernels.reference import Mask, Plan
+from qtrain_kernels.plans import Mask, Plan
 
 MX = get_format("mxfp4")
 MINIFLOATS = ["fp4_e2m1", "fp6_e3m2", "fp6_e2m3", "fp8_e4m3", "fp8_e5m2", "fp5_e3m1", "mxint8"]

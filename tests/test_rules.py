@@ -21,8 +21,8 @@ from oracles.recipes import USES, Draws
 from torch import Tensor
 
 from qtrain_kernels import cpu, gpu, quantize, reference
-from qtrain_kernels.formats import SCALE_RULES, get_format
-from qtrain_kernels.reference import Mask, Plan
+from qtrain_kernels.formats import get_format
+from qtrain_kernels.plans import CARRY_ABOVE_SQRT2, ROUNDINGS, SCALE_RULES, Mask, Plan, Rounding, Row, ScaleRule
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 BACKENDS = {"triton": gpu} if INTERPRETED else {"reference": reference, "compiled": cpu}
@@ -218,11 +218,81 @@ def test_an_unknown_scale_of_whole_lines_is_refused_by_name(module: ModuleType) 
         module.tensor_scale(x, replace(plan, rule="learned"))
 
 
+ADDED: dict[str, tuple[str, Row]] = {  # a format, and a rule that no table has
+    "e8m0": ("mxfp4", lambda e, _: ScaleRule(
+        "absmean", 3.0, divisor=e.max, increment=CARRY_ABOVE_SQRT2, candidates=(0.5, 4.0), outer=ScaleRule("std", 2.0),
+    )),
+    "minifloat": ("nvfp4", lambda e, scale: ScaleRule(
+        "rms", 2.5, divisor=e.max, candidates=(1.25, 0.75), outer=ScaleRule(divisor=e.max * scale.max),
+    )),
+    "float32": ("int4/32/float32", lambda e, _: ScaleRule(
+        "rms_absmean", 4.0, less=2.0, divisor=e.max, candidates=(0.9,),
+    )),
+    "row": ("int4_sym", lambda e, _: ScaleRule("std", 2.0, 1e-3, divisor=e.max)),
+    "tensor": ("e3m0/tensor/float32", lambda e, _: ScaleRule(gain=0.75, divisor=e.max)),
+}  # fmt: skip
+
+
+def added(kind: str, monkeypatch: pytest.MonkeyPatch) -> Plan:
+    """A plan under the rule that was added to the table."""
+    fmt = get_format(ADDED[kind][0])
+    monkeypatch.setitem(SCALE_RULES, "added", {fmt.scale_kind: ADDED[kind][1]})
+    return Plan(
+        fmt.element, fmt.scale_kind, fmt.block_size, "added", "stochastic", Mask("within", 0.5 * fmt.element.max),
+        scale_element=fmt.scale_element, per_tensor=fmt.block == "tensor",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "reference"])
+@pytest.mark.parametrize("kind", ADDED)
+def test_a_row_added_to_the_table_runs_in_a_backend(kind: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, x = added(kind, monkeypatch), matrix()
+    expected, got = found(reference, x, plan), found(BACKENDS[backend], x, plan)
+    for wanted, given in zip(expected, got, strict=True):
+        np.testing.assert_array_equal(given, wanted)
+    usual = found(reference, x, replace(plan, rule=get_format(ADDED[kind][0]).default_scale))
+    assert (usual.scale != expected.scale).any()
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the reference has been looked at")
+def test_a_row_added_to_the_table_means_what_its_numbers_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = matrix()
+    lines = found(reference, x, added("row", monkeypatch)).scale[:, 0]
+    np.testing.assert_allclose(lines, (2 * x.double().std(1, correction=0).numpy() + 1e-3) / 7, rtol=1e-6)
+
+
+@pytest.mark.parametrize("module", [reference, cpu, gpu], ids=["reference", "compiled", "triton"])
+def test_a_row_of_pieces_that_a_backend_lacks_is_refused_by_name(
+    module: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    middle = ScaleRule("median")  # pyright: ignore[reportArgumentType]
+    monkeypatch.setitem(SCALE_RULES, "middle", {"e8m0": lambda *_: middle})
+    monkeypatch.setitem(SCALE_RULES, "outer", {"e8m0": lambda *_: ScaleRule(outer=middle)})
+    monkeypatch.setitem(ROUNDINGS, "upwards", Rounding("up"))
+    x = matrix().view(-1, 32, 1)
+    for rule, rounding, what in (
+        ("middle", "nearest", "statistic 'median'"), ("outer", "nearest", "statistic 'median'"),
+        ("floor", "upwards", "rounding 'up'"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=f"knows no {what}"):
+            module.encode(x, 1.0, None, Plan(E2M1, "e8m0", 32, rule, rounding))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_rounding_that_draws_nothing_asks_for_no_key(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(ROUNDINGS, "also nearest", Rounding("nearest"))
+    x, plan = matrix().view(-1, 32, 1), Plan(E2M1, "e8m0", 32, "floor")
+    codes, _, _ = BACKENDS[backend].encode(x, 1.0, None, replace(plan, rounding="also nearest"))  # pyright: ignore[reportArgumentType]
+    assert torch.equal(codes, reference.encode(x, 1.0, None, plan)[0])
+    assert [ROUNDINGS[name].draws for name in ("nearest", "stochastic", "eden")] == [False, True, True]
+
+
 @pytest.mark.skipif(INTERPRETED, reason="this is the process that it starts")
 def test_in_the_interpreter() -> None:
     environment = os.environ | {"TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "every_rule_with"]
+    selected = "every_rule_with or runs_in_a_backend or asks_for_no_key"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", selected]
     root = Path(__file__).parents[1]
     result = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout[-4000:]
-    assert f"{len(SOME)} passed" in result.stdout
+    assert f"{len(SOME) + len(ADDED) + 1} passed" in result.stdout

@@ -20,9 +20,9 @@ import triton.language as tl
 from torch import Tensor
 
 from qtrain_kernels import gpu, hadamard, packing, quantize, reference
-from qtrain_kernels.formats import SCALE_RULES, Format, _misfit, get_format
+from qtrain_kernels.formats import Format, get_format
+from qtrain_kernels.plans import SCALE_RULES, Mask, Plan, Rotation, _misfit, can_pack, stored_integer
 from qtrain_kernels.quantize import Side, Spec
-from qtrain_kernels.reference import Mask, Plan, Rotation
 from qtrain_kernels.triton_quantize import divisor, quotient
 
 ROOT = Path(__file__).parents[1]
@@ -405,7 +405,7 @@ def unpacked_codes(values: Tensor, plan: Plan, length: int) -> Tensor:
     if values.dtype.is_floating_point:
         return values.float()
     if values.dtype == torch.int8:
-        unit, offset = reference.stored_integer(element)
+        unit, offset = stored_integer(element)
         return (values.double() + offset).mul(unit).float()
     assert values.dtype == torch.uint8
     positive = torch.tensor([level for level in element.levels() if level > 0])
@@ -448,7 +448,7 @@ def test_packed_results_hold_the_reference(name: str, dim: int, device: str) -> 
         if blocks is not None:
             assert same(unpacked_scales(scales, plan), blocks.contiguous()), plan
         assert mask is not None
-        if dim == -1 and plan.block is not None and reference.can_pack(spec.plan) and plan.element.mantissa_bits:
+        if dim == -1 and plan.block is not None and can_pack(spec.plan) and plan.element.mantissa_bits:
             operand = codes * blocks.repeat_interleave(plan.block, 1)
             packed = reference.pack(operand.view(-1, plan.span or 1, 1), blocks.reshape(-1, 1, 1), spec.plan)
             assert torch.equal(packed.codes, values.view(torch.uint8).view(-1)), plan
@@ -492,7 +492,7 @@ def test_what_waits_for_the_backward_is_the_references(name: str, device: str) -
             assert same(back, values), dtype
         assert torch.equal(back.isnan(), values.isnan()) and torch.equal(back.nan_to_num(0), values.nan_to_num(0))
     if plan.block is None and fmt.element.mantissa_bits is None:
-        unit, offset = reference.stored_integer(fmt.element)
+        unit, offset = stored_integer(fmt.element)
         stored = (products / unit - offset).to(torch.int8)
         packed = packing.pack(stored.to(device), None, plan)
         assert same(packed.codes.cpu(), reference.pack(stored, None, plan).codes)

@@ -13,7 +13,7 @@ import torch
 from qtrain.quant import quantizer
 from qtrain.quant.quantizer import Operand, QuantizedTensor, Quantizer
 from qtrain_kernels import reference
-from qtrain_kernels.reference import Mask
+from qtrain_kernels.plans import Mask
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "verify_numerics.py"
 FEW = ["--samples", "8e6"]

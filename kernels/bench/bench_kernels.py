@@ -24,8 +24,8 @@ from torch import Tensor
 
 from qtrain_kernels import dispatch, quantize, reference
 from qtrain_kernels.formats import get_format
+from qtrain_kernels.plans import Mask, Packed, Plan, Rotation, can_pack, stored_integer
 from qtrain_kernels.quantize import Side, Spec
-from qtrain_kernels.reference import Mask, Plan, Rotation
 
 Along = Literal["rows", "columns"]
 E2M1, INT4 = get_format("mxfp4").element, get_format("int4").element
@@ -119,7 +119,7 @@ class Operand:
 
     def operand(self) -> Operation:
         scale = self.scale if isinstance(self.scale, Tensor) else None
-        key = None if self.plan.rounding == "nearest" else self.key
+        key = self.key if self.plan.rounding_mode.draws else None
         undefined = self.without_integer if self.dtype == torch.int8 else None
         ours, wanted = self.both("operand", *self.arguments)
         return Operation(ours, wanted, (self.x, scale, key), self.restored, undefined)
@@ -132,12 +132,12 @@ class Operand:
     def restored(self, found: Any) -> Tensor:
         values, unit = found[0].float(), 1.0
         if self.dtype == torch.int8:
-            unit, offset = reference.stored_integer(self.plan.element)
+            unit, offset = stored_integer(self.plan.element)
             values = values + offset
         values = values.view(self.lines.shape) * unit * self.scale
         return reference.unrotate(values, self.rotation, None, torch.float32)
 
-    def packed(self) -> tuple[Tensor, Tensor | None, reference.Packed]:
+    def packed(self) -> tuple[Tensor, Tensor | None, Packed]:
         """Values, block scales, and both packed."""
         values, blocks, _ = reference.operand(*self.arguments)
         return values, blocks, reference.pack(values, blocks, self.plan)
@@ -181,7 +181,7 @@ def operations(x: Tensor, along: Along, backend: str) -> Iterator[tuple[str, Cal
         if reference.constant_scale(plan) is None:
             yield f"tensor_scale, {name}, {along}", on.tensor_scale
         yield f"operand, {name}, {along}", on.operand
-        if along == "rows" and reference.can_pack(plan) and plan.rounding != "eden":
+        if along == "rows" and can_pack(plan) and not plan.rounding_mode.corrects:
             yield f"pack, {name}", on.pack
             yield f"unpack, {name}", on.unpack
         if along == "rows" and plan.mask is not None:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from qtrain_kernels.reference import Packed, Plan, field_width
+from qtrain_kernels.plans import Packed, Plan, field_width
 
 WIDTHS = (1, 2, 4, 8)
 OPERANDS = (torch.bfloat16, torch.float32, torch.int8)
@@ -36,7 +36,7 @@ def check_same_device(x: Tensor, **others: Tensor | None) -> None:
 
 def check_key(key: Tensor | None, plan: Plan, x: Tensor) -> None:
     """key: (2,) int32 where the plan draws."""
-    if plan.rounding == "nearest":
+    if not plan.rounding_mode.draws:
         return
     if key is None:
         raise ValueError(f"rounding {plan.rounding!r} draws random bits; got no key; give (2,) int32")

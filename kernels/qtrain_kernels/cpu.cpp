@@ -96,7 +96,7 @@ struct Grid {
   float max;
   bool minifloat;
   int mantissa_bits, min_exponent;
-  float step, offset, gaussian;
+  float step, offset;
 };
 
 inline vi biased_exponent(vi bits) { return (bits >> 23) & 0xff; }
@@ -365,15 +365,18 @@ inline void over_tiles(int64_t rows, int64_t inner, int64_t height, int64_t scra
 namespace {
 
 enum class Kind { E8M0, MINIFLOAT, FLOAT32 };
-enum class Rule { OTHER, GAUSSIAN, MSE_PHASE, ABSMEAN, SAWB, FOUR_OVER_SIX };
-enum class Magnitude { AMAX, RMS, STD };
+enum class Statistic { AMAX, RMS, STD, ABSMEAN, RMS_ABSMEAN };
+enum class Rounding { NEAREST, STOCHASTIC };
 enum class Mask { NONE, INSIDE, WITHIN, ERROR };
 
 constexpr Grid ELEMENT = PLAN_ELEMENT, SCALE = PLAN_SCALE;
 constexpr Kind KIND = Kind::PLAN_KIND;
-constexpr Rule RULE = Rule::PLAN_RULE;
-constexpr Magnitude MAGNITUDE = Magnitude::PLAN_MAGNITUDE;
+constexpr Statistic STATISTIC = Statistic::PLAN_STATISTIC;
+constexpr Rounding ROUNDING = Rounding::PLAN_ROUNDING;
 constexpr Mask MASK = Mask::PLAN_MASK;
+constexpr float DIVISORS[] = PLAN_DIVISORS;  // of the scale, and of each candidate
+constexpr int STEPS[] = PLAN_STEPS;          // to the exponents of the same
+constexpr int TRIED = sizeof DIVISORS / sizeof *DIVISORS;
 
 }  // namespace
 #endif
@@ -383,81 +386,73 @@ namespace {
 
 // -------------------------------------------------------------------------------------------------------------- scales
 
-inline vi scale_exponent(vf magnitude, int increment, int shift, float divisor) {
+// What a rule sees of x[0 .. n): of a block, or of a whole line.
+inline vf magnitude_of(const vf* x, int64_t n, vf* space) {
+  const auto absmean = [&] { return mean_of(n, space, [&](int64_t i) { return absolute(x[i]); }); };
+  vf found;
+  if (STATISTIC == Statistic::AMAX) found = largest(x, n);
+  if (STATISTIC == Statistic::RMS) found = rms(x, n, space);
+  if (STATISTIC == Statistic::STD) found = deviation(x, n, space);
+  if (STATISTIC == Statistic::ABSMEAN) found = absmean();
+  if (STATISTIC == Statistic::RMS_ABSMEAN) {
+    found = all(GAIN) * rms(x, n, space) - all(LESS) * absmean();
+    return found <= 0.0f ? largest(x, n) : found;
+  }
+  if (GAIN != 1.0f) found *= GAIN;
+  if (BIAS != 0.0f) found += BIAS;
+  return found;
+}
+
+inline vi scale_exponent(vf magnitude, int step) {
   vi tiny = magnitude < 0x1p-60f;
   vf lifted = tiny ? magnitude * 0x1p64f : magnitude;
-  vi bits = bits_of(divisor == 1.0f ? lifted : lifted / all(divisor));
-  vi moved = biased_exponent(bits + increment) - shift - (tiny & 64);
-  return biased_exponent(bits) == 255 ? vi{} + 255 : clamp_exponent(moved);
+  vi bits = bits_of(DIVISORS[0] == 1.0f ? lifted : lifted / all(DIVISORS[0]));
+  vi moved = clamp_exponent(biased_exponent(bits + INCREMENT) - SHIFT - (tiny & 64));
+  if (step) moved = clamp_exponent(moved + step);
+  return biased_exponent(bits) == 255 ? vi{} + 255 : moved;
 }
 
-inline vf squared_error(const vf* u, int64_t n, float scale, vf* space) {
-  for (int64_t i = 0; i < n; i++) {
-    vf difference = round_nearest(u[i] * (1.0f / scale), ELEMENT) * scale - u[i];
-    space[i] = difference * difference;
-  }
-  return tree_sum(space, n);
-}
-
-inline vf e8m0_scale(const vf* x, int64_t n, vf* space) {
-  vf magnitude;
-  if (MAGNITUDE == Magnitude::AMAX) magnitude = largest(x, n);
-  if (MAGNITUDE == Magnitude::RMS) magnitude = all(ELEMENT.gaussian) * rms(x, n, space);
-  if (MAGNITUDE == Magnitude::STD) magnitude = all(ELEMENT.gaussian) * deviation(x, n, space) + STD_EPS;
-  vi exponent = scale_exponent(magnitude, INCREMENT, SHIFT, DIVISOR);
-  if (!SEARCH) return power_of_two(exponent);
-  vf *u = space, *errors = space + n;
-  vf reciprocal = 1.0f / power_of_two(exponent);
-  for (int64_t i = 0; i < n; i++) u[i] = x[i] * reciprocal;
-  vf least = squared_error(u, n, 1.0f, errors);
-  vi best = exponent;
-  for (int shift = -1; shift <= 1; shift += 2) {
-    vf error = squared_error(u, n, shift < 0 ? 0.5f : 2.0f, errors);
-    vi better = (error < least) & (exponent + shift >= 0) & (exponent + shift <= 254);
-    best = better ? exponent + shift : best;
-    least = better ? error : least;
-  }
-  return power_of_two(exponent == 255 ? exponent : best);
-}
-
-inline vf minifloat_scale(vf amax, float limit, vf scale) {
-  vf found = round_nearest(amax / all(limit) / nonzero(scale), SCALE);
+// Of a block or a line by its rule (0), or the candidate of that number. scale: what stands above it.
+inline vf candidate(vf magnitude, vf scale, int which) {
+  if (KIND == Kind::E8M0) return power_of_two(scale_exponent(magnitude, STEPS[which]));
+  vf divided = DIVISORS[which] == 1.0f ? magnitude : magnitude / all(DIVISORS[which]);
+  if (KIND == Kind::FLOAT32) return finite_or_nan(divided);
+  vf found = round_nearest(divided / nonzero(scale), SCALE);
   return found == 0.0f ? all(1.0f) : found;
 }
 
-inline vf four_over_six(const vf* x, int64_t n, vf amax, vf scale, vf* space) {
-  vf chosen[2] = {minifloat_scale(amax, LIMIT, scale), minifloat_scale(amax, 4.0f, scale)}, error[2];
-  for (int which = 0; which < 2; which++) {
-    vf divisor = nonzero(scale) * chosen[which];
-    for (int64_t i = 0; i < n; i++) {
-      vf u = x[i] / divisor;
-      vf difference = (round_nearest(u, ELEMENT) - u) * chosen[which];
-      space[i] = difference * difference;
-    }
-    error[which] = tree_sum(space, n);
-  }
-  return error[1] < error[0] ? chosen[1] : chosen[0];
+// What x is divided by, or with E8M0 scales multiplied with, to be in code units.
+inline vf unit_of(vf blocks, vf scale) {
+  if (KIND == Kind::E8M0) return 1.0f / blocks;
+  return KIND == Kind::FLOAT32 && BLOCK ? nonzero(blocks) : nonzero(scale) * blocks;
+}
+inline vf in_code_units(vf x, vf unit) {
+  if (KIND != Kind::E8M0) return x / unit;
+  return (HEADROOM == 1.0f ? x : x * HEADROOM) * unit;
 }
 
-// One scale for x[0 .. n): of a block, or of a whole line.
-inline vf float32_scale(const vf* x, int64_t n, vf* space) {
-  if (RULE == Rule::GAUSSIAN) return finite_or_nan(all(ELEMENT.gaussian) * rms(x, n, space));
-  if (RULE == Rule::MSE_PHASE) return finite_or_nan(rms(x, n, space) * PHASE);
-  if (RULE == Rule::ABSMEAN)
-    return finite_or_nan(mean_of(n, space, [&](int64_t i) { return absolute(x[i]); }) + ABSMEAN_EPS);
-  if (RULE == Rule::SAWB) {
-    vf magnitude = mean_of(n, space, [&](int64_t i) { return absolute(x[i]); });
-    vf clip = all(SAWB_RMS) * rms(x, n, space) - all(SAWB_MEAN) * magnitude;
-    return finite_or_nan((clip <= 0.0f ? largest(x, n) : clip) / all(ELEMENT.max));
+// Of rounding to nearest, in units of the first candidate; under minifloat scales, in units of the tensor scale.
+inline vf squared_error(const vf* x, vf scale, vf blocks, vf first, vf* space) {
+  const vf unit = unit_of(blocks, scale), weight = KIND == Kind::MINIFLOAT ? blocks : blocks / first;
+  for (int64_t i = 0; i < BLOCK; i++) {
+    vf u = in_code_units(x[i], unit);
+    vf difference = (round_nearest(u, ELEMENT) - u) * weight;
+    space[i] = difference * difference;
   }
-  return finite_or_nan(largest(x, n) / all(ELEMENT.max));
+  return tree_sum(space, BLOCK);
 }
 
 inline vf block_scale(const vf* x, vf scale, vf* space) {
-  if (KIND == Kind::FLOAT32) return float32_scale(x, BLOCK, space);
-  if (KIND == Kind::E8M0) return e8m0_scale(x, BLOCK, space);
-  vf amax = largest(x, BLOCK);
-  return RULE == Rule::FOUR_OVER_SIX ? four_over_six(x, BLOCK, amax, scale, space) : minifloat_scale(amax, LIMIT, scale);
+  const vf magnitude = magnitude_of(x, BLOCK, space), first = candidate(magnitude, scale, 0);
+  if (TRIED == 1) return first;
+  vf best = first, least = squared_error(x, scale, first, first, space);
+#pragma GCC unroll 4
+  for (int which = 1; which < TRIED; which++) {
+    vf blocks = candidate(magnitude, scale, which), error = squared_error(x, scale, blocks, first, space);
+    best = error < least ? blocks : best;
+    least = error < least ? error : least;
+  }
+  return best;
 }
 
 // 1.0 at what stays of every four, or of every four pairs, of the largest magnitude; of equal ones the earlier.
@@ -501,28 +496,24 @@ extern "C" void quantize(const void* x_, int64_t rows, int64_t span, int64_t inn
       for (int l = 0; l < t.lanes; l++)
         scale[l] = inner == 1 ? scale_[(run + l) * height / span] : scale_[run * height / span * inner + column + l];
     const vf outside = scale;
-    if (RULE == Rule::MSE_PHASE) {
+    if (DIVIDES_FIRST) {
       for (int64_t e = 0; e < height; e++) v[e] /= nonzero(scale);
       scale = all(1.0f);
     }
     for (int64_t b = 0; b < per_tile; b++) {
       vf* x = v + b * block;
-      vf blocks = all(1.0f), divisor = nonzero(scale);
-      if (BLOCK) {
-        scales[b] = blocks = block_scale(x, scale, space);
-        divisor = KIND == Kind::FLOAT32 ? nonzero(blocks) : divisor * blocks;
-      }
-      vf reciprocal = 1.0f / blocks, factor = BLOCK && !CORRECTION && !bare ? blocks : all(1.0f);
+      vf blocks = all(1.0f);
+      if (BLOCK) scales[b] = blocks = block_scale(x, scale, space);
+      const vf unit = unit_of(blocks, scale), factor = BLOCK && !CORRECTION && !bare ? blocks : all(1.0f);
       if (SPARSE) keep_largest(x, space, block);
       for (int64_t i = 0; i < block; i++) {
         int64_t e = b * block + i;
-        vf in_codes = KIND != Kind::E8M0 ? x[i] / divisor : (HEADROOM == 1.0f ? x[i] : x[i] * HEADROOM) * reciprocal;
+        vf in_codes = in_code_units(x[i], unit);
         vf code;
-        if (STOCHASTIC) {
+        if (ROUNDING == Rounding::NEAREST) code = round_nearest(in_codes, ELEMENT);
+        if (ROUNDING == Rounding::STOCHASTIC) {
           vu index = positions(inner == 1, run * height + e, column, inner == 1 ? height : rows);
           code = round_stochastic(in_codes, ELEMENT, uniform(index, key0, key1));
-        } else {
-          code = round_nearest(in_codes, ELEMENT);
         }
         if (SPARSE) code *= space[i];
         if (MASK == Mask::INSIDE) passes[e] = absolute(in_codes) < MASK_LIMIT ? all(1.0f) : all(0.0f);
@@ -576,7 +567,7 @@ extern "C" void line_scales(const void* x_, int64_t rows, int64_t inner, int64_t
   over_tiles(rows, inner, height, 2 * height, threads, [=](Tile t, int64_t run, int64_t column, vf* v) {
     read(v, x, nullptr, t, height);
     turn(v, height, signs);
-    vf found = float32_scale(v, height, v + height);
+    vf found = finite_or_nan(magnitude_of(v, height, v + height) / all(DIVISORS[0]));
     for (int l = 0; l < t.lanes; l++) scales[inner == 1 ? run + l : run * inner + column + l] = found[l];
   });
 }

@@ -12,7 +12,7 @@ import math
 import platform
 import subprocess
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -37,7 +37,17 @@ from qtrain_kernels.checks import (
 )
 from qtrain_kernels.formats import Element
 from qtrain_kernels.operators import Namespace, read_plan, spell
-from qtrain_kernels.reference import Knows, Packed, Plan, Rotation
+from qtrain_kernels.plans import (
+    Knows,
+    Packed,
+    Plan,
+    Rotation,
+    ScaleRule,
+    field_width,
+    grids,
+    scale_nan,
+    stored_integer,
+)
 
 CPU = Namespace("qtrain_cpu", "CPU")
 SOURCE = Path(__file__).with_suffix(".cpp")
@@ -53,21 +63,14 @@ GRAIN = 32768  # elements that are worth a thread of their own
 TYPES = {torch.float32: "float", torch.bfloat16: "uint16_t"}
 RESULTS = TYPES | {torch.int8: "int8_t"}
 NO_ELEMENT = Element(1.0)
-KNOWS = Knows(  # what is not named here is absmax and nearest in cpu.cpp
+KNOWS = Knows(
     "compiled",
-    rules={
-        "e8m0": (
-            "floor", "floor_three_quarters", "even", "rceil", "ceil", "round", "std", "std_round", "mse", "mse_phase",
-            "gaussian",
-        ),
-        "minifloat": ("absmax", "absmax_headroom", "absmax_fitted", "four_over_six"),
-        "float32": ("absmax", "gaussian", "absmean", "sawb"),
-        "line": ("absmax", "gaussian", "absmean", "sawb", "learned"),
-    },
-    roundings=("nearest", "stochastic", "eden"),
+    statistics=("amax", "rms", "std", "absmean", "rms_absmean"),
+    scales=("e8m0", "minifloat", "float32"),
+    roundings=("nearest", "stochastic"),
     masks=("inside", "within", "error"),
     sparsities=("2:4", "4:8"),
-)  # fmt: skip
+)
 Values = Literal["codes", "operand", "restored"]  # codes; codes * block scale; that times the scale, rotated back
 
 
@@ -108,10 +111,11 @@ def tensor_scale(x: Tensor, plan: Plan, rotation: Rotation | None = None) -> Ten
         x, rotation = rotate(x, rotation), None
     if not x.numel():
         return reference.tensor_scale(x, plan)
-    if plan.scale_kind == "minifloat":
-        limit, cap = reference.minifloat_range(plan)
-        return reference.finite_or_nan(reference.divide(_amax(x, rotation), limit * cap))
-    if plan.per_tensor or x.shape[1] > LONGEST:
+    rule = plan.line_rule
+    assert rule is not None
+    if plan.whole and rule.statistic == "amax":
+        return reference.scale_of_amax(_amax(x, rotation), rule)
+    if plan.whole or x.shape[1] > LONGEST:
         return reference.tensor_scale(rotate(x, rotation), plan)
     size = 0 if rotation is None else rotation.size
     _check_filled(x, size or 1, x.shape[1])
@@ -188,7 +192,7 @@ def _run(
     size = 0 if rotation is None else rotation.size
     _check_filled(x, _multiple(plan, size), x.shape[1] if plan.block is None else None)
     scales = scale_tensor(scale, x)
-    drawn = None if plan.rounding == "nearest" else key
+    drawn = key if plan.rounding_mode.draws else None
     found = _quantize(_ready(x), scales, drawn, _signs(rotation), size, spell(plan), dtype, values, with_blocks)
     rest = iter(found)
     has_blocks = with_blocks and plan.block is not None
@@ -205,7 +209,7 @@ def pack(values: Tensor, blocks: Tensor | None, plan: Plan) -> Packed:
     check_packable(values, blocks, plan)
     if not _packs(plan, values.dtype):
         return reference.pack(values, blocks, plan)
-    found = _pack(values.detach(), blocks, spell(reference.grids(plan)))
+    found = _pack(values.detach(), blocks, spell(grids(plan)))
     return Packed(found[0], found[1] if len(found) > 1 else None)
 
 
@@ -214,7 +218,7 @@ def unpack(packed: Packed, shape: torch.Size, plan: Plan, dtype: torch.dtype) ->
     check_packed(packed, shape, plan)
     if not _packs(plan, dtype):
         return reference.unpack(packed, shape, plan, dtype)
-    return _unpack(packed.codes, packed.scales, spell(reference.grids(plan)), list(shape), dtype)
+    return _unpack(packed.codes, packed.scales, spell(grids(plan)), list(shape), dtype)
 
 
 def join(fields: Tensor, width: int) -> Tensor:
@@ -232,7 +236,7 @@ def split(joined: Tensor, width: int, count: int) -> Tensor:
 def _packs(plan: Plan, dtype: torch.dtype) -> bool:
     """Blocks that fill whole bytes, and a stack."""
     block = plan.block or 8
-    return dtype in RESULTS and block * reference.field_width(plan.element) % 8 == 0 and block <= LONGEST
+    return dtype in RESULTS and block * field_width(plan.element) % 8 == 0 and block <= LONGEST
 
 
 def _fits(rotation: Rotation) -> bool:
@@ -395,7 +399,7 @@ def _(values: Tensor, blocks: Tensor | None, plan: str) -> list[Tensor]:
 
 
 def _packed_bytes(count: int, plan: Plan) -> int:
-    return -(-count * reference.field_width(plan.element) // 8)
+    return -(-count * field_width(plan.element) // 8)
 
 
 @CPU.operator
@@ -481,7 +485,12 @@ def _quantize_function(plan: Plan, source: torch.dtype, result: torch.dtype, rot
 @cache
 def _line_scales_function(plan: Plan, source: torch.dtype, rotation: int) -> Callable[..., None]:
     """Of a plan without mask or noise, which play no part in it."""
-    constants = {"LINE_SCALES": 1, **_types(source, torch.float32), **_rotation(rotation), **_plan(plan)}
+    constants = {
+        "LINE_SCALES": 1,
+        **_types(source, torch.float32),
+        **_rotation(rotation),
+        **_plan(plan, plan.line_rule),
+    }
     function = _library(_defines(constants)).line_scales
     pointer, long, integer = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     function.argtypes = (pointer, long, long, long, pointer, pointer, integer)
@@ -505,8 +514,7 @@ def _unpack_function(plan: Plan, result: torch.dtype) -> Callable[..., None]:
 
 
 def _packing(plan: Plan, dtype: torch.dtype) -> dict[str, object]:
-    nan = len(plan.scale_element.magnitudes()) if plan.scale_element else 0xFF
-    bits = {"BITS": plan.element.bits, "WIDTH": reference.field_width(plan.element), "SCALE_NAN": nan}
+    bits = {"BITS": plan.element.bits, "WIDTH": field_width(plan.element), "SCALE_NAN": scale_nan(plan)}
     types = {"Input": RESULTS[dtype], "Output": RESULTS[dtype]}
     return {"PACK": 1, **types, **_rotation(0), **_plan(plan), **bits}
 
@@ -545,38 +553,33 @@ def _rotation(size: int) -> dict[str, object]:
     return {"ROTATION": size, "NORM": _float(size**-0.5 if size else 1.0)}
 
 
-def _plan(plan: Plan) -> dict[str, object]:
-    """A plan as the constants of cpu.cpp."""
-    exponent = reference.exponent_rule(plan) if plan.scale_kind == "e8m0" else reference.Exponent("amax")
-    limit = reference.minifloat_range(plan)[0] if plan.scale_kind == "minifloat" else 1.0
-    unit, offset = reference.stored_integer(plan.element)
-    special = {"gaussian", "mse_phase", "absmean", "sawb", "four_over_six"}
+def _plan(plan: Plan, rule: ScaleRule | None = None) -> dict[str, object]:
+    """A plan as the constants of cpu.cpp. rule: of the scale that is computed, if it is not the blocks'."""
+    rule = rule or plan.scale_rule
+    unit, offset = stored_integer(plan.element)
     return {
         "PLAN_ELEMENT": _grid(plan.element),
         "PLAN_SCALE": _grid(plan.scale_element or NO_ELEMENT),
         "PLAN_KIND": plan.scale_kind.upper(),
-        "PLAN_RULE": plan.rule.upper() if plan.rule in special else "OTHER",
-        "PLAN_MAGNITUDE": exponent.magnitude.upper(),
+        "PLAN_STATISTIC": rule.statistic.upper(),
+        "PLAN_ROUNDING": plan.rounding_mode.codes.upper(),
         "PLAN_MASK": plan.mask.kind.upper() if plan.mask else "NONE",
         "MASK_LIMIT": _float(plan.mask.limit if plan.mask else 0.0),
-        "INCREMENT": exponent.increment,
-        "SHIFT": exponent.shift,
-        "DIVISOR": _float(exponent.divisor),
-        "SEARCH": int(exponent.search),
+        "GAIN": _float(rule.gain),
+        "BIAS": _float(rule.bias),
+        "LESS": _float(rule.less),
+        "INCREMENT": rule.increment,
+        "SHIFT": rule.shift,
+        "PLAN_DIVISORS": _list(map(_float, rule.divisors)),
+        "PLAN_STEPS": _list(rule.steps if plan.scale_kind == "e8m0" else [0]),
+        "HEADROOM": _float(rule.headroom),
+        "DIVIDES_FIRST": int(plan.divides_first),
         "BLOCK": plan.block or 0,
-        "LIMIT": _float(limit),
-        "HEADROOM": _float(reference.HEADROOM if plan.rule == "floor_three_quarters" else 1.0),
-        "STOCHASTIC": int(plan.rounding == "stochastic"),
         "CORRECTION": plan.correction // plan.block if plan.correction and plan.block else 0,
         "UNIT": _float(unit),
         "OFFSET": _float(offset),
         "SPARSE": int(plan.sparsity is not None),
         "PAIR": 2 if plan.sparsity == "4:8" else 1,
-        "STD_EPS": _float(reference.STD_EPS),
-        "ABSMEAN_EPS": _float(reference.ABSMEAN_EPS),
-        "PHASE": _float(1.0 / reference.BEST_PHASE),
-        "SAWB_RMS": _float(reference.SAWB[0]),
-        "SAWB_MEAN": _float(reference.SAWB[1]),
     }
 
 
@@ -584,9 +587,13 @@ def _grid(element: Element) -> str:
     minifloat = element.mantissa_bits is not None
     fields = (
         _float(element.max), int(minifloat), element.mantissa_bits or 0, element.min_exponent,
-        _float(element.step), _float(element.offset), _float(element.gaussian or 0.0),
+        _float(element.step), _float(element.offset),
     )  # fmt: skip
-    return f"{{{', '.join(map(str, fields))}}}"
+    return _list(fields)
+
+
+def _list(values: Iterable[object]) -> str:
+    return f"{{{', '.join(map(str, values))}}}"
 
 
 def _float(value: float) -> str:

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from qtrain_kernels import cpu, gpu, reference
-from qtrain_kernels.reference import Plan, Rotation
+from qtrain_kernels.plans import Plan, Rotation
 
 log = logging.getLogger("qtrain")
 
@@ -101,7 +101,7 @@ def _obstacle(backend: str, device_type: str) -> str | None:
 def _cpp_obstacle() -> str | None:
     """Tries the compiler on the least of what cpu.py will ask of it."""
     try:
-        cpu.rotate(torch.zeros(1, 2, 1, device="cpu"), reference.Rotation(2))
+        cpu.rotate(torch.zeros(1, 2, 1, device="cpu"), Rotation(2))
     except RuntimeError as error:
         return str(error)
     return None

@@ -104,7 +104,8 @@ class Format:
     """An element grid, what shares a scale, and that scale's own format.
 
     block: "tensor" or "row", or the elements along the contraction dim; rows: how many neighbouring rows share it too.
-    scale: "e8m0", "float32" or the name of an unsigned minifloat. default_scale: the rule taken when none is named.
+    scale: "e8m0", "float32" or the name of an unsigned minifloat. default_scale: the rule of plans.SCALE_RULES that is
+    taken when none is named.
     """
 
     name: str
@@ -130,31 +131,6 @@ class Format:
     def block_size(self) -> int | None:
         """Elements under one block scale; None for one scale per row or tensor."""
         return None if isinstance(self.block, str) else self.block * self.rows
-
-
-# Rule -> the kinds of scale that it can produce. reference.py computes them, and says there what they mean.
-SCALE_RULES: dict[str, tuple[str, ...]] = {
-    "floor": ("e8m0",),
-    "floor_three_quarters": ("e8m0",),
-    "even": ("e8m0",),
-    "rceil": ("e8m0",),
-    "ceil": ("e8m0",),
-    "round": ("e8m0",),
-    "std": ("e8m0",),
-    "std_round": ("e8m0",),
-    "mse": ("e8m0",),
-    "mse_phase": ("e8m0",),
-    "gaussian": ("e8m0", "float32"),
-    "absmax": ("minifloat", "float32"),
-    "absmax_headroom": ("minifloat",),
-    "absmax_fitted": ("minifloat",),
-    "four_over_six": ("minifloat",),
-    "absmean": ("float32",),
-    "sawb": ("float32",),
-    "learned": ("float32",),
-}
-FITTED = ("gaussian", "std", "std_round")  # rules that need the element's Gaussian fit
-FP4_ONLY = ("absmax_fitted", "four_over_six", "mse_phase")  # rules whose constants are those of E2M1 codes
 
 
 def _minifloat(exponent_bits: int, mantissa_bits: int, **fitted: float) -> Element:
@@ -296,39 +272,3 @@ def get_format(name: str) -> Format:
     hint = f"; did you mean {near[0]!r}?" if near else ""
     names = ", ".join(FORMATS)
     raise ValueError(f"unknown format {name!r}{hint}; formats: {names}, fp<bits>_e<e>m<m>, element/block/scale")
-
-
-def check_scale(fmt: Format, rule: str | None) -> str:
-    """The scale rule in force (rule, or the format's default). ValueError where the format has no such scale."""
-    if rule is None:
-        return fmt.default_scale
-    if rule not in SCALE_RULES:
-        near = difflib.get_close_matches(rule, SCALE_RULES, n=1, cutoff=0.5)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"unknown scale rule {rule!r}{hint}; rules: {', '.join(SCALE_RULES)}")
-    fits = [name for name in SCALE_RULES if not _misfit(fmt, name)]
-    reason = _misfit(fmt, rule)
-    if reason:
-        raise ValueError(f"scale {rule!r} {reason}; for {fmt.name} use {', '.join(fits)}")
-    return rule
-
-
-def _misfit(fmt: Format, rule: str) -> str | None:
-    """Why a format cannot have its scale by this rule; None if it can."""
-    if fmt.scale_kind not in SCALE_RULES[rule]:
-        return f"does not give {fmt.name}'s {fmt.scale} scales"
-    if rule in FITTED and fmt.element.gaussian is None:
-        return f"needs a Gaussian fit, which is not known for the codes of {fmt.name}"
-    if rule in FP4_ONLY and fmt.element.levels() != E2M1.levels():
-        return "is fitted to E2M1 codes"
-    if rule == "sawb" and fmt.element != _symmetric(4):
-        return "is fitted to int4_sym codes"
-    if rule in ("sawb", "absmean", "learned") and fmt.block_size is not None:
-        return "is one scale per row or tensor"
-    if fmt.rows > 1 and (rule in FITTED or rule == "mse_phase"):
-        return "looks at whole rows or at a block's spread, which zeros at a tile's edge would change"
-    if rule == "absmean" and fmt.element.offset:
-        return "needs codes with a zero"
-    if rule == "floor_three_quarters" and fmt.element.max < 1.5 * 2.0**fmt.element.max_exponent:
-        return "leaves 3/4 of the next power of two, which is beyond these codes"
-    return None

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from qtrain_kernels import reference
 from qtrain_kernels.checks import check_mask, check_spans
+from qtrain_kernels.plans import Plan, Rotation
 from qtrain_kernels.quantize import TRITON, check_kernel, check_matrix, launch, signs_of, tile_of
-from qtrain_kernels.reference import Plan, Rotation
 
 
 @dataclass(frozen=True)
@@ -50,11 +50,9 @@ def tensor_scale(x: Tensor, plan: Plan, rotation: Rotation | None = None) -> Ten
         return constant
     if not x.numel():
         return reference.tensor_scale(x, plan)
-    if plan.scale_kind == "minifloat":
-        limit, cap = reference.minifloat_range(plan)
-        return reference.finite_or_nan(reference.divide(_amax(x, rotation, True), limit * cap))
-    if plan.rule == "absmax":
-        return reference.finite_or_nan(reference.divide(_amax(x, rotation, plan.per_tensor), plan.element.max))
+    rule = plan.line_rule
+    if rule is not None and rule.statistic == "amax":
+        return reference.scale_of_amax(_amax(x, rotation, plan.whole), rule)
     return reference.tensor_scale(rotate(x, rotation), plan)
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from qtrain_kernels.formats import Element
-from qtrain_kernels.reference import Mask, Plan
+from qtrain_kernels.plans import Mask, Plan
 
 
 class Namespace:

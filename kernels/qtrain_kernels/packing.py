@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from qtrain_kernels.checks import check_fields, check_packable, check_packed
-from qtrain_kernels.quantize import TRITON, Spec, Tile, check_kernel, launch, obstacle, read_spec, scale_nan
-from qtrain_kernels.reference import Packed, Plan, field_width, grids, stored_integer
+from qtrain_kernels.plans import Packed, Plan, field_width, grids, scale_nan, stored_integer
+from qtrain_kernels.quantize import TRITON, Spec, Tile, check_kernel, launch, obstacle, read_spec
 
 SIZE = 4096  # elements of a program; blocks divide it
 

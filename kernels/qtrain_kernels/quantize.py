@@ -17,11 +17,10 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from qtrain_kernels import reference
 from qtrain_kernels.checks import check_key, check_operand_dtype, check_same_device, check_signs, check_spans
 from qtrain_kernels.formats import Element
 from qtrain_kernels.operators import Namespace, plan_of, spell
-from qtrain_kernels.reference import Exponent, Knows, Plan, Rotation, stored_integer
+from qtrain_kernels.plans import Knows, Plan, Rotation, Rounding, ScaleRule, scale_nan, stored_integer
 
 TRITON = Namespace("qtrain", "CompositeExplicitAutograd")
 Output = Literal["codes", "bfloat16", "float32", "int8", "packed"]
@@ -32,27 +31,21 @@ UNFUSED = {
 }  # of every launch: a fused multiply-add rounds once where the reference rounds twice
 
 
-KNOWS = Knows(  # what is not named here is absmax and nearest in triton_quantize.py; a line's scale is given
+KNOWS = Knows(
     "triton",
-    rules={
-        "e8m0": (
-            "floor", "floor_three_quarters", "even", "rceil", "ceil", "round", "std", "std_round", "mse", "mse_phase",
-            "gaussian",
-        ),
-        "minifloat": ("absmax", "absmax_headroom", "absmax_fitted", "four_over_six"),
-        "float32": ("absmax", "gaussian"),
-    },
-    roundings=("nearest", "stochastic", "eden"),
+    statistics=("amax", "rms", "std", "absmean", "rms_absmean"),
+    scales=("e8m0", "minifloat", "float32"),
+    roundings=("nearest", "stochastic"),
     masks=("inside", "within", "error"),
     sparsities=("2:4", "4:8"),
-)  # fmt: skip
+)
 
 
 class Quantized(NamedTuple):
     """x (M, K), quantised along dim -1 or -2.
 
     codes, float32 by output "codes"; codes * block_scale by "bfloat16" and "float32"; integers q by "int8"; all (M, K).
-    q int8, where code = (q + offset) * unit of `reference.stored_integer`. Packed: (L, n) with the contraction last,
+    q int8, where code = (q + offset) * unit of `plans.stored_integer`. Packed: (L, n) with the contraction last,
     L = M rows along dim -1, L = K columns along dim -2; E2M1 uint8, two codes a byte, low nibble first; float8_e4m3fn
     and float8_e5m2; other minifloats uint8, sign, exponent and mantissa in the low bits; integers q.
     block_scale: float32 in the place of its block, (M, K / block) or (M / block, K); packed: (L, n / block) uint8, the
@@ -106,9 +99,8 @@ class Job:
 
     rows, columns: of a tile; groups and block: blocks in it and their elements (without block scales: its lines).
     scales: whether the tensor scale is not read, single, or one per line. aligned: both dims of the matrix are
-    multiples of 128. fit: the element's Gaussian scale; epsilon: of standard deviations; limit: what amax becomes in
-    code units; unit, offset: as of `stored_integer`; bits: of a packed minifloat; scale_nan: a packed scale's NaN;
-    inexact: bfloat16 does not hold every product.
+    multiples of 128. rule, rounding, divides_first: the plan's. unit, offset: as of `stored_integer`; bits: of a packed
+    minifloat; scale_nan: a packed scale's NaN; inexact: bfloat16 does not hold every product.
     """
 
     plan: Plan
@@ -121,11 +113,9 @@ class Job:
     block: int
     groups: int
     scales: Literal["none", "single", "lines"]
-    exponent: Exponent | None
-    fit: float
-    epsilon: float
-    limit: float
-    headroom: float
+    rule: ScaleRule
+    rounding: Rounding
+    divides_first: bool
     unit: float
     offset: float
     bits: int
@@ -137,11 +127,6 @@ class Job:
 def _element_bits(element: Element) -> int:
     """Of a packed code."""
     return 8 if element.mantissa_bits is None else element.bits
-
-
-def scale_nan(plan: Plan) -> int:
-    """The byte of a packed scale that is NaN."""
-    return len(plan.scale_element.magnitudes()) if plan.scale_element else 0xFF
 
 
 def _least_product(plan: Plan) -> float:
@@ -157,9 +142,6 @@ def _job(spec: Spec, tile: Tile, scales: Literal["none", "single", "lines"], ali
     block = plan.block or (columns if spec.dim == -1 else rows)
     contraction, lines = (columns, rows) if spec.dim == -1 else (rows, 1)
     unit, offset = stored_integer(plan.element)
-    limit = plan.element.max
-    if plan.scale_kind == "minifloat":
-        limit, _ = reference.minifloat_range(plan)
     return Job(
         plan=plan,
         dim=spec.dim,
@@ -171,11 +153,9 @@ def _job(spec: Spec, tile: Tile, scales: Literal["none", "single", "lines"], ali
         block=block,
         groups=contraction // block * lines,
         scales=scales,
-        exponent=reference.exponent_rule(plan) if plan.scale_kind == "e8m0" else None,
-        fit=plan.element.gaussian or 0.0,
-        epsilon=reference.STD_EPS,
-        limit=limit,
-        headroom=reference.HEADROOM if plan.rule == "floor_three_quarters" else 1.0,
+        rule=plan.scale_rule,
+        rounding=plan.rounding_mode,
+        divides_first=plan.divides_first,
         unit=unit,
         offset=offset,
         bits=_element_bits(plan.element),
@@ -291,8 +271,10 @@ def _check(x: Tensor, spec: Spec, key: Tensor | None) -> None:
 
 
 def _check_packed(plan: Plan) -> None:
-    if plan.rule == "learned":
-        raise ValueError("rule 'learned' cannot be packed: a NaN would be lost, as its scale stays finite; use 'codes'")
+    if plan.scale_rule.given:
+        raise ValueError(
+            f"rule {plan.rule!r} cannot be packed: a NaN would be lost, as its scale stays finite; use 'codes'"
+        )
     if plan.scale_element is not None and plan.scale_element.max not in (448.0, 114688.0):
         raise ValueError(
             f"block scales up to {plan.scale_element.max} cannot be packed: their format has no NaN; use e4m3 or ue5m3"
@@ -301,7 +283,7 @@ def _check_packed(plan: Plan) -> None:
 
 def _reads_scale(plan: Plan) -> bool:
     """Whether `encode` looks at the tensor scale."""
-    return plan.rule == "mse_phase" or plan.scale_kind == "minifloat" or plan.block is None
+    return plan.line_rule is not None
 
 
 def _scale(scale: Tensor | float | None, plan: Plan, lines: int, x: Tensor) -> Tensor | None:

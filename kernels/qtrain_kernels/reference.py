@@ -14,123 +14,24 @@ NaN and infinity stay visible: either one in a block (or row, or, with a tensor 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from qtrain_kernels.formats import Element, ScaleKind
+from qtrain_kernels.formats import Element
+from qtrain_kernels.plans import (
+    Knows,
+    Mask,
+    Packed,
+    Plan,
+    Rotation,
+    ScaleRule,
+    field_width,
+    scale_nan,
+    stored_integer,
+)
 from qtrain_kernels.precision import matmul
-
-HEADROOM = 0.75  # Quartet's backward: amax < 8 * 2^e, so 3/4 of it stays within 6 * 2^e
-STD_EPS = 1e-8
-ABSMEAN_EPS = 1e-5  # TriLM's
-FITTED_LIMIT = 6.0 * (16 / 17) / 0.93  # Quartet II: where amax lies on the grid, for the least error on N(0, 1)
-REDUCED_CAP = 256.0  # Quartet II: the largest block scale, with room for EDEN's correction or for 6 / 4 of it
-BEST_PHASE = 1.1637  # RMS of a row, in powers of two, at which `mse` has its least error on N(0, 1)
-CARRY = 0x7FFFFF  # added to a float32's bits, makes any mantissa but 1.0 carry into the exponent
-CARRY_ABOVE_SQRT2 = 0x800000 - 0x3504F4  # makes mantissas above sqrt(2), the float32 1.41421354 = 0x3FB504F3, carry
-SAWB = (12.68, 12.80)  # of the four-bit grid: clip at 12.68 RMS - 12.80 E|x|
-
-
-@dataclass(frozen=True)
-class Mask:
-    """Which elements pass a gradient. inside: |u| < limit; within: |u| <= limit; error: |codes - u| <= limit, where
-    u = x / (block_scale * tensor_scale). A zero row passes all of its gradient in each of them."""
-
-    kind: Literal["inside", "within", "error"]
-    limit: float
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What an operand's quantiser does after rotation.
-
-    scale_kind: e8m0 | minifloat (scale_element is its grid) | float32. block: elements that share a block scale, None
-    for one float32 scale per row, or per tensor where per_tensor. rule: one of formats.SCALE_RULES.
-    rounding: nearest (ties to even) | stochastic | eden. mask: None where no gradient asks. correction: elements that
-    share an EDEN correction, a multiple of block. sparsity: 2:4 or 4:8 by magnitude before rounding.
-    """
-
-    element: Element
-    scale_kind: ScaleKind
-    block: int | None
-    rule: str
-    rounding: Literal["nearest", "stochastic", "eden"] = "nearest"
-    mask: Mask | None = None
-    scale_element: Element | None = None
-    per_tensor: bool = False
-    correction: int | None = None
-    sparsity: Literal["2:4", "4:8"] | None = None
-
-    @property
-    def span(self) -> int | None:
-        """The size of dim 1; None: the whole contraction dim."""
-        return self.correction or self.block
-
-    @property
-    def exact_in_bfloat16(self) -> bool:
-        """Whether codes * block_scale have at most bfloat16's 8 significant bits."""
-        if self.block is not None and self.scale_kind == "float32":
-            return False
-        scale_bits = self.scale_element.significant_bits if self.scale_element else 0
-        return self.element.significant_bits + scale_bits <= 8
-
-
-@dataclass(frozen=True)
-class Knows:
-    """What a backend computes. rules: its scale rules by the kind of a block's scale, and for the one scale of a whole
-    line or tensor (`line`); of a kind that is not there it computes no scales, so it takes all rules."""
-
-    backend: str
-    rules: Mapping[str, tuple[str, ...]]
-    roundings: tuple[str, ...]
-    masks: tuple[str, ...]
-    sparsities: tuple[str, ...]
-
-    def check(self, plan: Plan) -> None:
-        """ValueError for a plan that asks for anything else."""
-        kind = plan.scale_kind if plan.block is not None else "line"
-        asked = (
-            (f"scale rule ({kind})", plan.rule, self.rules.get(kind)),
-            ("rounding", plan.rounding, self.roundings),
-            ("mask", plan.mask and plan.mask.kind, self.masks),
-            ("sparsity", plan.sparsity, self.sparsities),
-        )
-        for what, name, known in asked:
-            if name is not None and known is not None and name not in known:
-                raise ValueError(
-                    f"backend {self.backend!r} knows no {what} {name!r}; it knows {', '.join(known)}; use one of them, "
-                    "or a backend that knows it"
-                )
-
-
-KNOWS = Knows(
-    "reference",
-    rules={
-        "e8m0": (
-            "floor", "floor_three_quarters", "even", "rceil", "ceil", "round", "std", "std_round", "mse", "mse_phase",
-            "gaussian",
-        ),
-        "minifloat": ("absmax", "absmax_headroom", "absmax_fitted", "four_over_six"),
-        "float32": ("absmax", "gaussian", "absmean", "sawb"),
-        "line": ("absmax", "gaussian", "absmean", "sawb", "learned"),
-    },
-    roundings=("nearest", "stochastic", "eden"),
-    masks=("inside", "within", "error"),
-    sparsities=("2:4", "4:8"),
-)  # fmt: skip
-
-
-def stored_integer(element: Element) -> tuple[float, float]:
-    """(unit, offset): an int8 q stands for the code (q + offset) * unit of an integer grid. Centred codes of up to 7
-    bits are stored twice, as odd integers; those of 8 bits do not fit, and lose their half."""
-    if not element.offset:
-        return element.step, 0.0
-    return (0.5, 0.0) if 2 * element.max <= 127 else (1.0, element.offset)
-
 
 # ----------------------------------------------------------------------------------------------------------- reductions
 
@@ -171,6 +72,10 @@ def std(x: Tensor) -> Tensor:
 
 
 def amax(x: Tensor) -> Tensor:
+    """(outer, 1, inner): the largest magnitude over dim 1."""
+    if x.shape[0] == x.shape[2] == 1:  # one pass and no copy: a third of the time
+        low, high = torch.aminmax(x)
+        return torch.maximum(low.abs(), high.abs()).view(1, 1, 1)
     return x.abs().amax(dim=1, keepdim=True)
 
 
@@ -193,98 +98,16 @@ def _reciprocal(scale: Tensor) -> Tensor:
     return 1.0 / scale
 
 
-def _scale_exponent(magnitude: Tensor, increment: int, shift: int, divisor: float = 1.0) -> Tensor:
-    """The biased exponent of magnitude / divisor, after `increment` is added to its bits and `shift` taken off; from
-    2^-127 upwards, inf and NaN stay 255. Subnormals are lifted first: their bits have no exponent."""
+def _e8m0_exponent(magnitude: Tensor, rule: ScaleRule, step: int) -> Tensor:
+    """The biased exponent of a scale as `ScaleRule` says, `step` added: in 0..254, and 255 for infinity and NaN.
+    Subnormals are lifted first: their bits have no exponent."""
     tiny = magnitude < 2.0**-60
-    lifted = torch.where(tiny, magnitude * 2.0**64, magnitude)
-    bits = (lifted if divisor == 1.0 else divide(lifted, divisor)).view(torch.int32)
-    biased = biased_exponent(bits)
-    moved = biased_exponent(bits + increment) - shift - 64 * tiny.to(torch.int32)
-    return torch.where(biased == 255, 255, moved.clamp(0, 254))
-
-
-@dataclass(frozen=True)
-class Exponent:
-    """How a block's E8M0 scale follows from one magnitude, rms and std times the element's Gaussian fit: the exponent
-    of it / divisor after `increment` is added to its bits, less `shift`; search: the least error of that and its
-    neighbours."""
-
-    magnitude: Literal["amax", "rms", "std"]
-    increment: int = 0
-    shift: int = 0
-    divisor: float = 1.0
-    search: bool = False
-
-
-def exponent_rule(plan: Plan) -> Exponent:
-    """Of a plan with E8M0 scales. ValueError for a rule that is not there."""
-    element, emax = plan.element, plan.element.max_exponent
-    half_a_unit = 1 << (22 - element.precision_bits)  # of the element's last mantissa bit
-    rules = {
-        "floor": Exponent("amax", shift=emax),
-        "floor_three_quarters": Exponent("amax", shift=emax),
-        "mse": Exponent("amax", shift=emax, search=True),
-        "mse_phase": Exponent("amax", shift=emax, search=True),
-        "even": Exponent("amax", half_a_unit, emax),
-        "ceil": Exponent("amax", CARRY, emax),
-        "rceil": Exponent("amax", CARRY, divisor=element.max),
-        "round": Exponent("amax", CARRY_ABOVE_SQRT2, divisor=element.max),
-        "gaussian": Exponent("rms"),
-        "std": Exponent("std"),
-        "std_round": Exponent("std", CARRY_ABOVE_SQRT2),
-    }
-    if plan.rule not in rules:
-        raise ValueError(f"there is no scale rule {plan.rule!r} for e8m0 scales; use {', '.join(rules)}")
-    return rules[plan.rule]
-
-
-def _e8m0_exponent(x: Tensor, plan: Plan) -> Tensor:
-    """The biased exponent of a block's scale."""
-    rule = exponent_rule(plan)
-    if rule.magnitude == "amax":
-        magnitude = amax(x)
-    else:
-        assert plan.element.gaussian is not None
-        rms_ = rule.magnitude == "rms"
-        magnitude = plan.element.gaussian * (rms(x) if rms_ else std(x)) + (0.0 if rms_ else STD_EPS)
-    exponent = _scale_exponent(magnitude, rule.increment, rule.shift, rule.divisor)
-    if not rule.search:
-        return exponent
-    return torch.where(exponent == 255, 255, _least_error_exponent(x, exponent, plan.element))
-
-
-def _least_error_exponent(x: Tensor, floor: Tensor, element: Element) -> Tensor:
-    """floor - 1, floor or floor + 1: the one with the least squared error of rounding to nearest; a tie takes the
-    earlier of (floor, floor - 1, floor + 1). Errors are taken in units of the floor scale, so that none overflows."""
-    u = x * _reciprocal(power_of_two(floor))
-    best, least = floor, _squared_error(u, 1.0, element)
-    for shift in (-1, 1):
-        error = _squared_error(u, 2.0**shift, element)
-        better = (error < least) & (floor + shift >= 0) & (floor + shift <= 254)
-        best, least = torch.where(better, floor + shift, best), torch.where(better, error, least)
-    return best
-
-
-def _squared_error(u: Tensor, scale: float, element: Element) -> Tensor:
-    difference = round_nearest(u * (1.0 / scale), element) * scale - u
-    return tree_sum(difference * difference)
+    bits = divide(torch.where(tiny, magnitude * 2.0**64, magnitude), rule.divisor).view(torch.int32)
+    moved = biased_exponent(bits + rule.increment) - rule.shift - 64 * tiny.to(torch.int32)
+    return torch.where(biased_exponent(bits) == 255, 255, (moved.clamp(0, 254) + step).clamp(0, 254))
 
 
 # ------------------------------------------------------------------------------------------------------------- rotation
-
-
-@dataclass(frozen=True, eq=False)
-class Rotation:
-    """x -> x D H in blocks of `size` along dim 1: random signs D, then H / sqrt(size), H a Hadamard matrix.
-
-    signs: (size,) float32 of ±1, or None. H is Sylvester's of order 2^k; base, (m, m) float32 of ±1 with size = 2^k m,
-    makes it Sylvester's times base.
-    """
-
-    size: int
-    signs: Tensor | None = None
-    base: Tensor | None = None
 
 
 def rotate(x: Tensor, rotation: Rotation | None) -> Tensor:
@@ -328,6 +151,22 @@ def _hadamard(x: Tensor, base: Tensor | None) -> Tensor:
 # --------------------------------------------------------------------------------------------------------------- scales
 
 
+STATISTICS: dict[str, Callable[[Tensor], Tensor]] = {
+    "amax": amax,
+    "rms": rms,
+    "std": std,
+    "absmean": lambda x: mean(x.abs()),
+}
+
+
+def _magnitude(x: Tensor, rule: ScaleRule) -> Tensor:
+    """(outer, 1, inner): what a rule sees of dim 1."""
+    if rule.statistic == "rms_absmean":
+        spread = rule.gain * rms(x) - rule.less * mean(x.abs())
+        return torch.where(spread <= 0, amax(x), spread)  # not positive where magnitudes are nearly equal
+    return rule.gain * STATISTICS[rule.statistic](x) + rule.bias
+
+
 def tensor_scale(x: Tensor, plan: Plan, rotation: Rotation | None = None) -> Tensor | float:
     """The scale above the blocks: (outer, 1, inner) float32 per row, () float32 per tensor, or a constant.
 
@@ -339,90 +178,64 @@ def tensor_scale(x: Tensor, plan: Plan, rotation: Rotation | None = None) -> Ten
     if constant is not None:
         return constant
     if not x.numel():
-        one = plan.per_tensor or plan.scale_kind == "minifloat"
-        return x.new_zeros(() if one else (x.shape[0], 1, x.shape[2]), dtype=torch.float32)
-    x = rotate(x, rotation)
-    if plan.scale_kind == "minifloat":
-        limit, cap = minifloat_range(plan)
-        low, high = torch.aminmax(x)  # one pass and no copy: a third of x.abs().amax()
-        return finite_or_nan(divide(torch.maximum(low.abs(), high.abs()), limit * cap))
-    if plan.rule == "mse_phase":
-        return finite_or_nan(rms(x) * (1.0 / BEST_PHASE))
-    scale = _float32_scale(x.reshape(1, -1, 1) if plan.per_tensor else x, plan)
-    return scale.reshape(()) if plan.per_tensor else scale
+        return x.new_zeros(() if plan.whole else (x.shape[0], 1, x.shape[2]), dtype=torch.float32)
+    x, rule = rotate(x, rotation), plan.line_rule
+    assert rule is not None
+    scale = _float32_scale(_magnitude(x.reshape(1, -1, 1) if plan.whole else x, rule), rule.divisor)
+    return scale.reshape(()) if plan.whole else scale
 
 
 def constant_scale(plan: Plan) -> float | None:
     """The scale above the blocks where it does not depend on x. ValueError for a learned one, which is given."""
-    if plan.rule == "learned":
-        raise ValueError("scale rule 'learned' has no scale of x: it is a parameter, which is given")
-    if plan.scale_kind == "minifloat" or plan.rule == "mse_phase" or plan.block is None:
-        return None
-    return 1.0 / HEADROOM if plan.rule == "floor_three_quarters" else 1.0
+    if plan.scale_rule.given:
+        raise ValueError(f"scale rule {plan.rule!r} has no scale of x: it is a parameter, which is given")
+    return 1.0 / plan.scale_rule.headroom if plan.line_rule is None else None
 
 
-def _float32_scale(x: Tensor, plan: Plan) -> Tensor:
-    """(outer, 1, inner): one scale for each dim 1."""
-    if plan.rule == "gaussian":
-        assert plan.element.gaussian is not None
-        return finite_or_nan(plan.element.gaussian * rms(x))
-    if plan.rule == "absmean":
-        return finite_or_nan(mean(x.abs()) + ABSMEAN_EPS)
-    if plan.rule == "sawb":
-        clip = SAWB[0] * rms(x) - SAWB[1] * mean(x.abs())
-        clip = torch.where(clip <= 0, amax(x), clip)  # below zero where magnitudes are nearly equal: the fit is no fit
-        return finite_or_nan(divide(clip, plan.element.max))
-    assert plan.rule == "absmax", plan.rule
-    return finite_or_nan(divide(amax(x), plan.element.max))
+def scale_of_amax(largest: Tensor, rule: ScaleRule) -> Tensor:
+    """The float32 scale of what has this amax, by a rule whose statistic that is."""
+    return _float32_scale(rule.gain * largest + rule.bias, rule.divisor)
 
 
-def minifloat_range(plan: Plan) -> tuple[float, float]:
-    """(what amax becomes in code units, the largest block scale)."""
-    assert plan.scale_element is not None
-    if plan.rule == "absmax_headroom":  # a scale rounded down by its last half bit still clips nothing
-        return plan.element.max / (1.0 + 2.0 ** -(plan.scale_element.precision_bits + 1)), plan.scale_element.max
-    reduced = min(REDUCED_CAP, plan.scale_element.max * REDUCED_CAP / 448)  # of E4M3, and as much of a shorter range
-    if plan.rule == "absmax_fitted":
-        return FITTED_LIMIT, reduced
-    if plan.rule == "four_over_six":
-        return plan.element.max, reduced
-    return plan.element.max, plan.scale_element.max
+def _float32_scale(magnitude: Tensor, divisor: float) -> Tensor:
+    scale = divide(magnitude, divisor)
+    return torch.where(scale < float("inf"), scale, float("nan"))
 
 
-def block_scale(x: Tensor, scale: Tensor | float, plan: Plan) -> Tensor | None:
-    """(outer, 1, inner) float32 values of the format's block scale; None for formats without blocks."""
-    if plan.block is None:
-        return None
-    if plan.scale_kind == "float32":
-        return _float32_scale(x, plan)
-    if plan.scale_kind == "minifloat":
-        limit, _ = minifloat_range(plan)
-        whole = _minifloat_block_scale(x, limit, scale, plan)
-        return _four_over_six(x, whole, scale, plan) if plan.rule == "four_over_six" else whole
-    return power_of_two(_e8m0_exponent(x, plan))
+def block_scale(x: Tensor, scale: Tensor | float, plan: Plan) -> Tensor:
+    """(outer, 1, inner) float32 values of the format's block scale: of its rule's scale and candidates, the one of
+    least squared error of rounding to nearest, a tie to the earlier."""
+    magnitude = _magnitude(x, plan.scale_rule)
+    first, *others = (_candidate(magnitude, which, scale, plan) for which in range(len(plan.scale_rule.divisors)))
+    if not others:
+        return first
+    best, least = first, _squared_error(x, scale, first, first, plan)
+    for blocks in others:
+        error = _squared_error(x, scale, blocks, first, plan)
+        better = error < least
+        best, least = torch.where(better, blocks, best), torch.where(better, error, least)
+    return best
 
 
-def _minifloat_block_scale(x: Tensor, limit: float, scale: Tensor | float, plan: Plan) -> Tensor:
-    """amax at `limit` code units. A block scale that rounds to zero becomes 1: in an E4M3 scale |u| is under 6 * 2^-10
-    there, which rounds to zero to nearest, and keeps its mean under stochastic rounding."""
-    assert plan.scale_element is not None
-    rounded = round_nearest(divide(amax(x), limit) / _nonzero(torch.as_tensor(scale)), plan.scale_element)
+def _candidate(magnitude: Tensor, which: int, scale: Tensor | float, plan: Plan) -> Tensor:
+    """The scale of a block by its rule, or the candidate of that number. A minifloat scale that rounds to zero becomes
+    1: with E4M3, |u| is under 6 * 2^-10 there, which rounds to zero to nearest, and keeps its mean under stochastic
+    rounding."""
+    rule = plan.scale_rule
+    if plan.scale_kind == "e8m0":
+        return power_of_two(_e8m0_exponent(magnitude, rule, rule.steps[which]))
+    if plan.scale_element is None:
+        return _float32_scale(magnitude, rule.divisors[which])
+    divided = divide(magnitude, rule.divisors[which]) / _nonzero(torch.as_tensor(scale))
+    rounded = round_nearest(divided, plan.scale_element)
     return torch.where(rounded == 0, 1.0, rounded)
 
 
-def _four_over_six(x: Tensor, six: Tensor, scale: Tensor | float, plan: Plan) -> Tensor:
-    """amax at 6 or at 4 code units: the smaller squared error of rounding to nearest; a tie takes 6."""
-    four = _minifloat_block_scale(x, 4.0, scale, plan)
-    errors = []
-    for blocks in (six, four):
-        u = _in_code_units(x, scale, blocks, plan)
-        difference = (round_nearest(u, plan.element) - u) * blocks
-        errors.append(tree_sum(difference * difference))
-    return torch.where(errors[1] < errors[0], four, six)
-
-
-def finite_or_nan(scale: Tensor) -> Tensor:
-    return torch.where(scale < float("inf"), scale, float("nan"))
+def _squared_error(x: Tensor, scale: Tensor | float, blocks: Tensor, first: Tensor, plan: Plan) -> Tensor:
+    """In units of the first candidate, so that none overflows; under minifloat scales in those of the tensor scale."""
+    u = _in_code_units(x, scale, blocks, plan)
+    difference = (round_nearest(u, plan.element) - u) * (blocks if plan.scale_kind == "minifloat" else blocks / first)
+    return tree_sum(difference * difference)
 
 
 def _nonzero(scale: Tensor) -> Tensor:
@@ -465,6 +278,8 @@ def round_stochastic(u: Tensor, element: Element, uniform: Tensor) -> Tensor:
     return (code + offset if offset else code) * step
 
 
+ROUND: dict[str, Callable[..., Tensor]] = {"nearest": round_nearest, "stochastic": round_stochastic}
+
 # ----------------------------------------------------------------------------------------------------------- randomness
 
 
@@ -502,6 +317,15 @@ def element_index(x: Tensor) -> Tensor:
 
 # --------------------------------------------------------------------------------------------------------------- encode
 
+KNOWS = Knows(
+    "reference",
+    statistics=(*STATISTICS, "rms_absmean"),
+    scales=("e8m0", "minifloat", "float32"),
+    roundings=tuple(ROUND),
+    masks=("inside", "within", "error"),
+    sparsities=("2:4", "4:8"),
+)
+
 
 def encode(
     x: Tensor, scale: Tensor | float, key: Tensor | None, plan: Plan, rotation: Rotation | None = None
@@ -509,34 +333,37 @@ def encode(
     """Codes, block scales and the gradient's mask of one operand.
 
     x: (outer, span, inner), before the rotation; scale: its tensor_scale, () or (outer, 1, inner); key: (2,) int32 for
-    stochastic rounding and EDEN.
+    a rounding that draws.
     Returns codes float32 on the element's grid, (outer, span, inner); block_scale (outer * span / block, 1, inner) or
     None; mask uint8 (1 passes the gradient) or None. ValueError for a rule, rounding, mask or sparsity that is unknown.
     """
     KNOWS.check(plan)
-    x = rotate(x, rotation)
-    shape = x.shape
-    if plan.rule == "mse_phase":
+    x, rounding = rotate(x, rotation), plan.rounding_mode
+    shape, blocks = x.shape, None
+    if plan.divides_first:
         x, scale = x / _nonzero(torch.as_tensor(scale)), 1.0
     if plan.block is not None:
         x = x.reshape(-1, plan.block, shape[2])
-    blocks = block_scale(x, scale, plan)
+        blocks = block_scale(x, scale, plan)
     u = _in_code_units(x, scale, blocks, plan)
-    if plan.rounding == "stochastic":
-        assert key is not None
-        codes = round_stochastic(u, plan.element, uniform(element_index(x), key))
-    else:
-        codes = round_nearest(u, plan.element)
+    noise = (_noise(x, key),) if rounding.noisy else ()
+    codes = ROUND[rounding.codes](u, plan.element, *noise)
     if plan.sparsity is not None:
         codes = codes * _largest(x, plan.sparsity)
-    if plan.rounding == "eden":
-        assert key is not None and blocks is not None
+    if rounding.corrects:
+        assert blocks is not None
         blocks = _corrected(u, codes, blocks, key, plan)
     mask = None if plan.mask is None else _mask(u, codes, plan.mask).reshape(shape)
     return codes.reshape(shape), blocks, mask
 
 
-def _corrected(u: Tensor, codes: Tensor, blocks: Tensor, key: Tensor, plan: Plan) -> Tensor:
+def _noise(x: Tensor, key: Tensor | None) -> Tensor:
+    """A uniform number for each element."""
+    assert key is not None
+    return uniform(element_index(x), key)
+
+
+def _corrected(u: Tensor, codes: Tensor, blocks: Tensor, key: Tensor | None, plan: Plan) -> Tensor:
     """EDEN: block scales times S = <x, x> / <x, q(x)>, rounded stochastically to the scale's grid. S is taken over
     `correction` elements, in code units as Quartet II's training code does; one whose codes are all zero is left."""
     assert plan.scale_element is not None and plan.block is not None and plan.correction is not None
@@ -545,7 +372,7 @@ def _corrected(u: Tensor, codes: Tensor, blocks: Tensor, key: Tensor, plan: Plan
     correction = torch.where(product == 0, 1.0, square / _nonzero(product))
     correction = correction[:, None].expand(-1, group, -1, -1).reshape(blocks.shape)
     scales = blocks * correction
-    return round_stochastic(scales, plan.scale_element, uniform(element_index(scales), key))
+    return round_stochastic(scales, plan.scale_element, _noise(scales, key))
 
 
 def _largest(x: Tensor, sparsity: str) -> Tensor:
@@ -611,8 +438,7 @@ fake_quantize = fake_quantize_by(operand, unrotate)
 def _in_code_units(x: Tensor, scale: Tensor | float, blocks: Tensor | None, plan: Plan) -> Tensor:
     if plan.scale_kind == "e8m0":
         assert blocks is not None
-        numerator = x * HEADROOM if plan.rule == "floor_three_quarters" else x
-        return numerator * _reciprocal(blocks)
+        return x * plan.scale_rule.headroom * _reciprocal(blocks)
     if plan.scale_kind == "float32" and blocks is not None:
         return x / _nonzero(blocks)
     divisor = _nonzero(torch.as_tensor(scale))
@@ -631,44 +457,6 @@ def _mask(u: Tensor, codes: Tensor, mask: Mask) -> Tensor:
 
 
 # -------------------------------------------------------------------------------------------------------------- packing
-
-
-class Packed(NamedTuple):
-    """An operand in the bits of its format, as it waits for the backward.
-
-    codes: uint8, the elements in row-major order, `field_width` bits each, the first in a byte's low bits: sign,
-    exponent and mantissa of a minifloat, the place among the levels of a uniform grid. scales: uint8, a block's E8M0 or
-    minifloat scale each; None without blocks.
-    """
-
-    codes: Tensor
-    scales: Tensor | None
-
-
-def field_width(element: Element) -> int:
-    """1, 2, 4 or 8 bits in which a code fits."""
-    return 1 << (element.bits - 1).bit_length()
-
-
-def can_pack(plan: Plan) -> bool:
-    """Whether `unpack` gives back what `pack` takes, NaN included: not where codes of a finite scale may be NaN, where
-    sparsity puts zeros into a grid that has none, nor under block scales of more than a byte, or without a one, which
-    stands for a zero."""
-    if plan.rule == "learned" or (plan.sparsity is not None and plan.element.offset):
-        return False
-    if plan.block is None or plan.scale_kind == "e8m0":
-        return True
-    return (
-        plan.scale_element is not None
-        and len(plan.scale_element.magnitudes()) < 256
-        and 1.0 in plan.scale_element.magnitudes()
-    )
-
-
-def grids(plan: Plan) -> Plan:
-    """The plan without what plays no part in packing."""
-    rule = "floor" if plan.scale_kind == "e8m0" else "absmax"
-    return replace(plan, rule=rule, rounding="nearest", mask=None, correction=None, sparsity=None)
 
 
 def pack(values: Tensor, blocks: Tensor | None, plan: Plan) -> Packed:
@@ -713,8 +501,7 @@ def _scale_bytes(blocks: Tensor, plan: Plan) -> Tensor:
     if plan.scale_kind == "e8m0":
         return biased_exponent(blocks.view(torch.int32)).to(torch.uint8)
     assert plan.scale_element is not None
-    nan = len(plan.scale_element.magnitudes())
-    return torch.where(blocks.isnan(), nan, _place(blocks, plan.scale_element))
+    return torch.where(blocks.isnan(), scale_nan(plan), _place(blocks, plan.scale_element))
 
 
 def _scales_of(scale_bytes: Tensor, plan: Plan) -> Tensor:

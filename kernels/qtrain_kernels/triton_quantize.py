@@ -11,6 +11,7 @@ terms, which have no order. NaN passes through comparisons and integer maxima, n
 
 # A constexpr stands for the object that it holds.
 # pyright: reportAttributeAccessIssue=false, reportAssignmentType=false, reportGeneralTypeIssues=false
+# pyright: reportPossiblyUnboundVariable=false, reportUnboundVariable=false
 
 import triton
 import triton.language as tl
@@ -236,92 +237,124 @@ def reciprocal(scale):
     return power_of_two(tl.where(biased == 255, 255, 254 - biased))
 
 
+@triton.constexpr_function
+def tried(rule):
+    return len(rule.divisors)
+
+
+@triton.constexpr_function
+def divisor_of(rule, which):
+    return rule.divisors[which]
+
+
+@triton.constexpr_function
+def step_of(rule, which):
+    return rule.steps[which]
+
+
 @triton.jit
-def e8m0_exponent(x, JOB: tl.constexpr):
-    """The biased exponent that a rule reads from one magnitude of the block; see reference._scale_exponent."""
-    RULE: tl.constexpr = JOB.exponent
-    if RULE.magnitude == "amax":
-        magnitude = amax(x)
-    elif RULE.magnitude == "rms":
-        magnitude = JOB.fit * rms(x)
+def magnitude_of(x, RULE: tl.constexpr):
+    """(G, 1, I): what a rule sees of a block, reference._magnitude."""
+    if RULE.statistic == "rms_absmean":
+        spread = RULE.gain * rms(x) - RULE.less * mean(tl.abs(x))
+        found = tl.where(spread <= 0, amax(x), spread)
     else:
-        magnitude = JOB.fit * std(x) + JOB.epsilon
+        if RULE.statistic == "amax":
+            found = amax(x)
+        if RULE.statistic == "rms":
+            found = rms(x)
+        if RULE.statistic == "std":
+            found = std(x)
+        if RULE.statistic == "absmean":
+            found = mean(tl.abs(x))
+        if RULE.gain != 1.0:
+            found = RULE.gain * found
+        if RULE.bias != 0.0:
+            found = found + RULE.bias
+    return found
+
+
+@triton.jit
+def e8m0_exponent(magnitude, STEP: tl.constexpr, RULE: tl.constexpr):
+    """reference._e8m0_exponent."""
     tiny = magnitude < 2.0**-60
     lifted = tl.where(tiny, magnitude * 2.0**64, magnitude)
     if RULE.divisor != 1.0:
         lifted = tl.div_rn(lifted, constant(RULE.divisor))
     bits = bits_of(lifted)
     moved = (((bits + RULE.increment) >> 23) & 0xFF) - RULE.shift - tl.where(tiny, 64, 0)
-    return tl.where(((bits >> 23) & 0xFF) == 255, 255, tl.minimum(tl.maximum(moved, 0), 254))
+    moved = tl.minimum(tl.maximum(moved, 0), 254)
+    if STEP != 0:
+        moved = tl.minimum(tl.maximum(moved + STEP, 0), 254)
+    return tl.where(((bits >> 23) & 0xFF) == 255, 255, moved)
 
 
 @triton.jit
-def squared_error(u, scale: tl.constexpr, ELEMENT: tl.constexpr):
-    difference = round_nearest(u * (1.0 / scale), ELEMENT) * scale - u
-    return tree_sum(difference * difference)
+def candidate(magnitude, by_scale, WHICH: tl.constexpr, JOB: tl.constexpr):
+    """reference._candidate. by_scale: the divisor made of the tensor scale."""
+    RULE: tl.constexpr = JOB.rule
+    if JOB.plan.scale_kind == "e8m0":
+        blocks = power_of_two(e8m0_exponent(magnitude, step_of(RULE, WHICH), RULE))
+    else:
+        blocks = tl.div_rn(magnitude, constant(divisor_of(RULE, WHICH)))
+        if JOB.plan.scale_kind == "minifloat":
+            GRID: tl.constexpr = JOB.plan.scale_element
+            blocks = nonzero(round_nearest(quotient(blocks, by_scale), GRID))
+        else:
+            blocks = finite_or_nan(blocks)
+    return blocks
 
 
 @triton.jit
-def least_error_exponent(x, floor, ELEMENT: tl.constexpr):
-    """floor, floor - 1 or floor + 1: the least squared error, a tie to the earlier."""
-    u = x * reciprocal(power_of_two(floor))
-    least = squared_error(u, 1.0, ELEMENT)
-    lower = squared_error(u, 0.5, ELEMENT)
-    upper = squared_error(u, 2.0, ELEMENT)
-    take_lower = (lower < least) & (floor >= 1)
-    best = tl.where(take_lower, floor - 1, floor)
-    take_upper = (upper < tl.where(take_lower, lower, least)) & (floor <= 253)
-    best = tl.where(take_upper, floor + 1, best)
-    return tl.where(floor == 255, 255, best)
-
-
-@triton.jit
-def minifloat_scale(largest, limit: tl.constexpr, by_scale, ELEMENT: tl.constexpr):
-    """by_scale: the divisor made of the tensor scale."""
-    rounded = round_nearest(quotient(tl.div_rn(largest, constant(limit)), by_scale), ELEMENT)
-    return tl.where(rounded == 0, 1.0, rounded)
-
-
-@triton.jit
-def minifloat_error(u, blocks, ELEMENT: tl.constexpr):
-    difference = (round_nearest(u, ELEMENT) - u) * blocks
+def squared_error(u, blocks, first, JOB: tl.constexpr):
+    """reference._squared_error. u: x in code units under `blocks`."""
+    ELEMENT: tl.constexpr = JOB.plan.element
+    if JOB.plan.scale_kind == "e8m0":
+        weight = blocks * reciprocal(first)
+    elif JOB.plan.scale_kind == "minifloat":
+        weight = blocks
+    else:
+        weight = tl.div_rn(blocks, first)
+    difference = (round_nearest(u, ELEMENT) - u) * weight
     return tree_sum(difference * difference)
 
 
 @triton.jit
 def scaled(x, scale, JOB: tl.constexpr):
-    """Block scales (G, 1, I) float32, and x in code units, which is what is rounded: reference.block_scale and
-    reference._in_code_units. scale: the tensor scale, zero made one."""
-    ELEMENT: tl.constexpr = JOB.plan.element
-    GRID: tl.constexpr = JOB.plan.scale_element
-    if JOB.plan.scale_kind == "e8m0":
-        exponent = e8m0_exponent(x, JOB)
-        if JOB.exponent.search:
-            exponent = least_error_exponent(x, exponent, ELEMENT)
-        blocks = power_of_two(exponent)
-        u = (x * JOB.headroom) * reciprocal(blocks)
-    elif JOB.plan.scale_kind == "minifloat":
-        largest, by_scale = amax(x), divisor(scale)
-        blocks = minifloat_scale(largest, JOB.limit, by_scale, GRID)
-        u = quotient(x, divisor(scale * blocks))
-        if JOB.plan.rule == "four_over_six":
-            four = minifloat_scale(largest, 4.0, by_scale, GRID)
-            u_four = quotient(x, divisor(scale * four))
-            better = minifloat_error(u_four, four, ELEMENT) < minifloat_error(u, blocks, ELEMENT)
-            blocks, u = tl.where(better, four, blocks), tl.where(better, u_four, u)
-    elif JOB.plan.block is None:
-        blocks = scale
-        u = quotient(x, divisor(scale))
+    """Block scales (G, 1, I) float32, and x in code units under them, which is what is rounded: reference.block_scale
+    and reference._in_code_units. scale: the tensor scale, zero made one."""
+    RULE: tl.constexpr = JOB.rule
+    if JOB.plan.block is None:
+        best, u = scale, quotient(x, divisor(scale))
     else:
-        if JOB.plan.rule == "gaussian":
-            blocks = finite_or_nan(JOB.fit * rms(x))
-        else:
-            blocks = finite_or_nan(tl.div_rn(amax(x), constant(JOB.limit)))
-        u = quotient(x, divisor(nonzero(blocks)))
-    return blocks, u
+        magnitude, by_scale = magnitude_of(x, RULE), divisor(scale)
+        first = candidate(magnitude, by_scale, 0, JOB)
+        best, u = first, code_units(x, scale, first, JOB)
+        if tried(RULE) > 1:
+            least = squared_error(u, first, first, JOB)
+            for which in tl.static_range(1, tried(RULE)):
+                blocks = candidate(magnitude, by_scale, which, JOB)
+                units = code_units(x, scale, blocks, JOB)
+                error = squared_error(units, blocks, first, JOB)
+                better = error < least
+                best, u = tl.where(better, blocks, best), tl.where(better, units, u)
+                least = tl.where(better, error, least)
+    return best, u
 
 
 # --------------------------------------------------------------------------------------------------------------- encode
+
+
+@triton.jit
+def code_units(x, scale, blocks, JOB: tl.constexpr):
+    """reference._in_code_units of a format with blocks."""
+    if JOB.plan.scale_kind == "e8m0":
+        u = (x * JOB.rule.headroom) * reciprocal(blocks)
+    elif JOB.plan.scale_kind == "float32":
+        u = quotient(x, divisor(nonzero(blocks)))
+    else:
+        u = quotient(x, divisor(scale * blocks))
+    return u
 
 
 @triton.jit
@@ -524,16 +557,16 @@ def quantize_tile(tile, scale, key, signs, values, block_scales, masks, i, j, ro
         x = rotate(x, signs, False, JOB)
     x = in_blocks(x, JOB.block, JOB)
     above = tensor_scale_of_blocks(scale, i, j, rows, columns, per, JOB)
-    if JOB.plan.rule == "mse_phase":
+    if JOB.divides_first:
         x = quotient(x, divisor(above))
     blocks, u = scaled(x, above, JOB)
-    if JOB.plan.rounding == "stochastic":
-        codes = round_stochastic(u, ELEMENT, uniform(element_index(i, j, rows, columns, 1, JOB), key))
-    else:
+    if JOB.rounding.codes == "nearest":
         codes = round_nearest(u, ELEMENT)
+    if JOB.rounding.codes == "stochastic":
+        codes = round_stochastic(u, ELEMENT, uniform(element_index(i, j, rows, columns, 1, JOB), key))
     if JOB.plan.sparsity is not None:
         codes = codes * largest_of_four(x, 2 if JOB.plan.sparsity == "4:8" else 1)
-    if JOB.plan.rounding == "eden":
+    if JOB.rounding.corrects:
         blocks = corrected(u, codes, blocks, element_index(i, j, rows, columns, JOB.block, JOB), key, JOB)
 
     if JOB.plan.mask is not None:

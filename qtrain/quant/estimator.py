@@ -12,7 +12,7 @@ A row or block of zeros has u = 0 and codes within the threshold: it keeps its w
 from __future__ import annotations
 
 from qtrain_kernels.formats import Format
-from qtrain_kernels.reference import Mask
+from qtrain_kernels.plans import Mask
 
 ONE_BIT_CLIP = {True: 1.30, False: 1.25}  # by whether the operand is rotated
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from qtrain.quant.linear import Observed
 from qtrain.quant.quantizer import Operand, Quantizer, rotate
-from qtrain_kernels.reference import Plan
+from qtrain_kernels.plans import Plan
 
 ROUNDING = 1 + 2.0**-20  # what lies on the grid's edge may be beyond it by float32's rounding
 

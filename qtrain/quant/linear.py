@@ -33,8 +33,8 @@ from qtrain.recipe import LinearRecipe
 from qtrain.settings import FP8_GEMMS, Backend, GemmKind, Redraw
 from qtrain_kernels import dispatch
 from qtrain_kernels.gemm import Folded, fp8_matmul
+from qtrain_kernels.plans import Rotation, stored_integer
 from qtrain_kernels.precision import Linear
-from qtrain_kernels.reference import Rotation, stored_integer
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,6 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -27,8 +26,17 @@ from qtrain.settings import Backend, parse
 from qtrain_kernels import dispatch
 from qtrain_kernels.formats import get_format
 from qtrain_kernels.gemm import Folded, fold, int8_matmul
+from qtrain_kernels.plans import (
+    ROUNDINGS,
+    Packed,
+    Plan,
+    Rotation,
+    RoundingName,
+    can_pack,
+    field_width,
+    stored_integer,
+)
 from qtrain_kernels.precision import matmul
-from qtrain_kernels.reference import Packed, Plan, Rotation, can_pack, field_width, stored_integer
 
 
 @dataclass(frozen=True)
@@ -183,14 +191,14 @@ class Quantizer:
             gradient_mask(spec.estimator, fmt, spec.rotation is not None, spec.clip_scale),
             scale_element=fmt.scale_element,
             per_tensor=fmt.block == "tensor",
-            correction=(spec.correction or fmt.block_size) if spec.rounding == "eden" else None,
+            correction=(spec.correction or fmt.block_size) if ROUNDINGS[spec.rounding].corrects else None,
             sparsity=spec.sparsity,
         )
         return Quantizer(spec, plan, backend)
 
     @property
     def stochastic(self) -> bool:
-        return self.spec.quantised and self.spec.rounding != "nearest"
+        return self.spec.quantised and ROUNDINGS[self.spec.rounding].draws
 
     @property
     def eight_bits(self) -> torch.dtype | None:
@@ -400,7 +408,7 @@ def fake_quantize(
     format: str,
     *,
     scale: str | None = None,
-    rounding: Literal["nearest", "stochastic", "eden"] = "nearest",
+    rounding: RoundingName = "nearest",
     rotation: str | None = None,
     seed: int = 0,
     backend: Backend = "auto",

@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from qtrain.settings import Backend
 from qtrain_kernels import dispatch
-from qtrain_kernels.reference import Rotation
+from qtrain_kernels.plans import Rotation
 
 
 def hadamard(size: int, key: Tensor | None, device: torch.device, backend: Backend = "auto") -> Rotation:

@@ -592,6 +592,59 @@ def test_rotations_equal_the_reference(n: int, dim: int, device: str) -> None:
 
 
 @pytest.mark.parametrize("dim", [-1, -2])
+def test_a_key_draws_the_signs_inside(dim: int, device: str) -> None:
+    """As random_signs draws them, in each operation that rotates."""
+    key = torch.tensor([77, -5], dtype=torch.int32)
+    for n in (2, 32, 128):
+        given, drawn = Rotation(n, reference.random_signs(n, key)), Rotation(n, key)
+        shape = (5, 128, 1) if dim == -1 else (1, 128, 37)
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(n))
+        assert same(reference.rotate(x, drawn), reference.rotate(x, given))
+        on_device = Rotation(n, key.to(device))
+        assert same(hadamard.rotate(x.to(device), on_device).cpu(), reference.rotate(x, given))
+        back = hadamard.unrotate(x.to(device), on_device, None, torch.float32)
+        assert same(back.cpu(), reference.unrotate(x, given, None, torch.float32))
+        largest = hadamard.tensor_scale(x.to(device), NVFP4, on_device)
+        assert isinstance(largest, Tensor)
+        assert same(largest.cpu(), reference.tensor_scale(x, NVFP4, given))  # pyright: ignore[reportArgumentType]
+        matrix_ = x.view(5, 128) if dim == -1 else x.view(128, 37)
+        spec = Spec(replace(MXFP4, mask=None), dim, n, "codes")
+        wanted = results(quantize.quantize, device, matrix_, spec, None, None, given.signs)
+        found = results(quantize.quantize, device, matrix_, spec, None, None, key)
+        assert all(map(same, found, wanted))
+
+
+@pytest.mark.parametrize("dim", [-1, -2])
+def test_scales_and_mask_bits_inside_an_unrotation_equal_the_chain(dim: int, device: str) -> None:
+    """A product in bfloat16, times each scale in float32 in turn, masked, rotated back."""
+    draws = torch.Generator().manual_seed(3)
+    shape = (70, 96, 1) if dim == -1 else (1, 96, 40)
+    x = torch.randn(shape, generator=draws) * torch.exp2(torch.randint(-40, 9, shape, generator=draws).float())
+    mask = torch.randint(0, 2, shape, generator=draws, dtype=torch.uint8)
+    one = torch.tensor(0.3)
+    lines = (torch.rand(70, 1, 1, generator=draws), torch.rand(1, 96, 1, generator=draws))
+    if dim == -2:
+        lines = (torch.rand(1, 96, 1, generator=draws), torch.rand(1, 1, 40, generator=draws))
+    cases = ((16 / 9,), (one,), lines, (lines[1], 1.1), (4 / 3, one))
+    passes = (None, mask, reference.join(mask, 1))
+    rotations = (None, rotation_of(32, True))
+    settings = zip(product(cases, passes), [*product((torch.bfloat16, torch.float32), rotations)] * 4, strict=False)
+    for (scales, passed), (dtype, rotation) in settings:
+        wanted = x.bfloat16()
+        for scale in scales:
+            wanted = wanted.float().mul_(scale)
+        wanted = reference.unrotate(wanted, rotation, None if passed is None else mask, dtype)
+        arguments = (x.bfloat16(), rotation, passed, dtype, scales)
+        assert same(reference.unrotate(*arguments), wanted)
+        on_device = rotation and Rotation(32, moved(rotation.signs, device))  # pyright: ignore[reportArgumentType]
+        scales_there = tuple(moved(scale, device) for scale in scales)
+        found = hadamard.unrotate(
+            x.bfloat16().to(device), on_device, moved(passed, device), dtype, scales_there  # pyright: ignore
+        )
+        assert same(found.cpu(), wanted), (scales, dtype, rotation)
+
+
+@pytest.mark.parametrize("dim", [-1, -2])
 @pytest.mark.parametrize("n", [None, 32])
 def test_tensor_scales_equal_the_reference(n: int | None, dim: int, device: str) -> None:
     names = ("nvfp4", "mxfp4", "int4", "int4_sym", "fp8_e4m3", "int4_sym/tensor/float32", "e4m3/128/float32")
@@ -665,7 +718,7 @@ def test_the_operators_keep_torchs_rules(device: str) -> None:
     calls = [
         *((quantize._quantize, (x, None, key, signs, spec, 128)) for spec in rows.values()),
         (quantize._quantize_both, (x, None, key, None, rows["codes"], scale, None, None, columns)),
-        (hadamard._turn, (x, passed, signs, 32, -2, True, torch.bfloat16)),
+        (hadamard._turn, (x, passed, signs, None, scale, [2.0, 1.0], 32, -2, True, torch.bfloat16)),
         (hadamard._largest, (x, signs, 32, -1, False)),
         (packing._pack, (x, torch.ones(256, 1, 1, device=device), rows["codes"])),
         (packing._unpack, (passed.view(-1), passed.view(-1)[:512], rows["codes"], [128, 128, 1], torch.bfloat16)),

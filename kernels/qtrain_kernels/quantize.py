@@ -257,7 +257,9 @@ def signs_of(rotation: Rotation | None, x: Tensor) -> Tensor | None:
 def _signs(signs: Tensor | None, size: int | None, x: Tensor) -> Tensor | None:
     check_signs(signs, size)
     check_same_device(x, signs=signs)
-    return None if signs is None else signs.float().contiguous()
+    if signs is None or signs.dtype == torch.int32:  # a key draws them in the kernel
+        return signs
+    return signs.float().contiguous()
 
 
 def _check(x: Tensor, spec: Spec, key: Tensor | None) -> None:

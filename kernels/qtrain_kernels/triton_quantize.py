@@ -421,6 +421,17 @@ def in_blocks(tile, N: tl.constexpr, JOB: tl.constexpr):
 
 
 @triton.jit
+def signs_of(signs, N: tl.constexpr):
+    """(N,) ±1: given as float32, or drawn by a key, two int32, as reference.random_signs."""
+    place = tl.arange(0, N)
+    if signs.dtype.element_ty == tl.int32:
+        found = (mix(place, signs) & 1).to(tl.float32) * 2.0 - 1.0
+    else:
+        found = tl.load(signs + place)
+    return found
+
+
+@triton.jit
 def rotate(x, signs, INVERSE: tl.constexpr, JOB: tl.constexpr):
     """float32 (R, C) -> x D H in blocks along the contraction, or x (D H)^-1: reference.rotate, unrotate."""
     N: tl.constexpr = JOB.rotation
@@ -428,7 +439,7 @@ def rotate(x, signs, INVERSE: tl.constexpr, JOB: tl.constexpr):
     if signs is None:
         blocks = hadamard(blocks, N)
     else:
-        diagonal = tl.load(signs + tl.arange(0, N))[None, :, None]
+        diagonal = signs_of(signs, N)[None, :, None]
         blocks = hadamard(blocks, N) * diagonal if INVERSE else hadamard(blocks * diagonal, N)
     return tl.reshape(blocks, (JOB.rows, JOB.columns))
 
@@ -650,13 +661,45 @@ def quantize_both_kernel(
 
 
 @triton.jit
-def rotate_kernel(x, mask, signs, y, rows, columns, JOB: tl.constexpr):
-    """y = x D H, or (x * mask) (D H)^-1 where JOB.inverse; x, mask, y (rows, columns)."""
+def times(tile, scale, i, j, rows, columns, KIND: tl.constexpr, JOB: tl.constexpr):
+    """tile (i, j) times a scale: a number, or read, one for all, for each row, or for each column."""
+    if KIND == "single":
+        tile *= tl.load(scale)
+    elif KIND == "rows":
+        r = i * JOB.rows + tl.arange(0, JOB.rows)
+        tile *= tl.load(scale + r, mask=r < rows, other=1.0)[:, None]
+    elif KIND == "columns":
+        c = j * JOB.columns + tl.arange(0, JOB.columns)
+        tile *= tl.load(scale + c, mask=c < columns, other=1.0)[None, :]
+    elif KIND != 1.0:
+        tile *= KIND
+    return tile
+
+
+@triton.jit
+def load_bits(x, i, j, rows, columns, JOB: tl.constexpr):
+    """Tile (i, j) of a matrix of bits, (rows, columns / 8) bytes, the first lowest: int32 of 0 and 1."""
+    r, c = tl.arange(0, JOB.rows)[:, None], tl.arange(0, JOB.columns // 8)[None, :]
+    row, column, width = i * JOB.rows, j * (JOB.columns // 8), columns // 8
+    inside = (row + r < rows) & (column + c < width)
+    joined = tl.load(x + row.to(tl.int64) * width + column + r * width + c, mask=inside, other=0).to(tl.int32)
+    return tl.reshape((joined[:, :, None] >> tl.arange(0, 8)[None, None, :]) & 1, (JOB.rows, JOB.columns))
+
+
+@triton.jit
+def rotate_kernel(x, mask, signs, first, second, y, rows, columns, JOB: tl.constexpr):
+    """y = x D H, or (x * scales * mask) (D H)^-1 where JOB.inverse; x, mask, y (rows, columns), or the mask's bits."""
     i, j = tl.program_id(0), tl.program_id(1)
     tile = to_float32(load_tile(x, i, j, rows, columns, JOB))
+    tile = times(tile, first, i, j, rows, columns, JOB.first, JOB)
+    tile = times(tile, second, i, j, rows, columns, JOB.second, JOB)
     if mask is not None:
-        tile = tile * load_tile(mask, i, j, rows, columns, JOB).to(tl.float32)
-    tile = rotate(tile, signs, JOB.inverse, JOB)
+        if JOB.bits:
+            tile = tile * load_bits(mask, i, j, rows, columns, JOB).to(tl.float32)
+        else:
+            tile = tile * load_tile(mask, i, j, rows, columns, JOB).to(tl.float32)
+    if JOB.rotation is not None:
+        tile = rotate(tile, signs, JOB.inverse, JOB)
     if JOB.output == "bfloat16":
         tile = to_bfloat16(tile, True)
     store(y, tile, i * JOB.rows, j * JOB.columns, rows, columns)

@@ -382,7 +382,7 @@ def test_a_matrix_of_any_size_along_either_dim(name: str, dim: int, device: str)
         else:
             values = codes if blocks is None else codes * spread(blocks, spec)
             wanted = [values.to(torch.bfloat16 if output == "bfloat16" else torch.float32), blocks, mask]
-        assert list(map(same, found, wanted)) == [True] * 3, (spec, x.shape, dtype)
+        assert list(map(same, found[:3], wanted)) == [True] * 3, (spec, x.shape, dtype)
 
 
 def test_an_empty_matrix_gives_an_empty_result(device: str) -> None:
@@ -390,7 +390,7 @@ def test_an_empty_matrix_gives_an_empty_result(device: str) -> None:
     for output, dim in product(("codes", "packed"), (-1, -2)):
         spec = Spec(replace(NVFP4, mask=MASKS[2]), dim, 32, output)
         x = torch.empty(0, 64, device=device) if dim == -1 else torch.empty(64, 0, device=device)
-        values, scales, mask = quantize.quantize(x, spec, 1.0)
+        values, scales, mask, *_ = quantize.quantize(x, spec, 1.0)
         assert [values.numel(), scales.numel(), mask.numel()] == [0, 0, 0]  # pyright: ignore
     values, scales, mask = quantize.encode(torch.empty(0, 16, 1, device=device), 1.0, None, NVFP4)
     assert values.shape == (0, 16, 1) and scales is not None and scales.shape == (0, 1, 1)
@@ -443,7 +443,7 @@ def test_packed_results_hold_the_reference(name: str, dim: int, device: str) -> 
         x = matrix(21, length) if dim == -1 else matrix(length, 21)
         spec = Spec(replace(plan, sparsity=None), dim, None, "packed")
         codes, blocks, mask = (each if dim == -1 or each is None else each.T for each in expected_of(x, spec))
-        values, scales, passed = run(x, spec, device)
+        values, scales, passed, *_ = run(x, spec, device)
         assert torch.equal(unpacked_codes(values, plan, length), codes), plan  # a packed zero of integers has no sign
         if blocks is not None:
             assert same(unpacked_scales(scales, plan), blocks.contiguous()), plan
@@ -522,11 +522,115 @@ def test_packed_nan_stays_visible(device: str) -> None:
         ("e2m1/16/ue5m3", (slice(4), slice(4))),
     ):
         plan = next(plans(get_format(name)))
-        _, scales, _ = run(x, Spec(plan, output="packed"), device)
+        _, scales, *_ = run(x, Spec(plan, output="packed"), device)
         wanted = torch.zeros(scales.shape, dtype=torch.bool)
         wanted[poisoned] = True
         assert torch.equal(unpacked_scales(scales, plan).isnan(), wanted), name
         assert (scales[wanted] == (0x7F if name == "nvfp4" else 0xFF)).all(), name
+
+
+# --------------------------------------------------------------------------------------------------------------- float8
+
+
+def in_float8(codes: Tensor, scale_bytes: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
+    """float8 codes (L, n) and their scales (L, ceil(n / 128)), of codes (L, n) and bytes of E8M0 (L, n / block): by
+    exponents, as quantize.Quantized defines them."""
+    largest_code, wide = max(plan.element.levels()), max(plan.element.levels()) > 448
+    top = next(k for k in range(20, -1, -1) if largest_code * 2**k <= (57344 if wide else 448))
+    groups = scale_bytes.split(128 // (plan.block or 1), 1)
+    exponents = torch.stack([group.max(1).values.long() for group in groups], 1)
+    scale_exponents = (exponents - 127 - top).clamp_min(-126)
+    scales = torch.where(exponents == 255, torch.nan, torch.exp2(scale_exponents.double()))
+    shifts = scale_bytes.long() - 127 - scale_exponents.repeat_interleave(128 // (plan.block or 1), 1)[:, : scale_bytes.shape[1]]
+    values = codes.double() * torch.exp2(shifts.double()).repeat_interleave(plan.block or 1, 1)
+    values = torch.where(scales.isnan().repeat_interleave(128, 1)[:, : codes.shape[1]], torch.nan, values)
+    return values.float().to(torch.float8_e5m2 if wide else torch.float8_e4m3fn), scales.float()
+
+
+def spread_lines(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    """Blocks of 32 along either dim whose sizes differ by up to 40 octaves, with zeros, subnormals and one NaN."""
+    draws = torch.Generator().manual_seed(rows + columns)
+    tiles = torch.randint(-20, 20, (-(-rows // 32), -(-columns // 32)), generator=draws).float().exp2()
+    x = torch.randn(rows, columns, generator=draws)
+    x *= tiles.repeat_interleave(32, 0)[:rows].repeat_interleave(32, 1)[:, :columns]
+    x[:, 3], x[5] = x[:, 3] * 0, x[5] * 1e-30
+    x[7, 9] = torch.nan
+    return x.to(dtype)
+
+
+@pytest.mark.parametrize("dim", [-1, -2])
+@pytest.mark.parametrize("name", ["mxfp4", "mxfp8_e4m3", "mxfp8_e5m2", "mxfp6_e2m3"])
+def test_float8_codes_and_scales_are_those_of_the_packed(name: str, dim: int, device: str) -> None:
+    """Of matrices that fill groups and tiles, and that do not; beside what is packed, which stays as it is."""
+    fmt = get_format(name)
+    for (length, lines), rule in product(((256, 128), (160, 37)), ("std", fmt.default_scale)):
+        if _misfit(fmt, rule):
+            continue
+        plan = Plan(fmt.element, "e8m0", 32, rule, mask=MASKS[0])
+        x = spread_lines(lines, length, torch.bfloat16)
+        x = x if dim == -1 else x.T.contiguous()
+        alone, beside, packed = (
+            results(quantize.quantize, device, x, Spec(plan, dim, 32, output), None, None, rotation_of(32, True).signs)
+            for output in ("float8", "packed_float8", "packed")
+        )
+        assert all(map(same_bytes, beside[:3], packed[:3])) and alone[0] is None and alone[1] is None
+        assert all(map(same_bytes, alone[2:], beside[2:]))
+        assert packed[0] is not None and packed[1] is not None
+        codes, scales = in_float8(unpacked_codes(packed[0], plan, length), packed[1], plan)
+        assert alone[3] is not None and alone[3].dtype == codes.dtype
+        assert same(alone[3].float(), codes.float()) and same(alone[4], scales), (rule, length)
+
+
+def same_bytes(a: Tensor | None, b: Tensor | None) -> bool:
+    return (a is None and b is None) or (a is not None and b is not None and torch.equal(*(each.view(torch.uint8) for each in (a, b))))
+
+
+def test_float8_is_exact_down_to_14_octaves_below_the_largest_scale(device: str) -> None:
+    """Every code of E2M1 under every such scale; one octave further it is not."""
+    plan = Plan(E2M1, "e8m0", 32, "floor")
+    levels = torch.tensor([*E2M1.levels(), *([6.0] * 17)])
+    for octaves, exact in ((14, True), (15, False)):
+        x = torch.stack((levels, levels * 2.0**-octaves, levels * 2.0**-3, levels * 2.0 ** (1 - octaves))).view(1, 128)
+        _, _, _, codes, scales = results(quantize.quantize, device, x, Spec(plan, -1, None, "float8"))
+        assert codes is not None and scales is not None
+        assert torch.equal(codes.float() * scales, x) == exact
+
+
+def test_a_packed_matrix_quantised_again_is_the_one_it_holds(device: str) -> None:
+    """Along either dim, without writing it between."""
+    x = spread_lines(128, 192, torch.bfloat16)
+    x[7, 9] = 0.0
+    values, scales, *_ = results(quantize.quantize, device, x, Spec(replace(MXFP4, mask=None), -1, None, "packed"))
+    assert values is not None and scales is not None
+    held = unpacked_codes(values, MXFP4, 192) * unpacked_scales(scales, MXFP4).repeat_interleave(32, 1)
+    again = replace(MXFP4, rule="floor_three_quarters", mask=None)
+    for dim, output in product((-1, -2), ("float8", "codes", "packed")):
+        spec, signs = Spec(again, dim, 32, output), rotation_of(32, True).signs
+        wanted = results(quantize.quantize, device, held, spec, None, None, signs)
+        found = results(quantize.requantize, device, values, scales, spec, None, None, signs)
+        assert all(map(same_bytes, found, wanted)), (dim, output)
+    with pytest.raises(ValueError, match=r"packed along rows is uint8 \(M, K / 2\) and \(M, K / 32\); got"):
+        quantize.requantize(values.to(device), scales[:, 1:].to(device), Spec(again, -1))
+
+
+def test_dy_in_float8_both_ways_in_one_reading(device: str) -> None:
+    x = spread_lines(256, 384, torch.bfloat16).to(device)
+    plan = replace(MXFP4, rule="floor_three_quarters", mask=None)
+    key = KEY.to(device)
+    sides = [Side(Spec(plan, dim, 32, "float8"), None, None, key) for dim in (-1, -2)]
+    for side, found in zip(sides, quantize.quantize_both(x, *sides), strict=True):
+        alone = quantize.quantize(x, side.spec, None, None, key)
+        assert all(map(same_bytes, cpu_of(found), cpu_of(alone)))
+
+
+def test_what_float8_cannot_hold_is_refused_by_name() -> None:
+    for plan, message in (
+        (NVFP4, "this plan has minifloat scales of 16; ask for output 'packed'"),
+        (QUEST, "this plan has float32 scales of line; ask for"),
+        (replace(MXFP4, block=256), "float8 has a scale for 128 elements; blocks have 256; use smaller ones"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Spec(plan, output="float8")
 
 
 # ------------------------------------------------------------------------------------------------------------ rotation
@@ -559,7 +663,7 @@ def test_a_rotation_inside_changes_no_bit(n: int, dim: int, device: str) -> None
         turned = rotated(x, rotation, dim)
         spec = Spec(plan, dim, n, "codes")
         wanted = expected_of(x, spec, turned)
-        assert list(map(same, run(x, spec, device, turned, rotation.signs), wanted)) == [True] * 3, plan
+        assert list(map(same, run(x, spec, device, turned, rotation.signs)[:3], wanted)) == [True] * 3, plan
         view = x.reshape(-1, plan.span or 128, 1) if dim == -1 else x.reshape(-1, plan.span or 128, 7)
         scale = scale_for(turned, spec)
         if isinstance(scale, Tensor) and scale.ndim:
@@ -673,7 +777,7 @@ def test_the_rotation_is_sylvesters(device: str) -> None:
     plan = Plan(get_format("int8_sym").element, "float32", None, "absmax")
     wanted = (x.double() * rotation.signs) @ h
     scale = reference.tensor_scale(wanted.float()[:, :, None], plan)
-    codes, _, _ = results(quantize.quantize, device, x, Spec(plan, -1, n, "codes"), scale, None, rotation.signs)
+    codes, *_ = results(quantize.quantize, device, x, Spec(plan, -1, n, "codes"), scale, None, rotation.signs)
     assert codes is not None and isinstance(scale, Tensor)
     assert (codes - wanted / scale.flatten()[:, None]).abs().max() < 0.5 + 1e-4
 
@@ -716,7 +820,7 @@ def test_the_operators_keep_torchs_rules(device: str) -> None:
     rows = {out: str(Spec(replace(MXFP4, rounding="stochastic"), -1, 32, out)) for out in ("codes", "packed")}
     columns = str(Spec(replace(NVFP4, mask=MASKS[2]), -2, None, "packed"))
     calls = [
-        *((quantize._quantize, (x, None, key, signs, spec, 128)) for spec in rows.values()),
+        *((quantize._quantize, (x, None, None, key, signs, spec, 128)) for spec in rows.values()),
         (quantize._quantize_both, (x, None, key, None, rows["codes"], scale, None, None, columns)),
         (hadamard._turn, (x, passed, signs, None, scale, [2.0, 1.0], 32, -2, True, torch.bfloat16)),
         (hadamard._largest, (x, signs, 32, -1, False)),
@@ -829,7 +933,7 @@ def print_ptx(spec: Spec) -> None:
     job = quantize._job(spec, tile, "single" if quantize._reads_scale(spec.plan) else "none", True)
     types = dict.fromkeys(("rows", "columns", "per"), "i32") | {"x": "*bf16", "signs": "*fp32", "scale": "*fp32"}
     types |= {"key": "*i32", "values": "*u8", "block_scales": "*u8", "masks": "*u8"}
-    absent = {"JOB"} | ({"masks"} if spec.plan.mask is None else set())
+    absent = {"JOB", "x_scales", "float8", "float8_scales"} | ({"masks"} if spec.plan.mask is None else set())
     absent |= {"scale"} if job.scales == "none" else set()
     names = quantize_kernel.arg_names
     signature = {name: "constexpr" if name in absent else types[name] for name in names}

@@ -13,18 +13,19 @@ from torch import Tensor
 from qtrain_kernels import reference
 from qtrain_kernels.checks import check_mask, check_same_device, check_spans
 from qtrain_kernels.plans import Plan, Rotation
-from qtrain_kernels.quantize import TRITON, check_kernel, check_matrix, launch, signs_of, tile_of
+from qtrain_kernels.quantize import TRITON, Tile, check_kernel, check_matrix, launch, signs_of, tile_of
 
 
 @dataclass(frozen=True)
 class Turn:
     """What a rotation's kernel is compiled for. first, second: how two scales multiply what comes in, a number or how
-    many of them are read; bits: eight of the mask in a byte."""
+    many of them are read; side: as of a Job; bits: eight of the mask in a byte."""
 
     dim: int
     rotation: int | None
     rows: int
     columns: int
+    side: int
     inverse: bool = False
     output: Literal["bfloat16", "float32"] = "float32"
     single: bool = False
@@ -166,9 +167,13 @@ def _turn(
         output = "bfloat16" if dtype == torch.bfloat16 else "float32"
         kinds = [_kind(scale, factor) for scale, factor in zip((first, second), factors, strict=True)]
         bits = mask is not None and mask.shape != x.shape
-        job = Turn(dim, size, tile.rows, tile.columns, inverse, output, False, *kinds, bits)
+        job = Turn(dim, size, tile.rows, tile.columns, _side(dim, tile), inverse, output, False, *kinds, bits)
         launch(rotate_kernel, x, tile, mask, signs, first, second, y, *x.shape, job)
     return y
+
+
+def _side(dim: int, tile: Tile) -> int:
+    return tile.side if dim == -2 else 1
 
 
 def _kind(scale: Tensor | None, factor: float) -> float | Literal["single", "rows", "columns"]:
@@ -190,7 +195,7 @@ def _largest(x: Tensor, signs: Tensor | None, size: int | None, dim: int, single
     bits = torch.zeros(_lines(x, dim, single), dtype=torch.int32, device=x.device)
     if x.numel():
         tile = tile_of(dim, size or 1, x.shape[1])
-        job = Turn(dim, size, tile.rows, tile.columns, single=single)
+        job = Turn(dim, size, tile.rows, tile.columns, _side(dim, tile), single=single)
         launch(amax_kernel, x, tile, signs, bits, *x.shape, job)
     return bits.view(torch.float32)
 

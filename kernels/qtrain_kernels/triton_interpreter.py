@@ -28,9 +28,10 @@ def install() -> None:
         return TensorHandle(found.numpy(), z.dtype.scalar)
 
     def create_fp_to_fp(self: InterpreterBuilder, x: TensorHandle, dtype: tl.dtype, rounding: object) -> TensorHandle:
-        if dtype.scalar != tl.float8e4nv or x.dtype.scalar != tl.float32:
+        kinds = {tl.float8e4nv: torch.float8_e4m3fn, tl.float8e5: torch.float8_e5m2}
+        if dtype.scalar not in kinds or x.dtype.scalar != tl.float32:
             return cast(self, x, dtype, rounding)
-        found = torch.tensor(x.data).to(torch.float8_e4m3fn)
+        found = torch.tensor(x.data).to(kinds[dtype.scalar])
         return TensorHandle(found.view(torch.uint8).numpy(), dtype.scalar)
 
     InterpreterBuilder.create_fma = create_fma

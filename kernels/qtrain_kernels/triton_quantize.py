@@ -477,7 +477,7 @@ def emit(pointer, tile, i, j, rows, columns, SHARE: tl.constexpr, JOB: tl.conste
     else:
         flat = tl.reshape(tile, (JOB.rows // SHARE, JOB.columns))
         row, column = i * (JOB.rows // SHARE), j * JOB.columns
-        if JOB.output == "packed":
+        if JOB.packs:
             store(pointer, tl.trans(flat), column, row, columns, share(rows, SHARE, JOB))
         else:
             store(pointer, flat, row, column, share(rows, SHARE, JOB), columns)
@@ -534,6 +534,33 @@ def scale_field(blocks, JOB: tl.constexpr):
 
 
 @triton.jit
+def blocks_inside(blocks, i, j, rows, columns, JOB: tl.constexpr):
+    """Block scales, zero for those of the tile that lie beyond the matrix along the contraction."""
+    if JOB.dim == -1:
+        c = j * (JOB.columns // JOB.block) + tl.arange(0, JOB.columns // JOB.block)
+        inside = tl.broadcast_to((c < columns // JOB.block)[None, :], (JOB.rows, JOB.columns // JOB.block))
+        inside = tl.reshape(inside, (JOB.groups, 1, 1))
+    else:
+        inside = (i * JOB.groups + tl.arange(0, JOB.groups) < rows // JOB.block)[:, None, None]
+    return tl.where(inside, blocks, 0.0)
+
+
+@triton.jit
+def emit_float8(pointer, scales, codes, blocks, i, j, rows, columns, JOB: tl.constexpr):
+    """Codes times their block scale over the largest scale of 128 elements along the contraction, in float8, and that
+    scale: `quantize.Quantized`. One that float8 cannot hold is rounded to nearest."""
+    COUNT: tl.constexpr = 128 // JOB.block
+    grouped: tl.constexpr = (JOB.groups // COUNT, COUNT, blocks.shape[2])
+    within = blocks if JOB.aligned else blocks_inside(blocks, i, j, rows, columns, JOB)
+    largest = float_of(tl.max(tl.reshape(bits_of(within), grouped), axis=1, keep_dims=True))
+    scale = tl.maximum(largest * JOB.float8_unit, 2.0**-126, propagate_nan=tl.PropagateNan.ALL)
+    factor = tl.reshape(tl.reshape(blocks, grouped) * reciprocal(scale), blocks.shape)
+    emit(scales, scale, i, j, rows, columns, 128, JOB)
+    found = (codes * factor).to(tl.float8e5 if JOB.plan.element.max > 448.0 else tl.float8e4nv)
+    emit(pointer, found.to(tl.uint8, bitcast=True), i, j, rows, columns, 1, JOB)
+
+
+@triton.jit
 def tensor_scale_of_blocks(pointer, i, j, rows, columns, per, JOB: tl.constexpr):
     """The tensor scale of the tile's blocks, zero made one: (1, 1, 1), (G, 1, 1) or (G, 1, I). per: neighbours along
     the contraction that share one."""
@@ -559,7 +586,10 @@ def tensor_scale_of_blocks(pointer, i, j, rows, columns, per, JOB: tl.constexpr)
 
 
 @triton.jit
-def quantize_tile(tile, scale, key, signs, values, block_scales, masks, i, j, rows, columns, per, JOB: tl.constexpr):
+def quantize_tile(
+    tile, scale, key, signs, values, block_scales, masks, float8, float8_scales, i, j, rows, columns, per,
+    JOB: tl.constexpr,
+):  # fmt: skip
     """One quantisation of a loaded tile (i, j) of (rows, columns): every output of it."""
     ELEMENT: tl.constexpr = JOB.plan.element  # a constexpr by its annotation: Triton 3.6 passes no bare object on
     MASK: tl.constexpr = JOB.plan.mask
@@ -582,23 +612,26 @@ def quantize_tile(tile, scale, key, signs, values, block_scales, masks, i, j, ro
 
     if JOB.plan.mask is not None:
         passed = gradient_mask(u, codes, MASK)
-        if JOB.output == "packed":
+        if JOB.packs:
             emit(masks, packed_in_bytes(passed, 1, JOB), i, j, rows, columns, 8, JOB)
         else:
             emit(masks, passed.to(tl.uint8), i, j, rows, columns, 1, JOB)
     if JOB.with_blocks:
-        scales = scale_field(blocks, JOB) if JOB.output == "packed" else blocks
+        scales = scale_field(blocks, JOB) if JOB.packs else blocks
         emit(block_scales, scales, i, j, rows, columns, JOB.block, JOB)
-    if JOB.output == "packed":
-        emit_packed_codes(values, codes, i, j, rows, columns, JOB)
-    else:
-        if JOB.plan.block is not None and JOB.output != "codes":
-            codes = codes * blocks
-        if JOB.output == "bfloat16":
-            codes = to_bfloat16(codes, JOB.inexact)
-        elif JOB.output == "int8":
-            codes = stored_integer(codes, JOB)
-        emit(values, codes, i, j, rows, columns, 1, JOB)
+    if float8 is not None:
+        emit_float8(float8, float8_scales, codes, blocks, i, j, rows, columns, JOB)
+    if values is not None:
+        if JOB.packs:
+            emit_packed_codes(values, codes, i, j, rows, columns, JOB)
+        else:
+            if JOB.plan.block is not None and JOB.output != "codes":
+                codes = codes * blocks
+            if JOB.output == "bfloat16":
+                codes = to_bfloat16(codes, JOB.inexact)
+            elif JOB.output == "int8":
+                codes = stored_integer(codes, JOB)
+            emit(values, codes, i, j, rows, columns, 1, JOB)
 
 
 @triton.jit
@@ -615,49 +648,80 @@ def element_index(i, j, rows, columns, SHARE: tl.constexpr, JOB: tl.constexpr):
     return index
 
 
-@triton.constexpr_function
-def neighbours(rows, columns):
-    """Rows of a tile along columns that a thread holds one after the other, where it loads 8 columns at once."""
-    return rows * columns // (256 * max(1, rows // 128))
-
-
 @triton.jit
-def load_tile(x, i, j, rows, columns, JOB: tl.constexpr):
-    """Along columns so that a thread holds neighbouring rows: of a block of 16 all, which makes its scale its own. Triton
-    gives lanes to the last dims first."""
-    row, column = i * JOB.rows, j * JOB.columns
-    x += row.to(tl.int64) * columns + column
-    if JOB.dim == -1:
-        r, c = tl.arange(0, JOB.rows)[:, None], tl.arange(0, JOB.columns)[None, :]
-        tile = tl.load(x + r * columns + c, mask=(row + r < rows) & (column + c < columns), other=0.0)
+def arranged(x, width, i, j, rows, columns, SHARE: tl.constexpr, JOB: tl.constexpr):
+    """Tile (i, j) of a matrix of `width` columns, each of which stands for SHARE of the tile's, zeros beyond its end.
+
+    Where columns are quantised, so that a thread holds neighbouring rows, 8 or 16, a warp the blocks of 16 and 32 rows,
+    and few threads the same scale. For that the tile is (neighbours, warps, lanes, columns): Triton gives lanes and
+    warps to the last dims first, and the first to registers.
+    """
+    C: tl.constexpr = JOB.columns // SHARE
+    row, column = i * JOB.rows, j * C
+    x += row.to(tl.int64) * width + column
+    if JOB.side == 1:
+        r, c = tl.arange(0, JOB.rows)[:, None], tl.arange(0, C)[None, :]
+        tile = tl.load(x + r * width + c, mask=(row + r < rows) & (column + c < width), other=0)
     else:
-        SIDE: tl.constexpr = neighbours(JOB.rows, JOB.columns)
-        r = tl.arange(0, SIDE)[:, None, None] + tl.arange(0, JOB.rows // SIDE)[None, :, None] * SIDE
-        c = tl.arange(0, JOB.columns)[None, None, :]
-        tile = tl.load(x + r * columns + c, mask=(row + r < rows) & (column + c < columns), other=0.0)
-        tile = tl.reshape(tl.permute(tile, (1, 0, 2)), (JOB.rows, JOB.columns))
+        NEAR: tl.constexpr = JOB.columns // 64 if JOB.columns > 64 else 1  # warps side by side
+        LANES: tl.constexpr = 256 * NEAR // JOB.columns
+        BELOW: tl.constexpr = JOB.rows // (JOB.side * LANES)
+        warp = tl.arange(0, NEAR * BELOW)[None, :, None, None]
+        r = tl.arange(0, JOB.side)[:, None, None, None] + tl.arange(0, LANES)[None, None, :, None] * JOB.side
+        r += warp % BELOW * (JOB.side * LANES)
+        c = tl.arange(0, C // NEAR)[None, None, None, :] + warp // BELOW * (C // NEAR)
+        tile = tl.load(x + r * width + c, mask=(row + r < rows) & (column + c < width), other=0)
+        tile = tl.reshape(tile, (JOB.side, NEAR, BELOW, LANES, C // NEAR))
+        tile = tl.reshape(tl.permute(tile, (2, 3, 0, 1, 4)), (JOB.rows, C))
     return tile
 
 
 @triton.jit
-def quantize_kernel(x, rows, columns, per, scale, key, signs, values, block_scales, masks, JOB: tl.constexpr):
-    """x (rows, columns), read once; one program for each tile."""
+def load_tile(x, i, j, rows, columns, JOB: tl.constexpr):
+    return arranged(x, columns, i, j, rows, columns, 1, JOB)
+
+
+@triton.jit
+def dequantized(codes, scales, i, j, rows, columns, JOB: tl.constexpr):
+    """Tile (i, j) of a matrix that lies packed along its rows as MXFP4: float32."""
+    BLOCK: tl.constexpr = 32
+    pairs = arranged(codes, columns // 2, i, j, rows, columns, 2, JOB).to(tl.int32)
+    field = tl.reshape((pairs[:, :, None] >> (4 * tl.arange(0, 2))[None, None, :]) & 15, (JOB.rows, JOB.columns))
+    # The bits of a code but its sign are a float32's last exponent and first mantissa bit, subnormals included.
+    code = float_of(((field & 7) << 22) | ((field & 8) << 28)) * 2.0**126
+    powers = arranged(scales, columns // BLOCK, i, j, rows, columns, BLOCK, JOB).to(tl.int32)
+    shared = tl.reshape(code, (JOB.rows, JOB.columns // BLOCK, BLOCK)) * power_of_two(powers)[:, :, None]
+    return tl.reshape(shared, (JOB.rows, JOB.columns))
+
+
+@triton.jit
+def quantize_kernel(
+    x, x_scales, rows, columns, per, scale, key, signs, values, block_scales, masks, float8, float8_scales,
+    JOB: tl.constexpr,
+):  # fmt: skip
+    """x (rows, columns), read once, packed where x_scales are given; one program for each tile."""
     i, j = tl.program_id(0), tl.program_id(1)
-    tile = load_tile(x, i, j, rows, columns, JOB)
-    quantize_tile(tile, scale, key, signs, values, block_scales, masks, i, j, rows, columns, per, JOB)
+    if x_scales is not None:
+        tile = dequantized(x, x_scales, i, j, rows, columns, JOB)
+    else:
+        tile = load_tile(x, i, j, rows, columns, JOB)
+    found = (values, block_scales, masks, float8, float8_scales)
+    quantize_tile(tile, scale, key, signs, *found, i, j, rows, columns, per, JOB)
 
 
 @triton.jit
 def quantize_both_kernel(
     x, rows, columns,
-    scale, key, signs, values, block_scales, masks, JOB: tl.constexpr,
-    scale_2, key_2, signs_2, values_2, block_scales_2, masks_2, JOB_2: tl.constexpr,
+    scale, key, signs, values, block_scales, masks, float8, float8_scales, JOB: tl.constexpr,
+    scale_2, key_2, signs_2, values_2, block_scales_2, masks_2, float8_2, float8_scales_2, JOB_2: tl.constexpr,
 ):  # fmt: skip
     """x (rows, columns), read once and quantised along its rows and along its columns, each its own way."""
     i, j = tl.program_id(0), tl.program_id(1)
     tile = load_tile(x, i, j, rows, columns, JOB)
-    quantize_tile(tile, scale, key, signs, values, block_scales, masks, i, j, rows, columns, columns, JOB)
-    quantize_tile(tile, scale_2, key_2, signs_2, values_2, block_scales_2, masks_2, i, j, rows, columns, rows, JOB_2)
+    found = (values, block_scales, masks, float8, float8_scales)
+    quantize_tile(tile, scale, key, signs, *found, i, j, rows, columns, columns, JOB)
+    found = (values_2, block_scales_2, masks_2, float8_2, float8_scales_2)
+    quantize_tile(tile, scale_2, key_2, signs_2, *found, i, j, rows, columns, rows, JOB_2)
 
 
 @triton.jit
@@ -679,10 +743,7 @@ def times(tile, scale, i, j, rows, columns, KIND: tl.constexpr, JOB: tl.constexp
 @triton.jit
 def load_bits(x, i, j, rows, columns, JOB: tl.constexpr):
     """Tile (i, j) of a matrix of bits, (rows, columns / 8) bytes, the first lowest: int32 of 0 and 1."""
-    r, c = tl.arange(0, JOB.rows)[:, None], tl.arange(0, JOB.columns // 8)[None, :]
-    row, column, width = i * JOB.rows, j * (JOB.columns // 8), columns // 8
-    inside = (row + r < rows) & (column + c < width)
-    joined = tl.load(x + row.to(tl.int64) * width + column + r * width + c, mask=inside, other=0).to(tl.int32)
+    joined = arranged(x, columns // 8, i, j, rows, columns, 8, JOB).to(tl.int32)
     return tl.reshape((joined[:, :, None] >> tl.arange(0, 8)[None, None, :]) & 1, (JOB.rows, JOB.columns))
 
 

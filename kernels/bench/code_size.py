@@ -3,12 +3,13 @@
     python kernels/bench/code_size.py
     python kernels/bench/code_size.py --only quartet --out kernels/bench/results/code/after-triton-3.7.1.json
 
-A linear layer of each recipe runs forward and backward in bfloat16 on sizes whose tiles and alignment are those of large
-matrices, and each kernel that it launches is compiled. Registers and the bytes that a thread spills are the cubin's own;
-shared: bytes of a block. Instructions: those that a thread executes between its entry and its exit, over the elements
-that it works on. What only a rare operand needs is not among them: the slow paths of division and root, which are blocks
-of code with a call, and what lies behind the exit. A loop is counted once for each of its turns, which the kernel's
-parameters tell. It is a count of SASS, no time.
+A linear layer of each recipe runs forward and backward in bfloat16, on sizes whose tiles and alignment are those of
+large matrices. Each kernel that it launches is compiled, and so are the kernels of Quartet's layer in FP8 (`FLOAT8`).
+Registers and the bytes that a thread spills are the cubin's own. Shared: bytes of a block.
+
+Instructions: the SASS instructions that a thread executes from its entry to its exit, without NOP, over the elements
+that it works on. What only rare operands need is not counted: the slow paths of division and root, which are blocks of code
+that are jumped over and contain a call, and what lies behind the exit. It is a count, no time.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -32,10 +33,13 @@ from torch import Tensor, nn
 
 import qtrain
 from qtrain_kernels import hadamard, packing, quantize
-from qtrain_kernels.formats import Element
+from qtrain_kernels.formats import Element, get_format
+from qtrain_kernels.plans import Mask, Plan, Rotation
+from qtrain_kernels.quantize import Side, Spec
 
 TOKENS, SIZE = 256, 256  # no tile is larger
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+FLOAT8 = "quartet's layer in FP8"
 INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)(.*?);")
 
 Row = dict[str, Any]
@@ -45,17 +49,29 @@ Launch = tuple[Any, tuple[Any, ...], Any]  # kernel, arguments, tile
 # ------------------------------------------------------------------------------------------------------------ launches
 
 
-def launches(recipe: str) -> dict[str, Launch]:
-    """What a layer of the recipe launches forward and backward, by the description of each; nothing is compiled."""
+def noted(*runs: Callable[[], object]) -> dict[str, Launch]:
+    """What these launch, by the description of each; nothing is compiled."""
     found: dict[str, Launch] = {}
 
-    def noting(kernel: Any, x: Tensor, tile: Any, *arguments: object) -> None:
+    def noting(kernel: Any, x: Tensor, tile: Any, *arguments: object, **size: Any) -> None:
         found.setdefault(description(kernel, x, arguments), (kernel, (x, *arguments), tile))
 
     original = quantize.launch
     for module in (quantize, hadamard, packing):
         module.launch = noting
     try:
+        for run in runs:
+            run()
+    finally:
+        for module in (quantize, hadamard, packing):
+            module.launch = original
+    return found
+
+
+def launches(recipe: str) -> dict[str, Launch]:
+    """What a layer of the recipe launches forward and backward."""
+
+    def run() -> None:
         model = nn.Sequential(nn.Linear(SIZE, SIZE, bias=False))
         qtrain.convert(model, recipe, backend="triton")
         qtrain.set_step(model, 0)
@@ -63,10 +79,8 @@ def launches(recipe: str) -> dict[str, Launch]:
         with torch.autocast("cpu", torch.bfloat16):
             y = model(x)
         y.backward(torch.ones_like(y))
-    finally:
-        for module in (quantize, hadamard, packing):
-            module.launch = original
-    return found
+
+    return noted(run)
 
 
 def description(kernel: Any, x: Tensor, arguments: tuple[object, ...]) -> str:
@@ -108,6 +122,28 @@ def element_text(element: Element) -> str:
     if element.mantissa_bits is None:
         return f"int{element.bits}"
     return f"e{element.bits - 1 - element.mantissa_bits}m{element.mantissa_bits}"
+
+
+def float8_launches() -> dict[str, Launch]:
+    """What Quartet's layer launches where its products are FP8: its inputs packed and in float8, dY both ways in one
+    reading, and the packed weight and input once more along their columns."""
+    x, weight = torch.zeros(TOKENS, SIZE, dtype=torch.bfloat16), torch.zeros(SIZE, SIZE)
+    key = torch.zeros(2, dtype=torch.int32)
+    mxfp4 = get_format("mxfp4").element
+    forward = Plan(mxfp4, "e8m0", 32, "std", mask=Mask("inside", 6.0))
+    backward = Plan(mxfp4, "e8m0", 32, "floor_three_quarters")
+    packed = Spec(forward, -1, 32, "packed_float8")
+    rows, columns = (Spec(backward, dim, 32, "float8") for dim in (-1, -2))
+    codes = torch.zeros(TOKENS, SIZE // 2, dtype=torch.uint8), torch.zeros(TOKENS, SIZE // 32, dtype=torch.uint8)
+    bits = torch.zeros(TOKENS * SIZE // 8, dtype=torch.uint8)
+    return noted(
+        lambda: quantize.quantize(x, packed),
+        lambda: quantize.quantize(weight, packed),
+        lambda: quantize.quantize_both(x, Side(rows, signs=key), Side(columns, signs=key)),
+        lambda: quantize.requantize(*codes, columns, signs=key),
+        lambda: hadamard.unrotate(x[:, :, None], Rotation(32), bits, torch.bfloat16, (16 / 9,)),
+        lambda: hadamard.unrotate(x[:, :, None], Rotation(32), bits, torch.float32, (16 / 9,)),
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------- code
@@ -171,6 +207,8 @@ def rows(recipes: list[str]) -> list[Row]:
     """One for each kernel, with the recipes that launch it."""
     users: dict[str, list[str]] = {}
     found: dict[str, Launch] = {}
+    for name, launch in float8_launches().items():
+        users[name], found[name] = [FLOAT8], launch
     for recipe in recipes:
         try:
             launched = launches(recipe)

@@ -338,8 +338,8 @@ class Knows:
 class Rotation:
     """x -> x D H in blocks of `size` along dim 1: random signs D, then H / sqrt(size), H a Hadamard matrix.
 
-    signs: (size,) float32 of ±1; or a key, (2,) int32, that draws them as `reference.random_signs` does; or None. H is Sylvester's of order 2^k; base, (m, m) float32 of ±1 with size = 2^k m,
-    makes it Sylvester's times base.
+    signs: (size,) float32 of ±1; or a key, (2,) int32, that draws them as `reference.random_signs` does; or None. H is
+    Sylvester's of order 2^k; base, (m, m) float32 of ±1 with size = 2^k m, makes it Sylvester's times base.
     """
 
     size: int

@@ -54,12 +54,12 @@ class Quantized(NamedTuple):
     byte of E8M0, E4M3 or UE5M3, or float32; None without blocks, or where they are not asked for.
     mask: uint8 (M, K) of 0 and 1; packed: (L, ceil(n / 8)), 8 a byte, the first lowest; None where the plan has none.
 
-    By output "float8" values and block_scale are None, and the mask is packed; by "packed_float8" all are there. float8:
-    (L, n) float8_e4m3fn, or float8_e5m2 of E5M2's codes; float8_scale: float32 (L, ceil(n / 128)). It is the largest
-    block scale of 128 elements along the contraction over 2^k, and at least 2^-126; float8 is code * block_scale over
-    it. 2^k is the largest power of two that keeps the largest code within float8: 2^6 for E2M1. E2M1's codes are exact
-    under block scales of down to 2^-14 of the largest in their 128; beyond they are rounded to nearest. A NaN block scale
-    makes its 128 elements NaN.
+    Output "float8" leaves values and block_scale None, and packs the mask; "packed_float8" gives all. float8: (L, n)
+    float8_e4m3fn, or float8_e5m2 where codes are E5M2's; float8_scale: float32 (L, ceil(n / 128)). The scale is the
+    largest block scale among 128 elements along the contraction, divided by 2^k, and at least 2^-126. float8 is code *
+    block_scale / float8_scale. 2^k is the largest power of two that keeps the largest code within float8: 2^6 for E2M1.
+    E2M1's codes are exact under block scales down to 2^-14 of the largest among their 128 elements. Smaller ones are
+    rounded to the nearest float8, and not counted. A NaN block scale makes its 128 elements NaN.
     """
 
     values: Tensor | None
@@ -127,8 +127,8 @@ class Job:
     """Everything that a kernel is compiled for; every constant is a field, since fields name the compiled kernel.
 
     rows, columns: of a tile; groups and block: blocks in it and their elements (without block scales: its lines).
-    side: neighbouring rows that a thread holds, 1 where only rows are quantised. packs: as of the Spec. float8_unit: the
-    scale of a float8 group over its largest block scale.
+    side: neighbouring rows that a thread holds, 1 where only rows are quantised. packs: as of the Spec. float8_unit:
+    the scale of a float8 group over its largest block scale.
     scales: whether the tensor scale is not read, single, or one per line. aligned: both dims of the matrix are
     multiples of 128. rule, rounding, divides_first: the plan's. unit, offset: as of `stored_integer`; bits: of a packed
     minifloat; scale_nan: a packed scale's NaN; inexact: bfloat16 does not hold every product.
@@ -171,9 +171,7 @@ def _least_product(plan: Plan) -> float:
     return finest * (2.0**-127 if plan.scale_kind == "e8m0" else 1.0)
 
 
-def _job(
-    spec: Spec, tile: Tile, scales: Literal["none", "single", "lines"], aligned: bool, both: bool = False
-) -> Job:
+def _job(spec: Spec, tile: Tile, scales: Literal["none", "single", "lines"], aligned: bool, both: bool = False) -> Job:
     """both: along the other dim too, of the same tile."""
     plan, rows, columns = spec.plan, tile.rows, tile.columns
     block = plan.block or (columns if spec.dim == -1 else rows)
@@ -429,14 +427,10 @@ def _job_of(x: Tensor, scale: Tensor | None, spec: Spec, tile: Tile, both: bool 
     return _cached_job(spec, tile, lined, not any(size % 128 for size in _size(x, spec)), both)
 
 
-def launch(kernel: Any, x: Tensor, tile: Tile, *arguments: object) -> None:
-    """One program for each tile of x (M, K); x comes before the arguments."""
-    launch_over((x.shape[0], x.shape[1]), kernel, x, tile, *arguments)
-
-
-def launch_over(size: tuple[int, int], kernel: Any, x: Tensor, tile: Tile, *arguments: object) -> None:
-    """`launch` for a matrix of another size, of which x is read."""
-    grid = (-(-size[0] // tile.rows), -(-size[1] // tile.columns))
+def launch(kernel: Any, x: Tensor, tile: Tile, *arguments: object, size: tuple[int, int] | None = None) -> None:
+    """One program for each tile of x (M, K), which comes before the arguments, or of a matrix of another size."""
+    rows, columns = size or x.shape
+    grid = (-(-rows // tile.rows), -(-columns // tile.columns))
     with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
         kernel[grid](x, *arguments, num_warps=tile.warps, **UNFUSED)
 
@@ -459,8 +453,8 @@ def _quantize(
     rows, columns = _size(x, what)
     if x.numel():
         tile = tile_of(what.dim, what.reach, columns)
-        job = _job_of(x, scale, what, tile)
-        launch_over((rows, columns), quantize_kernel, x, tile, x_scales, rows, columns, per, scale, key, signs, *found, job)
+        arguments = (x_scales, rows, columns, per, scale, key, signs, *found, _job_of(x, scale, what, tile))
+        launch(quantize_kernel, x, tile, *arguments, size=(rows, columns))
     return _present(found)
 
 
@@ -497,7 +491,13 @@ def _quantize_both(
     if x.numel():
         tile = _common_tile(rows, columns)
         along_rows = (row_scale, row_key, row_signs, *row_found, _job_of(x, row_scale, rows, tile, True))
-        along_columns = (column_scale, column_key, column_signs, *column_found, _job_of(x, column_scale, columns, tile, True))
+        along_columns = (
+            column_scale,
+            column_key,
+            column_signs,
+            *column_found,
+            _job_of(x, column_scale, columns, tile, True),
+        )
         launch(quantize_both_kernel, x, tile, *x.shape, *along_rows, *along_columns)
     return _present(row_found) + _present(column_found)
 
@@ -548,8 +548,8 @@ def requantize(
     key: Tensor | None = None,
     signs: Tensor | None = None,
 ) -> Quantized:
-    """`quantize` of a matrix that `quantize` packed along its rows as MXFP4: codes (M, K / 2), scales (M, K / 32), uint8;
-    without writing it between. The other arguments and ValueError as there."""
+    """`quantize` of a matrix that `quantize` has packed along its rows as MXFP4: codes (M, K / 2) and scales
+    (M, K / 32), uint8. The matrix itself is not written in between. The other arguments and ValueError as there."""
     spec = replace(spec, of_packed=True)
     rows, columns = _size(codes, spec)
     if codes.dtype != torch.uint8 or scales.dtype != torch.uint8 or scales.shape != (rows, columns // 32):
@@ -612,7 +612,9 @@ def operand(
     return _of_spans(x, scale, key, Spec(plan, output=outputs[dtype], with_blocks=with_blocks), rotation)
 
 
-def _of_spans(x: Tensor, scale: Tensor | float, key: Tensor | None, spec: Spec, rotation: Rotation | None) -> Quantized:
+def _of_spans(
+    x: Tensor, scale: Tensor | float, key: Tensor | None, spec: Spec, rotation: Rotation | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """x (outer, span, inner) as a matrix, quantised along its rows if inner is 1, else along its columns."""
     check_spans(x, x.device.type)
     outer, span, inner = x.shape
@@ -632,4 +634,4 @@ def _of_spans(x: Tensor, scale: Tensor | float, key: Tensor | None, spec: Spec, 
     values, blocks, mask, *_ = _named(_quantize(matrix, None, lined, key, signs, str(spec), span), spec)
     assert values is not None
     blocks = None if blocks is None else blocks.reshape(-1, 1, inner)
-    return Quantized(values.view(x.shape), blocks, None if mask is None else mask.view(x.shape))
+    return values.view(x.shape), blocks, None if mask is None else mask.view(x.shape)

@@ -8,8 +8,8 @@ large matrices. Each kernel that it launches is compiled, and so are the kernels
 Registers and the bytes that a thread spills are the cubin's own. Shared: bytes of a block.
 
 Instructions: the SASS instructions that a thread executes from its entry to its exit, without NOP, over the elements
-that it works on. What only rare operands need is not counted: the slow paths of division and root, which are blocks of code
-that are jumped over and contain a call, and what lies behind the exit. It is a count, no time.
+that it works on. What only rare operands need is not counted: the slow paths of division and root, which are blocks of
+code that are jumped over and contain a call, and what lies behind the exit. It is a count, no time.
 """
 
 from __future__ import annotations
@@ -58,13 +58,13 @@ def noted(*runs: Callable[[], object]) -> dict[str, Launch]:
 
     original = quantize.launch
     for module in (quantize, hadamard, packing):
-        module.launch = noting
+        vars(module)["launch"] = noting
     try:
         for run in runs:
             run()
     finally:
         for module in (quantize, hadamard, packing):
-            module.launch = original
+            vars(module)["launch"] = original
     return found
 
 
@@ -124,26 +124,46 @@ def element_text(element: Element) -> str:
     return f"e{element.bits - 1 - element.mantissa_bits}m{element.mantissa_bits}"
 
 
-def float8_launches() -> dict[str, Launch]:
-    """What Quartet's layer launches where its products are FP8: its inputs packed and in float8, dY both ways in one
-    reading, and the packed weight and input once more along their columns."""
-    x, weight = torch.zeros(TOKENS, SIZE, dtype=torch.bfloat16), torch.zeros(SIZE, SIZE)
-    key = torch.zeros(2, dtype=torch.int32)
-    mxfp4 = get_format("mxfp4").element
-    forward = Plan(mxfp4, "e8m0", 32, "std", mask=Mask("inside", 6.0))
-    backward = Plan(mxfp4, "e8m0", 32, "floor_three_quarters")
-    packed = Spec(forward, -1, 32, "packed_float8")
-    rows, columns = (Spec(backward, dim, 32, "float8") for dim in (-1, -2))
-    codes = torch.zeros(TOKENS, SIZE // 2, dtype=torch.uint8), torch.zeros(TOKENS, SIZE // 32, dtype=torch.uint8)
-    bits = torch.zeros(TOKENS * SIZE // 8, dtype=torch.uint8)
-    return noted(
-        lambda: quantize.quantize(x, packed),
-        lambda: quantize.quantize(weight, packed),
-        lambda: quantize.quantize_both(x, Side(rows, signs=key), Side(columns, signs=key)),
-        lambda: quantize.requantize(*codes, columns, signs=key),
-        lambda: hadamard.unrotate(x[:, :, None], Rotation(32), bits, torch.bfloat16, (16 / 9,)),
-        lambda: hadamard.unrotate(x[:, :, None], Rotation(32), bits, torch.float32, (16 / 9,)),
-    )
+def float8_launches(tokens: int = TOKENS, features: int = SIZE, out_features: int = SIZE) -> dict[str, Launch]:
+    """What Quartet's layer launches beside its products where these are FP8, by operand and description.
+
+    X (T, K) and W (N, K) are quantised packed and in float8; dY (T, N) in float8 both ways, in one reading; W and X once
+    more along their columns, from what is packed. The products dX and dW leave the rotation, in bfloat16 and float32.
+    """
+    element = get_format("mxfp4").element
+    forward = Spec(Plan(element, "e8m0", 32, "std", mask=Mask("inside", 6.0)), -1, 32, "packed_float8")
+    again = Plan(element, "e8m0", 32, "floor_three_quarters")
+    rows, columns = (Spec(again, dim, 32, "float8") for dim in (-1, -2))
+    key, rotation = torch.zeros(2, dtype=torch.int32), Rotation(32)
+    found: dict[str, Launch] = {}
+
+    def keep(name: str, run: Callable[[], Any]) -> Any:
+        result: list[Any] = []
+        noted_ = noted(lambda: result.append(run()))
+        found.update({f"{name}: {text_}": launch for text_, launch in noted_.items()})
+        return result[0]
+
+    def empty(shape: tuple[int, int], dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        return torch.empty(shape, dtype=dtype)
+
+    x, weight, dy = (tokens, features), (out_features, features), (tokens, out_features)
+    w_held = keep("W", lambda: quantize.quantize(empty(weight, torch.float32), forward))
+    x_held = keep("X", lambda: quantize.quantize(empty(x), forward))
+    keep("dY", lambda: quantize.quantize_both(empty(dy), Side(rows, signs=key), Side(columns, signs=key)))
+    for name, held in (("W again", w_held), ("X again", x_held)):
+        keep(name, lambda held=held: quantize.requantize(held.values, held.block_scale, columns, signs=key))
+    factor = (16 / 9,)
+    keep("dX", lambda: hadamard.unrotate(empty(x)[:, :, None], rotation, x_held.mask, torch.bfloat16, factor))
+    keep("dW", lambda: hadamard.unrotate(empty(weight)[:, :, None], rotation, w_held.mask, torch.float32, factor))
+    return found
+
+
+def traffic(tokens: int, features: int, out_features: int) -> list[Row]:
+    """Bytes that each launch of `float8_launches` reads and writes: every tensor once."""
+    return [
+        {"launch": name, "MB": round(sum(each.nbytes for each in arguments if isinstance(each, Tensor)) / 1e6, 1)}
+        for name, (_, arguments, _) in float8_launches(tokens, features, out_features).items()
+    ]
 
 
 # ---------------------------------------------------------------------------------------------------------------- code
@@ -208,7 +228,7 @@ def rows(recipes: list[str]) -> list[Row]:
     users: dict[str, list[str]] = {}
     found: dict[str, Launch] = {}
     for name, launch in float8_launches().items():
-        users[name], found[name] = [FLOAT8], launch
+        users[name.partition(": ")[2]], found[name.partition(": ")[2]] = [FLOAT8], launch
     for recipe in recipes:
         try:
             launched = launches(recipe)
@@ -231,9 +251,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="a regular expression: recipes whose names it finds")
     parser.add_argument("--out", type=Path, help="writes the rows as JSON")
+    parser.add_argument(
+        "--bytes", metavar="T,K,N", help="of Quartet's layer in FP8 beside its products; compiles nothing"
+    )
     options = parser.parse_args()
     os.environ.setdefault("TRITON_CACHE_DIR", str(Path(tempfile.gettempdir()) / "code-size"))
     fake_driver.install()
+    if options.bytes:
+        launched = traffic(*map(int, options.bytes.split(",")))
+        print(*(f"{row['MB']:8.1f} MB  {row['launch']}" for row in launched), sep="\n")
+        print(f"{sum(row['MB'] for row in launched):8.1f} MB in {len(launched)} launches")
+        return 0
     recipes = [name for name in qtrain.recipes() if name != "bf16" and re.search(options.only, name)]
     found = {"name": "code for sm_90", "triton": triton.__version__, "rows": rows(recipes)}
     if options.out:

@@ -27,12 +27,14 @@ def install() -> None:
         found = fma(*(torch.tensor(each.data) for each in (x, y, z)))
         return TensorHandle(found.numpy(), z.dtype.scalar)
 
-    def create_fp_to_fp(self: InterpreterBuilder, x: TensorHandle, dtype: tl.dtype, rounding: object) -> TensorHandle:
+    def create_fp_to_fp(
+        self: InterpreterBuilder, src: TensorHandle, dst_type: tl.dtype, rounding_mode: object
+    ) -> TensorHandle:
         kinds = {tl.float8e4nv: torch.float8_e4m3fn, tl.float8e5: torch.float8_e5m2}
-        if dtype.scalar not in kinds or x.dtype.scalar != tl.float32:
-            return cast(self, x, dtype, rounding)
-        found = torch.tensor(x.data).to(kinds[dtype.scalar])
-        return TensorHandle(found.view(torch.uint8).numpy(), dtype.scalar)
+        if dst_type.scalar not in kinds or src.dtype.scalar != tl.float32:
+            return cast(self, src, dst_type, rounding_mode)
+        found = torch.tensor(src.data).to(kinds[dst_type.scalar])
+        return TensorHandle(found.view(torch.uint8).numpy(), dst_type.scalar)
 
     InterpreterBuilder.create_fma = create_fma
     InterpreterBuilder.create_fp_to_fp = create_fp_to_fp

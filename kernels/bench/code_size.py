@@ -127,8 +127,9 @@ def element_text(element: Element) -> str:
 def float8_launches(tokens: int = TOKENS, features: int = SIZE, out_features: int = SIZE) -> dict[str, Launch]:
     """What Quartet's layer launches beside its products where these are FP8, by operand and description.
 
-    X (T, K) and W (N, K) are quantised packed and in float8; dY (T, N) in float8 both ways, in one reading; W and X once
-    more along their columns, from what is packed. The products dX and dW leave the rotation, in bfloat16 and float32.
+    X (T, K) and W (N, K) are quantised packed and in float8; dY (T, N) in float8 both ways, in one reading; W and X
+    once more along their columns, from what is packed. The products dX and dW leave the rotation, in bfloat16 and
+    float32.
     """
     element = get_format("mxfp4").element
     forward = Spec(Plan(element, "e8m0", 32, "std", mask=Mask("inside", 6.0)), -1, 32, "packed_float8")

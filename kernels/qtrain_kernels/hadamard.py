@@ -165,9 +165,11 @@ def _turn(
     if x.numel():
         tile = tile_of(dim, size or 1, x.shape[1])
         output = "bfloat16" if dtype == torch.bfloat16 else "float32"
-        kinds = {"first": _kind(first, factors[0]), "second": _kind(second, factors[1])}
+        kinds = _kind(first, factors[0]), _kind(second, factors[1])
         bits = mask is not None and mask.shape != x.shape
-        job = Turn(dim, size, tile.rows, tile.columns, _side(dim, tile), inverse, output, bits=bits, **kinds)
+        job = Turn(
+            dim, size, tile.rows, tile.columns, _side(dim, tile), inverse, output, False, kinds[0], kinds[1], bits
+        )
         launch(rotate_kernel, x, tile, mask, signs, first, second, y, *x.shape, job)
     return y
 

@@ -72,11 +72,11 @@ def pytest_configure(config: pytest.Config) -> None:
     noted: dict[Variant, None] = {}
     launch = quantize.launch
 
-    def noting(kernel: Any, x: Tensor, tile: Any, *arguments: object) -> None:
+    def noting(kernel: Any, x: Tensor, tile: Any, *arguments: object, **size: Any) -> None:
         parameters = inspect.signature(kernel.fn).parameters.values()
         kinds = tuple(map(kind_of, (x, *arguments), parameters))
         noted[Variant(kernel.fn.__module__, kernel.fn.__name__, kinds, tile.warps)] = None
-        launch(kernel, x, tile, *arguments)
+        launch(kernel, x, tile, *arguments, **size)
 
     for module in (quantize, hadamard, packing):
         module.launch = noting

@@ -59,8 +59,10 @@ def check_operand_dtype(dtype: torch.dtype, plan: Plan) -> None:
 
 
 def check_signs(signs: Tensor | None, size: int | None) -> None:
-    """As many as the rotation's size, which may be none."""
-    if signs is not None and signs.shape != (size,):
+    """As many as the rotation's size, which may be none; or a key that draws them."""
+    if signs is not None and signs.dtype == torch.int32:
+        check_words(signs)
+    elif signs is not None and signs.shape != (size,):
         raise ValueError(f"a rotation of {size} takes as many signs; got {tuple(signs.shape)}")
 
 

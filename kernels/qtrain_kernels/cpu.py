@@ -73,10 +73,20 @@ def rotate(x: Tensor, rotation: Rotation | None) -> Tensor:
     return _turn(_ready(x), None, _signs(rotation), rotation.size, torch.float32, False)
 
 
-def unrotate(x: Tensor, rotation: Rotation | None, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
+def unrotate(
+    x: Tensor,
+    rotation: Rotation | None,
+    mask: Tensor | None,
+    dtype: torch.dtype,
+    scales: Sequence[Tensor | float] = (),
+) -> Tensor:
     """Equals reference.unrotate bit for bit."""
     check_spans(x)
+    if mask is not None and mask.shape != x.shape:
+        mask = split(mask.view(-1), 1, x.numel()).view(x.shape)
     check_mask(mask, x)
+    for scale in scales:
+        x = x.float() * scale
     if rotation is None or not _fits(rotation) or dtype not in TYPES:
         return reference.unrotate(x, rotation, mask, dtype)
     _check_filled(x, rotation.size)
@@ -264,7 +274,10 @@ def _signs(rotation: Rotation | None) -> Tensor | None:
     if rotation is None:
         return None
     check_signs(rotation.signs, rotation.size)
-    return None if rotation.signs is None else rotation.signs.float()
+    signs = rotation.signs
+    if signs is not None and signs.dtype == torch.int32:
+        return random_signs(rotation.size, signs)
+    return None if signs is None else signs.float()
 
 
 # ----------------------------------------------------------------------------------------------------------- calls

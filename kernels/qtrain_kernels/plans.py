@@ -349,8 +349,8 @@ def _check_known(backend: Knows, plan: Plan) -> None:
 class Rotation:
     """x -> x D H in blocks of `size` along dim 1: random signs D, then H / sqrt(size), H a Hadamard matrix.
 
-    signs: (size,) float32 of ±1, or None. H is Sylvester's of order 2^k; base, (m, m) float32 of ±1 with size = 2^k m,
-    makes it Sylvester's times base.
+    signs: (size,) float32 of ±1; or a key, (2,) int32, that draws them as `reference.random_signs` does; or None. H is
+    Sylvester's of order 2^k; base, (m, m) float32 of ±1 with size = 2^k m, makes it Sylvester's times base.
     """
 
     size: int

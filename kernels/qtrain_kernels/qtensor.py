@@ -502,9 +502,8 @@ def _refines(ours: Plan | None, rows: int, theirs: Plan | None, their_rows: int)
     if ours is None or theirs is None:
         return ours is theirs
     like = replace(theirs, element=ours.element, block=ours.block, mask=ours.mask, correction=ours.correction)
-    size, their_size = (
-        None if plan.block is None else plan.block // n for plan, n in ((ours, rows), (theirs, their_rows))
-    )
+    size = None if ours.block is None else ours.block // rows
+    their_size = None if theirs.block is None else theirs.block // their_rows
     divides = size == their_size or (size is not None and size % (their_size or size + 1) == 0)
     codes = ours.element == theirs.element or set(ours.element.levels()) <= set(theirs.element.levels())
     return like == ours and their_rows in (1, rows) and divides and codes

@@ -8,6 +8,7 @@ torch.library operator, which torch.compile, checkpointing and FSDP see as one n
 from __future__ import annotations
 
 import json
+import math
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
@@ -23,7 +24,8 @@ from qtrain_kernels.operators import Namespace, plan_of, spell
 from qtrain_kernels.plans import Knows, Plan, Rotation, Rounding, ScaleRule, scale_nan, stored_integer
 
 TRITON = Namespace("qtrain", "CompositeExplicitAutograd")
-Output = Literal["codes", "bfloat16", "float32", "int8", "packed"]
+Output = Literal["codes", "bfloat16", "float32", "int8", "packed", "float8", "packed_float8"]
+GROUP = 128  # elements along the contraction that share a scale in float8
 LARGEST_SPAN = 256
 LEAST_BFLOAT16 = 2.0**-133
 UNFUSED = {
@@ -51,26 +53,39 @@ class Quantized(NamedTuple):
     block_scale: float32 in the place of its block, (M, K / block) or (M / block, K); packed: (L, n / block) uint8, the
     byte of E8M0, E4M3 or UE5M3, or float32; None without blocks, or where they are not asked for.
     mask: uint8 (M, K) of 0 and 1; packed: (L, ceil(n / 8)), 8 a byte, the first lowest; None where the plan has none.
+
+    Output "float8" leaves values and block_scale None, and packs the mask; "packed_float8" gives all. float8: (L, n)
+    float8_e4m3fn, or float8_e5m2 where codes are E5M2's; float8_scale: float32 (L, ceil(n / 128)). The scale is the
+    largest block scale among 128 elements along the contraction, divided by 2^k, and at least 2^-126. float8 is code *
+    block_scale / float8_scale. 2^k is the largest power of two that keeps the largest code within float8: 2^6 for E2M1.
+    E2M1's codes are exact under block scales down to 2^-14 of the largest among their 128 elements. Smaller ones are
+    rounded to the nearest float8, and not counted. A NaN block scale makes its 128 elements NaN.
     """
 
-    values: Tensor
+    values: Tensor | None
     block_scale: Tensor | None
     mask: Tensor | None
+    float8: Tensor | None = None
+    float8_scale: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Spec:
     """One quantisation of a matrix: plan, dim (-1 | -2), order of the rotation or None, output; with_blocks: whether
-    the block scales, if any, are written too. ValueError for a plan that there is no kernel for."""
+    the block scales, if any, are written too; of_packed: the matrix comes packed along its rows, as MXFP4. ValueError
+    for a plan that there is no kernel for."""
 
     plan: Plan
     dim: int = -1
     rotation: int | None = None
     output: Output = "bfloat16"
     with_blocks: bool = True
+    of_packed: bool = False
 
     def __post_init__(self) -> None:
         KNOWS.check(self.plan)
+        if self.in_float8:
+            _check_float8(self.plan)
 
     def __str__(self) -> str:
         """JSON of all of it, which `read_spec` takes."""
@@ -81,6 +96,20 @@ class Spec:
         """What the contraction must be a multiple of."""
         groups = {None: 1, "2:4": 4, "4:8": 8}[self.plan.sparsity]
         return max(self.plan.span or 1, self.rotation or 1, groups)
+
+    @property
+    def reach(self) -> int:
+        """Elements along the contraction that a tile must hold."""
+        return max(self.span, GROUP if self.in_float8 else 1)
+
+    @property
+    def in_float8(self) -> bool:
+        return self.output in ("float8", "packed_float8")
+
+    @property
+    def packs(self) -> bool:
+        """Whether results lie with their contraction last, masks in bits."""
+        return self.output == "packed" or self.in_float8
 
 
 @cache
@@ -98,6 +127,8 @@ class Job:
     """Everything that a kernel is compiled for; every constant is a field, since fields name the compiled kernel.
 
     rows, columns: of a tile; groups and block: blocks in it and their elements (without block scales: its lines).
+    side: neighbouring rows that a thread holds, 1 where only rows are quantised. packs: as of the Spec. float8_unit:
+    the scale of a float8 group over its largest block scale.
     scales: whether the tensor scale is not read, single, or one per line. aligned: both dims of the matrix are
     multiples of 128. rule, rounding, divides_first: the plan's. unit, offset: as of `stored_integer`; bits: of a packed
     minifloat; scale_nan: a packed scale's NaN; inexact: bfloat16 does not hold every product.
@@ -107,9 +138,11 @@ class Job:
     dim: int
     rotation: int | None
     output: Output
+    packs: bool
     with_blocks: bool
     rows: int
     columns: int
+    side: int
     block: int
     groups: int
     scales: Literal["none", "single", "lines"]
@@ -120,6 +153,7 @@ class Job:
     offset: float
     bits: int
     scale_nan: int
+    float8_unit: float
     aligned: bool
     inexact: bool
 
@@ -137,7 +171,8 @@ def _least_product(plan: Plan) -> float:
     return finest * (2.0**-127 if plan.scale_kind == "e8m0" else 1.0)
 
 
-def _job(spec: Spec, tile: Tile, scales: Literal["none", "single", "lines"], aligned: bool) -> Job:
+def _job(spec: Spec, tile: Tile, scales: Literal["none", "single", "lines"], aligned: bool, both: bool = False) -> Job:
+    """both: along the other dim too, of the same tile."""
     plan, rows, columns = spec.plan, tile.rows, tile.columns
     block = plan.block or (columns if spec.dim == -1 else rows)
     contraction, lines = (columns, rows) if spec.dim == -1 else (rows, 1)
@@ -147,9 +182,11 @@ def _job(spec: Spec, tile: Tile, scales: Literal["none", "single", "lines"], ali
         dim=spec.dim,
         rotation=spec.rotation,
         output=spec.output,
-        with_blocks=spec.with_blocks and plan.block is not None,
+        packs=spec.packs,
+        with_blocks=spec.with_blocks and plan.block is not None and spec.output != "float8",
         rows=rows,
         columns=columns,
+        side=tile.side if both or spec.dim == -2 else 1,
         block=block,
         groups=contraction // block * lines,
         scales=scales,
@@ -160,9 +197,15 @@ def _job(spec: Spec, tile: Tile, scales: Literal["none", "single", "lines"], ali
         offset=offset,
         bits=_element_bits(plan.element),
         scale_nan=scale_nan(plan),
+        float8_unit=2.0 ** -math.floor(math.log2(_float8_max(plan) / plan.element.max)),
         aligned=aligned,
         inexact=not plan.exact_in_bfloat16 or _least_product(plan) < LEAST_BFLOAT16,
     )
+
+
+def _float8_max(plan: Plan) -> float:
+    """Of the float8 that holds its codes, their exponents shifted."""
+    return 57344.0 if plan.element.max > 448.0 else 448.0
 
 
 class Tile(NamedTuple):
@@ -171,6 +214,11 @@ class Tile(NamedTuple):
     rows: int
     columns: int
     warps: int
+
+    @property
+    def side(self) -> int:
+        """Neighbouring rows that a thread holds, of 8 columns."""
+        return self.rows * self.columns // (256 * self.warps)
 
 
 def tile_of(dim: int, span: int, columns: int) -> Tile:
@@ -187,9 +235,9 @@ def tile_of(dim: int, span: int, columns: int) -> Tile:
 
 
 def _common_tile(rows: Spec, columns: Spec) -> Tile:
-    """Of a matrix that is quantised along both dims."""
-    height, width = max(columns.span, 32), max(rows.span, 64)
-    return Tile(height, width, max(1, height * width // 4096))
+    """Of a matrix that is quantised along both dims: 64 elements a thread."""
+    height, width = max(columns.reach, 32), max(rows.reach, 64)
+    return Tile(height, width, height * width // 2048)
 
 
 # --------------------------------------------------------------------------------------------------------------- checks
@@ -257,7 +305,9 @@ def signs_of(rotation: Rotation | None, x: Tensor) -> Tensor | None:
 def _signs(signs: Tensor | None, size: int | None, x: Tensor) -> Tensor | None:
     check_signs(signs, size)
     check_same_device(x, signs=signs)
-    return None if signs is None else signs.float().contiguous()
+    if signs is None or signs.dtype == torch.int32:  # a key draws them in the kernel
+        return signs
+    return signs.float().contiguous()
 
 
 def _check(x: Tensor, spec: Spec, key: Tensor | None) -> None:
@@ -279,6 +329,17 @@ def _check_packed(plan: Plan) -> None:
         raise ValueError(
             f"block scales up to {plan.scale_element.max} cannot be packed: their format has no NaN; use e4m3 or ue5m3"
         )
+
+
+def _check_float8(plan: Plan) -> None:
+    element = plan.element
+    if plan.scale_kind != "e8m0" or plan.block is None or element.mantissa_bits is None:
+        raise ValueError(
+            "float8 holds minifloat codes under block scales that are powers of two (mxfp4, mxfp8); "
+            f"this plan has {plan.scale_kind} scales of {plan.block or 'line'}; ask for output 'packed'"
+        )
+    if plan.block > GROUP:
+        raise ValueError(f"float8 has a scale for {GROUP} elements; blocks have {plan.block}; use smaller ones")
 
 
 def _reads_scale(plan: Plan) -> bool:
@@ -306,8 +367,8 @@ def _scale(scale: Tensor | float | None, plan: Plan, lines: int, x: Tensor) -> T
 
 
 def _shapes(spec: Spec, rows: int, columns: int) -> list[tuple[tuple[int, int], torch.dtype] | None]:
-    """(shape, dtype) of values, block scales and mask; None for what the spec does not have."""
-    plan, packed = spec.plan, spec.output == "packed"
+    """(shape, dtype) of values, block scales, mask, float8 and its scales; None for what the spec does not have."""
+    plan, packed = spec.plan, spec.packs
     lines, length = (rows, columns) if spec.dim == -1 else (columns, rows)
 
     def shape(share: int) -> tuple[int, int]:
@@ -317,15 +378,24 @@ def _shapes(spec: Spec, rows: int, columns: int) -> list[tuple[tuple[int, int], 
     dtypes = {"codes": torch.float32, "float32": torch.float32, "bfloat16": torch.bfloat16}
     values = dtypes.get(spec.output, torch.int8 if plan.element.mantissa_bits is None else torch.uint8)
     scales = mask = None
-    if plan.block is not None and spec.with_blocks:
+    if plan.block is not None and spec.with_blocks and spec.output != "float8":
         scales = shape(plan.block), torch.uint8 if packed and plan.scale_kind != "float32" else torch.float32
     if plan.mask is not None:
         mask = shape(8 if packed else 1), torch.uint8
-    return [(shape(2 if packed and _element_bits(plan.element) == 4 else 1), values), scales, mask]
+    held = None if spec.output == "float8" else (shape(2 if packed and _element_bits(plan.element) == 4 else 1), values)
+    found = [held, scales, mask, None, None]
+    if spec.in_float8:
+        found[3:] = (shape(1), torch.uint8), (shape(GROUP), torch.float32)
+    return found
+
+
+def _size(x: Tensor, spec: Spec) -> tuple[int, int]:
+    """(M, K) of the matrix that x is, or holds packed."""
+    return (x.shape[0], 2 * x.shape[1]) if spec.of_packed else (x.shape[0], x.shape[1])
 
 
 def _allocate(spec: Spec, x: Tensor) -> list[Tensor | None]:
-    wanted = _shapes(spec, *x.shape)
+    wanted = _shapes(spec, *_size(x, spec))
     return [None if one is None else torch.empty(one[0], dtype=one[1], device=x.device) for one in wanted]
 
 
@@ -336,46 +406,69 @@ def _present(tensors: list[Tensor | None]) -> list[Tensor]:
 def _named(tensors: list[Tensor], spec: Spec) -> Quantized:
     """`_present` undone, and float8 codes by their dtype."""
     rest = iter(tensors)
-    values, block_scale, mask = (None if one is None else next(rest) for one in _shapes(spec, 0, 0))
-    assert values is not None
+    values, block_scale, mask, float8, float8_scale = (
+        None if one is None else next(rest) for one in _shapes(spec, 0, 0)
+    )
     kinds = {(4, 3): torch.float8_e4m3fn, (5, 2): torch.float8_e5m2}
     bits, mantissa = _element_bits(spec.plan.element), spec.plan.element.mantissa_bits
-    if spec.output == "packed" and bits == 8 and mantissa is not None and (7 - mantissa, mantissa) in kinds:
-        values = values.view(kinds[7 - mantissa, mantissa])
-    return Quantized(values, block_scale, mask)
+    own = None if mantissa is None or bits != 8 else kinds.get((7 - mantissa, mantissa))
+    if values is not None and spec.packs and own is not None:
+        values = values.view(own)
+    if float8 is not None:
+        float8 = float8.view(torch.float8_e5m2 if _float8_max(spec.plan) > 448.0 else torch.float8_e4m3fn)
+    return Quantized(values, block_scale, mask, float8, float8_scale)
 
 
 _cached_job = cache(_job)
 
 
-def _job_of(x: Tensor, scale: Tensor | None, spec: Spec, tile: Tile) -> Job:
+def _job_of(x: Tensor, scale: Tensor | None, spec: Spec, tile: Tile, both: bool = False) -> Job:
     lined = "none" if scale is None else "lines" if scale.ndim else "single"
-    return _cached_job(spec, tile, lined, not any(size % 128 for size in x.shape))
+    return _cached_job(spec, tile, lined, not any(size % 128 for size in _size(x, spec)), both)
 
 
-def launch(kernel: Any, x: Tensor, tile: Tile, *arguments: object) -> None:
-    """One program for each tile of x (M, K); x comes before the arguments."""
-    grid = (-(-x.shape[0] // tile.rows), -(-x.shape[1] // tile.columns))
+def launch(kernel: Any, x: Tensor, tile: Tile, *arguments: object, size: tuple[int, int] | None = None) -> None:
+    """One program for each tile of x (M, K), which comes before the arguments, or of a matrix of another size."""
+    rows, columns = size or x.shape
+    grid = (-(-rows // tile.rows), -(-columns // tile.columns))
     with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
         kernel[grid](x, *arguments, num_warps=tile.warps, **UNFUSED)
 
 
 @TRITON.operator
 def _quantize(
-    x: Tensor, scale: Tensor | None, key: Tensor | None, signs: Tensor | None, spec: str, per: int
+    x: Tensor,
+    x_scales: Tensor | None,
+    scale: Tensor | None,
+    key: Tensor | None,
+    signs: Tensor | None,
+    spec: str,
+    per: int,
 ) -> list[Tensor]:
-    """Those of values, block scales and mask that the spec has."""
+    """Those of values, block scales, mask, float8 and its scales that the spec has."""
     from qtrain_kernels.triton_quantize import quantize_kernel
 
     what = read_spec(spec)
     found = _allocate(what, x)
+    rows, columns = _size(x, what)
     if x.numel():
-        tile = tile_of(what.dim, what.span, x.shape[1])
-        launch(quantize_kernel, x, tile, *x.shape, per, scale, key, signs, *found, _job_of(x, scale, what, tile))
+        tile = tile_of(what.dim, what.reach, columns)
+        arguments = (x_scales, rows, columns, per, scale, key, signs, *found, _job_of(x, scale, what, tile))
+        launch(quantize_kernel, x, tile, *arguments, size=(rows, columns))
     return _present(found)
 
 
-TRITON.fake(_quantize)(lambda x, scale, key, signs, spec, per: _present(_allocate(read_spec(spec), x)))
+@TRITON.fake(_quantize)
+def _(
+    x: Tensor,
+    x_scales: Tensor | None,
+    scale: Tensor | None,
+    key: Tensor | None,
+    signs: Tensor | None,
+    spec: str,
+    per: int,
+) -> list[Tensor]:
+    return _present(_allocate(read_spec(spec), x))
 
 
 @TRITON.operator
@@ -397,8 +490,14 @@ def _quantize_both(
     row_found, column_found = _allocate(rows, x), _allocate(columns, x)
     if x.numel():
         tile = _common_tile(rows, columns)
-        along_rows = (row_scale, row_key, row_signs, *row_found, _job_of(x, row_scale, rows, tile))
-        along_columns = (column_scale, column_key, column_signs, *column_found, _job_of(x, column_scale, columns, tile))
+        along_rows = (row_scale, row_key, row_signs, *row_found, _job_of(x, row_scale, rows, tile, True))
+        along_columns = (
+            column_scale,
+            column_key,
+            column_signs,
+            *column_found,
+            _job_of(x, column_scale, columns, tile, True),
+        )
         launch(quantize_both_kernel, x, tile, *x.shape, *along_rows, *along_columns)
     return _present(row_found) + _present(column_found)
 
@@ -428,7 +527,32 @@ def quantize(
     _check(x, spec, key)
     scale = _scale(scale, spec.plan, x.shape[0] if spec.dim == -1 else x.shape[1], x)
     signs = _signs(signs, spec.rotation, x)
-    return _named(_quantize(x.detach().contiguous(), scale, key, signs, str(spec), x.shape[spec.dim]), spec)
+    return _named(_quantize(x.detach().contiguous(), None, scale, key, signs, str(spec), x.shape[spec.dim]), spec)
+
+
+def requantize(
+    codes: Tensor,
+    scales: Tensor,
+    spec: Spec,
+    scale: Tensor | float | None = None,
+    key: Tensor | None = None,
+    signs: Tensor | None = None,
+) -> Quantized:
+    """`quantize` of a matrix that `quantize` has packed along its rows as MXFP4: codes (M, K / 2) and scales
+    (M, K / 32), uint8. The matrix itself is not written in between. The other arguments and ValueError as there."""
+    spec = replace(spec, of_packed=True)
+    rows, columns = _size(codes, spec)
+    if codes.dtype != torch.uint8 or scales.dtype != torch.uint8 or scales.shape != (rows, columns // 32):
+        raise ValueError(
+            f"MXFP4 packed along rows is uint8 (M, K / 2) and (M, K / 32); got {tuple(codes.shape)} {codes.dtype} and "
+            f"{tuple(scales.shape)} {scales.dtype}"
+        )
+    check_same_device(codes, scales=scales)
+    _check(codes.new_empty((), dtype=torch.float32).expand(rows, columns), spec, key)
+    scale = _scale(scale, spec.plan, rows if spec.dim == -1 else columns, codes)
+    signs = _signs(signs, spec.rotation, codes)
+    per = columns if spec.dim == -1 else rows
+    return _named(_quantize(codes.contiguous(), scales.contiguous(), scale, key, signs, str(spec), per), spec)
 
 
 @dataclass(frozen=True)
@@ -478,7 +602,9 @@ def operand(
     return _of_spans(x, scale, key, Spec(plan, output=outputs[dtype], with_blocks=with_blocks), rotation)
 
 
-def _of_spans(x: Tensor, scale: Tensor | float, key: Tensor | None, spec: Spec, rotation: Rotation | None) -> Quantized:
+def _of_spans(
+    x: Tensor, scale: Tensor | float, key: Tensor | None, spec: Spec, rotation: Rotation | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """x (outer, span, inner) as a matrix, quantised along its rows if inner is 1, else along its columns."""
     check_spans(x, x.device.type)
     outer, span, inner = x.shape
@@ -495,6 +621,7 @@ def _of_spans(x: Tensor, scale: Tensor | float, key: Tensor | None, spec: Spec, 
     matrix = x.detach().contiguous().view((x.numel() // width, width) if inner == 1 else (outer * span, inner))
     _check(matrix, spec, key)
     lined = _scale(scale, spec.plan, outer * inner, matrix)
-    values, blocks, mask = _named(_quantize(matrix, lined, key, signs, str(spec), span), spec)
+    values, blocks, mask, *_ = _named(_quantize(matrix, None, lined, key, signs, str(spec), span), spec)
+    assert values is not None
     blocks = None if blocks is None else blocks.reshape(-1, 1, inner)
-    return Quantized(values.view(x.shape), blocks, None if mask is None else mask.view(x.shape))
+    return values.view(x.shape), blocks, None if mask is None else mask.view(x.shape)

@@ -14,7 +14,7 @@ NaN and infinity stay visible: either one in a block (or row, or, with a tensor 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -107,20 +107,40 @@ def rotate(x: Tensor, rotation: Rotation | None) -> Tensor:
     if rotation is None:
         return x.float()
     blocks = x.float().reshape(-1, rotation.size, x.shape[2])
-    if rotation.signs is not None:
-        blocks = blocks * rotation.signs[:, None]
+    signs = signs_of(rotation)
+    if signs is not None:
+        blocks = blocks * signs[:, None]
     return _hadamard(blocks, None if rotation.base is None else rotation.base.T).reshape(x.shape)
 
 
-def unrotate(x: Tensor, rotation: Rotation | None, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """(x * mask) (D H)^-1 in dtype, computed in float32; x as in `rotate`, mask of its shape, uint8 or None: a gradient
-    that leaves a rotation."""
-    x = x if mask is None else x * mask  # exact in any dtype
+def signs_of(rotation: Rotation) -> Tensor | None:
+    """(size,) ±1, drawn where the rotation has a key; None without."""
+    signs = rotation.signs
+    return random_signs(rotation.size, signs) if signs is not None and signs.dtype == torch.int32 else signs
+
+
+def unrotate(
+    x: Tensor,
+    rotation: Rotation | None,
+    mask: Tensor | None,
+    dtype: torch.dtype,
+    scales: Sequence[Tensor | float] = (),
+) -> Tensor:
+    """(x * scales * mask) (D H)^-1 in dtype, computed in float32: a gradient that leaves a rotation.
+
+    x as in `rotate`; scales: floats, or float32 tensors that broadcast to x, multiplied in their order, each product
+    rounded to float32; mask: uint8 of x's shape, or its bits as of `join`, or None.
+    """
+    for scale in scales:
+        x = x.float() * scale
+    if mask is not None:
+        x = x * (mask if mask.shape == x.shape else split(mask.view(-1), 1, x.numel()).view(x.shape))  # exact
     if rotation is None:
         return x.to(dtype)
     blocks = _hadamard(x.float().reshape(-1, rotation.size, x.shape[2]), rotation.base)
-    if rotation.signs is not None:
-        blocks = blocks * rotation.signs[:, None]
+    signs = signs_of(rotation)
+    if signs is not None:
+        blocks = blocks * signs[:, None]
     return blocks.reshape(x.shape).to(dtype)
 
 

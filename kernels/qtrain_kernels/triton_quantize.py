@@ -16,9 +16,16 @@ terms, which have no order. NaN passes through comparisons and integer maxima, n
 import triton
 import triton.language as tl
 
+INTERPRETED: tl.constexpr = tl.constexpr(triton.knobs.runtime.interpret)
+if INTERPRETED:
+    from qtrain_kernels import triton_interpreter
+
+    triton_interpreter.install()
+
 ABS: tl.constexpr = tl.constexpr(0x7FFFFFFF)
 INFINITY: tl.constexpr = tl.constexpr(0x7F800000)
 NAN: tl.constexpr = tl.constexpr(0x7FC00000)
+LARGEST: tl.constexpr = tl.constexpr(3.4028234663852886e38)
 LARGE: tl.constexpr = tl.constexpr(1.5 * 2.0**23)
 
 
@@ -90,6 +97,44 @@ def std(x):
 def amax(x):
     """By the bits, whose order is that of the magnitudes with NaN above all."""
     return float_of(tl.max(bits_of(x) & ABS, axis=1, keep_dims=True))
+
+
+# ------------------------------------------------------------------------------------------------------------- division
+
+
+@triton.jit
+def inverse(x):
+    """1 / x rounded once. The GPU's own instruction is half of its division, and has no name in Triton."""
+    if INTERPRETED:
+        found = tl.div_rn(tl.full(x.shape, 1.0, tl.float32), x)
+    else:
+        found = tl.inline_asm_elementwise("rcp.rn.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+    return found
+
+
+@triton.jit
+def divisor(d):
+    """What `quotient` divides by, made once for a block: a power of two whose sign is not d's, d times it, and the
+    reciprocal of that product, which is -2^24 or less where a power of two brings d there: no remainder underflows."""
+    bits = d.to(tl.uint32, bitcast=True)
+    lift = tl.minimum(0x8B000000 - (bits & 0x7F800000), 0x7F000000) | ((bits & 0x80000000) ^ 0x80000000)
+    below = d * lift.to(tl.float32, bitcast=True)
+    return lift.to(tl.float32, bitcast=True), tl.maximum(below, -LARGEST), inverse(below)
+
+
+@triton.jit
+def quotient(x, by):
+    """x / d rounded once, as IEEE division does, of what `divisor` made of d; without a division.
+
+    Markstein's theorem: of a reciprocal rounded once, the product's exact remainder corrects the product to the nearest
+    float. A divisor below zero makes that remainder +0 of a zero, which keeps the zero's sign. A product that is
+    infinite is corrected by what is infinite or zero. Quotients below 2^-126 may be off by 2^-149, those above 2^102
+    infinite: no grid has codes between those and zero, or beyond these.
+    """
+    lift, below, reciprocal = by
+    x = x * lift
+    product = clamp(x * reciprocal, LARGEST)
+    return tl.fma(tl.fma(product, below * -1.0, x), reciprocal, product)
 
 
 # ----------------------------------------------------------------------------------------------------------- randomness
@@ -245,8 +290,8 @@ def e8m0_exponent(magnitude, STEP: tl.constexpr, RULE: tl.constexpr):
 
 
 @triton.jit
-def candidate(magnitude, scale, WHICH: tl.constexpr, JOB: tl.constexpr):
-    """reference._candidate."""
+def candidate(magnitude, by_scale, WHICH: tl.constexpr, JOB: tl.constexpr):
+    """reference._candidate. by_scale: the divisor made of the tensor scale."""
     RULE: tl.constexpr = JOB.rule
     if JOB.plan.scale_kind == "e8m0":
         blocks = power_of_two(e8m0_exponent(magnitude, step_of(RULE, WHICH), RULE))
@@ -254,29 +299,15 @@ def candidate(magnitude, scale, WHICH: tl.constexpr, JOB: tl.constexpr):
         blocks = tl.div_rn(magnitude, constant(divisor_of(RULE, WHICH)))
         if JOB.plan.scale_kind == "minifloat":
             GRID: tl.constexpr = JOB.plan.scale_element
-            blocks = nonzero(round_nearest(tl.div_rn(blocks, scale), GRID))
+            blocks = nonzero(round_nearest(quotient(blocks, by_scale), GRID))
         else:
             blocks = finite_or_nan(blocks)
     return blocks
 
 
 @triton.jit
-def code_units(x, scale, blocks, JOB: tl.constexpr):
-    """What is rounded: reference._in_code_units."""
-    if JOB.plan.scale_kind == "e8m0":
-        u = (x * JOB.rule.headroom) * reciprocal(blocks)
-    elif JOB.plan.block is None:
-        u = tl.div_rn(x, scale)
-    elif JOB.plan.scale_kind == "float32":
-        u = tl.div_rn(x, nonzero(blocks))
-    else:
-        u = tl.div_rn(x, scale * blocks)
-    return u
-
-
-@triton.jit
 def squared_error(u, blocks, first, JOB: tl.constexpr):
-    """reference._squared_error of x in code units."""
+    """reference._squared_error. u: x in code units under `blocks`."""
     ELEMENT: tl.constexpr = JOB.plan.element
     if JOB.plan.scale_kind == "e8m0":
         weight = blocks * reciprocal(first)
@@ -290,30 +321,40 @@ def squared_error(u, blocks, first, JOB: tl.constexpr):
 
 @triton.jit
 def scaled(x, scale, JOB: tl.constexpr):
-    """Block scales (G, 1, I) float32, reference.block_scale, and x in their code units. scale: the tensor scale, zero
-    made one, which stands in for block scales where there are none."""
+    """Block scales (G, 1, I) float32, and x in code units under them, which is what is rounded: reference.block_scale
+    and reference._in_code_units. scale: the tensor scale, zero made one."""
     RULE: tl.constexpr = JOB.rule
     if JOB.plan.block is None:
-        blocks = scale
-        u = code_units(x, scale, blocks, JOB)
+        best, u = scale, quotient(x, divisor(scale))
     else:
-        magnitude = magnitude_of(x, RULE)
-        first = candidate(magnitude, scale, 0, JOB)
-        blocks = first
-        u = code_units(x, scale, blocks, JOB)
+        magnitude, by_scale = magnitude_of(x, RULE), divisor(scale)
+        first = candidate(magnitude, by_scale, 0, JOB)
+        best, u = first, code_units(x, scale, first, JOB)
         if tried(RULE) > 1:
             least = squared_error(u, first, first, JOB)
             for which in tl.static_range(1, tried(RULE)):
-                other = candidate(magnitude, scale, which, JOB)
-                other_u = code_units(x, scale, other, JOB)
-                error = squared_error(other_u, other, first, JOB)
+                blocks = candidate(magnitude, by_scale, which, JOB)
+                units = code_units(x, scale, blocks, JOB)
+                error = squared_error(units, blocks, first, JOB)
                 better = error < least
-                blocks, u = tl.where(better, other, blocks), tl.where(better, other_u, u)
+                best, u = tl.where(better, blocks, best), tl.where(better, units, u)
                 least = tl.where(better, error, least)
-    return blocks, u
+    return best, u
 
 
 # --------------------------------------------------------------------------------------------------------------- encode
+
+
+@triton.jit
+def code_units(x, scale, blocks, JOB: tl.constexpr):
+    """reference._in_code_units of a format with blocks."""
+    if JOB.plan.scale_kind == "e8m0":
+        u = (x * JOB.rule.headroom) * reciprocal(blocks)
+    elif JOB.plan.scale_kind == "float32":
+        u = quotient(x, divisor(nonzero(blocks)))
+    else:
+        u = quotient(x, divisor(scale * blocks))
+    return u
 
 
 @triton.jit
@@ -361,13 +402,14 @@ def gradient_mask(u, codes, MASK: tl.constexpr):
 @triton.jit
 def hadamard(x, N: tl.constexpr):
     """(G, N, I) times the Hadamard matrix over sqrt(N), in the order of additions of reference.rotate: elements half a
-    block apart first. An element's partner is the sum of both, as integers, less itself: moved, not computed."""
+    block apart first. An element's partner is the sum of both, as integers, less itself: moved, not computed. A product
+    with ±1 rounds nothing, so that the fused multiply-add is the reference's sum or difference."""
     shape: tl.constexpr = x.shape
-    side = tl.arange(0, 2)[None, :, None, None]
+    side = (1 - 2 * tl.arange(0, 2)).to(tl.float32)[None, :, None, None]
     for stage in tl.static_range(log2(N)):
         pairs = tl.reshape(x, (x.shape[0] * x.shape[1] // (N >> stage), 2, N >> (stage + 1), x.shape[2]))
         partner = float_of(tl.sum(bits_of(pairs), axis=1, keep_dims=True) - bits_of(pairs))
-        x = tl.reshape(tl.where(side == 0, pairs + partner, partner - pairs), shape)
+        x = tl.reshape(tl.fma(pairs, tl.broadcast_to(side, pairs.shape), partner), shape)
     return x * (N**-0.5)
 
 
@@ -379,6 +421,17 @@ def in_blocks(tile, N: tl.constexpr, JOB: tl.constexpr):
 
 
 @triton.jit
+def signs_of(signs, N: tl.constexpr):
+    """(N,) ±1: given as float32, or drawn by a key, two int32, as reference.random_signs."""
+    place = tl.arange(0, N)
+    if signs.dtype.element_ty == tl.int32:
+        found = (mix(place, signs) & 1).to(tl.float32) * 2.0 - 1.0
+    else:
+        found = tl.load(signs + place)
+    return found
+
+
+@triton.jit
 def rotate(x, signs, INVERSE: tl.constexpr, JOB: tl.constexpr):
     """float32 (R, C) -> x D H in blocks along the contraction, or x (D H)^-1: reference.rotate, unrotate."""
     N: tl.constexpr = JOB.rotation
@@ -386,7 +439,7 @@ def rotate(x, signs, INVERSE: tl.constexpr, JOB: tl.constexpr):
     if signs is None:
         blocks = hadamard(blocks, N)
     else:
-        diagonal = tl.load(signs + tl.arange(0, N))[None, :, None]
+        diagonal = signs_of(signs, N)[None, :, None]
         blocks = hadamard(blocks, N) * diagonal if INVERSE else hadamard(blocks * diagonal, N)
     return tl.reshape(blocks, (JOB.rows, JOB.columns))
 
@@ -424,7 +477,7 @@ def emit(pointer, tile, i, j, rows, columns, SHARE: tl.constexpr, JOB: tl.conste
     else:
         flat = tl.reshape(tile, (JOB.rows // SHARE, JOB.columns))
         row, column = i * (JOB.rows // SHARE), j * JOB.columns
-        if JOB.output == "packed":
+        if JOB.packs:
             store(pointer, tl.trans(flat), column, row, columns, share(rows, SHARE, JOB))
         else:
             store(pointer, flat, row, column, share(rows, SHARE, JOB), columns)
@@ -481,6 +534,33 @@ def scale_field(blocks, JOB: tl.constexpr):
 
 
 @triton.jit
+def blocks_inside(blocks, i, j, rows, columns, JOB: tl.constexpr):
+    """Block scales, zero for those of the tile that lie beyond the matrix along the contraction."""
+    if JOB.dim == -1:
+        c = j * (JOB.columns // JOB.block) + tl.arange(0, JOB.columns // JOB.block)
+        inside = tl.broadcast_to((c < columns // JOB.block)[None, :], (JOB.rows, JOB.columns // JOB.block))
+        inside = tl.reshape(inside, (JOB.groups, 1, 1))
+    else:
+        inside = (i * JOB.groups + tl.arange(0, JOB.groups) < rows // JOB.block)[:, None, None]
+    return tl.where(inside, blocks, 0.0)
+
+
+@triton.jit
+def emit_float8(pointer, scales, codes, blocks, i, j, rows, columns, JOB: tl.constexpr):
+    """Codes times their block scale over the largest scale of 128 elements along the contraction, in float8, and that
+    scale: `quantize.Quantized`. One that float8 cannot hold is rounded to nearest."""
+    COUNT: tl.constexpr = 128 // JOB.block
+    grouped: tl.constexpr = (JOB.groups // COUNT, COUNT, blocks.shape[2])
+    within = blocks if JOB.aligned else blocks_inside(blocks, i, j, rows, columns, JOB)
+    largest = float_of(tl.max(tl.reshape(bits_of(within), grouped), axis=1, keep_dims=True))
+    scale = tl.maximum(largest * JOB.float8_unit, 2.0**-126, propagate_nan=tl.PropagateNan.ALL)
+    factor = tl.reshape(tl.reshape(blocks, grouped) * reciprocal(scale), blocks.shape)
+    emit(scales, scale, i, j, rows, columns, 128, JOB)
+    found = (codes * factor).to(tl.float8e5 if JOB.plan.element.max > 448.0 else tl.float8e4nv)
+    emit(pointer, found.to(tl.uint8, bitcast=True), i, j, rows, columns, 1, JOB)
+
+
+@triton.jit
 def tensor_scale_of_blocks(pointer, i, j, rows, columns, per, JOB: tl.constexpr):
     """The tensor scale of the tile's blocks, zero made one: (1, 1, 1), (G, 1, 1) or (G, 1, I). per: neighbours along
     the contraction that share one."""
@@ -506,7 +586,10 @@ def tensor_scale_of_blocks(pointer, i, j, rows, columns, per, JOB: tl.constexpr)
 
 
 @triton.jit
-def quantize_tile(tile, scale, key, signs, values, block_scales, masks, i, j, rows, columns, per, JOB: tl.constexpr):
+def quantize_tile(
+    tile, scale, key, signs, values, block_scales, masks, float8, float8_scales, i, j, rows, columns, per,
+    JOB: tl.constexpr,
+):  # fmt: skip
     """One quantisation of a loaded tile (i, j) of (rows, columns): every output of it."""
     ELEMENT: tl.constexpr = JOB.plan.element  # a constexpr by its annotation: Triton 3.6 passes no bare object on
     MASK: tl.constexpr = JOB.plan.mask
@@ -516,7 +599,7 @@ def quantize_tile(tile, scale, key, signs, values, block_scales, masks, i, j, ro
     x = in_blocks(x, JOB.block, JOB)
     above = tensor_scale_of_blocks(scale, i, j, rows, columns, per, JOB)
     if JOB.divides_first:
-        x = tl.div_rn(x, above)
+        x = quotient(x, divisor(above))
     blocks, u = scaled(x, above, JOB)
     if JOB.rounding.codes == "nearest":
         codes = round_nearest(u, ELEMENT)
@@ -529,23 +612,26 @@ def quantize_tile(tile, scale, key, signs, values, block_scales, masks, i, j, ro
 
     if JOB.plan.mask is not None:
         passed = gradient_mask(u, codes, MASK)
-        if JOB.output == "packed":
+        if JOB.packs:
             emit(masks, packed_in_bytes(passed, 1, JOB), i, j, rows, columns, 8, JOB)
         else:
             emit(masks, passed.to(tl.uint8), i, j, rows, columns, 1, JOB)
     if JOB.with_blocks:
-        scales = scale_field(blocks, JOB) if JOB.output == "packed" else blocks
+        scales = scale_field(blocks, JOB) if JOB.packs else blocks
         emit(block_scales, scales, i, j, rows, columns, JOB.block, JOB)
-    if JOB.output == "packed":
-        emit_packed_codes(values, codes, i, j, rows, columns, JOB)
-    else:
-        if JOB.plan.block is not None and JOB.output != "codes":
-            codes = codes * blocks
-        if JOB.output == "bfloat16":
-            codes = to_bfloat16(codes, JOB.inexact)
-        elif JOB.output == "int8":
-            codes = stored_integer(codes, JOB)
-        emit(values, codes, i, j, rows, columns, 1, JOB)
+    if float8 is not None:
+        emit_float8(float8, float8_scales, codes, blocks, i, j, rows, columns, JOB)
+    if values is not None:
+        if JOB.packs:
+            emit_packed_codes(values, codes, i, j, rows, columns, JOB)
+        else:
+            if JOB.plan.block is not None and JOB.output != "codes":
+                codes = codes * blocks
+            if JOB.output == "bfloat16":
+                codes = to_bfloat16(codes, JOB.inexact)
+            elif JOB.output == "int8":
+                codes = stored_integer(codes, JOB)
+            emit(values, codes, i, j, rows, columns, 1, JOB)
 
 
 @triton.jit
@@ -563,43 +649,118 @@ def element_index(i, j, rows, columns, SHARE: tl.constexpr, JOB: tl.constexpr):
 
 
 @triton.jit
-def load_tile(x, i, j, rows, columns, JOB: tl.constexpr):
-    r, c = tl.arange(0, JOB.rows)[:, None], tl.arange(0, JOB.columns)[None, :]
-    row, column = i * JOB.rows, j * JOB.columns
-    inside = (row + r < rows) & (column + c < columns)
-    x += row.to(tl.int64) * columns + column
-    return tl.load(x + r * columns + c, mask=inside, other=0.0)
+def arranged(x, width, i, j, rows, columns, SHARE: tl.constexpr, JOB: tl.constexpr):
+    """Tile (i, j) of a matrix of `width` columns, each of which stands for SHARE of the tile's, zeros beyond its end.
+
+    Where columns are quantised, so that a thread holds neighbouring rows, 8 or 16, a warp the blocks of 16 and 32 rows,
+    and few threads the same scale. For that the tile is (neighbours, warps, lanes, columns): Triton gives lanes and
+    warps to the last dims first, and the first to registers.
+    """
+    C: tl.constexpr = JOB.columns // SHARE
+    row, column = i * JOB.rows, j * C
+    x += row.to(tl.int64) * width + column
+    if JOB.side == 1:
+        r, c = tl.arange(0, JOB.rows)[:, None], tl.arange(0, C)[None, :]
+        tile = tl.load(x + r * width + c, mask=(row + r < rows) & (column + c < width), other=0)
+    else:
+        NEAR: tl.constexpr = JOB.columns // 64 if JOB.columns > 64 else 1  # warps side by side
+        LANES: tl.constexpr = 256 * NEAR // JOB.columns
+        BELOW: tl.constexpr = JOB.rows // (JOB.side * LANES)
+        warp = tl.arange(0, NEAR * BELOW)[None, :, None, None]
+        r = tl.arange(0, JOB.side)[:, None, None, None] + tl.arange(0, LANES)[None, None, :, None] * JOB.side
+        r += warp % BELOW * (JOB.side * LANES)
+        c = tl.arange(0, C // NEAR)[None, None, None, :] + warp // BELOW * (C // NEAR)
+        tile = tl.load(x + r * width + c, mask=(row + r < rows) & (column + c < width), other=0)
+        tile = tl.reshape(tile, (JOB.side, NEAR, BELOW, LANES, C // NEAR))
+        tile = tl.reshape(tl.permute(tile, (2, 3, 0, 1, 4)), (JOB.rows, C))
+    return tile
 
 
 @triton.jit
-def quantize_kernel(x, rows, columns, per, scale, key, signs, values, block_scales, masks, JOB: tl.constexpr):
-    """x (rows, columns), read once; one program for each tile."""
+def load_tile(x, i, j, rows, columns, JOB: tl.constexpr):
+    return arranged(x, columns, i, j, rows, columns, 1, JOB)
+
+
+@triton.jit
+def dequantized(codes, scales, i, j, rows, columns, JOB: tl.constexpr):
+    """Tile (i, j) of a matrix that lies packed along its rows as MXFP4: float32."""
+    BLOCK: tl.constexpr = 32
+    pairs = arranged(codes, columns // 2, i, j, rows, columns, 2, JOB).to(tl.int32)
+    field = tl.reshape((pairs[:, :, None] >> (4 * tl.arange(0, 2))[None, None, :]) & 15, (JOB.rows, JOB.columns))
+    # The bits of a code but its sign are a float32's last exponent and first mantissa bit, subnormals included.
+    code = float_of(((field & 7) << 22) | ((field & 8) << 28)) * 2.0**126
+    powers = arranged(scales, columns // BLOCK, i, j, rows, columns, BLOCK, JOB).to(tl.int32)
+    shared = tl.reshape(code, (JOB.rows, JOB.columns // BLOCK, BLOCK)) * power_of_two(powers)[:, :, None]
+    return tl.reshape(shared, (JOB.rows, JOB.columns))
+
+
+@triton.jit
+def quantize_kernel(
+    x, x_scales, rows, columns, per, scale, key, signs, values, block_scales, masks, float8, float8_scales,
+    JOB: tl.constexpr,
+):  # fmt: skip
+    """x (rows, columns), read once, packed where x_scales are given; one program for each tile."""
     i, j = tl.program_id(0), tl.program_id(1)
-    tile = load_tile(x, i, j, rows, columns, JOB)
-    quantize_tile(tile, scale, key, signs, values, block_scales, masks, i, j, rows, columns, per, JOB)
+    if x_scales is not None:
+        tile = dequantized(x, x_scales, i, j, rows, columns, JOB)
+    else:
+        tile = load_tile(x, i, j, rows, columns, JOB)
+    found = (values, block_scales, masks, float8, float8_scales)
+    quantize_tile(tile, scale, key, signs, *found, i, j, rows, columns, per, JOB)
 
 
 @triton.jit
 def quantize_both_kernel(
     x, rows, columns,
-    scale, key, signs, values, block_scales, masks, JOB: tl.constexpr,
-    scale_2, key_2, signs_2, values_2, block_scales_2, masks_2, JOB_2: tl.constexpr,
+    scale, key, signs, values, block_scales, masks, float8, float8_scales, JOB: tl.constexpr,
+    scale_2, key_2, signs_2, values_2, block_scales_2, masks_2, float8_2, float8_scales_2, JOB_2: tl.constexpr,
 ):  # fmt: skip
     """x (rows, columns), read once and quantised along its rows and along its columns, each its own way."""
     i, j = tl.program_id(0), tl.program_id(1)
     tile = load_tile(x, i, j, rows, columns, JOB)
-    quantize_tile(tile, scale, key, signs, values, block_scales, masks, i, j, rows, columns, columns, JOB)
-    quantize_tile(tile, scale_2, key_2, signs_2, values_2, block_scales_2, masks_2, i, j, rows, columns, rows, JOB_2)
+    found = (values, block_scales, masks, float8, float8_scales)
+    quantize_tile(tile, scale, key, signs, *found, i, j, rows, columns, columns, JOB)
+    found = (values_2, block_scales_2, masks_2, float8_2, float8_scales_2)
+    quantize_tile(tile, scale_2, key_2, signs_2, *found, i, j, rows, columns, rows, JOB_2)
 
 
 @triton.jit
-def rotate_kernel(x, mask, signs, y, rows, columns, JOB: tl.constexpr):
-    """y = x D H, or (x * mask) (D H)^-1 where JOB.inverse; x, mask, y (rows, columns)."""
+def times(tile, scale, i, j, rows, columns, KIND: tl.constexpr, JOB: tl.constexpr):
+    """tile (i, j) times a scale: a number, or read, one for all, for each row, or for each column."""
+    if KIND == "single":
+        tile *= tl.load(scale)
+    elif KIND == "rows":
+        r = i * JOB.rows + tl.arange(0, JOB.rows)
+        tile *= tl.load(scale + r, mask=r < rows, other=1.0)[:, None]
+    elif KIND == "columns":
+        c = j * JOB.columns + tl.arange(0, JOB.columns)
+        tile *= tl.load(scale + c, mask=c < columns, other=1.0)[None, :]
+    elif KIND != 1.0:
+        tile *= KIND
+    return tile
+
+
+@triton.jit
+def load_bits(x, i, j, rows, columns, JOB: tl.constexpr):
+    """Tile (i, j) of a matrix of bits, (rows, columns / 8) bytes, the first lowest: int32 of 0 and 1."""
+    joined = arranged(x, columns // 8, i, j, rows, columns, 8, JOB).to(tl.int32)
+    return tl.reshape((joined[:, :, None] >> tl.arange(0, 8)[None, None, :]) & 1, (JOB.rows, JOB.columns))
+
+
+@triton.jit
+def rotate_kernel(x, mask, signs, first, second, y, rows, columns, JOB: tl.constexpr):
+    """y = x D H, or (x * scales * mask) (D H)^-1 where JOB.inverse; x, mask, y (rows, columns), or the mask's bits."""
     i, j = tl.program_id(0), tl.program_id(1)
     tile = to_float32(load_tile(x, i, j, rows, columns, JOB))
+    tile = times(tile, first, i, j, rows, columns, JOB.first, JOB)
+    tile = times(tile, second, i, j, rows, columns, JOB.second, JOB)
     if mask is not None:
-        tile = tile * load_tile(mask, i, j, rows, columns, JOB).to(tl.float32)
-    tile = rotate(tile, signs, JOB.inverse, JOB)
+        if JOB.bits:
+            tile = tile * load_bits(mask, i, j, rows, columns, JOB).to(tl.float32)
+        else:
+            tile = tile * load_tile(mask, i, j, rows, columns, JOB).to(tl.float32)
+    if JOB.rotation is not None:
+        tile = rotate(tile, signs, JOB.inverse, JOB)
     if JOB.output == "bfloat16":
         tile = to_bfloat16(tile, True)
     store(y, tile, i * JOB.rows, j * JOB.columns, rows, columns)

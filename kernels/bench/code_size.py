@@ -1,0 +1,274 @@
+"""What the shipped recipes' Triton kernels are made of, compiled for an H100 (sm_90) without one.
+
+    python kernels/bench/code_size.py
+    python kernels/bench/code_size.py --only quartet --out kernels/bench/results/code/after-triton-3.7.1.json
+
+A linear layer of each recipe runs forward and backward in bfloat16, on sizes whose tiles and alignment are those of
+large matrices. Each kernel that it launches is compiled, and so are the kernels of Quartet's layer in FP8 (`FLOAT8`).
+Registers and the bytes that a thread spills are the cubin's own. Shared: bytes of a block.
+
+Instructions: the SASS instructions that a thread executes from its entry to its exit, without NOP, over the elements
+that it works on. What only rare operands need is not counted: the slow paths of division and root, which are blocks of
+code that are jumped over and contain a call, and what lies behind the exit. It is a count, no time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import fake_driver
+import torch
+import triton
+from torch import Tensor, nn
+
+import qtrain
+from qtrain_kernels import hadamard, packing, quantize
+from qtrain_kernels.formats import Element, get_format
+from qtrain_kernels.plans import Mask, Plan, Rotation
+from qtrain_kernels.quantize import Side, Spec
+
+TOKENS, SIZE = 256, 256  # no tile is larger
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+FLOAT8 = "quartet's layer in FP8"
+INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)(.*?);")
+
+Row = dict[str, Any]
+Launch = tuple[Any, tuple[Any, ...], Any]  # kernel, arguments, tile
+
+
+# ------------------------------------------------------------------------------------------------------------ launches
+
+
+def noted(*runs: Callable[[], object]) -> dict[str, Launch]:
+    """What these launch, by the description of each; nothing is compiled."""
+    found: dict[str, Launch] = {}
+
+    def noting(kernel: Any, x: Tensor, tile: Any, *arguments: object, **size: Any) -> None:
+        found.setdefault(description(kernel, x, arguments), (kernel, (x, *arguments), tile))
+
+    original = quantize.launch
+    for module in (quantize, hadamard, packing):
+        vars(module)["launch"] = noting
+    try:
+        for run in runs:
+            run()
+    finally:
+        for module in (quantize, hadamard, packing):
+            vars(module)["launch"] = original
+    return found
+
+
+def launches(recipe: str) -> dict[str, Launch]:
+    """What a layer of the recipe launches forward and backward."""
+
+    def run() -> None:
+        model = nn.Sequential(nn.Linear(SIZE, SIZE, bias=False))
+        qtrain.convert(model, recipe, backend="triton")
+        qtrain.set_step(model, 0)
+        x = torch.randn(TOKENS, SIZE, dtype=torch.bfloat16).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):
+            y = model(x)
+        y.backward(torch.ones_like(y))
+
+    return noted(run)
+
+
+def description(kernel: Any, x: Tensor, arguments: tuple[object, ...]) -> str:
+    """A kernel and all that it was made for, as a reader tells them apart."""
+    made_for = [text(each) for each in arguments if is_dataclass(each)]
+    rest = [each for each in arguments if isinstance(each, Tensor) or each is None]
+    present = "".join("-" if each is None else str(each.dtype)[6] for each in rest)
+    return " ".join([kernel.fn.__name__.removesuffix("_kernel"), *made_for, f"of {str(x.dtype)[6:]} {present}"])
+
+
+def text(made_for: Any) -> str:
+    """What sets one job apart from another: its plan, and its fields that are no constants of the plan."""
+    parts = []
+    for field in fields(made_for):
+        value = getattr(made_for, field.name)
+        if field.name == "plan":
+            parts.append(plan_text(value))
+        elif field.name == "dim":
+            parts.append("rows" if value == -1 else "columns")
+        elif field.name == "rotation" and value:
+            parts.append(f"hadamard{value}")
+        elif field.name in ("output", "scales") and value != "none":
+            parts.append(str(value))
+        elif value is True and field.name not in ("aligned", "inexact"):
+            parts.append(field.name)
+    return " ".join(parts)
+
+
+def plan_text(plan: Any) -> str:
+    scale = {"minifloat": plan.scale_element and element_text(plan.scale_element)}.get(plan.scale_kind, plan.scale_kind)
+    block = plan.block or ("tensor" if plan.per_tensor else "row")
+    names = [f"{element_text(plan.element)}/{block}/{scale}", str(plan.rule), plan.rounding]
+    names += [str(plan.correction)] if plan.correction else []
+    names += [plan.mask.kind] if plan.mask else []
+    return "-".join([*names, *([plan.sparsity] if plan.sparsity else [])])
+
+
+def element_text(element: Element) -> str:
+    if element.mantissa_bits is None:
+        return f"int{element.bits}"
+    return f"e{element.bits - 1 - element.mantissa_bits}m{element.mantissa_bits}"
+
+
+def float8_launches(tokens: int = TOKENS, features: int = SIZE, out_features: int = SIZE) -> dict[str, Launch]:
+    """What Quartet's layer launches beside its products where these are FP8, by operand and description.
+
+    X (T, K) and W (N, K) are quantised packed and in float8; dY (T, N) in float8 both ways, in one reading; W and X
+    once more along their columns, from what is packed. The products dX and dW leave the rotation, in bfloat16 and
+    float32.
+    """
+    element = get_format("mxfp4").element
+    forward = Spec(Plan(element, "e8m0", 32, "std", mask=Mask("inside", 6.0)), -1, 32, "packed_float8")
+    again = Plan(element, "e8m0", 32, "floor_three_quarters")
+    rows, columns = (Spec(again, dim, 32, "float8") for dim in (-1, -2))
+    key, rotation = torch.zeros(2, dtype=torch.int32), Rotation(32)
+    found: dict[str, Launch] = {}
+
+    def keep(name: str, run: Callable[[], Any]) -> Any:
+        result: list[Any] = []
+        noted_ = noted(lambda: result.append(run()))
+        found.update({f"{name}: {text_}": launch for text_, launch in noted_.items()})
+        return result[0]
+
+    def empty(shape: tuple[int, int], dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        return torch.empty(shape, dtype=dtype)
+
+    x, weight, dy = (tokens, features), (out_features, features), (tokens, out_features)
+    w_held = keep("W", lambda: quantize.quantize(empty(weight, torch.float32), forward))
+    x_held = keep("X", lambda: quantize.quantize(empty(x), forward))
+    keep("dY", lambda: quantize.quantize_both(empty(dy), Side(rows, signs=key), Side(columns, signs=key)))
+    for name, held in (("W again", w_held), ("X again", x_held)):
+        keep(name, lambda held=held: quantize.requantize(held.values, held.block_scale, columns, signs=key))
+    factor = (16 / 9,)
+    keep("dX", lambda: hadamard.unrotate(empty(x)[:, :, None], rotation, x_held.mask, torch.bfloat16, factor))
+    keep("dW", lambda: hadamard.unrotate(empty(weight)[:, :, None], rotation, w_held.mask, torch.float32, factor))
+    return found
+
+
+def traffic(tokens: int, features: int, out_features: int) -> list[Row]:
+    """Bytes that each launch of `float8_launches` reads and writes: every tensor once."""
+    return [
+        {"launch": name, "MB": round(sum(each.nbytes for each in arguments if isinstance(each, Tensor)) / 1e6, 1)}
+        for name, (_, arguments, _) in float8_launches(tokens, features, out_features).items()
+    ]
+
+
+# ---------------------------------------------------------------------------------------------------------------- code
+
+
+def measure(launch: Launch) -> Row:
+    """Compiles one kernel. Registers, spilled and shared bytes, instructions an element."""
+    kernel, arguments, tile = launch
+    compiled = kernel[(1,)](*arguments, num_warps=tile.warps, **quantize.UNFUSED)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(compiled.asm["cubin"])
+        cubin.flush()
+        usage, code = (_dumped(flag, cubin.name) for flag in ("-res-usage", "-sass"))
+    found = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
+    threads = 32 * tile.warps
+    return {
+        "tile": f"{tile.rows}x{tile.columns}, {tile.warps}",
+        "registers": found["REG"],
+        "spilled": found["STACK"] + found["LOCAL"],
+        "shared": compiled.metadata.shared,
+        "instructions": round(main_path(code) * threads / (tile.rows * tile.columns), 1),
+    }
+
+
+def _dumped(flag: str, path: str) -> str:
+    return subprocess.run([TOOLS / "cuobjdump", flag, path], capture_output=True, text=True, check=True).stdout
+
+
+def main_path(code: str) -> int:
+    """Instructions from the entry to the exit of a kernel's SASS, without the blocks that a rare operand needs. Those
+    are jumped over by a branch forward, and contain a call."""
+    lines = list(instructions(code))
+    calls = {at for at, _, name, _ in lines if name.startswith("CALL")}
+    count, beyond = 0, 0
+    for at, predicate, name, operands in lines:
+        if at < beyond:
+            continue
+        count += name != "NOP"
+        if name == "EXIT" and not predicate:
+            break
+        target = re.search(r"0x([0-9a-f]+)", operands) if name.startswith("BRA") else None
+        if target and any(at < call < int(target[1], 16) for call in calls):
+            beyond = int(target[1], 16)
+        elif target and int(target[1], 16) <= at:
+            raise ValueError("a loop, whose turns this script does not know")
+    return count
+
+
+def instructions(code: str) -> Iterator[tuple[int, str | None, str, str]]:
+    """(address, predicate, name, operands) of each."""
+    for line in code.splitlines():
+        match = INSTRUCTION.match(line)
+        if match:
+            yield int(match[1], 16), match[2], match[3], match[4]
+
+
+# --------------------------------------------------------------------------------------------------------------- table
+
+
+def rows(recipes: list[str]) -> list[Row]:
+    """One for each kernel, with the recipes that launch it."""
+    users: dict[str, list[str]] = {}
+    found: dict[str, Launch] = {}
+    for name, launch in float8_launches().items():
+        users[name.partition(": ")[2]], found[name.partition(": ")[2]] = [FLOAT8], launch
+    for recipe in recipes:
+        try:
+            launched = launches(recipe)
+        except ValueError as error:
+            if "needs a block that is a power of two" not in str(error):
+                raise
+            print(f"{recipe}: {error}", file=sys.stderr)
+            continue
+        for name, launch in launched.items():
+            users.setdefault(name, []).append(recipe)
+            found[name] = launch
+    table = []
+    for name in sorted(found):
+        table.append({"kernel": name, **measure(found[name]), "recipes": " ".join(users[name])})
+        print(" | ".join(str(each) for each in table[-1].values()), flush=True)
+    return table
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="a regular expression: recipes whose names it finds")
+    parser.add_argument("--out", type=Path, help="writes the rows as JSON")
+    parser.add_argument(
+        "--bytes", metavar="T,K,N", help="of Quartet's layer in FP8 beside its products; compiles nothing"
+    )
+    options = parser.parse_args()
+    os.environ.setdefault("TRITON_CACHE_DIR", str(Path(tempfile.gettempdir()) / "code-size"))
+    fake_driver.install()
+    if options.bytes:
+        launched = traffic(*map(int, options.bytes.split(",")))
+        print(*(f"{row['MB']:8.1f} MB  {row['launch']}" for row in launched), sep="\n")
+        print(f"{sum(row['MB'] for row in launched):8.1f} MB in {len(launched)} launches")
+        return 0
+    recipes = [name for name in qtrain.recipes() if name != "bf16" and re.search(options.only, name)]
+    found = {"name": "code for sm_90", "triton": triton.__version__, "rows": rows(recipes)}
+    if options.out:
+        options.out.write_text(json.dumps(found, indent=1) + "\n")
+    return int(any(row["spilled"] for row in found["rows"]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

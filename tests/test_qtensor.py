@@ -267,7 +267,8 @@ def test_the_codes_of_one_scale_serve_the_other_dim() -> None:
     q = quantize(matrix(8, 64), Layout(tensor, (8, 64), storage="int8"))
     again = q.along(-2)
     assert again.layout.dim == -2 and again.mask is None and torch.equal(again.dequantize(), q.dequantize())
-    for layout in (Layout(QUEST, (8, 64)), Layout(MXFP4, (8, 64))):
+    assert Layout(MXFP4, (8, 64)).along(-2).dim == -2  # the block scales are in its values
+    for layout in (Layout(QUEST, (8, 64)), Layout(MXFP4, (8, 64), storage="packed")):
         with pytest.raises(ValueError, match="scales of rows or blocks vary along the other dim; dequantise"):
             layout.along(-2)
     with pytest.raises(ValueError, match="packed codes lie along dim -1; convert them to float or int8"):

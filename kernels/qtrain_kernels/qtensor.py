@@ -75,8 +75,9 @@ class Layout:
     @cached_property
     def unmasked(self) -> Layout:
         """The same without a mask."""
-        masked = self.plan is not None and self.plan.mask is not None
-        return replace(self, plan=replace(self.plan, mask=None)) if masked else self
+        if self.plan is None or self.plan.mask is None:
+            return self
+        return replace(self, plan=replace(self.plan, mask=None))
 
     @cached_property
     def lines(self) -> tuple[int, int]:

@@ -444,7 +444,7 @@ def _function(
         "ROTATION": rotation,
         "NORM": _float((rotation or 1) ** -0.5),
     }
-    function = getattr(_library(_defines(always | constants)), name)
+    function = getattr(_library(_defines({**always, **constants})), name)
     function.argtypes = [ARGUMENTS[kind] for kind in arguments]
     return function
 

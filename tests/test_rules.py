@@ -275,7 +275,7 @@ def test_a_row_of_pieces_that_a_backend_lacks_is_refused_by_name(
         ("floor", "upwards", "rounding 'up'"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=f"knows no {what}"):
-            module.encode(x, 1.0, None, Plan(E2M1, "e8m0", 32, rule, rounding))
+            module.encode(x, 1.0, None, Plan(E2M1, "e8m0", 32, rule, rounding))  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

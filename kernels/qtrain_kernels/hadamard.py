@@ -97,7 +97,7 @@ def _turned(
     check_kernel(None, size)
     matrix, dim = _matrix(x, size or 1)
     check_matrix(matrix, dim, size or 1)
-    if mask is not None and 8 * mask.numel() == x.numel() and matrix.shape[1] % 8 == 0:
+    if mask is not None and 8 * mask.numel() == x.numel() > 0 and matrix.shape[1] % 8 == 0:
         mask = mask.reshape(matrix.shape[0], -1)
     else:
         check_mask(mask, x)

@@ -266,8 +266,8 @@ def _check_filled(x: Tensor, height: int, length: int | None = None) -> None:
 
 
 def _ready(x: Tensor) -> Tensor:
-    """float32 or bfloat16, without a graph."""
-    return (x if x.dtype in TYPES else x.float()).detach()
+    """float32 or bfloat16, without a graph, with the memory that its values say."""
+    return (x if x.dtype in TYPES else x.float()).detach().resolve_neg()
 
 
 def _signs(rotation: Rotation | None) -> Tensor | None:

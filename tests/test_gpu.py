@@ -23,9 +23,8 @@ from qtrain.config import ModelConfig
 from qtrain.models.llama import Llama
 from qtrain.quant.functional import OPERANDS
 from qtrain.quant.linear import QuantLinear
-from qtrain_kernels import dispatch
 from qtrain_kernels.formats import get_format
-from qtrain_kernels.gemm import TABLE, fold, fp8_matmul, int8_matmul, multiply
+from qtrain_kernels.gemm import TABLE, check_setting, fold, fp8_matmul, int8_matmul, multiply
 from qtrain_kernels.qtensor import Layout, quantize
 from qtrain_kernels.quantize import missing_kernel
 from qtrain_kernels.reference import Plan
@@ -72,7 +71,7 @@ def test_int8_products_are_exact(device: str) -> None:
 
 def needs_fp8(device: str) -> None:
     try:
-        dispatch.resolve_gemm("fp8", "fp8", device)
+        check_setting("fp8", device)
     except ValueError as error:
         pytest.skip(str(error))
 

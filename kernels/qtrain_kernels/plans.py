@@ -326,7 +326,6 @@ class Knows:
         _check_known(self, plan)
 
 
-@cache
 def _check_known(backend: Knows, plan: Plan) -> None:
     rule = plan.scale_rule
     asked = (

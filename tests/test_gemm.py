@@ -18,7 +18,7 @@ from qtrain.recipe import read_recipe
 from qtrain_kernels import cpu, gemm, reference
 from qtrain_kernels.formats import E4M3 as FORMAT_E4M3
 from qtrain_kernels.formats import MX_E2M1, get_format
-from qtrain_kernels.gemm import TABLE, fold, fp8_matmul, int8_matmul, multiply, resolve, reused
+from qtrain_kernels.gemm import TABLE, fp8_matmul, int8_matmul, multiply, resolve, reused
 from qtrain_kernels.plans import Plan, stored_integer
 from qtrain_kernels.precision import matmul
 from qtrain_kernels.qtensor import Layout, QTensor, Storage, inexact, quantize, unswizzle
@@ -186,54 +186,24 @@ def test_tokens_are_filled_up_with_what_multiplies_to_zero() -> None:
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 
 
-def mxfp4(rows: int, columns: int, octaves: int) -> Tensor:
-    """Codes of two significant bits under block scales that spread over so many octaves, the least in each row."""
-    generator = torch.Generator().manual_seed(rows)
-    codes = torch.tensor([0.0, 0.5, 1, 1.5, 2, 3, 4, 6])[torch.randint(0, 8, (rows, columns), generator=generator)]
-    blocks = torch.exp2(-torch.randint(0, octaves + 1, (rows, columns // 32), generator=generator).float())
-    blocks[:, 0], blocks[:, 1] = 1.0, 2.0**-octaves
-    codes[:, 0], codes[:, 32] = 6.0, 0.5
-    signs = torch.randint(0, 2, (rows, columns), generator=generator) * 2 - 1
-    return codes * signs * blocks.repeat_interleave(32, 1) * torch.exp2(torch.arange(rows) - 40.0)[:, None]
-
-
-@pytest.mark.parametrize("dim", [-1, -2])
-def test_folding_is_exact_as_far_as_e4m3_reaches(dim: int) -> None:
-    for octaves, exact in ((13, True), (16, False)):
-        values = mxfp4(6, 256, octaves)
-        folded = fold(values.bfloat16() if dim == -1 else values.T, dim, E4M3)
-        back = (folded.codes.double() * folded.scale).float()
-        lost = int((back != (values if dim == -1 else values.T)).sum())
-        assert (lost == 0) == exact and folded.inexact.item() == lost
-        assert folded.codes.float().abs().amax(dim).tolist() == [384.0] * 6
-        assert folded.scale.shape == ((6, 1) if dim == -1 else (1, 6))
-        assert (folded.codes if dim == -1 else folded.codes.T).is_contiguous()  # as FP8 products take it
-
-
-@pytest.mark.parametrize(("dtype", "largest"), [(E4M3, 448.0), (E5M2, 57344.0)])
-def test_the_largest_of_a_line_takes_the_top_of_the_range(dtype: torch.dtype, largest: float) -> None:
-    top = torch.tensor([1.0, 1.5, 1.75, 1.875, 0.0, 2.0**-126, 1e-40, 2.0**127 * 1.75])[:, None]
-    folded = fold(torch.cat((top, -top / 2), 1), -1, dtype)
-    found = folded.codes.float().abs().amax(1)
-    assert ((found <= largest) & (found > largest / 2))[[0, 1, 2, 3, 7]].all()
-    assert found[4] == 0 and folded.inexact.item() == (2 if dtype == E5M2 else 0) + 2  # 1.875 in E5M2; 1e-40 in both
-    bad = fold(torch.tensor([[1.0, float("nan")], [float("inf"), 1.0], [1.0, 1.0]]), -1, dtype)
-    assert bad.scale.isnan().flatten().tolist() == [True, True, False] and bad.inexact == 0
-
-
 @pytest.mark.parametrize(("m", "k", "n"), [(1, 1, 1), (5, 40, 23), (16, 48, 32)])
 def test_the_fp8_product_is_exact_and_rounded_once(m: int, k: int, n: int) -> None:
     """Of small integers under powers of two, whose sums float32 holds."""
-    left, right, scale = fp8_factors(m, k, n)
-    found = fp8_matmul(fold(left * scale, -1, E4M3), fold(right, -2, E4M3))
-    assert torch.equal(found, ((left * scale).double() @ right.double()).bfloat16())
+    left, right, *scales = fp8_factors(m, k, n)
+    found = fp8_matmul(left, scales[0], right, scales[1], fast=False)
+    exact = (left.double() * scales[0].double()) @ (right.double() * scales[1].double())
+    assert torch.equal(found, exact.bfloat16())
 
 
-def fp8_factors(m: int, k: int, n: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(M, K) and (K, N) of small integers; (M, 1) powers of two."""
+def fp8_factors(m: int, k: int, n: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(M, K) and (K, N) of small integers, contraction contiguous; (M, 1) and (1, N) powers of two."""
     generator = torch.Generator().manual_seed(m + k + n)
-    left, right = (torch.randint(-6, 7, shape, generator=generator).float() for shape in ((m, k), (k, n)))
-    return left, right, torch.exp2(torch.arange(m) - m // 2.0)[:, None]
+    left, right = (torch.randint(-6, 7, shape, generator=generator).float().to(E4M3) for shape in ((m, k), (n, k)))
+    return (
+        left,
+        right.T,
+        *(torch.exp2(torch.arange(size) - size // 2.0).view(shape) for size, shape in ((m, (m, 1)), (n, (1, n)))),
+    )
 
 
 def test_cudas_fp8_sizes_are_filled_with_zeros(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -252,12 +222,9 @@ def test_cudas_fp8_sizes_are_filled_with_zeros(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(gemm, "scaled_mm", cublas)
     for (m, k, n), fast in (((5, 40, 23), False), ((16, 48, 32), True)):
-        left, right, scale = fp8_factors(m, k, n)
-        folded = fold(left * scale, -1, E4M3), fold(right, -2, E4M3)
-        assert torch.equal(
-            gemm._scaled_mm(folded[0].codes, folded[0].scale, folded[1].codes, folded[1].scale, fast),
-            fp8_matmul(*folded),
-        )
+        left, right, *scales = fp8_factors(m, k, n)
+        factors = left, scales[0], right, scales[1], fast
+        assert torch.equal(gemm._scaled_mm(*factors), fp8_matmul(*factors))
     assert asked == [(5, 48, 32, False), (16, 48, 32, True)]
 
 

@@ -5,8 +5,7 @@
 
 Left (M, K) times right (K, N), the right one transposed in memory, as linear layers have them, of Gaussian values or
 random integers. The first rows are torch's own products, by each scaling of FP8 that there is; a device that lacks one
-says so in its row. int8_matmul and fp8_matmul are ours, with their epilogues;
-fold is what brings both operands into FP8.
+says so in its row. int8_matmul and fp8_matmul are ours, with their epilogues; quantize brings both operands into FP8.
 Error: of the first 256 rows against the product of the same operands in float64, relative, by norms.
 """
 
@@ -27,6 +26,9 @@ from torch import Tensor
 from torch.nn.functional import ScalingType, scaled_mm
 
 from qtrain_kernels import gemm
+from qtrain_kernels.formats import E4M3
+from qtrain_kernels.plans import Plan
+from qtrain_kernels.qtensor import Layout, QTensor, quantize
 
 CHECKED_ROWS = 256
 SCALE_BLOCK = 128
@@ -103,21 +105,23 @@ def positive(rows: int, columns: int, device: str) -> Tensor:
     return torch.rand(rows, columns, generator=torch.Generator(device).manual_seed(rows), device=device) + 0.5
 
 
-def folded(size: Size, device: str, fast: bool, with_fold: bool) -> Product:
-    """Our fp8_matmul; with_fold: with what brings bfloat16 operands into it."""
+def by_lines(size: Size, device: str, fast: bool, quantizes: bool) -> Product:
+    """Our product of FP8 with a scale a line; quantizes: with what brings bfloat16 operands into it."""
     m, k, n = size
-    left, right = gaussian(m, k, device).bfloat16(), gaussian(n, k, device).bfloat16().T
+    left, right = gaussian(m, k, device).bfloat16(), gaussian(n, k, device).bfloat16()
+    plan, product = Plan(E4M3, "float32", None, "absmax"), gemm.TABLE["fp8_fast" if fast else "fp8"]
 
-    def fold() -> tuple[gemm.Folded, gemm.Folded]:
-        return gemm.fold(left, -1, torch.float8_e4m3fn), gemm.fold(right, -2, torch.float8_e4m3fn)
+    def operands() -> tuple[QTensor, QTensor]:
+        a, b = (quantize(x, Layout(plan, (len(x), k), storage="float8")) for x in (left, right))
+        return a, b.t
 
-    operands = fold()
+    found = operands()
 
     def exact() -> Tensor:
-        a, b = operands
-        return in_float64(a.codes, b.codes, a.scale, b.scale)
+        a, b = found
+        return in_float64(a.codes, b.codes.T, a.tensor_scale, b.tensor_scale)
 
-    return Product("fp8", lambda: gemm.fp8_matmul(*(fold() if with_fold else operands), fast), exact)
+    return Product("fp8", lambda: product.run(*(operands() if quantizes else found)), exact)
 
 
 TORCH: dict[str, Callable[[Size, str], Product]] = {
@@ -132,9 +136,9 @@ TORCH: dict[str, Callable[[Size, str], Product]] = {
 OURS: dict[str, Callable[[Size, str], Product]] = {
     "int8_matmul": partial(integers, halves=False, ours=True),
     "int8_matmul, halves": partial(integers, halves=True, ours=True),
-    "fp8_matmul": partial(folded, fast=False, with_fold=False),
-    "fp8_matmul, fast": partial(folded, fast=True, with_fold=False),
-    "fold and fp8_matmul": partial(folded, fast=False, with_fold=True),
+    "fp8_matmul": partial(by_lines, fast=False, quantizes=False),
+    "fp8_matmul, fast": partial(by_lines, fast=True, quantizes=False),
+    "quantize and fp8_matmul": partial(by_lines, fast=False, quantizes=True),
 }
 
 

@@ -19,7 +19,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,13 +29,12 @@ from qtrain_kernels.formats import E4M3, MX_E2M1, Element
 from qtrain_kernels.plans import stored_integer
 from qtrain_kernels.precision import matmul
 from qtrain_kernels.qtensor import Layout, QTensor, Storage, float_storage, refines
-from qtrain_kernels.reference import biased_exponent, power_of_two
 
 LONGEST = 2**15  # of a contraction whose doubled products of 8 bits stay within int32: 255^2 * 2^15 < 2^31
 CUDA_MULTIPLE, CUDA_ROWS = 8, 32  # torch._int_mm there: more than 16 rows; the other sizes multiples of 8
 EXACT_IN_FLOAT32 = 2**10  # products of 2^14, within 2^24
 FP8_MULTIPLE = 16  # of its contraction and columns, on CUDA
-TOP = {torch.float8_e4m3fn: 8, torch.float8_e5m2: 15}  # exponent of the largest number, 1.75 * 2^TOP in both
+FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 # ----------------------------------------------------------------------------------------------------------- the table
@@ -62,7 +60,11 @@ class Product:
     devices: Mapping[str, tuple[Capability, Capability]] | None
     pair: Callable[[Layout, Layout], str | None] = lambda left, right: None
 
-    def taken(self, side: QTensor, dtype: torch.dtype, backend: str) -> QTensor:
+    def multiply(self, left: QTensor, right: QTensor, dtype: torch.dtype, backend: str) -> Tensor:
+        """The product of two sides that it accepts, without a check."""
+        return self.run(self._taken(left, dtype, backend), self._taken(right, dtype, backend))
+
+    def _taken(self, side: QTensor, dtype: torch.dtype, backend: str) -> QTensor:
         """A side as `run` takes it."""
         storage = float_storage(side.layout.plan, dtype) if self.storage == "float" else self.storage
         if side.layout.storage == storage != "swizzled":  # whose plan may differ
@@ -97,22 +99,15 @@ class Product:
 def multiply(product: Product, left: QTensor, right: QTensor, dtype: torch.dtype, backend: str = "auto") -> Tensor:
     """left (M, K) @ right (K, N), each converted to the layout that the product wants. dtype: the compute dtype,
     bfloat16 or float32. ValueError for operands that it does not take."""
-    wanted = _wanted(product, left.layout, right.layout, dtype)
-    return product.run(left.to(wanted[0], backend), right.to(wanted[1], backend))
-
-
-@lru_cache(1024)
-def _wanted(product: Product, left: Layout, right: Layout, dtype: torch.dtype) -> tuple[Layout, Layout]:
-    """The layouts in which a product takes two sides. ValueError where it does not take them."""
     if left.shape[1] != right.shape[0]:
         raise ValueError(f"left {left.shape} and right {right.shape} share no contraction")
-    for name, side, dim in (("left", left, -1), ("right", right, -2)):
+    for name, side, dim in (("left", left.layout, -1), ("right", right.layout, -2)):
         if side.plan is not None and side.dim != dim:
             raise ValueError(f"{name} contracts dim {dim}, and is quantised along {side.dim}; quantise it again")
-    reason = product.accepts(left, right)
+    reason = product.accepts(left.layout, right.layout)
     if reason:
         raise ValueError(f"product {product.name!r} does not take these operands: {reason}")
-    return product.wants(left.unmasked, dtype), product.wants(right.unmasked, dtype)
+    return product.multiply(left, right, dtype, backend)
 
 
 @lru_cache(1024)
@@ -269,9 +264,9 @@ def _filled(x: Tensor, rows: int, columns: int) -> Tensor:
 # ----------------------------------------------------------------------------------------------------------------- FP8
 
 
-def _fp8_matmul(left: Tensor, left_scale: Tensor, right: Tensor, right_scale: Tensor, fast: bool) -> Tensor:
+def fp8_matmul(left: Tensor, left_scale: Tensor, right: Tensor, right_scale: Tensor, fast: bool) -> Tensor:
     """(M, K) * (M, 1) @ (K, N) * (1, N) in float8 with float32 scales -> bfloat16: sums in float32, rounded once."""
-    _check_product(left, right, tuple(TOP))
+    _check_product(left, right, FLOAT8)
     if right.dtype == torch.float8_e5m2:
         raise ValueError("right must be in float8_e4m3fn: CUDA multiplies by no other; got torch.float8_e5m2")
     if not left.numel() or not right.numel():
@@ -290,54 +285,6 @@ def _scaled_mm(left: Tensor, left_scale: Tensor, right: Tensor, right_scale: Ten
     by_row = ScalingType.RowWise
     scales = left_scale, by_row, F.pad(right_scale, (0, wide)), by_row
     return scaled_mm(a, b, *scales, use_fast_accum=fast)[:rows, :columns]
-
-
-# What the layers take until they multiply QTensors.
-
-
-class Folded(NamedTuple):
-    """A matrix as codes * scale. codes: float8, its shape, the folded dim contiguous; scale: float32 powers of two, (M,
-    1) or (1, N); inexact: () int64, elements that codes * scale does not give back."""
-
-    codes: Tensor
-    scale: Tensor
-    inexact: Tensor
-
-
-def fold(values: Tensor, dim: int, dtype: torch.dtype) -> Folded:
-    """values (M, N) float32 or bfloat16 in float8, with one power of two along dim (-1: per row, -2: per column).
-
-    The largest magnitude of a line comes to lie in (1.75 * 2^(TOP - 1), 1.75 * 2^TOP], or below where it is less than
-    2^-117, so that float8_e4m3fn is exact for numbers of two significant bits, as MXFP4's are, down to 2^-16 of it, for
-    four down to 2^-14; smaller ones are rounded, and counted. A line with a NaN has scale NaN. ValueError for a dtype
-    that is none of these.
-    """
-    if dtype not in TOP:
-        raise ValueError(f"values fold into {' or '.join(map(str, TOP))}; asked for {dtype}")
-    if values.ndim != 2 or values.dtype not in (torch.float32, torch.bfloat16):
-        raise ValueError(f"a matrix in float32 or bfloat16 folds; got {tuple(values.shape)} {values.dtype}")
-    if not values.numel():
-        shape = (values.shape[0], 1) if dim == -1 else (1, values.shape[1])
-        nothing = values.new_zeros((), dtype=torch.int64)
-        return Folded(values.to(dtype), values.new_ones(shape, dtype=torch.float32), nothing)
-    largest = values.abs().amax(dim, keepdim=True).float()
-    carried = largest.view(torch.int32) + 0x1FFFFF  # above 1.75: the next power of two
-    biased = (biased_exponent(carried) - TOP[dtype]).clamp(1, 253)
-    scale = torch.where(largest.isfinite(), power_of_two(biased), float("nan"))
-    scaled = values * (1.0 / scale)
-    lines = scaled.T if dim == -2 else scaled
-    codes = lines.to(dtype, memory_format=torch.contiguous_format)
-    codes = codes.T if dim == -2 else codes
-    return Folded(codes, scale, ((codes.float() != scaled) & scaled.isfinite()).sum())
-
-
-def fp8_matmul(left: Folded, right: Folded, fast: bool = False) -> Tensor:
-    """(M, K) @ (K, N) of matrices folded along K -> bfloat16: sums in float32, rounded once.
-
-    fast: CUDA's FP8 units keep the sums themselves, in fewer bits; else their partial sums are added up in float32. On
-    CPU both are the float32 product of codes * scale. ValueError for factors that do not fit.
-    """
-    return _fp8_matmul(left.codes, left.scale, right.codes, right.scale, fast)
 
 
 # ------------------------------------------------------------------------------------------------------------ products
@@ -383,7 +330,7 @@ def _line_scale(q: QTensor) -> Tensor:
 
 def _fp8_product(left: QTensor, right: QTensor, fast: bool = False) -> Tensor:
     sides = left.codes, _line_scale(left), right.codes.T, _line_scale(right).T
-    return _fp8_matmul(*sides, fast=fast)
+    return fp8_matmul(*sides, fast=fast)
 
 
 def _fp8_block_product(left: QTensor, right: QTensor) -> Tensor:

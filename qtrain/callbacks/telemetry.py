@@ -50,7 +50,9 @@ class Telemetry(StepCallback):
             return
         self.batch = batch
         for layer in quant_linears(pl_module.model):
-            layer.observer = self.observers.setdefault(layer, self._observer(layer))
+            if layer not in self.observers:  # one for each layer: a compiled graph is made for its number
+                self.observers[layer] = self._observer(layer)
+            layer.observer = self.observers[layer]
 
     def _observer(self, layer: QuantLinear) -> Observer:
         def operand(seen: Observed) -> None:

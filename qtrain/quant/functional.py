@@ -125,10 +125,6 @@ class Numerics:
         written = recipe.model_dump(mode="json", include={"name", "bits", "format", "redraw", *OPERANDS})
         return read_numerics(json.dumps([written, backend, gemm, VERSION]))
 
-    @property
-    def gemms(self) -> tuple[Gemm, Gemm, Gemm]:
-        return self.fprop, self.dgrad, self.wgrad
-
     def product(self, name: str, device_type: str, capability: tuple[int, int] | None = None) -> Product:
         """The row of the table by which one of the GEMMs is multiplied on a device; capability: of a CUDA device, None
         is the one that is there. ValueError where the rows that could do not run there."""
@@ -282,8 +278,7 @@ class Call:
 
     def multiply(self, name: str, left: QTensor, right: QTensor) -> Tensor:
         """left @ right as one of the GEMMs is multiplied."""
-        product, backend = self.product(name), self.numerics.fprop.left.backend
-        return product.run(*(product.taken(side, self.dtype, backend) for side in (left, right)))
+        return self.product(name).multiply(left, right, self.dtype, self.numerics.fprop.left.backend)
 
 
 def _to_operand(
@@ -507,7 +502,7 @@ wgrad = _define(_wgrad, "Tensor dy, Tensor[] x, Tensor? w_mask, Tensor? w_slope,
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     """Saves only what the gradients that are asked for need."""
     x, weight, _, w_scale, kept, save_x, save_mask, keys, text, dtype, observer = inputs
-    ctx.shared, ctx.x_dtype, ctx.counts = (text, dtype, observer), x.dtype, (len(kept), save_x, save_mask)
+    ctx.shared, ctx.x_dtype, ctx.held = (text, dtype, observer), x.dtype, (len(kept), save_mask)
     ctx.observer = _observers.get(observer)  # holds it
     ctx.set_materialize_grads(False)
     own = x if save_x and not saves_codes(read_numerics(text)) else None
@@ -516,15 +511,15 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
 
 def _backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
     keys, weight, w_scale, x, *rest = ctx.saved_tensors
-    kept_count, _, save_mask = ctx.counts
-    kept, saved = rest[:kept_count], rest[kept_count:]
+    count, save_mask = ctx.held
+    kept, saved = rest[:count], rest[count:]
     shared, numerics = (keys, *ctx.shared), read_numerics(ctx.shared[0])
     forward = numerics.fprop
     needs_x, needs_w, needs_x_scale, needs_w_scale = ctx.needs_input_grad[:4]
     x_slope = saved.pop() if save_mask and forward.left.learned else None
     x_mask = saved.pop() if save_mask and forward.left.masks else None
     dy, w, w_mask, w_slope = grads[0].contiguous(), kept, None, None
-    found: list[Tensor | None] = [None] * 4
+    dx, dw, dx_scale, dw_scale = (None,) * 4
     from_codes = numerics.dgrad.right.spec.source == "forward" and forward.right.plan is not None
     needed = ((needs_x or needs_x_scale) and from_codes) or (needs_w and forward.right.masks) or needs_w_scale
     if not kept and needed:
@@ -534,17 +529,17 @@ def _backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
         w_mask = w[-1 - forward.right.learned] if forward.right.masks else None
     if needs_x or needs_x_scale:
         slope = x_slope if needs_x_scale else None
-        found[0:3:2] = _two(dgrad(dy, weight, w if from_codes else [], x_mask, slope, ctx.x_dtype, *shared))
+        dx, dx_scale = _two(dgrad(dy, weight, w if from_codes else [], x_mask, slope, ctx.x_dtype, *shared))
     if needs_w or needs_w_scale:
         slope = w_slope if needs_w_scale else None
         held = saved if x is None else [x]
-        found[1:4:2] = _two(wgrad(dy, held, w_mask, slope, weight.shape[1], weight.dtype, *shared))
-    return *found, [None] * len(kept), *[None] * 6
+        dw, dw_scale = _two(wgrad(dy, held, w_mask, slope, weight.shape[1], weight.dtype, *shared))
+    return dx, dw, dx_scale, dw_scale, [None] * len(kept), *[None] * 6
 
 
-def _two(found: list[Tensor]) -> list[Tensor | None]:
+def _two(found: list[Tensor]) -> tuple[Tensor, Tensor | None]:
     """A gradient, and that of a learned scale, if there is one."""
-    return [*found, None][:2]
+    return found[0], found[1] if len(found) == 2 else None
 
 
 torch.library.register_autograd("qtrain::fprop", _backward, setup_context=_setup, lib=LIBRARY)

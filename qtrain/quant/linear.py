@@ -57,10 +57,10 @@ class QuantLinear(Linear):
         self.observer: Observer | None = None
         self.keeps, self.kept, self.kept_of = False, [], ()
         self.train(linear.training)
-        with torch.inference_mode(False):
-            self.keys = key_table([self.keyed_by], 0, 0)[
-                0
-            ]  # no buffer, which ranks would share and to_empty would lose
+        fixed = frozenset(each for each in OPERANDS if getattr(self.numerics, each).left.spec.signs == "fixed")
+        self.keyed_by = seed, name, fixed, recipe.redraw == "step"  # as `key_table` takes it
+        with torch.inference_mode(False):  # no buffer, which ranks would share and to_empty would lose
+            self.keys = key_table([self.keyed_by], 0, 0)[0]
         self.history = deque([(-1, self.keys)], REMEMBERED)
 
     @property
@@ -70,12 +70,6 @@ class QuantLinear(Linear):
     @numerics.setter
     def numerics(self, numerics: Numerics) -> None:
         self.text = text_of_own(numerics)
-
-    @property
-    def keyed_by(self) -> tuple[int, str, frozenset[str], bool]:
-        """What `key_table` takes."""
-        fixed = frozenset(name for name in OPERANDS if getattr(self.numerics, name).left.spec.signs == "fixed")
-        return self.seed, self.name, fixed, self.numerics.redraw == "step"
 
     def set_step(self, step: SupportsIndex, micro_batch: SupportsIndex) -> None:
         """Keys every draw of the next forward and its backward; see `qtrain.set_step`."""

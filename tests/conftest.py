@@ -11,6 +11,9 @@ import qtrain_kernels  # noqa: F401  before torch: it sets how long torch's thre
 
 # isort: split
 
+import re
+import subprocess
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -76,3 +79,25 @@ def _poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for name in ("empty", "empty_like"):
         monkeypatch.setattr(torch, name, poisoned(getattr(torch, name)))
+
+
+def passed_in_the_interpreter(path: str, *options: str) -> tuple[int, str]:
+    """The tests of a file in a process of their own, whose kernels Triton interprets: how many passed, and what was
+    shown. None has passed where one failed."""
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        "-p",
+        "no:cacheprovider",
+        "--show-capture=no",
+        path,
+        *options,
+    ]
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    root = Path(__file__).parents[1]
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
+    count = re.search(r"(\d+) passed", done.stdout)
+    return int(count[1]) if count and done.returncode == 0 else 0, done.stdout[-5000:] + done.stderr[-2000:]

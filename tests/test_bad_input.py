@@ -2,8 +2,6 @@
 every operation of every backend. Triton's run in its interpreter, in a process of their own (as in test_triton.py)."""
 
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -13,11 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import passed_in_the_interpreter
 from torch import Tensor
 
 from qtrain_kernels import cpu, gpu, reference
 from qtrain_kernels.formats import get_format
-from qtrain_kernels.gemm import TABLE, fold, fp8_matmul, int8_matmul, multiply, resolve
+from qtrain_kernels.gemm import TABLE, fp8_matmul, int8_matmul, multiply, resolve
 from qtrain_kernels.plans import Mask, Packed, Plan, Rotation
 from qtrain_kernels.qtensor import Layout, QTensor, quantize
 
@@ -117,19 +116,22 @@ def test_memory_that_was_given_back_is_not_read() -> None:
 
 FLOATS, INTEGERS = torch.ones(4, 32), torch.ones(32, 8, dtype=torch.int8)
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+
+
+def in_fp8(left: Tensor, right: Tensor) -> Tensor:
+    return fp8_matmul(left, torch.ones(len(left), 1), right, torch.ones(1, right.shape[1]), fast=False)
+
+
 BAD_PRODUCTS: dict[str, tuple[Callable[[], Any], str]] = {
     "floats as integers": (lambda: int8_matmul(FLOATS, INTEGERS), "left must be a matrix in torch.int8; got .*float"),
     "a vector": (lambda: int8_matmul(INTEGERS.T, INTEGERS[:, 0]), r"right must be a matrix in torch.int8; got \(32,\)"),
     "another contraction": (lambda: int8_matmul(INTEGERS, INTEGERS), r"\(32, 8\) and right \(32, 8\) share no contrac"),
     "another device": (lambda: int8_matmul(INTEGERS.T, INTEGERS.to("meta")), "right is on meta, left on cpu; move it"),
     "a third": (lambda: int8_matmul(INTEGERS.T, INTEGERS, 0.3), "offsets of integer codes are 0 or 1/2; got 0.3 and 0"),
-    "folding into int8": (lambda: fold(FLOATS, -1, torch.int8), "values fold into .*; asked for torch.int8"),
-    "folding integers": (lambda: fold(INTEGERS, -1, E4M3), r"float32 or bfloat16 folds; got \(32, 8\) torch.int8"),
-    "E5M2 on the right": (
-        lambda: fp8_matmul(fold(FLOATS, -1, E4M3), fold(FLOATS.T, -2, E5M2)), "right must be in float8_e4m3fn: CUDA",
-    ),
+    "floats as FP8": (lambda: in_fp8(FLOATS, FLOATS.T.to(E4M3)), "left must be a matrix in torch.float8.*; got .*32"),
+    "E5M2 on the right": (lambda: in_fp8(FLOATS.to(E4M3), FLOATS.T.to(E5M2)), "right must be in float8_e4m3fn: CUDA"),
     "another contraction in FP8": (
-        lambda: fp8_matmul(fold(FLOATS, -1, E4M3), fold(FLOATS, -2, E4M3)), r"\(4, 32\) and right \(4, 32\) share no",
+        lambda: in_fp8(FLOATS.to(E4M3), FLOATS.to(E4M3)), r"\(4, 32\) and right \(4, 32\) share no",
     ),
 }  # fmt: skip
 
@@ -191,7 +193,7 @@ def test_products_that_no_unit_takes_are_refused_by_name(name: str) -> None:
 @pytest.mark.parametrize(("rows", "contraction"), [(0, 32), (4, 0)])
 def test_products_of_nothing_are_zeros(rows: int, contraction: int) -> None:
     left, right = torch.ones(rows, contraction), torch.ones(contraction, 16)
-    found = fp8_matmul(fold(left, -1, E4M3), fold(right, -2, E4M3))
+    found = in_fp8(left.to(E4M3), right.to(E4M3))
     assert torch.equal(found, torch.zeros(rows, 16, dtype=torch.bfloat16))
     assert torch.equal(int8_matmul(left.to(torch.int8), right.to(torch.int8)), torch.zeros(rows, 16))
 
@@ -245,8 +247,5 @@ def alike(a: Any, b: Any) -> bool:
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreter")
 def test_in_the_interpreter() -> None:
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    found = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert found.returncode == 0, found.stdout + found.stderr
-    assert f"{len(BAD) + 3} passed" in found.stdout
+    passed, shown = passed_in_the_interpreter(__file__)
+    assert passed == len(BAD) + 3, shown

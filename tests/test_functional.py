@@ -6,6 +6,7 @@ test_linear.py and test_recipes.py hold what they compute.
 import os
 import socket
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -75,7 +76,8 @@ def equal(found: list[Tensor], wanted: list[Tensor]) -> bool:
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_recipe_is_one_graph_with_the_bits_of_eager(recipe: str) -> None:
-    train_compiled(recipe, blocks=1, steps=2, micro_batches=2)
+    differing, graphs, breaks = train_compiled(recipe, blocks=1, steps=2, micro_batches=2)
+    assert (differing, graphs, breaks) == ([], 1, 0)
 
 
 @pytest.mark.parametrize("recipe", ["quartet", "quest", "nvidia_nvfp4"])
@@ -91,24 +93,28 @@ def test_a_compiled_model_takes_any_number_of_tokens(recipe: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_fifty_steps_of_four_micro_batches_compile_nothing(recipe: str) -> None:
-    train_compiled(recipe, blocks=2, steps=50, micro_batches=4)
+    differing, graphs, breaks = train_compiled(recipe, blocks=2, steps=50, micro_batches=4)
+    assert (differing, graphs, breaks) == ([], 1, 0)
 
 
-def train_compiled(recipe: str, blocks: int, steps: int, micro_batches: int) -> None:
+def train_compiled(recipe: str, blocks: int, steps: int, micro_batches: int) -> tuple[list[tuple[int, int]], int, int]:
+    """The (step, micro-batch) pairs whose output or gradients are not those of eager; graphs; graph breaks."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     model = model_of(recipe, blocks)
     compiled = torch.compile(model, fullgraph=True, dynamic=False, backend="aot_eager")
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    differing = []
     for step in range(steps):
         with qtrain.keep_weights(model):
             for micro_batch in range(micro_batches):
                 qtrain.set_step(model, step, micro_batch)
                 x = inputs(step * micro_batches + micro_batch)
-                assert equal(gradients(model, x, compiled), gradients(model, x))
+                if not equal(gradients(model, x, compiled), gradients(model, x)):
+                    differing.append((step, micro_batch))
         optimizer.step()
     counters = torch._dynamo.utils.counters
-    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+    return differing, counters["stats"]["unique_graphs"], len(counters["graph_break"])
 
 
 def test_inductor_keeps_to_its_own_rounding() -> None:
@@ -299,26 +305,34 @@ def shard(model: nn.Module) -> nn.Module:
     return fully_shard(model)
 
 
-def on_a_rank(rank: int, port: int, expected: list[list[Tensor]], recipes: list[str]) -> None:
+def on_a_rank(rank: int, port: int, recipes: list[str], folder: Path) -> None:
+    """Writes the parameters that this rank ends with, of each way to wrap a model and each recipe."""
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", rank=rank, world_size=2)
-    for wrap in (DistributedDataParallel, shard):
-        for recipe, wanted in zip(recipes, expected, strict=True):
-            found = trained(wrap, rank, 2, recipe)  # pyright: ignore[reportArgumentType]
-            for a, b in zip(found, wanted, strict=True):
-                torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6, msg=f"{recipe} under {wrap.__name__}")
+    found = {
+        (name, recipe): trained(wrap, rank, 2, recipe)  # pyright: ignore[reportArgumentType]
+        for name, wrap in (("DDP", DistributedDataParallel), ("FSDP2", shard))
+        for recipe in recipes
+    }
+    torch.save(found, folder / f"{rank}.pt")
     distributed.destroy_process_group()
 
 
-def test_ranks_train_what_one_process_does() -> None:
+def test_ranks_train_what_one_process_does(tmp_path: Path) -> None:
     """DDP and FSDP2, also with learned scales, whose start is that of all ranks' inputs."""
     recipes = ["lsq", "mxfp8"]
-    expected = [trained(lambda model: model, 0, 1, recipe) for recipe in recipes]
+    expected = {recipe: trained(lambda model: model, 0, 1, recipe) for recipe in recipes}
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
-    multiprocessing.spawn(on_a_rank, (port, expected, recipes), nprocs=2)
+    multiprocessing.spawn(on_a_rank, (port, recipes, tmp_path), nprocs=2)
+    for rank in range(2):
+        ended = torch.load(tmp_path / f"{rank}.pt")
+        assert len(ended) == 2 * len(recipes)
+        for (name, recipe), parameters in ended.items():
+            for a, b in zip(parameters, expected[recipe], strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6, msg=f"{recipe} under {name}, rank {rank}")
 
 
 def test_a_learned_scale_without_a_value_is_said() -> None:

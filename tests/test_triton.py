@@ -17,6 +17,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from conftest import passed_in_the_interpreter
 from torch import Tensor
 
 from qtrain_kernels import gpu, hadamard, packing, quantize, reference
@@ -958,16 +959,8 @@ def print_ptx(spec: Spec) -> None:
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreter")
 def test_in_the_interpreter() -> None:
-    run_in_the_interpreter(__file__)
-
-
-def run_in_the_interpreter(path: str) -> None:
-    """The tests of a file, in a process of their own."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--show-capture=no", path]
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout
+    passed, shown = passed_in_the_interpreter(__file__)
+    assert passed > 150, shown
 
 
 if __name__ == "__main__":

@@ -250,6 +250,14 @@ def test_kept_weights_are_packed(recipe: str, limit: float) -> None:
     assert not any(layer.kept for layer in layers)
 
 
+def test_weights_in_tiles_are_not_kept() -> None:
+    """They are not packed, and would take as much as the weight's values."""
+    model = model_of("nvidia_nvfp4")
+    with qtrain.keep_weights(model):
+        qtrain.set_step(model, 1)
+        assert not any(layer.kept for layer in quant_linears(model))
+
+
 # ------------------------------------------------------------------------------------------------------------ observers
 
 

@@ -458,17 +458,7 @@ def _quantize(
     return _present(found)
 
 
-@TRITON.fake(_quantize)
-def _(
-    x: Tensor,
-    x_scales: Tensor | None,
-    scale: Tensor | None,
-    key: Tensor | None,
-    signs: Tensor | None,
-    spec: str,
-    per: int,
-) -> list[Tensor]:
-    return _present(_allocate(read_spec(spec), x))
+TRITON.fake(_quantize)(lambda x, x_scales, scale, key, signs, spec, per: _present(_allocate(read_spec(spec), x)))
 
 
 @TRITON.operator

@@ -134,6 +134,15 @@ class Numerics:
         """Whether the weight's operand of fprop or dgrad is the same in every micro-batch of a step."""
         return self.redraw == "step" or not (gemm_.right.stochastic or gemm_.right.spec.signs == "step")
 
+    @cached_property
+    def keeps(self) -> bool:
+        """Whether the weight of fprop can be kept for all micro-batches of a step: it is the same in each, no learned
+        scale moves it, and its codes take fewer bits than its values."""
+        quantizer = self.fprop.right
+        if quantizer.plan is None or quantizer.learned or not self.lasts(self.fprop):
+            return False
+        return quantizer.layout(NO_SHAPE, blocks=True).saved.packed
+
     def runs_on(self, device_type: str) -> str:
         """compiled on cpu, gemms int8 float float: what quantises on a device, and how fprop, dgrad, wgrad multiply."""
         if device_type == "meta":

@@ -147,11 +147,10 @@ class QuantLinear(Linear):
         return dtype
 
     def keep(self, step: int) -> None:
-        """Quantises the weight for all micro-batches of a step, unless that is done, or there is nothing to keep: an
-        operand that is redrawn or learned, or a shard of a weight."""
-        quantizer, weight = self.numerics.fprop.right, self.weight
-        lasts = quantizer.plan is not None and not quantizer.learned and self.numerics.lasts(self.numerics.fprop)
-        if not lasts or self.high_precision or isinstance(weight, DTensor) or weight.is_inference():
+        """Quantises the weight for all micro-batches of a step, unless that is done, or there is nothing to keep, as of
+        a shard of a weight."""
+        weight = self.weight
+        if not self.numerics.keeps or self.high_precision or isinstance(weight, DTensor) or weight.is_inference():
             return
         state = step, *self._state()
         if not self.kept or self.kept_of != state:
@@ -230,9 +229,10 @@ def keep_weights(model: nn.Module) -> Iterator[None]:
     """Within it, a weight is quantised once for all micro-batches of an optimiser step, in the bits of its format.
 
     `set_step` quantises it, when it is called with another step or finds the weight changed; a step of an optimiser of
-    torch drops it. Only what is the same in all micro-batches is kept, and nothing of a weight that is sharded (FSDP2),
-    since what is kept would be whole on every rank. What torch does not see (a write to weight.data, an optimiser of
-    another library) must be followed by a set_step with another step. Use it where a step has several micro-batches:
+    torch drops it. Only what can be packed and is the same in all micro-batches is kept, and nothing of a weight that
+    is sharded (FSDP2), since what is kept would be whole on every rank. What torch does not see (a write to
+    weight.data, an optimiser of another library) must be followed by a set_step with another step. Use it where a step
+    has several micro-batches:
 
         with qtrain.keep_weights(model):
             for micro_batch, batch in enumerate(batches):

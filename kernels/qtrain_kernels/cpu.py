@@ -14,9 +14,9 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,16 +27,17 @@ from qtrain_kernels.checks import (
     check_fields,
     check_key,
     check_mask,
-    check_operand_dtype,
     check_packable,
     check_packed,
     check_signs,
     check_spans,
     check_words,
-    scale_tensor,
 )
 from qtrain_kernels.formats import Element
 from qtrain_kernels.plans import Knows, Packed, Plan, Rotation, ScaleRule, field_width, grids, scale_nan, stored_integer
+
+if TYPE_CHECKING:
+    from qtrain_kernels.qtensor import Layout, Side
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 FLAGS = (
@@ -60,7 +61,6 @@ KNOWS = Knows(
     masks=("inside", "within", "error"),
     sparsities=("2:4", "4:8"),
 )
-Values = Literal["codes", "operand", "restored"]  # codes; codes * block scale; that times the scale, rotated back
 
 
 def rotate(x: Tensor, rotation: Rotation | None) -> Tensor:
@@ -138,69 +138,100 @@ def _amax(x: Tensor, rotation: Rotation | None) -> Tensor:
     return _extent(_ready(x), _signs(rotation), rotation.size)
 
 
-def encode(
-    x: Tensor, scale: Tensor | float, key: Tensor | None, plan: Plan, rotation: Rotation | None = None
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Equals reference.encode bit for bit."""
-    return _run(x, scale, key, plan, torch.float32, rotation, "codes", True)
+STORAGES, TILES, PACKS = reference.STORAGES, True, False
 
 
-def operand(
-    x: Tensor,
-    scale: Tensor | float,
-    key: Tensor | None,
-    plan: Plan,
-    dtype: torch.dtype,
-    rotation: Rotation | None = None,
-    with_blocks: bool = True,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Equals reference.operand bit for bit."""
-    return _run(x, scale, key, plan, dtype, rotation, "operand", with_blocks)
+def quantize(x: Tensor, side: Side) -> list[Tensor | None]:
+    """Equals reference.quantize bit for bit."""
+    return _quantized(x, side)
 
 
-def fake_quantize(
-    x: Tensor,
-    scale: Tensor | float,
-    key: Tensor | None,
-    plan: Plan,
-    dtype: torch.dtype,
-    rotation: Rotation | None = None,
-) -> Tensor:
-    """Equals reference.fake_quantize bit for bit."""
-    if dtype not in TYPES or (rotation is not None and not _fits(rotation)) or (plan.span or 1) > LONGEST:
-        return _composed(x, scale, key, plan, dtype, rotation)
-    return _run(x, scale, key, replace(plan, mask=None), dtype, rotation, "restored", False)[0]
+def fake_quantize(x: Tensor, side: Side, dtype: torch.dtype) -> Tensor:
+    """Equals reference.fake_quantize bit for bit; without a mask, at once."""
+    plan = side.layout.plan
+    assert plan is not None
+    if plan.mask or side.layout.rows > 1 or dtype not in TYPES or not _fits(side.rotation) or not _fits_tile(plan):
+        return reference.fake_quantize_by(quantize, unrotate, x, side, dtype)
+    found = _quantized(x, side, dtype)[0]
+    assert found is not None
+    return found
 
 
-_composed = reference.fake_quantize_by(operand, unrotate)
+def _quantized(x: Tensor, side: Side, back: torch.dtype | None = None) -> list[Tensor | None]:
+    """back: the dtype in which values are dequantised and rotated back, as `fake_quantize` does; None: they are not."""
+    layout, rotation = side.layout, side.rotation
+    plan = layout.plan
+    assert plan is not None
+    if not _fits_tile(plan):
+        return reference.quantize(x, side)
+    if rotation is not None and (layout.rows > 1 or not _fits(rotation)):
+        x, rotation = rotate(layout.whole_lines(x), rotation).view(x.shape), None
+    job = _job(layout, x.dtype, 0 if rotation is None else rotation.size, back)
+    check_key(side.key, plan, x)
+    scale = job.constant if side.learned is None else side.learned
+    if scale is None:
+        scale = tensor_scale(layout.whole_lines(x), plan, rotation)
+    ready, scales = _ready(layout.spans(x) if layout.rows > 1 else x), torch.as_tensor(scale, dtype=torch.float32)
+    scales, signs = scales.detach().contiguous(), _signs(rotation)
+    words = side.key.tolist() if job.draws and side.key is not None else (0, 0)
+    codes, blocks, mask = (part and torch.empty(part[0], dtype=part[1], device="cpu") for part in job.parts)
+    job.run(
+        _at(ready), *job.sizes, _at(signs), _at(scales), int(scales.ndim > 0), *(word & 0xFFFFFFFF for word in words),
+        _at(codes), _at(blocks), _at(mask), int(job.bare), int(back is not None), _threads(ready),
+    )  # fmt: skip
+    assert codes is not None
+    if back is not None:
+        return [codes.view(x.shape)]
+    bits = None if mask is None else join(layout.unspan(mask), 1)
+    return reference.parts_of(layout, codes, blocks, None if scale is job.constant else scale, bits)
 
 
-def _run(
-    x: Tensor,
-    scale: Tensor | float,
-    key: Tensor | None,
-    plan: Plan,
-    dtype: torch.dtype,
-    rotation: Rotation | None,
-    values: Values,
-    with_blocks: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Values, block scales (unless they are not asked for) and mask."""
-    check_spans(x)
+class Job(NamedTuple):
+    """What `_quantized` runs for one layout, dtype of x and order of the rotation. sizes: rows, span, inner and height
+    of cpu.cpp's quantize; parts: (shape, dtype) of values, block scales and a byte of mask for each element. constant:
+    the tensor scale where x does not decide it. bare: values are codes without their block scale."""
+
+    run: Callable[..., None]
+    sizes: tuple[int, int, int, int]
+    parts: tuple[tuple[tuple[int], torch.dtype] | None, ...]
+    constant: Tensor | None
+    draws: bool
+    bare: bool
+
+
+@lru_cache(4096)
+def _job(layout: Layout, source: torch.dtype, size: int, back: torch.dtype | None) -> Job:
+    """ValueError for a plan that there is no code for, and for lines that do not fill their blocks and rotations."""
+    plan = layout.plan
+    assert plan is not None
     KNOWS.check(plan)
-    check_key(key, plan, x)
-    check_operand_dtype(dtype, plan)
-    if (plan.span or 1) > LONGEST:
-        if values == "codes":
-            return reference.encode(x, scale, key, plan, rotation)
-        return reference.operand(x, scale, key, plan, dtype, rotation, with_blocks)
-    if rotation is not None and not _fits(rotation):
-        x, rotation = rotate(x, rotation), None
-    size = 0 if rotation is None else rotation.size
-    _check_filled(x, _multiple(plan, size), x.shape[1] if plan.block is None else None)
-    scales = scale_tensor(scale, x)
-    drawn = key if plan.rounding_mode.draws else None
-    return _quantize(_ready(x), scales, drawn, _signs(rotation), size, plan, dtype, values, with_blocks)
+    (lines, length), height, bare = layout.lines, _multiple(plan, size), layout.storage == "float8_128"
+    if layout.rows > 1:
+        lines, length = math.prod(layout.scale_grid), plan.block or 1
+    if length % height:
+        raise ValueError(f"x must fill blocks and rotations of {height}; got {layout.shape}; pad it with zeros")
+    elements = lines * length
+    in_rows = layout.dim == -1 or layout.rows > 1
+    rows, inner, height = (elements, 1, height) if in_rows else (length, lines, height)
+    dtype = back or reference.DTYPES.get(layout.storage, torch.float32)
+    constant = None if plan.scale_rule.given else reference.constant_scale(plan)
+    parts = (
+        ((elements,), dtype),
+        ((elements // plan.block,), torch.float32) if plan.block and not back and (layout.blocks or bare) else None,
+        ((elements,), torch.uint8) if plan.mask and not back else None,
+    )
+    return Job(
+        _quantize_function(plan, source if source in TYPES else torch.float32, dtype, size),
+        (rows, length, inner, math.gcd(length, CHUNK) if height == 1 else height),
+        parts,
+        None if constant is None else torch.tensor(constant, dtype=torch.float32, device="cpu"),
+        plan.rounding_mode.draws,
+        bare,
+    )
+
+
+def _fits_tile(plan: Plan) -> bool:
+    return (plan.span or 1) <= LONGEST
 
 
 def _multiple(plan: Plan, rotation: int) -> int:
@@ -255,8 +286,8 @@ def _packs(plan: Plan, dtype: torch.dtype) -> bool:
     return dtype in RESULTS and block * field_width(plan.element) % 8 == 0 and block <= LONGEST
 
 
-def _fits(rotation: Rotation) -> bool:
-    return rotation.base is None and rotation.size <= LONGEST
+def _fits(rotation: Rotation | None) -> bool:
+    return rotation is None or (rotation.base is None and rotation.size <= LONGEST)
 
 
 def _check_filled(x: Tensor, height: int, length: int | None = None) -> None:
@@ -266,8 +297,8 @@ def _check_filled(x: Tensor, height: int, length: int | None = None) -> None:
 
 
 def _ready(x: Tensor) -> Tensor:
-    """float32 or bfloat16, without a graph, with the memory that its values say."""
-    return (x if x.dtype in TYPES else x.float()).detach().resolve_neg()
+    """float32 or bfloat16, contiguous, without a graph, with the memory that its values say."""
+    return (x if x.dtype in TYPES else x.float()).detach().resolve_neg().contiguous()
 
 
 def _signs(rotation: Rotation | None) -> Tensor | None:
@@ -311,36 +342,6 @@ def _extent(x: Tensor, signs: Tensor | None, size: int) -> Tensor:
     function = _extent_function(size, x.dtype)
     function(_at(x), x.shape[0] * x.shape[1], x.shape[2], _at(signs), _at(found), _threads(x))
     return found
-
-
-def _quantize(
-    x: Tensor,
-    scale: Tensor,
-    key: Tensor | None,
-    signs: Tensor | None,
-    size: int,
-    plan: Plan,
-    dtype: torch.dtype,
-    values: Values,
-    with_blocks: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Values, and block scales and mask where there are any. scale: () or (outer, 1, inner)."""
-    x, scale, signs = x.contiguous(), scale.contiguous(), None if signs is None else signs.contiguous()
-    outer, span, inner = x.shape
-    found, blocks, mask = _empty(x.shape, dtype), None, None
-    if with_blocks and plan.block is not None:
-        blocks = _empty((outer * span // plan.block, 1, inner), torch.float32)
-    if plan.mask is not None:
-        mask = _empty(x.shape, torch.uint8)
-    words = (0, 0) if key is None else key.tolist()
-    height = _multiple(plan, size)
-    height = math.gcd(span, CHUNK) if height == 1 else height
-    _quantize_function(plan, x.dtype, dtype, size)(
-        _at(x), outer * span, span, inner, height, _at(signs), _at(scale), int(scale.ndim > 0),
-        *(word & 0xFFFFFFFF for word in words), _at(found), _at(blocks), _at(mask), int(values == "codes"),
-        int(values == "restored"), _threads(x),
-    )  # fmt: skip
-    return found, blocks, mask
 
 
 def _empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:

@@ -1,7 +1,8 @@
 """What runs where, chosen once per device and said once.
 
-Backends, whose modules have the operations that reference.py defines (random_signs, rotate, unrotate, tensor_scale,
-encode, operand, fake_quantize, pack, unpack, join, split):
+Backends, whose modules have the operations that reference.py defines (random_signs, rotate, unrotate, quantize,
+fake_quantize, pack, unpack, join, split), and say in which storages they quantise (STORAGES), whether in tiles of
+several rows (TILES), and whether packed codes are written beside others (PACKS):
 - reference: eager torch, on any device.
 - compiled: C++ that is made for each plan, on CPU.
 - triton: fused kernels, on CUDA.
@@ -28,15 +29,20 @@ MODULES = {"reference": reference, "compiled": cpu, "triton": gpu}
 FASTEST = {"cpu": "compiled", "cuda": "triton"}  # of each device
 
 
+def module(backend: str, device_type: str, plan: Plan | None = None, rotation: Rotation | None = None) -> Any:
+    """Of a backend on a device; plan, rotation: what it will be given. ValueError for an unknown backend, or for one
+    that cannot work there."""
+    chosen = resolve(backend, device_type)
+    if chosen == "triton" and backend == "auto" and _lacks_kernel(plan, rotation and rotation.size):
+        chosen = "reference"
+    return MODULES[chosen]
+
+
 def get(
     op: str, backend: str, device_type: str, plan: Plan | None = None, rotation: Rotation | None = None
 ) -> Callable[..., Any]:
-    """The function of an operation; plan, rotation: what it will be given, if it takes such. ValueError for an unknown
-    backend, or for one that cannot work there."""
-    chosen = resolve(backend, device_type)
-    if backend == "auto" and chosen == "triton" and _lacks_kernel(plan, rotation and rotation.size):
-        chosen = "reference"
-    return getattr(MODULES[chosen], op)
+    """The function of an operation; see `module`."""
+    return getattr(module(backend, device_type, plan, rotation), op)
 
 
 @cache

@@ -576,6 +576,22 @@ def unswizzle(flat: Tensor, lines: int, blocks: int) -> Tensor:
 # ------------------------------------------------------------------------------------------------------------- quantise
 
 
+@dataclass(frozen=True, eq=False)
+class Side:
+    """How one operand is quantised.
+
+    layout: what it becomes. rotation: along layout.dim, before all else. key: (2,) int32 for stochastic rounding and
+    EDEN. learned: () float32, the scale itself where the plan's rule is `learned`. packed: whether the same codes are
+    written packed too, for the backward.
+    """
+
+    layout: Layout
+    rotation: Rotation | None = None
+    key: Tensor | None = None
+    learned: Tensor | None = None
+    packed: bool = False
+
+
 def quantize(
     x: Tensor,
     layout: Layout,
@@ -584,68 +600,51 @@ def quantize(
     learned: Tensor | None = None,
     backend: str = "auto",
 ) -> QTensor:
-    """x (M, N), float, rotated along layout.dim and quantised as layout says.
-
-    key: (2,) int32 for stochastic rounding and EDEN. learned: () float32, the scale itself where the plan's rule is
-    `learned`. ValueError as of the backend's operations.
-    """
+    """x (M, N), float, rotated along layout.dim and quantised as layout says; the other arguments are those of a Side.
+    ValueError as of the backend's `quantize`, and for another shape."""
     if tuple(x.shape) != layout.shape:
         raise ValueError(f"the layout is of {layout.shape}; got {tuple(x.shape)}")
-    plan, device = layout.plan, x.device.type
-    if plan is None:
-        if rotation is not None:
-            x = dispatch.get("rotate", backend, device, rotation=rotation)(layout.whole_lines(x), rotation).view(
-                x.shape
-            )
-        return QTensor(x.to(FLOATS[layout.storage]), None, None, None, layout)
-    spans, scale, tensor_scale, rotation = prepared(x, layout, rotation, learned, backend)
-    held = _quantised_into(layout)
-    if held.storage == "float8_128":
-        codes, blocks, mask = dispatch.get("encode", backend, device, plan, rotation)(spans, scale, key, plan, rotation)
-    else:
-        dtype = torch.int8 if held.storage == "int8" else FLOATS[held.storage]
-        run = dispatch.get("operand", backend, device, plan, rotation)
-        codes, blocks, mask = run(spans, scale, key, plan, dtype, rotation, held.blocks)
-    codes = layout.unspan(codes)
-    if blocks is not None:
-        blocks = blocks.view(held.scale_grid if held.dim == -1 else held.scale_grid[::-1])
-    if held.storage == "float8_128":
-        assert blocks is not None
-        if held.dim == -2:
-            codes, blocks = codes.T, blocks.T.contiguous()
-        codes = codes.to(held.float8_dtype, memory_format=torch.contiguous_format)
-    bits = None if mask is None else dispatch.get("join", backend, device)(layout.unspan(mask), 1)
-    return QTensor(codes, blocks, tensor_scale, bits, held).to(layout, backend)
+    return quantize_side(x, Side(layout, rotation, key, learned), backend)[0]
 
 
-def prepared(
-    x: Tensor, layout: Layout, rotation: Rotation | None, learned: Tensor | None, backend: str
-) -> tuple[Tensor, Tensor | float, Tensor | None, Rotation | None]:
-    """What the backends' operations take of x (M, N): spans; its tensor scale, a number or one for each span; the same
-    as a QTensor has it; and the rotation that they have to do themselves."""
-    plan, device = layout.plan, x.device.type
-    assert plan is not None
-    if rotation is not None and layout.rows > 1:  # tiles are copies, which no rotation runs through
-        x = dispatch.get("rotate", backend, device, rotation=rotation)(layout.whole_lines(x), rotation).view(x.shape)
-        rotation = None
-    scale: Tensor | float
-    if learned is not None:
-        scale = learned
-    else:
-        scale = dispatch.get("tensor_scale", backend, device, plan, rotation)(layout.whole_lines(x), plan, rotation)
-    spans = layout.spans(x)
-    tensor_scale = scale if isinstance(scale, Tensor) else None
-    if isinstance(scale, Tensor) and scale.ndim:
-        tensor_scale = scale.squeeze(1)
-        if scale.shape[0] != spans.shape[0]:  # one scale a line over several blocks
-            scale = scale.repeat_interleave(spans.shape[0] // scale.shape[0], 0)
-        scale = scale.expand(-1, -1, spans.shape[2]).contiguous()
-    return spans, scale, tensor_scale, rotation
+def quantize_side(x: Tensor | QTensor, side: Side, backend: str) -> tuple[QTensor, QTensor | None]:
+    """x (M, N) as the Side says; and, with side.packed, the same without a mask in the storage of the fewest bits.
+    A QTensor is dequantised first, within the kernel where the backend can."""
+    layout = side.layout
+    if layout.plan is None:
+        turned = dispatch.get("rotate", backend, x.device.type, rotation=side.rotation)
+        x = turned(layout.whole_lines(x), side.rotation).view(x.shape) if side.rotation is not None else x
+        return QTensor(x.to(FLOATS[layout.storage]), None, None, None, layout), None
+    module = dispatch.module(backend, x.device.type, layout.plan, side.rotation)
+    if layout.rows > 1 and not module.TILES:
+        return _quantize_tiles(x, side, backend), None
+    held = layout if layout.storage in module.STORAGES else _held(layout)
+    if side.packed and not layout.packed:
+        packed = layout.unmasked.saved
+        if module.PACKS and packed.storage == "packed":
+            parts = module.quantize(x, replace(side, layout=held))
+            q = QTensor(*parts[:4], held)
+            return q.to(layout, backend), QTensor(parts[4], parts[5], q.tensor_scale, None, packed)
+        held = held if held.storage == "int8" else held.stored(held.storage, blocks=True)
+    q = QTensor(*module.quantize(x, replace(side, layout=held, packed=False)), held)
+    return q.to(layout, backend), q.unmasked.to(layout.unmasked.saved, backend) if side.packed else None
 
 
-def _quantised_into(layout: Layout) -> Layout:
-    """The layout in which the backends' operations give a matrix that is to be in `layout`."""
-    assert layout.plan is not None
-    if layout.storage in (*FLOATS, "int8") or (layout.storage == "float8_128" and layout.plan.scale_kind == "float32"):
-        return layout
+def _held(layout: Layout) -> Layout:
+    """In which a backend that writes floats gives a matrix that is to be in `layout`."""
     return layout.stored(float_storage(layout.plan, torch.bfloat16), blocks=True)
+
+
+def _quantize_tiles(x: Tensor, side: Side, backend: str) -> QTensor:
+    """By a backend that knows no tiles: each tile is a row of a matrix of its own."""
+    layout, held = side.layout, _held(side.layout)
+    if side.rotation is not None:
+        rotate = dispatch.get("rotate", backend, x.device.type, rotation=side.rotation)
+        x = rotate(layout.whole_lines(x), side.rotation).view(x.shape)
+    tiles = layout.spans(x).squeeze(2)
+    rows = quantize(tiles, replace(held, shape=tuple(tiles.shape), dim=-1, rows=1), None, side.key, side.learned, backend)
+    assert rows.block_scale is not None
+    codes, passes = layout.unspan(rows.codes), rows.passes(backend)
+    blocks = rows.block_scale.view(held.scale_grid if held.dim == -1 else held.scale_grid[::-1])
+    mask = None if passes is None else dispatch.get("join", backend, x.device.type)(layout.unspan(passes), 1)
+    return QTensor(codes, blocks, rows.tensor_scale, mask, held).to(layout, backend)

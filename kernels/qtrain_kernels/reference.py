@@ -15,6 +15,7 @@ NaN and infinity stay visible: either one in a block (or row, or, with a tensor 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -22,6 +23,9 @@ from torch import Tensor
 from qtrain_kernels.formats import Element
 from qtrain_kernels.plans import Knows, Mask, Packed, Plan, Rotation, ScaleRule, field_width, scale_nan, stored_integer
 from qtrain_kernels.precision import matmul
+
+if TYPE_CHECKING:
+    from qtrain_kernels.qtensor import Layout, Side
 
 # ----------------------------------------------------------------------------------------------------------- reductions
 
@@ -424,25 +428,64 @@ def operand(
     return codes.to(dtype), blocks if with_blocks else None, mask
 
 
-def fake_quantize_by(operand: Callable[..., tuple], unrotate: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The operation fake_quantize of a backend, out of two of its others."""
-
-    def fake_quantize(
-        x: Tensor,
-        scale: Tensor | float,
-        key: Tensor | None,
-        plan: Plan,
-        dtype: torch.dtype,
-        rotation: Rotation | None = None,
-    ) -> Tensor:
-        """x quantised, dequantised and rotated back, in dtype. Same arguments as `encode`."""
-        values, _, _ = operand(x, scale, key, plan, torch.float32, rotation, with_blocks=False)
-        return unrotate(values * scale, rotation, None, dtype)
-
-    return fake_quantize
+STORAGES, TILES, PACKS = ("float32", "bfloat16", "int8", "float8_128"), True, False
 
 
-fake_quantize = fake_quantize_by(operand, unrotate)
+def quantize(x: Tensor, side: Side) -> list[Tensor | None]:
+    """x (M, N), float -> codes, block scales, tensor scale and mask, the parts of a QTensor of side.layout, which is in
+    one of STORAGES; in float8_128 only codes under float32 scales. ValueError as of `encode`."""
+    layout, rotation = side.layout, side.rotation
+    plan = layout.plan
+    assert plan is not None
+    if rotation is not None and layout.rows > 1:  # tiles are copies, which no rotation runs through
+        x, rotation = rotate(layout.whole_lines(x), rotation).view(x.shape), None
+    scale = tensor_scale(layout.whole_lines(x), plan, rotation) if side.learned is None else side.learned
+    spans, each = layout.spans(x), scale
+    if isinstance(scale, Tensor) and scale.ndim:  # one a line over several blocks
+        each = scale.repeat_interleave(spans.shape[0] // scale.shape[0], 0).expand(-1, -1, spans.shape[2])
+    if layout.storage == "float8_128":
+        codes, blocks, mask = encode(spans, each, side.key, plan, rotation)
+    else:
+        dtype = DTYPES[layout.storage]
+        codes, blocks, mask = operand(spans, each, side.key, plan, dtype, rotation, layout.blocks)
+    return parts_of(layout, codes, blocks, scale, None if mask is None else join(layout.unspan(mask), 1))
+
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
+
+
+def parts_of(
+    layout: Layout, codes: Tensor, blocks: Tensor | None, scale: Tensor | float | None, mask: Tensor | None
+) -> list[Tensor | None]:
+    """The parts of a QTensor, of what `encode` or `operand` has given; mask: bits."""
+    codes = layout.unspan(codes)
+    if blocks is not None:
+        blocks = blocks.view(layout.scale_grid if layout.dim == -1 else layout.scale_grid[::-1])
+    if layout.storage == "float8_128":
+        assert blocks is not None
+        if layout.dim == -2:
+            codes, blocks = codes.T, blocks.T.contiguous()
+        codes = codes.to(layout.float8_dtype, memory_format=torch.contiguous_format)
+    scale = scale.squeeze(1) if isinstance(scale, Tensor) and scale.ndim == 3 else scale
+    return [codes, blocks, scale if isinstance(scale, Tensor) else None, mask]
+
+
+def fake_quantize(x: Tensor, side: Side, dtype: torch.dtype) -> Tensor:
+    """x (M, N) quantised in layout's float32, dequantised and rotated back, in dtype."""
+    return fake_quantize_by(quantize, unrotate, x, side, dtype)
+
+
+def fake_quantize_by(
+    quantize: Callable[..., list[Any]], unrotate: Callable[..., Tensor], x: Tensor, side: Side, dtype: torch.dtype
+) -> Tensor:
+    """`fake_quantize` of two operations of a backend."""
+    layout, plan = side.layout, side.layout.plan
+    codes, _, scale, _ = quantize(x, side)
+    values = codes * (layout.constant if scale is None else scale)
+    if side.rotation is None:
+        return values.to(dtype)
+    assert plan is not None
+    return unrotate(layout.whole_lines(values), side.rotation, None, dtype).view(x.shape)
 
 
 def _in_code_units(x: Tensor, scale: Tensor | float, blocks: Tensor | None, plan: Plan) -> Tensor:

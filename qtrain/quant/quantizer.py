@@ -23,7 +23,7 @@ from qtrain.settings import Backend, parse
 from qtrain_kernels import dispatch, qtensor
 from qtrain_kernels.formats import get_format
 from qtrain_kernels.plans import ROUNDINGS, Plan, Rotation, RoundingName
-from qtrain_kernels.qtensor import Layout, QTensor, Storage
+from qtrain_kernels.qtensor import Layout, QTensor, Side, Storage
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,20 @@ class QuantizedTensor:
     block_scale: Tensor | None
     tensor_scale: Tensor | float
     mask: Tensor | None
+
+    @staticmethod
+    def of(q: QTensor, backend: Backend = "auto") -> QuantizedTensor:
+        """Of a matrix in float32 with its block scales."""
+        codes, blocks, layout = q.codes, None, q.layout
+        if q.block_scale is not None:
+            tiles = q.block_scale if layout.dim == -1 else q.block_scale.T
+            each = tiles.repeat_interleave(layout.rows, 0).repeat_interleave(layout.size or 1, 1)
+            each = each[: layout.lines[0], : layout.lines[1]]
+            blocks = each if layout.dim == -1 else each.T
+            codes = codes / torch.where(blocks == 0, 1.0, blocks)
+        passes = q.passes(backend)
+        scale = layout.constant if q.tensor_scale is None else q.tensor_scale
+        return QuantizedTensor(codes, blocks, scale, None if passes is None else passes.view(torch.bool))
 
     def dequantize(self) -> Tensor:
         """(M, N) float32."""
@@ -162,15 +176,8 @@ class Quantizer:
     ) -> QuantizedTensor:
         """x (M, N), float -> codes and scales of x rotated, along dim (-1 or -2); key (2,) int32."""
         assert self.plan is not None
-        layout = self.layout((x.shape[0], x.shape[1]), dim)
-        spans, scale, tensor_scale, rotation = qtensor.prepared(x, layout, rotation, None, self.backend)
-        encode = dispatch.get("encode", self.backend, x.device.type, self.plan, rotation)
-        codes, block_scale, mask = encode(spans, scale, key, self.plan, rotation)
-        if block_scale is not None:
-            block_scale = layout.unspan(block_scale.expand(-1, self.plan.block or 1, -1))
-        passes = None if mask is None else layout.unspan(mask).view(torch.bool)
-        post = layout.constant if tensor_scale is None else tensor_scale
-        return QuantizedTensor(layout.unspan(codes), block_scale, post, passes)
+        layout = self.layout((x.shape[0], x.shape[1]), dim, blocks=True)
+        return QuantizedTensor.of(self.operand(x, layout, rotation, key), self.backend)
 
     def count(self, x: Tensor, rotation: Rotation | None = None, key: Tensor | None = None, dim: int = -1) -> Counts:
         """What `quantize` does to x: nothing becomes NaN, saturates or vanishes without being counted here."""
@@ -204,12 +211,8 @@ class Quantizer:
     def fake_quantize(self, x: Tensor, rotation: Rotation | None = None, key: Tensor | None = None) -> Tensor:
         """x (M, N) quantised along dim -1, dequantised and rotated back, in its own dtype."""
         assert self.plan is not None
-        layout = self.layout((x.shape[0], x.shape[1]))
-        spans, scale, _, left = qtensor.prepared(x, layout, rotation, None, self.backend)
-        function = dispatch.get("fake_quantize", self.backend, x.device.type, self.plan, left)
-        dtype = x.dtype if left is rotation else torch.float32
-        values = layout.unspan(function(spans, scale, key, self.plan, dtype, left))
-        return values if left is rotation else unrotate(values, rotation, self.backend, dtype=x.dtype)
+        side = Side(self.layout((x.shape[0], x.shape[1])), rotation, key)
+        return dispatch.get("fake_quantize", self.backend, x.device.type, self.plan, rotation)(x, side, x.dtype)
 
     def __str__(self) -> str:
         """mxfp4/std/nearest/had32/clip, as in the printed model."""

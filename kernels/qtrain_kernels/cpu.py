@@ -138,7 +138,7 @@ def _amax(x: Tensor, rotation: Rotation | None) -> Tensor:
     return _extent(_ready(x), _signs(rotation), rotation.size)
 
 
-STORAGES, TILES, PACKS = reference.STORAGES, True, False
+FUSED, writes = False, reference.writes
 
 
 def quantize(x: Tensor, side: Side) -> list[Tensor | None]:

@@ -40,6 +40,7 @@ FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 # ----------------------------------------------------------------------------------------------------------- the table
 
 Capability = tuple[int, int]
+Scale = Tensor | float
 ANY: tuple[Capability, Capability] = (0, 0), (99, 0)
 
 
@@ -49,19 +50,19 @@ class Product:
 
     storage: of the layout that it takes; "float" for float32 or bfloat16. wants: that layout of a side, given the
     compute dtype; ValueError where the side does not go into it. run: the product of two QTensors in those layouts, in
-    bfloat16 or float32. devices: the types of device that it runs on, with the least and the largest CUDA compute
+    bfloat16 or float32, and the scales that are left to multiply it. devices: the types of device that it runs on, with the least and the largest CUDA compute
     capability; None: all. pair: why it does not take two sides together, each of which it takes; None if it does.
     """
 
     name: str
     storage: str
     wants: Callable[[Layout, torch.dtype], Layout]
-    run: Callable[[QTensor, QTensor], Tensor]
+    run: Callable[[QTensor, QTensor], tuple[Tensor, list[Scale]]]
     devices: Mapping[str, tuple[Capability, Capability]] | None
     pair: Callable[[Layout, Layout], str | None] = lambda left, right: None
 
-    def multiply(self, left: QTensor, right: QTensor, dtype: torch.dtype, backend: str) -> Tensor:
-        """The product of two sides that it accepts, without a check."""
+    def unscaled(self, left: QTensor, right: QTensor, dtype: torch.dtype, backend: str) -> tuple[Tensor, list[Scale]]:
+        """The product of two sides that it accepts, without a check; and the scales that are left to multiply it."""
         return self.run(self._taken(left, dtype, backend), self._taken(right, dtype, backend))
 
     def _taken(self, side: QTensor, dtype: torch.dtype, backend: str) -> QTensor:
@@ -107,7 +108,7 @@ def multiply(product: Product, left: QTensor, right: QTensor, dtype: torch.dtype
     reason = product.accepts(left.layout, right.layout)
     if reason:
         raise ValueError(f"product {product.name!r} does not take these operands: {reason}")
-    return product.multiply(left, right, dtype, backend)
+    return scaled(*product.unscaled(left, right, dtype, backend))
 
 
 @lru_cache(1024)
@@ -290,33 +291,37 @@ def _scaled_mm(left: Tensor, left_scale: Tensor, right: Tensor, right_scale: Ten
 # ------------------------------------------------------------------------------------------------------------ products
 
 
-def _scaled(product: Tensor, left: QTensor, right: QTensor) -> Tensor:
-    """A product of codes times both sides' tensor scales, float32; as it is where there are none."""
-    scales = [each.layout.constant if each.tensor_scale is None else each.tensor_scale for each in (left, right)]
-    if isinstance(scales[0], float) and isinstance(scales[1], float):
-        scales = [scales[0] * scales[1]]
+def scaled(product: Tensor, scales: Sequence[Scale]) -> Tensor:
+    """A product times its scales, each rounded to float32, in place where it can be; as it is where there are none."""
     for scale in scales:
-        if isinstance(scale, Tensor) or scale != 1.0:
-            product = product.float().mul_(scale)
+        product = product.float().mul_(scale)
     return product
 
 
-def _float_product(left: QTensor, right: QTensor) -> Tensor:
+def _scales(left: QTensor, right: QTensor) -> list[Scale]:
+    """Both sides' tensor scales; without those that are 1."""
+    scales = [each.layout.constant if each.tensor_scale is None else each.tensor_scale for each in (left, right)]
+    if isinstance(scales[0], float) and isinstance(scales[1], float):
+        scales = [scales[0] * scales[1]]
+    return [scale for scale in scales if isinstance(scale, Tensor) or scale != 1.0]
+
+
+def _float_product(left: QTensor, right: QTensor) -> tuple[Tensor, list[Scale]]:
     """In the dtype of the two, float32 if either is; float32 where a tensor scale multiplies the product.
 
     A bfloat16 product is rounded once before the scale, and once more by the caller who casts it.
     """
     dtype = torch.promote_types(left.codes.dtype, right.codes.dtype)
-    return _scaled(matmul(left.codes.to(dtype), right.codes.to(dtype)), left, right)
+    return matmul(left.codes.to(dtype), right.codes.to(dtype)), _scales(left, right)
 
 
-def _int8_product(left: QTensor, right: QTensor) -> Tensor:
+def _int8_product(left: QTensor, right: QTensor) -> tuple[Tensor, list[Scale]]:
     """The exact sum, rounded to float32, times each scale."""
     (unit, offset), (other_unit, other_offset) = (
         stored_integer(side.layout.plan.element) for side in (left, right) if side.layout.plan is not None
     )
     product = int8_matmul(left.codes, right.codes, offset, other_offset).mul_(unit * other_unit)
-    return _scaled(product, left, right)
+    return product, _scales(left, right)
 
 
 def _line_scale(q: QTensor) -> Tensor:
@@ -328,18 +333,18 @@ def _line_scale(q: QTensor) -> Tensor:
     return lines * scale
 
 
-def _fp8_product(left: QTensor, right: QTensor, fast: bool = False) -> Tensor:
+def _fp8_product(left: QTensor, right: QTensor, fast: bool = False) -> tuple[Tensor, list[Scale]]:
     sides = left.codes, _line_scale(left), right.codes.T, _line_scale(right).T
-    return fp8_matmul(*sides, fast=fast)
+    return fp8_matmul(*sides, fast=fast), []
 
 
-def _fp8_block_product(left: QTensor, right: QTensor) -> Tensor:
+def _fp8_block_product(left: QTensor, right: QTensor) -> tuple[Tensor, list[Scale]]:
     """bfloat16. The tensor scales are multiplied into the block scales."""
     left, right = (replace(side, block_scale=_line_scale(side)) for side in (left, right))
     if left.codes.is_cuda:
-        return _block_scaled_mm(left, right)
+        return _block_scaled_mm(left, right), []
     a, b = (side.codes.float() * side.scale_of_each() for side in (left, right))
-    return matmul(a, b.T).bfloat16()
+    return matmul(a, b.T).bfloat16(), []
 
 
 def _block_scaled_mm(left: QTensor, right: QTensor) -> Tensor:
@@ -360,8 +365,8 @@ def _block_scales(q: QTensor, wide: int) -> tuple[Tensor, ScalingType]:
     return F.pad(q.block_scale, (0, 0, 0, wide)).T.contiguous().T, ScalingType.BlockWise1x128
 
 
-def _native_product(left: QTensor, right: QTensor) -> Tensor:
-    """On FP4 and MX units, bfloat16; float32 where a scale that the units do not read multiplies it."""
+def _native_product(left: QTensor, right: QTensor) -> tuple[Tensor, list[Scale]]:
+    """On FP4 and MX units, bfloat16; and the scales that the units do not read."""
     plan, wide = left.layout.plan, -right.shape[1] % FP8_MULTIPLE
     assert plan is not None and left.block_scale is not None and right.block_scale is not None
     two_levels = plan.scale_kind == "minifloat"
@@ -375,7 +380,7 @@ def _native_product(left: QTensor, right: QTensor) -> Tensor:
         assert left.tensor_scale is not None and right.tensor_scale is not None
         scales = [*scales[0], left.tensor_scale], [*scales[1], right.tensor_scale]
     product = scaled_mm(a, b, scales[0], kinds, scales[1], kinds, orders, orders)[:, : right.shape[1]]
-    return product if two_levels else _scaled(product, left, right)
+    return product, [] if two_levels else _scales(left, right)
 
 
 ON_8_BIT_UNITS = {"cpu": ANY, "cuda": ANY}

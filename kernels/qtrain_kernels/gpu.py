@@ -15,7 +15,7 @@ __all__ = [
     "fake_quantize", "join", "missing_kernel", "obstacle", "pack", "quantize", "random_signs", "rotate",
     "split", "unpack", "unrotate",
 ]  # fmt: skip
-STORAGES, TILES, PACKS = reference.STORAGES, True, False
+FUSED, writes = False, reference.writes
 
 
 def quantize(x, side):

@@ -118,12 +118,15 @@ class Layout:
 
     @cached_property
     def saved(self) -> Layout:
-        """The storage of the fewest bits that holds the same: packed where that is smaller, else as it is."""
-        if self.flat and self.plan is not None and not self.lacks("packed"):
-            width = 8 if self.storage == "int8" else 8 * FLOATS[self.storage].itemsize
-            if field_width(self.plan.element) < width:
-                return self.stored("packed")
-        return self.stored(self.storage)
+        """The storage of the fewest bits that holds the same: packed where that is smaller, else as it is, or in floats
+        where float8 may round."""
+        if self.packed or self.plan is None:
+            return self.stored(self.storage)
+        rounds = not self.flat and self.size is not None
+        storage = float_storage(self.plan, torch.bfloat16) if rounds else self.storage
+        width = 8 * FLOATS[storage].itemsize if storage in FLOATS else 8
+        packs = not self.lacks("packed") and field_width(self.plan.element) < width
+        return self.stored("packed" if packs else storage)
 
     def along(self, dim: int) -> Layout:
         """The layout in which the same codes serve a product that contracts the other dim. ValueError where a scale
@@ -312,6 +315,10 @@ class QTensor:
     @property
     def shape(self) -> tuple[int, int]:
         return self.layout.shape
+
+    @property
+    def device(self) -> torch.device:
+        return self.codes.device
 
     @property
     def t(self) -> QTensor:
@@ -609,25 +616,50 @@ def quantize(
 
 def quantize_side(x: Tensor | QTensor, side: Side, backend: str) -> tuple[QTensor, QTensor | None]:
     """x (M, N) as the Side says; and, with side.packed, the same without a mask in the storage of the fewest bits.
-    A QTensor is dequantised first, within the kernel where the backend can."""
+    A QTensor is dequantised first, within the kernel where there is one that does."""
     layout = side.layout
     if layout.plan is None:
-        turned = dispatch.get("rotate", backend, x.device.type, rotation=side.rotation)
-        x = turned(layout.whole_lines(x), side.rotation).view(x.shape) if side.rotation is not None else x
-        return QTensor(x.to(FLOATS[layout.storage]), None, None, None, layout), None
+        q = _in_floats(_values(x, backend), side, backend)
+        return q, q if side.packed else None
     module = dispatch.module(backend, x.device.type, layout.plan, side.rotation)
-    if layout.rows > 1 and not module.TILES:
-        return _quantize_tiles(x, side, backend), None
-    held = layout if layout.storage in module.STORAGES else _held(layout)
-    if side.packed and not layout.packed:
-        packed = layout.unmasked.saved
-        if module.PACKS and packed.storage == "packed":
-            parts = module.quantize(x, replace(side, layout=held))
-            q = QTensor(*parts[:4], held)
-            return q.to(layout, backend), QTensor(parts[4], parts[5], q.tensor_scale, None, packed)
-        held = held if held.storage == "int8" else held.stored(held.storage, blocks=True)
-    q = QTensor(*module.quantize(x, replace(side, layout=held, packed=False)), held)
-    return q.to(layout, backend), q.unmasked.to(layout.unmasked.saved, backend) if side.packed else None
+    if not (module.FUSED and isinstance(x, QTensor) and module.requantizes(x.layout)):
+        x = _values(x, backend)
+    held, saved = layout if module.writes(layout) else _held(layout), layout.unmasked.saved
+    if held.rows > 1 and not module.writes(held):
+        q = _quantize_tiles(x, side, held, backend)
+    elif side.packed and module.FUSED and saved.storage == "packed" != held.storage:
+        parts = module.quantize(x, replace(side, layout=held))
+        q = QTensor(*parts[:4], held)
+        return q.to(layout, backend), QTensor(parts[4], parts[5], q.tensor_scale, None, saved)
+    else:
+        if side.packed and held.storage in FLOATS:
+            held = held.stored(held.storage, blocks=True)
+        q = QTensor(*module.quantize(x, Side(held, side.rotation, side.key, side.learned)), held)
+    return q.to(layout, backend), q.unmasked.to(saved, backend) if side.packed else None
+
+
+def quantize_both(x: Tensor, rows: Side, columns: Side, backend: str) -> list[QTensor]:
+    """x (M, N) along its rows and along its columns, each as its Side says; in one reading of x where the backend
+    can."""
+    sides = rows, columns
+    modules = [dispatch.module(backend, x.device.type, side.layout.plan, side.rotation) for side in sides]
+    if all(module.FUSED and module.writes(side.layout) for module, side in zip(modules, sides, strict=True)):
+        found = modules[0].quantize_both(x, rows, columns)
+        return [QTensor(*parts, side.layout) for parts, side in zip(found, sides, strict=True)]
+    return [quantize_side(x, side, backend)[0] for side in sides]
+
+
+def _values(x: Tensor | QTensor, backend: str) -> Tensor:
+    return x.dequantize(backend) if isinstance(x, QTensor) else x
+
+
+def _in_floats(x: Tensor, side: Side, backend: str) -> QTensor:
+    """Rotated, but not quantised."""
+    layout = side.layout
+    if side.rotation is not None:
+        rotate = dispatch.get("rotate", backend, x.device.type, rotation=side.rotation)
+        x = rotate(layout.whole_lines(x), side.rotation).view(x.shape)
+    return QTensor(x.to(FLOATS[layout.storage]), None, None, None, layout)
 
 
 def _held(layout: Layout) -> Layout:
@@ -635,9 +667,9 @@ def _held(layout: Layout) -> Layout:
     return layout.stored(float_storage(layout.plan, torch.bfloat16), blocks=True)
 
 
-def _quantize_tiles(x: Tensor, side: Side, backend: str) -> QTensor:
+def _quantize_tiles(x: Tensor, side: Side, held: Layout, backend: str) -> QTensor:
     """By a backend that knows no tiles: each tile is a row of a matrix of its own."""
-    layout, held = side.layout, _held(side.layout)
+    layout = side.layout
     if side.rotation is not None:
         rotate = dispatch.get("rotate", backend, x.device.type, rotation=side.rotation)
         x = rotate(layout.whole_lines(x), side.rotation).view(x.shape)
@@ -647,4 +679,4 @@ def _quantize_tiles(x: Tensor, side: Side, backend: str) -> QTensor:
     codes, passes = layout.unspan(rows.codes), rows.passes(backend)
     blocks = rows.block_scale.view(held.scale_grid if held.dim == -1 else held.scale_grid[::-1])
     mask = None if passes is None else dispatch.get("join", backend, x.device.type)(layout.unspan(passes), 1)
-    return QTensor(codes, blocks, rows.tensor_scale, mask, held).to(layout, backend)
+    return QTensor(codes, blocks, rows.tensor_scale, mask, held)

@@ -428,12 +428,18 @@ def operand(
     return codes.to(dtype), blocks if with_blocks else None, mask
 
 
-STORAGES, TILES, PACKS = ("float32", "bfloat16", "int8", "float8_128"), True, False
+FUSED = False
+
+
+def writes(layout: Layout) -> bool:
+    """Whether `quantize` gives a layout: floats, integers, and float8 where codes need no shift."""
+    of_codes = layout.storage == "float8_128" and layout.plan is not None and layout.plan.scale_kind == "float32"
+    return layout.storage in DTYPES or of_codes
 
 
 def quantize(x: Tensor, side: Side) -> list[Tensor | None]:
-    """x (M, N), float -> codes, block scales, tensor scale and mask, the parts of a QTensor of side.layout, which is in
-    one of STORAGES; in float8_128 only codes under float32 scales. ValueError as of `encode`."""
+    """x (M, N), float -> codes, block scales, tensor scale and mask, the parts of a QTensor of side.layout, which it
+    `writes`. ValueError as of `encode`."""
     layout, rotation = side.layout, side.rotation
     plan = layout.plan
     assert plan is not None

@@ -1,4 +1,4 @@
-"""The quantised linear layer as four operators of torch: quantize_weight, fprop, dgrad and wgrad.
+"""The quantised linear layer as five operators of torch: quantize_weight, fprop, quantize_grad, dgrad and wgrad.
 
 # T tokens (all leading dims), K in features, N out features; H the block Hadamard, D random signs, Q a quantiser.
     fprop  Y  = Q(X D H) Q(W D H)^T                          contraction over K
@@ -20,9 +20,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache, cached_property
+from functools import cache, cached_property, lru_cache
 from hashlib import blake2b
 from itertools import count
 from pathlib import Path
@@ -35,18 +35,19 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
 from qtrain.quant.quantizer import Quantizer, rotate, unrotate
-from qtrain.quant.random import USES, key_of
+from qtrain.quant.random import USES
 from qtrain.quant.rotation import hadamard
 from qtrain.recipe import LinearRecipe
 from qtrain.settings import Backend, GemmKind, Redraw
 from qtrain_kernels import dispatch, qtensor
-from qtrain_kernels.gemm import Product, resolve, reused
+from qtrain_kernels.gemm import Product, resolve, reused, scaled
 from qtrain_kernels.plans import Rotation
-from qtrain_kernels.qtensor import Layout, QTensor, bytes_of, float_storage, inexact, unquantised
+from qtrain_kernels.qtensor import Layout, QTensor, Side, float_storage, inexact, unquantised
 
 NO_SHAPE = (0, 0)
 # Of what the operators' results look like: graphs that torch keeps on disk must not outlive it.
 VERSION = blake2b(b"".join(Path(each).read_bytes() for each in (__file__, qtensor.__file__)), digest_size=4).hexdigest()
+ROWS = {use: row for row, use in enumerate(USES)}  # of a layer's table of keys
 OPERANDS = {"fprop": ("x", "w"), "dgrad": ("dy", "w"), "wgrad": ("dy", "x")}
 
 # ----------------------------------------------------------------------------------------------------- what is observed
@@ -95,22 +96,24 @@ class Gemm:
     left: Quantizer
     right: Quantizer
 
-    def rotation(self, key: Tensor, size: int) -> Rotation | None:
-        """Of the contraction dim, which has this size."""
-        spec = self.left.spec
-        if spec.rotation_block is None:
-            return None
-        drawn = None if spec.signs == "none" else key
-        return hadamard(spec.rotation_block or size, drawn, key.device, self.left.backend)
+    @cached_property
+    def quantizes(self) -> bool:
+        """Whether the left operand is more than x in the compute dtype: quantised or rotated."""
+        return self.left.plan is not None or self.left.rotates or self.rows_block is not None
 
-    @property
+    @cached_property
+    def rows_block(self) -> int | None:
+        """Of the rotation of the left operand's rows, which leaves the product again (HALO-2)."""
+        return self.left.spec.row_rotation_block
+
+    @cached_property
     def multiple(self) -> int:
         return math.lcm(self.left.multiple, self.right.multiple)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Numerics:
-    """A recipe's three GEMMs, resolved for one backend."""
+    """A recipe's three GEMMs, resolved for one backend. There is one object of each text."""
 
     fprop: Gemm
     dgrad: Gemm
@@ -132,7 +135,7 @@ class Numerics:
 
     def lasts(self, gemm_: Gemm) -> bool:
         """Whether the weight's operand of fprop or dgrad is the same in every micro-batch of a step."""
-        return self.redraw == "step" or not (gemm_.right.stochastic or gemm_.right.spec.signs == "step")
+        return self.redraw == "step" or not (gemm_.right.draws or gemm_.right.spec.signs == "step")
 
     @cached_property
     def keeps(self) -> bool:
@@ -154,8 +157,15 @@ class Numerics:
         except ValueError as error:
             return str(error)
 
-    def __hash__(self) -> int:
-        return hash(self.text)
+    @property
+    def backend(self) -> Backend:
+        return self.fprop.left.backend
+
+    @cached_property
+    def save_codes(self) -> bool:
+        """Whether wgrad takes x as fprop has quantised or rotated it, and not x itself."""
+        forward = self.fprop.left
+        return self.wgrad.right.spec.source == "forward" and (forward.plan is not None or forward.rotates)
 
     @cached_property
     def operands(self) -> dict[str, Quantizer]:
@@ -166,7 +176,7 @@ class Numerics:
     @cached_property
     def uses(self) -> tuple[str, ...]:
         """What it draws random bits for, of `USES`; other than the signs of all layers and steps."""
-        drawn = {name for name, quantizer in self.operands.items() if quantizer.stochastic}
+        drawn = {name for name, quantizer in self.operands.items() if quantizer.draws}
         drawn |= {f"{name}.signs" for name in OPERANDS if getattr(self, name).left.spec.signs == "step"}
         return tuple(use for use in USES if use in drawn)
 
@@ -223,7 +233,7 @@ def text_of_own(numerics: Numerics) -> str:
 # ------------------------------------------------------------------------------------------------------- the arithmetic
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Call:
     """One call of an operator: what its three GEMMs share. keys: (9, 2) int32 in the order of USES, on the device;
     dtype: the compute dtype, bfloat16 or float32."""
@@ -234,76 +244,138 @@ class Call:
     observer: Observer | None
 
     def product(self, name: str) -> Product:
-        return self.numerics.product(name, self.keys.device.type)
+        return _product(self.numerics, name, self.keys.device.type, None)
 
     def rotation(self, name: str, size: int) -> Rotation | None:
-        """Of one of the GEMMs."""
-        return getattr(self.numerics, name).rotation(key_of(self.keys, f"{name}.signs"), size)
+        """Of the contraction, which has this size, of one of the GEMMs."""
+        quantizer = getattr(self.numerics, name).left
+        if quantizer.rotation_block is None:
+            return None
+        drawn = None if quantizer.spec.signs == "none" else self.keys[ROWS[f"{name}.signs"]]
+        return hadamard(quantizer.rotation_block or size, drawn, self.keys.device)
 
-    def layout(self, use: str, shape: tuple[int, int], dim: int, blocks: bool = False) -> Layout:
-        """In which an operand is quantised: as its product takes it, or in floats where that is made of floats. blocks:
-        with block scales beside the floats."""
-        quantizer, product = self.numerics.operands[use], self.product(use.partition(".")[0])
-        if product.storage == "int8":
-            return quantizer.layout(shape, dim, "int8")
-        floats = float_storage(quantizer.plan, self.dtype)
-        return quantizer.layout(shape, dim, floats, blocks or product.storage != "float")
+    def layout(self, use: str, shape: Sequence[int], dim: int) -> Layout:
+        """In which an operand is quantised: as its product takes it, if that changes no code, or else in floats."""
+        sizes = shape[0], shape[1]
+        made = _layout if type(sizes[0]) is type(sizes[1]) is int else _layout.__wrapped__  # symbols have no hash
+        return made(self.numerics.operands[use], self.product(use[:5]), sizes, dim, self.dtype)
 
     def operand(
         self,
         use: str,
-        x: Tensor,
+        x: Tensor | QTensor,
         rotation: Rotation | None,
         dim: int = -1,
         learned: Tensor | None = None,
-        blocks: bool = False,
+        layout: Layout | None = None,
+        packed: bool = False,
         raw: Tensor | None = None,
-    ) -> QTensor:
-        """x as the operand `use` (fprop.x) of its GEMM, along dim, drawn with that use's key; learned: () a scale;
-        blocks: with its block scales, of which packed codes are made; raw: as in `Observed`."""
-        quantizer, observer = self.numerics.operands[use], self.observer
-        layout = self.layout(use, (x.shape[0], x.shape[1]), dim, blocks or observer is not None)
-        operand = quantizer.operand(x, layout, rotation, key_of(self.keys, use), learned)
-        if observer is not None and quantizer.plan is not None:
-            storage = self.product(use.partition(".")[0]).storage
-            rounded = inexact(operand, storage) / x.numel() if storage in ("float8", "float8_128") else None
-            observer.operand(Observed(use, quantizer, x, rotation, dim, operand, raw, rounded))
-        return operand
+    ) -> tuple[QTensor, QTensor | None]:
+        """x as the operand `use` (fprop.x) of its GEMM along dim, drawn with that use's key, in its own layout or the
+        one given; with packed, also in the storage of the fewest bits. learned: () a scale; raw: as in `Observed`."""
+        quantizer = self.numerics.operands[use]
+        key = self.keys[ROWS[use]] if quantizer.draws else None
+        side = Side(layout or self.layout(use, x.shape, dim), rotation, key, learned, packed)
+        if self.observer is not None and quantizer.plan is not None:
+            values = x.dequantize(quantizer.backend) if isinstance(x, QTensor) else x
+            self._show(self.observer, use, values, side, raw)
+        return qtensor.quantize_side(x, side, quantizer.backend)
+
+    def _show(self, observer: Observer, use: str, x: Tensor, side: Side, raw: Tensor | None) -> None:
+        """Quantises once more, in floats beside their block scales, which the observer looks at."""
+        quantizer, dim, storage = self.numerics.operands[use], side.layout.dim, self.product(use[:5]).storage
+        held = "int8" if storage == "int8" else float_storage(quantizer.plan, self.dtype)
+        layout = quantizer.layout(side.layout.shape, dim, held, blocks=True)
+        operand = quantizer.operand(x, layout, side.rotation, side.key, side.learned)
+        rounded = inexact(operand, storage) / x.numel() if storage in ("float8", "float8_128") else None
+        observer.operand(Observed(use, quantizer, x, side.rotation, dim, operand, raw, rounded))
 
     def again(self, use: str, source: QTensor, rotation: Rotation | None, padding: int) -> QTensor:
         """An operand of the backward, along dim -2, from a master or forward value, and so many rows of zeros below it.
         A forward value that is neither rotated nor quantised again keeps its codes, and its tensor scale beside them; a
         scale per row lies along the contraction and is multiplied in."""
-        name = use.partition(".")[0]
+        backend = self.numerics.backend
         if self.numerics.operands[use].reuses and (source.tensor_scale is None or not source.tensor_scale.ndim):
-            if self.product(name).storage != "int8":
-                source = source.unmasked.to(
-                    float_storage(source.layout.plan, self.dtype), self.numerics.fprop.left.backend
-                )
+            if self.product(use[:5]).storage != "int8":
+                source = source.unmasked.to(float_storage(source.layout.plan, self.dtype), backend)
             return source.along(-2).filled(padding)
-        x = source.dequantize(self.numerics.fprop.left.backend)
-        filled = F.pad(x, (0, 0, 0, padding)) if padding else x
-        return self.operand(use, filled, rotation, dim=-2, raw=x)
+        if not padding:
+            return self.operand(use, source, rotation, dim=-2)[0]
+        x = source.dequantize(backend)
+        return self.operand(use, F.pad(x, (0, 0, 0, padding)), rotation, dim=-2, raw=x)[0]
 
-    def multiply(self, name: str, left: QTensor, right: QTensor) -> Tensor:
-        """left @ right as one of the GEMMs is multiplied."""
-        return self.product(name).multiply(left, right, self.dtype, self.numerics.fprop.left.backend)
+    def weight(self, weight: Tensor, scale: Tensor | None, held: Held) -> QTensor:
+        """The operand fprop.w: of what quantize_weight gave, or else quantised here."""
+        if held:
+            layout = self.weight_layout(weight, held[0].dtype == torch.uint8)
+            return QTensor.of(layout, held[: len(layout.shapes())])
+        rotation = self.rotation("fprop", weight.shape[1])
+        return self.operand("fprop.w", weight, rotation, learned=_scalar(scale))[0]
+
+    def weight_layout(self, weight: Tensor, packed: bool) -> Layout:
+        """Of quantize_weight's result, which any product can be made of."""
+        quantizer, integers = self.numerics.fprop.right, self.product("fprop").storage == "int8"
+        storage = "int8" if integers else float_storage(quantizer.plan, self.dtype)
+        layout = quantizer.layout((weight.shape[0], weight.shape[1]), -1, storage)
+        return layout.saved if packed else layout
+
+    def gradient(self, use: str, dy: Held, shape: tuple[int, int], dim: int, padding: Sequence[int]) -> QTensor:
+        """dY as its GEMM takes it, (M, N): of what quantize_grad gave, or dY itself, filled with zeros."""
+        if getattr(self.numerics, use[:5]).quantizes:
+            return QTensor.of(self.layout(use, shape, dim), dy)
+        return unquantised(_filled(dy[0], padding).to(self.dtype))
+
+    def multiply(
+        self, name: str, left: QTensor, right: QTensor, dtype: torch.dtype, rotation: Rotation | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """left @ right as one of the GEMMs is multiplied, masked (by bits) and out of the rotation of its rows."""
+        backend = self.numerics.backend
+        product, scales = self.product(name).unscaled(left, right, self.dtype, backend)
+        module = dispatch.module(backend, product.device.type, rotation=rotation)
+        if not module.FUSED:
+            product, scales = scaled(product, scales), []
+        if not scales and rotation is None and mask is None:
+            return product.to(dtype)
+        lines = [scale[..., None] if isinstance(scale, Tensor) and scale.ndim else scale for scale in scales]
+        return module.unrotate(product[..., None], rotation, mask, dtype, lines).view(product.shape)
+
+
+@lru_cache(4096)
+def _layout(quantizer: Quantizer, product: Product, shape: tuple[int, int], dim: int, dtype: torch.dtype) -> Layout:
+    plain = quantizer.layout(shape, dim)
+    wanted = product.wants(plain, dtype)
+    if (wanted.plan, wanted.rows) == (plain.plan, plain.rows):
+        return wanted
+    return quantizer.layout(shape, dim, float_storage(plain.plan, dtype), blocks=True)
+
+
+def _filled(x: Tensor, padding: Sequence[int]) -> Tensor:
+    """x with so many zeros as F.pad takes them."""
+    return F.pad(x, padding) if any(padding) else x
 
 
 def _to_operand(
-    grad: Tensor, mask: Tensor | None, slope: Tensor | None, rotation: Rotation | None, rotated: bool,
-    quantizer: Quantizer, dtype: torch.dtype, ranks: int = 1,
+    call: Call, name: str, left: QTensor, right: QTensor, mask: Tensor | None, slope: Tensor | None, rotated: bool,
+    dtype: torch.dtype, ranks: int = 1, rows: Rotation | None = None,
 ) -> list[Tensor]:  # fmt: skip
-    """A gradient by the operand as quantised (rotated: it is in rotated space) -> by the operand itself in dtype, and
-    by its learned scale, (1,) float32, where there is one. mask: bits. ranks: that share the operand's rows."""
+    """left @ right as dgrad or wgrad, a gradient by the operand as quantised (rotated: it is in rotated space) -> by
+    the operand itself in dtype, and by its learned scale, (1,) float32, where there is one. mask: bits. ranks: that
+    share the operand's rows. rows: the rotation of the product's rows, which were filled up for it."""
+    side = call.numerics.fprop.left if name == "dgrad" else call.numerics.fprop.right
+    rotation, backend = call.rotation("fprop", right.shape[1]), side.backend
+    if rows is None and slope is None and (rotated or mask is None):
+        return [call.multiply(name, left, right, dtype, rotation if rotated else None, mask)]
+    grad = call.multiply(name, left, right, torch.float32)
+    if rows is not None:
+        grad = unrotate(grad, rows, backend, dim=-2)
     if mask is None and slope is None and not rotated:
         return [grad.to(dtype)]
     if not rotated:
-        grad = rotate(grad, rotation, quantizer.backend)
-    passes = None if mask is None else bytes_of(mask, grad.shape, quantizer.backend)
-    found = [unrotate(grad, rotation, quantizer.backend, mask=passes, dtype=dtype)]
+        grad = rotate(grad, rotation, backend)
+    found = [unrotate(grad, rotation, backend, mask=mask, dtype=dtype)]
     if slope is not None:
-        found.append((grad.float() * slope).sum().view(1) * _scale_gradient_factor(ranks * slope.numel(), quantizer))
+        found.append((grad * slope).sum().view(1) * _scale_gradient_factor(ranks * slope.numel(), side))
     return found
 
 
@@ -326,32 +398,18 @@ def _scale_gradient_factor(elements: int, quantizer: Quantizer) -> float:
 # -------------------------------------------------------------------------------------------------------- the operators
 #
 # A quantised operand travels as the tensors of a QTensor. A weight's are followed by its slope (`_scale_slope`) where
-# its scale is learned. Arguments that all four share come last: keys, numerics, dtype, observer.
+# its scale is learned. Arguments that all share come last: keys, numerics, dtype, observer.
 
 Held = list[Tensor]
 
 
 def _quantize_weight(call: Call, weight: Tensor, scale: Tensor | None, packed: bool) -> Held:
-    """weight (N, K) master -> as fprop takes it; packed: in the bits of its format, where it has such."""
-    operand, slope = _weight(call, weight, scale, [], blocks=packed)
-    if packed:
-        operand = operand.to(operand.layout.saved, call.numerics.fprop.right.backend)
-    return operand.tensors() if slope is None else [*operand.tensors(), slope]
-
-
-def _weight(
-    call: Call, weight: Tensor, scale: Tensor | None, kept: Held, blocks: bool = False
-) -> tuple[QTensor, Tensor | None]:
-    """The operand fprop.w and its slope: as kept, or else quantised here."""
-    quantizer = call.numerics.fprop.right
-    if kept:
-        packed = kept[0].dtype == torch.uint8
-        layout = call.layout("fprop.w", (weight.shape[0], weight.shape[1]), -1, packed)
-        layout = layout.saved if packed else layout
-        return QTensor.of(layout, kept[: len(layout.shapes())]), None if scale is None else kept[-1]
-    rotation = call.rotation("fprop", weight.shape[1])
-    operand = call.operand("fprop.w", weight, rotation, learned=_scalar(scale), blocks=blocks)
-    return operand, None if scale is None else _scale_slope(weight, rotation, operand, scale, quantizer)
+    """weight (N, K) master -> quantised for fprop; packed: in the bits of its format, where it has such."""
+    rotation, layout = call.rotation("fprop", weight.shape[1]), call.weight_layout(weight, packed)
+    operand, _ = call.operand("fprop.w", weight, rotation, learned=_scalar(scale), layout=layout)
+    if scale is None:
+        return operand.tensors()
+    return [*operand.tensors(), _scale_slope(weight, rotation, operand, scale, call.numerics.fprop.right)]
 
 
 def _fprop(
@@ -365,86 +423,100 @@ def _fprop(
     save_mask: bool,
 ) -> list[Tensor]:
     """x (T, K), weight (N, K) master, both scales (1,) learned ones, kept: of quantize_weight, or nothing -> y (T, N)
-    in dtype; then, of x, the tensors of its codes (with save_x, if it `saves_codes`), and the bits of its mask and the
-    slope of its learned scale (with save_mask, if it has them)."""
-    quantizer, rotation = call.numerics.fprop.left, call.rotation("fprop", x.shape[1])
-    codes = save_x and saves_codes(call.numerics)
-    w, _ = _weight(call, weight, w_scale, kept)
-    xq = call.operand("fprop.x", x, rotation, learned=_scalar(x_scale), blocks=codes)
-    found = [call.multiply("fprop", xq, w.t).to(call.dtype)]
-    if codes:
-        found += xq.unmasked.to(xq.layout.unmasked.saved, quantizer.backend).tensors()
+    in dtype; then, of x, the tensors of its codes (with save_x, if the numerics `save_codes`), and the bits of its mask
+    and the slope of its learned scale (with save_mask, if it has them)."""
+    rotation = call.rotation("fprop", x.shape[1])
+    w = call.weight(weight, w_scale, kept)
+    xq, codes = call.operand(
+        "fprop.x", x, rotation, learned=_scalar(x_scale), packed=save_x and call.numerics.save_codes
+    )
+    found = [call.multiply("fprop", xq, w.t, call.dtype), *(() if codes is None else codes.tensors())]
     if save_mask and xq.mask is not None:
         found.append(xq.mask)
     if save_mask and x_scale is not None:
-        found.append(_scale_slope(x, rotation, xq, x_scale, quantizer))
+        found.append(_scale_slope(x, rotation, xq, x_scale, call.numerics.fprop.left))
     return found
 
 
-def saves_codes(numerics: Numerics) -> bool:
-    """Whether wgrad takes x as fprop has quantised or rotated it, and not x itself."""
-    forward = numerics.fprop.left
-    return numerics.wgrad.right.spec.source == "forward" and (forward.plan is not None or forward.rotates)
+def _quantize_grad(call: Call, dy: Tensor, for_x: bool, for_w: bool) -> Held:
+    """dy (T, N) -> the tensors of dgrad's operand (for_x, if dgrad `quantizes`), then of wgrad's (for_w). Along N and T
+    they are filled with zeros to whole blocks."""
+    dgrad, wgrad = call.numerics.dgrad, call.numerics.wgrad
+    (tokens, features), found = dy.shape, []
+    across, below = (0, -features % dgrad.multiple), (0, 0, 0, -tokens % wgrad.multiple)
+    turned, filled = _filled(dy, across), _filled(dy, below)
+    if dgrad.rows_block is not None:
+        rows = hadamard(dgrad.rows_block, None, dy.device)
+        padded = _filled(turned, (0, 0, 0, -tokens % dgrad.rows_block))
+        turned = rotate(padded, rows, call.numerics.backend, dim=-2)
+    uses = [("dgrad", turned, -1)] if for_x and dgrad.quantizes else []
+    uses += [("wgrad", filled, -2)] if for_w and wgrad.quantizes else []
+    rotations = [call.rotation(name, x.shape[dim]) for name, x, dim in uses]
+    if len(uses) == 2 and turned is filled is dy and call.observer is None:
+        sides = [
+            Side(call.layout(f"{name}.dy", x.shape, dim), rotation, call.keys[ROWS[f"{name}.dy"]])
+            for (name, x, dim), rotation in zip(uses, rotations, strict=True)
+        ]
+        found = qtensor.quantize_both(dy, sides[0], sides[1], call.numerics.backend)
+    else:
+        found = [
+            call.operand(f"{name}.dy", x, rotation, dim, raw=dy)[0]
+            for (name, x, dim), rotation in zip(uses, rotations, strict=True)
+        ]
+    return [tensor for operand in found for tensor in operand.tensors()]
 
 
 def _dgrad(
     call: Call,
-    dy: Tensor,
+    dy: Held,
     weight: Tensor,
     w: Held,
     x_mask: Tensor | None,
     x_slope: Tensor | None,
+    tokens: int,
     x_dtype: torch.dtype,
 ) -> list[Tensor]:
-    """dy (T, N), weight (N, K) master, w: of quantize_weight, where its codes are multiplied; x_mask: bits, x_slope (T,
-    K) -> dX (T, K) in x_dtype, and the gradient of a learned scale, (1,). Both operands are quantised along N, filled
-    with zeros to whole blocks."""
-    gemm_, forward = call.numerics.dgrad, call.numerics.fprop
-    (tokens, features), block = dy.shape, gemm_.left.spec.row_rotation_block
-    padding, backend = -features % gemm_.multiple, gemm_.left.backend
-    from_codes = gemm_.right.spec.source == "forward"
-    source = _weight(call, weight, None, w)[0] if from_codes else unquantised(weight)
-    rotation = call.rotation("dgrad", features + padding)
+    """dy: dY (T, N) itself, or of quantize_grad, T = tokens; weight (N, K) master, w: of quantize_weight, where its
+    codes are multiplied; x_mask: bits, x_slope (T, K) -> dX (T, K) in x_dtype, and the gradient of a learned scale,
+    (1,)."""
+    gemm = call.numerics.dgrad
+    padding, below = -weight.shape[0] % gemm.multiple, -tokens % (gemm.rows_block or 1)
+    from_codes = gemm.right.spec.source == "forward"
+    source = call.weight(weight, None, w) if from_codes else unquantised(weight)
+    rotation = call.rotation("dgrad", weight.shape[0] + padding)
     right = call.again("dgrad.w", source, rotation, padding)
-    rows = None if block is None else hadamard(block, None, dy.device)
-    turned = F.pad(dy, (0, padding)) if padding else dy
-    if rows is not None:
-        turned = rotate(F.pad(turned, (0, 0, 0, -tokens % rows.size)), rows, backend, dim=-2)
-    product = call.multiply("dgrad", call.operand("dgrad.dy", turned, rotation, raw=dy), right)
-    if rows is not None:
-        product = unrotate(product, rows, backend, dim=-2)[:tokens]
+    left = call.gradient("dgrad.dy", dy, (tokens + below, weight.shape[0] + padding), -1, (0, padding))
     ranks = distributed.get_world_size() if x_slope is not None and distributed.is_initialized() else 1
-    turn = call.rotation("fprop", weight.shape[1])
-    return _to_operand(product, x_mask, x_slope, turn, from_codes, forward.left, x_dtype, ranks)
+    rows = None if gemm.rows_block is None else hadamard(gemm.rows_block, None, weight.device)
+    dx, *rest = _to_operand(call, "dgrad", left, right, x_mask, x_slope, from_codes, x_dtype, ranks, rows)
+    return [dx[:tokens] if below else dx, *rest]
 
 
 def _wgrad(
     call: Call,
-    dy: Tensor,
+    dy: Held,
     x: Held,
     w_mask: Tensor | None,
     w_slope: Tensor | None,
-    features: int,
+    tokens: int,
+    out_features: int,
+    in_features: int,
     weight_dtype: torch.dtype,
 ) -> list[Tensor]:
-    """dy (T, N), x: the input (T, K) itself, or what fprop saved of its codes; w_mask: bits, w_slope (N, K) -> dW
-    (N, K) in weight_dtype, K = features, and the gradient of a learned scale, (1,). Both operands are quantised along
-    T, filled with zeros to whole blocks. Zeros do not change the product, unless neither operand can represent zero and
-    neither is rotated; no shipped recipe does that."""
-    gemm_, forward = call.numerics.wgrad, call.numerics.fprop
-    tokens, from_codes = dy.shape[0], gemm_.right.spec.source == "forward"
-    if saves_codes(call.numerics):
-        layout = call.layout("fprop.x", (tokens, features), -1, blocks=True).unmasked.saved
-        source = QTensor.of(layout, x)
+    """dy: dY (T, N) itself, or of quantize_grad; x: the input (T, K) itself, or what fprop saved of its codes; w_mask:
+    bits, w_slope (N, K) -> dW (N, K) in weight_dtype, and the gradient of a learned scale, (1,). T = tokens is filled
+    with zeros to whole blocks. Zeros do not change the product, unless neither operand can represent zero and neither
+    is rotated; no shipped recipe does that."""
+    gemm, from_codes = call.numerics.wgrad, call.numerics.wgrad.right.spec.source == "forward"
+    if call.numerics.save_codes:
+        source = QTensor.of(call.layout("fprop.x", (tokens, in_features), -1).saved.unmasked, x)
     else:
         source = unquantised(x[0].to(call.dtype) if from_codes else x[0])
-    padding = -tokens % gemm_.multiple
-    filled = F.pad(dy, (0, 0, 0, padding)) if padding else dy
+    padding = -tokens % gemm.multiple
     rotation = call.rotation("wgrad", tokens + padding)
-    left = call.operand("wgrad.dy", filled, rotation, dim=-2, raw=dy)
-    product = call.multiply("wgrad", left.t, call.again("wgrad.x", source, rotation, padding))
-    turn = call.rotation("fprop", features)
-    found = _to_operand(product, w_mask, w_slope, turn, from_codes, forward.right, weight_dtype)
+    left = call.gradient("wgrad.dy", dy, (tokens + padding, out_features), -2, (0, 0, 0, padding))
+    right = call.again("wgrad.x", source, rotation, padding)
+    found = _to_operand(call, "wgrad", left.t, right, w_mask, w_slope, from_codes, weight_dtype)
     if call.observer is not None:
         call.observer.gradient(found[0])
     return found
@@ -501,11 +573,18 @@ def _define(function: Callable[..., list[Tensor]], arguments: str) -> Any:
 
 quantize_weight = _define(_quantize_weight, "Tensor weight, Tensor? scale, bool packed")
 fprop = _define(
-    _fprop,
-    "Tensor x, Tensor weight, Tensor? x_scale, Tensor? w_scale, Tensor[] kept, bool save_x, bool save_mask",
+    _fprop, "Tensor x, Tensor weight, Tensor? x_scale, Tensor? w_scale, Tensor[] kept, bool save_x, bool save_mask"
 )
-dgrad = _define(_dgrad, "Tensor dy, Tensor weight, Tensor[] w, Tensor? x_mask, Tensor? x_slope, ScalarType x_dtype")
-wgrad = _define(_wgrad, "Tensor dy, Tensor[] x, Tensor? w_mask, Tensor? w_slope, int features, ScalarType weight_dtype")
+quantize_grad = _define(_quantize_grad, "Tensor dy, bool for_x, bool for_w")
+dgrad = _define(
+    _dgrad,
+    "Tensor[] dy, Tensor weight, Tensor[] w, Tensor? x_mask, Tensor? x_slope, SymInt tokens, ScalarType x_dtype",
+)
+wgrad = _define(
+    _wgrad,
+    "Tensor[] dy, Tensor[] x, Tensor? w_mask, Tensor? w_slope, SymInt tokens, SymInt out_features, SymInt in_features, "
+    "ScalarType weight_dtype",
+)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
@@ -514,7 +593,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     ctx.shared, ctx.x_dtype, ctx.held = (text, dtype, observer), x.dtype, (len(kept), save_mask)
     ctx.observer = _observers.get(observer)  # holds it
     ctx.set_materialize_grads(False)
-    own = x if save_x and not saves_codes(read_numerics(text)) else None
+    own = x if save_x and not read_numerics(text).save_codes else None
     ctx.save_for_backward(keys, weight, w_scale, own, *kept, *output[1:])
 
 
@@ -523,26 +602,37 @@ def _backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
     count, save_mask = ctx.held
     kept, saved = rest[:count], rest[count:]
     shared, numerics = (keys, *ctx.shared), read_numerics(ctx.shared[0])
-    forward = numerics.fprop
+    call, forward = Call(numerics, keys, ctx.shared[1], None), numerics.fprop
     needs_x, needs_w, needs_x_scale, needs_w_scale = ctx.needs_input_grad[:4]
+    for_x, for_w = needs_x or needs_x_scale, needs_w or needs_w_scale
     x_slope = saved.pop() if save_mask and forward.left.learned else None
     x_mask = saved.pop() if save_mask and forward.left.masks else None
     dy, w, w_mask, w_slope = grads[0].contiguous(), kept, None, None
     dx, dw, dx_scale, dw_scale = (None,) * 4
     from_codes = numerics.dgrad.right.spec.source == "forward" and forward.right.plan is not None
-    needed = ((needs_x or needs_x_scale) and from_codes) or (needs_w and forward.right.masks) or needs_w_scale
+    needed = (for_x and from_codes) or (needs_w and forward.right.masks) or needs_w_scale
     if not kept and needed:
-        w = quantize_weight(weight, w_scale, False, *shared[:-1], 0)  # which the forward has shown to the observer
+        packed = dispatch.module(numerics.backend, keys.device.type).FUSED  # whose kernels read packed weights
+        w = quantize_weight(weight, w_scale, packed, *shared[:-1], 0)  # which the forward has shown to the observer
     if w:
         w_slope = w[-1] if forward.right.learned else None
         w_mask = w[-1 - forward.right.learned] if forward.right.masks else None
-    if needs_x or needs_x_scale:
+    operands = []
+    if (for_x and numerics.dgrad.quantizes) or (for_w and numerics.wgrad.quantizes):
+        operands = quantize_grad(dy, for_x, for_w, *shared)
+    if for_x:
+        own = [dy]
+        if numerics.dgrad.quantizes:
+            own = operands[: len(call.layout("dgrad.dy", NO_SHAPE, -1).shapes())]
+            operands = operands[len(own) :]
         slope = x_slope if needs_x_scale else None
-        dx, dx_scale = _two(dgrad(dy, weight, w if from_codes else [], x_mask, slope, ctx.x_dtype, *shared))
-    if needs_w or needs_w_scale:
-        slope = w_slope if needs_w_scale else None
+        dx, dx_scale = _two(
+            dgrad(own, weight, w if from_codes else [], x_mask, slope, dy.shape[0], ctx.x_dtype, *shared)
+        )
+    if for_w:
+        own, slope = operands if numerics.wgrad.quantizes else [dy], w_slope if needs_w_scale else None
         held = saved if x is None else [x]
-        dw, dw_scale = _two(wgrad(dy, held, w_mask, slope, weight.shape[1], weight.dtype, *shared))
+        dw, dw_scale = _two(wgrad(own, held, w_mask, slope, dy.shape[0], *weight.shape, weight.dtype, *shared))
     return dx, dw, dx_scale, dw_scale, [None] * len(kept), *[None] * 6
 
 

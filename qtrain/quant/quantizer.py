@@ -85,8 +85,8 @@ def unrotate(
     mask: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """(x * mask) (D H)^-1 in dtype; mask (M, N) uint8."""
-    passes = None if mask is None else _lines(mask, dim)
+    """(x * mask) (D H)^-1 in dtype; mask (M, N) uint8, or its bits, eight a byte."""
+    passes = None if mask is None else _lines(mask, dim) if mask.shape == x.shape else mask
     turn_back = dispatch.get("unrotate", backend, x.device.type, rotation=rotation)
     return turn_back(_lines(x, dim), rotation, passes, dtype).view(x.shape)
 
@@ -130,9 +130,15 @@ class Quantizer:
         )
         return Quantizer(spec, plan, backend)
 
-    @property
-    def stochastic(self) -> bool:
+    @cached_property
+    def draws(self) -> bool:
+        """Whether it takes random bits, for which there must be a key."""
         return self.spec.quantised and ROUNDINGS[self.spec.rounding].draws
+
+    @cached_property
+    def rotation_block(self) -> int | None:
+        """0: the whole contraction; None: it is not rotated."""
+        return self.spec.rotation_block
 
     @property
     def reuses(self) -> bool:
@@ -196,14 +202,14 @@ class Quantizer:
 
     @property
     def rotates(self) -> bool:
-        return self.spec.rotation_block is not None
+        return self.rotation_block is not None
 
-    @property
+    @cached_property
     def masks(self) -> bool:
         """Whether its estimator stops some gradients."""
         return self.plan is not None and self.plan.mask is not None
 
-    @property
+    @cached_property
     def learned(self) -> bool:
         """Whether its scale is a parameter."""
         return self.plan is not None and self.plan.rule == "learned"

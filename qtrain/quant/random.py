@@ -33,11 +33,6 @@ def checked_seed(seed: SupportsIndex) -> int:
         raise UserError(f"seed is {seed!r}; give an integer") from None
 
 
-def key_of(keys: Tensor, use: str) -> Tensor:
-    """The row (2,) of a layer's key table (9, 2) for one of USES."""
-    return keys[USES.index(use)]
-
-
 def key_words(*parts: SupportsIndex | str) -> list[int]:
     """Two int32 words, a stable hash of the parts (equal on every machine and Python); any integer type counts."""
     parts = tuple(part if isinstance(part, str) else int(operator.index(part)) for part in parts)

@@ -13,16 +13,13 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from qtrain.settings import Backend
-from qtrain_kernels import dispatch
 from qtrain_kernels.plans import Rotation
 
 
-def hadamard(size: int, key: Tensor | None, device: torch.device, backend: Backend = "auto") -> Rotation:
-    """Blocks of `size` with signs that are a function of key (2,) int32; None: without signs. ValueError where no
-    Hadamard matrix of this order is known here."""
-    signs = None if key is None else dispatch.get("random_signs", backend, device.type)(size, key)
-    return Rotation(size, signs, base(size, device))
+def hadamard(size: int, key: Tensor | None, device: torch.device) -> Rotation:
+    """Blocks of `size` with signs that key, (2,) int32, draws; None: without signs. ValueError where no Hadamard matrix
+    of this order is known here."""
+    return Rotation(size, key, base(size, device))
 
 
 @cache

@@ -475,19 +475,139 @@ inline void keep_largest(const vf* x, vf* keep, int64_t n) {
 }  // namespace
 #endif
 
+#if defined(QUANTIZE) || defined(PACK) || defined(FIELDS)
+// ------------------------------------------------------------------------------------------------------------- packing
+
+namespace {
+
+constexpr uint64_t in_each(int bits, int of) {  // the low bits of each run
+  uint64_t found = 0;
+  for (int at = 0; at < 64; at += of)
+    for (int bit = 0; bit < bits && at + bit < 64; bit++) found |= 1ull << (at + bit);
+  return found;
+}
+
+// Eight fields, a byte each, to the low 8 * W bits, and back (little-endian).
+template <int W>
+inline uint64_t joined(uint64_t x) {
+  x = (x | x >> (8 - W)) & in_each(2 * W, 16);
+  x = (x | x >> (16 - 2 * W)) & in_each(4 * W, 32);
+  return (x | x >> (32 - 4 * W)) & in_each(8 * W, 64);
+}
+inline uint64_t apart(uint64_t x) {
+  x = (x | x << (32 - 4 * WIDTH)) & in_each(4 * WIDTH, 32);
+  x = (x | x << (16 - 2 * WIDTH)) & in_each(2 * WIDTH, 16);
+  return (x | x << (8 - WIDTH)) & in_each(WIDTH, 8);
+}
+
+template <int W>
+inline void join_fields(const uint8_t* fields, int64_t n, uint8_t* bytes) {  // n a multiple of 8
+  for (int64_t i = 0; i < n; i += 8) {
+    uint64_t x;
+    memcpy(&x, fields + i, 8);
+    x = joined<W>(x);
+    memcpy(bytes + i * W / 8, &x, W);
+  }
+}
+inline void split_fields(const uint8_t* bytes, int64_t n, uint8_t* fields) {
+  const int64_t whole = n / 8 * 8, left = n - whole;
+  uint64_t x = 0;
+  if (WIDTH == 4)  // two fields of a byte to two bytes, in vectors
+    for (int64_t i = 0; i < whole / 2; i++) {
+      const uint16_t two = (bytes[i] | bytes[i] << 4) & 0x0f0f;
+      memcpy(fields + 2 * i, &two, 2);
+    }
+  for (int64_t i = WIDTH == 4 ? whole : 0; i < whole; i += 8) {
+    x = 0;  // not by memcpy into a part of x: reading the whole would wait until both stores are done
+#pragma GCC unroll 8
+    for (int byte = 0; byte < WIDTH; byte++) x |= (uint64_t)bytes[i * WIDTH / 8 + byte] << 8 * byte;
+    x = apart(x);
+    memcpy(fields + i, &x, 8);
+  }
+  x = 0;
+  memcpy(&x, bytes + whole * WIDTH / 8, (left * WIDTH + 7) / 8);
+  x = apart(x);
+  memcpy(fields + whole, &x, left);
+}
+
+constexpr int64_t PIECE = 4096;  // fields that one thread takes at a time
+
+}  // namespace
+#endif
+
+
+#if defined(QUANTIZE) || defined(PACK)
+namespace {
+
+inline vi place_of(vf magnitude, const Grid& g) {  // among a minifloat's magnitudes
+  vi normal = (bits_of(magnitude) >> (23 - g.mantissa_bits)) - ((g.min_exponent + 126) << g.mantissa_bits);
+  vf steps = magnitude * power(g.mantissa_bits - g.min_exponent);
+  return normal < (1 << g.mantissa_bits) ? __builtin_convertvector(steps, vi) : normal;
+}
+inline vf at_place(vi place, const Grid& g) {
+  vf normal = (vf)((place << (23 - g.mantissa_bits)) + ((g.min_exponent + 126) << 23));
+  vf steps = __builtin_convertvector(place, vf) * power(g.min_exponent - g.mantissa_bits);
+  return place < (1 << g.mantissa_bits) ? steps : normal;
+}
+
+inline vi field_of(vf code) {
+  code = clamped(code != code ? all(ELEMENT.max) : code, ELEMENT.max);
+  if (!ELEMENT.minifloat) return __builtin_convertvector((code + ELEMENT.max) * (1.0f / ELEMENT.step), vi);
+  return place_of(absolute(code), ELEMENT) | ((bits_of(code) >> 31 & 1) << (BITS - 1));
+}
+inline vf code_of(vi field) {  // of the low BITS
+  constexpr int places = 1 << (BITS - 1);
+  if (!ELEMENT.minifloat)
+    return __builtin_convertvector(field & ((1 << WIDTH) - 1), vf) * ELEMENT.step - ELEMENT.max;
+  vi place = field & (places - 1);
+#ifndef __clang__
+  if constexpr (places <= LANES) {  // looked up in a register
+    vi lane;
+    for (int l = 0; l < LANES; l++) lane[l] = l;
+    place = __builtin_shuffle(bits_of(at_place(lane & (places - 1), ELEMENT)), field & (LANES - 1) & (places - 1));
+  } else
+#endif
+    place = bits_of(at_place(place, ELEMENT));
+  return (vf)(place | (vi)((vu)field << (32 - BITS) & 0x80000000u));
+}
+
+inline vi byte_of(vf scale) {  // of a block's scale
+  if (KIND == Kind::E8M0) return biased_exponent(bits_of(scale));
+  return scale != scale ? vi{} + SCALE_NAN : place_of(scale, SCALE);
+}
+
+}  // namespace
+#endif
+
 #ifdef QUANTIZE
-// x (outer, span, inner) -> values (codes, codes * block scale, or stored integers), block scales and mask as reference.encode gives them.
-// rows = outer * span. scale: NULL, one number, or one per (span, inner); span: the length of a line where one per line.
-// bare: values are codes; back: values are multiplied by scale and rotated back.
+namespace {
+
+// LANES runs of `height` fields, which follow each other, as the bits of one; space: room for their bytes.
+template <int W>
+inline void write_fields(uint8_t* to, vf* fields, int64_t run, int lanes, int64_t height, uint8_t* space) {
+  write(space, fields, Tile{0, 1, height, lanes}, height);
+  join_fields<W>(space, lanes * height, to + run * height * W / 8);
+}
+
+}  // namespace
+
+// x (outer, span, inner) -> values (codes, codes * block scale, or stored integers), block scales and mask as
+// reference.encode gives them, and the bits of the mask, of the codes and of their scales; each only where it is asked
+// for. rows = outer * span. scale: NULL, one number, or one per (span, inner); span: the length of a line where one per
+// line. bare: values are codes; back: values are multiplied by scale and rotated back. Bits are written of rows alone
+// (inner 1), of heights that fill whole bytes.
 extern "C" void quantize(const void* x_, int64_t rows, int64_t span, int64_t inner, int64_t height, const float* signs,
                          const float* scale_, int scale_per_span, uint32_t key0, uint32_t key1, void* values_,
-                         float* blocks_out, uint8_t* mask_out, int bare, int back, int threads) {
+                         float* blocks_out, uint8_t* mask_out, uint8_t* mask_bits, uint8_t* packed,
+                         uint8_t* packed_scales, int bare, int back, int threads) {
   const Input* x = (const Input*)x_;
   Output* values = (Output*)values_;
   const int64_t block = BLOCK ? BLOCK : height, per_tile = height / block, all_blocks = rows / block;
-  over_tiles(rows, inner, height, 5 * height + per_tile, threads,
+  over_tiles(rows, inner, height, 7 * height + per_tile, threads,
              [=](Tile t, int64_t run, int64_t column, vf* v) {
-    vf *u = v + height, *passes = v + 2 * height, *space = v + 3 * height, *scales = v + 5 * height;
+    vf *u = v + height, *passes = v + 2 * height, *space = v + 3 * height, *fields = v + 5 * height;
+    vf* scales = v + 7 * height;
+    uint8_t* bytes = (uint8_t*)(v + 6 * height);
     read(v, x, nullptr, t, height);
     turn(v, height, signs);
     vf scale = all(1.0f);
@@ -520,6 +640,7 @@ extern "C" void quantize(const void* x_, int64_t rows, int64_t span, int64_t inn
         if (MASK == Mask::WITHIN) passes[e] = absolute(in_codes) <= MASK_LIMIT ? all(1.0f) : all(0.0f);
         if (MASK == Mask::ERROR) passes[e] = absolute(code - in_codes) <= MASK_LIMIT ? all(1.0f) : all(0.0f);
         if (CORRECTION) u[e] = in_codes;
+        if (packed) fields[e] = __builtin_convertvector(field_of(code), vf);
         x[i] = back && !CORRECTION ? code * factor * outside : code * factor;
       }
     }
@@ -545,6 +666,11 @@ extern "C" void quantize(const void* x_, int64_t rows, int64_t span, int64_t inn
       for (int64_t b = 0; b < per_tile; b++)
         for (int l = 0; l < t.lanes; l++)
           blocks_out[inner == 1 ? (run + l) * per_tile + b : (run * per_tile + b) * inner + column + l] = scales[b][l];
+    if (packed_scales)
+      for (int64_t b = 0; b < per_tile; b++) {
+        const vi byte = byte_of(scales[b]);
+        for (int l = 0; l < t.lanes; l++) packed_scales[(run + l) * per_tile + b] = byte[l];
+      }
     if (CORRECTION && !bare)
       for (int64_t e = 0; e < height; e++) v[e] *= scales[e / block];
     if (CORRECTION && back)
@@ -552,8 +678,10 @@ extern "C" void quantize(const void* x_, int64_t rows, int64_t span, int64_t inn
     if (back) turn_back(v, height, signs);
     if (sizeof(Output) == 1)
       for (int64_t e = 0; e < height; e++) v[e] = v[e] * (1.0f / UNIT) - OFFSET;
-    write(values, v, t, height);
-    if (MASK != Mask::NONE) write(mask_out, passes, t, height);
+    if (values) write(values, v, t, height);
+    if (MASK != Mask::NONE && mask_bits) write_fields<1>(mask_bits, passes, run, t.lanes, height, bytes);
+    if (MASK != Mask::NONE && mask_out) write(mask_out, passes, t, height);
+    if (packed) write_fields<WIDTH>(packed, fields, run, t.lanes, height, bytes);
   });
 }
 
@@ -624,77 +752,8 @@ extern "C" void rotate(const void* x_, int64_t rows, int64_t inner, const uint8_
 }
 #endif
 
-#if defined(PACK) || defined(FIELDS)
-// ------------------------------------------------------------------------------------------------------------- packing
-
-namespace {
-
-constexpr uint64_t in_each(int bits, int of) {  // the low bits of each run
-  uint64_t found = 0;
-  for (int at = 0; at < 64; at += of)
-    for (int bit = 0; bit < bits && at + bit < 64; bit++) found |= 1ull << (at + bit);
-  return found;
-}
-
-// Eight fields, a byte each, to the low 8 * WIDTH bits, and back (little-endian).
-inline uint64_t joined(uint64_t x) {
-  x = (x | x >> (8 - WIDTH)) & in_each(2 * WIDTH, 16);
-  x = (x | x >> (16 - 2 * WIDTH)) & in_each(4 * WIDTH, 32);
-  return (x | x >> (32 - 4 * WIDTH)) & in_each(8 * WIDTH, 64);
-}
-inline uint64_t apart(uint64_t x) {
-  x = (x | x << (32 - 4 * WIDTH)) & in_each(4 * WIDTH, 32);
-  x = (x | x << (16 - 2 * WIDTH)) & in_each(2 * WIDTH, 16);
-  return (x | x << (8 - WIDTH)) & in_each(WIDTH, 8);
-}
-
-// n fields; whole eights first, whose lengths the compiler knows.
-inline void join_fields(const uint8_t* fields, int64_t n, uint8_t* bytes) {
-  const int64_t whole = n / 8 * 8, left = n - whole;
-  uint64_t x = 0;
-  for (int64_t i = 0; i < whole; i += 8) {
-    memcpy(&x, fields + i, 8);
-    x = joined(x);
-    memcpy(bytes + i * WIDTH / 8, &x, WIDTH);
-  }
-  x = 0;
-  memcpy(&x, fields + whole, left);
-  x = joined(x);
-  memcpy(bytes + whole * WIDTH / 8, &x, (left * WIDTH + 7) / 8);
-}
-inline void split_fields(const uint8_t* bytes, int64_t n, uint8_t* fields) {
-  const int64_t whole = n / 8 * 8, left = n - whole;
-  uint64_t x = 0;
-  if (WIDTH == 4)  // two fields of a byte to two bytes, in vectors
-    for (int64_t i = 0; i < whole / 2; i++) {
-      const uint16_t two = (bytes[i] | bytes[i] << 4) & 0x0f0f;
-      memcpy(fields + 2 * i, &two, 2);
-    }
-  for (int64_t i = WIDTH == 4 ? whole : 0; i < whole; i += 8) {
-    x = 0;  // not by memcpy into a part of x: reading the whole would wait until both stores are done
-#pragma GCC unroll 8
-    for (int byte = 0; byte < WIDTH; byte++) x |= (uint64_t)bytes[i * WIDTH / 8 + byte] << 8 * byte;
-    x = apart(x);
-    memcpy(fields + i, &x, 8);
-  }
-  x = 0;
-  memcpy(&x, bytes + whole * WIDTH / 8, (left * WIDTH + 7) / 8);
-  x = apart(x);
-  memcpy(fields + whole, &x, left);
-}
-
-constexpr int64_t PIECE = 4096;  // fields that one thread takes at a time
-
-}  // namespace
-#endif
-
 #ifdef FIELDS
-// n bytes of WIDTH bits each, as many in a byte as fit; and back.
-extern "C" void join(const uint8_t* fields, int64_t n, uint8_t* bytes, int threads) {
-#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
-  for (int64_t at = 0; at < n; at += PIECE)
-    join_fields(fields + at, n - at < PIECE ? n - at : PIECE, bytes + at * WIDTH / 8);
-}
+// n fields of WIDTH bits, as many in a byte as fit, to a byte each.
 extern "C" void split(const uint8_t* bytes, int64_t n, uint8_t* fields, int threads) {
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
   for (int64_t at = 0; at < n; at += PIECE)
@@ -705,54 +764,11 @@ extern "C" void split(const uint8_t* bytes, int64_t n, uint8_t* fields, int thre
 #ifdef PACK
 namespace {
 
-inline vi place_of(vf magnitude, const Grid& g) {  // among a minifloat's magnitudes
-  vi normal = (bits_of(magnitude) >> (23 - g.mantissa_bits)) - ((g.min_exponent + 126) << g.mantissa_bits);
-  vf steps = magnitude * power(g.mantissa_bits - g.min_exponent);
-  return normal < (1 << g.mantissa_bits) ? __builtin_convertvector(steps, vi) : normal;
-}
-inline vf at_place(vi place, const Grid& g) {
-  vf normal = (vf)((place << (23 - g.mantissa_bits)) + ((g.min_exponent + 126) << 23));
-  vf steps = __builtin_convertvector(place, vf) * power(g.min_exponent - g.mantissa_bits);
-  return place < (1 << g.mantissa_bits) ? steps : normal;
-}
-
-inline vi field_of(vf code) {
-  code = clamped(code != code ? all(ELEMENT.max) : code, ELEMENT.max);
-  if (!ELEMENT.minifloat) return __builtin_convertvector((code + ELEMENT.max) * (1.0f / ELEMENT.step), vi);
-  return place_of(absolute(code), ELEMENT) | ((bits_of(code) >> 31 & 1) << (BITS - 1));
-}
-inline vf code_of(vi field) {  // of the low BITS
-  constexpr int places = 1 << (BITS - 1);
-  if (!ELEMENT.minifloat)
-    return __builtin_convertvector(field & ((1 << WIDTH) - 1), vf) * ELEMENT.step - ELEMENT.max;
-  vi place = field & (places - 1);
-#ifndef __clang__
-  if constexpr (places <= LANES) {  // looked up in a register
-    vi lane;
-    for (int l = 0; l < LANES; l++) lane[l] = l;
-    place = __builtin_shuffle(bits_of(at_place(lane & (places - 1), ELEMENT)), field & (LANES - 1) & (places - 1));
-  } else
-#endif
-    place = bits_of(at_place(place, ELEMENT));
-  return (vf)(place | (vi)((vu)field << (32 - BITS) & 0x80000000u));
-}
-
-inline uint8_t byte_of(float scale) {
-  if (KIND == Kind::E8M0) return biased_exponent(bits_of(all(scale)))[0];
-  return scale != scale ? SCALE_NAN : place_of(all(scale), SCALE)[0];
-}
 inline float scale_of(uint8_t byte) {
   if (KIND == Kind::E8M0) return power_of_two(vi{} + byte)[0];
   return byte == SCALE_NAN ? NOT_A_NUMBER : at_place(vi{} + byte, SCALE)[0];
 }
 
-template <class T>
-inline vf load_some(const T* from, int64_t n) {
-  if (n >= LANES) return load(from);
-  T line[LANES] = {};
-  memcpy(line, from, sizeof(T) * n);
-  return load(line);
-}
 template <class T>
 inline void store_some(T* to, vf x, int64_t n) {
   if (n >= LANES) return store(to, x);
@@ -812,25 +828,7 @@ inline void store_value(T* to, vf x) {
 
 }  // namespace
 
-// n values in runs of RUN, and the scale of each, where BLOCK; codes of WIDTH bits, scales of a byte.
-extern "C" void pack(const void* values_, const float* blocks, int64_t n, uint8_t* codes, uint8_t* scales, int threads) {
-  const Input* values = (const Input*)values_;
-#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
-  for (int64_t first = 0; first < n; first += RUN) {
-    uint8_t fields[RUN + LANES];
-    const int64_t count = n - first < RUN ? n - first : RUN;
-    const vf scale = all(BLOCK ? blocks[first / RUN] : 1.0f), reciprocal = 1.0f / scale;
-    for (int64_t i = 0; i < count; i += LANES) {
-      vf x = load_some(values + first + i, count - i);
-      if (sizeof(Input) == 1) x = ((x > 127.0f ? x - 256.0f : x) + OFFSET) * UNIT;
-      if (BLOCK) x = KIND == Kind::E8M0 ? x * reciprocal : x / scale;
-      store_bytes(fields + i, field_of(x));
-    }
-    join_fields(fields, count, codes + first * WIDTH / 8);
-    if (BLOCK) scales[first / RUN] = byte_of(scale[0]);
-  }
-}
-
+// Codes of WIDTH bits, scales of a byte -> n values in runs of RUN, and the scale of each, where BLOCK.
 extern "C" void unpack(const uint8_t* codes, const uint8_t* scales, int64_t n, void* values_, int threads) {
   Output* values = (Output*)values_;
   float known[256];  // scales by their bytes

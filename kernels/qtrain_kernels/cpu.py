@@ -27,7 +27,6 @@ from qtrain_kernels.checks import (
     check_fields,
     check_key,
     check_mask,
-    check_packable,
     check_packed,
     check_signs,
     check_spans,
@@ -61,6 +60,10 @@ KNOWS = Knows(
     masks=("inside", "within", "error"),
     sparsities=("2:4", "4:8"),
 )
+
+
+join, pack = reference.join, reference.pack
+ALL = 0xFFFFFFFF  # of a word, unsigned
 
 
 def rotate(x: Tensor, rotation: Rotation | None) -> Tensor:
@@ -97,7 +100,7 @@ def random_signs(n: int, key: Tensor) -> Tensor:
     """Equals reference.random_signs bit for bit, in a tenth of the time of its eighteen small operations."""
     check_words(key)
     signs = _empty((n,), torch.float32)
-    _random_signs_function()(n, *(word & 0xFFFFFFFF for word in key.tolist()), _at(signs))
+    _random_signs_function()(n, *(word & ALL for word in key.tolist()), _at(signs))
     return signs
 
 
@@ -138,73 +141,79 @@ def _amax(x: Tensor, rotation: Rotation | None) -> Tensor:
     return _extent(_ready(x), _signs(rotation), rotation.size)
 
 
-FUSED, writes = False, reference.writes
+FUSED = False
 
 
-def quantize(x: Tensor, side: Side) -> list[Tensor | None]:
-    """Equals reference.quantize bit for bit."""
-    return _quantized(x, side)
+def quantize(x: Tensor, side: Side, back: torch.dtype | None = None) -> list[Tensor | None]:
+    """Equals reference.quantize bit for bit. back: the dtype in which values are dequantised and rotated back, which is
+    then all that is returned."""
+    layout, rotation = side.layout, side.rotation
+    plan = layout.plan
+    assert plan is not None
+    if rotation is not None and (layout.rows > 1 or rotation.base is not None or rotation.size > LONGEST):
+        x, rotation = rotate(layout.whole_lines(x), rotation).view(x.shape), None
+    job = _job(layout, x.dtype, 0 if rotation is None else rotation.size, side.packed, back)
+    if job is None:
+        return reference.quantize(x, replace(side, rotation=rotation))
+    if job.draws:
+        check_key(side.key, plan, x)
+    scale = job.constant if side.learned is None else side.learned
+    if scale is None:
+        scale = tensor_scale(layout.whole_lines(x), plan, rotation)
+    ready, scales = _ready(layout.spans(x) if layout.rows > 1 else x), torch.as_tensor(scale, dtype=torch.float32)
+    signs = None if rotation is None or rotation.signs is None else _signs(rotation)
+    scales = scales.detach().contiguous()
+    words = side.key.tolist() if job.draws and side.key is not None else (0, 0)
+    made = [torch.empty(part[0], dtype=part[1], device="cpu") if part else None for part in job.parts]
+    job.run(
+        _at(ready), *job.sizes, _at(signs), _at(scales), int(scales.ndim > 0), words[0] & ALL, words[1] & ALL,
+        *[part if part is None else part.data_ptr() for part in made], int(job.bare), int(back is not None),
+        _threads(ready),
+    )  # fmt: skip
+    values, blocks, mask, bits, packed, packed_scales = made
+    if back is not None:
+        return [values.view(x.shape)]  # pyright: ignore[reportOptionalMemberAccess]
+    if mask is not None:
+        bits = join(layout.unspan(mask), 1)
+    found = reference.parts_of(layout, values, blocks, None if scale is job.constant else scale, bits)
+    if layout.packed:
+        return [packed, packed_scales, *found[2:]]
+    return [*found, packed, packed_scales] if side.packed else found
 
 
 def fake_quantize(x: Tensor, side: Side, dtype: torch.dtype) -> Tensor:
     """Equals reference.fake_quantize bit for bit; without a mask, at once."""
     plan = side.layout.plan
     assert plan is not None
-    if plan.mask or side.layout.rows > 1 or dtype not in TYPES or not _fits(side.rotation) or not _fits_tile(plan):
+    at_once = side.layout.rows == 1 and (plan.span or 1) <= LONGEST and dtype in TYPES and _fits(side.rotation)
+    if plan.mask or not at_once:
         return reference.fake_quantize_by(quantize, unrotate, x, side, dtype)
-    found = _quantized(x, side, dtype)[0]
-    assert found is not None
-    return found
-
-
-def _quantized(x: Tensor, side: Side, back: torch.dtype | None = None) -> list[Tensor | None]:
-    """back: the dtype in which values are dequantised and rotated back, as `fake_quantize` does; None: they are not."""
-    layout, rotation = side.layout, side.rotation
-    plan = layout.plan
-    assert plan is not None
-    if not _fits_tile(plan):
-        return reference.quantize(x, side)
-    if rotation is not None and (layout.rows > 1 or not _fits(rotation)):
-        x, rotation = rotate(layout.whole_lines(x), rotation).view(x.shape), None
-    job = _job(layout, x.dtype, 0 if rotation is None else rotation.size, back)
-    check_key(side.key, plan, x)
-    scale = job.constant if side.learned is None else side.learned
-    if scale is None:
-        scale = tensor_scale(layout.whole_lines(x), plan, rotation)
-    ready, scales = _ready(layout.spans(x) if layout.rows > 1 else x), torch.as_tensor(scale, dtype=torch.float32)
-    scales, signs = scales.detach().contiguous(), _signs(rotation)
-    words = side.key.tolist() if job.draws and side.key is not None else (0, 0)
-    codes, blocks, mask = (part and torch.empty(part[0], dtype=part[1], device="cpu") for part in job.parts)
-    job.run(
-        _at(ready), *job.sizes, _at(signs), _at(scales), int(scales.ndim > 0), *(word & 0xFFFFFFFF for word in words),
-        _at(codes), _at(blocks), _at(mask), int(job.bare), int(back is not None), _threads(ready),
-    )  # fmt: skip
-    assert codes is not None
-    if back is not None:
-        return [codes.view(x.shape)]
-    bits = None if mask is None else join(layout.unspan(mask), 1)
-    return reference.parts_of(layout, codes, blocks, None if scale is job.constant else scale, bits)
+    return quantize(x, side, dtype)[0]  # pyright: ignore[reportReturnType]
 
 
 class Job(NamedTuple):
-    """What `_quantized` runs for one layout, dtype of x and order of the rotation. sizes: rows, span, inner and height
-    of cpu.cpp's quantize; parts: (shape, dtype) of values, block scales and a byte of mask for each element. constant:
-    the tensor scale where x does not decide it. bare: values are codes without their block scale."""
+    """What `quantize` runs for one layout, dtype of x and order of the rotation. sizes: rows, span, inner and height of
+    cpu.cpp's quantize; parts: (shape, dtype) of values, block scales, a byte of mask for each element, its bits, packed
+    codes and their scales. constant: the tensor scale where x does not decide it. bare: values are codes without their
+    block scale."""
 
     run: Callable[..., None]
     sizes: tuple[int, int, int, int]
-    parts: tuple[tuple[tuple[int], torch.dtype] | None, ...]
+    parts: tuple[tuple[tuple[int, ...], torch.dtype] | None, ...]
     constant: Tensor | None
     draws: bool
     bare: bool
 
 
 @lru_cache(4096)
-def _job(layout: Layout, source: torch.dtype, size: int, back: torch.dtype | None) -> Job:
-    """ValueError for a plan that there is no code for, and for lines that do not fill their blocks and rotations."""
+def _job(layout: Layout, source: torch.dtype, size: int, packed: bool, back: torch.dtype | None) -> Job | None:
+    """None for what the reference does: spans of many elements, packed columns. ValueError for a plan that there is no code for, and for lines that do not fill their blocks and rotations."""
     plan = layout.plan
     assert plan is not None
     KNOWS.check(plan)
+    of_bits = layout.dim == -1 and layout.rows == 1 and layout.shape[1] % 8 == 0  # eight of them in one byte
+    if (plan.span or 1) > LONGEST or ((packed or layout.packed) and not of_bits):
+        return None
     (lines, length), height, bare = layout.lines, _multiple(plan, size), layout.storage == "float8_128"
     if layout.rows > 1:
         lines, length = math.prod(layout.scale_grid), plan.block or 1
@@ -212,17 +221,22 @@ def _job(layout: Layout, source: torch.dtype, size: int, back: torch.dtype | Non
         raise ValueError(f"x must fill blocks and rotations of {height}; got {layout.shape}; pad it with zeros")
     elements = lines * length
     in_rows = layout.dim == -1 or layout.rows > 1
-    rows, inner, height = (elements, 1, height) if in_rows else (length, lines, height)
+    rows, inner = (elements, 1) if in_rows else (length, lines)
+    height = math.gcd(length, CHUNK) if height == 1 else height
     dtype = back or reference.DTYPES.get(layout.storage, torch.float32)
     constant = None if plan.scale_rule.given else reference.constant_scale(plan)
+    codes, scales, *_ = layout.unmasked.stored("packed").parts if packed or layout.packed else (None, None)
     parts = (
-        ((elements,), dtype),
-        ((elements // plan.block,), torch.float32) if plan.block and not back and (layout.blocks or bare) else None,
-        ((elements,), torch.uint8) if plan.mask and not back else None,
+        None if layout.packed else ((elements,), dtype),
+        ((elements // plan.block,), torch.float32) if plan.block and (layout.blocks or bare) and not back else None,
+        ((elements,), torch.uint8) if plan.mask and not back and not of_bits else None,
+        ((elements // 8,), torch.uint8) if plan.mask and not back and of_bits else None,
+        codes,
+        scales,
     )
     return Job(
         _quantize_function(plan, source if source in TYPES else torch.float32, dtype, size),
-        (rows, length, inner, math.gcd(length, CHUNK) if height == 1 else height),
+        (rows, length, inner, height),
         parts,
         None if constant is None else torch.tensor(constant, dtype=torch.float32, device="cpu"),
         plan.rounding_mode.draws,
@@ -230,26 +244,9 @@ def _job(layout: Layout, source: torch.dtype, size: int, back: torch.dtype | Non
     )
 
 
-def _fits_tile(plan: Plan) -> bool:
-    return (plan.span or 1) <= LONGEST
-
-
 def _multiple(plan: Plan, rotation: int) -> int:
     """What a line's length must be a multiple of."""
     return math.lcm(rotation or 1, plan.span or 1, {None: 1, "2:4": 4, "4:8": 8}[plan.sparsity])
-
-
-def pack(values: Tensor, blocks: Tensor | None, plan: Plan) -> Packed:
-    """Equals reference.pack bit for bit."""
-    check_packable(values, blocks, plan)
-    if not _packs(plan, values.dtype):
-        return reference.pack(values, blocks, plan)
-    values, blocks, plan = values.contiguous(), None if blocks is None else blocks.contiguous(), grids(plan)
-    codes = _empty((-(-values.numel() * field_width(plan.element) // 8),), torch.uint8)
-    scales = None if blocks is None else _empty((blocks.numel(),), torch.uint8)
-    function = _pack_function(plan, values.dtype)
-    function(_at(values), _at(blocks), values.numel(), _at(codes), _at(scales), _threads(values))
-    return Packed(codes, scales)
 
 
 def unpack(packed: Packed, shape: torch.Size, plan: Plan, dtype: torch.dtype) -> Tensor:
@@ -263,20 +260,11 @@ def unpack(packed: Packed, shape: torch.Size, plan: Plan, dtype: torch.dtype) ->
     return values
 
 
-def join(fields: Tensor, width: int) -> Tensor:
-    """Equals reference.join bit for bit."""
-    check_fields(fields, width)
-    fields = fields.contiguous()
-    joined = _empty((-(-fields.numel() * width // 8),), torch.uint8)
-    _fields_function("join", width)(_at(fields), fields.numel(), _at(joined), _threads(fields))
-    return joined
-
-
 def split(joined: Tensor, width: int, count: int) -> Tensor:
     """Equals reference.split bit for bit."""
     check_fields(joined, width, count)
     joined, fields = joined.contiguous(), _empty((count,), torch.uint8)
-    _fields_function("split", width)(_at(joined), count, _at(fields), _threads(fields))
+    _split_function(width)(_at(joined), count, _at(fields), _threads(fields))
     return fields
 
 
@@ -387,7 +375,7 @@ def _rotate_function(size: int, source: torch.dtype, result: torch.dtype) -> Cal
 
 @cache
 def _quantize_function(plan: Plan, source: torch.dtype, result: torch.dtype, rotation: int) -> Callable[..., None]:
-    return _function("QUANTIZE", "quantize", "pllllppiwwpppiii", _types(source, result) | _plan(plan), rotation)
+    return _function("QUANTIZE", "quantize", "pllllppiwwppppppiii", _types(source, result) | _plan(plan), rotation)
 
 
 @cache
@@ -398,23 +386,13 @@ def _line_scales_function(plan: Plan, source: torch.dtype, rotation: int) -> Cal
 
 
 @cache
-def _pack_function(plan: Plan, source: torch.dtype) -> Callable[..., None]:
-    return _function("PACK", "pack", "pplppi", _packing(plan, source))
-
-
-@cache
 def _unpack_function(plan: Plan, result: torch.dtype) -> Callable[..., None]:
-    return _function("PACK", "unpack", "pplpi", _packing(plan, result))
-
-
-def _packing(plan: Plan, dtype: torch.dtype) -> dict[str, object]:
-    bits = {"BITS": plan.element.bits, "WIDTH": field_width(plan.element), "SCALE_NAN": scale_nan(plan)}
-    return _types(dtype, dtype) | _plan(plan) | bits
+    return _function("PACK", "unpack", "pplpi", _types(result, result) | _plan(plan))
 
 
 @cache
-def _fields_function(name: Literal["join", "split"], width: int) -> Callable[..., None]:
-    return _function("FIELDS", name, "plpi", {"WIDTH": width})
+def _split_function(width: int) -> Callable[..., None]:
+    return _function("FIELDS", "split", "plpi", {"WIDTH": width})
 
 
 @cache
@@ -437,6 +415,9 @@ def _plan(plan: Plan, rule: ScaleRule | None = None) -> dict[str, object]:
     unit, offset = stored_integer(plan.element)
     return {
         "PLAN_ELEMENT": _grid(plan.element),
+        "BITS": plan.element.bits,
+        "WIDTH": field_width(plan.element),
+        "SCALE_NAN": scale_nan(plan),
         "PLAN_SCALE": _grid(plan.scale_element or NO_ELEMENT),
         "PLAN_KIND": plan.scale_kind.upper(),
         "PLAN_STATISTIC": rule.statistic.upper(),

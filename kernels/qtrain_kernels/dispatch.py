@@ -1,9 +1,9 @@
 """What runs where, chosen once per device and said once.
 
 Backends, whose modules have the operations that reference.py defines (random_signs, rotate, unrotate, quantize,
-fake_quantize, pack, unpack, join, split) and say in which layouts they quantise (writes). FUSED: whether they also
-write packed codes beside others, quantise along both dims at once (quantize_both), take packed matrices
-(requantizes), and multiply products by scales as they leave a rotation:
+fake_quantize, pack, unpack, join, split). FUSED: whether they also quantise into other layouts than `Layout.held`
+(writes), along both dims at once (quantize_both), and what is packed (requantizes), and multiply by scales what leaves
+a rotation:
 - reference: eager torch, on any device.
 - compiled: C++ that is made for each plan, on CPU.
 - triton: fused kernels, on CUDA.

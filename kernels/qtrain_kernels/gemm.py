@@ -300,10 +300,11 @@ def scaled(product: Tensor, scales: Sequence[Scale]) -> Tensor:
 
 def _scales(left: QTensor, right: QTensor) -> list[Scale]:
     """Both sides' tensor scales; without those that are 1."""
-    scales = [each.layout.constant if each.tensor_scale is None else each.tensor_scale for each in (left, right)]
-    if isinstance(scales[0], float) and isinstance(scales[1], float):
-        scales = [scales[0] * scales[1]]
-    return [scale for scale in scales if isinstance(scale, Tensor) or scale != 1.0]
+    a, b = left.tensor_scale, right.tensor_scale
+    constant = (1.0 if a is not None else left.layout.constant) * (1.0 if b is not None else right.layout.constant)
+    found: list[Scale] = [] if a is None else [a]
+    found += [] if constant == 1.0 else [constant]
+    return found if b is None else [*found, b]
 
 
 def _float_product(left: QTensor, right: QTensor) -> tuple[Tensor, list[Scale]]:

@@ -15,7 +15,7 @@ __all__ = [
     "fake_quantize", "join", "missing_kernel", "obstacle", "pack", "quantize", "random_signs", "rotate",
     "split", "unpack", "unrotate",
 ]  # fmt: skip
-FUSED, writes = False, reference.writes
+FUSED = False
 
 
 def quantize(x, side):

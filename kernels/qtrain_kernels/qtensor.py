@@ -128,6 +128,15 @@ class Layout:
         packs = not self.lacks("packed") and field_width(self.plan.element) < width
         return self.stored("packed" if packs else storage)
 
+    @cached_property
+    def held(self) -> Layout:
+        """The same where every backend writes it: floats, integers, bits, and float8 where codes need no shift; else the
+        floats, beside their block scales, of which it can be made."""
+        of_codes = self.storage == "float8_128" and self.plan is not None and self.plan.scale_kind == "float32"
+        if self.storage in (*FLOATS, "int8", "packed") or of_codes:
+            return self
+        return self.stored(float_storage(self.plan, torch.bfloat16), blocks=True)
+
     def along(self, dim: int) -> Layout:
         """The layout in which the same codes serve a product that contracts the other dim. ValueError where a scale
         would vary along that contraction."""
@@ -619,23 +628,22 @@ def quantize_side(x: Tensor | QTensor, side: Side, backend: str) -> tuple[QTenso
     A QTensor is dequantised first, within the kernel where there is one that does."""
     layout = side.layout
     if layout.plan is None:
-        q = _in_floats(_values(x, backend), side, backend)
+        q = _in_floats(x.dequantize(backend) if isinstance(x, QTensor) else x, side, backend)
         return q, q if side.packed else None
     module = dispatch.module(backend, x.device.type, layout.plan, side.rotation)
-    if not (module.FUSED and isinstance(x, QTensor) and module.requantizes(x.layout)):
-        x = _values(x, backend)
-    held, saved = layout if module.writes(layout) else _held(layout), layout.unmasked.saved
-    if held.rows > 1 and not module.writes(held):
-        q = _quantize_tiles(x, side, held, backend)
-    elif side.packed and module.FUSED and saved.storage == "packed" != held.storage:
-        parts = module.quantize(x, replace(side, layout=held))
-        q = QTensor(*parts[:4], held)
-        return q.to(layout, backend), QTensor(parts[4], parts[5], q.tensor_scale, None, saved)
+    if isinstance(x, QTensor) and not (module.FUSED and module.requantizes(x.layout)):
+        x = x.dequantize(backend)
+    held, saved = layout if module.FUSED and module.writes(layout) else layout.held, layout.unmasked.saved
+    if held.rows > 1 and module.FUSED:
+        q, packs = _quantize_tiles(x, side, held, backend), False
     else:
-        if side.packed and held.storage in FLOATS:
-            held = held.stored(held.storage, blocks=True)
-        q = QTensor(*module.quantize(x, Side(held, side.rotation, side.key, side.learned)), held)
-    return q.to(layout, backend), q.unmasked.to(saved, backend) if side.packed else None
+        packs = side.packed and saved.storage == "packed"
+        parts = module.quantize(x, Side(held, side.rotation, side.key, side.learned, packs))
+        q = QTensor(*parts[:4], held)
+    found = q if held is layout else q.to(layout, backend)
+    if packs:
+        return found, QTensor(parts[4], parts[5], q.tensor_scale, None, saved)
+    return found, q.unmasked.to(saved, backend) if side.packed else None
 
 
 def quantize_both(x: Tensor, rows: Side, columns: Side, backend: str) -> list[QTensor]:
@@ -649,10 +657,6 @@ def quantize_both(x: Tensor, rows: Side, columns: Side, backend: str) -> list[QT
     return [quantize_side(x, side, backend)[0] for side in sides]
 
 
-def _values(x: Tensor | QTensor, backend: str) -> Tensor:
-    return x.dequantize(backend) if isinstance(x, QTensor) else x
-
-
 def _in_floats(x: Tensor, side: Side, backend: str) -> QTensor:
     """Rotated, but not quantised."""
     layout = side.layout
@@ -662,19 +666,16 @@ def _in_floats(x: Tensor, side: Side, backend: str) -> QTensor:
     return QTensor(x.to(FLOATS[layout.storage]), None, None, None, layout)
 
 
-def _held(layout: Layout) -> Layout:
-    """In which a backend that writes floats gives a matrix that is to be in `layout`."""
-    return layout.stored(float_storage(layout.plan, torch.bfloat16), blocks=True)
-
-
 def _quantize_tiles(x: Tensor, side: Side, held: Layout, backend: str) -> QTensor:
-    """By a backend that knows no tiles: each tile is a row of a matrix of its own."""
+    """By kernels that know no tiles: each tile is a row of a matrix of its own."""
     layout = side.layout
     if side.rotation is not None:
         rotate = dispatch.get("rotate", backend, x.device.type, rotation=side.rotation)
         x = rotate(layout.whole_lines(x), side.rotation).view(x.shape)
     tiles = layout.spans(x).squeeze(2)
-    rows = quantize(tiles, replace(held, shape=tuple(tiles.shape), dim=-1, rows=1), None, side.key, side.learned, backend)
+    rows = quantize(
+        tiles, replace(held, shape=tuple(tiles.shape), dim=-1, rows=1), None, side.key, side.learned, backend
+    )
     assert rows.block_scale is not None
     codes, passes = layout.unspan(rows.codes), rows.passes(backend)
     blocks = rows.block_scale.view(held.scale_grid if held.dim == -1 else held.scale_grid[::-1])

@@ -420,26 +420,24 @@ def operand(
     plan.exact_in_bfloat16, else float32. int8, of integer codes without blocks: the codes as `stored_integer` says; a
     NaN, whose scale is NaN too, is any of them."""
     codes, blocks, mask = encode(x, scale, key, plan, rotation)
+    return _operand(codes, blocks, plan, dtype), blocks if with_blocks else None, mask
+
+
+def _operand(codes: Tensor, blocks: Tensor | None, plan: Plan, dtype: torch.dtype) -> Tensor:
     if dtype == torch.int8:
         unit, offset = stored_integer(plan.element)
-        return (codes * (1.0 / unit) - offset).to(torch.int8), blocks, mask
+        return (codes * (1.0 / unit) - offset).to(torch.int8)
     if blocks is not None:
-        codes = (codes.reshape(blocks.shape[0], plan.block or 1, x.shape[2]) * blocks).reshape(x.shape)
-    return codes.to(dtype), blocks if with_blocks else None, mask
+        codes = (codes.reshape(blocks.shape[0], plan.block or 1, codes.shape[2]) * blocks).reshape(codes.shape)
+    return codes.to(dtype)
 
 
 FUSED = False
 
 
-def writes(layout: Layout) -> bool:
-    """Whether `quantize` gives a layout: floats, integers, and float8 where codes need no shift."""
-    of_codes = layout.storage == "float8_128" and layout.plan is not None and layout.plan.scale_kind == "float32"
-    return layout.storage in DTYPES or of_codes
-
-
 def quantize(x: Tensor, side: Side) -> list[Tensor | None]:
-    """x (M, N), float -> codes, block scales, tensor scale and mask, the parts of a QTensor of side.layout, which it
-    `writes`. ValueError as of `encode`."""
+    """x (M, N), float -> codes, block scales, tensor scale and mask, the parts of a QTensor of side.layout, which is
+    its own `held`; then, with side.packed, packed codes and their block scales. ValueError as of `encode`."""
     layout, rotation = side.layout, side.rotation
     plan = layout.plan
     assert plan is not None
@@ -449,26 +447,47 @@ def quantize(x: Tensor, side: Side) -> list[Tensor | None]:
     spans, each = layout.spans(x), scale
     if isinstance(scale, Tensor) and scale.ndim:  # one a line over several blocks
         each = scale.repeat_interleave(spans.shape[0] // scale.shape[0], 0).expand(-1, -1, spans.shape[2])
-    if layout.storage == "float8_128":
-        codes, blocks, mask = encode(spans, each, side.key, plan, rotation)
-    else:
-        dtype = DTYPES[layout.storage]
-        codes, blocks, mask = operand(spans, each, side.key, plan, dtype, rotation, layout.blocks)
-    return parts_of(layout, codes, blocks, scale, None if mask is None else join(layout.unspan(mask), 1))
+    codes, blocks, mask = encode(spans, each, side.key, plan, rotation)
+    values = codes
+    if layout.storage in DTYPES:
+        values = _operand(codes, blocks, plan, DTYPES[layout.storage])
+    found = parts_of(
+        layout, None if layout.packed else values, blocks if layout.blocks or layout.storage == "float8_128" else None,
+        scale, None if mask is None else join(layout.unspan(mask), 1),
+    )  # fmt: skip
+    if not (side.packed or layout.packed):
+        return found
+    packed = _packed_parts(layout, codes, blocks)
+    return [*packed, *found[2:]] if layout.packed else [*found, *packed]
+
+
+def _packed_parts(layout: Layout, codes: Tensor, blocks: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Codes and block scales of a layout in its packed storage."""
+    packed, plan = layout.unmasked.stored("packed"), layout.plan
+    assert plan is not None
+    codes = codes.reshape(layout.shape)
+    if blocks is not None:
+        blocks = blocks.view(packed.scale_grid if layout.dim == -1 else packed.scale_grid[::-1])
+    if layout.dim == -2:
+        codes, blocks = codes.T, None if blocks is None else blocks.T
+    found = pack_codes(codes, blocks, plan)
+    scales = None if found.scales is None else found.scales.view(packed.scale_grid)
+    return found.codes.view(packed.shapes()[0][0]), scales
 
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
 
 
 def parts_of(
-    layout: Layout, codes: Tensor, blocks: Tensor | None, scale: Tensor | float | None, mask: Tensor | None
+    layout: Layout, codes: Tensor | None, blocks: Tensor | None, scale: Tensor | float | None, mask: Tensor | None
 ) -> list[Tensor | None]:
     """The parts of a QTensor, of what `encode` or `operand` has given; mask: bits."""
-    codes = layout.unspan(codes)
+    if codes is not None:
+        codes = codes.view(layout.shape) if layout.rows == 1 else layout.unspan(codes)
     if blocks is not None:
         blocks = blocks.view(layout.scale_grid if layout.dim == -1 else layout.scale_grid[::-1])
     if layout.storage == "float8_128":
-        assert blocks is not None
+        assert blocks is not None and codes is not None
         if layout.dim == -2:
             codes, blocks = codes.T, blocks.T.contiguous()
         codes = codes.to(layout.float8_dtype, memory_format=torch.contiguous_format)
@@ -522,20 +541,27 @@ def pack(values: Tensor, blocks: Tensor | None, plan: Plan) -> Packed:
     """values (rows, span, 1) and block scales as of `operand`, in any of its dtypes, of a plan that `can_pack`. A NaN
     without a scale of its own, whose tensor scale is NaN too, becomes any code; a zero of a uniform grid loses its
     sign."""
-    element = plan.element
     if values.dtype == torch.int8:
-        unit, offset = stored_integer(element)
+        unit, offset = stored_integer(plan.element)
         codes = (values.float() + offset) * unit
     elif blocks is None:
         codes = values.float()
     else:
         codes = values.float().reshape(blocks.shape[0], -1, 1) / blocks
+    return pack_codes(codes, blocks, plan)
+
+
+def pack_codes(codes: Tensor, blocks: Tensor | None, plan: Plan) -> Packed:
+    """`pack` of the codes themselves, in any shape."""
+    element = plan.element
     codes = torch.where(codes.isnan(), element.max, codes.clamp(-element.max, element.max)).reshape(-1)
     if element.mantissa_bits is None:
         fields = ((codes + element.max) * (1.0 / element.step)).to(torch.uint8)
     else:
         fields = _place(codes.abs(), element) | (codes.signbit().to(torch.uint8) << (element.bits - 1))
-    return Packed(join(fields, field_width(element)), None if blocks is None else _scale_bytes(blocks.view(-1), plan))
+    return Packed(
+        join(fields, field_width(element)), None if blocks is None else _scale_bytes(blocks.reshape(-1), plan)
+    )
 
 
 def unpack(packed: Packed, shape: torch.Size, plan: Plan, dtype: torch.dtype) -> Tensor:

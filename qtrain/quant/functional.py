@@ -36,7 +36,7 @@ from torch.utils._pytree import tree_leaves
 
 from qtrain.quant.quantizer import Quantizer, rotate, unrotate
 from qtrain.quant.random import USES
-from qtrain.quant.rotation import hadamard
+from qtrain.quant.rotation import base, hadamard
 from qtrain.recipe import LinearRecipe
 from qtrain.settings import Backend, GemmKind, Redraw
 from qtrain_kernels import dispatch, qtensor
@@ -157,7 +157,7 @@ class Numerics:
         except ValueError as error:
             return str(error)
 
-    @property
+    @cached_property
     def backend(self) -> Backend:
         return self.fprop.left.backend
 
@@ -252,7 +252,8 @@ class Call:
         if quantizer.rotation_block is None:
             return None
         drawn = None if quantizer.spec.signs == "none" else self.keys[ROWS[f"{name}.signs"]]
-        return hadamard(quantizer.rotation_block or size, drawn, self.keys.device)
+        size = quantizer.rotation_block or size
+        return Rotation(size, drawn, base(size, self.keys.device))
 
     def layout(self, use: str, shape: Sequence[int], dim: int) -> Layout:
         """In which an operand is quantised: as its product takes it, if that changes no code, or else in floats."""
@@ -310,7 +311,7 @@ class Call:
             layout = self.weight_layout(weight, held[0].dtype == torch.uint8)
             return QTensor.of(layout, held[: len(layout.shapes())])
         rotation = self.rotation("fprop", weight.shape[1])
-        return self.operand("fprop.w", weight, rotation, learned=_scalar(scale))[0]
+        return self.operand("fprop.w", weight, rotation, learned=None if scale is None else _scalar(scale))[0]
 
     def weight_layout(self, weight: Tensor, packed: bool) -> Layout:
         """Of quantize_weight's result, which any product can be made of."""
@@ -333,7 +334,7 @@ class Call:
         backend = self.numerics.backend
         product, scales = self.product(name).unscaled(left, right, self.dtype, backend)
         module = dispatch.module(backend, product.device.type, rotation=rotation)
-        if not module.FUSED:
+        if scales and not module.FUSED:
             product, scales = scaled(product, scales), []
         if not scales and rotation is None and mask is None:
             return product.to(dtype)
@@ -406,7 +407,9 @@ Held = list[Tensor]
 def _quantize_weight(call: Call, weight: Tensor, scale: Tensor | None, packed: bool) -> Held:
     """weight (N, K) master -> quantised for fprop; packed: in the bits of its format, where it has such."""
     rotation, layout = call.rotation("fprop", weight.shape[1]), call.weight_layout(weight, packed)
-    operand, _ = call.operand("fprop.w", weight, rotation, learned=_scalar(scale), layout=layout)
+    operand, _ = call.operand(
+        "fprop.w", weight, rotation, learned=None if scale is None else _scalar(scale), layout=layout
+    )
     if scale is None:
         return operand.tensors()
     return [*operand.tensors(), _scale_slope(weight, rotation, operand, scale, call.numerics.fprop.right)]
@@ -428,7 +431,11 @@ def _fprop(
     rotation = call.rotation("fprop", x.shape[1])
     w = call.weight(weight, w_scale, kept)
     xq, codes = call.operand(
-        "fprop.x", x, rotation, learned=_scalar(x_scale), packed=save_x and call.numerics.save_codes
+        "fprop.x",
+        x,
+        rotation,
+        learned=None if x_scale is None else _scalar(x_scale),
+        packed=save_x and call.numerics.save_codes,
     )
     found = [call.multiply("fprop", xq, w.t, call.dtype), *(() if codes is None else codes.tensors())]
     if save_mask and xq.mask is not None:
@@ -522,9 +529,9 @@ def _wgrad(
     return found
 
 
-def _scalar(scale: Tensor | None) -> Tensor | None:
+def _scalar(scale: Tensor) -> Tensor:
     """A copy, since an operator's result must not be its argument."""
-    return None if scale is None else scale.to(torch.float32, copy=True).view(())
+    return scale.to(torch.float32, copy=True).view(())
 
 
 LIBRARY = torch.library.Library("qtrain", "FRAGMENT")

@@ -100,18 +100,15 @@ class QuantLinear(Linear):
         y = functional.fprop(
             x, self.weight, self.input_scale, self.weight_scale, self._kept(),
             saving and self.weight.requires_grad, saving and x.requires_grad, self._keys(input.device),
-            self.text, dtype, self._observer,
+            self.text, dtype, 0 if self.observer is None else self.observer.number,
         )[0].view(*input.shape[:-1], self.out_features)  # fmt: skip
         return y if self.bias is None else y + self.bias.to(dtype)
 
-    @property
-    def _observer(self) -> int:
-        return 0 if self.observer is None else self.observer.number
-
     def _kept(self) -> list[Tensor]:
         """The kept weight, unless the weight has been written to since; graphs cannot ask for that."""
-        current = self.training and (torch.compiler.is_compiling() or self.kept_of[1:] == self._state())
-        return self.kept if current else []
+        if not self.kept or not self.training:
+            return []
+        return self.kept if torch.compiler.is_compiling() or self.kept_of[1:] == self._state() else []
 
     def _state(self) -> tuple[int, int]:
         return id(self.weight), self.weight._version
@@ -155,7 +152,13 @@ class QuantLinear(Linear):
         state = step, *self._state()
         if not self.kept or self.kept_of != state:
             self.kept = functional.quantize_weight(
-                weight.detach(), None, True, self._keys(weight.device), self.text, torch.bfloat16, self._observer
+                weight.detach(),
+                None,
+                True,
+                self._keys(weight.device),
+                self.text,
+                torch.bfloat16,
+                0 if self.observer is None else self.observer.number,
             )
             self.kept_of = state
 

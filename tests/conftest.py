@@ -16,11 +16,16 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.utils._device import _device_constructors
+
+from qtrain.quant.quantizer import QuantizedTensor
+from qtrain_kernels.plans import Plan
+from qtrain_kernels.qtensor import Layout, QTensor, Side
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _device_constructors()  # `with torch.device("meta")` remembers torch.empty as it is now, not the poisoned one
@@ -101,3 +106,9 @@ def passed_in_the_interpreter(path: str, *options: str) -> tuple[int, str]:
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
     count = re.search(r"(\d+) passed", done.stdout)
     return int(count[1]) if count and done.returncode == 0 else 0, done.stdout[-5000:] + done.stderr[-2000:]
+
+
+def quantized(module: Any, x: Tensor, plan: Plan, dim: int = -1, **rest: Any) -> QuantizedTensor:
+    """x (M, N) as codes and scales, by a backend's module; rest: rotation, key, learned."""
+    layout = Layout(plan, (x.shape[0], x.shape[1]), dim, blocks=plan.block is not None)
+    return QuantizedTensor.of(QTensor(*module.quantize(x, Side(layout, **rest)), layout), "reference")

@@ -18,7 +18,7 @@ from qtrain_kernels import cpu, gpu, reference
 from qtrain_kernels.formats import get_format
 from qtrain_kernels.gemm import TABLE, fp8_matmul, int8_matmul, multiply, resolve
 from qtrain_kernels.plans import Mask, Packed, Plan, Rotation
-from qtrain_kernels.qtensor import Layout, QTensor, quantize
+from qtrain_kernels.qtensor import Layout, QTensor, Side, quantize
 
 ROOT = Path(__file__).parents[1]
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -29,6 +29,7 @@ NVFP4 = Plan(get_format("nvfp4").element, "minifloat", 16, "absmax", scale_eleme
 QUEST = Plan(get_format("int4").element, "float32", None, "gaussian")
 LUQ = replace(QUEST, rule="absmax", element=get_format("int4_sym").element, per_tensor=True)
 X = torch.ones(4, 32, 1)
+M = X[:, :, 0]
 BYTES = torch.zeros(64, dtype=torch.uint8)
 
 
@@ -37,38 +38,33 @@ def kernels(request: pytest.FixtureRequest) -> ModuleType:
     return request.param
 
 
-def bfloat16(k: Any, x: Tensor, plan: Plan, scale: Any = 1.0, key: Any = None, rotation: Any = None) -> Any:
-    return k.operand(x, scale, key, plan, torch.bfloat16, rotation)
+def bfloat16(k: Any, x: Tensor, plan: Plan, **rest: Any) -> Any:
+    return k.quantize(x, Side(Layout(plan, (x.shape[0], x.shape[-1]), storage="bfloat16"), **rest))
 
 
 BAD: dict[str, tuple[Callable[[Any], Any], str]] = {
-    "a matrix": (lambda k: bfloat16(k, X[:, :, 0], MXFP4), r"is \(outer, span, inner\); got \(4, 32\); view a matrix"),
-    "a matrix to rotate": (lambda k: k.rotate(X[:, :, 0], Rotation(32)), r"is \(outer, span, inner\); got \(4, 32\)"),
-    "a matrix to scale": (lambda k: k.tensor_scale(X[:, :, 0], NVFP4), r"is \(outer, span, inner\); got \(4, 32\)"),
-    "integers": (lambda k: bfloat16(k, X.int(), MXFP4), "an operand is float; got torch.int32; convert it with x"),
+    "a vector": (lambda k: bfloat16(k, M[0], MXFP4), r"the layout is of \(32, 32\); got \(32,\)"),
+    "another shape": (
+        lambda k: k.quantize(M, Side(Layout(MXFP4, (8, 32)))), r"the layout is of \(8, 32\); got \(4, 32\)",
+    ),
+    "a matrix to rotate": (lambda k: k.rotate(M, Rotation(32)), r"is \(outer, span, inner\); got \(4, 32\)"),
+    "integers": (lambda k: bfloat16(k, M.int(), MXFP4), "an operand is float; got torch.int32; convert it with x"),
     "integers to rotate": (lambda k: k.rotate(X.int(), Rotation(32)), "an operand is float; got torch.int32"),
-    "meta": (lambda k: bfloat16(k, X.to("meta"), MXFP4), r"(got a tensor on meta|cannot run on meta).*move"),
+    "meta": (lambda k: bfloat16(k, M.to("meta"), MXFP4), r"(got a tensor on meta|cannot run on meta).*move"),
     "meta to rotate": (lambda k: k.rotate(X.to("meta"), Rotation(32)), r"(got a tensor on meta|cannot run on meta)"),
-    "an operand in float64": (
-        lambda k: k.operand(X, 1.0, None, MXFP4, torch.float64), "an operand is .*int8; asked for torch.float64",
-    ),
-    "a broken block": (lambda k: bfloat16(k, torch.ones(3, 40, 1), MXFP4), r"must fill .* \(3, 40, 1\); pad it"),
-    "minifloats as integers": (
-        lambda k: k.operand(X, 1.0, None, MXFP4, torch.int8), "int8 holds integer codes without block scales; ask for",
-    ),
+    "a broken block": (lambda k: bfloat16(k, torch.ones(3, 40), MXFP4), r"\(3, 40\); pad it"),
     "a broken rotation": (lambda k: k.rotate(torch.ones(3, 100, 1), Rotation(32)), r"\(3, 100, 1\); pad it with zeros"),
-    "no key": (lambda k: bfloat16(k, X, DRAWN), r"'stochastic' draws random bits; got no key; give \(2,\) int32"),
-    "half a key": (lambda k: bfloat16(k, X, DRAWN, key=KEY[:1]), r"a key is \(2,\) int32; got \(1,\) torch.int32"),
-    "a key in int64": (lambda k: bfloat16(k, X, DRAWN, key=KEY.long()), r"a key is \(2,\) int32; got .* torch.int64"),
-    "a key elsewhere": (lambda k: bfloat16(k, X, DRAWN, key=KEY.to("meta")), "key is on meta, x on cpu; move it"),
+    "no key": (lambda k: bfloat16(k, M, DRAWN), r"'stochastic' draws random bits; got no key; give \(2,\) int32"),
+    "half a key": (lambda k: bfloat16(k, M, DRAWN, key=KEY[:1]), r"a key is \(2,\) int32; got \(1,\) torch.int32"),
+    "a key in int64": (lambda k: bfloat16(k, M, DRAWN, key=KEY.long()), r"a key is \(2,\) int32; got .* torch.int64"),
+    "a key elsewhere": (lambda k: bfloat16(k, M, DRAWN, key=KEY.to("meta")), "key is on meta, x on cpu; move it"),
     "few signs": (
-        lambda k: bfloat16(k, X, MXFP4, rotation=Rotation(32, torch.ones(16))),
+        lambda k: bfloat16(k, M, MXFP4, rotation=Rotation(32, torch.ones(16))),
         r"a rotation of 32 takes as many signs; got \(16,\)",
     ),
     "few signs to rotate": (
         lambda k: k.rotate(X, Rotation(32, torch.ones(16))), r"a rotation of 32 takes as many signs; got \(16,\)",
     ),
-    "few scales": (lambda k: bfloat16(k, X, QUEST, torch.ones(3, 1, 1)), r"a tensor scale is .*; got \(3, 1(, 1)?\)"),
     "a mask of floats": (
         lambda k: k.unrotate(X, Rotation(32), torch.ones(4, 32, 1), torch.float32),
         r"a mask is uint8 of \(4, 32, 1\); got \(4, 32, 1\) torch.float32",
@@ -76,11 +72,6 @@ BAD: dict[str, tuple[Callable[[Any], Any], str]] = {
     "a short mask": (
         lambda k: k.unrotate(X, Rotation(32), torch.ones(4, 16, 1, dtype=torch.uint8), torch.float32),
         r"a mask is uint8 of \(4, 32, 1\); got \(4, 16, 1\) torch.uint8",
-    ),
-    "too few blocks": (lambda k: k.pack(X, torch.ones(3, 1, 1), MXFP4), r"32, 1\) values need 4.0 block scales; got 3"),
-    "no blocks": (lambda k: k.pack(X, None, MXFP4), r"\(4, 32, 1\) values need 4.0 block scales; got none"),
-    "blocks of another kind": (
-        lambda k: k.pack(X, torch.ones(4, 1, 1).double(), MXFP4), "block scales are float32; got torch.float64",
     ),
     "too few codes": (
         lambda k: k.unpack(Packed(BYTES[:63], BYTES[:4]), X.shape, MXFP4, torch.bfloat16),
@@ -93,8 +84,8 @@ BAD: dict[str, tuple[Callable[[Any], Any], str]] = {
     "no packed scales": (
         lambda k: k.unpack(Packed(BYTES, None), X.shape, MXFP4, torch.bfloat16), "have 4.0 block scales; got none",
     ),
-    "fields of three bits": (lambda k: k.join(BYTES, 3), "a field has 1, 2, 4, 8 bits; asked for 3"),
-    "fields in int64": (lambda k: k.join(BYTES.long(), 4), "packed fields are uint8; got torch.int64"),
+    "fields of three bits": (lambda k: k.split(BYTES, 3, 9), "a field has 1, 2, 4, 8 bits; asked for 3"),
+    "fields in int64": (lambda k: k.split(BYTES.long(), 4, 9), "packed fields are uint8; got torch.int64"),
     "too few fields": (lambda k: k.split(BYTES, 1, 513), "513 fields of 1 bits take 65 bytes; got 64"),
 }  # fmt: skip
 
@@ -108,9 +99,9 @@ def test_bad_input_is_refused_by_name(name: str, kernels: ModuleType) -> None:
 
 @pytest.mark.skipif(INTERPRETED, reason="of the C++ kernels")
 def test_memory_that_was_given_back_is_not_read() -> None:
-    x = torch.ones(4, 32, 1)
+    x = torch.ones(4, 32)
     x.untyped_storage().resize_(0)
-    with pytest.raises(ValueError, match=r"a tensor of \(4, 32, 1\) has no memory: its storage was freed"):
+    with pytest.raises(ValueError, match=r"a tensor of \(4, 32\) has no memory: its storage was freed"):
         bfloat16(cpu, x, MXFP4)
 
 
@@ -201,41 +192,39 @@ def test_products_of_nothing_are_zeros(rows: int, contraction: int) -> None:
 @pytest.mark.skipif(INTERPRETED, reason="Triton's kernels take no other")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
 def test_other_floats_are_worked_on_in_float32(dtype: torch.dtype) -> None:
-    x = torch.randn(4, 32, 1).to(dtype)
-    found, wanted = (module.operand(x, 1.0, None, MXFP4, torch.bfloat16) for module in (cpu, reference))
-    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+    x = torch.randn(4, 32).to(dtype)
+    assert all(map(alike, bfloat16(cpu, x, MXFP4), bfloat16(reference, x, MXFP4)))
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="the C++ kernels work on them in float32")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
 def test_tritons_kernels_name_the_floats_they_take(dtype: torch.dtype) -> None:
-    for operation in (lambda x: bfloat16(gpu, x, MXFP4), lambda x: gpu.rotate(x, Rotation(32))):
+    for operation in (lambda x: bfloat16(gpu, x[:, :, 0], MXFP4), lambda x: gpu.rotate(x, Rotation(32))):
         with pytest.raises(ValueError, match=rf"takes float32 or bfloat16; got {dtype}; convert it with x.float"):
             operation(X.to(dtype))
 
 
 def test_what_has_no_rows_gives_the_empty_result(kernels: ModuleType) -> None:
     """Every operation, along either dim, equal in shape and dtype to the reference's."""
+    for plan in (MXFP4, DRAWN, NVFP4, QUEST, LUQ):
+        for shape, dim in (((0, 32), -1), ((0, 5), -2)):
+            if dim == -2 and plan.mask is not None:
+                continue
+            layout = Layout(plan, shape, dim, blocks=plan.block is not None)
+            side = Side(layout, Rotation(32, torch.ones(32)), KEY, packed=True)
+            x = torch.empty(shape)
+            assert all(map(alike, kernels.quantize(x, side), reference.quantize(x, side))), (plan, shape, dim)
+            side = replace(side, layout=replace(layout, plan=replace(plan, mask=None)), packed=False)
+            found, wanted = (module.fake_quantize(x, side, torch.bfloat16) for module in (kernels, reference))
+            assert alike(found, wanted)
     for shape in ((0, 32, 1), (0, 32, 5)):
-        x, rotation = torch.empty(shape), Rotation(32, torch.ones(32))
-        for plan in (MXFP4, DRAWN, NVFP4, QUEST, LUQ):
-            view = x.reshape(-1, plan.span or 32, shape[2])
-            scales = [module.tensor_scale(x, plan, rotation) for module in (kernels, reference)]
-            assert alike(*scales), plan
-            for operation in ("encode", "operand", "fake_quantize"):
-                given = () if operation == "encode" else (torch.bfloat16,)
-                found, wanted = (
-                    getattr(module, operation)(view, 1.0, KEY, plan, *given, rotation if plan.span == 32 else None)
-                    for module in (kernels, reference)
-                )
-                assert all(map(alike, *((each if isinstance(each, tuple) else (each,)) for each in (found, wanted))))
-        mask = torch.empty(shape, dtype=torch.uint8)
+        x, rotation, mask = torch.empty(shape), Rotation(32, torch.ones(32)), torch.empty(shape, dtype=torch.uint8)
         for module in (kernels, reference):
             assert alike(module.rotate(x, rotation), torch.empty(shape))
             assert alike(module.unrotate(x, rotation, mask, torch.bfloat16), torch.empty(shape, dtype=torch.bfloat16))
-            assert module.join(mask.view(-1), 1).shape == module.split(BYTES[:0], 4, 0).shape == (0,)
-        packed = kernels.pack(torch.empty(0, 32, 1), torch.empty(0, 1, 1), MXFP4)
-        assert kernels.unpack(packed, torch.Size((0, 32, 1)), MXFP4, torch.bfloat16).shape == (0, 32, 1)
+            assert module.split(BYTES[:0], 4, 0).shape == (0,)
+    packed = reference.pack(torch.empty(0, 32, 1), torch.empty(0, 1, 1), MXFP4)
+    assert kernels.unpack(packed, torch.Size((0, 32, 1)), MXFP4, torch.bfloat16).shape == (0, 32, 1)
 
 
 def alike(a: Any, b: Any) -> bool:

@@ -19,6 +19,7 @@ from qtrain_kernels import cpu, dispatch, gpu, reference
 from qtrain_kernels.formats import get_format
 from qtrain_kernels.gemm import SETTINGS
 from qtrain_kernels.plans import SCALE_RULES, Mask, Plan, Rotation
+from qtrain_kernels.qtensor import Layout, Side, float_storage
 
 KEY = torch.tensor([5, -6], dtype=torch.int32)
 E2M1 = get_format("mxfp4").element
@@ -72,7 +73,7 @@ def same(a: Tensor | None, b: Tensor | None) -> bool:
     """Equal bits, NaN included."""
     if a is None or b is None:
         return a is b
-    bits = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.uint8: torch.uint8}[a.dtype]
+    bits = {4: torch.int32, 2: torch.int16, 1: torch.uint8}[a.element_size()]
     return a.dtype == b.dtype and torch.equal(a.view(bits), b.view(bits))
 
 
@@ -85,46 +86,74 @@ def alike(a: Tensor | float | None, b: Tensor | float | None) -> bool:
 
 def one_nan(x: Tensor) -> Tensor:
     """The sign and the payload of a NaN are no promise."""
-    return torch.where(x.isnan(), float("nan"), x) if x.is_floating_point() else x
+    return torch.where(x.isnan(), torch.tensor(float("nan"), dtype=x.dtype), x) if x.is_floating_point() else x
 
 
-def shapes_of(plan: Plan) -> list[tuple[int, int, int]]:
-    """Both dims; whole and broken vectors of lines, at any number of lanes; lines that no number of lanes divides."""
+def matrices(plan: Plan) -> list[tuple[Tensor, int]]:
+    """With the dim to quantise: whole and broken vectors of lines, at any number of lanes; lines that no number of
+    lanes divides; with infinities and NaN where there are many."""
     span = plan.span or 96
-    rows = [(1, span, 1), (6, span, 1), (131, span, 1)]
-    columns = [(1 if plan.span is None else 5, span, 33), (1 if plan.span is None else 2, span, 64)]
+    rows = [(1, span), (6, span), (131, span), (5, 3 * span if plan.span else 192)]
+    columns = [(5 * span if plan.span else span, 33), (2 * span if plan.span else span, 64)]
     if plan.span is None and plan.sparsity is None:
-        rows += [(7, 100, 1), (3, 1, 1)]
-        columns += [(1, 37, 18)]
-    return rows + columns
+        rows += [(7, 100), (3, 1)]
+        columns += [(37, 18)]
+    found = []
+    for shape, dim in (*((shape, -1) for shape in rows), *((shape, -2) for shape in columns)):
+        x = hard_input((*shape, 1))[:, :, 0]
+        if shape[0] > 5 and dim == -1:
+            x[4, 0], x[5, -1] = float("nan"), float("inf")
+        found.append((x, dim))
+    return found
+
+
+def sides(plan: Plan, x: Tensor, dim: int, rotation: Rotation | None) -> list[Side]:
+    """Into every storage that the C++ writes, and packed beside the first."""
+    storages = ["float32", float_storage(plan, torch.bfloat16), "int8", "packed", "float8_128"]
+    shape = (x.shape[0], x.shape[1])
+    layouts = [
+        Layout(plan, shape, dim, storage, blocks=plan.block is not None and storage in ("float32", "bfloat16"))
+        for storage in dict.fromkeys(storages)
+        if Layout(plan).lacks(storage) is None
+    ]
+    packs = Layout(plan).lacks("packed") is None
+    return [
+        Side(layout, rotation, KEY, packed=packs and layout.storage == "float32")
+        for layout in layouts
+        if layout.held is layout
+    ]
+
+
+def assert_equal(x: Tensor, side: Side) -> None:
+    expected, found = (module.quantize(x, side) for module in (reference, cpu))
+    assert len(expected) == len(found) and all(map(alike, expected, found)), (x.shape, x.dtype, side.layout)
 
 
 @pytest.mark.parametrize("name", PLANS)
 def test_cpp_equals_the_reference(name: str) -> None:
     plan = PLANS[name]
-    for shape in shapes_of(plan):
-        x = hard_input(shape)
-        if shape[0] > 5:
-            x[4, 0], x[5, -1] = float("nan"), float("inf")
-        length = shape[1] if plan.span is None else shape[0] * shape[1]
-        for given, dtype, rotation in (
-            (x, torch.float32, None),
-            (x.bfloat16(), torch.bfloat16, Rotation(32, SIGNS)),
-            (x.transpose(0, 1).contiguous().transpose(0, 1), torch.bfloat16, Rotation(16)),
-        ):
-            if rotation and length % rotation.size:
+    for x, dim in matrices(plan):
+        for given, rotation in ((x, None), (x.bfloat16(), Rotation(32, SIGNS)), (x.mT.contiguous().mT, Rotation(16))):
+            if rotation and x.shape[dim] % rotation.size:
                 continue
-            scale = reference.tensor_scale(given, plan, rotation)
-            assert alike(scale, cpu.tensor_scale(given, plan, rotation)), (shape, given.dtype)
-            arguments = given, scale, KEY, plan
-            expected, found = (module.operand(*arguments, dtype, rotation) for module in (reference, cpu))
-            assert all(map(alike, expected, found)), (shape, given.dtype)
-            if dtype == torch.float32:
-                expected, found = (module.encode(*arguments, rotation) for module in (reference, cpu))
-                assert all(map(alike, expected, found)), (shape, given.dtype)
-            else:
-                expected, found = (module.fake_quantize(*arguments, dtype, rotation) for module in (reference, cpu))
-                assert alike(expected, found), (shape, given.dtype)
+            for side in sides(plan, given, dim, rotation):
+                assert_equal(given, side)
+            if given.dtype == torch.bfloat16:
+                side = Side(Layout(replace(plan, mask=None), (x.shape[0], x.shape[1]), dim), rotation, KEY)
+                expected, found = (module.fake_quantize(given, side, torch.bfloat16) for module in (reference, cpu))
+                assert alike(expected, found), (x.shape, dim)
+
+
+def test_tiles_of_rows_and_learned_scales_are_the_references() -> None:
+    x = hard_input((45, 64, 1))[:, :, 0]
+    for name, rows in (("nvfp4 tile", 16), ("fp8 block", 1), ("four over six", 1)):
+        for dim in (-1, -2)[: 1 + (rows > 1)]:
+            layout = Layout(PLANS[name], (45, 64) if rows > 1 else (45, 128), dim, rows=rows, blocks=True)
+            for rotation in (None, Rotation(32, SIGNS))[: 1 + (dim == -1)]:
+                given = x if rows > 1 else torch.cat((x, -x), 1)
+                assert_equal(given, Side(layout, rotation, KEY))
+    learned = replace(PLANS["quest"], rule="learned")
+    assert_equal(x, Side(Layout(learned, (45, 64)), None, None, torch.tensor(0.3)))
 
 
 @pytest.mark.parametrize("size", [2, 16, 32, 128, 512])
@@ -142,45 +171,43 @@ def test_cpp_turns_as_the_reference(size: int, inner: int) -> None:
 
 
 def test_threads_and_empty_tensors_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    plan, rotation = PLANS["quartet backward"], Rotation(32)
-    x = hard_input((150, 32, 1))
-    expected = cpu.operand(x, 1.0, KEY, plan, torch.bfloat16, rotation)
-    monkeypatch.setattr(cpu, "_threads", lambda x: 3)
-    assert all(map(alike, expected, cpu.operand(x, 1.0, KEY, plan, torch.bfloat16, rotation)))
-    assert cpu.operand(x[:0], 1.0, KEY, plan, torch.bfloat16, rotation)[0].shape == (0, 32, 1)
+    plan, nvfp4 = PLANS["quartet backward"], PLANS["nvfp4"]
+    x = hard_input((150, 32, 1))[:, :, 0]
     low, high = x.clone(), x.clone()
     low[0, 0], high[149, 31] = -1e38, 1e38
-    nvfp4 = PLANS["nvfp4"]
-    for given in (low, high):
-        assert alike(cpu.tensor_scale(given, nvfp4), reference.tensor_scale(given, nvfp4)), "whichever thread has it"
+    for threads in (1, 3):
+        monkeypatch.setattr(cpu, "_threads", lambda x, threads=threads: threads)
+        assert_equal(x, Side(Layout(plan, (150, 32), blocks=True), Rotation(32), KEY, packed=True))
+        assert_equal(x[:0], Side(Layout(plan, (0, 32), blocks=True), Rotation(32), KEY))
+        for given in (low, high):  # whichever thread has the largest
+            assert_equal(given, Side(Layout(nvfp4, (150, 32), blocks=True), Rotation(32)))
 
 
 @pytest.mark.parametrize("name", ["quartet backward", "nvfp4", "ms-eden 128", "quest"])
 def test_the_default_dtype_and_device_change_nothing(name: str) -> None:
-    plan, rotation = PLANS[name], Rotation(32, SIGNS)
-    x = hard_input((6 if plan.span is None else 64, plan.span or 96, 1))
-    expected = reference.tensor_scale(x, plan, rotation), reference.encode(x, 1.0, KEY, plan, rotation)
-    for dtype in (torch.float64, torch.bfloat16):
-        torch.set_default_dtype(dtype)
-        try:
-            found = cpu.tensor_scale(x, plan, rotation), cpu.encode(x, 1.0, KEY, plan, rotation)
-        finally:
-            torch.set_default_dtype(torch.float32)
-        assert alike(expected[0], found[0]) and all(map(alike, expected[1], found[1])), dtype
-    with torch.device("meta"):
-        found = cpu.tensor_scale(x, plan, rotation), cpu.encode(x, 1.0, KEY, plan, rotation)
-    assert alike(expected[0], found[0]) and all(map(alike, expected[1], found[1]))
+    plan = PLANS[name]
+    x = hard_input((6, max(plan.span or 0, 96), 1))[:, :, 0]
+    for dtype, device in ((torch.float64, "cpu"), (torch.bfloat16, "cpu"), (torch.float32, "meta")):
+        cpu._job.cache_clear()
+        for side in sides(plan, x, -1, Rotation(32, SIGNS)):
+            expected = reference.quantize(x, side)
+            torch.set_default_dtype(dtype)
+            try:
+                with torch.device(device):
+                    found = cpu.quantize(x, side)
+            finally:
+                torch.set_default_dtype(torch.float32)
+            assert all(map(alike, expected, found)), (dtype, device)
 
 
 @pytest.mark.parametrize("name", ["quest", "ms-eden 128", "nvfp4"])
 def test_lines_that_are_too_long_for_a_tile_are_the_references(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu._job.cache_clear()
     monkeypatch.setattr(cpu, "LONGEST", 64)
-    plan, rotation = PLANS[name], Rotation(128)
-    x = hard_input((64, plan.span or 256, 1))
-    scale = reference.tensor_scale(x, plan, rotation)
-    assert alike(scale, cpu.tensor_scale(x, plan, rotation))
-    expected, found = (module.encode(x, scale, KEY, plan, rotation) for module in (reference, cpu))
-    assert all(map(alike, expected, found))
+    x = hard_input((64, 256, 1))[:, :, 0]
+    for side in sides(PLANS[name], x, -1, Rotation(128)):
+        assert_equal(x, side)
+    cpu._job.cache_clear()
 
 
 def compile_afresh(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,11 +231,9 @@ def test_fewer_lanes_change_nothing(
     monkeypatch.setattr(cpu, "cache_dir", lambda: str(tmp_path))
     for name in ("quartet backward", "four over six", "ms-eden", "quest"):
         plan = PLANS[name]
-        for shape in shapes_of(plan)[2:5]:
-            x = hard_input(shape)
-            scale = reference.tensor_scale(x, plan)
-            expected, found = (module.operand(x, scale, KEY, plan, torch.bfloat16) for module in (reference, cpu))
-            assert all(map(alike, expected, found)), (name, shape)
+        for x, dim in matrices(plan)[2:5]:
+            for side in sides(plan, x, dim, None):
+                assert_equal(x, side)
     assert all(flag in command for command in commands if "-shared" in command) and len(commands) > 4
 
 
@@ -235,33 +260,34 @@ def test_random_signs_are_the_reference_s(n: int) -> None:
 
 
 def test_what_does_not_fill_its_blocks_is_refused() -> None:
+    x = torch.ones(3, 100)
     for operation in (
-        lambda x: cpu.rotate(x, Rotation(32)),
-        lambda x: cpu.operand(x, 1.0, None, PLANS["quest"], torch.bfloat16, Rotation(32)),
-        lambda x: cpu.operand(x, 1.0, None, PLANS["mxfp8"], torch.bfloat16),
+        lambda: cpu.rotate(x[:, :, None], Rotation(32)),
+        lambda: cpu.quantize(x, Side(Layout(PLANS["quest"], (3, 100)), Rotation(32))),
+        lambda: cpu.quantize(x, Side(Layout(PLANS["mxfp8"], (3, 100)))),
     ):
-        with pytest.raises(ValueError, match=r"must fill blocks and rotations of 32; got \(3, 100, 1\)"):
-            operation(torch.ones(3, 100, 1))
+        with pytest.raises(ValueError, match=r"must fill blocks and rotations of 32; got \(3, 100(, 1)?\)"):
+            operation()
 
 
 def test_block_scales_that_nobody_asks_for_are_not_written() -> None:
     for name in ("quartet forward", "ms-eden 128", "nvfp4 tile", "fp8 block"):
         plan = PLANS[name]
-        x = hard_input((8, plan.span or 32, 1))
-        scale = reference.tensor_scale(x, plan)
+        x = hard_input((8, plan.span or 32, 1))[:, :, 0]
         for module in (reference, cpu):
-            values, blocks, mask = module.operand(x, scale, KEY, plan, torch.float32)
-            found = module.operand(x, scale, KEY, plan, torch.float32, with_blocks=False)
+            layout = Layout(plan, (x.shape[0], x.shape[1]), blocks=True)
+            values, blocks, *rest = module.quantize(x, Side(layout, None, KEY))
+            found = module.quantize(x, Side(replace(layout, blocks=False), None, KEY))
             assert blocks is not None and found[1] is None
-            assert alike(found[0], values) and alike(found[2], mask)
+            assert alike(found[0], values) and all(map(alike, found[2:], rest))
 
 
-def test_negative_views_and_scales_that_broadcast() -> None:
+def test_negative_views() -> None:
     x = hard_input((64, 96, 1))
     assert alike(cpu.rotate(torch._neg_view(x), Rotation(32)), cpu.rotate(-x, Rotation(32)))
-    one, many = torch.full((1, 1, 1), 0.5), torch.full((64, 1, 1), 0.5)
-    found = [cpu.operand(x, scale, None, PLANS["quest"], torch.float32)[0] for scale in (one, many)]
-    assert alike(*found)
+    side = Side(Layout(PLANS["quest"], (64, 96)))
+    found, wanted = (cpu.quantize(each[:, :, 0], side) for each in (torch._neg_view(x), -x))
+    assert all(map(alike, found, wanted))
 
 
 def test_a_compiler_that_fails_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

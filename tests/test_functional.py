@@ -158,9 +158,14 @@ def test_operators_are_what_torch_takes_them_for(recipe: str, rows: int) -> None
     assert y.shape == (rows, 128)
     for packed in (True, False):
         torch.library.opcheck(functional.quantize_weight, (weight, fixed[1], packed, *shared), test_utils=tests[::2])
-    torch.library.opcheck(functional.dgrad, (dy, weight, w, None, None, torch.float32, *shared), test_utils=tests[::2])
-    held = saved or [x.detach()]
-    torch.library.opcheck(functional.wgrad, (dy, held, None, None, 128, torch.float32, *shared), test_utils=tests[::2])
+    torch.library.opcheck(functional.quantize_grad, (dy, True, True, *shared), test_utils=tests[::2])
+    numerics, held = layer.numerics, saved or [x.detach()]
+    for_x, for_w = (functional.quantize_grad(dy, *each, *shared) or [dy] for each in ((True, False), (False, True)))
+    assert numerics.dgrad.quantizes or for_x == [dy]
+    given = for_x, weight, w, None, None, rows, torch.float32
+    torch.library.opcheck(functional.dgrad, (*given, *shared), test_utils=tests[::2])
+    given = for_w, held, None, None, rows, 128, 128, torch.float32
+    torch.library.opcheck(functional.wgrad, (*given, *shared), test_utils=tests[::2])
 
 
 # ------------------------------------------------------------------------------------------------- recomputed and moved

@@ -19,9 +19,9 @@ from qtrain_kernels import cpu, gemm, reference
 from qtrain_kernels.formats import E4M3 as FORMAT_E4M3
 from qtrain_kernels.formats import MX_E2M1, get_format
 from qtrain_kernels.gemm import TABLE, fp8_matmul, int8_matmul, multiply, resolve, reused
-from qtrain_kernels.plans import Plan, stored_integer
+from qtrain_kernels.plans import Plan, Rotation, stored_integer
 from qtrain_kernels.precision import matmul
-from qtrain_kernels.qtensor import Layout, QTensor, Storage, inexact, quantize, unswizzle
+from qtrain_kernels.qtensor import Layout, QTensor, Side, Storage, inexact, quantize, unswizzle
 
 GEMMS = ("fprop", "dgrad", "wgrad")
 FORMATS = ("int1", "int4", "int7", "int8", "int1.585", "int4_sym", "int8_sym")
@@ -90,11 +90,11 @@ def test_stored_integers_are_the_codes(name: str) -> None:
         stored, _, _ = reference.operand(x, scale, key, plan, torch.int8)
         assert stored.dtype == torch.int8
         assert torch.equal((stored.double() + offset) * unit, codes.double())
-        assert torch.equal(cpu.operand(x, scale, key, plan, torch.int8)[0], stored)
-        across = x.permute(2, 1, 0).contiguous()
-        if plan.per_tensor:
-            ours, theirs = (module.operand(across, scale, key, plan, torch.int8)[0] for module in (cpu, reference))
-            assert torch.equal(ours, theirs)
+        for matrix, dim in ((x[:, :, 0], -1), (x[:, :, 0].T.contiguous(), -2)):
+            layout = Layout(plan, (matrix.shape[0], matrix.shape[1]), dim, "int8")
+            ours, theirs = (module.quantize(matrix, Side(layout, None, key))[0] for module in (cpu, reference))
+            assert ours is not None and theirs is not None and torch.equal(ours, theirs)
+            assert dim == -2 or torch.equal(ours, stored[:, :, 0])
 
 
 def layer(recipe: object, gemm: str = "auto", features: tuple[int, int] = (128, 48)) -> nn.Sequential:
@@ -115,7 +115,7 @@ def test_a_forward_is_the_exact_product_of_codes_and_scales(recipe: object) -> N
     with torch.autocast("cpu", torch.bfloat16):
         y = model(x)
     fprop = linear.numerics.fprop
-    rotation = fprop.rotation(torch.zeros(2, dtype=torch.int32), 128)
+    rotation = None if fprop.left.rotation_block is None else Rotation(fprop.left.rotation_block or 128)
     left, right = (q.quantize(each, rotation) for q, each in ((fprop.left, x), (fprop.right, linear.weight.detach())))
     exact = (left.codes.double() @ right.codes.double().T).float()
     scales = [torch.as_tensor(each) for each in (left.tensor_scale, right.tensor_scale)]

@@ -19,12 +19,13 @@ from torch.utils.checkpoint import checkpoint
 import qtrain
 from qtrain.errors import UserError
 from qtrain.quant import QuantLinear, rotation, set_high_precision
-from qtrain.quant.functional import Gemm
+from qtrain.quant.functional import Call
 from qtrain.quant.quantizer import Quantizer
 from qtrain.quant.random import USES, key_words
 from qtrain.recipe import LinearRecipe, QuantSpec, read_recipe
+from qtrain_kernels import qtensor
 from qtrain_kernels.plans import Rotation
-from qtrain_kernels.qtensor import Layout
+from qtrain_kernels.qtensor import QTensor, Side
 
 T, K, N = 96, 256, 128
 
@@ -144,23 +145,40 @@ def test_steps_key_the_draws() -> None:
 
 @pytest.mark.parametrize("redraw", ["step", "micro_batch"])
 def test_every_draw_takes_the_key_of_its_own_use(redraw: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = layer({"name": "quartet", "redraw": redraw})
+    tree = read_recipe("quartet").model_dump() | {"redraw": redraw}
+    for gemm in ("fprop", "dgrad", "wgrad"):
+        tree[gemm] = {side: spec | {"rounding": "stochastic", "signs": "step"} for side, spec in tree[gemm].items()}
+    module = layer(tree)
     module.set_step(5, 2)
-    names: dict[int, str] = {id(quantizer): name for name, quantizer in module.numerics.operands.items()}
-    names |= {id(getattr(module.numerics, gemm)): f"{gemm}.signs" for gemm in ("fprop", "dgrad", "wgrad")}
     found: list[tuple[str, tuple[int, ...]]] = []
-    operand, rotation = Quantizer.operand, Gemm.rotation
+    asked: list[str] = []
+    operand, rotation, one = Call.operand, Call.rotation, qtensor.quantize_side
 
-    def operand_seen(self: Quantizer, x: Tensor, layout: Layout, rotation: Rotation, key: Tensor, *more: Any):
-        found.append((names[id(self)], tuple(key.tolist())))
-        return operand(self, x, layout, rotation, key, *more)
+    def note(use: str, key: Tensor | None) -> None:
+        found.extend([] if key is None else [(use, tuple(key.tolist()))])
 
-    def rotation_seen(self: Gemm, key: Tensor, size: int) -> Rotation | None:
-        found.append((names[id(self)], tuple(key.tolist())))
-        return rotation(self, key, size)
+    def operand_seen(self: Call, use: str, *more: Any, **rest: Any) -> tuple[QTensor, QTensor | None]:
+        asked.append(use)
+        return operand(self, use, *more, **rest)
 
-    monkeypatch.setattr(Quantizer, "operand", operand_seen)
-    monkeypatch.setattr(Gemm, "rotation", rotation_seen)
+    def one_seen(x: Tensor, side: Side, backend: str) -> tuple[QTensor, QTensor | None]:
+        note(asked[-1], side.key)
+        return one(x, side, backend)
+
+    def both_seen(x: Tensor, rows: Side, columns: Side, backend: str) -> list[QTensor]:
+        note("dgrad.dy", rows.key)
+        note("wgrad.dy", columns.key)
+        return [one(x, side, backend)[0] for side in (rows, columns)]
+
+    def rotation_seen(self: Call, name: str, size: int) -> Rotation | None:
+        turn = rotation(self, name, size)
+        note(f"{name}.signs", turn and turn.signs)
+        return turn
+
+    monkeypatch.setattr(Call, "operand", operand_seen)
+    monkeypatch.setattr(Call, "rotation", rotation_seen)
+    monkeypatch.setattr(qtensor, "quantize_side", one_seen)
+    monkeypatch.setattr(qtensor, "quantize_both", both_seen)
     run(module, *batch())
     per_step = {"fprop.w", "dgrad.w", "fprop.signs", "dgrad.signs"} if redraw == "step" else ()
     expected = [(use, tuple(key_words(0, "0", use, "step", 5, 0 if use in per_step else 2))) for use in USES]
@@ -349,14 +367,13 @@ STOCHASTIC = {side: {"format": "mxfp4", "rounding": "stochastic"} for side in ("
 def weight_quantisations(monkeypatch: pytest.MonkeyPatch, module: QuantLinear) -> list[str]:
     """Filled with the name of each weight operand that is quantised from here on."""
     seen: list[str] = []
-    names = {id(module.numerics.fprop.right): "fprop.w", id(module.numerics.dgrad.right): "dgrad.w"}
-    operand = Quantizer.operand
+    operand = Call.operand
 
-    def counted(self: Quantizer, *args: Any, **more: Any):
-        seen.extend([names[id(self)]] if id(self) in names else [])
-        return operand(self, *args, **more)
+    def counted(self: Call, use: str, *args: Any, **more: Any) -> tuple[QTensor, QTensor | None]:
+        seen.extend([use] if use in ("fprop.w", "dgrad.w") else [])
+        return operand(self, use, *args, **more)
 
-    monkeypatch.setattr(Quantizer, "operand", counted)
+    monkeypatch.setattr(Call, "operand", counted)
     return seen
 
 

@@ -256,7 +256,7 @@ def test_what_waits_for_the_backward_takes_the_least_bits() -> None:
     for plan, storage, expected in (
         (MXFP4, "bfloat16", "packed"), (QUEST, "int8", "packed"), (FP8, "bfloat16", "packed"),
         (replace(QUEST, element=get_format("int8").element), "int8", "int8"), (FP8_128, "float32", "float32"),
-        (replace(QUEST, rule="learned"), "bfloat16", "bfloat16"), (MXFP4, "float8", "float8"),
+        (replace(QUEST, rule="learned"), "bfloat16", "bfloat16"), (MXFP4, "float8", "packed"),
         (None, "float32", "float32"),
     ):  # fmt: skip
         assert Layout(plan, (32, 128), storage=storage).saved.storage == expected

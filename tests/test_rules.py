@@ -13,7 +13,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
-from conftest import passed_in_the_interpreter
+from conftest import passed_in_the_interpreter, quantized
 from oracles import rules as oracle
 from oracles.recipes import USES, Draws
 from torch import Tensor
@@ -113,22 +113,11 @@ def matrix() -> Tensor:
 
 def found(module: ModuleType, x: Tensor, plan: Plan) -> oracle.Quantised:
     """codes, scale and mask (8, 64) of a backend."""
-    rows, columns = x.shape
-    lines = x.view(rows, columns, 1)
-    scale = torch.tensor(LEARNED) if plan.rule == "learned" else module.tensor_scale(lines, plan)
-    size = plan.block or columns
-    spans = x.reshape(-1, size, 1)
-    above = torch.as_tensor(scale)
-    if above.ndim:
-        above = above.repeat_interleave(columns // size, 0)
-    codes, blocks, mask = module.encode(
-        spans, above if isinstance(scale, Tensor) else scale, torch.tensor(KEY, dtype=torch.int32), plan
-    )
-    whole = above.double() if blocks is None else above.double() * blocks.double().view(-1, 1, 1)
-    passes = None if mask is None else mask.view(rows, columns).bool().numpy()
-    return oracle.Quantised(
-        codes.view(rows, columns).double().numpy(), whole.expand(spans.shape).reshape(rows, columns).numpy(), passes
-    )
+    learned = torch.tensor(LEARNED) if plan.rule == "learned" else None
+    q = quantized(module, x, plan, key=torch.tensor(KEY, dtype=torch.int32), learned=learned)
+    scale = torch.as_tensor(q.tensor_scale).double() * (1.0 if q.block_scale is None else q.block_scale.double())
+    passes = None if q.mask is None else q.mask.numpy()
+    return oracle.Quantised(q.codes.double().numpy(), torch.as_tensor(scale).expand(x.shape).numpy(), passes)
 
 
 def differences(module: ModuleType, asked: oracle.Setting) -> list[str]:
@@ -202,21 +191,19 @@ UNKNOWN = {
 @pytest.mark.parametrize("what", UNKNOWN)
 def test_a_backend_refuses_what_it_does_not_know_by_name(module: ModuleType, what: str) -> None:
     """It would be absmax, round to nearest, mask by the error or prune 2:4 without a word."""
-    x, key = torch.randn(4, 16, 1, generator=torch.Generator().manual_seed(0)), torch.tensor(KEY, dtype=torch.int32)
+    x, key = torch.randn(4, 16, generator=torch.Generator().manual_seed(0)), torch.tensor(KEY, dtype=torch.int32)
     with pytest.raises(ValueError, match=what):
-        module.encode(x, torch.tensor(1.0), key, UNKNOWN[what])
-    with pytest.raises(ValueError, match=what):
-        module.operand(x, torch.tensor(1.0), key, UNKNOWN[what], torch.float32)
+        quantized(module, x, UNKNOWN[what], key=key)
 
 
 @pytest.mark.parametrize("module", [reference, cpu, gpu], ids=["reference", "compiled", "triton"])
 def test_an_unknown_scale_of_whole_lines_is_refused_by_name(module: ModuleType) -> None:
-    x = torch.randn(4, 16, 1, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(4, 16, generator=torch.Generator().manual_seed(0))
     plan = Plan(get_format("int4_sym").element, "float32", None, "new")
     with pytest.raises(ValueError, match=r"scale rule \(line\) 'new'"):
-        module.tensor_scale(x, plan)
+        quantized(module, x, plan)
     with pytest.raises(ValueError, match=r"'learned' has no scale of x"):
-        module.tensor_scale(x, replace(plan, rule="learned"))
+        quantized(module, x, replace(plan, rule="learned"))
 
 
 ADDED: dict[str, tuple[str, Row]] = {  # a format, and a rule that no table has
@@ -270,21 +257,21 @@ def test_a_row_of_pieces_that_a_backend_lacks_is_refused_by_name(
     monkeypatch.setitem(SCALE_RULES, "middle", {"e8m0": lambda *_: middle})
     monkeypatch.setitem(SCALE_RULES, "outer", {"e8m0": lambda *_: ScaleRule(outer=middle)})
     monkeypatch.setitem(ROUNDINGS, "upwards", Rounding("up"))
-    x = matrix().view(-1, 32, 1)
+    x = matrix()
     for rule, rounding, what in (
         ("middle", "nearest", "statistic 'median'"), ("outer", "nearest", "statistic 'median'"),
         ("floor", "upwards", "rounding 'up'"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=f"knows no {what}"):
-            module.encode(x, 1.0, None, Plan(E2M1, "e8m0", 32, rule, rounding))  # pyright: ignore[reportArgumentType]
+            quantized(module, x, Plan(E2M1, "e8m0", 32, rule, rounding))  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_rounding_that_draws_nothing_asks_for_no_key(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(ROUNDINGS, "also nearest", Rounding("nearest"))
-    x, plan = matrix().view(-1, 32, 1), Plan(E2M1, "e8m0", 32, "floor")
-    codes, _, _ = BACKENDS[backend].encode(x, 1.0, None, replace(plan, rounding="also nearest"))  # pyright: ignore[reportArgumentType]
-    assert torch.equal(codes, reference.encode(x, 1.0, None, plan)[0])
+    x, plan = matrix(), Plan(E2M1, "e8m0", 32, "floor")
+    found = quantized(BACKENDS[backend], x, replace(plan, rounding="also nearest"))  # pyright: ignore[reportArgumentType]
+    assert torch.equal(found.codes, quantized(reference, x, plan).codes)
     assert [ROUNDINGS[name].draws for name in ("nearest", "stochastic", "eden")] == [False, True, True]
 
 

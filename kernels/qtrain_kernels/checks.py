@@ -5,14 +5,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from qtrain_kernels.plans import Packed, Plan, field_width
 
+if TYPE_CHECKING:
+    from qtrain_kernels.qtensor import Layout
+
 WIDTHS = (1, 2, 4, 8)
-OPERANDS = (torch.bfloat16, torch.float32, torch.int8)
 
 
 def check_spans(x: Tensor, device: str = "cpu") -> None:
@@ -21,6 +24,16 @@ def check_spans(x: Tensor, device: str = "cpu") -> None:
         raise ValueError(
             f"an operand is (outer, span, inner); got {tuple(x.shape)}; view a matrix as (rows, columns, 1)"
         )
+    if not x.is_floating_point():
+        raise ValueError(f"an operand is float; got {x.dtype}; convert it with x.float()")
+    if x.device.type != device:
+        raise ValueError(f"these kernels work on {device}; got a tensor on {x.device}; move it with x.to({device!r})")
+
+
+def check_matrix(x: Tensor, layout: Layout, device: str = "cpu") -> None:
+    """x: floats in the shape of its layout."""
+    if x.shape != layout.shape:
+        raise ValueError(f"the layout is of {layout.shape}; got {tuple(x.shape)}; give a matrix of that shape")
     if not x.is_floating_point():
         raise ValueError(f"an operand is float; got {x.dtype}; convert it with x.float()")
     if x.device.type != device:
@@ -50,14 +63,6 @@ def check_words(key: Tensor) -> None:
         raise ValueError(f"a key is (2,) int32; got {tuple(key.shape)} {key.dtype}")
 
 
-def check_operand_dtype(dtype: torch.dtype, plan: Plan) -> None:
-    """One that an operand of the plan can have."""
-    if dtype not in OPERANDS:
-        raise ValueError(f"an operand is {', '.join(map(str, OPERANDS))}; asked for {dtype}")
-    if dtype == torch.int8 and (plan.element.mantissa_bits is not None or plan.block is not None):
-        raise ValueError("int8 holds integer codes without block scales; ask for torch.bfloat16 or torch.float32")
-
-
 def check_signs(signs: Tensor | None, size: int | None) -> None:
     """As many as the rotation's size, which may be none; or a key that draws them."""
     if signs is not None and signs.dtype == torch.int32:
@@ -73,29 +78,6 @@ def check_mask(mask: Tensor | None, x: Tensor) -> None:
     if mask.dtype != torch.uint8 or mask.shape != x.shape:
         raise ValueError(f"a mask is uint8 of {tuple(x.shape)}; got {tuple(mask.shape)} {mask.dtype}")
     check_same_device(x, mask=mask)
-
-
-def scale_tensor(scale: Tensor | float, x: Tensor) -> Tensor:
-    """() or (outer, 1, inner) float32, without a graph."""
-    scales = torch.as_tensor(scale, dtype=torch.float32, device=x.device).detach()
-    outer, _, inner = x.shape
-    if not scales.ndim:
-        return scales
-    rows, one, columns = scales.shape if scales.ndim == 3 else (0, 0, 0)
-    if rows not in (1, outer) or one != 1 or columns not in (1, inner):
-        raise ValueError(f"a tensor scale is () or {(outer, 1, inner)}; got {tuple(scales.shape)}")
-    return scales.expand(outer, 1, inner).contiguous()
-
-
-def check_packable(values: Tensor, blocks: Tensor | None, plan: Plan) -> None:
-    """As many block scales as values have blocks."""
-    expected = None if plan.block is None else values.numel() / plan.block
-    if expected != (None if blocks is None else blocks.numel()):
-        found = "none" if blocks is None else blocks.numel()
-        raise ValueError(f"{tuple(values.shape)} values need {expected or 'no'} block scales; got {found}")
-    if blocks is not None and blocks.dtype != torch.float32:
-        raise ValueError(f"block scales are float32; got {blocks.dtype}")
-    check_same_device(values, blocks=blocks)
 
 
 def check_packed(packed: Packed, shape: Sequence[int], plan: Plan) -> None:
@@ -117,3 +99,19 @@ def check_fields(x: Tensor, width: int, count: int | None = None) -> None:
         raise ValueError(f"packed fields are uint8; got {x.dtype}")
     if count is not None and x.numel() < -(-count * width // 8):
         raise ValueError(f"{count} fields of {width} bits take {-(-count * width // 8)} bytes; got {x.numel()}")
+
+
+def check_operand_dtype(dtype: torch.dtype, plan: Plan) -> None:
+    """One that an operand of the plan can have."""
+    if dtype not in (torch.bfloat16, torch.float32, torch.int8):
+        raise ValueError(f"an operand is bfloat16, float32 or int8; asked for {dtype}")
+def check_packable(values: Tensor, blocks: Tensor | None, plan: Plan) -> None:
+    """As many block scales as values have blocks."""
+    expected = None if plan.block is None else values.numel() / plan.block
+    if expected != (None if blocks is None else blocks.numel()):
+        found = "none" if blocks is None else blocks.numel()
+        raise ValueError(f"{tuple(values.shape)} values need {expected or 'no'} block scales; got {found}")
+    if blocks is not None and blocks.dtype != torch.float32:
+        raise ValueError(f"block scales are float32; got {blocks.dtype}")
+    check_same_device(values, blocks=blocks)
+

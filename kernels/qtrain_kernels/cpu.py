@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ from qtrain_kernels.checks import (
     check_fields,
     check_key,
     check_mask,
+    check_matrix,
     check_packed,
     check_signs,
     check_spans,
@@ -149,6 +150,7 @@ def quantize(x: Tensor, side: Side, back: torch.dtype | None = None) -> list[Ten
     then all that is returned."""
     layout, rotation = side.layout, side.rotation
     plan = layout.plan
+    check_matrix(x, layout)
     assert plan is not None
     if rotation is not None and (layout.rows > 1 or rotation.base is not None or rotation.size > LONGEST):
         x, rotation = rotate(layout.whole_lines(x), rotation).view(x.shape), None
@@ -160,14 +162,14 @@ def quantize(x: Tensor, side: Side, back: torch.dtype | None = None) -> list[Ten
     scale = job.constant if side.learned is None else side.learned
     if scale is None:
         scale = tensor_scale(layout.whole_lines(x), plan, rotation)
-    ready, scales = _ready(layout.spans(x) if layout.rows > 1 else x), torch.as_tensor(scale, dtype=torch.float32)
+    assert isinstance(scale, Tensor)
+    ready, scales = _ready(layout.spans(x) if layout.rows > 1 else x), scale.detach().contiguous()
     signs = None if rotation is None or rotation.signs is None else _signs(rotation)
-    scales = scales.detach().contiguous()
     words = side.key.tolist() if job.draws and side.key is not None else (0, 0)
     made = [torch.empty(part[0], dtype=part[1], device="cpu") if part else None for part in job.parts]
     job.run(
         _at(ready), *job.sizes, _at(signs), _at(scales), int(scales.ndim > 0), words[0] & ALL, words[1] & ALL,
-        *[part if part is None else part.data_ptr() for part in made], int(job.bare), int(back is not None),
+        *map(_at, made), int(job.bare), int(back is not None),
         _threads(ready),
     )  # fmt: skip
     values, blocks, mask, bits, packed, packed_scales = made
@@ -207,7 +209,8 @@ class Job(NamedTuple):
 
 @lru_cache(4096)
 def _job(layout: Layout, source: torch.dtype, size: int, packed: bool, back: torch.dtype | None) -> Job | None:
-    """None for what the reference does: spans of many elements, packed columns. ValueError for a plan that there is no code for, and for lines that do not fill their blocks and rotations."""
+    """None for what the reference does: spans of many elements, packed columns. ValueError for a plan that there is no
+    code for, and for lines that do not fill their blocks and rotations."""
     plan = layout.plan
     assert plan is not None
     KNOWS.check(plan)

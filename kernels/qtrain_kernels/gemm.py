@@ -50,8 +50,9 @@ class Product:
 
     storage: of the layout that it takes; "float" for float32 or bfloat16. wants: that layout of a side, given the
     compute dtype; ValueError where the side does not go into it. run: the product of two QTensors in those layouts, in
-    bfloat16 or float32, and the scales that are left to multiply it. devices: the types of device that it runs on, with the least and the largest CUDA compute
-    capability; None: all. pair: why it does not take two sides together, each of which it takes; None if it does.
+    bfloat16 or float32, and the scales that are left to multiply it. devices: the types of device that it runs on, with
+    the least and the largest CUDA compute capability; None: all. pair: why it does not take two sides together, each of
+    which it takes; None if it does.
     """
 
     name: str

@@ -130,8 +130,8 @@ class Layout:
 
     @cached_property
     def held(self) -> Layout:
-        """The same where every backend writes it: floats, integers, bits, and float8 where codes need no shift; else the
-        floats, beside their block scales, of which it can be made."""
+        """The same where every backend writes it: floats, integers, bits, and float8 where codes need no shift. Else
+        the floats, beside their block scales, of which it can be made."""
         of_codes = self.storage == "float8_128" and self.plan is not None and self.plan.scale_kind == "float32"
         if self.storage in (*FLOATS, "int8", "packed") or of_codes:
             return self
@@ -225,7 +225,7 @@ class Layout:
             return tiles.reshape(-1, height * width, 1)
         if span == 1:
             return self.whole_lines(x)
-        return x.reshape(-1, span, 1) if self.dim == -1 else x.reshape(-1, span, x.shape[1])
+        return x.reshape(-1, span, 1) if self.dim == -1 else x.reshape(x.shape[0] // span, span, x.shape[1])
 
     def unspan(self, spans: Tensor) -> Tensor:
         """`spans` undone: (M, N)."""

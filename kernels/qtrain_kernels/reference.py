@@ -446,7 +446,7 @@ def quantize(x: Tensor, side: Side) -> list[Tensor | None]:
     scale = tensor_scale(layout.whole_lines(x), plan, rotation) if side.learned is None else side.learned
     spans, each = layout.spans(x), scale
     if isinstance(scale, Tensor) and scale.ndim:  # one a line over several blocks
-        each = scale.repeat_interleave(spans.shape[0] // scale.shape[0], 0).expand(-1, -1, spans.shape[2])
+        each = scale.repeat_interleave(spans.shape[0] // max(scale.shape[0], 1), 0).expand(-1, -1, spans.shape[2])
     codes, blocks, mask = encode(spans, each, side.key, plan, rotation)
     values = codes
     if layout.storage in DTYPES:

@@ -24,6 +24,7 @@ from qtrain_kernels import dispatch, qtensor
 from qtrain_kernels.formats import get_format
 from qtrain_kernels.plans import ROUNDINGS, Plan, Rotation, RoundingName
 from qtrain_kernels.qtensor import Layout, QTensor, Side, Storage
+from qtrain_kernels.reference import round_nearest
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,8 @@ class QuantizedTensor:
             each = each[: layout.lines[0], : layout.lines[1]]
             blocks = each if layout.dim == -1 else each.T
             codes = codes / torch.where(blocks == 0, 1.0, blocks)
+            if layout.plan is not None and layout.plan.scale_kind == "float32":  # whose products were rounded
+                codes = torch.where(codes == 0, codes, round_nearest(codes, layout.plan.element))
         passes = q.passes(backend)
         scale = layout.constant if q.tensor_scale is None else q.tensor_scale
         return QuantizedTensor(codes, blocks, scale, None if passes is None else passes.view(torch.bool))

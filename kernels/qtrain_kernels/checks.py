@@ -105,6 +105,8 @@ def check_operand_dtype(dtype: torch.dtype, plan: Plan) -> None:
     """One that an operand of the plan can have."""
     if dtype not in (torch.bfloat16, torch.float32, torch.int8):
         raise ValueError(f"an operand is bfloat16, float32 or int8; asked for {dtype}")
+
+
 def check_packable(values: Tensor, blocks: Tensor | None, plan: Plan) -> None:
     """As many block scales as values have blocks."""
     expected = None if plan.block is None else values.numel() / plan.block
@@ -114,4 +116,3 @@ def check_packable(values: Tensor, blocks: Tensor | None, plan: Plan) -> None:
     if blocks is not None and blocks.dtype != torch.float32:
         raise ValueError(f"block scales are float32; got {blocks.dtype}")
     check_same_device(values, blocks=blocks)
-

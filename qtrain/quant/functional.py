@@ -9,8 +9,7 @@ inverse. Masks are the forward's estimators. Weights are quantised from the floa
 wgrad) are filled with zeros to whole blocks.
 
 Each operator is a pure function of its arguments: tensors, keys of its random bits, and the layer's numerics as text.
-torch.compile, export, checkpointing, saved-tensor hooks and FSDP see one node for each. Its fake implementation is the
-operator itself on the reference backend, run on fake tensors, so that shapes are stated in one place.
+torch.compile, export, checkpointing, saved-tensor hooks and FSDP see one node for each.
 
 The backward keeps no quantised weight: it quantises the weight again, with the same keys and hence the same bits,
 unless the caller passes one that it keeps itself.
@@ -32,7 +31,6 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor, distributed
 from torch.nn import functional as F
-from torch.utils._pytree import tree_leaves
 
 from qtrain.quant.quantizer import Quantizer, rotate, unrotate
 from qtrain.quant.random import USES
@@ -193,14 +191,14 @@ class Numerics:
 
 
 @cache
-def read_numerics(text: str, backend: Backend | None = None) -> Numerics:
-    """The Numerics of their text, or the same on another backend."""
+def read_numerics(text: str) -> Numerics:
+    """The Numerics of their text."""
     if text in _own:
         return _own[text]
-    written, own, kind, _ = json.loads(text)
+    written, backend, kind, _ = json.loads(text)
     recipe = LinearRecipe.model_validate(written)
     gemms = {
-        name: Gemm(*(Quantizer.build(spec, backend or own) for spec in operands.values()))
+        name: Gemm(*(Quantizer.build(spec, backend) for spec in operands.values()))
         for name, operands in recipe.operands().items()
     }
     return Numerics(**gemms, gemm=kind, redraw=recipe.redraw, text=text)
@@ -537,21 +535,52 @@ def _scalar(scale: Tensor) -> Tensor:
 LIBRARY = torch.library.Library("qtrain", "FRAGMENT")
 
 
-def _described(argument: Any) -> Any:
-    """A tensor by what decides the shapes of results."""
-    if isinstance(argument, Tensor):
-        return tuple(argument.shape), argument.dtype, argument.device.type
-    return tuple(map(_described, argument)) if isinstance(argument, list) else argument
+Shapes = list[tuple[Any, torch.dtype]]
 
 
-def _is_static(arguments: list[Any]) -> bool:
-    """Whether no size is a symbol of torch.compile's."""
-    tensors = [each for each in tree_leaves(arguments) if isinstance(each, Tensor)]
-    return all(type(size) is int for each in tensors for size in each.shape)
+def _weight_shapes(call: Call, weight: Tensor, scale: Tensor | None, packed: bool) -> Shapes:
+    found = call.weight_layout(weight, packed).shapes()
+    return found if scale is None else [*found, (weight.shape, torch.float32)]
 
 
-def _define(function: Callable[..., list[Tensor]], arguments: str) -> Any:
-    """torch.ops.qtrain.<name>, of a function whose first argument is a Call, which comes last in the operator's."""
+def _fprop_shapes(
+    call: Call, x: Tensor, weight: Tensor, x_scale: Tensor | None, _: Any, kept: Held, save_x: bool, save_mask: bool
+) -> Shapes:
+    layout = call.layout("fprop.x", x.shape, -1)
+    found: Shapes = [((x.shape[0], weight.shape[0]), call.dtype)]
+    if save_x and call.numerics.save_codes:
+        found += layout.saved.unmasked.shapes()
+    mask = layout.parts[3]
+    found += [mask] if save_mask and mask is not None else []
+    return [*found, (x.shape, torch.float32)] if save_mask and x_scale is not None else found
+
+
+def _grad_shapes(call: Call, dy: Tensor, for_x: bool, for_w: bool) -> Shapes:
+    dgrad, wgrad, (tokens, features), found = call.numerics.dgrad, call.numerics.wgrad, dy.shape, []
+    if for_x and dgrad.quantizes:
+        shape = tokens + -tokens % (dgrad.rows_block or 1), features + -features % dgrad.multiple
+        found += call.layout("dgrad.dy", shape, -1).shapes()
+    if for_w and wgrad.quantizes:
+        found += call.layout("wgrad.dy", (tokens + -tokens % wgrad.multiple, features), -2).shapes()
+    return found
+
+
+def _dgrad_shapes(
+    call: Call, dy: Held, weight: Tensor, w: Held, mask: Any, slope: Tensor | None, tokens: int, dtype: torch.dtype
+) -> Shapes:
+    return [((tokens, weight.shape[1]), dtype), *([] if slope is None else [((1,), torch.float32)])]
+
+
+def _wgrad_shapes(
+    call: Call, dy: Held, x: Held, mask: Any, slope: Tensor | None, tokens: int, out_features: int, in_features: int,
+    dtype: torch.dtype,
+) -> Shapes:  # fmt: skip
+    return [((out_features, in_features), dtype), *([] if slope is None else [((1,), torch.float32)])]
+
+
+def _define(function: Callable[..., list[Tensor]], shapes: Callable[..., Shapes], arguments: str) -> Any:
+    """torch.ops.qtrain.<name>, of a function whose first argument is a Call, which comes last in the operator's.
+    shapes: of its results."""
     name = function.__name__.lstrip("_")
     schema = f"{name}({arguments}, Tensor keys, str numerics, ScalarType dtype, int observer) -> Tensor[]"
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -560,17 +589,9 @@ def _define(function: Callable[..., list[Tensor]], arguments: str) -> Any:
         *own, keys, numerics, dtype, observer = given
         return function(Call(read_numerics(numerics), keys, dtype, _observers.get(observer)), *own)
 
-    known: dict[Any, list[tuple[torch.Size, torch.dtype]]] = {}
-
     def fake(*given: Any) -> list[Tensor]:
         *own, keys, numerics, dtype, _ = given
-        key = (numerics, dtype, *map(_described, own)) if _is_static(own) else None
-        found = known.get(key)
-        if found is None:
-            outputs = function(Call(read_numerics(numerics, "reference"), keys, dtype, None), *own)
-            found = [(each.shape, each.dtype) for each in outputs]
-            if key is not None:
-                known[key] = found
+        found = shapes(Call(read_numerics(numerics), keys, dtype, None), *own)
         return [keys.new_empty(shape, dtype=kind) for shape, kind in found]
 
     LIBRARY.impl(name, real, "CompositeExplicitAutograd")
@@ -578,17 +599,21 @@ def _define(function: Callable[..., list[Tensor]], arguments: str) -> Any:
     return getattr(torch.ops.qtrain, name).default
 
 
-quantize_weight = _define(_quantize_weight, "Tensor weight, Tensor? scale, bool packed")
+quantize_weight = _define(_quantize_weight, _weight_shapes, "Tensor weight, Tensor? scale, bool packed")
 fprop = _define(
-    _fprop, "Tensor x, Tensor weight, Tensor? x_scale, Tensor? w_scale, Tensor[] kept, bool save_x, bool save_mask"
+    _fprop,
+    _fprop_shapes,
+    "Tensor x, Tensor weight, Tensor? x_scale, Tensor? w_scale, Tensor[] kept, bool save_x, bool save_mask",
 )
-quantize_grad = _define(_quantize_grad, "Tensor dy, bool for_x, bool for_w")
+quantize_grad = _define(_quantize_grad, _grad_shapes, "Tensor dy, bool for_x, bool for_w")
 dgrad = _define(
     _dgrad,
+    _dgrad_shapes,
     "Tensor[] dy, Tensor weight, Tensor[] w, Tensor? x_mask, Tensor? x_slope, SymInt tokens, ScalarType x_dtype",
 )
 wgrad = _define(
     _wgrad,
+    _wgrad_shapes,
     "Tensor[] dy, Tensor[] x, Tensor? w_mask, Tensor? w_slope, SymInt tokens, SymInt out_features, SymInt in_features, "
     "ScalarType weight_dtype",
 )

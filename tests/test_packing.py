@@ -12,6 +12,7 @@ import qtrain
 from qtrain_kernels import cpu, qtensor, reference
 from qtrain_kernels.formats import get_format
 from qtrain_kernels.plans import Packed, Plan, can_pack, field_width
+from qtrain_kernels.qtensor import Side
 
 PACKED = {name: plan for name, plan in PLANS.items() if can_pack(plan)}
 E2M1_BYTES = {  # low nibble first; OCP Microscaling Formats v1.0, table 5: sign, two bits of exponent, one of mantissa
@@ -177,16 +178,17 @@ def test_a_layer_keeps_the_bits_of_its_format(
     assert all(torch.equal(packed[name], whole[name]) for name in packed)
 
 
-def test_block_scales_are_written_for_what_is_packed_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bits_are_written_of_what_waits_for_the_backward_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """The input of a forward that a backward follows, where that takes it as quantised."""
     asked: list[bool] = []
-    operand = cpu.operand
+    quantize = cpu.quantize
 
-    def counted(*arguments: Any) -> Any:
-        asked.append(arguments[6])
-        return operand(*arguments)
+    def counted(x: Tensor, side: Side) -> Any:
+        asked.append(side.packed)
+        assert not side.layout.blocks
+        return quantize(x, side)
 
-    monkeypatch.setattr(cpu, "operand", counted)
+    monkeypatch.setattr(cpu, "quantize", counted)
     for recipe, wanted, count in (("quartet", [True], 7), ("nvidia_nvfp4", [], 6)):  # whose dgrad reuses the weight
         asked.clear()
         step(recipe)

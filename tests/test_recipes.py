@@ -24,7 +24,8 @@ from qtrain.quant.functional import Numerics
 from qtrain.recipe import read_recipe
 from qtrain.settings import Backend
 from qtrain_kernels import reference
-from qtrain_kernels.gemm import Product
+from qtrain_kernels.gemm import Product, Scale
+from qtrain_kernels.qtensor import QTensor
 
 N = 128
 SHAPES = [(96, 256), (45, 384)]  # T, K; 45 tokens fill the last block of every wgrad in part
@@ -605,7 +606,12 @@ def spoil(module: QuantLinear, operand: str, factor: float) -> None:
     class Wrong(Numerics):
         def product(self, name: str, device_type: str, capability: Any = None) -> Product:
             found = super().product(name, device_type, capability)
-            return dataclasses.replace(found, run=lambda *sides: found.run(*sides) * factor) if name == gemm else found
+
+            def run(left: QTensor, right: QTensor) -> tuple[Tensor, list[Scale]]:
+                product, scales = found.run(left, right)
+                return product * factor, scales
+
+            return dataclasses.replace(found, run=run) if name == gemm else found
 
     parts = {each.name: getattr(module.numerics, each.name) for each in dataclasses.fields(Numerics)}
     module.numerics = Wrong(**parts)

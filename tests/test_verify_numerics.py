@@ -9,12 +9,13 @@ from types import ModuleType
 
 import pytest
 import torch
+from torch import Tensor
 
 from qtrain.quant import quantizer
-from qtrain.quant.quantizer import QuantizedTensor, Quantizer
-from qtrain_kernels import reference
+from qtrain.quant.quantizer import QuantizedTensor
+from qtrain_kernels import qtensor, reference
 from qtrain_kernels.plans import Mask
-from qtrain_kernels.qtensor import QTensor
+from qtrain_kernels.qtensor import QTensor, Side
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "verify_numerics.py"
 FEW = ["--samples", "8e6"]
@@ -101,13 +102,13 @@ def test_a_gradient_one_percent_off_stops_concentrating(
     factor: float,
     verdict: str,
 ) -> None:
-    operand = Quantizer.operand
+    quantize = qtensor.quantize_side
 
-    def scaled(*arguments: object, **options: object) -> QTensor:
-        exact = operand(*arguments, **options)  # pyright: ignore[reportArgumentType]
-        return replace(exact, codes=exact.codes * factor)
+    def scaled(x: Tensor, side: Side, backend: str) -> tuple[QTensor, QTensor | None]:
+        exact, packed = quantize(x, side, backend)
+        return replace(exact, codes=exact.codes * factor), packed
 
-    monkeypatch.setattr(Quantizer, "operand", scaled)
+    monkeypatch.setattr(qtensor, "quantize_side", scaled)
     claim = "concentration of tetrajet_v2_baseline, input gradient: slope"
     small.main(["--only", claim])
     assert verdicts(capsys.readouterr().out) == {claim: verdict}

@@ -547,7 +547,7 @@ def pack(values: Tensor, blocks: Tensor | None, plan: Plan) -> Packed:
     elif blocks is None:
         codes = values.float()
     else:
-        codes = values.float().reshape(blocks.shape[0], -1, 1) / blocks
+        codes = values.float().reshape(blocks.shape[0], plan.block or 1, 1) / blocks
     return pack_codes(codes, blocks, plan)
 
 

@@ -242,7 +242,7 @@ class Call:
     observer: Observer | None
 
     def product(self, name: str) -> Product:
-        return _product(self.numerics, name, self.keys.device.type, None)
+        return self.numerics.product(name, self.keys.device.type)
 
     def rotation(self, name: str, size: int) -> Rotation | None:
         """Of the contraction, which has this size, of one of the GEMMs."""

@@ -33,10 +33,15 @@ def get(
 ) -> Callable[..., Any]:
     """The function of an operation; plan, rotation: what it will be given, if it takes such. ValueError for an unknown
     backend, or for one that cannot work there."""
+    return getattr(MODULES[in_force(backend, device_type, plan, rotation)], op)
+
+
+def in_force(backend: str, device_type: str, plan: Plan | None = None, rotation: Rotation | None = None) -> str:
+    """The backend that works on a plan and a rotation. ValueError as `get`."""
     chosen = resolve(backend, device_type)
     if backend == "auto" and chosen == "triton" and _lacks_kernel(plan, rotation and rotation.size):
-        chosen = "reference"
-    return getattr(MODULES[chosen], op)
+        return "reference"
+    return chosen
 
 
 @cache

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from qtrain_kernels import dispatch, reference
+from qtrain_kernels import dispatch, gpu, reference
 from qtrain_kernels.formats import E4M3, E5M2, MX_E2M1
 from qtrain_kernels.plans import Packed, Plan, Rotation, can_pack, field_width, stored_integer
 from qtrain_kernels.reference import constant_scale
@@ -598,6 +598,9 @@ def quantize(
                 x.shape
             )
         return QTensor(x.to(FLOATS[layout.storage]), None, None, None, layout)
+    if layout.rows == 1 and dispatch.in_force(backend, device, plan, rotation) == "triton":
+        held = layout if layout.storage in gpu.STORAGES else _quantised_into(layout)
+        return QTensor(*gpu.quantize(x, gpu.Side(held, rotation, key, learned)), held).to(layout, backend)  # type: ignore
     spans, scale, tensor_scale, rotation = prepared(x, layout, rotation, learned, backend)
     held = _quantised_into(layout)
     if held.storage == "float8_128":

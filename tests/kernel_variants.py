@@ -67,10 +67,10 @@ def example_of(kind: object) -> object:
 
 def pytest_configure(config: pytest.Config) -> None:
     """As a plugin: puts a note before each launch."""
-    from qtrain_kernels import hadamard, packing, quantize
+    from qtrain_kernels import gpu
 
     noted: dict[Variant, None] = {}
-    launch = quantize.launch
+    launch = gpu.launch
 
     def noting(kernel: Any, x: Tensor, tile: Any, *arguments: object, **size: Any) -> None:
         parameters = inspect.signature(kernel.fn).parameters.values()
@@ -78,8 +78,7 @@ def pytest_configure(config: pytest.Config) -> None:
         noted[Variant(kernel.fn.__module__, kernel.fn.__name__, kinds, tile.warps)] = None
         launch(kernel, x, tile, *arguments, **size)
 
-    for module in (quantize, hadamard, packing):
-        module.launch = noting
+    gpu.launch = noting
     config.add_cleanup(lambda: Path(os.environ[NOTES]).write_bytes(pickle.dumps(list(noted))))
 
 
@@ -103,7 +102,7 @@ def compile_all(variants: list[Variant], seconds: float) -> tuple[int, list[str]
     """How many were compiled, all or as many as there was time for, and what failed, with its error."""
     import fake_driver
 
-    from qtrain_kernels.quantize import UNFUSED
+    from qtrain_kernels.gpu import UNFUSED
 
     fake_driver.install()
     end, failed = time.monotonic() + seconds, []

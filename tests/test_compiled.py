@@ -357,7 +357,7 @@ def test_auto_on_cuda_is_triton(resolved: None, caplog: pytest.LogCaptureFixture
 
 
 def test_auto_without_triton_is_the_reference(resolved: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qtrain_kernels.quantize.HAS_TRITON", False)
+    monkeypatch.setattr("qtrain_kernels.gpu.HAS_TRITON", False)
     assert dispatch.get("operand", "auto", "cuda") is reference.operand
     with pytest.raises(ValueError, match="'triton' cannot run on cuda: triton is not installed; install it; or ask"):
         dispatch.get("operand", "triton", "cuda")

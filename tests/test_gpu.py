@@ -25,8 +25,8 @@ from qtrain.quant.functional import OPERANDS
 from qtrain.quant.linear import QuantLinear
 from qtrain_kernels.formats import get_format
 from qtrain_kernels.gemm import TABLE, check_setting, fp8_matmul, int8_matmul, multiply
+from qtrain_kernels.gpu import missing_kernel
 from qtrain_kernels.qtensor import Layout, quantize
-from qtrain_kernels.quantize import missing_kernel
 from qtrain_kernels.reference import Plan
 
 # The interpreter computes by numpy, which warns of what IEEE arithmetic defines.

@@ -18,7 +18,7 @@ from oracles import rules as oracle
 from oracles.recipes import USES, Draws
 from torch import Tensor
 
-from qtrain_kernels import cpu, gpu, quantize, reference
+from qtrain_kernels import cpu, gpu, reference
 from qtrain_kernels.formats import get_format
 from qtrain_kernels.plans import CARRY_ABOVE_SQRT2, ROUNDINGS, SCALE_RULES, Mask, Plan, Rounding, Row, ScaleRule
 
@@ -169,7 +169,7 @@ def test_nothing_is_left_out() -> None:
     }
     assert {asked.mask and asked.mask[0] for asked in SOME} == {None, *reference.KNOWS.masks}
     assert {asked.sparsity for asked in SOME} == {None, *reference.KNOWS.sparsities}
-    for knows in (reference.KNOWS, cpu.KNOWS, quantize.KNOWS):
+    for knows in (reference.KNOWS, cpu.KNOWS, gpu.KNOWS):
         for asked in SOME:
             knows.check(plan_of(asked))
 

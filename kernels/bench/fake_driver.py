@@ -79,13 +79,12 @@ class Driver:
 def install() -> None:
     """Makes this Triton's driver, and lets backend "triton" take CPU tensors. RuntimeError in Triton's interpreter,
     which compiles nothing."""
-    from qtrain_kernels import gpu, packing, quantize
+    from qtrain_kernels import gpu
 
-    if quantize.obstacle("cpu") is None and not is_active():
+    if gpu.obstacle("cpu") is None and not is_active():
         raise RuntimeError("Triton's interpreter is on, and compiles nothing; unset TRITON_INTERPRET")
     driver.set_active(Driver())  # pyright: ignore[reportArgumentType]
-    for module in (quantize, packing, gpu):
-        vars(module)["obstacle"] = lambda device_type: None
+    gpu.obstacle = lambda device_type: None
 
 
 def is_active() -> bool:

@@ -99,20 +99,3 @@ def check_fields(x: Tensor, width: int, count: int | None = None) -> None:
         raise ValueError(f"packed fields are uint8; got {x.dtype}")
     if count is not None and x.numel() < -(-count * width // 8):
         raise ValueError(f"{count} fields of {width} bits take {-(-count * width // 8)} bytes; got {x.numel()}")
-
-
-def check_operand_dtype(dtype: torch.dtype, plan: Plan) -> None:
-    """One that an operand of the plan can have."""
-    if dtype not in (torch.bfloat16, torch.float32, torch.int8):
-        raise ValueError(f"an operand is bfloat16, float32 or int8; asked for {dtype}")
-
-
-def check_packable(values: Tensor, blocks: Tensor | None, plan: Plan) -> None:
-    """As many block scales as values have blocks."""
-    expected = None if plan.block is None else values.numel() / plan.block
-    if expected != (None if blocks is None else blocks.numel()):
-        found = "none" if blocks is None else blocks.numel()
-        raise ValueError(f"{tuple(values.shape)} values need {expected or 'no'} block scales; got {found}")
-    if blocks is not None and blocks.dtype != torch.float32:
-        raise ValueError(f"block scales are float32; got {blocks.dtype}")
-    check_same_device(values, blocks=blocks)

@@ -468,16 +468,16 @@ def share(length, SHARE: tl.constexpr, JOB: tl.constexpr):
 
 
 @triton.jit
-def emit(pointer, tile, i, j, rows, columns, SHARE: tl.constexpr, JOB: tl.constexpr):
+def emit(pointer, tile, i, j, rows, columns, SHARE: tl.constexpr, LINES: tl.constexpr, JOB: tl.constexpr):
     """Stores tile (i, j) (any shape in row-major order), of which one element stands for SHARE along the contraction.
-    Packed results are (lines, contraction), so along columns their tile is transposed."""
+    LINES: as (lines, contraction), for which a tile along columns is transposed; else in the place of the matrix."""
     if JOB.dim == -1:
         flat = tl.reshape(tile, (JOB.rows, JOB.columns // SHARE))
         store(pointer, flat, i * JOB.rows, j * (JOB.columns // SHARE), rows, share(columns, SHARE, JOB))
     else:
         flat = tl.reshape(tile, (JOB.rows // SHARE, JOB.columns))
         row, column = i * (JOB.rows // SHARE), j * JOB.columns
-        if JOB.packs:
+        if LINES:
             store(pointer, tl.trans(flat), column, row, columns, share(rows, SHARE, JOB))
         else:
             store(pointer, flat, row, column, share(rows, SHARE, JOB), columns)
@@ -507,25 +507,32 @@ def stored_integer(codes, JOB: tl.constexpr):
 
 
 @triton.jit
-def emit_packed_codes(pointer, codes, i, j, rows, columns, JOB: tl.constexpr):
-    ELEMENT: tl.constexpr = JOB.plan.element
+def code_field(codes, BITS: tl.constexpr, ELEMENT: tl.constexpr):
+    """The bits of a code as reference.pack writes them, int32. A NaN, whose scale is NaN too, is the largest code."""
+    codes = tl.where(codes == codes, codes, ELEMENT.max)
     if ELEMENT.mantissa_bits is None:
-        emit(pointer, stored_integer(codes, JOB), i, j, rows, columns, 1, JOB)
+        field = ((codes + ELEMENT.max) * (1.0 / ELEMENT.step)).to(tl.int32)
     else:
-        magnitude = minifloat_field(codes, ELEMENT) & ((1 << (JOB.bits - 1)) - 1)
-        field = magnitude | (((bits_of(codes) >> 31) & 1) << (JOB.bits - 1))
-        if JOB.bits == 4:
-            emit(pointer, packed_in_bytes(field, 4, JOB), i, j, rows, columns, 2, JOB)
-        else:
-            emit(pointer, field.to(tl.uint8), i, j, rows, columns, 1, JOB)
+        magnitude = minifloat_field(codes, ELEMENT) & ((1 << (BITS - 1)) - 1)
+        field = magnitude | (((bits_of(codes) >> 31) & 1) << (BITS - 1))
+    return field
+
+
+@triton.jit
+def emit_packed(pointer, scales, codes, blocks, i, j, rows, columns, JOB: tl.constexpr):
+    """Codes in the bits of their format, and the byte of each block scale."""
+    ELEMENT: tl.constexpr = JOB.plan.element
+    field = code_field(codes, ELEMENT.bits, ELEMENT)
+    joined = field.to(tl.uint8) if JOB.width == 8 else packed_in_bytes(field, JOB.width, JOB)
+    emit(pointer, joined, i, j, rows, columns, 8 // JOB.width, True, JOB)
+    if scales is not None:
+        emit(scales, scale_field(blocks, JOB), i, j, rows, columns, JOB.block, True, JOB)
 
 
 @triton.jit
 def scale_field(blocks, JOB: tl.constexpr):
-    """A block scale as it is stored when packed: its byte, or float32."""
-    if JOB.plan.scale_kind == "float32":
-        field = blocks
-    elif JOB.plan.scale_kind == "e8m0":
+    """The byte of a block scale."""
+    if JOB.plan.scale_kind == "e8m0":
         field = (bits_of(blocks) >> 23).to(tl.uint8)
     else:
         GRID: tl.constexpr = JOB.plan.scale_element
@@ -547,57 +554,66 @@ def blocks_inside(blocks, i, j, rows, columns, JOB: tl.constexpr):
 
 @triton.jit
 def emit_float8(pointer, scales, codes, blocks, i, j, rows, columns, JOB: tl.constexpr):
-    """Codes times their block scale over the largest scale of 128 elements along the contraction, in float8, and that
-    scale: `quantize.Quantized`. One that float8 cannot hold is rounded to nearest."""
-    COUNT: tl.constexpr = 128 // JOB.block
-    grouped: tl.constexpr = (JOB.groups // COUNT, COUNT, blocks.shape[2])
-    within = blocks if JOB.aligned else blocks_inside(blocks, i, j, rows, columns, JOB)
-    largest = float_of(tl.max(tl.reshape(bits_of(within), grouped), axis=1, keep_dims=True))
-    scale = tl.maximum(largest * JOB.float8_unit, 2.0**-126, propagate_nan=tl.PropagateNan.ALL)
-    factor = tl.reshape(tl.reshape(blocks, grouped) * reciprocal(scale), blocks.shape)
-    emit(scales, scale, i, j, rows, columns, 128, JOB)
-    found = (codes * factor).to(tl.float8e5 if JOB.plan.element.max > 448.0 else tl.float8e4nv)
-    emit(pointer, found.to(tl.uint8, bitcast=True), i, j, rows, columns, 1, JOB)
+    """Codes in float8 and the float32 scale of each 128 along the contraction: the block scale itself of a plan that
+    has float32 scales; else the largest block scale over 2^k, as qtensor._shifted has it, and codes times their own
+    block scale over that one, rounded to nearest where float8 does not hold them."""
+    if JOB.plan.scale_kind == "float32":
+        scale = blocks
+    else:
+        COUNT: tl.constexpr = 128 // JOB.block
+        grouped: tl.constexpr = (JOB.groups // COUNT, COUNT, blocks.shape[2])
+        within = blocks if JOB.aligned else blocks_inside(blocks, i, j, rows, columns, JOB)
+        largest = float_of(tl.max(tl.reshape(bits_of(within), grouped), axis=1, keep_dims=True))
+        scale = tl.maximum(largest * JOB.float8_unit, 2.0**-126, propagate_nan=tl.PropagateNan.ALL)
+        codes *= tl.reshape(tl.reshape(blocks, grouped) * reciprocal(scale), blocks.shape)
+    emit(scales, scale, i, j, rows, columns, 128, True, JOB)
+    found = codes.to(tl.float8e5 if JOB.plan.element.max > 448.0 else tl.float8e4nv)
+    emit(pointer, found.to(tl.uint8, bitcast=True), i, j, rows, columns, 1, True, JOB)
 
 
 @triton.jit
-def tensor_scale_of_blocks(pointer, i, j, rows, columns, per, JOB: tl.constexpr):
-    """The tensor scale of the tile's blocks, zero made one: (1, 1, 1), (G, 1, 1) or (G, 1, I). per: neighbours along
-    the contraction that share one."""
+def emit_values(pointer, codes, blocks, i, j, rows, columns, JOB: tl.constexpr):
+    """What the matrix is multiplied as, in its own place: integers, or codes times their block scale."""
+    if pointer.dtype.element_ty == tl.int8:
+        values = stored_integer(codes, JOB)
+    else:
+        values = codes if JOB.plan.block is None else codes * blocks
+        if pointer.dtype.element_ty == tl.bfloat16:
+            values = to_bfloat16(values, JOB.inexact)
+    emit(pointer, values, i, j, rows, columns, 1, False, JOB)
+
+
+@triton.jit
+def tensor_scale_of_blocks(pointer, i, j, rows, columns, JOB: tl.constexpr):
+    """The tensor scale of the tile's blocks, zero made one: (1, 1, 1), of each row (G, 1, 1), or of each column
+    (1, 1, C)."""
     if JOB.scales == "none":
         scale = constant(1.0)
     elif JOB.scales == "single":
         scale = tl.load(pointer) + constant(0.0)
-    elif JOB.dim == -1 and JOB.plan.block is None:
-        r = i * JOB.rows + tl.arange(0, JOB.rows)
-        scale = tl.load(pointer + r, mask=r < rows, other=0.0)[:, None, None]
     elif JOB.dim == -1:
-        width = columns // JOB.block
-        r = i * JOB.rows + tl.arange(0, JOB.rows)[:, None]
-        c = j * (JOB.columns // JOB.block) + tl.arange(0, JOB.columns // JOB.block)[None, :]
-        scale = tl.load(pointer + (r * width + c) // (per // JOB.block), mask=(r < rows) & (c < width), other=0.0)
-        scale = tl.reshape(scale, (JOB.groups, 1, 1))
+        r = i * JOB.rows + tl.arange(0, JOB.rows)
+        scale = tl.load(pointer + r, mask=r < rows, other=0.0)[:, None]
+        scale = tl.reshape(tl.broadcast_to(scale, (JOB.rows, JOB.columns // JOB.block)), (JOB.groups, 1, 1))
     else:
-        r = i * JOB.rows + tl.arange(0, JOB.groups)[:, None] * JOB.block
-        c = j * JOB.columns + tl.arange(0, JOB.columns)[None, :]
-        scale = tl.load(pointer + (r // per) * columns + c, mask=(r < rows) & (c < columns), other=0.0)
-        scale = tl.reshape(scale, (JOB.groups, 1, JOB.columns))
+        c = j * JOB.columns + tl.arange(0, JOB.columns)
+        scale = tl.load(pointer + c, mask=c < columns, other=0.0)[None, None, :]
     return nonzero(scale)
 
 
 @triton.jit
 def quantize_tile(
-    tile, scale, key, signs, values, block_scales, masks, float8, float8_scales, i, j, rows, columns, per,
-    JOB: tl.constexpr,
+    tile, scale, key, signs, values, value_scales, packed, packed_scales, float8, float8_scales, mask,
+    i, j, rows, columns, JOB: tl.constexpr,
 ):  # fmt: skip
-    """One quantisation of a loaded tile (i, j) of (rows, columns): every output of it."""
+    """One quantisation of a loaded tile (i, j) of (rows, columns): every output of it that there is a pointer for."""
     ELEMENT: tl.constexpr = JOB.plan.element  # a constexpr by its annotation: Triton 3.6 passes no bare object on
     MASK: tl.constexpr = JOB.plan.mask
     x = to_float32(tile)
     if JOB.rotation is not None:
         x = rotate(x, signs, False, JOB)
     x = in_blocks(x, JOB.block, JOB)
-    above = tensor_scale_of_blocks(scale, i, j, rows, columns, per, JOB)
+    above = tensor_scale_of_blocks(scale, i, j, rows, columns, JOB)
     if JOB.divides_first:
         x = quotient(x, divisor(above))
     blocks, u = scaled(x, above, JOB)
@@ -610,28 +626,20 @@ def quantize_tile(
     if JOB.rounding.corrects:
         blocks = corrected(u, codes, blocks, element_index(i, j, rows, columns, JOB.block, JOB), key, JOB)
 
-    if JOB.plan.mask is not None:
+    if mask is not None:
         passed = gradient_mask(u, codes, MASK)
-        if JOB.packs:
-            emit(masks, packed_in_bytes(passed, 1, JOB), i, j, rows, columns, 8, JOB)
+        if JOB.mask_bits:
+            emit(mask, packed_in_bytes(passed, 1, JOB), i, j, rows, columns, 8, False, JOB)
         else:
-            emit(masks, passed.to(tl.uint8), i, j, rows, columns, 1, JOB)
-    if JOB.with_blocks:
-        scales = scale_field(blocks, JOB) if JOB.packs else blocks
-        emit(block_scales, scales, i, j, rows, columns, JOB.block, JOB)
+            emit(mask, passed.to(tl.uint8), i, j, rows, columns, 1, False, JOB)
+    if value_scales is not None:
+        emit(value_scales, blocks, i, j, rows, columns, JOB.block, False, JOB)
+    if packed is not None:
+        emit_packed(packed, packed_scales, codes, blocks, i, j, rows, columns, JOB)
     if float8 is not None:
         emit_float8(float8, float8_scales, codes, blocks, i, j, rows, columns, JOB)
     if values is not None:
-        if JOB.packs:
-            emit_packed_codes(values, codes, i, j, rows, columns, JOB)
-        else:
-            if JOB.plan.block is not None and JOB.output != "codes":
-                codes = codes * blocks
-            if JOB.output == "bfloat16":
-                codes = to_bfloat16(codes, JOB.inexact)
-            elif JOB.output == "int8":
-                codes = stored_integer(codes, JOB)
-            emit(values, codes, i, j, rows, columns, 1, JOB)
+        emit_values(values, codes, blocks, i, j, rows, columns, JOB)
 
 
 @triton.jit
@@ -696,8 +704,8 @@ def dequantized(codes, scales, i, j, rows, columns, JOB: tl.constexpr):
 
 @triton.jit
 def quantize_kernel(
-    x, x_scales, rows, columns, per, scale, key, signs, values, block_scales, masks, float8, float8_scales,
-    JOB: tl.constexpr,
+    x, x_scales, rows, columns,
+    scale, key, signs, values, value_scales, packed, packed_scales, float8, float8_scales, mask, JOB: tl.constexpr,
 ):  # fmt: skip
     """x (rows, columns), read once, packed where x_scales are given; one program for each tile."""
     i, j = tl.program_id(0), tl.program_id(1)
@@ -705,23 +713,24 @@ def quantize_kernel(
         tile = dequantized(x, x_scales, i, j, rows, columns, JOB)
     else:
         tile = load_tile(x, i, j, rows, columns, JOB)
-    found = (values, block_scales, masks, float8, float8_scales)
-    quantize_tile(tile, scale, key, signs, *found, i, j, rows, columns, per, JOB)
+    found = (values, value_scales, packed, packed_scales, float8, float8_scales, mask)
+    quantize_tile(tile, scale, key, signs, *found, i, j, rows, columns, JOB)
 
 
 @triton.jit
 def quantize_both_kernel(
     x, rows, columns,
-    scale, key, signs, values, block_scales, masks, float8, float8_scales, JOB: tl.constexpr,
-    scale_2, key_2, signs_2, values_2, block_scales_2, masks_2, float8_2, float8_scales_2, JOB_2: tl.constexpr,
+    scale, key, signs, values, value_scales, packed, packed_scales, float8, float8_scales, mask, JOB: tl.constexpr,
+    scale_2, key_2, signs_2, values_2, value_scales_2, packed_2, packed_scales_2, float8_2, float8_scales_2, mask_2,
+    JOB_2: tl.constexpr,
 ):  # fmt: skip
     """x (rows, columns), read once and quantised along its rows and along its columns, each its own way."""
     i, j = tl.program_id(0), tl.program_id(1)
     tile = load_tile(x, i, j, rows, columns, JOB)
-    found = (values, block_scales, masks, float8, float8_scales)
-    quantize_tile(tile, scale, key, signs, *found, i, j, rows, columns, columns, JOB)
-    found = (values_2, block_scales_2, masks_2, float8_2, float8_scales_2)
-    quantize_tile(tile, scale_2, key_2, signs_2, *found, i, j, rows, columns, rows, JOB_2)
+    found = (values, value_scales, packed, packed_scales, float8, float8_scales, mask)
+    quantize_tile(tile, scale, key, signs, *found, i, j, rows, columns, JOB)
+    found = (values_2, value_scales_2, packed_2, packed_scales_2, float8_2, float8_scales_2, mask_2)
+    quantize_tile(tile, scale_2, key_2, signs_2, *found, i, j, rows, columns, JOB_2)
 
 
 @triton.jit
@@ -761,7 +770,7 @@ def rotate_kernel(x, mask, signs, first, second, y, rows, columns, JOB: tl.const
             tile = tile * load_tile(mask, i, j, rows, columns, JOB).to(tl.float32)
     if JOB.rotation is not None:
         tile = rotate(tile, signs, JOB.inverse, JOB)
-    if JOB.output == "bfloat16":
+    if y.dtype.element_ty == tl.bfloat16:
         tile = to_bfloat16(tile, True)
     store(y, tile, i * JOB.rows, j * JOB.columns, rows, columns)
 
@@ -783,3 +792,65 @@ def amax_kernel(x, signs, largest, rows, columns, JOB: tl.constexpr):
     else:
         line = j * JOB.columns + tl.arange(0, JOB.columns)
         tl.atomic_max(largest + line, tl.max(magnitude, axis=0), mask=line < columns)
+
+
+# ------------------------------------------------------------------------------------------------------------ unpacking
+
+
+@triton.jit
+def load_fields(pointer, size, WIDTH: tl.constexpr, SIZE: tl.constexpr):
+    """This program's SIZE fields of WIDTH bits, int32; `size` bytes in all."""
+    COUNT: tl.constexpr = 8 // WIDTH
+    at = tl.program_id(0).to(tl.int64) * (SIZE // COUNT) + tl.arange(0, SIZE // COUNT)
+    joined = tl.load(pointer + at, mask=at < size, other=0).to(tl.int32)
+    apart = (joined[:, None] >> (tl.arange(0, COUNT) * WIDTH)[None, :]) & ((1 << WIDTH) - 1)
+    return tl.reshape(apart, (SIZE,))
+
+
+@triton.jit
+def at_place(place, GRID: tl.constexpr):
+    """A minifloat's magnitude by its place among all."""
+    normal = float_of((place << (23 - GRID.mantissa_bits)) + ((GRID.min_exponent + 126) << 23))
+    return tl.where(
+        place < 2**GRID.mantissa_bits, place.to(tl.float32) * (2.0 ** (GRID.min_exponent - GRID.mantissa_bits)), normal
+    )
+
+
+@triton.jit
+def code_of(field, FORM: tl.constexpr):
+    GRID: tl.constexpr = FORM.plan.element
+    if GRID.mantissa_bits is None:
+        code = field.to(tl.float32) * GRID.step - GRID.max
+    else:
+        magnitude = at_place(field & ((1 << (FORM.bits - 1)) - 1), GRID)
+        code = float_of(bits_of(magnitude) | ((field >> (FORM.bits - 1)) << 31))
+    return code
+
+
+@triton.jit
+def scale_of(byte, FORM: tl.constexpr):
+    """A block scale by its byte, int32."""
+    if FORM.plan.scale_kind == "e8m0":
+        scale = power_of_two(byte)
+    else:
+        GRID: tl.constexpr = FORM.plan.scale_element
+        scale = float_of(tl.where(byte == FORM.scale_nan, NAN, bits_of(at_place(byte, GRID))))
+    return scale
+
+
+@triton.jit
+def unpack_kernel(values, codes, scales, count, size, FORM: tl.constexpr, SIZE: tl.constexpr):
+    """reference.unpack of SIZE elements of a flat tensor of `count`, in `size` bytes."""
+    code = code_of(load_fields(codes, size, FORM.width, SIZE), FORM)
+    start = tl.program_id(0).to(tl.int64)
+    BLOCK: tl.constexpr = FORM.plan.block
+    if BLOCK is not None:
+        b = start * (SIZE // BLOCK) + tl.arange(0, SIZE // BLOCK)
+        scale = scale_of(tl.load(scales + b, mask=b < count // BLOCK, other=0).to(tl.int32), FORM)
+        code = tl.reshape(tl.reshape(code, (SIZE // BLOCK, BLOCK)) * scale[:, None], (SIZE,))
+    if values.dtype.element_ty == tl.int8:
+        code = stored_integer(code, FORM)
+    elif values.dtype.element_ty == tl.bfloat16:
+        code = to_bfloat16(code, True)
+    at = start * SIZE + tl.arange(0, SIZE)
+    tl.store(values + at, code, mask=at < count)

@@ -307,7 +307,7 @@ def test_e5m2_on_the_right_multiplies_as_float() -> None:
 
 def test_the_model_says_where_it_multiplies_in_fp8() -> None:
     kinds = {
-        "quartet": "fp8 fp8 fp8",
+        "quartet": "fp8_block fp8_block fp8_block",
         "quest": "int8 float float",
         "fp8_tensorwise": "fp8 fp8 fp8",
         "halo_1": "int8 int8 int8",
@@ -328,7 +328,7 @@ def test_what_cannot_multiply_so_says_so() -> None:
         UserError, match=r"gemm 'fp8' cannot run on mps: fp8 needs a CUDA device .*; ask for gemm 'auto'"
     ):
         check_backend("auto", "fp8", "mps")
-    with pytest.raises(UserError, match=r"gemm 'fp4' cannot run on cpu: mxfp4 needs a CUDA device .* 10\.0 to 10\.9;"):
+    with pytest.raises(UserError, match=r"gemm 'fp4' cannot run on cpu: mxfp8 needs a CUDA device .* 10\.0 or later;"):
         check_backend("auto", "fp4", "cpu")
     with pytest.raises(UserError, match=r"gemm 'fp4' needs MXFP4, .* recipe quest has none such; ask for gemm 'auto'"):
         layer("quest", "fp4", (128, 128))
@@ -347,7 +347,7 @@ def test_fp8_needs_a_card_that_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_fast_accumulation_is_asked_for_by_name_alone() -> None:
     for kind in ("fp8", "fp8_fast"):
-        assert f"gemms {kind} {kind} {kind}" in str(layer("quartet", kind, (128, 128)))
+        assert f"gemms {kind} {kind} {kind}" in str(layer("fp8_rowwise", kind, (128, 128)))
 
 
 # ----------------------------------------------------------------------------------------------------------- the table
@@ -627,7 +627,7 @@ RESOLVED = {
     ("auto", "mxfp4", "mxfp4", "cuda", BLACKWELL): "float",
     ("float", "int4", "int4", "cuda", BLACKWELL): "float",
     ("fp8", "int4", "int4", "cpu", None): "int8",
-    ("fp8", "mxfp4", "mxfp4", "cpu", None): "fp8",
+    ("fp8", "mxfp4", "mxfp4", "cpu", None): "fp8_block",
     ("fp8_fast", "mxfp4", "mxfp8", "cuda", ADA): "fp8_fast",
     ("fp8", "fp8 128", "fp8 128 tiles", "cpu", None): "fp8_block",
     ("fp8", "fp8 128", "fp8 128 tiles", "cuda", HOPPER): "fp8_block",

@@ -143,7 +143,7 @@ def check_setting(setting: str, device_type: str, capability: Capability | None 
         capability = torch.cuda.get_device_capability()
     own = [TABLE[name].needs(device_type, capability or (0, 0)) for name in SETTINGS[setting] if name != "int8"]
     if own and all(own):
-        raise ValueError(f"gemm {setting!r} cannot run on {device_type}: {own[0]}; ask for gemm 'auto'")
+        raise ValueError(f"gemm {setting!r} cannot run on {device_type}: {own[-1]}; ask for gemm 'auto'")
 
 
 def reused(forward: Layout, fprop: Product, dim: int, pads: bool) -> Layout:
@@ -405,7 +405,7 @@ TABLE = {
 SETTINGS = {  # the rows that a setting tries, in this order; then float
     "auto": ("int8",),
     "float": (),
-    "fp8": ("int8", "fp8", "fp8_block"),
+    "fp8": ("int8", "fp8_block", "fp8"),  # a quantiser writes scales of 128 elements at once, those of a line not
     "fp8_fast": ("int8", "fp8_fast", "fp8_block"),
     "fp4": ("int8", "mxfp4", "nvfp4", "mxfp8"),
 }

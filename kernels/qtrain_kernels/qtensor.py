@@ -673,11 +673,12 @@ def _quantize_tiles(x: Tensor, side: Side, held: Layout, backend: str) -> QTenso
         rotate = dispatch.get("rotate", backend, x.device.type, rotation=side.rotation)
         x = rotate(layout.whole_lines(x), side.rotation).view(x.shape)
     tiles = layout.spans(x).squeeze(2)
-    rows = quantize(
-        tiles, replace(held, shape=tuple(tiles.shape), dim=-1, rows=1), None, side.key, side.learned, backend
-    )
+    storage = float_storage(layout.plan, torch.bfloat16) if held.storage == "float8_128" else held.storage
+    of_rows = Layout(layout.plan, (tiles.shape[0], tiles.shape[1]), -1, storage, blocks=True)
+    rows = quantize(tiles, of_rows, None, side.key, side.learned, backend)
     assert rows.block_scale is not None
     codes, passes = layout.unspan(rows.codes), rows.passes(backend)
-    blocks = rows.block_scale.view(held.scale_grid if held.dim == -1 else held.scale_grid[::-1])
+    grid = held.scale_grid if held.dim == -1 else held.scale_grid[::-1]
+    blocks = rows.block_scale.view(grid) if held.blocks else None
     mask = None if passes is None else dispatch.get("join", backend, x.device.type)(layout.unspan(passes), 1)
     return QTensor(codes, blocks, rows.tensor_scale, mask, held)

@@ -226,7 +226,7 @@ def tile_of(dim: int, span: int, columns: int) -> Tile:
     its registers. A function of the span and of how the matrix's columns divide."""
     if dim == -2:
         rows = max(span, 32)
-        return Tile(rows, 64 if rows == 32 else 32, max(1, rows // 128))
+        return Tile(rows, 64 if rows == 32 else 4096 // max(rows, 128), 1)
     fitting = columns & -columns
     if fitting < 64:
         fitting = 1 << (columns - 1).bit_length()

@@ -649,12 +649,19 @@ def element_index(i, j, rows, columns, SHARE: tl.constexpr, JOB: tl.constexpr):
 
 
 @triton.jit
+def as_lines(index, SHAPE: tl.constexpr):
+    """Broadcast to SHAPE (A, B, D), as (A * B * D, 1)."""
+    return tl.reshape(tl.broadcast_to(index, SHAPE), (SHAPE[0] * SHAPE[1] * SHAPE[2], 1))
+
+
+@triton.jit
 def arranged(x, width, i, j, rows, columns, SHARE: tl.constexpr, JOB: tl.constexpr):
     """Tile (i, j) of a matrix of `width` columns, each of which stands for SHARE of the tile's, zeros beyond its end.
 
     Where columns are quantised, so that a thread holds neighbouring rows, 8 or 16, a warp the blocks of 16 and 32 rows,
-    and few threads the same scale. For that the tile is (neighbours, warps, lanes, columns): Triton gives lanes and
-    warps to the last dims first, and the first to registers.
+    and few threads the same scale. For that the lines are read in the order (neighbours, warps, lanes): Triton gives
+    the last of them to lanes, those before to warps, the first to registers. They are read as one matrix, since
+    versions of Triton hand lanes to the dims of a larger tensor in different orders.
     """
     C: tl.constexpr = JOB.columns // SHARE
     row, column = i * JOB.rows, j * C
@@ -666,10 +673,10 @@ def arranged(x, width, i, j, rows, columns, SHARE: tl.constexpr, JOB: tl.constex
         NEAR: tl.constexpr = JOB.columns // 64 if JOB.columns > 64 else 1  # warps side by side
         LANES: tl.constexpr = 256 * NEAR // JOB.columns
         BELOW: tl.constexpr = JOB.rows // (JOB.side * LANES)
-        warp = tl.arange(0, NEAR * BELOW)[None, :, None, None]
-        r = tl.arange(0, JOB.side)[:, None, None, None] + tl.arange(0, LANES)[None, None, :, None] * JOB.side
-        r += warp % BELOW * (JOB.side * LANES)
-        c = tl.arange(0, C // NEAR)[None, None, None, :] + warp // BELOW * (C // NEAR)
+        warp = tl.arange(0, NEAR * BELOW)[None, :, None]
+        r = (warp % BELOW * LANES + tl.arange(0, LANES)[None, None, :]) * JOB.side + tl.arange(0, JOB.side)[:, None, None]
+        r, near = as_lines(r, r.shape), as_lines(warp // BELOW, r.shape)
+        c = near * (C // NEAR) + tl.arange(0, C // NEAR)[None, :]
         tile = tl.load(x + r * width + c, mask=(row + r < rows) & (column + c < width), other=0)
         tile = tl.reshape(tile, (JOB.side, NEAR, BELOW, LANES, C // NEAR))
         tile = tl.reshape(tl.permute(tile, (2, 3, 0, 1, 4)), (JOB.rows, C))

@@ -151,8 +151,9 @@ def mix(index, key):
 
 
 @triton.jit
-def uniform(index, key):
-    return (mix(index, key) >> 8).to(tl.float32) * (2.0**-24)
+def draw(index, key):
+    """reference.uniform times 2^24, which is an integer."""
+    return (mix(index, key) >> 8).to(tl.float32)
 
 
 # ------------------------------------------------------------------------------------------------------------- rounding
@@ -193,18 +194,20 @@ def round_nearest(u, ELEMENT: tl.constexpr):
 
 
 @triton.jit
-def round_stochastic(u, ELEMENT: tl.constexpr, draw):
-    """reference.round_stochastic; draw: the uniform numbers."""
+def round_stochastic(u, ELEMENT: tl.constexpr, drawn):
+    """reference.round_stochastic; drawn: integers of `draw`, whose product with 2^-24 rounds nothing in the fused
+    multiply-add."""
     u = clamp(u, ELEMENT.max)
     if ELEMENT.mantissa_bits is None:
         step = ELEMENT.step
         v = u * (1.0 / ELEMENT.step) - ELEMENT.offset
     else:
-        exponent = tl.maximum((bits_of(u) >> 23) & 0xFF, ELEMENT.min_exponent + 127) - ELEMENT.mantissa_bits
-        step = float_of(exponent << 23)
-        v = u * float_of((254 - exponent) << 23)
+        power = tl.maximum(bits_of(u) & INFINITY, (ELEMENT.min_exponent + 127) << 23)
+        power -= ELEMENT.mantissa_bits << 23
+        step = float_of(power)
+        v = u * float_of((254 << 23) - power)
     lower = floor(v)
-    above = (v - lower) - draw
+    above = tl.fma(drawn, tl.full(drawn.shape, -(2.0**-24), tl.float32), v - lower)
     code = lower + tl.where(above > 0, 1.0, above * 0.0)  # its ceiling, with the sign of a zero
     if ELEMENT.offset != 0:
         code = code + ELEMENT.offset
@@ -382,7 +385,7 @@ def corrected(u, codes, blocks, block_index, key, JOB: tl.constexpr):
     product = tree_sum(tl.reshape(tree_sum(u * codes), grouped))
     correction = tl.where(product == 0, 1.0, tl.div_rn(square, nonzero(product)))
     correction = tl.reshape(tl.broadcast_to(correction, grouped), blocks.shape)
-    return round_stochastic(blocks * correction, GRID, uniform(block_index, key))
+    return round_stochastic(blocks * correction, GRID, draw(block_index, key))
 
 
 @triton.jit
@@ -604,7 +607,7 @@ def quantize_tile(
     if JOB.rounding.codes == "nearest":
         codes = round_nearest(u, ELEMENT)
     if JOB.rounding.codes == "stochastic":
-        codes = round_stochastic(u, ELEMENT, uniform(element_index(i, j, rows, columns, 1, JOB), key))
+        codes = round_stochastic(u, ELEMENT, draw(element_index(i, j, rows, columns, 1, JOB), key))
     if JOB.plan.sparsity is not None:
         codes = codes * largest_of_four(x, 2 if JOB.plan.sparsity == "4:8" else 1)
     if JOB.rounding.corrects:

@@ -168,14 +168,14 @@ def _turn(
         kinds = _kind(first, factors[0]), _kind(second, factors[1])
         bits = mask is not None and mask.shape != x.shape
         job = Turn(
-            dim, size, tile.rows, tile.columns, _side(dim, tile), inverse, output, False, kinds[0], kinds[1], bits
+            dim, size, tile.rows, tile.columns, _side(dim, size, tile), inverse, output, False, kinds[0], kinds[1], bits
         )
         launch(rotate_kernel, x, tile, mask, signs, first, second, y, *x.shape, job)
     return y
 
 
-def _side(dim: int, tile: Tile) -> int:
-    return tile.side if dim == -2 else 1
+def _side(dim: int, size: int | None, tile: Tile) -> int:
+    return tile.side if dim == -2 and size else 1
 
 
 def _kind(scale: Tensor | None, factor: float) -> float | Literal["single", "rows", "columns"]:
@@ -197,7 +197,7 @@ def _largest(x: Tensor, signs: Tensor | None, size: int | None, dim: int, single
     bits = torch.zeros(_lines(x, dim, single), dtype=torch.int32, device=x.device)
     if x.numel():
         tile = tile_of(dim, size or 1, x.shape[1])
-        job = Turn(dim, size, tile.rows, tile.columns, _side(dim, tile), single=single)
+        job = Turn(dim, size, tile.rows, tile.columns, _side(dim, size, tile), single=single)
         launch(amax_kernel, x, tile, signs, bits, *x.shape, job)
     return bits.view(torch.float32)
 

@@ -186,7 +186,7 @@ def _job(spec: Spec, tile: Tile, scales: Literal["none", "single", "lines"], ali
         with_blocks=spec.with_blocks and plan.block is not None and spec.output != "float8",
         rows=rows,
         columns=columns,
-        side=tile.side if both or spec.dim == -2 else 1,
+        side=tile.side if both or (spec.dim == -2 and spec.span > 1) else 1,
         block=block,
         groups=contraction // block * lines,
         scales=scales,

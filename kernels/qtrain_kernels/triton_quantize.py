@@ -653,8 +653,8 @@ def element_index(i, j, rows, columns, SHARE: tl.constexpr, JOB: tl.constexpr):
 
 @triton.jit
 def as_lines(index, SHAPE: tl.constexpr):
-    """Broadcast to SHAPE (A, B, D), as (A * B * D, 1)."""
-    return tl.reshape(tl.broadcast_to(index, SHAPE), (SHAPE[0] * SHAPE[1] * SHAPE[2], 1))
+    """Broadcast to SHAPE (A, B, D), as (1, A * B * D, 1)."""
+    return tl.reshape(tl.broadcast_to(index, SHAPE), (1, SHAPE[0] * SHAPE[1] * SHAPE[2], 1))
 
 
 @triton.jit
@@ -663,8 +663,9 @@ def arranged(x, width, i, j, rows, columns, SHARE: tl.constexpr, JOB: tl.constex
 
     Where columns are quantised, so that a thread holds neighbouring rows, 8 or 16, a warp the blocks of 16 and 32 rows,
     and few threads the same scale. For that the lines are read in the order (neighbours, warps, lanes): Triton gives
-    the last of them to lanes, those before to warps, the first to registers. They are read as one matrix, since
-    versions of Triton hand lanes to the dims of a larger tensor in different orders.
+    the last of them to lanes, those before to warps, the first to registers. All lines are one dim, since versions of
+    Triton hand lanes to several in different orders; and there is a third, since Triton gives two matrices of one shape
+    the same columns a thread, though one is float32 and the other bfloat16.
     """
     C: tl.constexpr = JOB.columns // SHARE
     row, column = i * JOB.rows, j * C
@@ -678,9 +679,10 @@ def arranged(x, width, i, j, rows, columns, SHARE: tl.constexpr, JOB: tl.constex
         BELOW: tl.constexpr = JOB.rows // (JOB.side * LANES)
         warp = tl.arange(0, NEAR * BELOW)[None, :, None]
         r = (warp % BELOW * LANES + tl.arange(0, LANES)[None, None, :]) * JOB.side + tl.arange(0, JOB.side)[:, None, None]
-        r, near = as_lines(r, r.shape), as_lines(warp // BELOW, r.shape)
-        c = near * (C // NEAR) + tl.arange(0, C // NEAR)[None, :]
-        tile = tl.load(x + r * width + c, mask=(row + r < rows) & (column + c < width), other=0)
+        near, inside = as_lines(warp // BELOW, r.shape), as_lines(row + r < rows, r.shape)
+        r = as_lines(r, r.shape)
+        c = near * (C // NEAR) + tl.arange(0, C // NEAR)[None, None, :]
+        tile = tl.load(x + c + r * width, mask=inside & (column + c < width), other=0)
         tile = tl.reshape(tile, (JOB.side, NEAR, BELOW, LANES, C // NEAR))
         tile = tl.reshape(tl.permute(tile, (2, 3, 0, 1, 4)), (JOB.rows, C))
     return tile

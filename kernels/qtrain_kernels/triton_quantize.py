@@ -174,9 +174,16 @@ def rint(u, large):
 
 @triton.jit
 def floor(v):
-    """tl.floor flushes subnormals on the GPU: -1e-40 would give 0."""
-    nearest = rint(v, LARGE)
-    return tl.where(nearest > v, nearest - 1.0, nearest)
+    """|v| at most 2^22; a zero keeps its sign. tl.floor flushes subnormals on the GPU: -1e-40 would give 0. The GPU's
+    addition rounds down where asked, by an instruction that has no name in Triton; LARGE is 0f4B400000."""
+    if INTERPRETED:
+        nearest = rint(v, LARGE)
+        found = tl.where(nearest > v, nearest - 1.0, nearest)
+    else:
+        asm: tl.constexpr = "add.rm.f32 $0, $1, 0f4B400000;"
+        above = tl.inline_asm_elementwise(asm, "=f,f", [v], dtype=tl.float32, is_pure=True, pack=1)
+        found = float_of(bits_of(above - LARGE) | (bits_of(v) & ~ABS))
+    return found
 
 
 @triton.jit
@@ -678,7 +685,9 @@ def arranged(x, width, i, j, rows, columns, SHARE: tl.constexpr, JOB: tl.constex
         LANES: tl.constexpr = 256 * NEAR // JOB.columns
         BELOW: tl.constexpr = JOB.rows // (JOB.side * LANES)
         warp = tl.arange(0, NEAR * BELOW)[None, :, None]
-        r = (warp % BELOW * LANES + tl.arange(0, LANES)[None, None, :]) * JOB.side + tl.arange(0, JOB.side)[:, None, None]
+        r = (warp % BELOW * LANES + tl.arange(0, LANES)[None, None, :]) * JOB.side + tl.arange(0, JOB.side)[
+            :, None, None
+        ]
         near, inside = as_lines(warp // BELOW, r.shape), as_lines(row + r < rows, r.shape)
         r = as_lines(r, r.shape)
         c = near * (C // NEAR) + tl.arange(0, C // NEAR)[None, None, :]

@@ -927,8 +927,8 @@ def test_code_for_a_gpu_rounds_as_written(rule: str, dim: int) -> None:
         assert wrong not in ptx, wrong
     # Written as fused: one for each element, 32 or 64 a thread, in the two of the rotation's five stages that need
     # another thread's element; two for each quotient, of 64 elements and of 8 block scales, whose divisors are 8 blocks
-    # and the tensor scale.
-    fused, inverses = (2 * 64 + 2 * (64 + 8), 8 + 1) if rule == "eden" else (2 * 32, 0)
+    # and the tensor scale; one for the draw of each of those 8.
+    fused, inverses = (2 * 64 + 2 * (64 + 8) + 8, 8 + 1) if rule == "eden" else (2 * 32, 0)
     assert ptx.count("fma.") == ptx.count("fma.rn.f32") == fused and ptx.count("rcp.rn.f32") == inverses
     for right in ("ld.global.v4", "st.global.v4", "min.NaN", "div.rn.f32" if rule == "eden" else "sqrt.rn.f32"):
         assert right in ptx, right

@@ -77,6 +77,7 @@ def launches(recipe: str) -> dict[str, Launch]:
         qtrain.set_step(model, 0)
         x = torch.randn(TOKENS, SIZE, dtype=torch.bfloat16).requires_grad_()
         with torch.autocast("cpu", torch.bfloat16):
+            qtrain.calibrate(model, x)
             y = model(x)
         y.backward(torch.ones_like(y))
 

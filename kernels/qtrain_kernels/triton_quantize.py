@@ -151,8 +151,9 @@ def mix(index, key):
 
 
 @triton.jit
-def uniform(index, key):
-    return (mix(index, key) >> 8).to(tl.float32) * (2.0**-24)
+def draw(index, key):
+    """reference.uniform times 2^24, which is an integer."""
+    return (mix(index, key) >> 8).to(tl.float32)
 
 
 # ------------------------------------------------------------------------------------------------------------- rounding
@@ -173,9 +174,16 @@ def rint(u, large):
 
 @triton.jit
 def floor(v):
-    """tl.floor flushes subnormals on the GPU: -1e-40 would give 0."""
-    nearest = rint(v, LARGE)
-    return tl.where(nearest > v, nearest - 1.0, nearest)
+    """|v| at most 2^22; a zero keeps its sign. tl.floor flushes subnormals on the GPU: -1e-40 would give 0. The GPU's
+    addition rounds down where asked, by an instruction that has no name in Triton; LARGE is 0f4B400000."""
+    if INTERPRETED:
+        nearest = rint(v, LARGE)
+        found = tl.where(nearest > v, nearest - 1.0, nearest)
+    else:
+        asm: tl.constexpr = "add.rm.f32 $0, $1, 0f4B400000;"
+        above = tl.inline_asm_elementwise(asm, "=f,f", [v], dtype=tl.float32, is_pure=True, pack=1)
+        found = float_of(bits_of(above - LARGE) | (bits_of(v) & ~ABS))
+    return found
 
 
 @triton.jit
@@ -193,18 +201,20 @@ def round_nearest(u, ELEMENT: tl.constexpr):
 
 
 @triton.jit
-def round_stochastic(u, ELEMENT: tl.constexpr, draw):
-    """reference.round_stochastic; draw: the uniform numbers."""
+def round_stochastic(u, ELEMENT: tl.constexpr, drawn):
+    """reference.round_stochastic; drawn: integers of `draw`, whose product with 2^-24 rounds nothing in the fused
+    multiply-add."""
     u = clamp(u, ELEMENT.max)
     if ELEMENT.mantissa_bits is None:
         step = ELEMENT.step
         v = u * (1.0 / ELEMENT.step) - ELEMENT.offset
     else:
-        exponent = tl.maximum((bits_of(u) >> 23) & 0xFF, ELEMENT.min_exponent + 127) - ELEMENT.mantissa_bits
-        step = float_of(exponent << 23)
-        v = u * float_of((254 - exponent) << 23)
+        power = tl.maximum(bits_of(u) & INFINITY, (ELEMENT.min_exponent + 127) << 23)
+        power -= ELEMENT.mantissa_bits << 23
+        step = float_of(power)
+        v = u * float_of((254 << 23) - power)
     lower = floor(v)
-    above = (v - lower) - draw
+    above = tl.fma(drawn, tl.full(drawn.shape, -(2.0**-24), tl.float32), v - lower)
     code = lower + tl.where(above > 0, 1.0, above * 0.0)  # its ceiling, with the sign of a zero
     if ELEMENT.offset != 0:
         code = code + ELEMENT.offset
@@ -382,7 +392,7 @@ def corrected(u, codes, blocks, block_index, key, JOB: tl.constexpr):
     product = tree_sum(tl.reshape(tree_sum(u * codes), grouped))
     correction = tl.where(product == 0, 1.0, tl.div_rn(square, nonzero(product)))
     correction = tl.reshape(tl.broadcast_to(correction, grouped), blocks.shape)
-    return round_stochastic(blocks * correction, GRID, uniform(block_index, key))
+    return round_stochastic(blocks * correction, GRID, draw(block_index, key))
 
 
 @triton.jit
@@ -620,7 +630,7 @@ def quantize_tile(
     if JOB.rounding.codes == "nearest":
         codes = round_nearest(u, ELEMENT)
     if JOB.rounding.codes == "stochastic":
-        codes = round_stochastic(u, ELEMENT, uniform(element_index(i, j, rows, columns, 1, JOB), key))
+        codes = round_stochastic(u, ELEMENT, draw(element_index(i, j, rows, columns, 1, JOB), key))
     if JOB.plan.sparsity is not None:
         codes = codes * largest_of_four(x, 2 if JOB.plan.sparsity == "4:8" else 1)
     if JOB.rounding.corrects:
@@ -657,12 +667,20 @@ def element_index(i, j, rows, columns, SHARE: tl.constexpr, JOB: tl.constexpr):
 
 
 @triton.jit
+def as_lines(index, SHAPE: tl.constexpr):
+    """Broadcast to SHAPE (A, B, D), as (1, A * B * D, 1)."""
+    return tl.reshape(tl.broadcast_to(index, SHAPE), (1, SHAPE[0] * SHAPE[1] * SHAPE[2], 1))
+
+
+@triton.jit
 def arranged(x, width, i, j, rows, columns, SHARE: tl.constexpr, JOB: tl.constexpr):
     """Tile (i, j) of a matrix of `width` columns, each of which stands for SHARE of the tile's, zeros beyond its end.
 
     Where columns are quantised, so that a thread holds neighbouring rows, 8 or 16, a warp the blocks of 16 and 32 rows,
-    and few threads the same scale. For that the tile is (neighbours, warps, lanes, columns): Triton gives lanes and
-    warps to the last dims first, and the first to registers.
+    and few threads the same scale. For that the lines are read in the order (neighbours, warps, lanes): Triton gives
+    the last of them to lanes, those before to warps, the first to registers. All lines are one dim, since versions of
+    Triton hand lanes to several in different orders; and there is a third, since Triton gives two matrices of one shape
+    the same columns a thread, though one is float32 and the other bfloat16.
     """
     C: tl.constexpr = JOB.columns // SHARE
     row, column = i * JOB.rows, j * C
@@ -674,11 +692,14 @@ def arranged(x, width, i, j, rows, columns, SHARE: tl.constexpr, JOB: tl.constex
         NEAR: tl.constexpr = JOB.columns // 64 if JOB.columns > 64 else 1  # warps side by side
         LANES: tl.constexpr = 256 * NEAR // JOB.columns
         BELOW: tl.constexpr = JOB.rows // (JOB.side * LANES)
-        warp = tl.arange(0, NEAR * BELOW)[None, :, None, None]
-        r = tl.arange(0, JOB.side)[:, None, None, None] + tl.arange(0, LANES)[None, None, :, None] * JOB.side
-        r += warp % BELOW * (JOB.side * LANES)
-        c = tl.arange(0, C // NEAR)[None, None, None, :] + warp // BELOW * (C // NEAR)
-        tile = tl.load(x + r * width + c, mask=(row + r < rows) & (column + c < width), other=0)
+        warp = tl.arange(0, NEAR * BELOW)[None, :, None]
+        r = (warp % BELOW * LANES + tl.arange(0, LANES)[None, None, :]) * JOB.side + tl.arange(0, JOB.side)[
+            :, None, None
+        ]
+        near, inside = as_lines(warp // BELOW, r.shape), as_lines(row + r < rows, r.shape)
+        r = as_lines(r, r.shape)
+        c = near * (C // NEAR) + tl.arange(0, C // NEAR)[None, None, :]
+        tile = tl.load(x + c + r * width, mask=inside & (column + c < width), other=0)
         tile = tl.reshape(tile, (JOB.side, NEAR, BELOW, LANES, C // NEAR))
         tile = tl.reshape(tl.permute(tile, (2, 3, 0, 1, 4)), (JOB.rows, C))
     return tile

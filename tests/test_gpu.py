@@ -13,7 +13,7 @@ from typing import Any
 import conftest
 import pytest
 import torch
-from test_triton import INTERPRETED
+from conftest import INTERPRETED
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -25,8 +25,8 @@ from qtrain.quant.functional import OPERANDS
 from qtrain.quant.linear import QuantLinear
 from qtrain_kernels.formats import get_format
 from qtrain_kernels.gemm import TABLE, check_setting, fp8_matmul, int8_matmul, multiply
-from qtrain_kernels.qtensor import Layout, quantize
 from qtrain_kernels.gpu import missing_kernel
+from qtrain_kernels.qtensor import Layout, quantize
 from qtrain_kernels.reference import Plan
 
 # The interpreter computes by numpy, which warns of what IEEE arithmetic defines.

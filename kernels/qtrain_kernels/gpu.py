@@ -21,7 +21,16 @@ from qtrain_kernels import reference
 from qtrain_kernels.checks import check_key, check_mask, check_packed, check_same_device, check_signs, check_spans
 from qtrain_kernels.formats import MX_E2M1
 from qtrain_kernels.plans import (
-    Knows, Packed, Plan, Rotation, Rounding, ScaleRule, field_width, grids, scale_nan, stored_integer,
+    Knows,
+    Packed,
+    Plan,
+    Rotation,
+    Rounding,
+    ScaleRule,
+    field_width,
+    grids,
+    scale_nan,
+    stored_integer,
 )  # fmt: skip
 
 # What no kernel is worth its launch for, or what is only looked at.
@@ -322,7 +331,7 @@ def _alone(layout: Layout, rotation: int | None, packed: bool, scales: Scales) -
     return tile, _job(layout, rotation, tile, tile.side(layout.dim), scales)
 
 
-# -------------------------------------------------------------------------------------------------------------- quantise
+# ------------------------------------------------------------------------------------------------------------- quantise
 
 
 def quantize(x: Tensor | QTensor, side: Side) -> list[Tensor | None]:
@@ -489,7 +498,7 @@ def _converted(x: Tensor, side: Side) -> list[Tensor | None]:
     return [*tensors, bits.codes, bits.block_scale] if side.packed else tensors
 
 
-# ------------------------------------------------------------------------------------------------------------- rotations
+# ------------------------------------------------------------------------------------------------------------ rotations
 
 
 @dataclass(frozen=True)
@@ -604,7 +613,7 @@ def _kind(scale: Tensor | float) -> float | Literal["single", "rows", "columns"]
     return "single" if not scale.ndim else "rows" if scale.shape[1] == 1 else "columns"
 
 
-# --------------------------------------------------------------------------------------------------------------- packing
+# -------------------------------------------------------------------------------------------------------------- packing
 
 
 @dataclass(frozen=True)

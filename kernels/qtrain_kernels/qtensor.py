@@ -598,9 +598,14 @@ def quantize(
                 x.shape
             )
         return QTensor(x.to(FLOATS[layout.storage]), None, None, None, layout)
-    if layout.rows == 1 and dispatch.in_force(backend, device, plan, rotation) == "triton":
-        held = layout if layout.storage in gpu.STORAGES else _quantised_into(layout)
-        return QTensor(*gpu.quantize(x, gpu.Side(held, rotation, key, learned)), held).to(layout, backend)  # type: ignore
+    if dispatch.in_force(backend, device, plan, rotation) == "triton":
+        reason = gpu.missing_kernel(plan, rotation and rotation.size)
+        if reason:
+            raise ValueError(reason)
+        if layout.rows == 1:
+            held = layout if layout.storage in gpu.STORAGES else _quantised_into(layout)
+            tensors: list = gpu.quantize(x, gpu.Side(held, rotation, key, learned))
+            return QTensor(*tensors, held).to(layout, backend)
     spans, scale, tensor_scale, rotation = prepared(x, layout, rotation, learned, backend)
     held = _quantised_into(layout)
     if held.storage == "float8_128":

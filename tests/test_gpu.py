@@ -13,7 +13,7 @@ from typing import Any
 import conftest
 import pytest
 import torch
-from test_triton import INTERPRETED
+from conftest import INTERPRETED
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel

@@ -171,7 +171,7 @@ def tile_of(dim: int, span: int, columns: int) -> Tile:
     its registers. A function of the span and of how the matrix's columns divide."""
     if dim == -2:
         rows = max(span, 32)
-        return Tile(rows, 64 if rows == 32 else 32, max(1, rows // 128))
+        return Tile(rows, 64 if rows == 32 else 4096 // max(rows, 128), 1)
     fitting = columns & -columns
     if fitting < 64:
         fitting = 1 << max(columns - 1, 0).bit_length()
@@ -202,7 +202,7 @@ class Job:
     fields name the compiled kernel.
 
     rows, columns: of a tile. groups, block: the blocks in it and their elements (without block scales: its lines).
-    side: neighbouring rows that a thread holds. scales: whether the tensor scale is not read, single, or one per line.
+    side: neighbouring rows that a thread holds, 1 where no element needs its column's others. scales: whether the tensor scale is not read, single, or one per line.
     rule, rounding, divides_first: the plan's. unit, offset: as of `stored_integer`. width: bits of a packed code.
     scale_nan: the byte of a packed scale that is NaN. float8_unit: the scale of a group of float8_128 over its largest
     block scale. aligned: both dims of the matrix are multiples of 128. inexact: bfloat16 does not hold every product.
@@ -279,11 +279,13 @@ class Work(NamedTuple):
 
     outputs: (shape, dtype) of what the kernel writes, None for what it does not: values and their block scales in the
     place of the matrix; packed codes and their scales; float8 codes and their scales; mask. packs_lines: whether packed
-    lines are whole bytes. reach: elements along the contraction that a tile must hold.
+    lines are whole bytes. span: elements along the contraction that are worked on together; reach: that a tile must
+    hold.
     """
 
     outputs: tuple[Shaped | None, ...]
     packs_lines: bool
+    span: int
     reach: int
 
 
@@ -312,13 +314,14 @@ def _work(layout: Layout, rotation: int | None, packed: bool) -> Work:
         mask = layout.shape, torch.uint8
     whole = layout.lines[1] * field_width(plan.element) % 8 == 0
     reach = max(span, GROUP if layout.storage == "float8_128" else 1)
-    return Work((*values, *bits, *float8, mask), whole or bits[0] is None, reach)
+    return Work((*values, *bits, *float8, mask), whole or bits[0] is None, span, reach)
 
 
 @lru_cache(4096)
 def _alone(layout: Layout, rotation: int | None, packed: bool, scales: Scales) -> tuple[Tile, Job]:
-    tile = tile_of(layout.dim, _work(layout, rotation, packed).reach, layout.shape[1])
-    return tile, _job(layout, rotation, tile, tile.side(layout.dim), scales)
+    work = _work(layout, rotation, packed)
+    tile = tile_of(layout.dim, work.reach, layout.shape[1])
+    return tile, _job(layout, rotation, tile, tile.side(layout.dim) if work.span > 1 else 1, scales)
 
 
 # ------------------------------------------------------------------------------------------------------------ quantise
@@ -452,7 +455,7 @@ def _amax(x: Tensor, rotation: Rotation | None, dim: int, single: bool) -> Tenso
     x, size = x.detach().contiguous(), None if rotation is None else rotation.size
     bits = torch.zeros(() if single else (x.shape[-3 - dim],), dtype=torch.int32, device=x.device)
     tile = tile_of(dim, size or 1, x.shape[1])
-    job = Turn(dim, size, tile.rows, tile.columns, tile.side(dim), single=single)
+    job = Turn(dim, size, tile.rows, tile.columns, tile.side(dim) if size else 1, single=single)
     launch(amax_kernel, x, tile, _signs_of(rotation, x), bits, *x.shape, job)
     return bits.view(torch.float32)
 
@@ -563,7 +566,8 @@ def _turned(
         tile = tile_of(dim, size, matrix.shape[1])
         kinds = _kind(first), _kind(second)
         turns = None if rotation is None else size
-        job = Turn(dim, turns, tile.rows, tile.columns, tile.side(dim), inverse, False, *kinds, bits)
+        side = 1 if rotation is None else tile.side(dim)
+        job = Turn(dim, turns, tile.rows, tile.columns, side, inverse, False, *kinds, bits)
         read = (each if isinstance(each, Tensor) else None for each in (first, second))
         launch(rotate_kernel, matrix, tile, mask, _signs_of(rotation, x), *read, y, *matrix.shape, job)
     return y.view(x.shape)

@@ -471,8 +471,20 @@ def _is_static(arguments: list[Any]) -> bool:
     return all(type(size) is int for each in tensors for size in each.shape)
 
 
-def _define(function: Callable[..., list[Tensor]], arguments: str) -> Any:
-    """torch.ops.qtrain.<name>, of a function whose first argument is a Call, which comes last in the operator's."""
+Outputs = list[tuple[tuple[int, ...], torch.dtype]]
+
+
+def _gradients(shape: tuple[int, int], dtype: torch.dtype, slope: Tensor | None) -> Outputs:
+    """Shapes and dtypes of a gradient and of that of a learned scale, if there is one."""
+    return [(shape, dtype)] if slope is None else [(shape, dtype), ((1,), torch.float32)]
+
+
+def _define(
+    function: Callable[..., list[Tensor]], arguments: str, outputs: Callable[..., Outputs] | None = None
+) -> Any:
+    """torch.ops.qtrain.<name>, of a function whose first argument is a Call, which comes last in the operator's.
+    outputs: gives shapes and dtypes of the results; without it they are those of the function on fake tensors, which
+    takes minutes for a backward pass whose number of tokens is a symbol of torch.compile's."""
     name = function.__name__.lstrip("_")
     schema = f"{name}({arguments}, Tensor keys, str numerics, ScalarType dtype, int observer) -> Tensor[]"
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -481,15 +493,15 @@ def _define(function: Callable[..., list[Tensor]], arguments: str) -> Any:
         *own, keys, numerics, dtype, observer = given
         return function(Call(read_numerics(numerics), keys, dtype, _observers.get(observer)), *own)
 
-    known: dict[Any, list[tuple[torch.Size, torch.dtype]]] = {}
+    known: dict[Any, Outputs] = {}
 
     def fake(*given: Any) -> list[Tensor]:
         *own, keys, numerics, dtype, _ = given
         key = (numerics, dtype, *map(_described, own)) if _is_static(own) else None
-        found = known.get(key)
+        found = outputs(*own) if outputs is not None else known.get(key)
         if found is None:
-            outputs = function(Call(read_numerics(numerics, "reference"), keys, dtype, None), *own)
-            found = [(each.shape, each.dtype) for each in outputs]
+            results = function(Call(read_numerics(numerics, "reference"), keys, dtype, None), *own)
+            found = [(tuple(each.shape), each.dtype) for each in results]
             if key is not None:
                 known[key] = found
         return [keys.new_empty(shape, dtype=kind) for shape, kind in found]
@@ -504,8 +516,16 @@ fprop = _define(
     _fprop,
     "Tensor x, Tensor weight, Tensor? x_scale, Tensor? w_scale, Tensor[] kept, bool save_x, bool save_mask",
 )
-dgrad = _define(_dgrad, "Tensor dy, Tensor weight, Tensor[] w, Tensor? x_mask, Tensor? x_slope, ScalarType x_dtype")
-wgrad = _define(_wgrad, "Tensor dy, Tensor[] x, Tensor? w_mask, Tensor? w_slope, int features, ScalarType weight_dtype")
+dgrad = _define(
+    _dgrad,
+    "Tensor dy, Tensor weight, Tensor[] w, Tensor? x_mask, Tensor? x_slope, ScalarType x_dtype",
+    lambda dy, weight, w, mask, slope, dtype: _gradients((dy.shape[0], weight.shape[1]), dtype, slope),
+)
+wgrad = _define(
+    _wgrad,
+    "Tensor dy, Tensor[] x, Tensor? w_mask, Tensor? w_slope, int features, ScalarType weight_dtype",
+    lambda dy, x, mask, slope, features, dtype: _gradients((dy.shape[1], features), dtype, slope),
+)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:

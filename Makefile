@@ -30,7 +30,7 @@ compare: $(VENV)/.train ## train four recipes on the same text and open the page
 	@$(BIN)/python scripts/report.py runs/compare --out runs/comparison.html --open
 
 test: $(VENV)/.dev ## run the default test suite (ARGS="-k scale", ARGS="-m slow")
-	$(BIN)/python -m pytest -n auto --maxprocesses 8 $(ARGS)
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal $(ARGS)
 
 # The tests of the kernels and of what stands on them directly.
 KERNEL_TESTS := $(addprefix tests/test_,$(addsuffix .py,triton gpu kernel_variants gemm reference compiled packing formats \

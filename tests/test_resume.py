@@ -3,18 +3,22 @@ losses and stochastic bits, bit for bit."""
 
 from __future__ import annotations
 
+import io
 import json
+import multiprocessing
 import os
 import random
 import signal
-import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import IO
 
 import pytest
 import torch
 
+import qtrain.train
 from qtrain.checkpoint import list_checkpoints, load_checkpoint
 
 ROOT = Path(__file__).parents[1]
@@ -37,20 +41,39 @@ SMALL = [
 ]
 TIMINGS = {"tokens_per_second", "data_wait", "memory_bytes"}
 
-# Dies by SIGKILL inside the writing of the second checkpoint of the process, half of its bytes written.
-DIE_WHILE_SAVING = """
-import io, os, signal, torch
-from qtrain.train import main
-save, count = torch.save, []
-def dying(obj, file, *a, **k):
-    count.append(1)
-    if len(count) < 2:
-        return save(obj, file, *a, **k)
-    whole = io.BytesIO(); save(obj, whole); file.write(whole.getvalue()[: whole.tell() // 2]); file.flush()
-    os.kill(os.getpid(), signal.SIGKILL)
-torch.save = dying
-main()
-"""
+# Each run is a process of its own, forked from a server that has imported everything: as train.py, seconds sooner.
+forked = multiprocessing.get_context("forkserver")
+forked.set_forkserver_preload(["qtrain.run", "qtrain.train"])
+
+
+def run_train(arguments: list[str], shown: Path, dies_while_saving: bool) -> None:
+    """What train.py does, in the process that calls this; its output goes to the file `shown`."""
+    output = os.open(shown, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+    for stream in (1, 2):
+        os.dup2(output, stream)
+    os.chdir(ROOT)
+    torch.set_num_threads(1)
+    sys.argv = ["train.py", *arguments]
+    if dies_while_saving:
+        torch.save = dying(torch.save)
+    qtrain.train.main()
+
+
+def dying(save: Callable[..., None]) -> Callable[..., None]:
+    """torch.save, but the second call ends the process by SIGKILL, half of its bytes written."""
+    calls = []
+
+    def saving(state: object, file: IO[bytes]) -> None:
+        calls.append(file)
+        if len(calls) < 2:
+            return save(state, file)
+        whole = io.BytesIO()
+        save(state, whole)
+        file.write(whole.getvalue()[: whole.tell() // 2])
+        file.flush()
+        return os.kill(os.getpid(), signal.SIGKILL)
+
+    return saving
 
 
 @pytest.fixture(scope="module")
@@ -63,23 +86,34 @@ def corpus(tmp_path_factory) -> Path:
     return folder
 
 
-def command(corpus: Path, run_dir: Path, *overrides: str, code: str | None = None) -> subprocess.Popen[str]:
-    start = [sys.executable, "-c", code] if code else [sys.executable, "train.py"]
-    settings = [f"data.files={corpus}/*.txt", f"data.cache_dir={corpus}/cache", f"run_dir={run_dir}"]
-    return subprocess.Popen(
-        [*start, *SMALL, *settings, *overrides],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+class Run:
+    """A training process that has begun."""
+
+    def __init__(self, corpus: Path, run_dir: Path, overrides: tuple[str, ...], dies_while_saving: bool):
+        settings = [f"data.files={corpus}/*.txt", f"data.cache_dir={corpus}/cache", f"run_dir={run_dir}"]
+        self.run_dir, self.shown = run_dir, run_dir.with_suffix(".out")
+        self.shown.write_text("")
+        arguments = [*SMALL, *settings, *overrides], self.shown, dies_while_saving
+        self.process = forked.Process(target=run_train, args=arguments)
+        self.process.start()
+
+    def send_signal(self, number: int) -> None:
+        assert self.process.pid is not None
+        os.kill(self.process.pid, number)
+
+    def ended(self) -> tuple[int | None, str]:
+        """Exit status, negative for a signal, and output."""
+        self.process.join()
+        return self.process.exitcode, self.shown.read_text()
+
+    def wait_for(self, step: int) -> None:
+        while steps_done(self.run_dir) < step:
+            assert self.process.is_alive(), self.shown.read_text()
+            time.sleep(0.002)
 
 
-def train(corpus: Path, run_dir: Path, *overrides: str, code: str | None = None) -> tuple[int, str]:
-    process = command(corpus, run_dir, *overrides, code=code)
-    output, _ = process.communicate(timeout=600)
-    return process.returncode, output
+def train(corpus: Path, run_dir: Path, *overrides: str, dies_while_saving: bool = False) -> tuple[int | None, str]:
+    return Run(corpus, run_dir, overrides, dies_while_saving).ended()
 
 
 def steps_done(run_dir: Path) -> int:
@@ -87,22 +121,13 @@ def steps_done(run_dir: Path) -> int:
     return path.read_text().count('"loss"') if path.exists() else 0
 
 
-def wait_for(process: subprocess.Popen[str], run_dir: Path, step: int) -> None:
-    deadline = time.monotonic() + 900
-    while steps_done(run_dir) < step:
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline, f"step {step} was not reached"
-        time.sleep(0.002)
-
-
 def kill_after(corpus: Path, run_dir: Path, step: int, delay: float, *overrides: str) -> None:
     """SIGKILL `delay` seconds after the line of `step` is there."""
-    process = command(corpus, run_dir, *overrides)
-    wait_for(process, run_dir, step)
+    process = Run(corpus, run_dir, overrides, False)
+    process.wait_for(step)
     time.sleep(delay)
     process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
+    assert process.ended()[0] == -signal.SIGKILL
 
 
 def assert_same_run(run_dir: Path, undisturbed: Path) -> None:
@@ -138,7 +163,7 @@ def test_five_kills_change_nothing(corpus, undisturbed, tmp_path):
     draw = random.Random(1)
     kill_after(corpus, run_dir, 1, 0.0)  # before the first checkpoint
     kill_after(corpus, run_dir, 8, draw.uniform(0, 0.05))
-    code, output = train(corpus, run_dir, code=DIE_WHILE_SAVING)
+    code, output = train(corpus, run_dir, dies_while_saving=True)
     assert code == -signal.SIGKILL, output
     assert list((run_dir / "checkpoints").glob(".step-*")), "the kill came while a checkpoint was written"
     kill_after(corpus, run_dir, 21, draw.uniform(0, 0.05))
@@ -174,11 +199,11 @@ def test_a_kill_changes_nothing_on_a_gpu(corpus, tmp_path, recipe):
 @pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
 def test_asked_to_stop_a_run_saves_the_step(corpus, undisturbed, tmp_path, signal_number):
     run_dir = tmp_path / "interrupted"
-    process = command(corpus, run_dir)
-    wait_for(process, run_dir, 10)
+    process = Run(corpus, run_dir, (), False)
+    process.wait_for(10)
     process.send_signal(signal_number)
-    output, _ = process.communicate(timeout=600)
-    assert process.returncode == 130, output
+    code, output = process.ended()
+    assert code == 130, output
     assert "same command continues" in output
     stopped = list_checkpoints(run_dir / "checkpoints")[-1][0]
     assert stopped == steps_done(run_dir), "the last line is the saved step: no work was lost"

@@ -38,7 +38,11 @@ def kernels(request: pytest.FixtureRequest) -> ModuleType:
 
 
 def bfloat16(k: Any, x: Tensor, plan: Plan, scale: Any = 1.0, key: Any = None, rotation: Any = None) -> Any:
-    return k.operand(x, scale, key, plan, torch.bfloat16, rotation)
+    if k is not gpu:
+        return k.operand(x, scale, key, plan, torch.bfloat16, rotation)
+    whole = x.reshape(x.shape[0], -1)
+    layout = Layout(plan, (whole.shape[0], whole.shape[1]), storage="bfloat16")
+    return gpu.quantize(whole, gpu.Side(layout, rotation, key))
 
 
 BAD: dict[str, tuple[Callable[[Any], Any], str]] = {

@@ -184,7 +184,7 @@ def tile_of(dim: int, span: int, columns: int) -> Tile:
         return Tile(rows, 64 if rows == 32 else 32, max(1, rows // 128))
     fitting = columns & -columns
     if fitting < 64:
-        fitting = 1 << max(columns - 1, 0).bit_length()
+        fitting = 1 << (columns - 1).bit_length()
     wide = max(span, 16, min(fitting, 256))
     return Tile(4096 // wide, wide, 4)
 

@@ -20,13 +20,11 @@ ROOT = Path(__file__).parents[1]
 # neither needs it nor pays for it.
 # wandb is reached through Lightning's logger alone, but where its own files and server are read.
 MAY_IMPORT = {
-    "qtrain_kernels": "torch qtrain_kernels.formats qtrain_kernels.plans (triton qtrain_kernels.triton_quantize "
-    "qtrain_kernels.triton_packing)",
+    "qtrain_kernels": "torch qtrain_kernels.formats qtrain_kernels.plans (triton qtrain_kernels.triton_quantize)",
     "qtrain_kernels.formats": "",
     "qtrain_kernels.plans": "qtrain_kernels.formats (torch)",
     "qtrain_kernels.triton_quantize": "triton qtrain_kernels.triton_interpreter",
     "qtrain_kernels.triton_interpreter": "torch triton",
-    "qtrain_kernels.triton_packing": "triton qtrain_kernels.triton_quantize",
     "qtrain": "qtrain_kernels (qtrain.quant qtrain.run)",
     "qtrain.errors": "",
     "qtrain.settings": "pydantic",
@@ -207,10 +205,10 @@ def test_a_line_of_the_table_points_only_downwards():
         ("qtrain.loggers", "def start():\n    import wandb\n", 2),
         ("qtrain.report.loss", "import torch\n", 1),
         ("qtrain.report.loss", "from qtrain.models.llama import Llama\n", 1),
-        ("qtrain_kernels.quantize", "import triton\n", 1),
+        ("qtrain_kernels.gpu", "import triton\n", 1),
         ("qtrain", "if True:\n    from qtrain.quant import convert\n", 2),
-        ("qtrain_kernels.quantize", "class Kernel:\n    import triton.language as tl\n", 2),
-        ("qtrain_kernels.quantize", "from qtrain.errors import UserError\n", 1),
+        ("qtrain_kernels.gpu", "class Kernel:\n    import triton.language as tl\n", 2),
+        ("qtrain_kernels.gpu", "from qtrain.errors import UserError\n", 1),
         ("qtrain_kernels.formats", "import torch\n", 1),
         ("qtrain.new_module", "import os\n", 1),
     ],
@@ -223,7 +221,7 @@ def test_a_forbidden_import_is_reported_with_its_place(module, source, line):
 @pytest.mark.parametrize(
     ("module", "source"),
     [
-        ("qtrain_kernels.quantize", "import math, torch\ndef launch():\n    import triton.language as tl\n"),
+        ("qtrain_kernels.gpu", "import math, torch\ndef launch():\n    import triton.language as tl\n"),
         ("qtrain", "if TYPE_CHECKING:\n    from qtrain.quant import convert\n"),
         ("qtrain.data.datamodule", "import lightning\nfrom qtrain.data.shards import read\n"),
         ("qtrain.quant.linear", "from qtrain.quant import convert\nfrom qtrain_kernels import reference\n"),

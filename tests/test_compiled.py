@@ -322,29 +322,29 @@ def test_auto_chooses_once_and_says_so(
 ) -> None:
     monkeypatch.setattr(dispatch, "_cpp_obstacle", lambda: "no C++ compiler was found; install g++ or set CXX")
     with caplog.at_level(logging.INFO, "qtrain"):
-        assert dispatch.get("operand", "auto", "cpu") is reference.operand
-        assert dispatch.get("operand", "auto", "cpu") is reference.operand
+        assert dispatch.get("quantize", "auto", "cpu") is reference.quantize
+        assert dispatch.get("quantize", "auto", "cpu") is reference.quantize
     assert [record.message for record in caplog.records] == [
         "quantisers on cpu run on backend reference: no C++ compiler was found; install g++ or set CXX"
     ]
     with pytest.raises(
         ValueError, match=r"'compiled' cannot run on cpu: no C\+\+ compiler .* ask for backend 'reference'"
     ):
-        dispatch.get("operand", "compiled", "cpu")
+        dispatch.get("quantize", "compiled", "cpu")
     with pytest.raises(ValueError, match=r"'triton' cannot run on cpu: .*move the tensor to cuda; or ask for"):
-        dispatch.get("operand", "triton", "cpu")
+        dispatch.get("quantize", "triton", "cpu")
     with pytest.raises(ValueError, match="unknown backend 'cuda'; backends: auto, reference, compiled, triton"):
-        dispatch.get("operand", "cuda", "cpu")
+        dispatch.get("quantize", "cuda", "cpu")
 
 
 def test_auto_on_cuda_is_triton(resolved: None, caplog: pytest.LogCaptureFixture) -> None:
     """And the reference, said once, for a plan or a rotation that Triton has no kernel for."""
     plan, wide = PLANS["mxfp8"], replace(PLANS["fp8 block"], block=16384)
     with caplog.at_level(logging.INFO, "qtrain"):
-        assert dispatch.get("operand", "auto", "cuda", plan, Rotation(256)) is gpu.operand
+        assert dispatch.get("quantize", "auto", "cuda", plan, Rotation(256)) is gpu.quantize
         assert dispatch.get("join", "auto", "cuda") is gpu.join
         for _ in range(2):
-            assert dispatch.get("operand", "auto", "cuda", wide) is reference.operand
+            assert dispatch.get("quantize", "auto", "cuda", wide) is reference.quantize
         assert dispatch.get("rotate", "auto", "cuda", rotation=Rotation(512)) is reference.rotate
     assert [record.message for record in caplog.records] == [
         "quantisers on cuda run on backend triton",
@@ -353,22 +353,22 @@ def test_auto_on_cuda_is_triton(resolved: None, caplog: pytest.LogCaptureFixture
         "backend auto takes the reference on cuda: backend 'triton' needs a rotation that is a power of two up to 256; "
         "got 512",
     ]
-    assert dispatch.get("operand", "triton", "cuda", wide) is gpu.operand, "asked for by name, it refuses"
+    assert dispatch.get("quantize", "triton", "cuda", wide) is gpu.quantize, "asked for by name, it refuses"
 
 
 def test_auto_without_triton_is_the_reference(resolved: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("qtrain_kernels.gpu.HAS_TRITON", False)
-    assert dispatch.get("operand", "auto", "cuda") is reference.operand
+    assert dispatch.get("quantize", "auto", "cuda") is reference.quantize
     with pytest.raises(ValueError, match="'triton' cannot run on cuda: triton is not installed; install it; or ask"):
-        dispatch.get("operand", "triton", "cuda")
+        dispatch.get("quantize", "triton", "cuda")
 
 
 def test_compiled_is_for_the_cpu_alone(resolved: None) -> None:
     with pytest.raises(
         ValueError, match=r"'compiled' cannot run on cuda: its C\+\+ is for the CPU; on cuda ask for 'auto'; or ask for"
     ):
-        dispatch.get("operand", "compiled", "cuda")
-    assert dispatch.get("operand", "auto", "mps") is reference.operand
+        dispatch.get("quantize", "compiled", "cuda")
+    assert dispatch.get("quantize", "auto", "mps") is reference.quantize
 
 
 @pytest.mark.gpu

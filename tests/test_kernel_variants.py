@@ -15,24 +15,20 @@ MAIN = """
 import fake_driver
 fake_driver.install()
 import torch
-from test_triton import KEY, MATRIX_PLANS, NVFP4, MXFP4, rotation_of
-from qtrain_kernels import hadamard, packing, quantize
-from qtrain_kernels.quantize import Side, Spec
+from test_triton import KEY, MATRIX_PLANS, NVFP4, MXFP4, layout, rotation_of
+from qtrain_kernels import gpu, reference
+from qtrain_kernels.qtensor import Side
 
-x = torch.zeros(256, 256, dtype=torch.bfloat16)
-signs, one, lines = rotation_of(32, True).signs, torch.ones(()), torch.ones(256)
+x, rotation = torch.zeros(256, 256, dtype=torch.bfloat16), rotation_of(32, True)
 for number, (name, plan) in enumerate(MATRIX_PLANS.items()):
-    spec = Spec(plan, (-1, -2)[number % 2], 32, "packed" if name == "mxfp4" else "bfloat16")
-    quantize.quantize(x, spec, lines if name in ("mse_phase", "quest") else one, KEY, signs)
-rows, columns = Spec(MXFP4, -1, 32), Spec(NVFP4, -2)
-quantize.quantize_both(x, Side(rows, None, None, signs), Side(columns, one))
-spans, rotation = x.view(-1, 32, 1), rotation_of(32, True)
+    storage = "packed" if name == "mxfp4" else "bfloat16"
+    gpu.quantize(x, Side(layout(plan, x, (-1, -2)[number % 2], storage), rotation, KEY, packed=name != "mxfp4"))
+gpu.quantize_both(x, Side(layout(MXFP4, x, -1, "float8_128"), rotation), Side(layout(NVFP4, x, -2, "bfloat16")))
+spans = x.view(-1, 32, 1)
 mask = torch.ones(spans.shape, dtype=torch.uint8)
-hadamard.unrotate(spans, rotation, mask, torch.bfloat16)
-hadamard.tensor_scale(spans, NVFP4, rotation)
-packed = packing.pack(spans, torch.ones(spans.shape[0], 1, 1), MXFP4)
-packing.unpack(packed, spans.shape, MXFP4, torch.bfloat16)
-packing.split(packing.join(mask.view(-1), 1), 1, mask.numel())
+gpu.unrotate(spans, rotation, mask, torch.bfloat16)
+packed = reference.pack(spans, torch.ones(spans.shape[0], 1, 1), MXFP4)
+gpu.unpack(packed, spans.shape, MXFP4, torch.bfloat16)
 print(*sorted(fake_driver.launches.items()), sum(fake_driver.launches.values()))
 """
 
@@ -54,7 +50,7 @@ def test_the_main_kernels_compile_for_a_gpu(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr[-3000:]
     compiled = {path.stem for path in tmp_path.rglob("*.cubin")}
-    kernels = {"quantize", "quantize_both", "rotate", "amax", "pack", "unpack", "join", "split"}
+    kernels = {"quantize", "quantize_both", "rotate", "amax", "unpack"}
     assert compiled == {f"{name}_kernel" for name in kernels}
     assert len(list(tmp_path.rglob("*.cubin"))) == 13, done.stdout
 

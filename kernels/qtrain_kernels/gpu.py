@@ -174,7 +174,7 @@ def tile_of(dim: int, span: int, columns: int) -> Tile:
         return Tile(rows, 64 if rows == 32 else 4096 // max(rows, 128), 1)
     fitting = columns & -columns
     if fitting < 64:
-        fitting = 1 << max(columns - 1, 0).bit_length()
+        fitting = 1 << (columns - 1).bit_length()
     wide = max(span, 16, min(fitting, 256))
     return Tile(4096 // wide, wide, 4)
 
@@ -202,10 +202,11 @@ class Job:
     fields name the compiled kernel.
 
     rows, columns: of a tile. groups, block: the blocks in it and their elements (without block scales: its lines).
-    side: neighbouring rows that a thread holds, 1 where no element needs its column's others. scales: whether the tensor scale is not read, single, or one per line.
-    rule, rounding, divides_first: the plan's. unit, offset: as of `stored_integer`. width: bits of a packed code.
-    scale_nan: the byte of a packed scale that is NaN. float8_unit: the scale of a group of float8_128 over its largest
-    block scale. aligned: both dims of the matrix are multiples of 128. inexact: bfloat16 does not hold every product.
+    side: neighbouring rows that a thread holds, 1 where no element needs its column's others. scales: whether the
+    tensor scale is not read, single, or one per line. rule, rounding, divides_first: the plan's. unit, offset: as of
+    `stored_integer`. width: bits of a packed code. scale_nan: the byte of a packed scale that is NaN. float8_unit: the
+    scale of a group of float8_128 over its largest block scale. aligned: both dims of the matrix are multiples of 128.
+    inexact: bfloat16 does not hold every product.
     mask_bits: the mask is written as bits, else as bytes.
     """
 

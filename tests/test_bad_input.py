@@ -48,7 +48,10 @@ BAD: dict[str, tuple[Callable[[Any], Any], str]] = {
         lambda k: k.quantize(M, Side(Layout(MXFP4, (8, 32)))), r"the layout is of \(8, 32\); got \(4, 32\)",
     ),
     "a matrix to rotate": (lambda k: k.rotate(M, Rotation(32)), r"is \(outer, span, inner\); got \(4, 32\)"),
-    "integers": (lambda k: bfloat16(k, M.int(), MXFP4), r"(operand is float|takes float32 or bfloat16); got torch.int32; convert it with x"),
+    "integers": (
+        lambda k: bfloat16(k, M.int(), MXFP4),
+        r"(an operand is float|takes float32 or bfloat16); got torch.int32; convert it with x",
+    ),
     "integers to rotate": (lambda k: k.rotate(X.int(), Rotation(32)), "an operand is float; got torch.int32"),
     "meta": (lambda k: bfloat16(k, M.to("meta"), MXFP4), r"(got a tensor on meta|cannot run on meta).*move"),
     "meta to rotate": (lambda k: k.rotate(X.to("meta"), Rotation(32)), r"(got a tensor on meta|cannot run on meta)"),
@@ -166,8 +169,8 @@ BAD_PRODUCTS |= {
             "mxfp4 needs a CUDA device of compute capability 10.0 to 10.9; found cpu; mxfp8 .*",
         ),
         ("fp4", NVFP4, "cuda", (9, 0), "nvfp4 needs a CUDA device of compute capability 10.0 or later; found 9.0"),
-        ("fp8", MXFP4, "cuda", (8, 0), "fp8 needs a CUDA device of compute capability 8.9 or later; found 8.0; .*"),
-        ("fp8", MXFP4, "mps", None, "fp8 needs a CUDA device of compute capability 8.9 or later; found mps; .*"),
+        ("fp8", MXFP4, "cuda", (8, 0), ".*; fp8 needs a CUDA device of compute capability 8.9 or later; found 8.0"),
+        ("fp8", MXFP4, "mps", None, ".*; fp8 needs a CUDA device of compute capability 8.9 or later; found mps"),
     )
 }
 

@@ -14,7 +14,7 @@ import argparse
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import partial
 from statistics import median
 from typing import Any, Literal
 
@@ -22,29 +22,29 @@ import torch
 from harness import Case, Row, arguments, equality, in_turns, ratio, run, sqnr
 from torch import Tensor
 
-from qtrain_kernels import dispatch, quantize, reference
+from qtrain_kernels import dispatch, gpu, reference
 from qtrain_kernels.formats import get_format
-from qtrain_kernels.plans import Mask, Packed, Plan, Rotation, can_pack, stored_integer
-from qtrain_kernels.quantize import Side, Spec
+from qtrain_kernels.plans import Mask, Packed, Plan, Rotation, can_pack
+from qtrain_kernels.qtensor import Layout, QTensor, Side, Storage, quantize
 
 Along = Literal["rows", "columns"]
 E2M1, INT4 = get_format("mxfp4").element, get_format("int4").element
 MXFP4 = Plan(E2M1, "e8m0", 32, "floor")
 NVFP4 = Plan(E2M1, "minifloat", 16, "absmax", scale_element=get_format("nvfp4").scale_element)
-PLANS: dict[str, tuple[Plan, int | None, torch.dtype]] = {  # plan, rotation, dtype of the operand
-    "MXFP4": (MXFP4, None, torch.bfloat16),
-    "MXFP4 std, clip": (replace(MXFP4, rule="std", mask=Mask("inside", 6.0)), 32, torch.bfloat16),
-    "MXFP4 three quarters": (replace(MXFP4, rule="floor_three_quarters"), 32, torch.bfloat16),
-    "MXFP4 stochastic": (replace(MXFP4, rule="floor_three_quarters", rounding="stochastic"), 32, torch.bfloat16),
-    "MXFP4 least error": (replace(MXFP4, rule="mse"), None, torch.bfloat16),
-    "MXFP8": (Plan(get_format("mxfp8_e4m3").element, "e8m0", 32, "rceil"), None, torch.bfloat16),
-    "NVFP4": (NVFP4, 16, torch.bfloat16),
-    "NVFP4 four over six": (replace(NVFP4, rule="four_over_six"), 16, torch.bfloat16),
+PLANS: dict[str, tuple[Plan, int | None, Storage]] = {  # plan, rotation, storage of the operand
+    "MXFP4": (MXFP4, None, "bfloat16"),
+    "MXFP4 std, clip": (replace(MXFP4, rule="std", mask=Mask("inside", 6.0)), 32, "bfloat16"),
+    "MXFP4 three quarters": (replace(MXFP4, rule="floor_three_quarters"), 32, "bfloat16"),
+    "MXFP4 stochastic": (replace(MXFP4, rule="floor_three_quarters", rounding="stochastic"), 32, "bfloat16"),
+    "MXFP4 least error": (replace(MXFP4, rule="mse"), None, "bfloat16"),
+    "MXFP8": (Plan(get_format("mxfp8_e4m3").element, "e8m0", 32, "rceil"), None, "bfloat16"),
+    "NVFP4": (NVFP4, 16, "bfloat16"),
+    "NVFP4 four over six": (replace(NVFP4, rule="four_over_six"), 16, "bfloat16"),
     "NVFP4 MS-EDEN": (
-        replace(NVFP4, rule="absmax_fitted", rounding="eden", correction=16), 128, torch.bfloat16,
+        replace(NVFP4, rule="absmax_fitted", rounding="eden", correction=16), 128, "bfloat16",
     ),
-    "INT4 QuEST, trust": (Plan(INT4, "float32", None, "gaussian", mask=Mask("error", 0.5)), 128, torch.int8),
-    "FP8 by rows": (Plan(get_format("fp8_e4m3").element, "float32", None, "absmax"), None, torch.bfloat16),
+    "INT4 QuEST, trust": (Plan(INT4, "float32", None, "gaussian", mask=Mask("error", 0.5)), 128, "int8"),
+    "FP8 by rows": (Plan(get_format("fp8_e4m3").element, "float32", None, "absmax"), None, "bfloat16"),
 }  # fmt: skip
 
 
@@ -91,123 +91,90 @@ class Operand:
     """A matrix that is quantised along its rows or columns by one of PLANS, and the operations on it."""
 
     def __init__(self, name: str, x: Tensor, along: Along, backend: str):
-        self.plan, size, self.dtype = PLANS[name]
-        self.x, self.rows = x, along == "rows"
+        self.plan, size, storage = PLANS[name]
+        self.x, dim = x, -1 if along == "rows" else -2
+        self.plan = self.plan if dim == -1 else replace(self.plan, mask=None)  # masks are of forwards, along rows
+        self.layout = Layout(self.plan, (x.shape[0], x.shape[1]), dim, storage)
         self.rotation = None if size is None else Rotation(size, signs_on(x.device, size))
-        self.lines = x[:, :, None] if self.rows else x[None]
-        self.key = key_on(x.device)
+        self.key = key_on(x.device) if self.plan.rounding_mode.draws else None
+        self.lines = self.layout.whole_lines(x)
         self.get = partial(dispatch.get, backend=backend, device_type=x.device.type)
 
-    @cached_property
-    def scale(self) -> Tensor | float:
-        return reference.tensor_scale(self.lines, self.plan, self.rotation)
-
-    @cached_property
-    def arguments(self) -> tuple[Any, ...]:
-        """Of `operand`; block scales along rows alone, where the backward packs them."""
-        span = self.plan.span or self.lines.shape[1]
-        view = self.x.reshape(-1, span, self.lines.shape[2])
-        return view, self.scale, self.key, self.plan, self.dtype, self.rotation, self.rows
-
-    def both(self, operation: str, *arguments: Any) -> tuple[Callable[[], Any], Callable[[], Any]]:
-        """The backend's operation and the reference's with their arguments."""
-        return partial(self.get(operation), *arguments), partial(getattr(reference, operation), *arguments)
-
-    def tensor_scale(self) -> Operation:
-        ours, wanted = self.both("tensor_scale", self.lines, self.plan, self.rotation)
-        return Operation(ours, wanted, (self.x,))
-
-    def operand(self) -> Operation:
-        scale = self.scale if isinstance(self.scale, Tensor) else None
-        key = self.key if self.plan.rounding_mode.draws else None
-        undefined = self.without_integer if self.dtype == torch.int8 else None
-        ours, wanted = self.both("operand", *self.arguments)
-        return Operation(ours, wanted, (self.x, scale, key), self.restored, undefined)
+    def quantize(self, storage: Storage | None = None, packed: bool = False) -> Operation:
+        """Into a storage, with packed codes beside it."""
+        layout = self.layout.stored(storage or self.layout.storage)
+        side = Side(layout, self.rotation, self.key, packed=packed)
+        ours = partial(self.get("quantize"), self.x, side)
+        if layout.held is layout:
+            wanted = partial(reference.quantize, self.x, side)
+        else:
+            wanted = quantize(self.x, layout, self.rotation, self.key, backend="reference").tensors
+        undefined = self.without_integer if layout.storage == "int8" else None
+        return Operation(ours, wanted, (self.x, self.key), partial(self.restored, layout), undefined)
 
     def without_integer(self) -> Tensor:
         """Where a code is NaN."""
-        view, scale, key, plan, *_ = self.arguments
-        return ~reference.encode(view, scale, key, plan, self.rotation)[0].isfinite()
+        return ~quantize(
+            self.x, self.layout.stored("float32"), self.rotation, self.key, backend="reference"
+        ).codes.isfinite()
 
-    def restored(self, found: Any) -> Tensor:
-        values, unit = found[0].float(), 1.0
-        if self.dtype == torch.int8:
-            unit, offset = stored_integer(self.plan.element)
-            values = values + offset
-        values = values.view(self.lines.shape) * unit * self.scale
-        return reference.unrotate(values, self.rotation, None, torch.float32)
-
-    def packed(self) -> tuple[Tensor, Tensor | None, Packed]:
-        """Values, block scales, and both packed."""
-        values, blocks, _ = reference.operand(*self.arguments)
-        return values, blocks, reference.pack(values, blocks, self.plan)
-
-    def pack(self) -> Operation:
-        values, blocks, _ = self.packed()
-        ours, wanted = self.both("pack", values, blocks, self.plan)
-        return Operation(ours, wanted, (values, blocks))
+    def restored(self, layout: Layout, found: Any) -> Tensor:
+        values = QTensor(*found[:4], layout).dequantize("reference").float()
+        return reference.unrotate(layout.whole_lines(values), self.rotation, None, torch.float32)
 
     def unpack(self) -> Operation:
-        values, _, packed = self.packed()
-        ours, wanted = self.both("unpack", packed, values.shape, self.plan, self.dtype)
-        return Operation(ours, wanted, tuple(packed))
+        packed = quantize(self.x, self.layout.stored("packed"), self.rotation, self.key, backend="reference")
+        shape = torch.Size(
+            (self.x.numel() // (self.plan.block or self.x.shape[1]), self.plan.block or self.x.shape[1], 1)
+        )
+        blocks = None if packed.block_scale is None else packed.block_scale.view(-1)
+        dtype = torch.int8 if self.layout.storage == "int8" else torch.bfloat16
+        given = Packed(packed.codes.view(-1), blocks), shape, self.plan, dtype
+        ours, wanted = partial(self.get("unpack"), *given), partial(reference.unpack, *given)
+        return Operation(ours, wanted, (packed.codes, blocks))
 
     def mask(self) -> Tensor:
-        found = reference.operand(*self.arguments)[2]
+        found = quantize(self.x, self.layout, self.rotation, self.key, backend="reference").mask
         assert found is not None
         return found
 
     def unrotate(self) -> Operation:
-        mask = self.mask().view(self.lines.shape)
-        ours, wanted = self.both("unrotate", self.lines, self.rotation, mask, torch.bfloat16)
-        return Operation(ours, wanted, (self.x, mask))
-
-    def join(self) -> Operation:
-        mask = self.mask().flatten()
-        ours, wanted = self.both("join", mask, 1)
-        return Operation(ours, wanted, (mask,))
+        mask = self.mask()
+        given = self.lines, self.rotation, mask, torch.bfloat16
+        return Operation(partial(self.get("unrotate"), *given), partial(reference.unrotate, *given), (self.x, mask))
 
     def split(self) -> Operation:
-        mask = self.mask().flatten()
-        joined = reference.join(mask, 1)
-        ours, wanted = self.both("split", joined, 1, mask.numel())
-        return Operation(ours, wanted, (joined,))
+        given = mask, *_ = self.mask(), 1, self.x.numel()
+        return Operation(partial(self.get("split"), *given), partial(reference.split, *given), (mask,))
 
 
 def operations(x: Tensor, along: Along, backend: str) -> Iterator[tuple[str, Callable[[], Operation]]]:
     """Every operation on operands of x by each of PLANS, named. What runs before the operation runs in the call."""
+    fused = backend == "triton" or (backend == "auto" and x.is_cuda)
     for name, (plan, size, _) in PLANS.items():
         on = Operand(name, x, along, backend)
-        if reference.constant_scale(plan) is None:
-            yield f"tensor_scale, {name}, {along}", on.tensor_scale
-        yield f"operand, {name}, {along}", on.operand
-        if along == "rows" and can_pack(plan) and not plan.rounding_mode.corrects:
-            yield f"pack, {name}", on.pack
+        yield f"quantize, {name}, {along}", on.quantize
+        if fused and plan.scale_kind == "e8m0":
+            yield f"quantize in float8_128, {name}, {along}", partial(on.quantize, "float8_128")
+        if along == "rows" and can_pack(plan):
+            yield f"quantize and pack, {name}", partial(on.quantize, packed=True)
             yield f"unpack, {name}", on.unpack
         if along == "rows" and plan.mask is not None:
             if size is not None:
                 yield f"unrotate with mask, {name}", on.unrotate
-            yield f"join of the mask, {name}", on.join
             yield f"split of the mask, {name}", on.split
-    if along == "rows" and backend == "triton" and x.shape[0] % 32 == 0:
+    if along == "rows" and fused and x.shape[0] % 32 == 0:
         yield "quantize_both, MXFP4 stochastic", partial(both_dims, x)
 
 
 def both_dims(x: Tensor) -> Operation:
     """One reading of a matrix for both of its dims, against two of the reference; Triton's alone."""
-    plan, size, _ = PLANS["MXFP4 stochastic"]
-    assert size is not None and plan.block is not None
-    key, signs = key_on(x.device), signs_on(x.device, size)
-    sides = [Side(Spec(plan, dim, size, with_blocks=False), None, key, signs) for dim in (-1, -2)]
-    views = x.reshape(-1, plan.block, 1), x.reshape(-1, plan.block, x.shape[1])
-
-    def wanted() -> list[Tensor]:
-        found = [
-            reference.operand(view, 1.0, key, plan, torch.bfloat16, Rotation(size, signs), False)[0] for view in views
-        ]
-        return [each.reshape(x.shape) for each in found]
-
-    return Operation(lambda: quantize.quantize_both(x, *sides), wanted, (x,))
+    sides = []
+    for along in ("rows", "columns"):
+        on = Operand("MXFP4 stochastic", x, along, "reference")
+        sides.append(Side(on.layout, on.rotation, on.key))
+    wanted = [partial(reference.quantize, x, side) for side in sides]
+    return Operation(lambda: gpu.quantize_both(x, *sides), lambda: [each() for each in wanted], (x,))
 
 
 def measure(build: Callable[[], Operation], x: Tensor, options: argparse.Namespace) -> Row:

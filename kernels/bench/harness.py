@@ -184,7 +184,7 @@ def gemm_flops(layer: nn.Module, tokens: int, device: str) -> dict[str, float]:
         return {"bfloat16": 3 * each}
     found: dict[str, float] = {}
     for gemm in ("fprop", "dgrad", "wgrad"):
-        kind = layer.numerics.product(gemm, device).name.replace("float", "bfloat16")
+        kind = layer.numerics.product(gemm, device).name.replace("float", "bfloat16").removesuffix("_block")
         found[kind] = found.get(kind, 0.0) + each
     return found
 

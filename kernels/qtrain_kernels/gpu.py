@@ -558,7 +558,7 @@ def _turned(
     bits = mask is not None and 8 * mask.numel() == x.numel() > 0 and matrix.shape[1] % 8 == 0
     if not bits:
         check_mask(mask, x)
-    mask = None if mask is None else mask.contiguous().view(matrix.shape[0], -1)
+    mask = None if mask is None else mask.contiguous().view(matrix.shape[0], matrix.shape[1] // (8 if bits else 1))
     if len(scales) > 2:
         raise ValueError(f"backend 'triton' multiplies by up to two scales; got {len(scales)}")
     first, second = [*(_lined(each, x, matrix) if isinstance(each, Tensor) else each for each in scales), 1.0, 1.0][:2]

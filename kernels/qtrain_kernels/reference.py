@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from qtrain_kernels.checks import check_fields
 from qtrain_kernels.formats import Element
 from qtrain_kernels.plans import Knows, Mask, Packed, Plan, Rotation, ScaleRule, field_width, scale_nan, stored_integer
 from qtrain_kernels.precision import matmul
@@ -617,6 +618,7 @@ def join(fields: Tensor, width: int) -> Tensor:
 
 
 def split(joined: Tensor, width: int, count: int) -> Tensor:
-    """`join` undone: the first `count` fields."""
+    """`join` undone: the first `count` fields. ValueError for another width, dtype, or too few bytes."""
+    check_fields(joined, width, count)
     shifts = torch.arange(0, 8, width, dtype=torch.uint8, device=joined.device)
     return ((joined[:, None] >> shifts) & (2**width - 1)).view(-1)[:count]

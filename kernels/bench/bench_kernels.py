@@ -22,10 +22,10 @@ import torch
 from harness import Case, Row, arguments, equality, in_turns, ratio, run, sqnr
 from torch import Tensor
 
-from qtrain_kernels import dispatch, quantize, reference
+from qtrain_kernels import dispatch, gpu, reference
 from qtrain_kernels.formats import get_format
 from qtrain_kernels.plans import Mask, Packed, Plan, Rotation, can_pack, stored_integer
-from qtrain_kernels.quantize import Side, Spec
+from qtrain_kernels.qtensor import Layout, Storage, quantize
 
 Along = Literal["rows", "columns"]
 E2M1, INT4 = get_format("mxfp4").element, get_format("int4").element
@@ -96,6 +96,7 @@ class Operand:
         self.rotation = None if size is None else Rotation(size, signs_on(x.device, size))
         self.lines = x[:, :, None] if self.rows else x[None]
         self.key = key_on(x.device)
+        self.backend = backend
         self.get = partial(dispatch.get, backend=backend, device_type=x.device.type)
 
     @cached_property
@@ -113,21 +114,24 @@ class Operand:
         """The backend's operation and the reference's with their arguments."""
         return partial(self.get(operation), *arguments), partial(getattr(reference, operation), *arguments)
 
-    def tensor_scale(self) -> Operation:
-        ours, wanted = self.both("tensor_scale", self.lines, self.plan, self.rotation)
-        return Operation(ours, wanted, (self.x,))
-
     def operand(self) -> Operation:
-        scale = self.scale if isinstance(self.scale, Tensor) else None
+        """A whole QTensor, its tensor scale and mask included."""
+        storage: Storage = "int8" if self.dtype == torch.int8 else "bfloat16"
+        layout = Layout(self.plan, (self.x.shape[0], self.x.shape[1]), -1 if self.rows else -2)
+        layout = layout.stored(storage, blocks=self.rows)
         key = self.key if self.plan.rounding_mode.draws else None
+
+        def run(backend: str) -> list[Tensor]:
+            return quantize(self.x, layout, self.rotation, key, backend=backend).tensors()
+
         undefined = self.without_integer if self.dtype == torch.int8 else None
-        ours, wanted = self.both("operand", *self.arguments)
-        return Operation(ours, wanted, (self.x, scale, key), self.restored, undefined)
+        ours, wanted = partial(run, self.backend), partial(run, "reference")
+        return Operation(ours, wanted, (self.x, key), self.restored, undefined)
 
     def without_integer(self) -> Tensor:
         """Where a code is NaN."""
         view, scale, key, plan, *_ = self.arguments
-        return ~reference.encode(view, scale, key, plan, self.rotation)[0].isfinite()
+        return ~reference.encode(view, scale, key, plan, self.rotation)[0].isfinite().view(self.x.shape)
 
     def restored(self, found: Any) -> Tensor:
         values, unit = found[0].float(), 1.0
@@ -178,8 +182,6 @@ def operations(x: Tensor, along: Along, backend: str) -> Iterator[tuple[str, Cal
     """Every operation on operands of x by each of PLANS, named. What runs before the operation runs in the call."""
     for name, (plan, size, _) in PLANS.items():
         on = Operand(name, x, along, backend)
-        if reference.constant_scale(plan) is None:
-            yield f"tensor_scale, {name}, {along}", on.tensor_scale
         yield f"operand, {name}, {along}", on.operand
         if along == "rows" and can_pack(plan) and not plan.rounding_mode.corrects:
             yield f"pack, {name}", on.pack
@@ -198,16 +200,14 @@ def both_dims(x: Tensor) -> Operation:
     plan, size, _ = PLANS["MXFP4 stochastic"]
     assert size is not None and plan.block is not None
     key, signs = key_on(x.device), signs_on(x.device, size)
-    sides = [Side(Spec(plan, dim, size, with_blocks=False), None, key, signs) for dim in (-1, -2)]
-    views = x.reshape(-1, plan.block, 1), x.reshape(-1, plan.block, x.shape[1])
+    rotation, shape = Rotation(size, signs), (x.shape[0], x.shape[1])
+    layouts = [Layout(plan, shape, dim, "bfloat16") for dim in (-1, -2)]
 
     def wanted() -> list[Tensor]:
-        found = [
-            reference.operand(view, 1.0, key, plan, torch.bfloat16, Rotation(size, signs), False)[0] for view in views
-        ]
-        return [each.reshape(x.shape) for each in found]
+        return [quantize(x, layout, rotation, key, backend="reference").codes for layout in layouts]
 
-    return Operation(lambda: quantize.quantize_both(x, *sides), wanted, (x,))
+    sides = [gpu.Side(layout, rotation, key) for layout in layouts]
+    return Operation(lambda: gpu.quantize_both(x, *sides), wanted, (x,))
 
 
 def measure(build: Callable[[], Operation], x: Tensor, options: argparse.Namespace) -> Row:

@@ -53,8 +53,9 @@ from qtrain.recipe import LinearRecipe, QuantSpec, read_recipe
 from qtrain.settings import Backend, parse
 from qtrain_kernels import reference
 from qtrain_kernels.formats import E2M1, E4M3, GAUSSIAN_CLIP
-from qtrain_kernels.gemm import Product
+from qtrain_kernels.gemm import Product, Scale
 from qtrain_kernels.plans import Rotation
+from qtrain_kernels.qtensor import QTensor
 
 BACKEND: Backend = "reference"
 SAMPLES = 2**26  # elements per row of the table: a misalignment is then known to 2e-5
@@ -832,8 +833,12 @@ def doubled(numerics: Numerics, operand: str) -> Numerics:
     class Doubled(Numerics):
         def product(self, name: str, device_type: str, capability: Any = None) -> Product:
             found = super().product(name, device_type, capability)
-            wrong = name == operand.partition(".")[0]
-            return replace(found, run=lambda *sides: found.run(*sides) * 2.0) if wrong else found
+
+            def run(left: QTensor, right: QTensor) -> tuple[Tensor, list[Scale]]:
+                product, scales = found.run(left, right)
+                return product, [*scales, 2.0]
+
+            return replace(found, run=run) if name == operand.partition(".")[0] else found
 
     return Doubled(**{each.name: getattr(numerics, each.name) for each in fields(Numerics)})
 

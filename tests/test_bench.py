@@ -164,10 +164,10 @@ def test_a_benchmark_writes_its_table_and_names_the_machine(tmp_path: Path) -> N
     assert re.fullmatch(r"kernels-128x128-1-threads-of-[a-z0-9-]+\.json", path.name)
     rows = {row["operation"]: row for row in json.loads(path.read_text())["rows"]}
     assert f"| {next(iter(rows))} |" in shown and all(row["equal"] == 1 and row["ms"] > 0 for row in rows.values())
-    assert rows["operand, MXFP4 std, clip, columns"]["bytes an element"] == 2 + 2 + 1
-    assert rows["operand, MXFP4 std, clip, rows"]["bytes an element"] == 2 + 2 + 1 + 4 / 32
-    assert rows["pack, MXFP4 std, clip"]["bytes an element"] == 2 + 4 / 32 + 1 / 2 + 1 / 32
-    assert 12 < rows["operand, NVFP4, rows"]["SQNR dB"] < 22
+    assert rows["quantize, MXFP4 std, clip, columns"]["bytes an element"] == 2 + 2
+    assert rows["quantize, MXFP4 std, clip, rows"]["bytes an element"] == 2 + 2 + 1 / 8
+    assert rows["quantize and pack, MXFP4 std, clip"]["bytes an element"] == 2 + 2 + 1 / 8 + 1 / 2 + 1 / 32
+    assert 12 < rows["quantize, NVFP4, rows"]["SQNR dB"] < 22
 
 
 # --------------------------------------------------------------------------------------------------- rows that are kept

@@ -121,7 +121,7 @@ def by_lines(size: Size, device: str, fast: bool, quantizes: bool) -> Product:
         a, b = found
         return in_float64(a.codes, b.codes.T, a.tensor_scale, b.tensor_scale)
 
-    return Product("fp8", lambda: product.run(*(operands() if quantizes else found)), exact)
+    return Product("fp8", lambda: gemm.scaled(*product.run(*(operands() if quantizes else found))), exact)
 
 
 TORCH: dict[str, Callable[[Size, str], Product]] = {

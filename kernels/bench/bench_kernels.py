@@ -119,7 +119,8 @@ class Operand:
         ).codes.isfinite()
 
     def restored(self, layout: Layout, found: Any) -> Tensor:
-        values = QTensor(*found[:4], layout).dequantize("reference").float()
+        codes, blocks, scale, mask, *_ = found
+        values = QTensor(codes, blocks, scale, mask, layout).dequantize("reference").float()
         return reference.unrotate(layout.whole_lines(values), self.rotation, None, torch.float32)
 
     def unpack(self) -> Operation:

@@ -32,10 +32,11 @@ import triton
 from torch import Tensor, nn
 
 import qtrain
-from qtrain_kernels import hadamard, packing, quantize
+from qtrain_kernels import gpu
 from qtrain_kernels.formats import Element, get_format
+from qtrain_kernels.gpu import Side
 from qtrain_kernels.plans import Mask, Plan, Rotation
-from qtrain_kernels.quantize import Side, Spec
+from qtrain_kernels.qtensor import Layout, QTensor
 
 TOKENS, SIZE = 256, 256  # no tile is larger
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -56,15 +57,13 @@ def noted(*runs: Callable[[], object]) -> dict[str, Launch]:
     def noting(kernel: Any, x: Tensor, tile: Any, *arguments: object, **size: Any) -> None:
         found.setdefault(description(kernel, x, arguments), (kernel, (x, *arguments), tile))
 
-    original = quantize.launch
-    for module in (quantize, hadamard, packing):
-        vars(module)["launch"] = noting
+    original = gpu.launch
+    vars(gpu)["launch"] = noting
     try:
         for run in runs:
             run()
     finally:
-        for module in (quantize, hadamard, packing):
-            vars(module)["launch"] = original
+        vars(gpu)["launch"] = original
     return found
 
 
@@ -103,9 +102,9 @@ def text(made_for: Any) -> str:
             parts.append("rows" if value == -1 else "columns")
         elif field.name == "rotation" and value:
             parts.append(f"hadamard{value}")
-        elif field.name in ("output", "scales") and value != "none":
+        elif field.name == "scales" and value != "none":
             parts.append(str(value))
-        elif value is True and field.name not in ("aligned", "inexact"):
+        elif value is True and field.name not in ("aligned", "inexact", "mask_bits"):
             parts.append(field.name)
     return " ".join(parts)
 
@@ -133,10 +132,10 @@ def float8_launches(tokens: int = TOKENS, features: int = SIZE, out_features: in
     float32.
     """
     element = get_format("mxfp4").element
-    forward = Spec(Plan(element, "e8m0", 32, "std", mask=Mask("inside", 6.0)), -1, 32, "packed_float8")
+    forward = Plan(element, "e8m0", 32, "std", mask=Mask("inside", 6.0))
     again = Plan(element, "e8m0", 32, "floor_three_quarters")
-    rows, columns = (Spec(again, dim, 32, "float8") for dim in (-1, -2))
-    key, rotation = torch.zeros(2, dtype=torch.int32), Rotation(32)
+    rotation = Rotation(32)
+    drawn = Rotation(32, torch.zeros(2, dtype=torch.int32))
     found: dict[str, Launch] = {}
 
     def keep(name: str, run: Callable[[], Any]) -> Any:
@@ -148,15 +147,19 @@ def float8_launches(tokens: int = TOKENS, features: int = SIZE, out_features: in
     def empty(shape: tuple[int, int], dtype: torch.dtype = torch.bfloat16) -> Tensor:
         return torch.empty(shape, dtype=dtype)
 
+    def side(plan: Plan, shape: tuple[int, int], dim: int, drawn: Rotation, packed: bool = False) -> Side:
+        return Side(Layout(plan, shape, dim, "float8_128"), drawn, packed=packed)
+
     x, weight, dy = (tokens, features), (out_features, features), (tokens, out_features)
-    w_held = keep("W", lambda: quantize.quantize(empty(weight, torch.float32), forward))
-    x_held = keep("X", lambda: quantize.quantize(empty(x), forward))
-    keep("dY", lambda: quantize.quantize_both(empty(dy), Side(rows, signs=key), Side(columns, signs=key)))
-    for name, held in (("W again", w_held), ("X again", x_held)):
-        keep(name, lambda held=held: quantize.requantize(held.values, held.block_scale, columns, signs=key))
+    w_held = keep("W", lambda: gpu.quantize(empty(weight, torch.float32), side(forward, weight, -1, rotation, True)))
+    x_held = keep("X", lambda: gpu.quantize(empty(x), side(forward, x, -1, rotation, True)))
+    keep("dY", lambda: gpu.quantize_both(empty(dy), *(side(again, dy, dim, drawn) for dim in (-1, -2))))
+    for name, held, shape in (("W again", w_held, weight), ("X again", x_held, x)):
+        packed = QTensor(*held[4:], None, None, Layout(forward, shape, storage="packed").unmasked)
+        keep(name, lambda packed=packed, shape=shape: gpu.quantize(packed, side(again, shape, -2, drawn)))
     factor = (16 / 9,)
-    keep("dX", lambda: hadamard.unrotate(empty(x)[:, :, None], rotation, x_held.mask, torch.bfloat16, factor))
-    keep("dW", lambda: hadamard.unrotate(empty(weight)[:, :, None], rotation, w_held.mask, torch.float32, factor))
+    keep("dX", lambda: gpu.unrotate(empty(x)[:, :, None], rotation, x_held[3], torch.bfloat16, factor))
+    keep("dW", lambda: gpu.unrotate(empty(weight)[:, :, None], rotation, w_held[3], torch.float32, factor))
     return found
 
 
@@ -174,7 +177,7 @@ def traffic(tokens: int, features: int, out_features: int) -> list[Row]:
 def measure(launch: Launch) -> Row:
     """Compiles one kernel. Registers, spilled and shared bytes, instructions an element."""
     kernel, arguments, tile = launch
-    compiled = kernel[(1,)](*arguments, num_warps=tile.warps, **quantize.UNFUSED)
+    compiled = kernel[(1,)](*arguments, num_warps=tile.warps, **gpu.UNFUSED)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
         cubin.flush()

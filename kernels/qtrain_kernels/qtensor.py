@@ -19,7 +19,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -634,16 +634,17 @@ def quantize_side(x: Tensor | QTensor, side: Side, backend: str) -> tuple[QTenso
     if isinstance(x, QTensor) and not (module.FUSED and module.requantizes(x.layout)):
         x = x.dequantize(backend)
     held, saved = layout if module.FUSED and module.writes(layout) else layout.held, layout.unmasked.saved
+    packs, packed = side.packed and saved.storage == "packed", None
     if held.rows > 1 and module.FUSED:
-        q, packs = _quantize_tiles(x, side, held, backend), False
+        q = _quantize_tiles(x, side, held, backend)
     else:
-        packs = side.packed and saved.storage == "packed"
-        parts = module.quantize(x, Side(held, side.rotation, side.key, side.learned, packs))
-        q = QTensor(*parts[:4], held)
-    found = q if held is layout else q.to(layout, backend)
-    if packs:
-        return found, QTensor(parts[4], parts[5], q.tensor_scale, None, saved)
-    return found, q.unmasked.to(saved, backend) if side.packed else None
+        asked = Side(held, side.rotation, side.key, side.learned, packs)
+        codes, blocks, scale, mask, *bits = module.quantize(x, asked)
+        q = QTensor(codes, blocks, scale, mask, held)
+        packed = QTensor(bits[0], bits[1], scale, None, saved) if packs else None
+    if side.packed and packed is None:
+        packed = q.unmasked.to(saved, backend)
+    return q if held is layout else q.to(layout, backend), packed
 
 
 def quantize_both(x: Tensor, rows: Side, columns: Side, backend: str) -> list[QTensor]:
@@ -653,7 +654,7 @@ def quantize_both(x: Tensor, rows: Side, columns: Side, backend: str) -> list[QT
     modules = [dispatch.module(backend, x.device.type, side.layout.plan, side.rotation) for side in sides]
     if all(module.FUSED and module.writes(side.layout) for module, side in zip(modules, sides, strict=True)):
         found = modules[0].quantize_both(x, rows, columns)
-        return [QTensor(*parts, side.layout) for parts, side in zip(found, sides, strict=True)]
+        return [QTensor(*parts[:3], None, side.layout) for parts, side in zip(found, sides, strict=True)]
     return [quantize_side(x, side, backend)[0] for side in sides]
 
 
@@ -666,7 +667,7 @@ def _in_floats(x: Tensor, side: Side, backend: str) -> QTensor:
     return QTensor(x.to(FLOATS[layout.storage]), None, None, None, layout)
 
 
-def _quantize_tiles(x: Tensor, side: Side, held: Layout, backend: str) -> QTensor:
+def _quantize_tiles(x: Any, side: Side, held: Layout, backend: str) -> QTensor:
     """By kernels that know no tiles: each tile is a row of a matrix of its own."""
     layout = side.layout
     if side.rotation is not None:

@@ -684,10 +684,9 @@ def arranged(x, width, i, j, rows, columns, SHARE: tl.constexpr, JOB: tl.constex
         NEAR: tl.constexpr = JOB.columns // 64 if JOB.columns > 64 else 1  # warps side by side
         LANES: tl.constexpr = 256 * NEAR // JOB.columns
         BELOW: tl.constexpr = JOB.rows // (JOB.side * LANES)
-        warp = tl.arange(0, NEAR * BELOW)[None, :, None]
-        r = (warp % BELOW * LANES + tl.arange(0, LANES)[None, None, :]) * JOB.side + tl.arange(0, JOB.side)[
-            :, None, None
-        ]
+        neighbour = tl.arange(0, JOB.side)[:, None, None]
+        warp, lane = tl.arange(0, NEAR * BELOW)[None, :, None], tl.arange(0, LANES)[None, None, :]
+        r = (warp % BELOW * LANES + lane) * JOB.side + neighbour
         near, inside = as_lines(warp // BELOW, r.shape), as_lines(row + r < rows, r.shape)
         r = as_lines(r, r.shape)
         c = near * (C // NEAR) + tl.arange(0, C // NEAR)[None, None, :]

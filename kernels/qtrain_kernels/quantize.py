@@ -127,8 +127,8 @@ class Job:
     """Everything that a kernel is compiled for; every constant is a field, since fields name the compiled kernel.
 
     rows, columns: of a tile; groups and block: blocks in it and their elements (without block scales: its lines).
-    side: neighbouring rows that a thread holds, 1 where only rows are quantised. packs: as of the Spec. float8_unit:
-    the scale of a float8 group over its largest block scale.
+    side: neighbouring rows that a thread holds, 1 where no element needs its column's others. packs: as of the
+    Spec. float8_unit: the scale of a float8 group over its largest block scale.
     scales: whether the tensor scale is not read, single, or one per line. aligned: both dims of the matrix are
     multiples of 128. rule, rounding, divides_first: the plan's. unit, offset: as of `stored_integer`; bits: of a packed
     minifloat; scale_nan: a packed scale's NaN; inexact: bfloat16 does not hold every product.

@@ -180,8 +180,9 @@ def floor(v):
         nearest = rint(v, LARGE)
         found = tl.where(nearest > v, nearest - 1.0, nearest)
     else:
-        asm: tl.constexpr = "add.rm.f32 $0, $1, 0f4B400000;"
-        above = tl.inline_asm_elementwise(asm, "=f,f", [v], dtype=tl.float32, is_pure=True, pack=1)
+        above = tl.inline_asm_elementwise(
+            "add.rm.f32 $0, $1, 0f4B400000;", "=f,f", [v], dtype=tl.float32, is_pure=True, pack=1
+        )
         found = float_of(bits_of(above - LARGE) | (bits_of(v) & ~ABS))
     return found
 

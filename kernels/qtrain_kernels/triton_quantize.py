@@ -180,8 +180,9 @@ def floor(v):
         nearest = rint(v, LARGE)
         found = tl.where(nearest > v, nearest - 1.0, nearest)
     else:
-        asm: tl.constexpr = "add.rm.f32 $0, $1, 0f4B400000;"
-        above = tl.inline_asm_elementwise(asm, "=f,f", [v], dtype=tl.float32, is_pure=True, pack=1)
+        above = tl.inline_asm_elementwise(
+            "add.rm.f32 $0, $1, 0f4B400000;", "=f,f", [v], dtype=tl.float32, is_pure=True, pack=1
+        )
         found = float_of(bits_of(above - LARGE) | (bits_of(v) & ~ABS))
     return found
 
@@ -692,10 +693,9 @@ def arranged(x, width, i, j, rows, columns, SHARE: tl.constexpr, JOB: tl.constex
         NEAR: tl.constexpr = JOB.columns // 64 if JOB.columns > 64 else 1  # warps side by side
         LANES: tl.constexpr = 256 * NEAR // JOB.columns
         BELOW: tl.constexpr = JOB.rows // (JOB.side * LANES)
-        warp = tl.arange(0, NEAR * BELOW)[None, :, None]
-        r = (warp % BELOW * LANES + tl.arange(0, LANES)[None, None, :]) * JOB.side + tl.arange(0, JOB.side)[
-            :, None, None
-        ]
+        neighbour = tl.arange(0, JOB.side)[:, None, None]
+        warp, lane = tl.arange(0, NEAR * BELOW)[None, :, None], tl.arange(0, LANES)[None, None, :]
+        r = (warp % BELOW * LANES + lane) * JOB.side + neighbour
         near, inside = as_lines(warp // BELOW, r.shape), as_lines(row + r < rows, r.shape)
         r = as_lines(r, r.shape)
         c = near * (C // NEAR) + tl.arange(0, C // NEAR)[None, None, :]

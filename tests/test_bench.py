@@ -281,8 +281,8 @@ def first_contact(options: str, stages: dict[str, str], folder: Path, **environm
 def test_first_contact_in_the_interpreter(tmp_path: Path) -> None:
     stages = {
         "env": "", "peaks": "copy|bf|int8",
-        "equal": "(operand, NVFP4, rows|unrotate.*QuEST|operand, INT4.* columns).* float32",
-        "speed": "operand, MXFP4, rows", "gemms": "int8_matmul", "layers": "^bf|^quest", "training": "bf16",
+        "equal": "(quantize, NVFP4, rows|unrotate.*QuEST|quantize, INT4.* columns).* float32",
+        "speed": "quantize, MXFP4, rows", "gemms": "int8_matmul", "layers": "^bf|^quest", "training": "bf16",
     }  # fmt: skip
     small = "--device cpu --backend triton --sizes 32x128x128 --square 64 --seq-len 32 --layers 1"
     first_contact(small, stages, tmp_path, TRITON_INTERPRET="1")
@@ -302,8 +302,8 @@ def test_first_contact_in_the_interpreter(tmp_path: Path) -> None:
 def test_first_contact_compiled_for_a_gpu(tmp_path: Path) -> None:
     """Every stage that launches kernels, by a driver that launches nothing; the compiled kernels stay in the cache."""
     stages = {
-        "equal": "operand, MXFP4, rows.*256",
-        "speed": "operand, MXFP4, rows",
+        "equal": "quantize, MXFP4, rows.*256",
+        "speed": "quantize, MXFP4, rows",
         "layers": "^quartet, 1",
         "training": "",
     }
@@ -317,14 +317,7 @@ def test_first_contact_compiled_for_a_gpu(tmp_path: Path) -> None:
         assert json.loads(path.read_text())["machine"]["device"] == "no device (compiled for sm_90)"
     assert all(row["equal"] is None for stage in ("equal", "speed", "layers") for row in rows[f"first-{stage}"])
     binaries = {path.stem for path in cache.rglob("*.cubin")}
-    assert binaries == {
-        "quantize_kernel",
-        "pack_kernel",
-        "unpack_kernel",
-        "join_kernel",
-        "split_kernel",
-        "rotate_kernel",
-    }
+    assert binaries == {"quantize_kernel", "quantize_both_kernel", "rotate_kernel"}
     compiled, launches = map(int, re.findall(r"rehearsed: (\d+) kernels .* (\d+) launches", shown)[-1])
     assert 8 < compiled == len(list(cache.rglob("*.cubin"))) < launches
     assert [row["recipe"] for row in rows["first-training"]] == ["bf16", "quartet"]

@@ -638,7 +638,9 @@ def test_both_dims_in_one_reading_equal_the_reference(device: str) -> None:
     )
     for number, pair in enumerate(pairs):
         rows, columns = (
-            Side(layout(plan, x, dim, storage), n and rotation_of(n, True), KEY + dim, packed=number % 2 == 0)
+            Side(
+                layout(plan, x, dim, storage), None if n is None else rotation_of(n, True), KEY, packed=number % 2 == 0
+            )
             for dim, (plan, storage, n) in zip((-1, -2), pair, strict=True)
         )
         found = gpu.quantize_both(x.to(device), side_on(rows, device), side_on(columns, device))

@@ -58,12 +58,12 @@ def noted(*runs: Callable[[], object]) -> dict[str, Launch]:
         found.setdefault(description(kernel, x, arguments), (kernel, (x, *arguments), tile))
 
     original = gpu.launch
-    vars(gpu)["launch"] = noting
+    gpu.launch = noting
     try:
         for run in runs:
             run()
     finally:
-        vars(gpu)["launch"] = original
+        gpu.launch = original
     return found
 
 
@@ -76,7 +76,6 @@ def launches(recipe: str) -> dict[str, Launch]:
         qtrain.set_step(model, 0)
         x = torch.randn(TOKENS, SIZE, dtype=torch.bfloat16).requires_grad_()
         with torch.autocast("cpu", torch.bfloat16):
-            qtrain.calibrate(model, x)
             y = model(x)
         y.backward(torch.ones_like(y))
 
@@ -155,7 +154,7 @@ def float8_launches(tokens: int = TOKENS, features: int = SIZE, out_features: in
     x_held = keep("X", lambda: gpu.quantize(empty(x), side(forward, x, -1, rotation, True)))
     keep("dY", lambda: gpu.quantize_both(empty(dy), *(side(again, dy, dim, drawn) for dim in (-1, -2))))
     for name, held, shape in (("W again", w_held, weight), ("X again", x_held, x)):
-        packed = QTensor(*held[4:], None, None, Layout(forward, shape, storage="packed").unmasked)
+        packed = QTensor(held[4], held[5], None, None, Layout(forward, shape, storage="packed").unmasked)
         keep(name, lambda packed=packed, shape=shape: gpu.quantize(packed, side(again, shape, -2, drawn)))
     factor = (16 / 9,)
     keep("dX", lambda: gpu.unrotate(empty(x)[:, :, None], rotation, x_held[3], torch.bfloat16, factor))

@@ -654,7 +654,9 @@ def quantize_both(x: Tensor, rows: Side, columns: Side, backend: str) -> list[QT
     modules = [dispatch.module(backend, x.device.type, side.layout.plan, side.rotation) for side in sides]
     if all(module.FUSED and module.writes(side.layout) for module, side in zip(modules, sides, strict=True)):
         found = modules[0].quantize_both(x, rows, columns)
-        return [QTensor(*parts[:3], None, side.layout) for parts, side in zip(found, sides, strict=True)]
+        return [
+            QTensor(parts[0], parts[1], parts[2], None, side.layout) for parts, side in zip(found, sides, strict=True)
+        ]
     return [quantize_side(x, side, backend)[0] for side in sides]
 
 

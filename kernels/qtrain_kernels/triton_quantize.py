@@ -11,7 +11,7 @@ terms, which have no order. NaN passes through comparisons and integer maxima, n
 
 # A constexpr stands for the object that it holds.
 # pyright: reportAttributeAccessIssue=false, reportAssignmentType=false, reportGeneralTypeIssues=false
-# pyright: reportPossiblyUnboundVariable=false, reportUnboundVariable=false
+# pyright: reportPossiblyUnboundVariable=false, reportUnboundVariable=false, reportOperatorIssue=false
 
 import triton
 import triton.language as tl

@@ -619,53 +619,64 @@ wgrad = _define(
 )
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    """Saves only what the gradients that are asked for need."""
-    x, weight, _, w_scale, kept, save_x, save_mask, keys, text, dtype, observer = inputs
-    ctx.shared, ctx.x_dtype, ctx.held = (text, dtype, observer), x.dtype, (len(kept), save_mask)
-    ctx.observer = _observers.get(observer)  # holds it
-    ctx.set_materialize_grads(False)
-    own = x if save_x and not read_numerics(text).save_codes else None
-    ctx.save_for_backward(keys, weight, w_scale, own, *kept, *output[1:])
+class _Layer(torch.autograd.Function):
+    """Autograd of fprop. What torch.library.register_autograd makes costs half a millisecond a call, to take lists of
+    tensors apart."""
 
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, x_scale: Tensor | None, w_scale: Tensor | None, save_x: bool,
+        save_mask: bool, keys: Tensor, text: str, dtype: torch.dtype, observer: int, *kept: Tensor,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        """Saves only what the gradients that are asked for need."""
+        with torch._C._AutoDispatchBelowAutograd():
+            y, *saved = fprop(x, weight, x_scale, w_scale, list(kept), save_x, save_mask, keys, text, dtype, observer)
+        ctx.shared, ctx.x_dtype, ctx.held = (text, dtype, observer), x.dtype, (len(kept), save_mask)
+        ctx.observer = _observers.get(observer)  # holds it
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*saved)
+        own = x if save_x and not read_numerics(text).save_codes else None
+        ctx.save_for_backward(keys, weight, w_scale, own, *kept, *saved)
+        return y, *saved
 
-def _backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
-    keys, weight, w_scale, x, *rest = ctx.saved_tensors
-    count, save_mask = ctx.held
-    kept, saved = rest[:count], rest[count:]
-    shared, numerics = (keys, *ctx.shared), read_numerics(ctx.shared[0])
-    call, forward = Call(numerics, keys, ctx.shared[1], None), numerics.fprop
-    needs_x, needs_w, needs_x_scale, needs_w_scale = ctx.needs_input_grad[:4]
-    for_x, for_w = needs_x or needs_x_scale, needs_w or needs_w_scale
-    x_slope = saved.pop() if save_mask and forward.left.learned else None
-    x_mask = saved.pop() if save_mask and forward.left.masks else None
-    dy, w, w_mask, w_slope = grads[0].contiguous(), kept, None, None
-    dx, dw, dx_scale, dw_scale = (None,) * 4
-    from_codes = numerics.dgrad.right.spec.source == "forward" and forward.right.plan is not None
-    needed = (for_x and from_codes) or (needs_w and forward.right.masks) or needs_w_scale
-    if not kept and needed:
-        packed = dispatch.module(numerics.backend, keys.device.type).FUSED  # whose kernels read packed weights
-        w = quantize_weight(weight, w_scale, packed, *shared[:-1], 0)  # which the forward has shown to the observer
-    if w:
-        w_slope = w[-1] if forward.right.learned else None
-        w_mask = w[-1 - forward.right.learned] if forward.right.masks else None
-    operands = []
-    if (for_x and numerics.dgrad.quantizes) or (for_w and numerics.wgrad.quantizes):
-        operands = quantize_grad(dy, for_x, for_w, *shared)
-    if for_x:
-        own = [dy]
-        if numerics.dgrad.quantizes:
-            own = operands[: len(call.layout("dgrad.dy", NO_SHAPE, -1).shapes())]
-            operands = operands[len(own) :]
-        slope = x_slope if needs_x_scale else None
-        dx, dx_scale = _two(
-            dgrad(own, weight, w if from_codes else [], x_mask, slope, dy.shape[0], ctx.x_dtype, *shared)
-        )
-    if for_w:
-        own, slope = operands if numerics.wgrad.quantizes else [dy], w_slope if needs_w_scale else None
-        held = saved if x is None else [x]
-        dw, dw_scale = _two(wgrad(own, held, w_mask, slope, dy.shape[0], *weight.shape, weight.dtype, *shared))
-    return dx, dw, dx_scale, dw_scale, [None] * len(kept), *[None] * 6
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        keys, weight, w_scale, x, *rest = ctx.saved_tensors
+        count, save_mask = ctx.held
+        kept, saved = rest[:count], rest[count:]
+        shared, numerics = (keys, *ctx.shared), read_numerics(ctx.shared[0])
+        call, forward = Call(numerics, keys, ctx.shared[1], None), numerics.fprop
+        needs_x, needs_w, needs_x_scale, needs_w_scale = ctx.needs_input_grad[:4]
+        for_x, for_w = needs_x or needs_x_scale, needs_w or needs_w_scale
+        x_slope = saved.pop() if save_mask and forward.left.learned else None
+        x_mask = saved.pop() if save_mask and forward.left.masks else None
+        dy, w, w_mask, w_slope = grads[0].contiguous(), kept, None, None
+        dx, dw, dx_scale, dw_scale = (None,) * 4
+        from_codes = numerics.dgrad.right.spec.source == "forward" and forward.right.plan is not None
+        needed = (for_x and from_codes) or (needs_w and forward.right.masks) or needs_w_scale
+        if not kept and needed:
+            packed = dispatch.module(numerics.backend, keys.device.type).FUSED  # whose kernels read packed weights
+            w = quantize_weight(weight, w_scale, packed, *shared[:-1], 0)  # which the forward has shown to the observer
+        if w:
+            w_slope = w[-1] if forward.right.learned else None
+            w_mask = w[-1 - forward.right.learned] if forward.right.masks else None
+        operands = []
+        if (for_x and numerics.dgrad.quantizes) or (for_w and numerics.wgrad.quantizes):
+            operands = quantize_grad(dy, for_x, for_w, *shared)
+        if for_x:
+            own = [dy]
+            if numerics.dgrad.quantizes:
+                own = operands[: len(call.layout("dgrad.dy", NO_SHAPE, -1).shapes())]
+                operands = operands[len(own) :]
+            slope = x_slope if needs_x_scale else None
+            dx, dx_scale = _two(
+                dgrad(own, weight, w if from_codes else [], x_mask, slope, dy.shape[0], ctx.x_dtype, *shared)
+            )
+        if for_w:
+            own, slope = operands if numerics.wgrad.quantizes else [dy], w_slope if needs_w_scale else None
+            held = saved if x is None else [x]
+            dw, dw_scale = _two(wgrad(own, held, w_mask, slope, dy.shape[0], *weight.shape, weight.dtype, *shared))
+        return dx, dw, dx_scale, dw_scale, *[None] * (6 + len(kept))
 
 
 def _two(found: list[Tensor]) -> tuple[Tensor, Tensor | None]:
@@ -673,4 +684,10 @@ def _two(found: list[Tensor]) -> tuple[Tensor, Tensor | None]:
     return found[0], found[1] if len(found) == 2 else None
 
 
-torch.library.register_autograd("qtrain::fprop", _backward, setup_context=_setup, lib=LIBRARY)
+def _differentiable(
+    x: Tensor, weight: Tensor, x_scale: Tensor | None, w_scale: Tensor | None, kept: Held, *rest: Any
+) -> list[Tensor]:
+    return list(_Layer.apply(x, weight, x_scale, w_scale, *rest, *kept))  # pyright: ignore[reportArgumentType]
+
+
+LIBRARY.impl("fprop", _differentiable, "Autograd")

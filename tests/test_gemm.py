@@ -495,10 +495,14 @@ def rounded(q: QTensor, storage: Storage) -> Tensor:
 def test_the_fp8_product_is_of_codes_and_line_scales(name: str) -> None:
     a, b = quantised(name, -1, 37, 192), quantised(name, -2, 20, 192)
     values, others = rounded(a, "float8").double(), rounded(b, "float8").double()
-    expected, terms = (values @ others).bfloat16(), values.abs() @ others.abs()
+    constant = a.layout.constant * b.layout.constant if a.tensor_scale is None else 1.0
+    if constant != 1.0:  # it multiplies the rounded product; bfloat16 holds codes times block scales
+        values, others = ((x / a.layout.constant).bfloat16().double() for x in (values, others))
+    expected, terms = (values @ others).bfloat16().float() * constant, values.abs() @ others.abs()
     for row in ("fp8", "fp8_fast"):
         found = multiply(TABLE[row], a, b, torch.bfloat16)
-        assert found.dtype == torch.bfloat16 and (found != expected).float().mean() < 0.01
+        assert found.dtype == (torch.bfloat16 if constant == 1.0 else torch.float32)
+        assert (found.bfloat16() != expected.bfloat16()).float().mean() < 0.01
         difference = (found.double() - expected.double()).abs()  # where float32 sums round to the neighbour
         assert (difference <= 2**-7 * expected.double().abs() + 2**-20 * terms).all()
     assert a.layout.size is None or inexact(a) == 0 or name == "mxfp8"
@@ -542,9 +546,8 @@ def test_the_fp8_product_by_blocks_is_in_cublas_layout(
         quantised(right, -2, n, k, storages.get(right, "float32")),
     )
     found = multiply(TABLE["fp8_block"], a, b, torch.bfloat16)
-    on_cuda = gemm._block_scaled_mm(
-        *(replace(q, block_scale=gemm._line_scale(q)) for q in (a.to("float8_128"), b.to("float8_128")))
-    )
+    sides = [replace(q, block_scale=gemm._line_scale(q)) for q in (a.to("float8_128"), b.to("float8_128"))]
+    on_cuda = gemm._block_scaled_mm(*sides)
     exact = a.dequantize().double() @ b.dequantize().double()
     for each in (found, on_cuda):
         assert each.shape == (m, n) and (each.double() - exact).norm() < 2**-8 * exact.norm()

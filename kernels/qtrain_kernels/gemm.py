@@ -301,11 +301,15 @@ def scaled(product: Tensor, scales: Sequence[Scale]) -> Tensor:
 
 def _scales(left: QTensor, right: QTensor) -> list[Scale]:
     """Both sides' tensor scales; without those that are 1."""
-    a, b = left.tensor_scale, right.tensor_scale
-    constant = (1.0 if a is not None else left.layout.constant) * (1.0 if b is not None else right.layout.constant)
-    found: list[Scale] = [] if a is None else [a]
-    found += [] if constant == 1.0 else [constant]
-    return found if b is None else [*found, b]
+    found = _constants(left, right) if left.tensor_scale is None else [left.tensor_scale, *_constants(left, right)]
+    return found if right.tensor_scale is None else [*found, right.tensor_scale]
+
+
+def _constants(left: QTensor, right: QTensor) -> list[Scale]:
+    """The product of the tensor scales that follow from plans, in a list; an empty one where it is 1."""
+    factor = left.layout.constant if left.tensor_scale is None else 1.0
+    factor *= right.layout.constant if right.tensor_scale is None else 1.0
+    return [] if factor == 1.0 else [factor]
 
 
 def _float_product(left: QTensor, right: QTensor) -> tuple[Tensor, list[Scale]]:
@@ -327,26 +331,25 @@ def _int8_product(left: QTensor, right: QTensor) -> tuple[Tensor, list[Scale]]:
 
 
 def _line_scale(q: QTensor) -> Tensor:
-    """(L, 1) float32: what multiplies each line of float8 codes."""
-    scale = q.layout.constant if q.tensor_scale is None else q.tensor_scale
-    if isinstance(scale, Tensor) and scale.ndim:
-        scale = scale.view(-1, 1)
-    lines = q.codes.new_ones((q.codes.shape[0], 1), dtype=torch.float32) if q.block_scale is None else q.block_scale
-    return lines * scale
+    """(L, 1) or (L, n / 128) float32: what multiplies float8 codes but for a constant."""
+    if q.block_scale is None:
+        lines = q.codes.new_ones((q.codes.shape[0], 1), dtype=torch.float32)
+        return lines if q.tensor_scale is None else lines * q.tensor_scale.view(-1, 1)
+    return q.block_scale if q.tensor_scale is None else q.block_scale * q.tensor_scale.view(-1, 1)
 
 
 def _fp8_product(left: QTensor, right: QTensor, fast: bool = False) -> tuple[Tensor, list[Scale]]:
     sides = left.codes, _line_scale(left), right.codes.T, _line_scale(right).T
-    return fp8_matmul(*sides, fast=fast), []
+    return fp8_matmul(*sides, fast=fast), _constants(left, right)
 
 
 def _fp8_block_product(left: QTensor, right: QTensor) -> tuple[Tensor, list[Scale]]:
-    """bfloat16. The tensor scales are multiplied into the block scales."""
-    left, right = (replace(side, block_scale=_line_scale(side)) for side in (left, right))
+    """bfloat16. Tensor scales that are read are multiplied into the block scales."""
+    a, b = (replace(side, block_scale=_line_scale(side)) for side in (left, right))
     if left.codes.is_cuda:
-        return _block_scaled_mm(left, right), []
-    a, b = (side.codes.float() * side.scale_of_each() for side in (left, right))
-    return matmul(a, b.T).bfloat16(), []
+        return _block_scaled_mm(a, b), _constants(left, right)
+    values, others = (side.codes.float() * side.scale_of_each() for side in (a, b))
+    return matmul(values, others.T).bfloat16(), _constants(left, right)
 
 
 def _block_scaled_mm(left: QTensor, right: QTensor) -> Tensor:
@@ -364,7 +367,8 @@ def _block_scales(q: QTensor, wide: int) -> tuple[Tensor, ScalingType]:
     if q.layout.tiled:
         more = -(-(q.layout.lines[0] + wide) // 128) - q.block_scale.shape[0]
         return F.pad(q.block_scale, (0, -q.block_scale.shape[1] % 4, 0, more)).T, ScalingType.BlockWise128x128
-    return F.pad(q.block_scale, (0, 0, 0, wide)).T.contiguous().T, ScalingType.BlockWise1x128
+    scale = F.pad(q.block_scale, (0, 0, 0, wide)) if wide else q.block_scale
+    return scale.T.contiguous().T, ScalingType.BlockWise1x128
 
 
 def _native_product(left: QTensor, right: QTensor) -> tuple[Tensor, list[Scale]]:

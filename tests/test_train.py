@@ -112,7 +112,7 @@ def test_fp8_products_are_said_and_counted(small, tmp_path):
     ]
     shares = [value for line in lines for name, value in line.items() if name.endswith("/fp8_rounded")]
     assert len(shares) == len(lines) * 7 * 2 * 6 and 0 < max(shares) < 0.2  # nano has two blocks of seven layers
-    assert "gemms fp8 fp8 fp8" in repr(qtrain.load_run(directory.path))
+    assert "gemms fp8_block fp8_block fp8_block" in repr(qtrain.load_run(directory.path))
     with pytest.raises(UserError, match=r"gemm=fp8 gives products in bfloat16, and trainer.precision is 32-true; set"):
         compose([*small, "recipe=quartet", "gemm=fp8", "trainer.precision=32-true"])
 

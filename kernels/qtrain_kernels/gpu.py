@@ -403,6 +403,9 @@ def _held(x: QTensor, side: Side) -> tuple[Tensor, Tensor | None]:
 def _check(x: Tensor, side: Side, packed: bool) -> None:
     layout, plan = side.layout, side.layout.plan
     assert plan is not None
+    if (side.learned is None) == plan.scale_rule.given:
+        found = "none" if side.learned is None else "one"
+        raise ValueError(f"rule {plan.rule!r}: a learned scale goes with rule 'learned' alone; got {found}")
     if packed:
         _check_device(x)
     else:
@@ -411,9 +414,6 @@ def _check(x: Tensor, side: Side, packed: bool) -> None:
     if shape != layout.shape:
         raise ValueError(f"the layout is of {layout.shape}; got {shape}")
     check_key(side.key, plan, x)
-    if (side.learned is None) == plan.scale_rule.given:
-        found = "none" if side.learned is None else "one"
-        raise ValueError(f"rule {plan.rule!r}: a learned scale goes with rule 'learned' alone; got {found}")
     if side.learned is not None and (side.learned.shape, side.learned.dtype) != ((), torch.float32):
         raise ValueError(f"a learned scale is () float32; got {tuple(side.learned.shape)} {side.learned.dtype}")
 

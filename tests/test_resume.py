@@ -52,6 +52,8 @@ def run_train(arguments: list[str], shown: Path, dies_while_saving: bool) -> Non
     for stream in (1, 2):
         os.dup2(output, stream)
     os.chdir(ROOT)
+    # A command's data workers are forked from it, and end with it; a process of a forkserver asks that server for them.
+    multiprocessing.set_start_method(None, force=True)
     torch.set_num_threads(1)
     sys.argv = ["train.py", *arguments]
     if dies_while_saving:

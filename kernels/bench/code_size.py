@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +32,11 @@ import triton
 from torch import Tensor, nn
 
 import qtrain
+from qtrain.settings import GemmKind
+from qtrain_kernels import gemm as products
 from qtrain_kernels import gpu
-from qtrain_kernels.formats import Element, get_format
-from qtrain_kernels.gpu import Side
-from qtrain_kernels.plans import Mask, Plan, Rotation
-from qtrain_kernels.qtensor import Layout, QTensor
+from qtrain_kernels.formats import Element
+from qtrain_kernels.qtensor import QTensor
 
 TOKENS, SIZE = 256, 256  # no tile is larger
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -50,39 +50,40 @@ Launch = tuple[Any, tuple[Any, ...], Any]  # kernel, arguments, tile
 # ------------------------------------------------------------------------------------------------------------ launches
 
 
-def noted(*runs: Callable[[], object]) -> dict[str, Launch]:
-    """What these launch, by the description of each; nothing is compiled."""
-    found: dict[str, Launch] = {}
+def noted(run: Callable[[], object]) -> list[Launch]:
+    """What this launches; nothing is compiled."""
+    found: list[Launch] = []
 
     def noting(kernel: Any, x: Tensor, tile: Any, *arguments: object, **size: Any) -> None:
-        found.setdefault(description(kernel, x, arguments), (kernel, (x, *arguments), tile))
+        found.append((kernel, (x, *arguments), tile))
 
     original = gpu.launch
     gpu.launch = noting
     try:
-        for run in runs:
-            run()
+        run()
     finally:
         gpu.launch = original
     return found
 
 
-def launches(recipe: str) -> dict[str, Launch]:
-    """What a layer of the recipe launches forward and backward."""
+def launches(recipe: str, gemm: GemmKind = "auto", sizes: tuple[int, int, int] = (TOKENS, SIZE, SIZE)) -> list[Launch]:
+    """What a layer (T tokens, K to N features) of the recipe launches forward and backward."""
+    tokens, features, out_features = sizes
 
     def run() -> None:
-        model = nn.Sequential(nn.Linear(SIZE, SIZE, bias=False))
-        qtrain.convert(model, recipe, backend="triton")
+        model = nn.Sequential(nn.Linear(features, out_features, bias=False))
+        qtrain.convert(model, recipe, backend="triton", gemm=gemm)
         qtrain.set_step(model, 0)
-        x = torch.randn(TOKENS, SIZE, dtype=torch.bfloat16).requires_grad_()
+        x = torch.randn(tokens, features, dtype=torch.bfloat16).requires_grad_()
         with torch.autocast("cpu", torch.bfloat16):
+            qtrain.calibrate(model, x)
             y = model(x)
         y.backward(torch.ones_like(y))
 
     return noted(run)
 
 
-def description(kernel: Any, x: Tensor, arguments: tuple[object, ...]) -> str:
+def description(kernel: Any, x: Tensor, *arguments: object) -> str:
     """A kernel and all that it was made for, as a reader tells them apart."""
     made_for = [text(each) for each in arguments if is_dataclass(each)]
     rest = [each for each in arguments if isinstance(each, Tensor) or each is None]
@@ -123,50 +124,26 @@ def element_text(element: Element) -> str:
     return f"e{element.bits - 1 - element.mantissa_bits}m{element.mantissa_bits}"
 
 
-def float8_launches(tokens: int = TOKENS, features: int = SIZE, out_features: int = SIZE) -> dict[str, Launch]:
-    """What Quartet's layer launches beside its products where these are FP8, by operand and description.
+def traffic(sizes: tuple[int, int, int]) -> list[Row]:
+    """Bytes that each launch of Quartet's layer in FP8 reads and writes: every tensor once. Its products are left
+    out."""
+    product = products.TABLE["fp8_block"]
 
-    X (T, K) and W (N, K) are quantised packed and in float8; dY (T, N) in float8 both ways, in one reading; W and X
-    once more along their columns, from what is packed. The products dX and dW leave the rotation, in bfloat16 and
-    float32.
-    """
-    element = get_format("mxfp4").element
-    forward = Plan(element, "e8m0", 32, "std", mask=Mask("inside", 6.0))
-    again = Plan(element, "e8m0", 32, "floor_three_quarters")
-    rotation = Rotation(32)
-    drawn = Rotation(32, torch.zeros(2, dtype=torch.int32))
-    found: dict[str, Launch] = {}
+    def empty(left: QTensor, right: QTensor) -> tuple[Tensor, list[Any]]:
+        made = torch.empty((left.shape[0], right.shape[1]), dtype=torch.bfloat16)
+        return made, products._constants(left, right)
 
-    def keep(name: str, run: Callable[[], Any]) -> Any:
-        result: list[Any] = []
-        noted_ = noted(lambda: result.append(run()))
-        found.update({f"{name}: {text_}": launch for text_, launch in noted_.items()})
-        return result[0]
-
-    def empty(shape: tuple[int, int], dtype: torch.dtype = torch.bfloat16) -> Tensor:
-        return torch.empty(shape, dtype=dtype)
-
-    def side(plan: Plan, shape: tuple[int, int], dim: int, drawn: Rotation, packed: bool = False) -> Side:
-        return Side(Layout(plan, shape, dim, "float8_128"), drawn, packed=packed)
-
-    x, weight, dy = (tokens, features), (out_features, features), (tokens, out_features)
-    w_held = keep("W", lambda: gpu.quantize(empty(weight, torch.float32), side(forward, weight, -1, rotation, True)))
-    x_held = keep("X", lambda: gpu.quantize(empty(x), side(forward, x, -1, rotation, True)))
-    keep("dY", lambda: gpu.quantize_both(empty(dy), *(side(again, dy, dim, drawn) for dim in (-1, -2))))
-    for name, held, shape in (("W again", w_held, weight), ("X again", x_held, x)):
-        packed = QTensor(held[4], held[5], None, None, Layout(forward, shape, storage="packed").unmasked)
-        keep(name, lambda packed=packed, shape=shape: gpu.quantize(packed, side(again, shape, -2, drawn)))
-    factor = (16 / 9,)
-    keep("dX", lambda: gpu.unrotate(empty(x)[:, :, None], rotation, x_held[3], torch.bfloat16, factor))
-    keep("dW", lambda: gpu.unrotate(empty(weight)[:, :, None], rotation, w_held[3], torch.float32, factor))
-    return found
-
-
-def traffic(tokens: int, features: int, out_features: int) -> list[Row]:
-    """Bytes that each launch of `float8_launches` reads and writes: every tensor once."""
+    products.TABLE["fp8_block"] = replace(product, run=empty)
+    try:
+        found = launches("quartet", "fp8", sizes)
+    finally:
+        products.TABLE["fp8_block"] = product
     return [
-        {"launch": name, "MB": round(sum(each.nbytes for each in arguments if isinstance(each, Tensor)) / 1e6, 1)}
-        for name, (_, arguments, _) in float8_launches(tokens, features, out_features).items()
+        {
+            "launch": description(kernel, *given),
+            "MB": round(sum(each.nbytes for each in given if isinstance(each, Tensor)) / 1e6, 1),
+        }
+        for kernel, given, _ in found
     ]
 
 
@@ -229,21 +206,20 @@ def instructions(code: str) -> Iterator[tuple[int, str | None, str, str]]:
 
 def rows(recipes: list[str]) -> list[Row]:
     """One for each kernel, with the recipes that launch it."""
-    users: dict[str, list[str]] = {}
+    users: dict[str, dict[str, None]] = {}  # in the place of ordered sets
     found: dict[str, Launch] = {}
-    for name, launch in float8_launches().items():
-        users[name.partition(": ")[2]], found[name.partition(": ")[2]] = [FLOAT8], launch
-    for recipe in recipes:
+    for recipe, gemm in (("quartet", "fp8"), *((name, "auto") for name in recipes)):
         try:
-            launched = launches(recipe)
+            launched = launches(recipe, gemm)
         except ValueError as error:
             if "needs a block that is a power of two" not in str(error):
                 raise
             print(f"{recipe}: {error}", file=sys.stderr)
             continue
-        for name, launch in launched.items():
-            users.setdefault(name, []).append(recipe)
-            found[name] = launch
+        for kernel, given, tile in launched:
+            name = description(kernel, *given)
+            users.setdefault(name, {})[FLOAT8 if gemm == "fp8" else recipe] = None
+            found[name] = kernel, given, tile
     table = []
     for name in sorted(found):
         table.append({"kernel": name, **measure(found[name]), "recipes": " ".join(users[name])})
@@ -262,7 +238,8 @@ def main() -> int:
     os.environ.setdefault("TRITON_CACHE_DIR", str(Path(tempfile.gettempdir()) / "code-size"))
     fake_driver.install()
     if options.bytes:
-        launched = traffic(*map(int, options.bytes.split(",")))
+        tokens, features, out_features = map(int, options.bytes.split(","))
+        launched = traffic((tokens, features, out_features))
         print(*(f"{row['MB']:8.1f} MB  {row['launch']}" for row in launched), sep="\n")
         print(f"{sum(row['MB'] for row in launched):8.1f} MB in {len(launched)} launches")
         return 0

@@ -208,7 +208,8 @@ def rows(recipes: list[str]) -> list[Row]:
     """One for each kernel, with the recipes that launch it."""
     users: dict[str, dict[str, None]] = {}  # in the place of ordered sets
     found: dict[str, Launch] = {}
-    for recipe, gemm in (("quartet", "fp8"), *((name, "auto") for name in recipes)):
+    asked: list[tuple[str, GemmKind]] = [("quartet", "fp8"), *((name, "auto") for name in recipes)]
+    for recipe, gemm in asked:
         try:
             launched = launches(recipe, gemm)
         except ValueError as error:

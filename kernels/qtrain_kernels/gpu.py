@@ -322,6 +322,9 @@ def _work(layout: Layout, rotation: int | None, packed: bool) -> Work:
 def _alone(layout: Layout, rotation: int | None, packed: bool, scales: Scales) -> tuple[Tile, Job]:
     work = _work(layout, rotation, packed)
     tile = tile_of(layout.dim, work.reach, layout.shape[1])
+    if layout.dim == -1 and layout.plan is not None and len(layout.plan.scale_rule.divisors) > 2:
+        # 32 elements a thread, beside the errors of three scales, would not fit its registers.
+        tile = tile._replace(rows=tile.rows // 2, warps=8)
     return tile, _job(layout, rotation, tile, tile.side(layout.dim) if work.span > 1 else 1, scales)
 
 

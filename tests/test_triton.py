@@ -625,6 +625,15 @@ def test_the_rotation_is_sylvesters(device: str) -> None:
 # ---------------------------------------------------------------------------------------------------- both dims at once
 
 
+def test_a_strided_matrix_is_read_as_it_is(device: str) -> None:
+    x = torch.randn(96, 64, generator=torch.Generator().manual_seed(3)).T
+    for dim in (-1, -2):
+        held = Layout(replace(MXFP4, mask=None), (64, 96), dim, "bfloat16")
+        found = gpu.quantize(x.to(device), Side(held))[0]
+        expected = reference.quantize(x, Side(held))[0]
+        assert found is not None and expected is not None and torch.equal(found.cpu(), expected)
+
+
 def test_both_dims_in_one_reading_equal_the_reference(device: str) -> None:
     eden = replace(NVFP4, rule="absmax_fitted", rounding="eden", correction=16)
     again = replace(MXFP4, rule="floor_three_quarters", mask=None)

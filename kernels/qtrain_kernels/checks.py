@@ -24,16 +24,17 @@ def check_spans(x: Tensor, device: str = "cpu") -> None:
         raise ValueError(
             f"an operand is (outer, span, inner); got {tuple(x.shape)}; view a matrix as (rows, columns, 1)"
         )
-    if not x.is_floating_point():
-        raise ValueError(f"an operand is float; got {x.dtype}; convert it with x.float()")
-    if x.device.type != device:
-        raise ValueError(f"these kernels work on {device}; got a tensor on {x.device}; move it with x.to({device!r})")
+    _check_float(x, device)
 
 
 def check_matrix(x: Tensor, layout: Layout, device: str = "cpu") -> None:
     """x: floats in the shape of its layout."""
     if x.shape != layout.shape:
         raise ValueError(f"the layout is of {layout.shape}; got {tuple(x.shape)}; give a matrix of that shape")
+    _check_float(x, device)
+
+
+def _check_float(x: Tensor, device: str) -> None:
     if not x.is_floating_point():
         raise ValueError(f"an operand is float; got {x.dtype}; convert it with x.float()")
     if x.device.type != device:

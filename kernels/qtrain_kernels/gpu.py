@@ -342,6 +342,7 @@ def quantize(x: Tensor | QTensor, side: Side) -> list[Tensor | None]:
 
     layout, work = side.layout, _work_of(side)
     x, x_scales = (x, None) if isinstance(x, Tensor) else _held(x, side)
+    x = x.detach().contiguous()
     if not work.packs_lines:
         return _converted(x, side)
     _check(x, side, x_scales is not None)

@@ -19,7 +19,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -628,14 +628,16 @@ def quantize_side(x: Tensor | QTensor, side: Side, backend: str) -> tuple[QTenso
     A QTensor is dequantised first, within the kernel where there is one that does."""
     layout = side.layout
     if layout.plan is None:
-        q = _in_floats(x.dequantize(backend) if isinstance(x, QTensor) else x, side, backend)
+        values = _turned(x.dequantize(backend) if isinstance(x, QTensor) else x, side, backend)
+        q = QTensor(values.to(FLOATS[layout.storage]), None, None, None, layout)
         return q, q if side.packed else None
     module = dispatch.module(backend, x.device.type, layout.plan, side.rotation)
-    if isinstance(x, QTensor) and not (module.FUSED and module.requantizes(x.layout)):
+    if isinstance(x, QTensor) and (layout.rows > 1 or not (module.FUSED and module.requantizes(x.layout))):
         x = x.dequantize(backend)
     held, saved = layout if module.FUSED and module.writes(layout) else layout.held, layout.unmasked.saved
     packs, packed = side.packed and saved.storage == "packed", None
-    if held.rows > 1 and module.FUSED:
+    if module.FUSED and held.rows > 1:
+        assert isinstance(x, Tensor)
         q = _quantize_tiles(x, side, held, backend)
     else:
         asked = Side(held, side.rotation, side.key, side.learned, packs)
@@ -660,21 +662,17 @@ def quantize_both(x: Tensor, rows: Side, columns: Side, backend: str) -> list[QT
     return [quantize_side(x, side, backend)[0] for side in sides]
 
 
-def _in_floats(x: Tensor, side: Side, backend: str) -> QTensor:
-    """Rotated, but not quantised."""
-    layout = side.layout
-    if side.rotation is not None:
-        rotate = dispatch.get("rotate", backend, x.device.type, rotation=side.rotation)
-        x = rotate(layout.whole_lines(x), side.rotation).view(x.shape)
-    return QTensor(x.to(FLOATS[layout.storage]), None, None, None, layout)
+def _turned(x: Tensor, side: Side, backend: str) -> Tensor:
+    """x (M, N) as the Side rotates it."""
+    if side.rotation is None:
+        return x
+    rotate = dispatch.get("rotate", backend, x.device.type, rotation=side.rotation)
+    return rotate(side.layout.whole_lines(x), side.rotation).view(x.shape)
 
 
-def _quantize_tiles(x: Any, side: Side, held: Layout, backend: str) -> QTensor:
+def _quantize_tiles(x: Tensor, side: Side, held: Layout, backend: str) -> QTensor:
     """By kernels that know no tiles: each tile is a row of a matrix of its own."""
-    layout = side.layout
-    if side.rotation is not None:
-        rotate = dispatch.get("rotate", backend, x.device.type, rotation=side.rotation)
-        x = rotate(layout.whole_lines(x), side.rotation).view(x.shape)
+    layout, x = side.layout, _turned(x, side, backend)
     tiles = layout.spans(x).squeeze(2)
     storage = float_storage(layout.plan, torch.bfloat16) if held.storage == "float8_128" else held.storage
     of_rows = Layout(layout.plan, (tiles.shape[0], tiles.shape[1]), -1, storage, blocks=True)

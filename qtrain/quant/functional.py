@@ -259,6 +259,14 @@ class Call:
         made = _layout if type(sizes[0]) is type(sizes[1]) is int else _layout.__wrapped__  # symbols have no hash
         return made(self.numerics.operands[use], self.product(use[:5]), sizes, dim, self.dtype)
 
+    def side(
+        self, use: str, x: Tensor | QTensor, rotation: Rotation | None, dim: int, learned: Tensor | None = None,
+        layout: Layout | None = None, packed: bool = False,
+    ) -> Side:  # fmt: skip
+        """As of `operand`."""
+        key = self.keys[ROWS[use]] if self.numerics.operands[use].draws else None
+        return Side(layout or self.layout(use, x.shape, dim), rotation, key, learned, packed)
+
     def operand(
         self,
         use: str,
@@ -273,8 +281,7 @@ class Call:
         """x as the operand `use` (fprop.x) of its GEMM along dim, drawn with that use's key, in its own layout or the
         one given; with packed, also in the storage of the fewest bits. learned: () a scale; raw: as in `Observed`."""
         quantizer = self.numerics.operands[use]
-        key = self.keys[ROWS[use]] if quantizer.draws else None
-        side = Side(layout or self.layout(use, x.shape, dim), rotation, key, learned, packed)
+        side = self.side(use, x, rotation, dim, learned, layout, packed)
         if self.observer is not None and quantizer.plan is not None:
             values = x.dequantize(quantizer.backend) if isinstance(x, QTensor) else x
             self._show(self.observer, use, values, side, raw)
@@ -356,18 +363,18 @@ def _filled(x: Tensor, padding: Sequence[int]) -> Tensor:
 
 def _to_operand(
     call: Call, name: str, left: QTensor, right: QTensor, mask: Tensor | None, slope: Tensor | None, rotated: bool,
-    dtype: torch.dtype, ranks: int = 1, rows: Rotation | None = None,
+    dtype: torch.dtype, ranks: int = 1, rows: Rotation | None = None, tokens: int | None = None,
 ) -> list[Tensor]:  # fmt: skip
     """left @ right as dgrad or wgrad, a gradient by the operand as quantised (rotated: it is in rotated space) -> by
     the operand itself in dtype, and by its learned scale, (1,) float32, where there is one. mask: bits. ranks: that
-    share the operand's rows. rows: the rotation of the product's rows, which were filled up for it."""
+    share the operand's rows. rows: the rotation of the product's rows, whose first `tokens` are the operand's."""
     side = call.numerics.fprop.left if name == "dgrad" else call.numerics.fprop.right
     rotation, backend = call.rotation("fprop", right.shape[1]), side.backend
     if rows is None and slope is None and (rotated or mask is None):
         return [call.multiply(name, left, right, dtype, rotation if rotated else None, mask)]
     grad = call.multiply(name, left, right, torch.float32)
     if rows is not None:
-        grad = unrotate(grad, rows, backend, dim=-2)
+        grad = unrotate(grad, rows, backend, dim=-2)[:tokens]
     if mask is None and slope is None and not rotated:
         return [grad.to(dtype)]
     if not rotated:
@@ -446,21 +453,20 @@ def _fprop(
 def _quantize_grad(call: Call, dy: Tensor, for_x: bool, for_w: bool) -> Held:
     """dy (T, N) -> the tensors of dgrad's operand (for_x, if dgrad `quantizes`), then of wgrad's (for_w). Along N and T
     they are filled with zeros to whole blocks."""
-    dgrad, wgrad = call.numerics.dgrad, call.numerics.wgrad
-    (tokens, features), found = dy.shape, []
-    across, below = (0, -features % dgrad.multiple), (0, 0, 0, -tokens % wgrad.multiple)
-    turned, filled = _filled(dy, across), _filled(dy, below)
-    if dgrad.rows_block is not None:
-        rows = hadamard(dgrad.rows_block, None, dy.device)
-        padded = _filled(turned, (0, 0, 0, -tokens % dgrad.rows_block))
-        turned = rotate(padded, rows, call.numerics.backend, dim=-2)
-    uses = [("dgrad", turned, -1)] if for_x and dgrad.quantizes else []
-    uses += [("wgrad", filled, -2)] if for_w and wgrad.quantizes else []
+    dgrad, wgrad, (tokens, features) = call.numerics.dgrad, call.numerics.wgrad, dy.shape
+    uses: list[tuple[str, Tensor, int]] = []
+    if for_x and dgrad.quantizes:
+        below = 0 if dgrad.rows_block is None else -tokens % dgrad.rows_block
+        turned = _filled(dy, (0, -features % dgrad.multiple, 0, below))
+        if dgrad.rows_block is not None:
+            turned = rotate(turned, hadamard(dgrad.rows_block, None, dy.device), call.numerics.backend, dim=-2)
+        uses.append(("dgrad", turned, -1))
+    if for_w and wgrad.quantizes:
+        uses.append(("wgrad", _filled(dy, (0, 0, 0, -tokens % wgrad.multiple)), -2))
     rotations = [call.rotation(name, x.shape[dim]) for name, x, dim in uses]
-    if len(uses) == 2 and turned is filled is dy and call.observer is None:
+    if len(uses) == 2 and uses[0][1] is uses[1][1] is dy and call.observer is None:
         sides = [
-            Side(call.layout(f"{name}.dy", x.shape, dim), rotation, call.keys[ROWS[f"{name}.dy"]])
-            for (name, x, dim), rotation in zip(uses, rotations, strict=True)
+            call.side(f"{name}.dy", x, rotation, dim) for (name, x, dim), rotation in zip(uses, rotations, strict=True)
         ]
         found = qtensor.quantize_both(dy, sides[0], sides[1], call.numerics.backend)
     else:
@@ -493,8 +499,7 @@ def _dgrad(
     left = call.gradient("dgrad.dy", dy, (tokens + below, weight.shape[0] + padding), -1, (0, padding))
     ranks = distributed.get_world_size() if x_slope is not None and distributed.is_initialized() else 1
     rows = None if gemm.rows_block is None else hadamard(gemm.rows_block, None, weight.device)
-    dx, *rest = _to_operand(call, "dgrad", left, right, x_mask, x_slope, from_codes, x_dtype, ranks, rows)
-    return [dx[:tokens] if below else dx, *rest]
+    return _to_operand(call, "dgrad", left, right, x_mask, x_slope, from_codes, x_dtype, ranks, rows, tokens)
 
 
 def _wgrad(
@@ -620,8 +625,8 @@ wgrad = _define(
 
 
 class _Layer(torch.autograd.Function):
-    """Autograd of fprop. What torch.library.register_autograd makes costs half a millisecond a call, to take lists of
-    tensors apart."""
+    """Autograd of fprop. What torch.library.register_autograd makes takes lists of tensors apart at every call, in
+    Python; here they are arguments of their own."""
 
     @staticmethod
     def forward(

@@ -14,6 +14,7 @@ import torch
 from oracles import quantization as oracle
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import qtrain
@@ -629,3 +630,17 @@ def test_a_rotation_is_made_of_the_smallest_matrix_that_will_do(size: int, order
     matrix = rotation.base(size, torch.device("cpu"))
     assert matrix is not None and matrix.abs().eq(1).all()
     assert torch.equal(matrix @ matrix.T, order * torch.eye(order))
+
+
+def test_rows_that_fill_a_rotation_up_are_gone_before_the_mask() -> None:
+    """HALO-2 rotates the rows of dY: 40 tokens are 64 there, and the mask is that of 40."""
+    tree = read_recipe("halo_2").model_dump()
+    tree["fprop"]["x"] |= {"estimator": "clip", "clip_scale": 0.5}
+    module = layer(tree)
+    block = module.numerics.dgrad.rows_block
+    assert block is not None and module.numerics.fprop.left.masks
+    x, dy = batch(block + 8)
+    short, long = ([F.pad(each, (0, 0, 0, more)) for each in (x, dy)] for more in (0, block - 8))
+    found, wanted = (run(module, *each)[1] for each in (short, long))
+    assert torch.equal(found, wanted[: block + 8])
+    assert not torch.equal(found, run(layer("halo_2"), *short)[1]), "the mask stops some of it"

@@ -781,9 +781,11 @@ def load_bits(x, i, j, rows, columns, JOB: tl.constexpr):
 def rotate_kernel(x, mask, signs, first, second, y, rows, columns, JOB: tl.constexpr):
     """y = x D H, or (x * scales * mask) (D H)^-1 where JOB.inverse; x, mask, y (rows, columns), or the mask's bits."""
     i, j = tl.program_id(0), tl.program_id(1)
+    FIRST: tl.constexpr = JOB.first
+    SECOND: tl.constexpr = JOB.second
     tile = to_float32(load_tile(x, i, j, rows, columns, JOB))
-    tile = times(tile, first, i, j, rows, columns, JOB.first, JOB)
-    tile = times(tile, second, i, j, rows, columns, JOB.second, JOB)
+    tile = times(tile, first, i, j, rows, columns, FIRST, JOB)
+    tile = times(tile, second, i, j, rows, columns, SECOND, JOB)
     if mask is not None:
         if JOB.bits:
             tile = tile * load_bits(mask, i, j, rows, columns, JOB).to(tl.float32)

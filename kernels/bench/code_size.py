@@ -1,7 +1,7 @@
 """What the shipped recipes' Triton kernels are made of, compiled for an H100 (sm_90) without one.
 
     python kernels/bench/code_size.py
-    python kernels/bench/code_size.py --only quartet --out kernels/bench/results/code/after-triton-3.7.1.json
+    python kernels/bench/code_size.py --only quartet --out kernels/bench/results/code/layers-triton-3.7.1.json
 
 A linear layer of each recipe runs forward and backward in bfloat16, on sizes whose tiles and alignment are those of
 large matrices. Each kernel that it launches is compiled, and so are the kernels of Quartet's layer in FP8 (`FLOAT8`).

@@ -44,6 +44,8 @@ MAY_IMPORT = {
     "qtrain.data.datamodule": "numpy torch lightning qtrain.config qtrain.data",
     "qtrain.run_directory": "yaml qtrain.config qtrain.settings",
     "qtrain.checkpoint": "torch lightning qtrain.run_directory",
+    "qtrain.training": "",
+    "qtrain.training.checkpoint": "torch safetensors qtrain.run_directory",
     "qtrain.loggers": "lightning qtrain.config qtrain.run_directory",
     "qtrain.lightning_module": (
         "torch lightning qtrain.config qtrain.plan qtrain.optim qtrain.metrics qtrain.models qtrain.quant"

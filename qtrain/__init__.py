@@ -13,11 +13,11 @@ import qtrain_kernels  # noqa: F401  before torch: it sets how long torch's thre
 
 if TYPE_CHECKING:
     from qtrain.quant import calibrate, convert, fake_quantize, keep_weights, recipes, set_step
-    from qtrain.run import load_run
+    from qtrain.training.build import load_run
 
 __all__ = ["calibrate", "convert", "fake_quantize", "keep_weights", "load_run", "recipes", "set_step"]
 
-_HOME = {name: "qtrain.run" if name == "load_run" else "qtrain.quant" for name in __all__}
+_HOME = {name: "qtrain.training.build" if name == "load_run" else "qtrain.quant" for name in __all__}
 
 
 def __getattr__(name: str) -> Any:

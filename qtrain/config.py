@@ -149,7 +149,14 @@ class TrainerConfig(Strict):
     """The budget (exactly one of tokens, tokens_per_parameter), the batch, and the machine.
 
     batch_tokens: tokens per optimiser step; micro_batch_size: sequences per device and forward.
-    device: auto | cpu | cuda; devices: how many of them, per node.
+    device: auto | cpu | cuda; devices: how many of them, per node; num_nodes: how many nodes.
+    strategy: auto (one device alone, several by ddp) | ddp (each device holds the whole model) | fsdp2 (parameters,
+        gradients and optimiser state are sharded over the devices).
+    sharding_groups: fsdp2 within each of so many groups of devices, which hold a whole model each (hybrid sharding).
+    checkpoint_activations: keep the input of each block alone and compute the rest again in the backward.
+    on_divergence: what to do when a loss or gradient norm is not finite: stop | skip the update | rewind to the last
+        checkpoint and go on with the data that comes next. on_spike: ignore | log | skip | rewind, when one lies more
+        than six standard deviations above its last 128. All but stop and ignore wait for the device at each step.
     precision: bf16-mixed | 32-true | auto, which is bf16-mixed where the device has units for bfloat16, or where
         gemm=fp8 needs it, and 32-true elsewhere. The settings of a run hold what auto came to: see
         `qtrain.plan.resolve_precision`.
@@ -165,6 +172,12 @@ class TrainerConfig(Strict):
     grad_clip: float | None = Field(1.0, gt=0)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     devices: int = Field(1, gt=0)
+    num_nodes: int = Field(1, gt=0)
+    strategy: Literal["auto", "ddp", "fsdp2"] = "auto"
+    sharding_groups: int = Field(1, gt=0)
+    checkpoint_activations: bool = False
+    on_divergence: Literal["stop", "skip", "rewind"] = "stop"
+    on_spike: Literal["ignore", "log", "skip", "rewind"] = "ignore"
     precision: Literal["auto", "bf16-mixed", "32-true"] = "auto"
     compile: bool = False
     share_trunk: bool = False
@@ -182,6 +195,8 @@ class TrainerConfig(Strict):
 class CallbacksConfig(Strict):
     """What is watched, in optimiser steps. val_every_steps and checkpoint_every_steps: None is a tenth of the run.
 
+    checkpoint_every_minutes: a checkpoint also each time that so many minutes have passed since the last.
+    sample_tokens: how many to sample at the end of the run; None is 200 for a model of at most 10M parameters, else 0.
     telemetry_every_steps: how often the quantisers' health is taken, layer by layer; None is a twentieth of the run but
         no fewer than 40 steps, which costs at most 3% of its time; 0 is never.
     telemetry_gradients: compare weight gradients with those without quantisers there, for one more forward and
@@ -191,11 +206,12 @@ class CallbacksConfig(Strict):
     log_every_steps: int = Field(gt=0)
     val_every_steps: int | None = Field(None, gt=0)
     checkpoint_every_steps: int | None = Field(None, gt=0)
+    checkpoint_every_minutes: float = Field(15.0, gt=0)
     telemetry_every_steps: int | None = Field(None, ge=0)
     telemetry_gradients: bool = False
     keep_checkpoints: int = Field(2, ge=1)
     progress_bar: bool = True
-    sample_tokens: int = Field(ge=0)
+    sample_tokens: int | None = Field(None, ge=0)
     sample_prompt: str = Field("\n", min_length=1)
 
 
@@ -284,6 +300,10 @@ NOT_IN_HASH = (
     "data.prepare_workers",
     "trainer.device",
     "trainer.devices",
+    "trainer.num_nodes",
+    "trainer.strategy",
+    "trainer.sharding_groups",
+    "trainer.checkpoint_activations",
     "trainer.share_trunk",
     "callbacks",
     "logger",

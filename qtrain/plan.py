@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from rich.table import Table
@@ -17,6 +17,7 @@ from qtrain.recipe import LinearRecipe, QuantSpec
 from qtrain.settings import BFLOAT16_GEMMS
 from qtrain_kernels.precision import has_bfloat16_units
 
+SAMPLE_TOKENS, SAMPLED_PARAMETERS = 200, 10_000_000  # without a cache, a token costs a forward of the whole context
 MIN_TELEMETRY_STEPS = 40  # taking the quantisers' health once costs most of a step of a small model
 BYTES_VOCABULARY = 257  # 256 values and the end-of-document token
 
@@ -38,6 +39,7 @@ class RunPlan:
     val_every_steps: int
     checkpoint_every_steps: int
     telemetry_every_steps: int
+    sample_tokens: int
     memory: Memory
 
     @property
@@ -76,10 +78,11 @@ class RunPlan:
             "optimizer": f"{optimizer.name}, lr {optimizer.lr:g}, {schedule}, {decay}",
             "compute": f"{self.flops:.3g} FLOP",
             "precision": _describe_precision(config),
+            "devices": _describe_devices(config),
             "memory": f"about {_bytes(self.memory.total)} per device: "
             + ", ".join(f"{key} {size}" for key, size in parts.items()),
             "every": f"log {self.log_every_steps:,}, validate {self.val_every_steps:,}, checkpoint "
-            f"{self.checkpoint_every_steps:,} steps",
+            f"{self.checkpoint_every_steps:,} steps and {config.callbacks.checkpoint_every_minutes:g} minutes",
         }
 
     def _split(self, config: Config) -> str:
@@ -119,13 +122,26 @@ def _describe_precision(config: Config) -> str:
     return f"{found} and takes bfloat16 products in float32; {why}"
 
 
-def make_plan(config: Config, world_size: int = 1, vocab_size: int | None = None) -> RunPlan:
-    """The plan of a run on world_size devices.
+def _describe_devices(config: Config) -> str:
+    """How many devices train, and what each holds."""
+    trainer = config.trainer
+    count = trainer.devices * trainer.num_nodes
+    nodes = f" on {trainer.num_nodes} nodes" if trainer.num_nodes > 1 else ""
+    if trainer.strategy == "fsdp2":
+        groups = f" within each of {trainer.sharding_groups} groups" if trainer.sharding_groups > 1 else ""
+        return f"{count}{nodes}: parameters, gradients and optimizer state sharded{groups}; all travel in float32"
+    return f"{count}{nodes}" + (": each holds the whole model; gradients travel in float32" if count > 1 else "")
+
+
+def make_plan(config: Config, world_size: int | None = None, vocab_size: int | None = None) -> RunPlan:
+    """The plan of a run on world_size devices, None: on as many as the settings say.
 
     The vocabulary is model.vocab_size, else vocab_size (the prepared corpus's), else the tokenizer's. UserError when
     none of them says how large it is, or when batch_tokens is not whole micro-batches on every device.
     """
     trainer, callbacks = config.trainer, config.callbacks
+    world_size = world_size or trainer.devices * trainer.num_nodes
+    shards = world_size // trainer.sharding_groups if trainer.strategy == "fsdp2" else 1
     vocab_size = config.model.vocab_size or vocab_size or _vocabulary(config.tokenizer)
     parameters, non_embedding = count_parameters(config.model, vocab_size)
     steps = max(1, budget_tokens(config) // trainer.batch_tokens)
@@ -144,10 +160,21 @@ def make_plan(config: Config, world_size: int = 1, vocab_size: int | None = None
         val_every_steps=callbacks.val_every_steps or tenth,
         checkpoint_every_steps=callbacks.checkpoint_every_steps or tenth,
         telemetry_every_steps=max(MIN_TELEMETRY_STEPS, math.ceil(steps / 20)) if health is None else health,
-        memory=estimate_memory(
-            config.model, vocab_size, trainer.micro_batch_size, mixed=trainer.precision == "bf16-mixed"
+        sample_tokens=(SAMPLE_TOKENS if parameters <= SAMPLED_PARAMETERS else 0)
+        if callbacks.sample_tokens is None
+        else callbacks.sample_tokens,
+        memory=_sharded(
+            estimate_memory(
+                config.model, vocab_size, trainer.micro_batch_size, mixed=trainer.precision == "bf16-mixed"
+            ),
+            shards,
         ),
     )
+
+
+def _sharded(memory: Memory, shards: int) -> Memory:
+    held = {name: getattr(memory, name) // shards for name in ("parameters", "gradients", "optimizer")}
+    return replace(memory, **held)
 
 
 def budget_tokens(config: Config) -> int:

@@ -214,6 +214,12 @@ class RunDirectory:
         with self.metrics.open("a") as file:
             file.write(json.dumps(line) + "\n")
 
+    def sync_metrics(self) -> None:
+        """Everything that was appended to metrics.jsonl is on disk when this returns."""
+        if self.metrics.exists():
+            with self.metrics.open("a") as file:
+                os.fsync(file.fileno())
+
     def lines(self, having: str) -> list[dict[str, Any]]:
         """The whole lines of metrics.jsonl that have this key."""
         text = self.metrics.read_text() if self.metrics.exists() else ""

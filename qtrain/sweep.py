@@ -14,17 +14,18 @@ import torch
 from rich.table import Table
 
 import qtrain
-from qtrain.checkpoint import checkpoint_path, list_checkpoints
 from qtrain.config import Config, config_hash
 from qtrain.errors import UserError
-from qtrain.lightning_module import next_token_loss
 from qtrain.plan import RunPlan, make_plan
 from qtrain.report.loss import readable
 from qtrain.report.results import record, recorded
 from qtrain.report.summaries import Row, read_run
-from qtrain.run import FAILED, build_model, check_model
 from qtrain.run_directory import RunDirectory
-from qtrain.trunk import Trunk, common_steps, trunk_key
+from qtrain.training.build import build_model, check_model
+from qtrain.training.checkpoint import folder_of, list_checkpoints
+from qtrain.training.losses import next_token_loss
+from qtrain.training.session import FAILED
+from qtrain.training.trunk import Trunk, common_steps, trunk_key
 
 State = Literal["done", "running", "failed", "stopped", "missing"]
 STATES: tuple[State, ...] = ("done", "running", "failed", "stopped", "missing")
@@ -80,7 +81,7 @@ def find_points(configs: Iterable[Config]) -> list[Point]:
 
 def _point(config: Config, rows: Mapping[tuple[str, str], Row]) -> Point:
     try:
-        plan = make_plan(config, world_size=config.trainer.devices)
+        plan = make_plan(config)
         check_model(config)
     except UserError as error:
         raise UserError(f"{config.name}, seed {config.seed}: {error}") from None
@@ -127,7 +128,7 @@ def _has_left_trunk(point: Point) -> bool:
     """Not where only its row is here, nor where it ran without share_trunk."""
     data_hash = RunDirectory(point.directory).summary.get("data_hash", "")
     trunk = Trunk(point.config, point.plan, data_hash)
-    return checkpoint_path(trunk.directory, trunk.steps).exists()
+    return folder_of(trunk.directory, trunk.steps).exists()
 
 
 # ------------------------------------------------------------------------------------------------- cost

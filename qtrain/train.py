@@ -19,6 +19,7 @@ import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 
 import hydra
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
@@ -31,18 +32,25 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from qtrain.config import Config, check_key
-from qtrain.errors import UserError
+from qtrain.errors import LostRankError, RefusedError, StoppedError, UserError
 from qtrain.settings import check_group_option, configs_dir, parse
+from qtrain.training.world import find_world, started_by_another
 
 
 def main() -> None:
     """Entry point of train.py and of the command qtrain-train. Exit codes: 0 done, 2 a mistake in what was asked or a
-    run that could not go on, 130 stopped by Ctrl-C (the same command continues)."""
+    run that could not go on, 130 stopped by Ctrl-C or SIGTERM, 75 stopped by SIGUSR1 or SIGUSR2, or since another
+    process of the run ended. After 130 and 75 the same command continues; 75 (EX_TEMPFAIL) asks a scheduler to queue it
+    again."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands exceptions on: what they look like is decided here
     try:
         sys.argv[1:] = checked_overrides(sys.argv[1:])
         with _stop.listening():
             _hydra_main()
+    except RefusedError as error:  # rank 0 has said why
+        _failures.append(error)
+        if started_by_another():
+            _failures.clear()
     except (UserError, HydraException, OmegaConfBaseException) as error:
         _report(error)
     except JobFailedError as error:
@@ -51,14 +59,24 @@ def main() -> None:
         if error.filename is None:
             raise
         _report(UserError(f"cannot write {error.filename}: {error.strerror}; set run_root"))
-    except KeyboardInterrupt:
-        print("stopped; the same command continues from the last checkpoint", file=sys.stderr)
-        sys.exit(130)
+    except KeyboardInterrupt as stopped:
+        _end_stopped(stopped)
     if _failures:
         sys.exit(2)
 
 
 _failures: list[Exception] = []
+
+
+def _end_stopped(stopped: KeyboardInterrupt) -> NoReturn:
+    """A process that another of the run has started ends with 0 when both were stopped: a code tells its starter that
+    something is wrong."""
+    lost = isinstance(stopped, LostRankError)
+    if started_by_another() and not lost:
+        sys.exit(0)
+    why = "another process of this run has ended" if lost else "stopped"
+    print(f"{why}; the same command continues from the last checkpoint", file=sys.stderr)
+    sys.exit(stopped.exit_code if isinstance(stopped, StoppedError) else 130)
 
 
 class JobFailedError(Exception):
@@ -134,12 +152,20 @@ def _job(tree: DictConfig) -> float | None:
     several = HydraConfig.get().mode == RunMode.MULTIRUN
     try:
         config = to_config(tree)
-        from qtrain.run import run
+        if several and find_world(config.trainer).starts_others:
+            raise UserError(
+                "the runs of one command (-m) cannot each start processes of their own; start it with torchrun or "
+                "srun, or one run at a time"
+            )
+        from qtrain.training.session import run
 
         loss = run(config)
         if not several and loss is not None:
             print(next_commands(config))
         return loss
+    except RefusedError:
+        if not several:
+            raise
     except UserError as error:
         _report(error)
     except Exception:

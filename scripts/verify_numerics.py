@@ -805,8 +805,8 @@ WRONG = ("fprop.x", "fprop.w", "dgrad.dy", "dgrad.w")  # not wgrad: AdamW takes 
 @cache
 def trained(recipe: str, wrong: str | None = None, seed: int = 0) -> float:
     """The validation loss of a run; wrong: the operand, gemm.name, whose values are twice what they should be."""
-    from qtrain.run import open_session, speak_through
     from qtrain.train import compose
+    from qtrain.training.session import open_session, speak_through
 
     speak_through(Console(quiet=True))
     with TemporaryDirectory() as folder:

@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from qtrain.errors import UserError
-from qtrain.loggers import has_wandb_key
+from qtrain.training.observers.loggers import has_wandb_key
 
 X_AXIS = "tokens"
 OPERANDS = ("fprop.x", "fprop.w", "dgrad.dy", "dgrad.w", "wgrad.dy", "wgrad.x")

@@ -33,11 +33,11 @@ from torch import Tensor, nn
 
 import qtrain
 from qtrain.config import Config
-from qtrain.lightning_module import next_token_loss
 from qtrain.metrics import flops_per_token
 from qtrain.optim import build_optimizer
-from qtrain.run import build_model
 from qtrain.train import compose
+from qtrain.training.build import build_model
+from qtrain.training.losses import next_token_loss
 
 RECIPES = "bf16,quartet,quest,quartet_ii,nvidia_nvfp4"
 

@@ -21,7 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-NEEDED = ("torch", "triton", "qtrain_kernels", "qtrain.run", "qtrain.train")  # and what these import
+NEEDED = ("torch", "triton", "qtrain_kernels", "qtrain.training.session", "qtrain.train")  # and what these import
 
 
 def check() -> None:

@@ -66,7 +66,7 @@ HUNG_SECONDS = 60.0
 
 # Every process is forked from a server that has imported everything: a start costs a second, not ten.
 forked = multiprocessing.get_context("forkserver")
-forked.set_forkserver_preload(["qtrain.studies.chaos", "qtrain.run"])
+forked.set_forkserver_preload(["qtrain.studies.chaos", "qtrain.training.session"])
 
 
 class FinishedError(Exception):

@@ -1,6 +1,6 @@
 """Runs of the wsd schedule that differ in their budget alone begin with the same steps. They share them on disk:
 
-    <run_root>/trunks/<key>/step-<step>.ckpt            the state after that many steps, before any decay
+    <run_root>/trunks/<key>/step-<step>/                the checkpoint after that many steps, before any decay
     <run_root>/trunks/<key>/step-<step>.metrics.jsonl   the lines of metrics.jsonl up to there
 
 A run starts from the longest trunk that it would have gone through itself. The key is a hash of all that determines
@@ -14,11 +14,11 @@ import hashlib
 import json
 from pathlib import Path
 
-from qtrain.checkpoint import newest_checkpoint
 from qtrain.config import Config, hashed_keys
-from qtrain.lightning_module import computes_in_high_precision
 from qtrain.optim import trunk_steps
 from qtrain.plan import RunPlan
+from qtrain.training.causal_lm import computes_in_high_precision
+from qtrain.training.checkpoint import newest
 
 # What a run does with its budget. Warm-up counts as the number of steps that it comes to. What it validates on is not
 # here: the lines of metrics.jsonl that come with a trunk tell of it.
@@ -39,11 +39,11 @@ class Trunk:
 
     def start(self) -> tuple[int, Path] | None:
         """(step, checkpoint) of the longest part of this trunk that a run left; None where none did."""
-        return newest_checkpoint(self.directory, at_most=self.steps)
+        return newest(self.directory, at_most=self.steps)
 
 
 def metrics_beside(checkpoint: Path) -> Path:
-    return checkpoint.with_suffix(".metrics.jsonl")
+    return checkpoint.with_name(f"{checkpoint.name}.metrics.jsonl")
 
 
 def common_steps(config: Config, plan: RunPlan) -> int:

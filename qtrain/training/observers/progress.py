@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import time
-from typing import Any
 
-import lightning
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
-from qtrain.callbacks.measure import Line
-from qtrain.callbacks.step import StepCallback
-from qtrain.lightning_module import CausalLM
+from qtrain.training.observers.measure import Line
+from qtrain.training.observers.observer import Observer
 
 
 def si(value: float) -> str:
@@ -23,7 +20,7 @@ def si(value: float) -> str:
     return f"{value:.3g}"
 
 
-class Progress(StepCallback):
+class Progress(Observer):
     """Loss, learning rate, tokens/s and time left; listens to the recorder's lines."""
 
     def __init__(self, console: Console, show_bar: bool, steps: int):
@@ -65,17 +62,14 @@ class Progress(StepCallback):
                 highlight=False,
             )
 
-    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        self.first = trainer.global_step
+    def on_start(self, step: int) -> None:
+        self.first = step
         self.started = time.perf_counter()
         self.bar.update(self.task, completed=self.first)
         self.bar.start()
 
-    def on_step_end(self, trainer: lightning.Trainer, module: CausalLM, step: int) -> None:
+    def on_step_end(self, step: int) -> None:
         self.bar.update(self.task, completed=step)
 
-    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        self.bar.stop()
-
-    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+    def on_end(self) -> None:
         self.bar.stop()

@@ -3,30 +3,30 @@
     quant/<layer>/<operand>/<metric>    quant/layers.0.mlp.down/wgrad.dy/sqnr_db, as `operand_health` defines them
     grad/<layer>/cosine, projection     <g_hat, g> / |g_hat| |g| and <g_hat, g> / <g, g>
 
-Taken in the first micro-batch of a step, on the first device, of the operands and gradients that this very step trains
-with: nothing is quantised again, and nothing of the step changes. g_hat is the layer's weight gradient in that
-micro-batch, g the one that a second forward and backward give where every layer computes in the compute dtype.
+Taken in the first micro-batch of a step, of the operands and gradients that this very step trains with: nothing is
+quantised again, and nothing of the step changes. g_hat is the layer's weight gradient in that micro-batch, g the one
+that a second forward and backward give where every layer computes in the compute dtype. Every rank takes them, since
+sharded weights need all; those of rank 0 are written.
 A value that is not finite (of a gradient of zeros, of an operand without error) is left out, for JSON has none.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
 
-import lightning
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from qtrain.callbacks.measure import Recorder
-from qtrain.callbacks.step import StepCallback
-from qtrain.lightning_module import CausalLM, next_token_loss
 from qtrain.quant import Observed, Observer, QuantLinear, operand_health, quant_linears, set_high_precision
+from qtrain.training.causal_lm import CausalLM
+from qtrain.training.losses import next_token_loss
+from qtrain.training.observers import observer
+from qtrain.training.observers.measure import Recorder
 
 MAX_LINES = 64  # of an operand: an SQNR of all lines differs by 0.2 dB (RMS over nano's layers, Quartet, step 60)
 
 
-class Telemetry(StepCallback):
+class Telemetry(observer.Observer):
     """Every `every` steps (0: never); with `gradients`, weight gradients too, at the price of one more forward and
     backward.
 
@@ -34,7 +34,7 @@ class Telemetry(StepCallback):
     """
 
     def __init__(self, recorder: Recorder, every: int, gradients: bool, max_lines: int = MAX_LINES):
-        self.recorder = recorder
+        self.recorder, self.module = recorder, recorder.module
         self.every = every
         self.gradients = gradients
         self.max_lines = max_lines
@@ -43,13 +43,11 @@ class Telemetry(StepCallback):
         self.seen: dict[QuantLinear, Tensor] = {}  # the weight gradients of this step's first micro-batch
         self.batch: Tensor | None = None  # that is being watched
 
-    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        first = batch_idx % pl_module.plan.micro_batches == 0
-        step = trainer.global_step + 1
-        if not (first and self.every and step % self.every == 0 and trainer.is_global_zero):
+    def on_micro_batch_start(self, step: int, micro_batch: int, batch: Tensor) -> None:
+        if micro_batch or not self.every or (step + 1) % self.every:
             return
         self.batch = batch
-        for layer in quant_linears(pl_module.model):
+        for layer in quant_linears(self.module.model):
             if layer not in self.observers:  # one for each layer: a compiled graph is made for its number
                 self.observers[layer] = self._observer(layer)
             layer.observer = self.observers[layer]
@@ -65,39 +63,47 @@ class Telemetry(StepCallback):
 
         return Observer(operand, gradient)
 
-    def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
+    def on_backward_end(self) -> None:
         if self.batch is None:
             return
-        for layer in quant_linears(pl_module.model):
+        for layer in quant_linears(self.module.model):
             layer.observer = None
         if self.seen:
-            exact = exact_gradients(pl_module, self.batch, list(self.seen))
+            exact = exact_gradients(self.module, self.batch, list(self.seen))
             for (layer, found), wanted in zip(self.seen.items(), exact, strict=True):
-                cosine, projection = agreement(found * pl_module.plan.micro_batches, wanted)
+                cosine, projection = agreement(found * self.module.plan.micro_batches, wanted)
                 self.values[f"grad/{layer.name}/cosine"] = cosine
                 self.values[f"grad/{layer.name}/projection"] = projection
         self.batch, self.seen = None, {}
 
-    def on_step_end(self, trainer: lightning.Trainer, module: CausalLM, step: int) -> None:
+    def on_step_end(self, step: int) -> None:
         if not self.values:
             return
         numbers = torch.stack([value.float() for value in self.values.values()]).tolist()
         found = {name: float(f"{x:.6g}") for name, x in zip(self.values, numbers, strict=True) if math.isfinite(x)}
         self.values = {}
-        self.recorder.write(trainer, module, step, found)
+        self.recorder.write(step, found)
 
 
 def exact_gradients(module: CausalLM, batch: Tensor, layers: list[QuantLinear]) -> list[Tensor]:
-    """The weight gradients of the mean loss over batch (B, T+1), with every layer in the compute dtype. The gradients
-    that the model holds are left alone."""
+    """The weight gradients of the mean loss over batch (B, T+1) of this rank, with every layer in the compute dtype.
+    The gradients that the model holds are left alone. Where weights are sharded, every rank must call this."""
     mixed = module.config.trainer.precision == "bf16-mixed"
+    weights: dict[nn.Module, Tensor] = {}
+
+    def note(layer: nn.Module, _: tuple[Tensor, ...]) -> None:
+        weights[layer] = layer.weight  # pyright: ignore[reportArgumentType]: whole, also of a sharded layer
+
+    hooks = [layer.register_forward_pre_hook(note) for layer in layers]
     set_high_precision(module.model)
     try:
         with torch.enable_grad(), torch.autocast(batch.device.type, torch.bfloat16, enabled=mixed):
             loss = next_token_loss(module.model, batch)
-        return list(torch.autograd.grad(loss, [layer.weight for layer in layers]))
+        return list(torch.autograd.grad(loss, [weights[layer] for layer in layers]))
     finally:
         set_high_precision(module.model, False)
+        for hook in hooks:
+            hook.remove()
 
 
 def agreement(found: Tensor, exact: Tensor) -> tuple[Tensor, Tensor]:

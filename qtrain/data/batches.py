@@ -1,0 +1,164 @@
+"""Batches of a run, whose state is one number: how many samples all ranks together have been given.
+
+Sample g is window `WindowOrder(seed, n)(g)` of the training split, so nothing about the order is stored, and another
+worker count, number of ranks or micro-batch size goes on from the same number.
+"""
+
+# B micro-batch, T seq_len, W world size
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from qtrain.data.corpus import Corpus, Split
+from qtrain.data.order import WindowOrder
+from qtrain.errors import UserError
+
+
+class TrainBatches(Dataset[Tensor]):
+    """Item i: this rank's share of micro-batch i of the run, (B, T + 1) int64: samples (i W + rank) B onwards."""
+
+    def __init__(
+        self, split: Split, order: WindowOrder, rank: int, world: int, micro_batch: int, seq_len: int, overfit: bool
+    ) -> None:
+        self.split, self.order, self.seq_len = split, order, seq_len
+        self.rank, self.world, self.micro_batch, self.overfit = rank, world, micro_batch, overfit
+
+    def __getitem__(self, index: int) -> Tensor:
+        step = 0 if self.overfit else index
+        first = (step * self.world + self.rank) * self.micro_batch
+        return _windows(self.split, self.order(np.arange(first, first + self.micro_batch)), self.seq_len)
+
+
+class ValBatches(Dataset[Tensor]):
+    """Item i: batch i of this rank's share of the windows given, in their order, (<= B, T + 1) int64.
+
+    Every window is on one rank, and every rank has as many batches (FSDP needs each rank in each forward): full ones
+    first, then what is left, at least one window in each.
+    """
+
+    def __init__(
+        self, split: Split, windows: np.ndarray, rank: int, world: int, micro_batch: int, seq_len: int
+    ) -> None:
+        self.split, self.seq_len = split, seq_len
+        shares = [share.tolist() for share in np.array_split(windows, world)]
+        self.n_batches = -(-max(map(len, shares)) // micro_batch)
+        mine = shares[rank]
+        self.batches: list[list[int]] = []
+        for left in range(self.n_batches, 0, -1):
+            size = min(micro_batch, len(mine) - (left - 1))
+            self.batches.append(mine[:size])
+            mine = mine[size:]
+
+    def __getitem__(self, index: int) -> Tensor:
+        return _windows(self.split, np.array(self.batches[index]), self.seq_len)
+
+
+def spread(total: int, wanted: int) -> np.ndarray:
+    """At most `wanted` of `total` windows, evenly over all of them: the first ones may all be of one document."""
+    count = min(total, wanted)
+    return np.arange(count) * total // max(1, count)
+
+
+def _windows(split: Split, windows: np.ndarray, seq_len: int) -> Tensor:
+    return torch.from_numpy(np.stack([split.window(int(i) * seq_len, seq_len + 1) for i in windows]))
+
+
+class BatchLoader:
+    """A pass over the chosen items of a dataset whose items are batches. len() is their number."""
+
+    def __init__(self, dataset: Dataset[Tensor], chosen: range, pin_memory: bool, num_workers: int = 0) -> None:
+        self._dataset, self._chosen = dataset, chosen
+        self._pin_memory, self._num_workers = pin_memory, num_workers
+
+    def __len__(self) -> int:
+        return len(self._chosen)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(
+            DataLoader(
+                self._dataset,
+                batch_size=None,
+                sampler=self._chosen,
+                num_workers=self._num_workers,
+                pin_memory=self._pin_memory,
+                worker_init_fn=_ignore_signals if self._num_workers else None,
+                generator=torch.Generator(),  # or it would draw its workers' seed from the global one
+            )
+        )
+
+
+def _ignore_signals(_worker: int) -> None:
+    """Signals reach the whole process group; the training process decides what they mean."""
+    signal.set_wakeup_fd(-1)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+
+
+class TokenBatches:
+    """Batches of a corpus for one of `ranks` processes, (micro_batch_size, seq_len + 1) int64: inputs are [:, :-1],
+    targets [:, 1:].
+
+    val_tokens: validation predicts so many tokens of the validation split, spread evenly over it, rounded down to whole
+    sequences. overfit: every batch is the first one. UserError if either split is too small.
+    """
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        *,
+        seq_len: int,
+        seed: int,
+        micro_batch_size: int,
+        val_tokens: int,
+        num_workers: int,
+        overfit: bool = False,
+        rank: int = 0,
+        ranks: int = 1,
+        pin_memory: bool = False,
+    ) -> None:
+        self.per_batch = micro_batch_size * ranks
+        self._num_workers, self._pin_memory = num_workers, pin_memory
+        order = WindowOrder(seed, _count_windows(corpus, "train", seq_len))
+        self._train = TrainBatches(corpus.train, order, rank, ranks, micro_batch_size, seq_len, overfit)
+        windows = spread(_count_windows(corpus, "val", seq_len), val_tokens // seq_len)
+        if len(windows) == 0:
+            raise UserError(
+                f"data.val_tokens={val_tokens} is less than one sequence of {seq_len} (model.seq_len); raise it"
+            )
+        if len(windows) < ranks:
+            raise UserError(
+                f"{len(windows)} validation sequences are fewer than {ranks} devices; raise data.val_tokens"
+            )
+        self._val = ValBatches(corpus.val, windows, rank, ranks, micro_batch_size, seq_len)
+
+    def train(self, first: int, last: int) -> BatchLoader:
+        """This rank's batches of the samples `first` to `last` of the run. UserError where these are no whole batches
+        of all ranks."""
+        if first % self.per_batch or last % self.per_batch:
+            raise UserError(
+                f"samples {first} to {last} do not divide into batches of {self.per_batch} "
+                "(trainer.micro_batch_size x devices); resume with the sizes that the checkpoint was made with"
+            )
+        chosen = range(first // self.per_batch, last // self.per_batch)
+        return BatchLoader(self._train, chosen, self._pin_memory, self._num_workers)
+
+    def val(self) -> BatchLoader:
+        # In this process: the split is small and read again and again; 16 x 257 tokens took 0.5 ms on a CPU core.
+        return BatchLoader(self._val, range(self._val.n_batches), self._pin_memory)
+
+
+def _count_windows(corpus: Corpus, name: str, seq_len: int) -> int:
+    split: Split = getattr(corpus, name)
+    if split.n_tokens < seq_len + 1:
+        raise UserError(
+            f"the {name} split of {corpus.manifest['source']} has {split.n_tokens} tokens, too few for one sequence of "
+            f"{seq_len + 1} (model.seq_len + 1); add text or shorten model.seq_len"
+        )
+    return (split.n_tokens - 1) // seq_len

@@ -1,0 +1,66 @@
+"""The model of a run, and the device it trains on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from qtrain.config import Config
+from qtrain.errors import UserError
+from qtrain.models.llama import Llama
+from qtrain.plan import make_plan
+from qtrain.quant import Report, convert, set_high_precision
+from qtrain.run_directory import RunDirectory
+from qtrain.training.causal_lm import computes_in_high_precision
+from qtrain.training.checkpoint import VALUES, newest, refuse_earlier_format, restore
+
+
+def pick_device(config: Config) -> torch.device:
+    """The device to train on. UserError when the one asked for is not there."""
+    asked, count = config.trainer.device, config.trainer.devices
+    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if asked == "cuda" and found == 0:
+        raise UserError(f"trainer.device=cuda: torch {torch.__version__} finds no CUDA device; use trainer.device=cpu")
+    device = "cuda" if asked != "cpu" and found else "cpu"
+    if device == "cuda" and count > found:
+        raise UserError(f"trainer.devices={count}: this machine has {found} CUDA devices; use trainer.devices={found}")
+    return torch.device(device)
+
+
+def build_model(config: Config, vocab_size: int) -> Llama:
+    """The model as it stands before step 0, a function of the settings alone: the global random state is left as it
+    was, the weights depend on config.seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        model = Llama(config.model, vocab_size)
+    convert(model, config.recipe, seed=config.seed, backend=config.backend, gemm=config.gemm)
+    return model
+
+
+def check_model(config: Config) -> Report:
+    """What the recipe will convert, found out on shapes alone, before any data is prepared. UserError for a width that
+    the recipe's blocks do not divide."""
+    with torch.device("meta"):
+        model = Llama(config.model, vocab_size=1)
+    return convert(model, config.recipe, seed=config.seed, backend=config.backend, gemm=config.gemm)
+
+
+def load_run(path: str | Path) -> nn.Module:
+    """The model of a run directory, converted as it was trained, with the weights of its newest good checkpoint, in
+    eval mode on the CPU. UserError when the directory holds no run or no checkpoint."""
+    directory = RunDirectory(Path(path).expanduser())
+    config = directory.read_config()
+    found = newest(directory.checkpoints)
+    if found is None:
+        refuse_earlier_format(directory.checkpoints)
+        raise UserError(f"{directory.path} has no checkpoint yet")
+    step, folder = found
+    vocab_size = json.loads((folder / VALUES).read_text())["vocab_size"]
+    model = build_model(config, vocab_size)
+    restore(folder, model)
+    plan = make_plan(config, vocab_size=vocab_size)
+    set_high_precision(model, computes_in_high_precision(config, plan, step - 1))  # as in its last step
+    return model.eval()

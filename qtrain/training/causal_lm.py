@@ -1,0 +1,111 @@
+"""One training step of a causal language model. The loop (`qtrain.training.loop`) and a stock lightning.Trainer both
+take it from here."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import Any
+
+import lightning
+import torch
+from torch import Tensor, distributed, nn
+from torch.distributed.tensor import DTensor
+from torch.optim.lr_scheduler import LambdaLR
+
+from qtrain.config import Config
+from qtrain.optim import build_optimizer, lr_factor
+from qtrain.plan import RunPlan
+from qtrain.quant import calibrate, keep_weights, set_high_precision, set_step
+from qtrain.training.losses import next_token_loss
+
+
+def computes_in_high_precision(config: Config, plan: RunPlan, step: int) -> bool:
+    """Whether optimiser step `step` (from 0) lies in the last part of the run, which the recipe gives to the compute
+    dtype."""
+    after = config.recipe.high_precision_after
+    return after is not None and step >= after * plan.steps - 1e-6  # 0.28 * 25 is 7.000000000000001
+
+
+class CausalLM(lightning.LightningModule):
+    """Trains `model` for plan.steps optimiser steps of plan.micro_batches forwards each.
+
+    step_loss and grad_norm hold the last optimiser step's mean loss on this device (nats per token) and gradient norm
+    before clipping, as 0-dim tensors there: reading them waits for the device.
+
+    Under lightning.Trainer: Trainer(accumulate_grad_batches=plan.micro_batches, max_steps=plan.steps,
+    use_distributed_sampler=False), over batches in the order of `qtrain.data.batches.TokenBatches`.
+    """
+
+    def __init__(self, config: Config, plan: RunPlan, model: nn.Module):
+        super().__init__()
+        self.model = model
+        self.config = config
+        self.plan = plan
+        self.step_loss = torch.zeros(())
+        self.grad_norm = torch.zeros(())
+        self._kept = ExitStack()  # closed before the weights change
+
+    # ---------------------------------------------------------------------------------------- what both loops share
+
+    def begin_step(self, step: int, batch: Tensor) -> None:
+        """Before the first forward of optimiser step `step` (from 0). batch: the first micro-batch of this rank. Call
+        it in the autocast context of the training, on every rank."""
+        set_high_precision(self.model, computes_in_high_precision(self.config, self.plan, step))
+        if step == 0:
+            calibrate(self.model, of_rank_zero(batch)[:, :-1])
+
+    def weights_kept(self) -> ExitStack:
+        """A context for all micro-batches of one step: what they share is quantised once."""
+        stack = ExitStack()
+        if self.plan.micro_batches > 1:
+            stack.enter_context(keep_weights(self.model))
+        return stack
+
+    def micro_batch_loss(
+        self, model: nn.Module, batch: Tensor, step: int, micro_batch: int, rank: int, ranks: int
+    ) -> Tensor:
+        """The loss of this rank's micro-batch `micro_batch` (from 0). model: self.model, or what wraps it."""
+        # Numbered over all ranks, as the data is: the same samples draw the same bits on any number of them.
+        set_step(self.model, step, micro_batch * ranks + rank)
+        loss = next_token_loss(model, batch)
+        share = loss.detach() / self.plan.micro_batches
+        self.step_loss = share if micro_batch == 0 else self.step_loss + share
+        return loss
+
+    def clip_gradients(self) -> None:
+        limit = self.config.trainer.grad_clip
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), float("inf") if limit is None else limit)
+        self.grad_norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+    def lr_factor(self, step: int) -> float:
+        """The learning rate of optimiser step `step` (from 0), as a factor of optimizer.lr."""
+        return lr_factor(step, self.plan.steps, self.config.scheduler)
+
+    # ------------------------------------------------------------------------------------------- for lightning.Trainer
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        micro_batch = batch_idx % self.plan.micro_batches
+        if micro_batch == 0:
+            self.begin_step(self.trainer.global_step, batch)
+            self._kept = self.weights_kept()
+        step, ranks = self.trainer.global_step, self.trainer.world_size
+        return self.micro_batch_loss(self.model, batch, step, micro_batch, self.global_rank, ranks)
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        self._kept.close()
+
+    def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:
+        self.clip_gradients()
+
+    def configure_optimizers(self) -> Any:
+        optimizer = build_optimizer(self.model, self.config.optimizer)
+        schedule = LambdaLR(optimizer, lambda step: self.lr_factor(step))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def of_rank_zero(batch: Tensor) -> Tensor:
+    """Rank 0's batch, on every rank: what is calibrated on it is the same for any number of ranks."""
+    if distributed.is_initialized() and distributed.get_world_size() > 1:
+        batch = batch.clone()
+        distributed.broadcast(batch, 0)
+    return batch

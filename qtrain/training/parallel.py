@@ -1,0 +1,200 @@
+"""The processes of a run: how they start, meet, agree, and share or shard the model. On Lightning Fabric."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+from lightning.fabric import Fabric
+from lightning.fabric.plugins.environments import (
+    ClusterEnvironment,
+    LightningEnvironment,
+    SLURMEnvironment,
+    TorchElasticEnvironment,
+)
+from lightning.fabric.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy, Strategy
+from torch import distributed, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
+from torch.utils.checkpoint import checkpoint
+
+from qtrain.config import Config, TrainerConfig
+from qtrain.errors import RefusedError, UserError
+from qtrain.training.stop import StopRequest
+from qtrain.training.world import World
+
+log = logging.getLogger("qtrain")
+T = TypeVar("T")
+
+MEETING_SECONDS = 50.0  # for all processes to start, of which importing torch takes the most
+PARENT_SECONDS = 1.0  # how often a process looks whether its launcher lives
+
+
+class Ranks:
+    """What the processes of a run tell each other beside the gradients: numbers and decisions, between their CPUs, so
+    that no device is waited for. rank: of this process, from 0; size: how many there are."""
+
+    def __init__(self, rank: int = 0, size: int = 1):
+        self.rank, self.size = rank, size
+        self._group: Any = distributed.new_group(backend="gloo") if size > 1 else None
+
+    @property
+    def is_zero(self) -> bool:
+        return self.rank == 0
+
+    def maximum(self, *values: float) -> list[float]:
+        """Of each value, the largest that a rank has."""
+        return self._reduced(values, distributed.ReduceOp.MAX)
+
+    def total(self, *values: float) -> list[float]:
+        return self._reduced(values, distributed.ReduceOp.SUM)
+
+    def _reduced(self, values: tuple[float, ...], operation: Any) -> list[float]:
+        if self.size == 1:
+            return list(values)
+        tensor = torch.tensor(values, dtype=torch.float64)
+        distributed.all_reduce(tensor, operation, group=self._group)
+        return tensor.tolist()
+
+    def decided(self, decide: Callable[[], T]) -> T:
+        """What rank 0 decides, on every rank. An error of rank 0 ends all: RefusedError on the others."""
+        if self.size == 1:
+            return decide()
+        found: list[Any] = [None, True]
+        if self.is_zero:
+            try:
+                found = [decide(), False]
+            except BaseException:
+                distributed.broadcast_object_list(found, 0, group=self._group)
+                raise
+        distributed.broadcast_object_list(found, 0, group=self._group)
+        if found[1]:
+            raise RefusedError("rank 0 has refused to go on")
+        return found[0]
+
+    def meet(self) -> None:
+        """Return when every rank has called this."""
+        self.maximum(0.0)
+
+
+def is_lost_rank(error: BaseException) -> bool:
+    """Whether the error, or what it came from, says that another rank no longer answers."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, distributed.DistError) or "gloo/transport" in str(cause):
+            return True
+        cause = cause.__cause__ or cause.__context__
+    return False
+
+
+# --------------------------------------------------------------------------------------------------------------- start
+
+
+@contextmanager
+def joined(config: Config, world: World, device: torch.device, stop: StopRequest) -> Iterator[tuple[Fabric, Ranks]]:
+    """All processes of the run, started and met. They are parted again at the end."""
+    environment = dict(os.environ)
+    try:
+        fabric = _fabric(config, world, device)
+        if world.has_parent:
+            _follow_parent(stop)
+        with stop.meeting(MEETING_SECONDS, f"{world.size} processes did not meet"):
+            fabric.launch()
+            ranks = Ranks(fabric.global_rank, fabric.world_size)
+            ranks.meet()
+        yield fabric, ranks
+    finally:
+        if distributed.is_initialized():
+            distributed.destroy_process_group()
+        for name in os.environ.keys() - environment.keys():  # which the launch has set for the processes it started
+            del os.environ[name]
+
+
+def _fabric(config: Config, world: World, device: torch.device) -> Fabric:
+    trainer = config.trainer
+    assert trainer.precision != "auto"  # the settings of a run are resolved
+    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+    try:
+        return Fabric(
+            accelerator="gpu" if device.type == "cuda" else "cpu",
+            devices=trainer.devices,
+            num_nodes=trainer.num_nodes,
+            strategy=_strategy(config, world, device),
+            precision=trainer.precision,
+            plugins=[_environment(world)],
+        )
+    except RuntimeError as error:  # Lightning's checks of SLURM's variables
+        raise UserError(f"cannot start {world.size} processes by {world.launcher}: {error}") from None
+
+
+def _environment(world: World) -> ClusterEnvironment:
+    if world.launcher == "torchrun":
+        return TorchElasticEnvironment()
+    if world.launcher == "slurm":
+        return SLURMEnvironment(auto_requeue=False)
+    return LightningEnvironment()
+
+
+def _strategy(config: Config, world: World, device: torch.device) -> Strategy:
+    trainer = config.trainer
+    if trainer.strategy == "fsdp2":
+        copies = trainer.sharding_groups
+        return ModelParallelStrategy(
+            partial(shard, groups=copies), data_parallel_size=copies, tensor_parallel_size=world.size // copies
+        )
+    if trainer.strategy == "ddp" or world.size > 1:
+        return DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True)
+    return SingleDeviceStrategy(device if device.type == "cpu" else torch.device("cuda", 0))
+
+
+def _follow_parent(stop: StopRequest) -> None:
+    """A process whose launcher was killed stops too, and saves: it would go on unseen."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(PARENT_SECONDS)
+        stop.ask_from_outside()
+
+    threading.Thread(target=watch, daemon=True, name="parent-watch").start()
+
+
+# --------------------------------------------------------------------------------------------------------------- shard
+
+
+def shard(model: nn.Module, mesh: DeviceMesh, groups: int = 1) -> nn.Module:
+    """FSDP2: parameters, gradients and optimiser state sharded, block by block and in the root. No mixed-precision
+    policy: weights and gradients travel in float32, so that each rank quantises the whole master weight, with the
+    noise, masks and scales of one process. groups: how many groups of ranks hold a whole model each."""
+    mesh = mesh if groups > 1 else mesh["tensor_parallel"]
+    for block in blocks_of(model):
+        fully_shard(block, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    return list(model.layers)  # pyright: ignore[reportArgumentType]
+
+
+def checkpoint_activations(model: nn.Module) -> None:
+    """Let each block keep its input alone, and compute the rest again in the backward. Noise is a function of its
+    position, hence the same again."""
+    for block in blocks_of(model):
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def check_strategy(trainer: TrainerConfig) -> None:
+    """UserError for groups that do not divide the devices."""
+    size = trainer.devices * trainer.num_nodes
+    if trainer.sharding_groups > 1 and (trainer.strategy != "fsdp2" or size % trainer.sharding_groups):
+        raise UserError(
+            f"trainer.sharding_groups={trainer.sharding_groups} needs trainer.strategy=fsdp2 and must divide "
+            f"{size} devices; found strategy {trainer.strategy}"
+        )

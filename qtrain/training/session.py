@@ -1,0 +1,443 @@
+"""One run: identity, decision, loop.
+
+All processes of a run meet (`parallel`). Rank 0 decides what is to be done: nothing, because the run has ended; or
+training, from which checkpoint and in which directory. It alone opens and locks the directory, makes the loggers and
+writes. All train (`loop`).
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import torch
+from lightning.fabric import Fabric
+from lightning.pytorch.loggers import Logger
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.panel import Panel
+from rich.text import Text
+
+from qtrain.config import Config, config_hash
+from qtrain.data import Corpus, check_vocab, prepare
+from qtrain.data.batches import TokenBatches
+from qtrain.errors import DivergedError, LostRankError, RefusedError, StoppedError, UserError, first_line
+from qtrain.models.llama import Llama, generate
+from qtrain.optim import build_optimizer
+from qtrain.plan import RunPlan, budget_tokens, make_plan
+from qtrain.quant import check_backend
+from qtrain.report.loss import plot_loss
+from qtrain.report.results import record, recorded
+from qtrain.report.summaries import read_run
+from qtrain.run_directory import RunDirectory, commit, write_atomically
+from qtrain.training.build import build_model, check_model, pick_device
+from qtrain.training.causal_lm import CausalLM
+from qtrain.training.checkpoint import Saver, newest, refuse_earlier_format, tidy
+from qtrain.training.divergence import MOST_IN_A_ROW, Guard, RewindError
+from qtrain.training.loop import Training, train
+from qtrain.training.observers import Measure, Observer, Progress, Recorder, Telemetry, Validate
+from qtrain.training.observers.loggers import build_loggers, check_logger, close_loggers, mirror_summary
+from qtrain.training.parallel import Ranks, check_strategy, checkpoint_activations, is_lost_rank, joined
+from qtrain.training.saves import Saves
+from qtrain.training.stop import QUEUE_AGAIN, StopRequest
+from qtrain.training.trunk import Trunk, metrics_beside
+from qtrain.training.world import World, find_world
+
+log = logging.getLogger("qtrain")
+
+FAILED = ("failed", "diverged")  # statuses of a run that ended, but not as it should
+
+
+@dataclass(frozen=True)
+class Ended:
+    """Why a run is not to be done again: its validation loss, if it has one, and what to say."""
+
+    loss: float | None
+    said: str
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What rank 0 has found in the run's directory: the checkpoint to go on from (None: from step 0), and how many of
+    its steps are another run's."""
+
+    checkpoint: Path | None
+    shared_steps: int
+
+
+def run(config: Config) -> float | None:
+    """Do the run, or take it up where it stopped; the final validation loss in nats per token (None for a dry run, and
+    on other ranks than 0).
+
+    UserError before anything is trained for settings that cannot work here; DivergedError for a loss that is not
+    finite; StoppedError, a KeyboardInterrupt, after a checkpoint when asked to stop.
+    """
+    world = find_world(config.trainer)
+    console = Console(highlight=False, quiet=world.rank > 0, width=None if sys.stdout.isatty() else 120)
+    speak_through(console)
+    device = pick_device(config)
+    check_strategy(config.trainer)
+    log.info("%s", check_model(config))
+    directory = RunDirectory.of(config)
+    if world.rank == 0:
+        directory.check(config)
+    if config.dry_run:
+        table = make_plan(config).table(config, device=str(device), run_directory=str(directory.path))
+        console.print(table)
+        return None
+    ended = _ended(config, directory) if world.rank == 0 and not config.force else None
+    if world.alone and ended:
+        console.print(ended.said, soft_wrap=True)
+        return ended.loss
+    with StopRequest() as stop, _together(config, world, device, stop) as (fabric, ranks):
+        ended = ranks.decided(lambda: ended)
+        if ended:
+            console.print(ended.said, soft_wrap=True)
+            return ended.loss if ranks.is_zero else None
+        with _session(config, fabric, ranks, console) as session:
+            loss = session.run(stop)
+            ranks.meet()  # who leaves first would look lost to the others
+            return loss if ranks.is_zero else None
+
+
+def _ended(config: Config, directory: RunDirectory) -> Ended | None:
+    summary = directory.summary
+    if directory.finished:
+        loss = summary["val_loss"]
+        _record(config, directory)
+        return Ended(loss, f"{directory.path} is finished (validation loss {loss:.4f}); force=true runs it again")
+    row = recorded(Path(config.results)).get((config.name, config_hash(config))) if config.results else None
+    if row is not None:
+        return Ended(row["val_loss"], f"{config.results} has this run's row (validation loss {row['val_loss']:.4f})")
+    if summary.get("status") in FAILED and not config.retry_failed:
+        how = f"{summary['status']}: {summary.get('reason')}"
+        return Ended(None, f"{directory.path} {how}; retry_failed=true tries it again")
+    return None
+
+
+def _record(config: Config, directory: RunDirectory) -> None:
+    if config.results:
+        record(Path(config.results), read_run(directory.path))
+
+
+@contextmanager
+def _together(config: Config, world: World, device: torch.device, stop: StopRequest) -> Iterator[tuple[Fabric, Ranks]]:
+    """As `joined`; what is raised where another rank no longer answers is a LostRankError."""
+    try:
+        with joined(config, world, device, stop) as joint:
+            yield joint
+    except Exception as error:
+        if world.size == 1 or not is_lost_rank(error):
+            raise
+        log.warning("another process of this run has ended (%s)", first_line(error))
+        raise LostRankError(QUEUE_AGAIN) from error
+
+
+@contextmanager
+def open_session(config: Config, console: Console | None = None) -> Iterator[Session]:
+    """Everything a run in this process needs, built and ready; its directory is locked while the block runs."""
+    world = World(1, 0, "nobody")
+    with (
+        StopRequest() as stop,
+        joined(config, world, pick_device(config), stop) as (fabric, ranks),
+        _session(config, fabric, ranks, console or Console(quiet=True)) as session,
+    ):
+        yield session
+
+
+@contextmanager
+def _session(config: Config, fabric: Fabric, ranks: Ranks, console: Console) -> Iterator[Session]:
+    check_logger(config)
+    if config.recipe.operands():
+        check_backend(config.backend, config.gemm, fabric.device.type)
+    corpus = prepare(config.data, config.tokenizer, budget_tokens=budget_tokens(config))
+    plan = make_plan(config, vocab_size=corpus.vocab_size)
+    check_vocab(corpus, plan.vocab_size)
+    model = build_model(config, plan.vocab_size)
+    with RunDirectory.of(config) as directory:
+        ranks.decided(lambda: directory.open(config))
+        yield Session(config, plan, corpus, model, directory, fabric, ranks, console)
+
+
+class Session:
+    """The state of one run while it trains, on one rank."""
+
+    def __init__(
+        self,
+        config: Config,
+        plan: RunPlan,
+        corpus: Corpus,
+        model: Llama,
+        directory: RunDirectory,
+        fabric: Fabric,
+        ranks: Ranks,
+        console: Console,
+    ):
+        self.config, self.plan, self.corpus, self.directory = config, plan, corpus, directory
+        self.fabric, self.ranks, self.console = fabric, ranks, console
+        self.module = CausalLM(config, plan, model)
+        self.data = TokenBatches(
+            corpus,
+            seq_len=config.model.seq_len,
+            seed=config.seed,
+            micro_batch_size=config.trainer.micro_batch_size,
+            val_tokens=config.data.val_tokens,
+            num_workers=config.data.num_workers,
+            overfit=config.debug.overfit,
+            rank=ranks.rank,
+            ranks=ranks.size,
+            pin_memory=fabric.device.type == "cuda",
+        )
+        self.trunk = Trunk(config, plan, corpus.data_hash) if config.trainer.share_trunk else None
+        self.shared_steps = directory.summary.get("shared_steps", 0) if ranks.is_zero else 0
+        self.loggers: list[Logger] = []
+        self._rewinds, self._rewound_to = 0, -1
+
+    @property
+    def model(self) -> Llama:
+        return self.module.model  # pyright: ignore[reportReturnType]
+
+    @property
+    def device(self) -> torch.device:
+        return self.fabric.device
+
+    def run(self, stop: StopRequest | None = None) -> float | None:
+        """Train and finish; the validation loss, on rank 0."""
+        decision = self.ranks.decided(self._decide)
+        self.shared_steps = decision.shared_steps
+        self.console.print(
+            self.plan.table(self.config, device=_describe(self.device), run_directory=str(self.directory.path))
+        )
+        try:
+            if self.ranks.is_zero:
+                self.loggers = build_loggers(self.config, self.directory)
+            self._write_summary("running")
+            self._fit(decision.checkpoint, stop or StopRequest())
+            return self._finish()
+        finally:
+            close_loggers(self.loggers)
+
+    def _fit(self, checkpoint: Path | None, stop: StopRequest) -> None:
+        try:
+            with stop.noting(), stop.ending_at_once():
+                asked = self.train(checkpoint, stop)
+        except DivergedError as error:
+            self._write_summary("diverged", reason=str(error))
+            if not self.ranks.is_zero:
+                raise RefusedError("the run has diverged") from None
+            raise DivergedError(f"{error}; {self._last_good()}") from None
+        except KeyboardInterrupt:
+            self._write_summary("interrupted")
+            raise
+        except Exception as error:
+            lost = self.ranks.size > 1 and is_lost_rank(error)
+            self._write_summary("interrupted" if lost else "failed", reason=first_line(error))
+            raise
+        if asked:
+            self._write_summary("interrupted")
+            self.ranks.meet()
+            raise StoppedError(asked)
+
+    def train(self, checkpoint: Path | None = None, stop: StopRequest | None = None) -> int:
+        """The exit code that was asked for while training; 0 when it has come to its end."""
+        forward = self._set_up()
+        optimizer = build_optimizer(self.model, self.config.optimizer)
+        saver = Saver()
+        observers = self.observers()
+        measure = observers[0]
+        assert isinstance(measure, Measure)
+        saves = Saves(self.directory, saver, self.module, optimizer, measure, self.ranks, self.trunk)
+        training = Training(
+            self.fabric, self.ranks, self.module, forward, optimizer, self.data, measure, observers,
+            Guard(self.module, self.ranks), saves, stop or StopRequest(),
+        )  # fmt: skip
+        per_step = self.plan.micro_batches * self.data.per_batch
+        step, samples = 0, 0
+        try:
+            if checkpoint is not None:
+                step, samples = self._restore(saver, checkpoint, optimizer)
+            while True:
+                try:
+                    with torch.autograd.set_detect_anomaly(self.config.debug.detect_anomaly):
+                        return train(training, step, samples)
+                except RewindError as wrong:
+                    seen = samples + (wrong.step + 1 - step) * per_step
+                    saver.wait()
+                    step = self._rewind(wrong, saver, optimizer, measure)
+                    samples = seen
+        finally:
+            for observer in observers:
+                observer.on_end()
+            saver.close()
+
+    def _set_up(self) -> torch.nn.Module:
+        """The model on its device, as the strategy wraps it."""
+        if self.config.trainer.checkpoint_activations:
+            checkpoint_activations(self.model)
+        forward = self.fabric.setup_module(self.model)
+        if self.config.trainer.compile:
+            self.model.compile()
+        return forward.train()
+
+    def observers(self) -> list[Observer]:
+        """What watches the training, in the order in which it is told: every line of a step is written before its
+        checkpoint is."""
+        config, plan = self.config, self.plan
+        progress = Progress(self.console, config.callbacks.progress_bar, plan.steps)
+        recorder = Recorder(self.directory, self.module, self.ranks, self.loggers, [progress.listen])
+        return [
+            Measure(recorder, config.callbacks.log_every_steps),
+            Telemetry(recorder, plan.telemetry_every_steps, config.callbacks.telemetry_gradients),
+            Validate(recorder, plan.val_every_steps, self.data.val, self.corpus.bytes_per_token),
+            progress,
+        ]
+
+    # ------------------------------------------------------------------------------------------------------------ begin
+
+    def _decide(self) -> Decision:
+        """Where to go on from; takes back the metrics written after it. On rank 0."""
+        directory = self.directory
+        earlier = directory.summary.get("data_hash")
+        if earlier not in (None, self.corpus.data_hash):
+            raise UserError(
+                f"{directory.path} was started on data {earlier}; the same settings now give data "
+                f"{self.corpus.data_hash}. Restore the data, or set force=true to start anew"
+            )
+        refuse_earlier_format(directory.checkpoints)
+        tidy(directory.checkpoints)
+        step, path = newest(directory.checkpoints, set_aside=True) or (0, None)
+        dropped = directory.discard_metrics_after(step)
+        if path is not None:
+            log.info("resuming at step %d from %s", step, path.name)
+        elif dropped:
+            log.info("there is no good checkpoint: starting again from step 0")
+        if dropped:
+            log.info("%d later lines of metrics.jsonl are now in metrics.discarded.jsonl", dropped)
+        return Decision(path, self.shared_steps) if path else self._start_of_trunk()
+
+    def _start_of_trunk(self) -> Decision:
+        """From the checkpoint that another run left of this one's trunk, whose metrics become this run's."""
+        found = self.trunk.start() if self.trunk else None
+        if found is None:
+            return Decision(None, 0)
+        step, path = found
+        write_atomically(self.directory.metrics, metrics_beside(path).read_text())
+        log.info("the first %d steps are another run's: starting from %s", step, path)
+        return Decision(path, step)
+
+    def _restore(self, saver: Saver, folder: Path, optimizer: torch.optim.Optimizer) -> tuple[int, int]:
+        """(steps done, samples seen) of a checkpoint, whose state becomes the model's and the optimiser's."""
+        values = saver.restore(folder, self.model, optimizer)
+        return values["step"], values["samples"]
+
+    def _rewind(self, wrong: RewindError, saver: Saver, optimizer: torch.optim.Optimizer, measure: Measure) -> int:
+        """Back to the last checkpoint; its step. DivergedError where that has been tried often enough."""
+
+        def last() -> tuple[int, Path] | None:
+            found = newest(self.directory.checkpoints)
+            self.directory.discard_metrics_after(found[0] if found else 0)
+            return found
+
+        found = self.ranks.decided(last)
+        step = found[0] if found else 0
+        self._rewinds = self._rewinds + 1 if step == self._rewound_to else 1
+        self._rewound_to = step
+        if found is None or self._rewinds > MOST_IN_A_ROW:
+            raise DivergedError(f"step {wrong.step + 1}: {wrong}")
+        log.warning("step %d: %s: going back to step %d, on other data", wrong.step + 1, wrong, step)
+        self._restore(saver, found[1], optimizer)
+        optimizer.zero_grad()
+        measure.forget()
+        return step
+
+    def _last_good(self) -> str:
+        found = newest(self.directory.checkpoints)
+        if found is None:
+            return "no checkpoint had been written yet. Lower optimizer.lr or checkpoint more often"
+        return f"the last good checkpoint is {found[1]} (step {found[0]}). Lower optimizer.lr or warm up longer"
+
+    # -------------------------------------------------------------------------------------------------------------- end
+
+    def _finish(self) -> float | None:
+        """Summary, picture, sample and the result. The last step's validation stands in metrics.jsonl."""
+        loss = None
+        if self.ranks.is_zero:
+            last = self.directory.lines("val_loss")[-1]
+            values = {key: last[key] for key in ("val_loss", "val_bits_per_byte")}
+            speeds = [line["tokens_per_second"] for line in self.directory.lines("tokens_per_second")]
+            self._write_summary("finished", **values, tokens_per_second=median(speeds))
+            _record(self.config, self.directory)
+            plot_loss(self.directory.path)
+            loss = values["val_loss"]
+        self._show_sample()
+        if loss is not None:
+            self._show_end(loss, values["val_bits_per_byte"])
+        return loss
+
+    def _write_summary(self, status: str, **results: float | str) -> None:
+        if not self.ranks.is_zero:
+            return
+        plan, config = self.plan, self.config
+        summary = {
+            "status": status,
+            "name": config.name,
+            "recipe": config.recipe.name,
+            "seed": config.seed,
+            "parameters": plan.parameters,
+            "non_embedding_parameters": plan.non_embedding_parameters,
+            "tokens": plan.tokens,
+            "steps": plan.steps,
+            "flops": plan.flops,
+            "val_loss": None,
+            "val_bits_per_byte": None,
+            "tokens_per_second": None,
+            "bigram_cross_entropy": self.corpus.bigram_cross_entropy,
+            "config_hash": config_hash(config),
+            "data_hash": self.corpus.data_hash,
+            "commit": commit(),
+            "shared_steps": self.shared_steps,
+        }
+        self.directory.write_summary(summary | results)
+        mirror_summary(self.loggers, summary | results)
+
+    def _show_sample(self) -> None:
+        """Sampled on the device that trained, by all ranks where they share the weights."""
+        count = self.plan.sample_tokens
+        if count == 0:
+            return
+        tokenizer = self.corpus.tokenizer
+        prompt = [int(token) for token in tokenizer.encode(self.config.callbacks.sample_prompt)]
+        with self.fabric.autocast():
+            ids = generate(self.model, prompt, count, temperature=0.8, top_k=50, seed=self.config.seed)
+        text = tokenizer.decode(ids)
+        self.console.print(Panel(Text(text), title="sample", title_align="left", border_style="dim"))
+
+    def _show_end(self, val_loss: float, val_bits: float) -> None:
+        bigram = self.corpus.bigram_cross_entropy
+        lines = [
+            f"validation loss {val_loss:.4f} nats per token ({val_bits:.4f} bits per byte)",
+            f"bigram model    {bigram:.4f} nats per token: what the pair counts of the training text alone predict",
+            f"run directory   {self.directory.path}  (loss.png, metrics.jsonl, summary.json, checkpoints/)",
+        ]
+        self.console.print("\n".join(lines), soft_wrap=True)
+
+
+def _describe(device: torch.device) -> str:
+    if device.type == "cuda":
+        return f"cuda ({torch.cuda.get_device_name(device)})"
+    return f"cpu ({torch.get_num_threads()} threads)"
+
+
+def speak_through(console: Console) -> None:
+    """Messages of qtrain through the console; Lightning's about itself are left out."""
+    log.handlers = [RichHandler(console=console, show_time=False, show_path=False, markup=False)]
+    log.setLevel(logging.INFO)
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*GPU available but not used.*")

@@ -1,0 +1,145 @@
+"""Being asked to stop.
+
+    SIGINT (Ctrl-C), SIGTERM      exit code 130: the same command continues from the last checkpoint
+    SIGUSR1, SIGUSR2              exit code 75 (EX_TEMPFAIL of sysexits.h): queue it again; schedulers send these before
+                                  a job's time is up
+
+A signal to any process of a run reaches all of them at the end of a step: they agree, save and end. A second SIGINT
+ends the process at once, without saving. Exit code 75 is also that of a process that has lost another of its run.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+from qtrain.errors import StoppedError
+
+log = logging.getLogger("qtrain")
+
+STOPPED, QUEUE_AGAIN = 130, 75
+CODES = {
+    signal.SIGINT: STOPPED,
+    signal.SIGTERM: STOPPED,
+    signal.SIGUSR1: QUEUE_AGAIN,
+    signal.SIGUSR2: QUEUE_AGAIN,
+}
+
+
+class StopRequest:
+    """While entered, notes signals. Before and after training (`noting`) one ends the run at once, by StoppedError.
+
+    asked: 0, or the exit code that was asked for.
+    """
+
+    def __init__(self) -> None:
+        self.asked = 0
+        self._noting = False
+        self._before: dict[int, Any] = {}
+        self._seen: list[int] = []
+
+    def __enter__(self) -> StopRequest:
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._note) for number in CODES}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        for number in self._seen:  # a launcher's own handler, as submitit's, which queues the job again
+            if number in (signal.SIGUSR1, signal.SIGUSR2) and callable(self._before.get(number)):
+                self._before[number](number, None)
+
+    @contextmanager
+    def noting(self) -> Iterator[None]:
+        """Within it, a signal is noted for the loop to see."""
+        self._noting = True
+        try:
+            yield
+        finally:
+            self._noting = False
+
+    @contextmanager
+    def meeting(self, seconds: float, otherwise: str) -> Iterator[None]:
+        """Within it, processes wait for each other in code that sees no signals: then a signal ends this process at
+        once, and so does waiting longer than `seconds`, with the message `otherwise`."""
+
+        def too_long() -> None:
+            print(f"error: {otherwise} within {seconds:.0f} s; start the same command again", file=sys.stderr)
+            _end_now(QUEUE_AGAIN)
+
+        timer = threading.Timer(seconds, too_long)
+        timer.daemon = True
+        timer.start()
+        try:
+            with _woken(lambda number: _end_now(CODES[signal.Signals(number)])):
+                yield
+        finally:
+            timer.cancel()
+
+    @contextmanager
+    def ending_at_once(self) -> Iterator[None]:
+        """Within it, a second SIGINT ends this process even while it waits for another rank."""
+        count = [0]
+
+        def interrupted(number: int) -> None:
+            count[0] += number == signal.SIGINT
+            if count[0] > 1:
+                _end_now(STOPPED)
+
+        with _woken(interrupted):
+            yield
+
+    def ask_from_outside(self) -> None:
+        """As a signal, from another thread: the launcher of this process is gone."""
+        if self._noting:
+            self.asked = self.asked or QUEUE_AGAIN
+        else:
+            _end_now(QUEUE_AGAIN)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        code = CODES[signal.Signals(number)]
+        self._seen.append(number)
+        if not self._noting or (self.asked and number == signal.SIGINT):
+            raise StoppedError(code)
+        self.asked = max(self.asked, code)
+        log.warning("%s: finishing this step and saving; Ctrl-C to stop at once", signal.Signals(number).name)
+
+
+@contextmanager
+def _woken(called: Callable[[int], None]) -> Iterator[None]:
+    """Within it, `called` is called with the number of each signal, by a thread of its own: the main thread sees none
+    while it waits in C++."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    before = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+
+    def watch() -> None:
+        while number := os.read(reading, 1):
+            if number[0] in CODES:
+                called(number[0])
+
+    thread = threading.Thread(target=watch, daemon=True, name="signal-watch")
+    thread.start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        os.close(writing)
+        thread.join()
+        os.close(reading)
+
+
+def _end_now(code: int) -> None:
+    sys.stderr.flush()
+    os._exit(code)

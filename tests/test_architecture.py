@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "qtrain_kernels.plans": "qtrain_kernels.formats (torch)",
     "qtrain_kernels.triton_quantize": "triton qtrain_kernels.triton_interpreter",
     "qtrain_kernels.triton_interpreter": "torch triton",
-    "qtrain": "qtrain_kernels (qtrain.quant qtrain.run)",
+    "qtrain": "qtrain_kernels (qtrain.quant qtrain.training.build)",
     "qtrain.errors": "",
     "qtrain.settings": "pydantic",
     "qtrain.recipe": "yaml pydantic qtrain.settings qtrain_kernels.formats qtrain_kernels.plans",
@@ -41,35 +41,55 @@ MAY_IMPORT = {
     "qtrain.data": (
         "numpy torch tokenizers filelock rich (datasets huggingface_hub pyarrow transformers) qtrain.config"
     ),
-    "qtrain.data.datamodule": "numpy torch lightning qtrain.config qtrain.data",
+    "qtrain.data.batches": "numpy torch qtrain.data",
     "qtrain.run_directory": "yaml qtrain.config qtrain.settings",
-    "qtrain.checkpoint": "torch lightning qtrain.run_directory",
-    "qtrain.training": "",
-    "qtrain.training.checkpoint": "torch safetensors qtrain.run_directory",
-    "qtrain.loggers": "lightning qtrain.config qtrain.run_directory",
-    "qtrain.lightning_module": (
-        "torch lightning qtrain.config qtrain.plan qtrain.optim qtrain.metrics qtrain.models qtrain.quant"
-    ),
-    "qtrain.callbacks": (
-        "torch lightning rich qtrain.config qtrain.settings qtrain.plan qtrain.metrics qtrain.models qtrain.quant "
-        "qtrain.run_directory qtrain.checkpoint qtrain.lightning_module qtrain.trunk"
-    ),
-    "qtrain.trunk": (
-        "qtrain.config qtrain.plan qtrain.optim qtrain.checkpoint qtrain.lightning_module qtrain.run_directory"
-    ),
-    "qtrain.sweep": (
-        "torch rich qtrain qtrain.config qtrain.plan qtrain.run_directory qtrain.checkpoint qtrain.lightning_module "
-        "qtrain.trunk qtrain.report qtrain.run"
-    ),
     "qtrain.scaling": "numpy scipy yaml (pyarrow)",
     "qtrain.report": "numpy scipy matplotlib yaml (pyarrow) qtrain.scaling",
     "qtrain.report.wandb_runs": "yaml (wandb)",
-    "qtrain.run": (
-        "torch lightning rich qtrain.config qtrain.plan qtrain.optim qtrain.metrics qtrain.models qtrain.quant "
-        "qtrain.data qtrain.data.datamodule qtrain.run_directory qtrain.checkpoint qtrain.loggers "
-        "qtrain.lightning_module qtrain.trunk qtrain.callbacks qtrain.report"
+    "qtrain.training": "",
+    "qtrain.training.world": "qtrain.config",
+    "qtrain.training.stop": "",
+    "qtrain.training.losses": "torch",
+    "qtrain.training.checkpoint": "torch safetensors qtrain.run_directory",
+    "qtrain.training.causal_lm": (
+        "torch lightning qtrain.config qtrain.plan qtrain.optim qtrain.quant qtrain.training.losses"
     ),
-    "qtrain.train": "hydra omegaconf qtrain.config qtrain.settings (qtrain.plan qtrain.run qtrain.run_directory rich)",
+    "qtrain.training.build": (
+        "torch qtrain.config qtrain.plan qtrain.models qtrain.quant qtrain.run_directory qtrain.training.causal_lm "
+        "qtrain.training.checkpoint"
+    ),
+    "qtrain.training.parallel": "torch lightning qtrain.config qtrain.training.stop qtrain.training.world",
+    "qtrain.training.trunk": (
+        "qtrain.config qtrain.plan qtrain.optim qtrain.training.causal_lm qtrain.training.checkpoint"
+    ),
+    "qtrain.training.observers": (
+        "torch lightning rich qtrain.config qtrain.metrics qtrain.quant qtrain.run_directory qtrain.training.causal_lm "
+        "qtrain.training.losses qtrain.training.parallel"
+    ),
+    "qtrain.training.divergence": "qtrain.training.causal_lm qtrain.training.parallel",
+    "qtrain.training.saves": (
+        "torch qtrain.run_directory qtrain.training.causal_lm qtrain.training.checkpoint qtrain.training.observers "
+        "qtrain.training.parallel qtrain.training.trunk"
+    ),
+    "qtrain.training.loop": (
+        "torch lightning qtrain.data.batches qtrain.training.causal_lm qtrain.training.divergence "
+        "qtrain.training.observers qtrain.training.parallel qtrain.training.saves qtrain.training.stop"
+    ),
+    "qtrain.training.session": (
+        "torch lightning rich qtrain.config qtrain.plan qtrain.optim qtrain.models qtrain.quant qtrain.data "
+        "qtrain.data.batches qtrain.report qtrain.run_directory qtrain.training.build qtrain.training.causal_lm "
+        "qtrain.training.checkpoint qtrain.training.divergence qtrain.training.loop qtrain.training.observers "
+        "qtrain.training.parallel qtrain.training.saves qtrain.training.stop qtrain.training.trunk "
+        "qtrain.training.world"
+    ),
+    "qtrain.sweep": (
+        "torch rich qtrain qtrain.config qtrain.plan qtrain.run_directory qtrain.report qtrain.training.build "
+        "qtrain.training.checkpoint qtrain.training.losses qtrain.training.session qtrain.training.trunk"
+    ),
+    "qtrain.train": (
+        "hydra omegaconf qtrain.config qtrain.settings qtrain.training.world "
+        "(qtrain.plan qtrain.training.session qtrain.run_directory rich)"
+    ),
 }
 NOBODY_IMPORTS = {
     "kernels": "the name of another package; ours is qtrain_kernels",
@@ -202,9 +222,9 @@ def test_a_line_of_the_table_points_only_downwards():
         ("qtrain.config", "import hydra\n", 1),
         ("qtrain.config", "from qtrain_kernels.reference import quantize\n", 1),
         ("qtrain.data.shards", "import lightning\n", 1),
-        ("qtrain.data.shards", "from qtrain.data import datamodule\n", 1),
+        ("qtrain.data.shards", "from qtrain.data import batches\n", 1),
         ("qtrain.data.sources", "try:\n    import datasets\nexcept ImportError:\n    datasets = None\n", 2),
-        ("qtrain.loggers", "def start():\n    import wandb\n", 2),
+        ("qtrain.training.observers.loggers", "def start():\n    import wandb\n", 2),
         ("qtrain.report.loss", "import torch\n", 1),
         ("qtrain.report.loss", "from qtrain.models.llama import Llama\n", 1),
         ("qtrain_kernels.gpu", "import triton\n", 1),
@@ -225,7 +245,7 @@ def test_a_forbidden_import_is_reported_with_its_place(module, source, line):
     [
         ("qtrain_kernels.gpu", "import math, torch\ndef launch():\n    import triton.language as tl\n"),
         ("qtrain", "if TYPE_CHECKING:\n    from qtrain.quant import convert\n"),
-        ("qtrain.data.datamodule", "import lightning\nfrom qtrain.data.shards import read\n"),
+        ("qtrain.data.batches", "import torch\nfrom qtrain.data.shards import read\n"),
         ("qtrain.quant.linear", "from qtrain.quant import convert\nfrom qtrain_kernels import reference\n"),
     ],
 )

@@ -1,22 +1,14 @@
 """Batches and weights of a run that is stopped and resumed equal those of one that never was, bit for bit."""
 
-import contextlib
-from pathlib import Path
-
-import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback
 from torch.nn import functional as F
 
 from qtrain.config import DataConfig, TokenizerConfig
 from qtrain.data import Corpus, WindowOrder, prepare
-from qtrain.data.datamodule import RunLoader, TokenDataModule, TrainBatches, ValBatches
+from qtrain.data.batches import TokenBatches, TrainBatches, ValBatches
 from qtrain.errors import UserError
-
-# Lightning 2.6.6 tests tree specs in a way that torch 2.13 deprecates.
-pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec.*is deprecated:FutureWarning")
 
 # B micro-batch, T seq_len, W world size
 T, B, SAMPLES = 16, 4, 96
@@ -38,41 +30,18 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
     return prepare(data, TokenizerConfig(kind="bytes"), progress=False)
 
 
-class TinyModel(pl.LightningModule):
-    """A bigram model that keeps every batch it is trained and validated on."""
+class TinyModel:
+    """A bigram model that keeps every batch it is trained on."""
 
     def __init__(self) -> None:
-        super().__init__()
         torch.manual_seed(0)
         self.table = torch.nn.Embedding(257, 257)
+        self.optimizer = torch.optim.AdamW(self.table.parameters(), lr=0.1)
         self.seen: list[torch.Tensor] = []
-        self.validated: list[torch.Tensor] = []
 
-    def training_step(self, batch: torch.Tensor) -> torch.Tensor:
+    def train(self, batch: torch.Tensor) -> None:
         self.seen.append(batch.clone())
-        return F.cross_entropy(self.table(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
-
-    def validation_step(self, batch: torch.Tensor) -> None:
-        self.validated.append(batch.clone())
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(self.parameters(), lr=0.1)
-
-
-class KilledError(Exception):
-    pass
-
-
-class SaveAt(Callback):
-    """Saves after batch number `batch` (from 1) and ends the run there, by an exception that nobody expects."""
-
-    def __init__(self, batch: int, path: Path) -> None:
-        self.batch, self.path = batch, path
-
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: object) -> None:
-        if args[2] == self.batch - 1:
-            trainer.save_checkpoint(self.path)
-            raise KilledError
+        F.cross_entropy(self.table(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten()).backward()
 
 
 def fit(
@@ -81,89 +50,53 @@ def fit(
     workers: int = 0,
     micro_batch: int = B,
     accumulate: int = 1,
-    validate_every: int | None = None,
-    stop: SaveAt | None = None,
-    resume: Path | None = None,
+    first: int = 0,
+    last: int = SAMPLES,
+    model: TinyModel | None = None,
 ) -> TinyModel:
-    model = TinyModel()
-    data = TokenDataModule(
-        corpus,
-        seq_len=T,
-        seed=3,
-        total_samples=SAMPLES,
-        micro_batch_size=micro_batch,
-        val_tokens=5 * T,
-        num_workers=workers,
-    )
-    trainer = pl.Trainer(
-        accelerator="cpu",
-        max_epochs=1,
-        accumulate_grad_batches=accumulate,
-        val_check_interval=validate_every,
-        limit_val_batches=None if validate_every else 0,
-        num_sanity_val_steps=0,
-        use_distributed_sampler=False,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[stop] if stop else [],
-    )
-    with contextlib.suppress(KilledError):
-        trainer.fit(model, datamodule=data, ckpt_path=resume, weights_only=True if resume else None)
+    """Train on the samples `first` to `last`, going on with the model and optimiser of what was done before."""
+    model = model or TinyModel()
+    data = module(corpus, micro_batch_size=micro_batch, num_workers=workers)
+    for number, batch in enumerate(data.train(first, last), 1):
+        model.train(batch)
+        if number % accumulate == 0:
+            model.optimizer.step()
+            model.optimizer.zero_grad()
     return model
 
 
 @pytest.mark.parametrize(
-    ("accumulate", "validate_every", "stops", "workers"),
+    ("accumulate", "stops", "workers"),
     [
-        (1, None, [1], [0, 0]),
-        (1, None, [7, 23], [0, 2, 0]),
-        (2, 4, [6, 16], [2, 0, 2]),
-        (2, 4, [24 - 2], [0, 2]),
+        (1, [1], [0, 0]),
+        (1, [7, 23], [0, 2, 0]),
+        (2, [6, 16], [2, 0, 2]),
+        (2, [24 - 2], [0, 2]),
     ],
 )
 def test_resumed_run_equals_undisturbed_run(
-    corpus: Corpus, tmp_path: Path, accumulate: int, validate_every: int | None, stops: list[int], workers: list[int]
+    corpus: Corpus, accumulate: int, stops: list[int], workers: list[int]
 ) -> None:
-    options = {"accumulate": accumulate, "validate_every": validate_every}
-    whole = fit(corpus, **options)
+    whole = fit(corpus, accumulate=accumulate)
     assert len(whole.seen) == SAMPLES // B
 
-    seen, checkpoint = [], None
-    for i, batch in enumerate(stops):
-        stop = SaveAt(batch, tmp_path / f"{i}.ckpt")
-        part = fit(corpus, **options, workers=workers[i], stop=stop, resume=checkpoint)
-        seen += part.seen
-        checkpoint = stop.path
-        assert len(seen) == batch
-    last = fit(corpus, **options, workers=workers[-1], resume=checkpoint)
-    seen += last.seen
-
-    assert torch.equal(torch.stack(seen), torch.stack(whole.seen))
-    assert torch.equal(last.table.weight, whole.table.weight)
+    model = TinyModel()
+    for first, last, count in zip([0, *stops], [*stops, SAMPLES // B], workers, strict=True):
+        fit(corpus, accumulate=accumulate, workers=count, first=first * B, last=last * B, model=model)
+        assert len(model.seen) == last
+    assert torch.equal(torch.stack(model.seen), torch.stack(whole.seen))
+    assert torch.equal(model.table.weight, whole.table.weight)
 
 
-def test_resume_with_another_micro_batch(corpus: Corpus, tmp_path: Path) -> None:
-    """The counter is in samples: Lightning's own count of batches is turned into the new size's."""
-    whole = fit(corpus, micro_batch=B, accumulate=2, validate_every=4)
-    stop = SaveAt(6, tmp_path / "x.ckpt")
-    first = fit(corpus, micro_batch=B, accumulate=2, validate_every=4, stop=stop)
-    second = fit(corpus, micro_batch=2 * B, accumulate=1, validate_every=2, resume=stop.path)
-    seen = torch.cat([*first.seen, *second.seen])
-    assert torch.equal(seen, torch.cat(whole.seen))
-    assert len(second.seen) == (SAMPLES - 6 * B) // (2 * B)
-    # validations after batches 4, 8, ... 24 of B samples: one before the stop, five after, three windows and then two
-    assert [len(batch) for batch in first.validated] == [4, 1]
-    assert len(second.validated) == 5
-    torch.testing.assert_close(second.table.weight, whole.table.weight)
-
-
-def test_checkpoint_holds_one_counter(corpus: Corpus, tmp_path: Path) -> None:
-    stop = SaveAt(6, tmp_path / "x.ckpt")
-    fit(corpus, workers=2, stop=stop)
-    checkpoint = torch.load(stop.path, weights_only=True)
-    assert checkpoint["loops"]["fit_loop"]["state_dict"]["combined_loader"] == [{"samples": 6 * B}]
+def test_resume_with_another_micro_batch(corpus: Corpus) -> None:
+    whole = fit(corpus, micro_batch=B, accumulate=2)
+    model = fit(corpus, micro_batch=B, accumulate=2, last=6 * B)
+    assert len(model.seen) == 6
+    for parameter in model.table.parameters():
+        assert parameter.grad is None
+    fit(corpus, micro_batch=2 * B, accumulate=1, first=6 * B, model=model)
+    assert torch.equal(torch.cat(model.seen), torch.cat(whole.seen))
+    assert len(model.seen) == 6 + (SAMPLES - 6 * B) // (2 * B)
 
 
 def test_ranks_share_each_micro_batch(corpus: Corpus) -> None:
@@ -183,12 +116,12 @@ def test_samples_are_the_ordered_windows_of_the_stream(corpus: Corpus) -> None:
     order = WindowOrder(3, n_windows)(np.arange(SAMPLES))
     assert n_windows < SAMPLES  # more than one epoch
     expected = np.stack([stream[i * T : i * T + T + 1] for i in order])
-    assert np.array_equal(torch.cat(list(module(corpus).train_dataloader())).numpy(), expected)
+    assert np.array_equal(torch.cat(list(module(corpus).train(0, SAMPLES))).numpy(), expected)
 
 
 def test_overfit_repeats_the_first_batch(corpus: Corpus) -> None:
-    batches = list(module(corpus, overfit=True).train_dataloader())
-    first = next(iter(module(corpus).train_dataloader()))
+    batches = list(module(corpus, overfit=True).train(0, SAMPLES))
+    first = next(iter(module(corpus).train(0, SAMPLES)))
     assert len(batches) == SAMPLES // B
     assert all(torch.equal(batch, first) for batch in batches)
 
@@ -208,14 +141,14 @@ def test_validation_covers_every_window_once(corpus: Corpus, n_windows: int, wor
 
 def test_loading_leaves_the_global_generator_alone(corpus: Corpus) -> None:
     before = torch.get_rng_state()
-    list(module(corpus).train_dataloader())
-    list(module(corpus).val_dataloader())
+    list(module(corpus).train(0, SAMPLES))
+    list(module(corpus).val())
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def module(corpus: Corpus, **changes: object) -> TokenDataModule:
-    options = {"seq_len": T, "seed": 3, "total_samples": SAMPLES, "micro_batch_size": B, "val_tokens": 5 * T}
-    return TokenDataModule(corpus, **(options | {"num_workers": 0} | changes))
+def module(corpus: Corpus, **changes: object) -> TokenBatches:
+    options = {"seq_len": T, "seed": 3, "micro_batch_size": B, "val_tokens": 5 * T, "num_workers": 0}
+    return TokenBatches(corpus, **(options | changes))
 
 
 @pytest.mark.parametrize(
@@ -232,8 +165,9 @@ def test_too_little_text_is_told_before_training(corpus: Corpus, changes: dict[s
 
 
 def test_sizes_that_do_not_divide_are_told(corpus: Corpus) -> None:
-    with pytest.raises(UserError, match="96 samples does not divide into micro-batches of 5 on 1 devices"):
-        module(corpus, micro_batch_size=5).train_dataloader()
-    loader: RunLoader = module(corpus, micro_batch_size=8).train_dataloader()
-    with pytest.raises(UserError, match="after 12 samples, no whole number of micro-batches of 8"):
-        loader.load_state_dict({"samples": 12})
+    with pytest.raises(UserError, match="samples 0 to 96 do not divide into batches of 5"):
+        module(corpus, micro_batch_size=5).train(0, SAMPLES)
+    with pytest.raises(UserError, match="samples 12 to 96 do not divide into batches of 8"):
+        module(corpus, micro_batch_size=2, ranks=4).train(12, SAMPLES)
+    with pytest.raises(UserError, match="validation sequences are fewer than 20 devices"):
+        module(corpus, ranks=20)

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from qtrain.errors import UserError
-from qtrain.loggers import build_loggers, check_logger, has_wandb_key
 from qtrain.run_directory import RunDirectory
 from qtrain.train import compose
+from qtrain.training.observers.loggers import build_loggers, check_logger, has_wandb_key
 
 ROOT = Path(__file__).parents[1]
 

@@ -15,9 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import qtrain
 from qtrain.config import ModelConfig
-from qtrain.lightning_module import next_token_loss
 from qtrain.models.llama import Llama
 from qtrain.quant import set_high_precision
+from qtrain.training.losses import next_token_loss
 from qtrain_kernels import precision
 from qtrain_kernels.precision import Linear, causal_attention, matmul
 

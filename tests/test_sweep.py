@@ -19,7 +19,6 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from qtrain.checkpoint import checkpoint_path, list_checkpoints
 from qtrain.config import Config, config_hash
 from qtrain.errors import UserError
 from qtrain.plan import make_plan
@@ -28,7 +27,8 @@ from qtrain.report.summaries import COLUMNS, read_csv
 from qtrain.run_directory import RunDirectory
 from qtrain.sweep import find_points, plan_table, seconds_left, status_table
 from qtrain.train import compose, compose_all, jobs_of
-from qtrain.trunk import Trunk
+from qtrain.training.checkpoint import folder_of, list_checkpoints
+from qtrain.training.trunk import Trunk
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "scripts" / "sweep.py"
@@ -101,7 +101,7 @@ def test_a_sweep_killed_at_random_ends_with_the_same_table(
             [sys.executable, SCRIPT, "launch", killed],
             start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
-        wanted = f"runs/killed/*/checkpoints/step-*{4 * number + 2}.ckpt"
+        wanted = f"runs/killed/*/checkpoints/step-*{4 * number + 2}"
         deadline = time.monotonic() + 900
         while not list(tmp_path.glob(wanted)) and process.poll() is None:
             assert time.monotonic() < deadline
@@ -253,7 +253,7 @@ def leave(config: Config, status: str) -> None:
     if config.trainer.share_trunk and status == "finished":
         trunk = Trunk(config, make_plan(config), "d")
         trunk.directory.mkdir(parents=True, exist_ok=True)
-        checkpoint_path(trunk.directory, trunk.steps).touch()
+        folder_of(trunk.directory, trunk.steps).mkdir()
 
 
 # ------------------------------------------------------------------------------------------------ without training
@@ -293,7 +293,7 @@ def test_what_a_shared_trunk_saves_is_not_counted_twice(tmp_path: Path) -> None:
     points = find_points(ladder(tmp_path))
     assert [(point.state, point.steps_shared) for point in points] == [("done", 0), ("missing", 0), ("missing", 832)]
     leave(points[2].config, "interrupted")
-    checkpoint_path(RunDirectory.of(points[2].config).checkpoints, 100).touch()
+    folder_of(RunDirectory.of(points[2].config).checkpoints, 100).mkdir()
     assert find_points(ladder(tmp_path))[2].tokens_left == 2048 * (2083 - 100), "its own checkpoint comes first"
 
 

@@ -7,25 +7,25 @@ import math
 import random
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-import lightning
 import numpy as np
 import pytest
 import torch
 from oracles import quantization as oracle
+from run_state import last_weights
 from torch import Tensor, nn
 
 import qtrain
-from qtrain.callbacks import StopRequest
-from qtrain.callbacks.telemetry import MAX_LINES, Telemetry
-from qtrain.checkpoint import list_checkpoints, load_checkpoint
 from qtrain.models.llama import Llama
 from qtrain.quant import Observed, Observer, Quantizer, QuantLinear, operand_health
 from qtrain.recipe import QuantSpec
-from qtrain.run import Session, run
 from qtrain.run_directory import RunDirectory
 from qtrain.train import compose
+from qtrain.training.observers import observer
+from qtrain.training.observers.telemetry import MAX_LINES, Telemetry
+from qtrain.training.session import Session, run
 
 T, K, N = 96, 128, 64
 METRICS = {
@@ -282,7 +282,7 @@ def trained(tmp_path: Path, name: str) -> tuple[list[dict[str, Any]], dict[str, 
     health = [line for line in lines if any(key.startswith(("quant/", "grad/")) for key in line)]
     unclocked = ("step", "tokens", "flops", "loss", "lr", "grad_norm", "val_loss", "val_bits_per_byte")
     results = [{key: line[key] for key in unclocked if key in line} for line in lines if line not in health]
-    return results, load_checkpoint(list_checkpoints(directory.checkpoints)[-1][1])["state_dict"], health
+    return results, last_weights(directory.path), health
 
 
 WATCHED = ["callbacks.telemetry_every_steps=2", "callbacks.telemetry_gradients=true", "name=watched"]
@@ -326,20 +326,21 @@ def test_layers_in_high_precision_have_no_health(small: list[str], tmp_path: Pat
     assert [line["step"] for line in trained(tmp_path, "watched")[2]] == [2]
 
 
-class Probe(lightning.Callback):
+class Probe(observer.Observer):
     """By torch's own hooks on one layer: its input, the gradient of its output, and its weight's gradient, in the first
     micro-batch of step 4; beside the gradient that a model never converted has there."""
 
     def __init__(self, name: str):
         self.name = name
+        self.module: Any = None
         self.input = self.grad_output = self.grad_weight = self.exact = torch.zeros(())
         self.remove: list[Callable[[], None]] = []
         self.batch = torch.zeros(())
 
-    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        if (trainer.global_step, batch_idx % 2) != (3, 0):
+    def on_micro_batch_start(self, step: int, micro_batch: int, batch: Tensor) -> None:
+        if (step, micro_batch) != (3, 0):
             return
-        layer = pl_module.model.get_submodule(self.name)
+        layer = self.module.model.get_submodule(self.name)
         self.batch = batch
 
         def forward(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -351,15 +352,17 @@ class Probe(lightning.Callback):
         handles = layer.register_forward_pre_hook(forward), layer.register_full_backward_pre_hook(backward)
         self.remove = [handle.remove for handle in handles]
 
-    def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
+    def on_backward_end(self) -> None:
         if not self.remove:
             return
         for remove in self.remove:
             remove()
         self.remove = []
-        self.grad_weight = 2 * pl_module.model.get_parameter(f"{self.name}.weight").grad.clone()  # of two micro-batches
-        plain = Llama(pl_module.config.model, pl_module.plan.vocab_size)
-        plain.load_state_dict(pl_module.model.state_dict())
+        self.grad_weight = (
+            2 * self.module.model.get_parameter(f"{self.name}.weight").grad.clone()
+        )  # of two micro-batches
+        plain = Llama(self.module.config.model, self.module.plan.vocab_size)
+        plain.load_state_dict(self.module.model.state_dict())
         tokens = self.batch
         nn.functional.cross_entropy(plain(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten()).backward()
         exact = plain.get_parameter(f"{self.name}.weight").grad
@@ -371,14 +374,14 @@ def test_what_is_written_is_of_the_step_that_trained(
     small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """MXFP8 of unrotated operands in float32: what the quantisers saw is what torch's hooks see."""
-    probe, build = Probe("layers.0.mlp.up"), Session.trainer
+    probe, build = Probe("layers.0.mlp.up"), Session.observers
 
-    def with_probe(self: Session, stop: StopRequest) -> lightning.Trainer:
-        trainer = build(self, stop)
-        trainer.callbacks.insert(0, probe)  # pyright: ignore[reportAttributeAccessIssue]
-        return trainer
+    def with_probe(self: Session) -> list[observer.Observer]:
+        probe.module = self.module
+        measure, *others = build(self)
+        return [measure, probe, *others]
 
-    monkeypatch.setattr(Session, "trainer", with_probe)
+    monkeypatch.setattr(Session, "observers", with_probe)
     run(compose([*small, "recipe=mxfp8", "trainer.precision=32-true", *WATCHED]))
     (line,) = [line for line in trained(tmp_path, "watched")[2] if line["step"] == 4]
     x, dy = (tensor.double().flatten(0, 1).numpy() for tensor in (probe.input, probe.grad_output))
@@ -400,11 +403,11 @@ def test_what_is_written_is_of_the_step_that_trained(
 def test_a_value_that_no_json_holds_is_left_out(tmp_path: Path) -> None:
     """Of a gradient of zeros there is no error in decibels."""
     written: list[dict[str, float]] = []
-    recorder = type("Recorder", (), {"write": lambda self, trainer, module, step, values: written.append(values)})()
+    recorder: Any = SimpleNamespace(module=None, write=lambda step, values: written.append(values))
     telemetry = Telemetry(recorder, 1, False)
     telemetry.values = {
         "quant/a/dgrad.dy/sqnr_db": torch.tensor(torch.nan),
         "quant/a/dgrad.dy/clipped": torch.zeros(()),
     }
-    telemetry.on_step_end(None, None, 1)  # pyright: ignore[reportArgumentType]
+    telemetry.on_step_end(1)
     assert written == [{"quant/a/dgrad.dy/clipped": 0.0}]

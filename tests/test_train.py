@@ -6,22 +6,23 @@ import json
 import math
 import os
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from run_state import last_weights, tensors_in
 
 import qtrain
-from qtrain.callbacks import DivergedError
-from qtrain.checkpoint import list_checkpoints, load_checkpoint
-from qtrain.errors import UserError
+from qtrain.errors import DivergedError, UserError
 from qtrain.quant import QuantLinear
 from qtrain.recipe import read_recipe
-from qtrain.run import run
 from qtrain.run_directory import RunDirectory
 from qtrain.train import checked_overrides, compose
+from qtrain.training.checkpoint import list_checkpoints, save, tensors_of
+from qtrain.training.session import run
 
 ROOT = Path(__file__).parents[1]
 STEPS = 12
@@ -126,9 +127,10 @@ def test_a_finished_run_is_skipped_and_loads_with_its_recipe(small, tmp_path, ca
     assert {path: path.stat().st_mtime_ns for path in directory.path.rglob("*")} == before
 
     model = qtrain.load_run(directory.path)
-    weights = load_checkpoint(list_checkpoints(directory.checkpoints)[-1][1])["state_dict"]
+    weights = last_weights(directory.path)
+    assert weights.keys() == model.state_dict().keys()
     for name, weight in model.state_dict().items():
-        assert torch.equal(weight, weights[f"model.{name}"])
+        assert torch.equal(weight, weights[name])
     assert "mxfp4" in repr(model)
 
 
@@ -157,7 +159,7 @@ def test_a_dry_run_touches_nothing(small, tmp_path, capsys):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(small, tmp_path, monkeypatch):
-    import qtrain.lightning_module as module
+    import qtrain.training.causal_lm as module
 
     exact, calls = module.next_token_loss, []
 
@@ -178,13 +180,14 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(small, tmp_path, caps
     loss = run(compose(settings))
     directory = only_run(tmp_path)
     newest = list_checkpoints(directory.checkpoints)[-1][1]
-    weights = load_checkpoint(newest)["state_dict"]
-    newest.write_bytes(newest.read_bytes()[:5000])
+    weights = tensors_in(newest)
+    file = next(newest.glob("*.safetensors"))
+    file.write_bytes(file.read_bytes()[:5000])
     directory.write_summary({**directory.summary, "status": "interrupted"})
     assert run(compose(settings)) == loss
     shown = " ".join(capsys.readouterr().out.split())
     assert "is damaged" in shown and "resuming at step 10" in shown
-    again = load_checkpoint(newest)["state_dict"]
+    again = tensors_in(newest)
     assert all(torch.equal(again[name], weight) for name, weight in weights.items())
 
 
@@ -315,16 +318,17 @@ def test_a_multirun_leaves_comparable_runs_and_outlives_a_failing_one(small, tmp
 
 def test_the_last_part_of_a_run_can_be_in_high_precision(small, tmp_path, monkeypatch):
     """From that step on the layers are ordinary ones, in training, in validation, and in the model that is loaded."""
-    import qtrain.lightning_module as module
+    from qtrain.training import causal_lm, losses
 
     seen = []
-    loss = module.next_token_loss
+    loss = losses.next_token_loss
 
     def watched(model, tokens, **more):
         seen.append((model.training, next(m for m in model.modules() if isinstance(m, QuantLinear)).high_precision))
         return loss(model, tokens, **more)
 
-    monkeypatch.setattr(module, "next_token_loss", watched)
+    for module in (causal_lm, losses):
+        monkeypatch.setattr(module, "next_token_loss", watched)
     run(compose([*small, "recipe=tetrajet_v2_baseline", "recipe.high_precision_after=0.5"]))
     training = [high for is_training, high in seen if is_training]
     assert training == [False] * 6 + [True] * 6
@@ -332,7 +336,8 @@ def test_the_last_part_of_a_run_can_be_in_high_precision(small, tmp_path, monkey
     directory = only_run(tmp_path)
     model = qtrain.load_run(directory.path)
     assert all(layer.high_precision for layer in model.modules() if isinstance(layer, QuantLinear))
-    list_checkpoints(directory.checkpoints)[-1][1].unlink()
-    list_checkpoints(directory.checkpoints)[-1][1].rename(directory.checkpoints / "step-00000006.ckpt")
+    for _, folder in list_checkpoints(directory.checkpoints):
+        shutil.rmtree(folder)
+    save(directory.checkpoints, 6, tensors_of(model), {"vocab_size": 257})
     model = qtrain.load_run(directory.path)
     assert not any(layer.high_precision for layer in model.modules() if isinstance(layer, QuantLinear))

@@ -13,8 +13,8 @@ from types import ModuleType
 import pytest
 
 from qtrain.errors import UserError
-from qtrain.run import run
 from qtrain.train import compose
+from qtrain.training.session import run
 
 
 @pytest.fixture(scope="module")

@@ -24,12 +24,13 @@ pytest.importorskip("wandb", reason="the extra wandb is not installed")
 
 STOPPED = """
 import sys
-from qtrain.callbacks import Progress
-from qtrain.run import run
 from qtrain.train import compose
+from qtrain.training.observers import Progress
+from qtrain.training.session import run
 
-def stop_after_two(self, trainer, module, step):
-    trainer.should_stop = trainer.should_stop or step == 2
+def stop_after_two(self, step):
+    if step == 2:
+        raise KeyboardInterrupt
 
 def train(overrides):
     try:

@@ -45,6 +45,8 @@ MAY_IMPORT = {
     "qtrain.run_directory": "yaml qtrain.config qtrain.settings",
     "qtrain.checkpoint": "torch lightning qtrain.run_directory",
     "qtrain.training": "",
+    "qtrain.studies": "",
+    "qtrain.studies.chaos": "torch lightning qtrain qtrain.train qtrain.run_directory qtrain.settings",
     "qtrain.training.checkpoint": "torch safetensors qtrain.run_directory",
     "qtrain.loggers": "lightning qtrain.config qtrain.run_directory",
     "qtrain.lightning_module": (

@@ -82,6 +82,8 @@ MAY_IMPORT = {
         "qtrain.training.parallel qtrain.training.saves qtrain.training.stop qtrain.training.trunk "
         "qtrain.training.world"
     ),
+    "qtrain.studies": "",
+    "qtrain.studies.chaos": "torch lightning qtrain qtrain.train qtrain.run_directory qtrain.settings",
     "qtrain.sweep": (
         "torch rich qtrain qtrain.config qtrain.plan qtrain.run_directory qtrain.report qtrain.training.build "
         "qtrain.training.checkpoint qtrain.training.losses qtrain.training.session qtrain.training.trunk"

@@ -40,16 +40,17 @@ import qtrain.train
 from qtrain.run_directory import write_atomically
 from qtrain.settings import configs_dir
 
-STEPS = 60
+STEPS = 40
 SETTINGS = (
     "recipe=quartet_v1",  # stochastic rounding in all of the backward
     "backend=reference",
     "model.dim=64",
+    "model.n_layers=1",
     "model.ffn_dim=96",
     "model.seq_len=32",
     f"trainer.tokens={STEPS * 128}",
     "trainer.batch_tokens=128",
-    "trainer.micro_batch_size=1",
+    "trainer.micro_batch_size=2",
     "trainer.device=cpu",
     "callbacks.log_every_steps=1",
     "callbacks.val_every_steps=7",
@@ -118,7 +119,8 @@ def _command(arguments: list[str], ranks: int, conditions: Conditions, folder: P
 
 def _rank(arguments: list[str], conditions: Conditions, folder: Path) -> None:
     torch.set_num_threads(1)
-    rank = rank_zero_only.rank = int(os.environ.get("RANK", "0"))  # Lightning read it when it was imported
+    rank = int(os.environ.get("RANK", "0"))
+    setattr(rank_zero_only, "rank", rank)  # noqa: B010  Lightning read it when it was imported
     with (folder / "pids").open("a") as file:
         file.write(f"{rank} {os.getpid()}\n")
     os.fsync = _noting(os.fsync, folder / "synced")
@@ -434,7 +436,7 @@ def kinds(ranks: int) -> dict[str, Callable[[Round, random.Random], str]]:
 @dataclass
 class Fault:
     """outcome: "" until the round has ended; then survived; hung, where processes did not end; stuck, where the run did
-    not go on; wrong, where the finished run differs from the undisturbed one. said: what was shown, or the difference."""
+    not go on; wrong, where the finished run differs from the undisturbed one. said: what was shown, or what differs."""
 
     number: int
     round: int

@@ -178,6 +178,9 @@ def _begin(folder: Path) -> Path:
 def _finish(folder: Path, partial: Path, values: str, entries: list[dict[str, Any]], keep: int | None) -> None:
     _write_synced(partial / VALUES, values)
     files = {name: entry for of_rank in entries for name, entry in of_rank.items()}
+    elsewhere = [name for name in files if not (partial / name).exists()]
+    if elsewhere:
+        raise UserError(f"{partial.parent} is not one folder to all nodes ({elsewhere[0]} is missing): set run_root")
     files[VALUES] = _entry(partial / VALUES)
     _write_synced(partial / MANIFEST, json.dumps({"files": files}, indent=2) + "\n")
     _sync(partial)
@@ -207,8 +210,8 @@ def _write_synced(path: Path, text: str) -> None:
         os.fsync(file.fileno())
 
 
-def _sync(directory: Path) -> None:
-    handle = os.open(directory, os.O_RDONLY)
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
@@ -230,16 +233,22 @@ def load(folder: Path, tensors: Mapping[str, Tensor], alone: bool = False) -> di
     """Read a checkpoint that `newest` has verified into the tensors, in place, whatever ranks and sharding it was
     written from; the plain values. The names must be all that it has of the model, of the optimiser or of both.
     Collective; alone: this process reads for itself. UserError for other names, shapes or dtypes."""
-    values = json.loads((folder / VALUES).read_text())
-    if values.get("format") != FORMAT:
-        found = values.get("format")
-        raise UserError(f"{folder} is of format {found}; this qtrain reads {FORMAT}: use the qtrain that wrote it")
+    values = values_of(folder)
     reader = HuggingFaceStorageReader(str(folder))
     try:
         _compare(folder, _saved(reader), tensors)
         _quietly(dcp.load)(dict(tensors), storage_reader=reader, no_dist=alone or _ranks() == 1)
     except (OSError, CheckpointException, safetensors.SafetensorError) as error:
         raise UserError(f"cannot read checkpoint {folder}: {_reason(error)}") from error
+    return values
+
+
+def values_of(folder: Path) -> dict[str, Any]:
+    """The plain values of a checkpoint that `newest` has verified."""
+    values = json.loads((folder / VALUES).read_text())
+    if values.get("format") != FORMAT:
+        found = values.get("format")
+        raise UserError(f"{folder} is of format {found}; this qtrain reads {FORMAT}: use the qtrain that wrote it")
     return values
 
 
@@ -279,6 +288,7 @@ def export(folder: Path, path: Path) -> None:
         safetensors.torch.save_file(weights(folder), partial, metadata={"format": "pt"})
         _sync(partial)
         partial.replace(path)
+        _sync(path.parent)
     except (OSError, safetensors.SafetensorError) as error:
         raise UserError(f"cannot write {path}: {_reason(error)}") from error
     finally:
@@ -408,7 +418,7 @@ def _agreed(action: Callable[[], T], group: dist.ProcessGroup | None) -> list[T]
     try:
         result = action()
     except Exception as error:  # any error must reach the others, who wait
-        result = error if isinstance(error, OSError) else RuntimeError(first_line(error))
+        result = error if isinstance(error, OSError | UserError) else RuntimeError(first_line(error))
     results: list[Any] = [result]
     if _ranks(group) > 1:
         results = [None] * _ranks(group)

@@ -20,7 +20,7 @@ import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
 from qtrain.errors import UserError, first_line
-from qtrain.run_directory import commit
+from qtrain.runs.environment import commit
 
 log = logging.getLogger("qtrain")
 

@@ -9,12 +9,12 @@ import torch
 from rich.table import Table
 
 from qtrain.config import Config, TokenizerConfig
+from qtrain.config.recipe import LinearRecipe, QuantSpec
+from qtrain.config.settings import BFLOAT16_GEMMS
 from qtrain.errors import UserError
 from qtrain.metrics import Memory, estimate_memory, flops_per_token
 from qtrain.models.llama import count_parameters
 from qtrain.optim import warmup_steps
-from qtrain.recipe import LinearRecipe, QuantSpec
-from qtrain.settings import BFLOAT16_GEMMS
 from qtrain_kernels.precision import has_bfloat16_units
 
 MIN_TELEMETRY_STEPS = 40  # taking the quantisers' health once costs most of a step of a small model

@@ -42,14 +42,14 @@ from qtrain.models.llama import Llama, generate
 from qtrain.plan import RunPlan, budget_tokens, make_plan
 from qtrain.quant import Report, check_backend, convert, set_high_precision
 from qtrain.report.loss import plot_loss
-from qtrain.report.results import record, recorded
-from qtrain.report.summaries import read_run
-from qtrain.run_directory import RunDirectory, commit, write_atomically
+from qtrain.runs.directory import RunDirectory
+from qtrain.runs.environment import commit
+from qtrain.runs.files import write_atomically
+from qtrain.runs.status import FAILED
+from qtrain.runs.table import read_run, record, recorded
 from qtrain.trunk import Trunk, metrics_beside
 
 log = logging.getLogger("qtrain")
-
-FAILED = ("failed", "diverged")  # statuses of a run that ended, but not as it should
 
 
 def run(config: Config) -> float | None:

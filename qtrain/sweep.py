@@ -20,10 +20,10 @@ from qtrain.errors import UserError
 from qtrain.lightning_module import next_token_loss
 from qtrain.plan import RunPlan, make_plan
 from qtrain.report.loss import readable
-from qtrain.report.results import record, recorded
-from qtrain.report.summaries import Row, read_run
-from qtrain.run import FAILED, build_model, check_model
-from qtrain.run_directory import RunDirectory
+from qtrain.run import build_model, check_model
+from qtrain.runs.directory import RunDirectory
+from qtrain.runs.status import FAILED
+from qtrain.runs.table import Row, read_run, record, recorded
 from qtrain.trunk import Trunk, common_steps, trunk_key
 
 State = Literal["done", "running", "failed", "stopped", "missing"]

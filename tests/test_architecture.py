@@ -27,47 +27,40 @@ MAY_IMPORT = {
     "qtrain_kernels.triton_interpreter": "torch triton",
     "qtrain": "qtrain_kernels (qtrain.quant qtrain.run)",
     "qtrain.errors": "",
-    "qtrain.settings": "pydantic",
-    "qtrain.recipe": "yaml pydantic qtrain.settings qtrain_kernels.formats qtrain_kernels.plans",
-    "qtrain.config": "pydantic qtrain.settings qtrain.recipe",
-    "qtrain.quant": "torch qtrain.settings qtrain.recipe qtrain_kernels qtrain_kernels.formats qtrain_kernels.plans",
+    "qtrain.config": "yaml pydantic qtrain_kernels.formats qtrain_kernels.plans",
+    "qtrain.quant": "torch qtrain.config qtrain_kernels qtrain_kernels.formats qtrain_kernels.plans",
     "qtrain.models": "torch einops qtrain.config qtrain_kernels",
     "qtrain.metrics": "torch qtrain.config qtrain.models",
     "qtrain.optim": "torch qtrain.config",
-    "qtrain.plan": (
-        "torch rich qtrain.config qtrain.settings qtrain.recipe qtrain.models qtrain.metrics qtrain.optim "
-        "qtrain_kernels"
-    ),
+    "qtrain.plan": ("torch rich qtrain.config qtrain.models qtrain.metrics qtrain.optim qtrain_kernels"),
     "qtrain.data": (
         "numpy torch tokenizers filelock rich (datasets huggingface_hub pyarrow transformers) qtrain.config"
     ),
     "qtrain.data.datamodule": "numpy torch lightning qtrain.config qtrain.data",
-    "qtrain.run_directory": "yaml qtrain.config qtrain.settings",
-    "qtrain.checkpoint": "torch lightning qtrain.run_directory",
-    "qtrain.loggers": "lightning qtrain.config qtrain.run_directory",
+    "qtrain.runs": "yaml pydantic (pyarrow) qtrain.config",
+    "qtrain.checkpoint": "torch lightning qtrain.runs",
+    "qtrain.loggers": "lightning qtrain.config qtrain.runs",
     "qtrain.lightning_module": (
         "torch lightning qtrain.config qtrain.plan qtrain.optim qtrain.metrics qtrain.models qtrain.quant"
     ),
     "qtrain.callbacks": (
-        "torch lightning rich qtrain.config qtrain.settings qtrain.plan qtrain.metrics qtrain.models qtrain.quant "
-        "qtrain.run_directory qtrain.checkpoint qtrain.lightning_module qtrain.trunk"
+        "torch lightning rich qtrain.config qtrain.plan qtrain.metrics qtrain.models qtrain.quant "
+        "qtrain.runs qtrain.checkpoint qtrain.lightning_module qtrain.trunk"
     ),
-    "qtrain.trunk": (
-        "qtrain.config qtrain.plan qtrain.optim qtrain.checkpoint qtrain.lightning_module qtrain.run_directory"
-    ),
+    "qtrain.trunk": ("qtrain.config qtrain.plan qtrain.optim qtrain.checkpoint qtrain.lightning_module qtrain.runs"),
     "qtrain.sweep": (
-        "torch rich qtrain qtrain.config qtrain.plan qtrain.run_directory qtrain.checkpoint qtrain.lightning_module "
+        "torch rich qtrain qtrain.config qtrain.plan qtrain.runs qtrain.checkpoint qtrain.lightning_module "
         "qtrain.trunk qtrain.report qtrain.run"
     ),
     "qtrain.scaling": "numpy scipy yaml (pyarrow)",
-    "qtrain.report": "numpy scipy matplotlib yaml (pyarrow) qtrain.scaling",
-    "qtrain.report.wandb_runs": "yaml (wandb)",
+    "qtrain.report": "numpy scipy matplotlib yaml (pyarrow) qtrain.config qtrain.runs qtrain.scaling",
+    "qtrain.report.wandb_runs": "yaml (wandb) qtrain.runs",
     "qtrain.run": (
         "torch lightning rich qtrain.config qtrain.plan qtrain.optim qtrain.metrics qtrain.models qtrain.quant "
-        "qtrain.data qtrain.data.datamodule qtrain.run_directory qtrain.checkpoint qtrain.loggers "
+        "qtrain.data qtrain.data.datamodule qtrain.runs qtrain.checkpoint qtrain.loggers "
         "qtrain.lightning_module qtrain.trunk qtrain.callbacks qtrain.report"
     ),
-    "qtrain.train": "hydra omegaconf qtrain.config qtrain.settings (qtrain.plan qtrain.run qtrain.run_directory rich)",
+    "qtrain.train": "hydra omegaconf qtrain.config (qtrain.plan qtrain.run qtrain.runs rich)",
 }
 NOBODY_IMPORTS = {
     "kernels": "the name of another package; ours is qtrain_kernels",

@@ -12,7 +12,7 @@ import pytest
 
 from qtrain.errors import UserError
 from qtrain.loggers import build_loggers, check_logger, has_wandb_key
-from qtrain.run_directory import RunDirectory
+from qtrain.runs.directory import RunDirectory
 from qtrain.train import compose
 
 ROOT = Path(__file__).parents[1]

@@ -20,11 +20,11 @@ import qtrain
 from qtrain.callbacks import StopRequest
 from qtrain.callbacks.telemetry import MAX_LINES, Telemetry
 from qtrain.checkpoint import list_checkpoints, load_checkpoint
+from qtrain.config.recipe import QuantSpec
 from qtrain.models.llama import Llama
 from qtrain.quant import Observed, Observer, Quantizer, QuantLinear, operand_health
-from qtrain.recipe import QuantSpec
 from qtrain.run import Session, run
-from qtrain.run_directory import RunDirectory
+from qtrain.runs.directory import RunDirectory
 from qtrain.train import compose
 
 T, K, N = 96, 128, 64

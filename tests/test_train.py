@@ -16,11 +16,11 @@ import torch
 import qtrain
 from qtrain.callbacks import DivergedError
 from qtrain.checkpoint import list_checkpoints, load_checkpoint
+from qtrain.config.recipe import read_recipe
 from qtrain.errors import UserError
 from qtrain.quant import QuantLinear
-from qtrain.recipe import read_recipe
 from qtrain.run import run
-from qtrain.run_directory import RunDirectory
+from qtrain.runs.directory import RunDirectory
 from qtrain.train import checked_overrides, compose
 
 ROOT = Path(__file__).parents[1]

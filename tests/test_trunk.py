@@ -17,9 +17,9 @@ from qtrain.config import Config, config_hash
 from qtrain.errors import UserError
 from qtrain.optim import lr_factor
 from qtrain.plan import make_plan
-from qtrain.report.summaries import read_csv
 from qtrain.run import run
-from qtrain.run_directory import RunDirectory
+from qtrain.runs.directory import RunDirectory
+from qtrain.runs.table import read_csv
 from qtrain.train import compose
 from qtrain.trunk import common_steps, trunk_key
 

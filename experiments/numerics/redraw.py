@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 import qtrain
 from qtrain.config import ModelConfig
+from qtrain.config.recipe import read_recipe
+from qtrain.config.settings import configs_dir, parse
 from qtrain.lightning_module import next_token_loss
 from qtrain.models.llama import Llama
-from qtrain.recipe import read_recipe
-from qtrain.settings import configs_dir, parse
 
 RECIPES = ("quartet_v1", "quartet_ii", "tetrajet_v2_baseline", "quartet")
 SETTINGS = ("step", "micro_batch")

@@ -13,7 +13,7 @@ from qtrain.callbacks.measure import Measure
 from qtrain.callbacks.step import StepCallback
 from qtrain.checkpoint import checkpoint_path, prune
 from qtrain.lightning_module import CausalLM
-from qtrain.run_directory import RunDirectory
+from qtrain.runs.directory import RunDirectory
 
 log = logging.getLogger("qtrain")
 

@@ -17,7 +17,7 @@ from qtrain.callbacks.step import StepCallback
 from qtrain.errors import UserError
 from qtrain.lightning_module import CausalLM, evaluate
 from qtrain.metrics import bits_per_byte
-from qtrain.run_directory import RunDirectory
+from qtrain.runs.directory import RunDirectory
 
 Line = Mapping[str, Any]
 

@@ -13,7 +13,8 @@ from qtrain.callbacks.step import StepCallback
 from qtrain.checkpoint import checkpoint_path
 from qtrain.errors import UserError
 from qtrain.lightning_module import CausalLM
-from qtrain.run_directory import RunDirectory, write_atomically
+from qtrain.runs.directory import RunDirectory
+from qtrain.runs.files import write_atomically
 from qtrain.trunk import Trunk, metrics_beside
 
 log = logging.getLogger("qtrain")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -67,8 +67,8 @@ def fields_at(kind: type[BaseModel], parents: list[str]) -> list[str]:
 
 def classes_of(kind: type[BaseModel], name: str, value: Any) -> list[type[Strict]]:
     """The classes of settings that a field may hold; of several those whose own `name` can be that of the value."""
-    field = kind.model_fields.get(name)
-    options = [field.annotation, *get_args(field.annotation)] if field else []
+    annotation = kind.model_fields[name].annotation
+    options = [annotation] if get_origin(annotation) is dict else [annotation, *get_args(annotation)]
     classes = [option for option in options if isinstance(option, type) and issubclass(option, Strict)]
     if len(classes) < 2 or not isinstance(value, Mapping):
         return classes

@@ -9,12 +9,12 @@ import torch
 from rich.table import Table
 
 from qtrain.config import Config, TokenizerConfig
+from qtrain.config.recipe import LinearRecipe, QuantSpec
+from qtrain.config.settings import BFLOAT16_GEMMS
 from qtrain.errors import UserError
 from qtrain.metrics import Memory, estimate_memory, flops_per_token
 from qtrain.models.llama import count_parameters
 from qtrain.optim import warmup_steps
-from qtrain.recipe import LinearRecipe, QuantSpec
-from qtrain.settings import BFLOAT16_GEMMS
 from qtrain_kernels.precision import has_bfloat16_units
 
 SAMPLE_TOKENS, SAMPLED_PARAMETERS = 200, 10_000_000  # without a cache, a token costs a forward of the whole context

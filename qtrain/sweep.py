@@ -18,13 +18,12 @@ from qtrain.config import Config, config_hash
 from qtrain.errors import UserError
 from qtrain.plan import RunPlan, make_plan
 from qtrain.report.loss import readable
-from qtrain.report.results import record, recorded
-from qtrain.report.summaries import Row, read_run
-from qtrain.run_directory import RunDirectory
+from qtrain.runs.directory import RunDirectory
+from qtrain.runs.status import FAILED
+from qtrain.runs.table import Row, read_run, record, recorded
 from qtrain.training.build import build_model, check_model
 from qtrain.training.checkpoint import folder_of, list_checkpoints
 from qtrain.training.losses import next_token_loss
-from qtrain.training.session import FAILED
 from qtrain.training.trunk import Trunk, common_steps, trunk_key
 
 State = Literal["done", "running", "failed", "stopped", "missing"]

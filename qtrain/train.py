@@ -32,8 +32,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from qtrain.config import Config, check_key
+from qtrain.config.settings import check_group_option, configs_dir, parse
 from qtrain.errors import LostRankError, RefusedError, StoppedError, UserError
-from qtrain.settings import check_group_option, configs_dir, parse
 from qtrain.training.world import find_world, started_by_another
 
 
@@ -179,7 +179,7 @@ def _job(tree: DictConfig) -> float | None:
 
 def next_commands(config: Config) -> str:
     """What a newcomer wants after a run. The commands that need the repository are named only there."""
-    from qtrain.run_directory import RunDirectory
+    from qtrain.runs.directory import RunDirectory
 
     path = str(RunDirectory.of(config).path)
     inspect = f'python -c "import qtrain; print(qtrain.load_run({path!r}))"'

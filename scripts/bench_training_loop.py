@@ -41,7 +41,7 @@ from qtrain.optim import build_optimizer, lr_factor
 from qtrain.plan import make_plan
 from qtrain.quant import set_step
 from qtrain.run import Session, open_session, speak_through
-from qtrain.run_directory import environment
+from qtrain.runs.directory import environment
 from qtrain.train import compose
 
 WARM_UP = 5

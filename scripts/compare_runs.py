@@ -12,7 +12,8 @@ from pathlib import Path
 
 from qtrain.errors import UserError
 from qtrain.report.gaps import plot_gaps
-from qtrain.report.summaries import compare, markdown, read_published, read_summaries, write_csv
+from qtrain.report.summaries import compare, markdown, read_published, read_summaries
+from qtrain.runs.table import write_csv
 
 
 def main() -> None:

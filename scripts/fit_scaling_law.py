@@ -23,8 +23,8 @@ from typing import Any
 
 from qtrain.errors import UserError
 from qtrain.report.law_figures import law_figures
-from qtrain.report.summaries import read_run, run_directories
-from qtrain.run_directory import commit
+from qtrain.runs.directory import commit
+from qtrain.runs.table import read_run, run_directories
 from qtrain.scaling.laws import LAWS
 from qtrain.scaling.results import law_json
 from qtrain.scaling.runs import Run, held_out, read_table, runs_of

@@ -16,10 +16,10 @@ from collections.abc import Sequence
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
+from qtrain.config.settings import group_names
 from qtrain.data import Corpus, prepare, verify
 from qtrain.errors import UserError
 from qtrain.plan import budget_tokens
-from qtrain.settings import group_names
 from qtrain.train import compose
 
 

@@ -26,7 +26,7 @@ import yaml
 from rich.console import Console
 
 from qtrain.errors import UserError, first_line
-from qtrain.run_directory import RunDirectory
+from qtrain.runs.directory import RunDirectory
 from qtrain.sweep import Point, add_rows, describe, find_points, mark_killed, plan_table, status_table
 from qtrain.train import compose_all, jobs_of
 

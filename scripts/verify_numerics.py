@@ -44,13 +44,13 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
+from qtrain.config.recipe import LinearRecipe, QuantSpec, read_recipe
+from qtrain.config.settings import Backend, parse
 from qtrain.quant import Quantizer, QuantLinear
 from qtrain.quant.functional import Numerics
 from qtrain.quant.quantizer import rotate, unrotate
 from qtrain.quant.random import key_words
 from qtrain.quant.rotation import hadamard
-from qtrain.recipe import LinearRecipe, QuantSpec, read_recipe
-from qtrain.settings import Backend, parse
 from qtrain_kernels import reference
 from qtrain_kernels.formats import E2M1, E4M3, GAUSSIAN_CLIP
 from qtrain_kernels.gemm import Product, Scale

@@ -27,35 +27,30 @@ MAY_IMPORT = {
     "qtrain_kernels.triton_interpreter": "torch triton",
     "qtrain": "qtrain_kernels (qtrain.quant qtrain.training.build)",
     "qtrain.errors": "",
-    "qtrain.settings": "pydantic",
-    "qtrain.recipe": "yaml pydantic qtrain.settings qtrain_kernels.formats qtrain_kernels.plans",
-    "qtrain.config": "pydantic qtrain.settings qtrain.recipe",
-    "qtrain.quant": "torch qtrain.settings qtrain.recipe qtrain_kernels qtrain_kernels.formats qtrain_kernels.plans",
+    "qtrain.config": "yaml pydantic qtrain_kernels.formats qtrain_kernels.plans",
+    "qtrain.quant": "torch qtrain.config qtrain_kernels qtrain_kernels.formats qtrain_kernels.plans",
     "qtrain.models": "torch einops qtrain.config qtrain_kernels",
     "qtrain.metrics": "torch qtrain.config qtrain.models",
     "qtrain.optim": "torch qtrain.config",
-    "qtrain.plan": (
-        "torch rich qtrain.config qtrain.settings qtrain.recipe qtrain.models qtrain.metrics qtrain.optim "
-        "qtrain_kernels"
-    ),
+    "qtrain.plan": ("torch rich qtrain.config qtrain.models qtrain.metrics qtrain.optim qtrain_kernels"),
     "qtrain.data": (
         "numpy torch tokenizers filelock rich (datasets huggingface_hub pyarrow transformers) qtrain.config"
     ),
     "qtrain.data.batches": "numpy torch qtrain.data",
-    "qtrain.run_directory": "yaml qtrain.config qtrain.settings",
+    "qtrain.runs": "yaml pydantic (pyarrow) qtrain.config",
     "qtrain.scaling": "numpy scipy yaml (pyarrow)",
-    "qtrain.report": "numpy scipy matplotlib yaml (pyarrow) qtrain.scaling",
-    "qtrain.report.wandb_runs": "yaml (wandb)",
+    "qtrain.report": "numpy scipy matplotlib yaml (pyarrow) qtrain.config qtrain.runs qtrain.scaling",
+    "qtrain.report.wandb_runs": "yaml (wandb) qtrain.runs",
     "qtrain.training": "",
     "qtrain.training.world": "qtrain.config",
     "qtrain.training.stop": "",
     "qtrain.training.losses": "torch",
-    "qtrain.training.checkpoint": "torch safetensors qtrain.run_directory",
+    "qtrain.training.checkpoint": "torch safetensors qtrain.runs",
     "qtrain.training.causal_lm": (
         "torch lightning qtrain.config qtrain.plan qtrain.optim qtrain.quant qtrain.training.losses"
     ),
     "qtrain.training.build": (
-        "torch qtrain.config qtrain.plan qtrain.models qtrain.quant qtrain.run_directory qtrain.training.causal_lm "
+        "torch qtrain.config qtrain.plan qtrain.models qtrain.quant qtrain.runs qtrain.training.causal_lm "
         "qtrain.training.checkpoint"
     ),
     "qtrain.training.parallel": "torch lightning qtrain.config qtrain.training.stop qtrain.training.world",
@@ -63,12 +58,12 @@ MAY_IMPORT = {
         "qtrain.config qtrain.plan qtrain.optim qtrain.training.causal_lm qtrain.training.checkpoint"
     ),
     "qtrain.training.observers": (
-        "torch lightning rich qtrain.config qtrain.metrics qtrain.quant qtrain.run_directory qtrain.training.causal_lm "
+        "torch lightning rich qtrain.config qtrain.metrics qtrain.quant qtrain.runs qtrain.training.causal_lm "
         "qtrain.training.losses qtrain.training.parallel"
     ),
     "qtrain.training.divergence": "qtrain.training.causal_lm qtrain.training.parallel",
     "qtrain.training.saves": (
-        "torch qtrain.run_directory qtrain.training.causal_lm qtrain.training.checkpoint qtrain.training.observers "
+        "torch qtrain.runs qtrain.training.causal_lm qtrain.training.checkpoint qtrain.training.observers "
         "qtrain.training.parallel qtrain.training.trunk"
     ),
     "qtrain.training.loop": (
@@ -77,20 +72,19 @@ MAY_IMPORT = {
     ),
     "qtrain.training.session": (
         "torch lightning rich qtrain.config qtrain.plan qtrain.optim qtrain.models qtrain.quant qtrain.data "
-        "qtrain.data.batches qtrain.report qtrain.run_directory qtrain.training.build qtrain.training.causal_lm "
+        "qtrain.data.batches qtrain.report qtrain.runs qtrain.training.build qtrain.training.causal_lm "
         "qtrain.training.checkpoint qtrain.training.divergence qtrain.training.loop qtrain.training.observers "
         "qtrain.training.parallel qtrain.training.saves qtrain.training.stop qtrain.training.trunk "
         "qtrain.training.world"
     ),
     "qtrain.studies": "",
-    "qtrain.studies.chaos": "torch lightning qtrain qtrain.train qtrain.run_directory qtrain.settings",
+    "qtrain.studies.chaos": "torch lightning qtrain qtrain.train qtrain.runs qtrain.config",
     "qtrain.sweep": (
-        "torch rich qtrain qtrain.config qtrain.plan qtrain.run_directory qtrain.report qtrain.training.build "
+        "torch rich qtrain qtrain.config qtrain.plan qtrain.runs qtrain.report qtrain.training.build "
         "qtrain.training.checkpoint qtrain.training.losses qtrain.training.session qtrain.training.trunk"
     ),
     "qtrain.train": (
-        "hydra omegaconf qtrain.config qtrain.settings qtrain.training.world "
-        "(qtrain.plan qtrain.training.session qtrain.run_directory rich)"
+        "hydra omegaconf qtrain.config qtrain.training.world (qtrain.plan qtrain.training.session qtrain.runs rich)"
     ),
 }
 NOBODY_IMPORTS = {

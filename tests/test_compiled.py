@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qtrain.settings import Backend, GemmKind
+from qtrain.config.settings import Backend, GemmKind
 from qtrain_kernels import cpu, dispatch, gpu, reference
 from qtrain_kernels.formats import get_format
 from qtrain_kernels.gemm import SETTINGS

@@ -9,10 +9,10 @@ import yaml
 
 import qtrain
 from qtrain.config import ModelConfig, config_hash
+from qtrain.config.recipe import read_recipe
+from qtrain.config.settings import configs_dir, group_names, parse
 from qtrain.models.llama import Llama, count_parameters
 from qtrain.plan import RunPlan, make_plan
-from qtrain.recipe import read_recipe
-from qtrain.settings import configs_dir, group_names, parse
 from qtrain.train import compose, compose_all, jobs_of
 
 ROOT = Path(__file__).parents[1]

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 import qtrain
+from qtrain.config.recipe import LinearRecipe, read_recipe
 from qtrain.errors import UserError
 from qtrain.quant import QuantLinear, check_backend
-from qtrain.recipe import LinearRecipe, read_recipe
 from qtrain_kernels import dispatch
 
 

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torch.nn.functional import ScalingType, SwizzleType
 
 import qtrain
+from qtrain.config.recipe import read_recipe
 from qtrain.errors import UserError
 from qtrain.quant import check_backend
 from qtrain.quant.functional import Numerics, Observed, Observer
 from qtrain.quant.linear import QuantLinear
-from qtrain.recipe import read_recipe
 from qtrain_kernels import cpu, gemm, reference
 from qtrain_kernels.formats import E4M3 as FORMAT_E4M3
 from qtrain_kernels.formats import MX_E2M1, get_format

@@ -18,12 +18,12 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import qtrain
+from qtrain.config.recipe import LinearRecipe, QuantSpec, read_recipe
 from qtrain.errors import UserError
 from qtrain.quant import QuantLinear, rotation, set_high_precision
 from qtrain.quant.functional import Call
 from qtrain.quant.quantizer import Quantizer
 from qtrain.quant.random import USES, key_words
-from qtrain.recipe import LinearRecipe, QuantSpec, read_recipe
 from qtrain_kernels import qtensor
 from qtrain_kernels.plans import Rotation
 from qtrain_kernels.qtensor import QTensor, Side

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from qtrain.errors import UserError
-from qtrain.run_directory import RunDirectory
+from qtrain.runs.directory import RunDirectory
 from qtrain.train import compose
 from qtrain.training.observers.loggers import build_loggers, check_logger, has_wandb_key
 

@@ -59,7 +59,9 @@ def test_the_wheel_holds_the_packages_and_every_config_and_nothing_else(wheel):
 
 
 def test_the_installed_package_finds_its_configs(site, tmp_path):
-    code = "from qtrain import recipe, settings; print(settings.__file__); print(*settings.group_names('recipe'));"
+    code = (
+        "from qtrain.config import recipe, settings; print(settings.__file__); print(*settings.group_names('recipe'));"
+    )
     code += "recipe.read_recipe('bf16')"
     place, recipes = run(sys.executable, "-c", code, cwd=tmp_path, pythonpath=[site]).splitlines()
     assert Path(place).is_relative_to(site)

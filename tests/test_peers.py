@@ -20,8 +20,8 @@ from torchao.prototype.mx_formats.mx_tensor import ScaleCalculationMode, get_fp_
 from torchao.prototype.mx_formats.nvfp4_tensor import nvfp4_quantize, per_tensor_amax_to_scale
 
 import qtrain
+from qtrain.config.recipe import QuantSpec
 from qtrain.quant.quantizer import Quantizer
-from qtrain.recipe import QuantSpec
 from qtrain_kernels import reference
 from qtrain_kernels.formats import get_format
 

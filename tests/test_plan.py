@@ -7,11 +7,11 @@ import yaml
 from rich.console import Console
 
 from qtrain.config import Config
+from qtrain.config.recipe import LinearRecipe
+from qtrain.config.settings import configs_dir, parse
 from qtrain.errors import UserError
 from qtrain.metrics import flops_per_token
 from qtrain.plan import describe_recipe, make_plan, resolve_precision
-from qtrain.recipe import LinearRecipe
-from qtrain.settings import configs_dir, parse
 from qtrain_kernels import precision
 
 QUANTISED = {

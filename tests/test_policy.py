@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 import qtrain
+from qtrain.config.recipe import QuantSpec
 from qtrain.errors import UserError
 from qtrain.quant.quantizer import Quantizer
-from qtrain.recipe import QuantSpec
 from qtrain_kernels.formats import FORMATS, get_format
 from qtrain_kernels.plans import SCALE_RULES
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from qtrain.config.recipe import read_recipe
 from qtrain.quant.quantizer import Quantizer
-from qtrain.recipe import read_recipe
 from qtrain_kernels import qtensor, reference
 from qtrain_kernels.formats import E4M3, MX_E2M1, get_format
 from qtrain_kernels.plans import Mask, Plan

@@ -10,12 +10,12 @@ from oracles import quantization as oracle
 from torch import Tensor
 
 import qtrain
+from qtrain.config.recipe import QuantSpec
+from qtrain.config.settings import Backend
 from qtrain.errors import UserError
 from qtrain.quant.estimator import gradient_mask
 from qtrain.quant.quantizer import Quantizer, rotate, unrotate
 from qtrain.quant.rotation import hadamard
-from qtrain.recipe import QuantSpec
-from qtrain.settings import Backend
 from qtrain_kernels.formats import FORMATS, get_format
 from qtrain_kernels.gemm import TABLE, multiply
 from qtrain_kernels.plans import Mask

@@ -19,10 +19,10 @@ from oracles import recipes as oracle
 from torch import Tensor, nn
 
 import qtrain
+from qtrain.config.recipe import read_recipe
+from qtrain.config.settings import Backend
 from qtrain.quant import QuantLinear
 from qtrain.quant.functional import Numerics
-from qtrain.recipe import read_recipe
-from qtrain.settings import Backend
 from qtrain_kernels import reference
 from qtrain_kernels.gemm import Product, Scale
 from qtrain_kernels.qtensor import QTensor

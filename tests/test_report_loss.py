@@ -9,7 +9,8 @@ from matplotlib.colors import to_rgb
 from matplotlib.image import imread
 
 from qtrain.errors import UserError
-from qtrain.report.loss import BLUE, GREEN, ORANGE, curve, plot_loss, read_metrics, readable, scan_metrics, smooth
+from qtrain.report.loss import BLUE, GREEN, ORANGE, curve, plot_loss, readable, smooth
+from qtrain.runs.metrics_log import read_metrics, scan_metrics
 
 
 def write_run(directory: Path, summary: dict[str, Any] | None = None, tail: str = "", validate: bool = True) -> Path:

@@ -37,10 +37,9 @@ from qtrain.report.health import MOST_RUNS, Telemetry, health_pictures
 from qtrain.report.law_figures import law_figures, predicted
 from qtrain.report.page import save_all, write_report
 from qtrain.report.picture import MOST_POINTS, Picture, thin
-from qtrain.report.results import record
 from qtrain.report.runs import Corpus, Run, corpora, read_runs
-from qtrain.report.summaries import read_run, write_csv
 from qtrain.report.wandb_runs import project_runs
+from qtrain.runs.table import read_run, record, write_csv
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "report.py"
 COMMAND = "python scripts/report.py runs --out report.html"

@@ -18,19 +18,11 @@ from qtrain.errors import UserError
 from qtrain.report.curves import MOST_PANELS, comparisons, gap_curves, gap_pictures, loss_pictures, rate_pictures
 from qtrain.report.gaps import gaps_figure
 from qtrain.report.health import health_pictures
-from qtrain.report.loss import scan_metrics
 from qtrain.report.picture import Picture
 from qtrain.report.runs import NO_RESULT, Corpus, corpora, read_runs
-from qtrain.report.summaries import (
-    compare,
-    finished_runs,
-    read_csv,
-    read_run,
-    read_summaries,
-    run_directories,
-    write_csv,
-    write_table,
-)
+from qtrain.report.summaries import compare, read_summaries
+from qtrain.runs.metrics_log import scan_metrics
+from qtrain.runs.table import finished_runs, read_csv, read_run, run_directories, write_csv, write_table
 
 
 def gather(*places: Path) -> tuple[list[Corpus], list[str]]:

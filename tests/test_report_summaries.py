@@ -15,17 +15,14 @@ from report_runs import write_run
 
 from qtrain.errors import UserError
 from qtrain.report.gaps import plot_gaps
-from qtrain.report.summaries import (
+from qtrain.report.summaries import compare, markdown, read_published, read_summaries
+from qtrain.runs.table import (
     COLUMNS,
     INTEGERS,
     NUMBERS,
     REQUIRED,
-    compare,
-    markdown,
     read_csv,
-    read_published,
     read_run,
-    read_summaries,
     read_table,
     run_directories,
     write_csv,

@@ -11,9 +11,10 @@ import yaml
 
 import qtrain.plan
 from qtrain.config import Config, config_hash
+from qtrain.config.settings import parse
 from qtrain.errors import UserError
-from qtrain.run_directory import RunDirectory, write_atomically
-from qtrain.settings import parse
+from qtrain.runs.directory import RunDirectory
+from qtrain.runs.files import write_atomically
 from qtrain.train import compose
 
 
@@ -193,7 +194,7 @@ def test_force_moves_the_old_run_aside(tmp_path):
 
 @pytest.mark.parametrize("force", [False, True])
 def test_two_processes_cannot_train_in_one_directory(tmp_path, monkeypatch, force):
-    monkeypatch.setattr("qtrain.run_directory.LOCK_SECONDS", 0.3)
+    monkeypatch.setattr("qtrain.runs.directory.LOCK_SECONDS", 0.3)
     settings = config(tmp_path)
     with RunDirectory.of(settings) as directory:
         directory.open(settings)
@@ -217,7 +218,7 @@ def test_a_lock_that_is_let_go_of_soon_is_waited_for(tmp_path):
 def test_a_kill_before_the_config_is_written_leaves_a_directory_that_can_be_taken_up(tmp_path, monkeypatch):
     settings = config(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr("qtrain.run_directory.write_atomically", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr("qtrain.runs.directory.write_atomically", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         directory = RunDirectory.of(settings)
         with pytest.raises(KeyboardInterrupt):
             directory.open(settings)

@@ -22,9 +22,8 @@ from rich.console import Console
 from qtrain.config import Config, config_hash
 from qtrain.errors import UserError
 from qtrain.plan import make_plan
-from qtrain.report.results import record
-from qtrain.report.summaries import COLUMNS, read_csv
-from qtrain.run_directory import RunDirectory
+from qtrain.runs.directory import RunDirectory
+from qtrain.runs.table import COLUMNS, read_csv, record
 from qtrain.sweep import find_points, plan_table, seconds_left, status_table
 from qtrain.train import compose, compose_all, jobs_of
 from qtrain.training.checkpoint import folder_of, list_checkpoints

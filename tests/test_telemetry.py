@@ -18,10 +18,10 @@ from run_state import last_weights
 from torch import Tensor, nn
 
 import qtrain
+from qtrain.config.recipe import QuantSpec
 from qtrain.models.llama import Llama
 from qtrain.quant import Observed, Observer, Quantizer, QuantLinear, operand_health
-from qtrain.recipe import QuantSpec
-from qtrain.run_directory import RunDirectory
+from qtrain.runs.directory import RunDirectory
 from qtrain.train import compose
 from qtrain.training.observers import observer
 from qtrain.training.observers.telemetry import MAX_LINES, Telemetry

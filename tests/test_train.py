@@ -16,10 +16,10 @@ import torch
 from run_state import last_weights, tensors_in
 
 import qtrain
+from qtrain.config.recipe import read_recipe
 from qtrain.errors import DivergedError, UserError
 from qtrain.quant import QuantLinear
-from qtrain.recipe import read_recipe
-from qtrain.run_directory import RunDirectory
+from qtrain.runs.directory import RunDirectory
 from qtrain.train import checked_overrides, compose
 from qtrain.training.checkpoint import list_checkpoints, save, tensors_of
 from qtrain.training.session import run

@@ -15,8 +15,8 @@ from qtrain.config import Config, config_hash
 from qtrain.errors import UserError
 from qtrain.optim import lr_factor
 from qtrain.plan import make_plan
-from qtrain.report.summaries import read_csv
-from qtrain.run_directory import RunDirectory
+from qtrain.runs.directory import RunDirectory
+from qtrain.runs.table import read_csv
 from qtrain.train import compose
 from qtrain.training.session import run
 from qtrain.training.trunk import common_steps, trunk_key

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from qtrain.config.recipe import QuantSpec
 from qtrain.quant.quantizer import QuantizedTensor, Quantizer
 from qtrain.quant.random import USES, key_words
-from qtrain.recipe import QuantSpec
 from qtrain_kernels import reference
 from qtrain_kernels.formats import get_format
 

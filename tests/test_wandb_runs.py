@@ -16,8 +16,8 @@ import pytest
 import yaml
 
 from qtrain.errors import UserError
-from qtrain.report.summaries import finished_runs
 from qtrain.report.wandb_runs import BLOCK, FILE_HEADER, fetch_runs, project_runs, read_records, write_run
+from qtrain.runs.table import finished_runs
 
 ROOT = Path(__file__).parents[1]
 pytest.importorskip("wandb", reason="the extra wandb is not installed")

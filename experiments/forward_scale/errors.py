@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import torch
 
+from qtrain.config.recipe import QuantSpec
 from qtrain.quant.quantizer import QuantizedTensor, Quantizer
-from qtrain.recipe import QuantSpec
 
 RULES = ("std", "std_round", "even", "mse", "mse_phase")
 MASKS = (("clip", 1.0), ("clip", 0.77), ("clip", 0.75), ("trust", 1.0))

@@ -13,7 +13,8 @@ from statistics import mean, stdev
 
 from scipy.stats import t
 
-from qtrain.report.summaries import compare, read_csv
+from qtrain.report.summaries import compare
+from qtrain.runs.table import read_csv
 
 RECIPES = ("quest", "quartet", "quartet_ii")
 

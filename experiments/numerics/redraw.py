@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 import qtrain
 from qtrain.config import ModelConfig
+from qtrain.config.recipe import read_recipe
+from qtrain.config.settings import configs_dir, parse
 from qtrain.models.llama import Llama
-from qtrain.recipe import read_recipe
-from qtrain.settings import configs_dir, parse
 from qtrain.training.losses import next_token_loss
 
 RECIPES = ("quartet_v1", "quartet_ii", "tetrajet_v2_baseline", "quartet")

@@ -32,7 +32,7 @@ import triton
 from torch import Tensor, nn
 
 import qtrain
-from qtrain.settings import GemmKind
+from qtrain.config.settings import GemmKind
 from qtrain_kernels import gemm as products
 from qtrain_kernels import gpu
 from qtrain_kernels.formats import Element

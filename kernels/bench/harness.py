@@ -22,7 +22,7 @@ from torch import Tensor, nn
 import qtrain
 from qtrain.errors import UserError
 from qtrain.quant.linear import QuantLinear
-from qtrain.run_directory import environment, write_atomically
+from qtrain.runs.directory import environment, write_atomically
 
 Times = Mapping[str, list[float]]
 Row = dict[str, Any]

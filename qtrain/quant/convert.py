@@ -13,13 +13,13 @@ from typing import Any, get_args
 import torch
 from torch import nn
 
+from qtrain.config.recipe import LinearRecipe, read_recipe
+from qtrain.config.settings import Backend, GemmKind, group_names
 from qtrain.errors import UserError
 from qtrain.quant.functional import OPERANDS, Numerics
 from qtrain.quant.linear import QuantLinear, quant_linears
 from qtrain.quant.random import checked_seed
 from qtrain.quant.rotation import base
-from qtrain.recipe import LinearRecipe, read_recipe
-from qtrain.settings import Backend, GemmKind, group_names
 from qtrain_kernels import dispatch
 from qtrain_kernels.gemm import check_setting
 from qtrain_kernels.precision import Linear

@@ -32,11 +32,11 @@ import torch
 from torch import Tensor, distributed
 from torch.nn import functional as F
 
+from qtrain.config.recipe import LinearRecipe
+from qtrain.config.settings import Backend, GemmKind, Redraw
 from qtrain.quant.quantizer import Quantizer, rotate, unrotate
 from qtrain.quant.random import USES
 from qtrain.quant.rotation import base, hadamard
-from qtrain.recipe import LinearRecipe
-from qtrain.settings import Backend, GemmKind, Redraw
 from qtrain_kernels import dispatch, qtensor
 from qtrain_kernels.gemm import Product, resolve, reused, scaled
 from qtrain_kernels.plans import Rotation

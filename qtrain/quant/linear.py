@@ -16,12 +16,12 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from qtrain.config.recipe import LinearRecipe
+from qtrain.config.settings import BFLOAT16_GEMMS, Backend, GemmKind
 from qtrain.errors import UserError
 from qtrain.quant import functional
 from qtrain.quant.functional import OPERANDS, Numerics, Observer, read_numerics, text_of_own
 from qtrain.quant.random import key_table
-from qtrain.recipe import LinearRecipe
-from qtrain.settings import BFLOAT16_GEMMS, Backend, GemmKind
 from qtrain_kernels.precision import Linear
 
 REMEMBERED = 64  # steps or micro-batches whose forwards can still be recomputed

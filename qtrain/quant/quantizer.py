@@ -14,12 +14,12 @@ from functools import cached_property, lru_cache
 import torch
 from torch import Tensor
 
+from qtrain.config.recipe import QuantSpec, check_spec
+from qtrain.config.settings import Backend, parse
 from qtrain.errors import UserError
 from qtrain.quant.estimator import gradient_mask
 from qtrain.quant.random import checked_seed, key_words
 from qtrain.quant.rotation import hadamard
-from qtrain.recipe import QuantSpec, check_spec
-from qtrain.settings import Backend, parse
 from qtrain_kernels import dispatch, qtensor
 from qtrain_kernels.formats import get_format
 from qtrain_kernels.plans import ROUNDINGS, Plan, Rotation, RoundingName

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 from qtrain.errors import UserError
-
-log = logging.getLogger(__name__)
+from qtrain.runs.metrics_log import read_metrics
 
 # Okabe and Ito's palette, told apart with any colour vision
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#555555"
@@ -57,57 +55,6 @@ def plot_loss(run_dir: str | Path) -> Path:
     path = run_dir / "loss.png"
     figure.savefig(path, dpi=150)
     return path
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl, in order. A half-written last line is left out, with a warning in the log."""
-    if not path.exists():
-        raise UserError(f"{path} does not exist; is {path.parent} a run directory?")
-    lines, damaged, _ = scan_metrics(path)
-    for fault in damaged:
-        if not fault.last:
-            raise UserError(f"line {fault.number} of {path} is no line of metrics: {fault.text!r}; remove it")
-        log.warning("%s: the last line is half-written and left out", path)
-    return lines
-
-
-@dataclass(frozen=True)
-class DamagedLine:
-    """A line of metrics.jsonl that is no metrics line; text is its beginning."""
-
-    number: int
-    text: str
-    last: bool
-
-
-def scan_metrics(path: Path, without: tuple[str, ...] = ()) -> tuple[list[dict[str, Any]], list[DamagedLine], int]:
-    """The lines of a metrics.jsonl, in order, those that are damaged, and how many were passed over: those that look
-    whole and hold one of the texts `without` are not parsed."""
-    texts = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    lines, damaged, passed = [], [], 0
-    for number, text in enumerate(texts, start=1):
-        if any(key in text for key in without) and _looks_whole(text):
-            passed += 1
-            continue
-        try:
-            line = json.loads(text)
-        except json.JSONDecodeError:
-            line = None
-        if isinstance(line, dict) and isinstance(line.get("tokens"), int) and _are_numbers(line):
-            lines.append(line)
-        else:
-            damaged.append(DamagedLine(number, text[:60], number == len(texts)))
-    return lines, damaged, passed
-
-
-def _are_numbers(line: dict[str, Any]) -> bool:
-    """A metric may be null, where a run had none."""
-    return all(value is None or type(value) in (int, float) for value in line.values())
-
-
-def _looks_whole(text: str) -> bool:
-    """A line is flat: one with a second brace is two, the first of them cut off."""
-    return text.startswith("{") and text.endswith("}") and text.count("{") == 1
 
 
 def curve(lines: list[dict[str, Any]], key: str) -> Curve:

@@ -23,7 +23,7 @@ from qtrain.report import curves, health
 from qtrain.report.loss import readable
 from qtrain.report.picture import FONTS, Picture, plain_numbers
 from qtrain.report.runs import Corpus, Run, corpora, point_title, read_runs
-from qtrain.report.summaries import write_table
+from qtrain.runs.table import write_table
 
 TEMPLATE = Path(__file__).with_name("page.html")
 _NUMBER = re.compile(r"baseline|[-+]?[\d.,e+]*[kMBT]?( GiB| ± [\d.]+)?")

@@ -9,16 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from qtrain.errors import UserError
-from qtrain.report.loss import readable, scan_metrics
-from qtrain.report.summaries import (
-    Row,
-    damaged_run,
-    is_table,
-    read_settings,
-    read_table,
-    run_directories,
-    run_row,
-)
+from qtrain.report.loss import readable
+from qtrain.runs.metrics_log import scan_metrics
+from qtrain.runs.table import Row, damaged_run, is_table, read_settings, read_table, run_directories, run_row
 
 TELEMETRY = ('"quant/', '"grad/')  # lines of their own, long and many: read for the few runs that show them
 

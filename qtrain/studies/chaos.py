@@ -37,8 +37,8 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 import qtrain
 import qtrain.train
-from qtrain.run_directory import write_atomically
-from qtrain.settings import configs_dir
+from qtrain.config.settings import configs_dir
+from qtrain.runs.files import write_atomically
 
 STEPS = 40
 SETTINGS = (

@@ -13,7 +13,7 @@ from qtrain.errors import UserError
 from qtrain.models.llama import Llama
 from qtrain.plan import make_plan
 from qtrain.quant import Report, convert, set_high_precision
-from qtrain.run_directory import RunDirectory
+from qtrain.runs.directory import RunDirectory
 from qtrain.training.causal_lm import computes_in_high_precision
 from qtrain.training.checkpoint import VALUES, newest, refuse_earlier_format, restore
 

@@ -45,7 +45,7 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 
 from qtrain.errors import UserError, first_line
-from qtrain.run_directory import commit
+from qtrain.runs.environment import commit
 
 log = logging.getLogger("qtrain")
 

@@ -8,7 +8,8 @@ from collections.abc import Callable
 
 import torch
 
-from qtrain.run_directory import RunDirectory, write_atomically
+from qtrain.runs.directory import RunDirectory
+from qtrain.runs.files import write_atomically
 from qtrain.training.causal_lm import CausalLM
 from qtrain.training.checkpoint import Saver, folder_of, tensors_of, tidy
 from qtrain.training.observers import Measure
@@ -60,7 +61,7 @@ class Saves:
         values = {"samples": samples, "vocab_size": self.module.plan.vocab_size}
         tensors = tensors_of(self.module.model, self.optimizer)
         if self.ranks.is_zero:
-            self.directory.sync_metrics()
+            self.directory.log.sync()
         self.saver.save(self.directory.checkpoints, step, tensors, values, keep=self.keep)
         if self.trunk and step == self.trunk.steps:
             self._leave_trunk(self.trunk, step, tensors, values)

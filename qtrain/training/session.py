@@ -33,9 +33,11 @@ from qtrain.optim import build_optimizer
 from qtrain.plan import RunPlan, budget_tokens, make_plan
 from qtrain.quant import check_backend
 from qtrain.report.loss import plot_loss
-from qtrain.report.results import record, recorded
-from qtrain.report.summaries import read_run
-from qtrain.run_directory import RunDirectory, commit, write_atomically
+from qtrain.runs.directory import RunDirectory
+from qtrain.runs.environment import commit
+from qtrain.runs.files import write_atomically
+from qtrain.runs.status import FAILED
+from qtrain.runs.table import read_run, record, recorded
 from qtrain.training.build import build_model, check_model, pick_device
 from qtrain.training.causal_lm import CausalLM
 from qtrain.training.checkpoint import Saver, newest, refuse_earlier_format, tidy
@@ -50,8 +52,6 @@ from qtrain.training.trunk import Trunk, metrics_beside
 from qtrain.training.world import World, find_world
 
 log = logging.getLogger("qtrain")
-
-FAILED = ("failed", "diverged")  # statuses of a run that ended, but not as it should
 
 
 @dataclass(frozen=True)

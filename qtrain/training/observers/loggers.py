@@ -12,7 +12,7 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 
 from qtrain.config import Config
 from qtrain.errors import UserError
-from qtrain.run_directory import RunDirectory
+from qtrain.runs.directory import RunDirectory
 
 SUMMARY = "run"  # the entry of a W&B summary that holds summary.json: metrics have their own, of the last line
 

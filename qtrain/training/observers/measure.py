@@ -15,7 +15,7 @@ from torch import Tensor
 
 from qtrain.errors import DivergedError
 from qtrain.metrics import bits_per_byte
-from qtrain.run_directory import RunDirectory
+from qtrain.runs.directory import RunDirectory
 from qtrain.training.causal_lm import CausalLM
 from qtrain.training.losses import evaluate
 from qtrain.training.observers.observer import Observer

@@ -5,18 +5,14 @@ The YAML files under configs/ hold the values, the classes here hold the meaning
 
 from __future__ import annotations
 
-import copy
 import difflib
-import hashlib
-import json
-from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from qtrain.config.recipe import LinearRecipe
+from qtrain.config.settings import BFLOAT16_GEMMS, Backend, GemmKind, Strict, fields_at, nearest
 from qtrain.errors import UserError
-from qtrain.recipe import LinearRecipe
-from qtrain.settings import BFLOAT16_GEMMS, Backend, GemmKind, Strict, fields_at, nearest, parse
 
 
 class ModelConfig(Strict):
@@ -235,7 +231,7 @@ class DebugConfig(Strict):
 
 
 class Config(Strict):
-    """One run. Keys that cannot change the result (`NOT_IN_HASH`) are left out of the run's hash.
+    """One run. Keys that cannot change the result (`qtrain.config.identity.NOT_IN_HASH`) are not in the run's hash.
 
     results: a CSV file: a run whose row it has is done; a run that ends adds its row.
     retry_failed: false leaves runs alone that ended in an error or diverged.
@@ -284,103 +280,6 @@ class Config(Strict):
                 "budget's end; set data.max_tokens to the largest one"
             )
         return self
-
-
-NOT_IN_HASH = (
-    "name",  # stands beside the hash
-    "run_root",
-    "run_dir",
-    "force",
-    "dry_run",
-    "results",
-    "retry_failed",
-    "backend",  # every backend equals the reference
-    "data.cache_dir",
-    "data.num_workers",
-    "data.prepare_workers",
-    "trainer.device",
-    "trainer.devices",
-    "trainer.num_nodes",
-    "trainer.strategy",
-    "trainer.sharding_groups",
-    "trainer.checkpoint_activations",
-    "trainer.share_trunk",
-    "callbacks",
-    "logger",
-    "debug.detect_anomaly",
-    "recipe.source",
-    "recipe.deviations",
-)
-# What was done before a setting was there, or before its default changed. Runs of this value keep the names that they
-# had then.
-AT_INTRODUCTION: dict[str, Any] = {
-    "trainer.precision": "bf16-mixed",
-    "recipe.redraw": "step",
-}
-
-
-def result_keys(config: Config, exclude_defaults: bool = False) -> dict[str, Any]:
-    """The settings that determine the result, as plain nested data."""
-    tree = config.model_dump(mode="json", exclude_defaults=exclude_defaults)
-    for key in NOT_IN_HASH:
-        *parents, leaf = key.split(".")
-        node = tree
-        for parent in parents:
-            node = node.get(parent, {})
-        node.pop(leaf, None)
-    return tree
-
-
-def hashed_keys(config: Config) -> dict[str, Any]:
-    """The settings that determine the result, for a hash of them. Left out are those that have the value of
-    AT_INTRODUCTION, or else the default of their class, and a recipe.redraw that changes nothing: so a setting that
-    comes later renames no run that it leaves as it was.
-
-    ValueError for trainer.precision=auto, which is no result yet: `qtrain.plan.resolve_precision` comes first.
-    """
-    if config.trainer.precision == "auto":
-        raise ValueError("trainer.precision=auto has no hash; resolve it first (qtrain.plan.resolve_precision)")
-    without_effect = () if _redraws(config) else ("recipe.redraw",)
-    tree, complete = result_keys(config, exclude_defaults=True), result_keys(config)
-    for key, before in AT_INTRODUCTION.items():
-        *groups, leaf = key.split(".")
-        node, found = tree, complete
-        for group in groups:
-            node, found = node.setdefault(group, {}), found[group]
-        node.pop(leaf, None)
-        if found[leaf] != before and key not in without_effect:
-            node[leaf] = found[leaf]
-    overrides = tree.get("recipe", {}).get("overrides", {})  # the first match holds: their order counts
-    if overrides:
-        words = {"source", "deviations"}
-        pairs = ((name, {k: v for k, v in other.items() if k not in words}) for name, other in overrides.items())
-        tree["recipe"]["overrides"] = list(pairs)
-    return tree
-
-
-def parse_saved(tree: Mapping[str, Any]) -> Config:
-    """The settings of a run as its config.yaml has them; those that were introduced later are as they were before.
-    UserError as `parse`."""
-    tree = copy.deepcopy(dict(tree))
-    for key, before in AT_INTRODUCTION.items():
-        group, name = key.split(".")
-        if isinstance(tree.get(group), dict):
-            tree[group].setdefault(name, before)
-    return parse(Config, tree)
-
-
-def _redraws(config: Config) -> bool:
-    """Whether recipe.redraw matters: the recipe draws for its weights, and a step has several micro-batches, of any
-    device."""
-    trainer = config.trainer
-    return config.recipe.redraws and trainer.batch_tokens > trainer.micro_batch_size * config.model.seq_len
-
-
-def config_hash(config: Config) -> str:
-    """Eight hex digits of the settings that determine the result."""
-    tree = hashed_keys(config)
-    text = json.dumps(tree, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def check_key(key: str) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -65,6 +65,16 @@ def fields_at(kind: type[BaseModel], parents: list[str]) -> list[str]:
     return list(kind.model_fields)
 
 
+def classes_of(kind: type[BaseModel], name: str, value: Any) -> list[type[Strict]]:
+    """The classes of settings that a field may hold; of several those whose own `name` can be that of the value."""
+    annotation = kind.model_fields[name].annotation
+    options = [annotation] if get_origin(annotation) is dict else [annotation, *get_args(annotation)]
+    classes = [option for option in options if isinstance(option, type) and issubclass(option, Strict)]
+    if len(classes) < 2 or not isinstance(value, Mapping):
+        return classes
+    return [each for each in classes if value.get("name") in get_args(each.model_fields["name"].annotation)]
+
+
 def nearest(name: str, valid: list[str], parents: list[str] | None = None) -> str:
     match = difflib.get_close_matches(name.lower(), valid, n=1, cutoff=0.5)
     return f"; did you mean {'.'.join([*(parents or []), match[0]])!r}?" if match else ""
@@ -72,8 +82,9 @@ def nearest(name: str, valid: list[str], parents: list[str] | None = None) -> st
 
 def configs_dir() -> Path:
     """The folder of config groups: inside the installed package, or at the root of a checkout."""
-    installed = Path(__file__).parent / "configs"
-    return installed if installed.is_dir() else Path(__file__).parents[1] / "configs"
+    package = Path(__file__).parents[1]
+    installed = package / "configs"
+    return installed if installed.is_dir() else package.parent / "configs"
 
 
 def group_names(group: str) -> list[str]:

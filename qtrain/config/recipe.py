@@ -13,8 +13,8 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
+from qtrain.config.settings import Redraw, Strict, configs_dir, group_names, nearest, parse
 from qtrain.errors import UserError
-from qtrain.settings import Redraw, Strict, configs_dir, group_names, nearest, parse
 from qtrain_kernels.formats import Format, get_format
 from qtrain_kernels.plans import ROUNDINGS, RoundingName, check_scale
 

@@ -15,48 +15,26 @@ Starting the same command again finds the same directory: it resumes an unfinish
 from __future__ import annotations
 
 import fcntl
-import importlib.metadata
 import json
 import logging
-import os
-import platform
 import secrets
-import shlex
-import subprocess
-import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
 import yaml
 
-from qtrain.config import Config, config_hash, parse_saved, result_keys
+from qtrain.config import Config, config_hash, differences, parse_saved
 from qtrain.errors import UserError
-from qtrain.settings import configs_dir
+from qtrain.runs.environment import environment
+from qtrain.runs.files import read_json, write_atomically
+from qtrain.runs.metrics_log import MetricsLog
+from qtrain.runs.status import Status
 
 log = logging.getLogger("qtrain")
 
 LOCK_SECONDS = 8.0  # the loader processes of a killed run notice its end, and let go of its lock, within five
-PACKAGES = ("qtrain", "torch", "triton", "lightning", "hydra-core", "datasets", "tokenizers", "numpy")
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """The file is the old one or the new one, at any moment and after a crash."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    with partial.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; {} where there is no file. UserError for a file that holds none."""
-    try:
-        return json.loads(path.read_text()) if path.exists() else {}
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {error}") from None
 
 
 class RunDirectory:
@@ -130,9 +108,9 @@ class RunDirectory:
         there = self.read_config()
         if config_hash(there) == config_hash(config):
             return
-        differences = list(_differences(result_keys(there), result_keys(config)))
+        found = "; ".join(differences(there, config))
         raise UserError(
-            f"run_dir={self.path} was made with another config: {'; '.join(differences)}. "
+            f"run_dir={self.path} was made with another config: {found}. "
             "Name another run_dir, or set force=true to move the old one aside"
         )
 
@@ -169,6 +147,11 @@ class RunDirectory:
         return self.path / "metrics.jsonl"
 
     @property
+    def log(self) -> MetricsLog:
+        """What reads and writes metrics.jsonl."""
+        return MetricsLog(self.metrics)
+
+    @property
     def wandb_id(self) -> str:
         return read_json(self.path / "environment.json")["wandb_id"]
 
@@ -178,7 +161,7 @@ class RunDirectory:
 
     @property
     def finished(self) -> bool:
-        return self.summary.get("status") == "finished"
+        return self.summary.get("status") == Status.FINISHED
 
     @property
     def starts(self) -> int:
@@ -211,97 +194,12 @@ class RunDirectory:
             raise UserError(f"{path} does not read as the settings of a run: {error}") from None
 
     def append_metrics(self, line: Mapping[str, Any]) -> None:
-        with self.metrics.open("a") as file:
-            file.write(json.dumps(line) + "\n")
-
-    def sync_metrics(self) -> None:
-        """Everything that was appended to metrics.jsonl is on disk when this returns."""
-        if self.metrics.exists():
-            with self.metrics.open("a") as file:
-                os.fsync(file.fileno())
+        self.log.append(line)
 
     def lines(self, having: str) -> list[dict[str, Any]]:
         """The whole lines of metrics.jsonl that have this key."""
-        text = self.metrics.read_text() if self.metrics.exists() else ""
-        whole = [json.loads(line) for line in text.splitlines(keepends=True) if _step_of(line) < float("inf")]
-        return [line for line in whole if having in line]
+        return self.log.lines(having)
 
     def discard_metrics_after(self, step: int) -> int:
-        """Move the lines of steps beyond `step`, and a half-written line, to metrics.discarded.jsonl; their number."""
-        if not self.metrics.exists():
-            return 0
-        lines = self.metrics.read_text().splitlines(keepends=True)
-        kept = [line for line in lines if _step_of(line) <= step]
-        dropped = [line for line in lines if _step_of(line) > step]
-        if dropped:
-            with (self.path / "metrics.discarded.jsonl").open("a") as file:
-                file.writelines(line if line.endswith("\n") else line + "\n" for line in dropped)
-            write_atomically(self.metrics, "".join(kept))
-        return len(dropped)
-
-
-def _step_of(line: str) -> float:
-    """The step of a metrics line; infinity for a line that was not written to its end."""
-    if not line.endswith("\n"):
-        return float("inf")
-    try:
-        return json.loads(line)["step"]
-    except (json.JSONDecodeError, KeyError, TypeError):
-        return float("inf")
-
-
-def _differences(there: Any, here: Any, path: str = "") -> Iterator[str]:
-    if isinstance(there, dict) and isinstance(here, dict):
-        for key in sorted(there.keys() | here.keys()):
-            yield from _differences(there.get(key), here.get(key), f"{path}.{key}" if path else key)
-    elif there != here:
-        yield f"{path} was {there!r}, now {here!r}"
-
-
-# ------------------------------------------------------------------------------------------------- environment
-
-
-def environment() -> dict[str, Any]:
-    """Versions, machine, commit and command of this process."""
-    versions = {}
-    for package in PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = None
-    return {
-        "command": shlex.join(sys.orig_argv),
-        "commit": commit(),
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "processor": _processor(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "versions": versions,
-    }
-
-
-def commit() -> str | None:
-    """The checkout's commit, "+changes" after it where files differ from it; None for an installed package."""
-    root = configs_dir().parent
-    if not (root / ".git").exists():
-        return None
-    try:
-        head = _git(root, "rev-parse", "HEAD")
-        return head + ("+changes" if _git(root, "status", "--porcelain", "--untracked-files=no") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def _git(root: Path, *arguments: str) -> str:
-    # A status that refreshes the index would lock it against its owner, for good if the run is killed meanwhile.
-    command = ["git", "--no-optional-locks", "-C", str(root), *arguments]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
-
-
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor()
+        """`MetricsLog.discard_after`."""
+        return self.log.discard_after(step)

@@ -14,6 +14,7 @@ the same command goes on from there.
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import math
 import multiprocessing
@@ -119,6 +120,7 @@ def _command(arguments: list[str], ranks: int, conditions: Conditions, folder: P
 
 def _rank(arguments: list[str], conditions: Conditions, folder: Path) -> None:
     torch.set_num_threads(1)
+    faulthandler.enable()
     rank = int(os.environ.get("RANK", "0"))
     setattr(rank_zero_only, "rank", rank)  # noqa: B010  Lightning read it when it was imported
     with (folder / "pids").open("a") as file:
@@ -203,10 +205,13 @@ class Start:
         self._reader.join(HUNG_SECONDS)
         hung = self.running
         if hung:
+            for process in self.ranks.values():
+                self.send(process, signal.SIGABRT)  # where it stands
+            time.sleep(1.0)
             self.kill_all()
         self.launcher.join()
         if hung:
-            raise HungError(f"still ran {HUNG_SECONDS:.0f} s after the fault: {self.last_words()}")
+            raise HungError(f"still ran {HUNG_SECONDS:.0f} s after the fault: {self.shown.decode(errors='replace')}")
         return self.launcher.exitcode
 
     def send(self, process: int | None, number: int) -> None:

@@ -46,6 +46,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimi
 
 from qtrain.errors import UserError, first_line
 from qtrain.runs.environment import commit
+from qtrain.runs.files import sync_folder
 
 log = logging.getLogger("qtrain")
 
@@ -183,13 +184,13 @@ def _finish(folder: Path, partial: Path, values: str, entries: list[dict[str, An
         raise UserError(f"{partial.parent} is not one folder to all nodes ({elsewhere[0]} is missing): set run_root")
     files[VALUES] = _entry(partial / VALUES)
     _write_synced(partial / MANIFEST, json.dumps({"files": files}, indent=2) + "\n")
-    _sync(partial)
+    sync_folder(partial)
     if folder.exists() and damage(folder) is None:
         return
     if folder.exists():
         _set_aside(folder)
     partial.rename(folder)
-    _sync(folder.parent)
+    sync_folder(folder.parent)
     if keep is not None:
         prune(folder.parent, keep)
 
@@ -208,14 +209,6 @@ def _write_synced(path: Path, text: str) -> None:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 # ---------------------------------------------------------------------------------------------------------------- read
@@ -286,9 +279,9 @@ def export(folder: Path, path: Path) -> None:
     partial = _hidden(path)
     try:
         safetensors.torch.save_file(weights(folder), partial, metadata={"format": "pt"})
-        _sync(partial)
+        sync_folder(partial)
         partial.replace(path)
-        _sync(path.parent)
+        sync_folder(path.parent)
     except (OSError, safetensors.SafetensorError) as error:
         raise UserError(f"cannot write {path}: {_reason(error)}") from error
     finally:

@@ -25,6 +25,7 @@ from qtrain.errors import StoppedError
 log = logging.getLogger("qtrain")
 
 STOPPED, QUEUE_AGAIN = 130, 75
+END = 0  # no signal has this number
 CODES = {
     signal.SIGINT: STOPPED,
     signal.SIGTERM: STOPPED,
@@ -124,10 +125,10 @@ def _woken(called: Callable[[int], None]) -> Iterator[None]:
     os.set_blocking(writing, False)
     before = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
 
-    def watch() -> None:
-        while number := os.read(reading, 1):
-            if number[0] in CODES:
-                called(number[0])
+    def watch() -> None:  # until the end below: loader processes hold the pipe open
+        while (number := os.read(reading, 1)[0]) != END:
+            if number in CODES:
+                called(number)
 
     thread = threading.Thread(target=watch, daemon=True, name="signal-watch")
     thread.start()
@@ -135,8 +136,10 @@ def _woken(called: Callable[[int], None]) -> Iterator[None]:
         yield
     finally:
         signal.set_wakeup_fd(before)
-        os.close(writing)
+        os.set_blocking(writing, True)
+        os.write(writing, bytes([END]))
         thread.join()
+        os.close(writing)
         os.close(reading)
 
 

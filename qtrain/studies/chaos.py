@@ -385,7 +385,7 @@ def full_disk(round: Round, draw: random.Random) -> str:
 
 
 def killed_loader(round: Round, draw: random.Random) -> str:
-    with round.started(Conditions(loaders=draw.choice((1, 2)))) as start:
+    with round.started(Conditions(loaders=2)) as start:
         start.wait(lambda: start.new_steps() >= draw.randint(1, 4))
         rank = draw.choice(sorted(start.ranks))
         process = start.ranks[rank]

@@ -272,6 +272,7 @@ class Session:
                     step = self._rewind(wrong, saver, optimizer, measure)
                     samples = seen
         finally:
+            self.data.close()
             for observer in observers:
                 observer.on_end()
             saver.close()

@@ -296,9 +296,8 @@ def test_the_wrong_number_of_processes_is_refused_before_anything_is_written(cor
 
 def test_a_refusal_of_rank_0_ends_all_and_is_said_once(corpus: Path, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
-    two = settings(corpus, tmp_path / "run", "trainer.devices=2")
-    ranks = Ranks(tmp_path, command, two)
     (tmp_path / "run" / "strange").touch()
+    ranks = Ranks(tmp_path, command, settings(corpus, tmp_path / "run", "trainer.devices=2"))
     assert ranks.ended() == [2, 2]
     assert ranks.said().count("error:") == 1 and "holds no run" in ranks.said()
 

@@ -86,28 +86,29 @@ def run(config: Config) -> float | None:
     check_strategy(config.trainer)
     log.info("%s", check_model(config))
     directory = RunDirectory.of(config)
-    if world.rank == 0:
-        directory.check(config)
     if config.dry_run:
+        directory.check(config)
         table = make_plan(config).table(config, device=str(device), run_directory=str(directory.path))
         console.print(table)
         return None
-    ended = _ended(config, directory) if world.rank == 0 and not config.force else None
-    if world.alone and ended:
-        console.print(ended.said, soft_wrap=True)
-        return ended.loss
-    with StopRequest() as stop, _together(config, world, device, stop) as (fabric, ranks):
-        ended = ranks.decided(lambda: ended)
-        if ended:
-            console.print(ended.said, soft_wrap=True)
-            return ended.loss if ranks.is_zero else None
-        with _session(config, fabric, ranks, console) as session:
-            loss = session.run(stop)
-            ranks.meet()  # who leaves first would look lost to the others
-            return loss if ranks.is_zero else None
+    ended = _ended(config, directory) if world.alone else None  # before other processes are started
+    if ended is None:
+        with StopRequest() as stop, _together(config, world, device, stop) as (fabric, ranks):
+            ended = None if world.alone else ranks.decided(lambda: _ended(config, directory))
+            if ended is None:
+                with _session(config, fabric, ranks, console) as session:
+                    loss = session.run(stop)
+                    ranks.meet()  # who leaves first would look lost to the others
+                    return loss
+    console.print(ended.said, soft_wrap=True)
+    return ended.loss if world.rank == 0 else None
 
 
 def _ended(config: Config, directory: RunDirectory) -> Ended | None:
+    """UserError where the directory holds something else."""
+    directory.check(config)
+    if config.force:
+        return None
     summary = directory.summary
     if directory.finished:
         loss = summary["val_loss"]

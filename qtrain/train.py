@@ -92,6 +92,7 @@ class _Stop:
     def __init__(self) -> None:
         self.asked = False
         self.jobs_are_here = False
+        self.stopped: KeyboardInterrupt | None = None  # how a job ended
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -103,8 +104,8 @@ class _Stop:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-        if self.asked:
-            raise KeyboardInterrupt
+        if self.stopped or self.asked:
+            raise self.stopped or KeyboardInterrupt
 
     def _note(self, number: int, _: object) -> None:
         if self.asked or self.jobs_are_here:
@@ -141,9 +142,9 @@ def job(tree: DictConfig) -> float | None:
         _stop.jobs_are_here = True
         return _job(tree)
     try:  # a process of hydra/launcher=local
-        return None if _stop.asked else _job(tree)
-    except KeyboardInterrupt:
-        _stop.asked = True
+        return None if _stop.stopped or _stop.asked else _job(tree)
+    except KeyboardInterrupt as stopped:
+        _stop.stopped = stopped
         return None
 
 

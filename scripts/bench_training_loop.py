@@ -1,12 +1,12 @@
-"""Tokens/s of the Lightning loop over those of a bare PyTorch loop: same model, batches, optimiser, machine and run.
+"""Tokens/s of the training loop over those of a bare PyTorch loop: same model, batches, optimiser, machine and run.
 
     python scripts/bench_training_loop.py                       # the quick start's model and recipe
     python scripts/bench_training_loop.py +experiment=bf16      # any settings of train.py
     python scripts/bench_training_loop.py --steps 100 --rounds 5 --out result.json
     python scripts/bench_training_loop.py --telemetry           # what taking the quantisers' health costs
 
-Each round times the bare loop and the Lightning loop, in turns which goes first, both over the same steps after the
-same warm-up steps, with the callbacks of a real run (metrics every 10 steps; no validation or checkpoint falls into the
+Each round times the bare loop and the training loop, in turns which goes first, both over the same steps after the
+same warm-up steps, with the observers of a real run (metrics every 10 steps; no validation or checkpoint falls into the
 timed steps). One more round before them, which compiles, is not counted. Also
 measured: the share of step time spent waiting for data, and the speed of tokenising bytes.
 
@@ -28,21 +28,20 @@ import qtrain  # noqa: F401  before torch: it sets how long torch's threads spin
 
 # isort: split
 
-import lightning
 import torch
 from rich.console import Console
-from torch import nn
+from torch import Tensor, nn
 
-from qtrain.callbacks import StopRequest
 from qtrain.config import Config
 from qtrain.data import prepare
-from qtrain.lightning_module import next_token_loss
 from qtrain.optim import build_optimizer, lr_factor
 from qtrain.plan import make_plan
 from qtrain.quant import set_step
-from qtrain.run import Session, open_session, speak_through
 from qtrain.runs.directory import environment
 from qtrain.train import compose
+from qtrain.training.losses import next_token_loss
+from qtrain.training.observers import Observer
+from qtrain.training.session import Session, open_session, speak_through
 
 WARM_UP = 5
 
@@ -72,10 +71,10 @@ def measure(overrides: list[str], steps: int, rounds: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         for number in range(rounds + 1):
             config = timed_config(overrides, scratch, number, steps)
-            for lightning_turn in (False, True) if number % 2 else (True, False):
+            for loops_turn in (False, True) if number % 2 else (True, False):
                 with open_session(config) as session:
-                    if lightning_turn:
-                        speed, waited = lightning_loop(session, steps)
+                    if loops_turn:
+                        speed, waited = training_loop(session, steps)
                         loop.append(speed)
                         waiting.append(waited)
                     else:
@@ -85,7 +84,7 @@ def measure(overrides: list[str], steps: int, rounds: int) -> dict[str, Any]:
     return {
         "settings": " ".join(overrides),
         "bare_tokens_per_second": [round(speed) for speed in bare],
-        "lightning_tokens_per_second": [round(speed) for speed in loop],
+        "loop_tokens_per_second": [round(speed) for speed in loop],
         "ratios": [round(ratio, 4) for ratio in ratios],
         "median_ratio": round(median(ratios), 4),
         "data_wait_share": round(median(waiting), 5),
@@ -99,7 +98,7 @@ def telemetry_cost(overrides: list[str], steps: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         config = timed_config([*overrides, "callbacks.telemetry_every_steps=2"], scratch, 0, steps)
         with open_session(config) as session:
-            ends = clocked(session).ends[session.plan.micro_batches - 1 :: session.plan.micro_batches]
+            ends = clocked(session).ends
     seconds = {step: ends[step - 1] - ends[step - 2] for step in range(WARM_UP + 1, WARM_UP + steps + 1)}
     watched, plain = (median(seconds[step] for step in seconds if step % 2 == odd) for odd in (0, 1))
     interval = make_plan(compose(overrides)).telemetry_every_steps
@@ -135,7 +134,7 @@ def bare_loop(session: Session, steps: int) -> float:
     config, plan, device = session.config, session.plan, session.device
     model = session.model.to(device).train()
     optimizer = build_optimizer(model, config.optimizer)
-    batches = iter(session.data.train_dataloader())
+    batches = iter(session.data.train(0, (WARM_UP + steps) * plan.micro_batches * session.data.per_batch))
     started = 0.0
     for step in range(WARM_UP + steps):
         if step == WARM_UP:
@@ -154,39 +153,44 @@ def bare_loop(session: Session, steps: int) -> float:
     return steps * plan.batch_tokens / (now(device) - started)
 
 
-class Clock(lightning.Callback):
-    """The time at the end of each micro-batch, after all other callbacks, and the sum of waits between them."""
+class Clock(Observer):
+    """The time at the end of each micro-batch and of each step, after all other observers, and the waits for the next
+    micro-batch."""
 
     def __init__(self, device: torch.device):
         self.device = device
-        self.ends: list[float] = []
+        self.ends: list[float] = []  # of steps
         self.waits: list[float] = []
+        self.ready = 0.0
 
-    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        if self.ends:
-            self.waits.append(time.perf_counter() - self.ends[-1])
+    def on_micro_batch_start(self, step: int, micro_batch: int, batch: Tensor) -> None:
+        if self.ready:
+            self.waits.append(time.perf_counter() - self.ready)
 
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        self.ends.append(now(self.device))
+    def on_backward_end(self) -> None:
+        self.ready = now(self.device)
+
+    def on_step_end(self, step: int) -> None:
+        self.ready = now(self.device)
+        self.ends.append(self.ready)
 
 
-def lightning_loop(session: Session, steps: int) -> tuple[float, float]:
+def training_loop(session: Session, steps: int) -> tuple[float, float]:
     """(tokens/s, share of the time between the end of one micro-batch and the start of the next: waiting for data and
-    Lightning's own bookkeeping together, so an upper bound on waiting)."""
+    the loop's own bookkeeping together, so an upper bound on waiting)."""
     clock = clocked(session)
     micro_batches = session.plan.micro_batches
-    first, last = WARM_UP * micro_batches - 1, (WARM_UP + steps) * micro_batches - 1
-    seconds = clock.ends[last] - clock.ends[first]
-    return steps * session.plan.batch_tokens / seconds, sum(clock.waits[first:last]) / seconds
+    seconds = clock.ends[WARM_UP + steps - 1] - clock.ends[WARM_UP - 1]
+    waits = clock.waits[WARM_UP * micro_batches - 1 : (WARM_UP + steps) * micro_batches - 1]
+    return steps * session.plan.batch_tokens / seconds, sum(waits) / seconds
 
 
 def clocked(session: Session) -> Clock:
     """The clock of a session's whole training."""
     clock = Clock(session.device)
-    with StopRequest() as stop:
-        trainer = session.trainer(stop)
-        trainer.callbacks.append(clock)  # pyright: ignore[reportAttributeAccessIssue]
-        trainer.fit(session.module, datamodule=session.data, weights_only=True)
+    build = session.observers
+    session.observers = lambda: [*build(), clock]  # pyright: ignore[reportAttributeAccessIssue]
+    session.train()
     return clock
 
 

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from inspect import signature
 from typing import Any, TypeVar
 
 import torch
@@ -23,6 +24,7 @@ from lightning.fabric.strategies import DDPStrategy, ModelParallelStrategy, Sing
 from torch import distributed, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils.checkpoint import checkpoint
 
 from qtrain.config import Config, TrainerConfig
@@ -34,6 +36,8 @@ log = logging.getLogger("qtrain")
 T = TypeVar("T")
 
 MEETING_SECONDS = 50.0  # for all processes to start, of which importing torch takes the most
+# The buffers are tables, equal on all ranks. torch 2.13 has another word for not sending them at each forward.
+_BUFFERS = next(name for name in ("forward_sync_buffers", "broadcast_buffers") if name in signature(DDP).parameters)
 PARENT_SECONDS = 1.0  # how often a process looks whether its launcher lives
 
 
@@ -150,7 +154,7 @@ def _strategy(config: Config, world: World, device: torch.device) -> Strategy:
             partial(shard, groups=copies), data_parallel_size=copies, tensor_parallel_size=world.size // copies
         )
     if trainer.strategy == "ddp" or world.size > 1:
-        return DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True)
+        return DDPStrategy(gradient_as_bucket_view=True, **{_BUFFERS: False})
     return SingleDeviceStrategy(device if device.type == "cpu" else torch.device("cuda", 0))
 
 

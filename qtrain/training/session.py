@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 from lightning.fabric import Fabric
@@ -85,28 +86,29 @@ def run(config: Config) -> float | None:
     check_strategy(config.trainer)
     log.info("%s", check_model(config))
     directory = RunDirectory.of(config)
-    if world.rank == 0:
-        directory.check(config)
     if config.dry_run:
+        directory.check(config)
         table = make_plan(config).table(config, device=str(device), run_directory=str(directory.path))
         console.print(table)
         return None
-    ended = _ended(config, directory) if world.rank == 0 and not config.force else None
-    if world.alone and ended:
-        console.print(ended.said, soft_wrap=True)
-        return ended.loss
-    with StopRequest() as stop, _together(config, world, device, stop) as (fabric, ranks):
-        ended = ranks.decided(lambda: ended)
-        if ended:
-            console.print(ended.said, soft_wrap=True)
-            return ended.loss if ranks.is_zero else None
-        with _session(config, fabric, ranks, console) as session:
-            loss = session.run(stop)
-            ranks.meet()  # who leaves first would look lost to the others
-            return loss if ranks.is_zero else None
+    ended = _ended(config, directory) if world.alone else None  # before other processes are started
+    if ended is None:
+        with StopRequest() as stop, _together(config, world, device, stop) as (fabric, ranks):
+            ended = None if world.alone else ranks.decided(lambda: _ended(config, directory))
+            if ended is None:
+                with _session(config, fabric, ranks, console) as session:
+                    loss = session.run(stop)
+                    ranks.meet()  # who leaves first would look lost to the others
+                    return loss
+    console.print(ended.said, soft_wrap=True)
+    return ended.loss if world.rank == 0 else None
 
 
 def _ended(config: Config, directory: RunDirectory) -> Ended | None:
+    """UserError where the directory holds something else."""
+    directory.check(config)
+    if config.force:
+        return None
     summary = directory.summary
     if directory.finished:
         loss = summary["val_loss"]
@@ -265,17 +267,26 @@ class Session:
             while True:
                 try:
                     with torch.autograd.set_detect_anomaly(self.config.debug.detect_anomaly):
-                        return train(training, step, samples)
+                        asked = train(training, step, samples)
+                    break
                 except RewindError as wrong:
                     seen = samples + (wrong.step + 1 - step) * per_step
                     saver.wait()
                     step = self._rewind(wrong, saver, optimizer, measure)
                     samples = seen
+            if not asked and self.ranks.decided(lambda: self._last_validation() is None):
+                for observer in observers:  # the line was lost with the machine's power
+                    if isinstance(observer, Validate):
+                        observer.on_step_end(self.plan.steps)
+            return asked
         finally:
             self.data.close()
             for observer in observers:
                 observer.on_end()
             saver.close()
+
+    def _last_validation(self) -> dict[str, Any] | None:
+        return self.directory.log.line_of(self.plan.steps, "val_loss")
 
     def _set_up(self) -> torch.nn.Module:
         """The model on its device, as the strategy wraps it."""
@@ -316,6 +327,9 @@ class Session:
         dropped = directory.discard_metrics_after(step)
         if path is not None:
             log.info("resuming at step %d from %s", step, path.name)
+            lost = directory.log.lost_before(step, self.plan.log_every_steps)
+            if lost:
+                log.warning("%s", lost)
         elif dropped:
             log.info("there is no good checkpoint: starting again from step 0")
         if dropped:
@@ -369,10 +383,11 @@ class Session:
         """Summary, picture, sample and the result. The last step's validation stands in metrics.jsonl."""
         loss = None
         if self.ranks.is_zero:
-            last = self.directory.lines("val_loss")[-1]
+            last = self._last_validation()
+            assert last is not None
             values = {key: last[key] for key in ("val_loss", "val_bits_per_byte")}
             speeds = [line["tokens_per_second"] for line in self.directory.lines("tokens_per_second")]
-            self._write_summary("finished", **values, tokens_per_second=median(speeds))
+            self._write_summary("finished", **values, tokens_per_second=median(speeds) if speeds else None)
             _record(self.config, self.directory)
             plot_loss(self.directory.path)
             loss = values["val_loss"]
@@ -381,7 +396,7 @@ class Session:
             self._show_end(loss, values["val_bits_per_byte"])
         return loss
 
-    def _write_summary(self, status: str, **results: float | str) -> None:
+    def _write_summary(self, status: str, **results: float | str | None) -> None:
         if not self.ranks.is_zero:
             return
         plan, config = self.plan, self.config

@@ -1,0 +1,316 @@
+"""The training loop: against a bare one, under a stock Trainer, and when steps go wrong."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import signal
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import MagicMock
+
+import lightning
+import pytest
+import torch
+from run_state import last_values, last_weights
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from qtrain.config import Config
+from qtrain.data import prepare
+from qtrain.data.batches import TokenBatches
+from qtrain.errors import DivergedError, StoppedError
+from qtrain.optim import build_optimizer, lr_factor
+from qtrain.plan import make_plan
+from qtrain.quant import calibrate, set_step
+from qtrain.runs.directory import RunDirectory
+from qtrain.train import compose
+from qtrain.training import causal_lm
+from qtrain.training.build import build_model
+from qtrain.training.causal_lm import CausalLM
+from qtrain.training.divergence import Spikes
+from qtrain.training.observers import Observer
+from qtrain.training.parallel import Ranks
+from qtrain.training.saves import Saves
+from qtrain.training.session import Session, run
+from qtrain.training.stop import StopRequest
+
+STEPS = 6
+SMALL = [
+    "backend=auto",
+    "model.dim=128",
+    "model.ffn_dim=128",
+    "model.n_layers=1",
+    "model.seq_len=16",
+    f"trainer.tokens={STEPS * 64}",
+    "trainer.batch_tokens=64",
+    "trainer.micro_batch_size=2",  # two micro-batches a step
+    "trainer.precision=32-true",
+    "trainer.device=cpu",
+    "callbacks.log_every_steps=1",
+    "callbacks.val_every_steps=100",
+    "callbacks.sample_tokens=0",
+    "callbacks.progress_bar=false",
+    "data.source=text",
+    "data.val_tokens=64",
+]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("corpus")
+    draw = random.Random(0)
+    for number in range(40):
+        (folder / f"{number}.txt").write_text(" ".join(draw.choice(["red", "green", "blue"]) for _ in range(200)))
+    return folder
+
+
+def settings(corpus: Path, run_dir: Path, *more: str) -> Config:
+    paths = [f"data.files={corpus}/*.txt", f"data.cache_dir={corpus}/cache", f"run_dir={run_dir}"]
+    return compose([*SMALL, *paths, *more])
+
+
+def batches(config: Config) -> list[Tensor]:
+    """The micro-batches of the whole run."""
+    corpus = prepare(config.data, config.tokenizer, progress=False)
+    data = TokenBatches(
+        corpus, seq_len=16, seed=config.seed, micro_batch_size=2, val_tokens=config.data.val_tokens, num_workers=0
+    )
+    return list(data.train(0, STEPS * 4))
+
+
+@pytest.mark.parametrize("recipe", ["quartet_v1", "lsq"])
+def test_the_loop_trains_as_twenty_lines_of_pytorch(corpus: Path, tmp_path: Path, recipe: str) -> None:
+    config = settings(corpus, tmp_path / "run", f"recipe={recipe}")
+    run(config)
+    model = build_model(config, 257)
+    optimizer = build_optimizer(model, config.optimizer)
+    for number, tokens in enumerate(batches(config)):
+        step, micro_batch = divmod(number, 2)
+        if number == 0:
+            calibrate(model, tokens[:, :-1])
+        set_step(model, step, micro_batch)
+        loss = F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
+        (loss / 2).backward()
+        if micro_batch == 1:
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            for group in optimizer.param_groups:
+                group["lr"] = config.optimizer.lr * lr_factor(step, STEPS, config.scheduler)
+            optimizer.step()
+            optimizer.zero_grad()
+    ours = last_weights(tmp_path / "run")
+    for name, weight in model.state_dict().items():
+        assert torch.equal(ours[name], weight), name
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("recipe", ["quartet_v1", "lsq"])
+def test_a_stock_trainer_trains_the_same(corpus: Path, tmp_path: Path, recipe: str) -> None:
+    config = settings(corpus, tmp_path / "run", f"recipe={recipe}")
+    run(config)
+    plan = make_plan(config, vocab_size=257)
+    module = CausalLM(config, plan, build_model(config, 257))
+    trainer = lightning.Trainer(
+        accelerator="cpu", max_steps=STEPS, accumulate_grad_batches=plan.micro_batches, logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(module, torch.utils.data.DataLoader(batches(config), batch_size=None))  # pyright: ignore
+    ours = last_weights(tmp_path / "run")
+    for name, weight in module.model.state_dict().items():
+        assert torch.equal(ours[name], weight), name
+
+
+# ------------------------------------------------------------------------------------------------------ steps go wrong
+
+
+def poison(monkeypatch: pytest.MonkeyPatch, *forwards: int) -> None:
+    """The training losses of these forwards (from 1) are not finite."""
+    exact, calls = causal_lm.next_token_loss, []
+
+    def poisoned(model: nn.Module, tokens: Tensor) -> Tensor:
+        calls.append(0)
+        return exact(model, tokens) * (math.nan if len(calls) in forwards else 1.0)
+
+    monkeypatch.setattr(causal_lm, "next_token_loss", poisoned)
+
+
+class Watch(Observer):
+    """The steps and first batches that were trained on."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[int, Tensor]] = []
+
+    def on_micro_batch_start(self, step: int, micro_batch: int, batch: Tensor) -> None:
+        if micro_batch == 0:
+            self.seen.append((step, batch.clone()))
+
+
+@pytest.fixture
+def watch(monkeypatch: pytest.MonkeyPatch) -> Watch:
+    watch, build = Watch(), Session.observers
+    monkeypatch.setattr(Session, "observers", lambda self: [*build(self), watch])
+    return watch
+
+
+def test_a_step_that_is_skipped_leaves_the_weights(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Step 3 makes no update: the run goes on, with finite weights, which differ from an undisturbed run's."""
+    run(settings(corpus, tmp_path / "calm", "recipe=bf16"))
+    poison(monkeypatch, 5)
+    config = settings(corpus, tmp_path / "run", "recipe=bf16", "trainer.on_divergence=skip")
+    loss = run(config)
+    assert loss is not None and math.isfinite(loss)
+    assert "step 3: not finite" in " ".join(capsys.readouterr().out.split())
+    assert [line["step"] for line in RunDirectory.of(config).lines("lr")] == [1, 2, 3, 4, 5, 6]
+    ours, calm = last_weights(tmp_path / "run"), last_weights(tmp_path / "calm")
+    assert any(not torch.equal(ours[name], weight) for name, weight in calm.items())
+
+
+def test_losses_that_are_never_finite_end_the_run(corpus: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    poison(monkeypatch, *range(1, 100))
+    more = ["recipe=bf16", "trainer.on_divergence=skip", "trainer.tokens=1280"]
+    with pytest.raises(DivergedError, match=r"step 11 is not finite"):
+        run(settings(corpus, tmp_path / "run", *more))
+
+
+def test_a_run_goes_back_and_takes_the_data_that_comes_next(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, watch: Watch
+) -> None:
+    """Step 4 goes wrong; the checkpoint is of step 2. Steps 3 to 6 are done again on what follows."""
+    poison(monkeypatch, 8)
+    more = ["recipe=quartet_v1", "trainer.on_divergence=rewind", "callbacks.checkpoint_every_steps=2"]
+    config = settings(corpus, tmp_path / "run", *more)
+    run(config)
+    assert [step for step, _ in watch.seen] == [0, 1, 2, 3, 2, 3, 4, 5]
+    order = [batch for _, batch in watch.seen]
+    expected = batches(config)[::2]
+    assert all(torch.equal(found, batch) for found, batch in zip(order, expected, strict=False))
+    assert len({batch.numpy().tobytes() for batch in order}) == 8
+    assert last_values(tmp_path / "run")["samples"] == 8 * 4
+    assert [line["step"] for line in RunDirectory.of(config).lines("lr")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_spike_is_six_standard_deviations_above_the_last_128() -> None:
+    draw = random.Random(0)
+    spikes = Spikes()
+    assert not any(spikes.sees(1e9 if number == 5 else draw.gauss(3, 0.1)) for number in range(64))
+    spikes = Spikes()
+    assert not any(spikes.sees(draw.gauss(3, 0.1)) for _ in range(500))
+    recent = list(spikes.values)
+    mean = sum(recent) / 128
+    deviation = math.sqrt(sum((value - mean) ** 2 for value in recent) / 127)
+    assert len(recent) == 128
+    assert not spikes.sees(mean + 5.99 * deviation)
+    spikes.values.pop()
+    spikes.values.appendleft(recent[0])
+    assert spikes.sees(mean + 6.01 * deviation)
+
+
+# -------------------------------------------------------------------------------------------------------- when to save
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def saves_of(config: Config, clock: Clock) -> tuple[Saves, list[int]]:
+    """The saving of a run without its files, and the steps that it has saved."""
+    plan = make_plan(config, vocab_size=config.model.vocab_size or 32_000)
+    saved: list[int] = []
+    saver = MagicMock()
+    saver.save = lambda directory, step, *_, **__: saved.append(step)
+    module: Any = SimpleNamespace(config=config, plan=plan, model=None)
+    return Saves(MagicMock(), saver, module, MagicMock(), MagicMock(), Ranks(), None, clock), saved
+
+
+def test_the_shipped_slurm_setting_finishes_a_run_of_days(monkeypatch: pytest.MonkeyPatch) -> None:
+    """paper/quartet_800m at 400 TFLOP/s on one GPU, 24 hours a job, by a simulated clock. Each job is killed at its end
+    without a warning; the next goes on from the last checkpoint."""
+    monkeypatch.setattr("qtrain.training.saves.tensors_of", lambda *_: {})
+    config = compose(
+        ["+experiment=paper/quartet_800m", "data.source=text", "data.files=x", "trainer.precision=bf16-mixed"]
+    )
+    plan = make_plan(config, vocab_size=32_000)
+    seconds = plan.flops / plan.steps / 4e14
+    assert plan.steps * seconds > 3 * 24 * 3600, "it takes several jobs"
+    step, jobs = 0, 0
+    while step < plan.steps:
+        clock = Clock()
+        saves, saved = saves_of(config, clock)
+        while step < plan.steps and clock.now + seconds < 24 * 3600:
+            clock.now += seconds
+            step += 1
+            if saves.due(step):
+                saves.save(step, step)
+        step, jobs = saved[-1], jobs + 1
+        assert jobs < 20
+    assert jobs == math.ceil(plan.steps * seconds / (24 * 3600 - 15 * 60 - 2 * seconds))
+
+
+def test_a_checkpoint_comes_after_so_many_minutes(corpus: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr("qtrain.training.saves.tensors_of", lambda *_: {})
+    config = settings(corpus, tmp_path, "recipe=bf16", "callbacks.checkpoint_every_steps=5", "trainer.tokens=6400")
+    clock = Clock()
+    saves, saved = saves_of(config, clock)
+    for step in range(1, 21):
+        clock.now += 240.0
+        if saves.due(step):
+            saves.save(step, step)
+    assert saved == [4, 5, 9, 10, 14, 15, 19, 20]
+
+
+def test_metrics_are_on_disk_before_the_checkpoint_that_counts_on_them(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[int] = []
+    directory = RunDirectory(tmp_path / "run")
+    exact = type(directory.log).sync
+
+    def noting(log: Any) -> None:
+        exact(log)
+        synced.append(json.loads(log.path.read_text().splitlines()[-1])["step"])
+
+    monkeypatch.setattr(type(directory.log), "sync", noting)
+    run(settings(corpus, tmp_path / "run", "recipe=bf16", "callbacks.checkpoint_every_steps=2"))
+    assert synced == [2, 4, 6]
+
+
+# ---------------------------------------------------------------------------------------------------------------- stop
+
+
+def test_a_schedulers_signal_is_handed_on_once_the_run_is_saved() -> None:
+    """submitit's own handler queues the job again."""
+    told: list[int] = []
+    before = signal.signal(signal.SIGUSR2, lambda number, _: told.append(number))
+    try:
+        with pytest.raises(StoppedError) as stopped, StopRequest() as stop:
+            with stop.noting():
+                signal.raise_signal(signal.SIGUSR2)
+                assert stop.asked == 75 and told == []
+            raise StoppedError(stop.asked)
+        assert told == [signal.SIGUSR2] and stopped.value.exit_code == 75
+    finally:
+        signal.signal(signal.SIGUSR2, before)
+
+
+def test_outside_of_training_a_signal_ends_the_run_at_once() -> None:
+    with pytest.raises(StoppedError) as stopped, StopRequest():
+        signal.raise_signal(signal.SIGTERM)
+        time.sleep(1)
+    assert stopped.value.exit_code == 130
+
+
+def test_a_second_interrupt_stops_at_once() -> None:
+    with pytest.raises(StoppedError), StopRequest() as stop, stop.noting():
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+        assert stop.asked == 130
+        signal.raise_signal(signal.SIGINT)

@@ -1,0 +1,375 @@
+"""Several processes train what one does: by DDP and FSDP2, started by torchrun, by Fabric, and stopped in every way."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+import qtrain.train
+from qtrain.errors import UserError
+from qtrain.train import compose
+from qtrain.training import checkpoint, parallel, session
+from qtrain.training.checkpoint import list_checkpoints
+from qtrain.training.world import World, find_world
+
+ROOT = Path(__file__).parents[1]
+RECIPES = ("quest", "quartet_v1", "quartet_ii", "nvidia_nvfp4", "lsq", "mxfp8")
+STEPS = 3
+SMALL = [
+    "backend=auto",
+    "model.dim=128",  # which quest's rotation wants
+    "model.ffn_dim=128",
+    "model.n_layers=1",
+    "model.seq_len=16",
+    f"trainer.tokens={STEPS * 32}",
+    "trainer.batch_tokens=32",  # two sequences, one for each rank
+    "trainer.micro_batch_size=1",
+    "trainer.device=cpu",
+    "callbacks.log_every_steps=1",
+    "callbacks.val_every_steps=100",
+    "callbacks.checkpoint_every_steps=100",
+    "callbacks.sample_tokens=0",
+    "callbacks.progress_bar=false",
+    "data.source=text",
+    "data.val_tokens=64",
+]
+LONG = ["model.dim=64", "model.ffn_dim=64", "trainer.tokens=1280", "recipe=quartet_v1"]
+
+forked = multiprocessing.get_context("forkserver")
+forked.set_forkserver_preload(["qtrain.training.session", "qtrain.train", "torch.distributed.tensor", "pytest"])
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("corpus")
+    draw = random.Random(0)
+    for number in range(40):
+        words = (draw.choice(["low", "precision", "training", "needs", "care", "\n"]) for _ in range(200))
+        (folder / f"{number}.txt").write_text(" ".join(words))
+    return folder
+
+
+def settings(corpus: Path, run_dir: Path, *more: str) -> list[str]:
+    paths = [f"data.files={corpus}/*.txt", f"data.cache_dir={corpus}/cache", f"run_dir={run_dir}"]
+    return [*SMALL, *paths, *more]
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def environment(rank: int, ranks: int, port: int) -> dict[str, str]:
+    """As torchrun sets it for each rank."""
+    numbers = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "test"}
+    return address | {name: str(number) for name, number in numbers.items()}
+
+
+def on_a_rank(work: Callable[..., None], rank: int, ranks: int, port: int, shown: Path, arguments: Any) -> None:
+    output = os.open(shown, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+    for stream in (1, 2):
+        os.dup2(output, stream)
+    os.chdir(ROOT)
+    multiprocessing.set_start_method(None, force=True)
+    torch.set_num_threads(1)
+    os.environ |= environment(rank, ranks, port)
+    work(*arguments)
+
+
+class Ranks:
+    """Processes that have begun; each calls work(*arguments)."""
+
+    def __init__(
+        self, folder: Path, work: Callable[..., None], *arguments: Any, ranks: int = 2, only: int | None = None
+    ):
+        self.shown = [folder / f"rank{rank}.out" for rank in range(2)]
+        port = free_port()
+        self.processes = [
+            forked.Process(target=on_a_rank, args=(work, rank, 2, port, self.shown[rank], arguments))
+            for rank in (range(2) if only is None else [only])
+        ]
+        for process in self.processes:
+            process.start()
+
+    def ended(self, seconds: float = 60.0) -> list[int | None]:
+        """Their exit codes. AssertionError for a process that has not ended by then."""
+        deadline = time.monotonic() + seconds
+        for process in self.processes:
+            process.join(max(0.0, deadline - time.monotonic()))
+        hung = [process for process in self.processes if process.is_alive()]
+        for process in hung:
+            process.kill()
+        assert not hung, self.said()
+        return [process.exitcode for process in self.processes]
+
+    def said(self) -> str:
+        return "\n".join(path.read_text()[-3000:] for path in self.shown if path.exists())
+
+    def wait_for(self, run_dir: Path, step: int) -> None:
+        while steps_done(run_dir) < step:
+            assert all(process.is_alive() for process in self.processes), self.said()
+            time.sleep(0.002)
+
+    def send(self, rank: int, number: int) -> None:
+        pid = self.processes[rank].pid
+        assert pid is not None
+        os.kill(pid, number)
+
+
+def command(arguments: list[str]) -> None:
+    """What train.py does."""
+    sys.argv = ["train.py", *arguments]
+    qtrain.train.main()
+
+
+def steps_done(run_dir: Path) -> int:
+    path = run_dir / "metrics.jsonl"
+    return path.read_text().count('"loss"') if path.exists() else 0
+
+
+def weights(run_dir: Path) -> dict[str, Tensor]:
+    return checkpoint.weights(list_checkpoints(run_dir / "checkpoints")[-1][1])
+
+
+def status(run_dir: Path) -> str:
+    return json.loads((run_dir / "summary.json").read_text())["status"]
+
+
+# ---------------------------------------------------------------------------------------------------------- same result
+
+WAYS = {
+    "ddp": ["trainer.strategy=ddp"],
+    "fsdp2": ["trainer.strategy=fsdp2"],
+    "ddp-checkpointed": ["trainer.strategy=ddp", "trainer.checkpoint_activations=true"],
+    "fsdp2-checkpointed": ["trainer.strategy=fsdp2", "trainer.checkpoint_activations=true"],
+}
+
+
+def all_ways(corpus: Path, folder: Path) -> None:
+    """Every recipe by every way, one run after the other; and what this rank holds of the state, in bytes."""
+    port, held = int(os.environ["MASTER_PORT"]), {}
+    exact = session.train
+
+    def counting(run: Any, *arguments: Any) -> int:
+        result = exact(run, *arguments)
+        moments = [value for state in run.optimizer.state.values() for value in state.values() if value.ndim]
+        tensors = [*run.module.parameters(), *moments]
+        held[name] = sum((x.to_local() if isinstance(x, DTensor) else x).nbytes for x in tensors)
+        return result
+
+    session.train = counting
+    for number, (recipe, way) in enumerate((recipe, way) for recipe in RECIPES for way in WAYS):
+        name = f"{recipe}-{way}"
+        os.environ["MASTER_PORT"] = str(port + number)
+        more = ["trainer.devices=2", "trainer.grad_clip=null", f"recipe={recipe}", *WAYS[way]]
+        session.run(compose(settings(corpus, folder / name, *more)))
+    (folder / f"held{os.environ['RANK']}.json").write_text(json.dumps(held))
+
+
+@pytest.fixture(scope="module")
+def trained(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Run directories: <recipe>-<way> of two ranks, <recipe> of one process."""
+    folder = tmp_path_factory.mktemp("ranks")
+    for recipe in RECIPES:
+        more = ["trainer.grad_clip=null", f"recipe={recipe}"]
+        session.run(compose(settings(corpus, folder / recipe, *more)))
+    ranks = Ranks(folder, all_ways, corpus, folder)
+    assert ranks.ended(300) == [0, 0], ranks.said()
+    return folder
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_two_ranks_end_as_one_process(trained: Path, recipe: str, way: str) -> None:
+    """Bit for bit, where the sum of two gradients is the same in either order: of a learned scale it is a sum over all
+    elements, which ranks cut elsewhere."""
+    alone, ours = weights(trained / recipe), weights(trained / f"{recipe}-{way}")
+    assert alone.keys() == ours.keys()
+    for name, weight in alone.items():
+        if recipe == "lsq":
+            torch.testing.assert_close(ours[name], weight, rtol=1e-4, atol=1e-6, msg=name)
+        else:
+            assert torch.equal(ours[name], weight), name
+
+
+def test_a_rank_holds_half_of_what_is_sharded(trained: Path) -> None:
+    for rank in range(2):
+        held = json.loads((trained / f"held{rank}.json").read_text())
+        for recipe in RECIPES:
+            assert held[f"{recipe}-fsdp2"] <= 0.55 * held[f"{recipe}-ddp"]
+
+
+def test_micro_batches_and_clipping_on_two_ranks(corpus: Path, tmp_path: Path) -> None:
+    more = ["recipe=bf16", "trainer.precision=32-true", "trainer.batch_tokens=64", "trainer.tokens=320"]
+    session.run(compose(settings(corpus, tmp_path / "one", *more)))
+    alone = weights(tmp_path / "one")
+    for way in ("ddp", "fsdp2"):
+        run_dir = tmp_path / way
+        watched = ["callbacks.telemetry_every_steps=2", "callbacks.telemetry_gradients=true"]
+        more_ = [*more, *watched, "trainer.devices=2", f"trainer.strategy={way}", "callbacks.sample_tokens=3"]
+        ranks = Ranks(tmp_path, command, settings(corpus, run_dir, *more_))
+        assert ranks.ended() == [0, 0], ranks.said()
+        for name, weight in weights(run_dir).items():
+            torch.testing.assert_close(weight, alone[name], rtol=2e-4, atol=2e-6, msg=name)
+
+
+# ------------------------------------------------------------------------------------------------------------ endings
+
+
+def test_a_signal_to_one_rank_stops_both_and_the_run_goes_on(corpus: Path, tmp_path: Path) -> None:
+    """Twice: to rank 1, as from a person; to rank 0, as from a scheduler. Each time both save the same step."""
+    undisturbed, run_dir = tmp_path / "undisturbed", tmp_path / "stopped"
+    two = [*LONG, "trainer.devices=2"]
+    ranks = Ranks(tmp_path, command, settings(corpus, undisturbed, *two))
+    assert ranks.ended() == [0, 0], ranks.said()
+    for rank, number, code in ((1, signal.SIGTERM, 130), (0, signal.SIGUSR2, 75)):
+        before = steps_done(run_dir)
+        ranks = Ranks(tmp_path, command, settings(corpus, run_dir, *two))
+        ranks.wait_for(run_dir, before + 5)
+        at = steps_done(run_dir)
+        ranks.send(rank, number)
+        assert ranks.ended() == [code, code], ranks.said()
+        saved = list_checkpoints(run_dir / "checkpoints")[-1][0]
+        assert saved == steps_done(run_dir) and at <= saved < 40
+        assert status(run_dir) == "interrupted"
+    ranks = Ranks(tmp_path, command, settings(corpus, run_dir, *two))
+    assert ranks.ended() == [0, 0], ranks.said()
+    ours, theirs = weights(run_dir), weights(undisturbed)
+    assert all(torch.equal(ours[name], weight) for name, weight in theirs.items())
+
+
+def test_a_rank_that_dies_ends_the_other(corpus: Path, tmp_path: Path) -> None:
+    for rank in range(2):
+        run_dir = tmp_path / f"{rank}"
+        ranks = Ranks(tmp_path, command, settings(corpus, run_dir, *LONG, "trainer.devices=2"))
+        ranks.wait_for(run_dir, 3)
+        ranks.send(rank, signal.SIGKILL)
+        codes = ranks.ended(30)
+        assert (codes[rank], codes[1 - rank]) == (-signal.SIGKILL, 75), ranks.said()
+    assert status(tmp_path / "1") == "interrupted"
+
+
+def impatient(seconds: float, arguments: list[str]) -> None:
+    parallel.MEETING_SECONDS = seconds
+    command(arguments)
+
+
+def test_ranks_that_never_meet_end_soon(corpus: Path, tmp_path: Path) -> None:
+    assert parallel.MEETING_SECONDS < 60
+    for rank in range(2):
+        arguments = settings(corpus, tmp_path / "run", "trainer.devices=2")
+        ranks = Ranks(tmp_path, impatient, 1.5, arguments, only=rank)
+        assert ranks.ended(20) == [75], ranks.said()
+        assert "2 processes did not meet within 2 s" in ranks.said()
+    waiting = Ranks(tmp_path, impatient, 50.0, arguments, only=0)
+    while not waiting.shown[0].read_text():
+        time.sleep(0.01)
+    time.sleep(1.0)
+    waiting.send(0, signal.SIGTERM)
+    assert waiting.ended(5) == [130], waiting.said()
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_wrong_number_of_processes_is_refused_before_anything_is_written(corpus: Path, tmp_path: Path) -> None:
+    ranks = Ranks(tmp_path, command, settings(corpus, tmp_path / "run"))
+    assert ranks.ended() == [2, 2]
+    assert "error: the launcher started 2 processes (WORLD_SIZE)" in ranks.said()
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_refusal_of_rank_0_ends_all_and_is_said_once(corpus: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "strange").touch()
+    ranks = Ranks(tmp_path, command, settings(corpus, tmp_path / "run", "trainer.devices=2"))
+    assert ranks.ended() == [2, 2]
+    assert ranks.said().count("error:") == 1 and "holds no run" in ranks.said()
+
+
+# ----------------------------------------------------------------------------------------------------------- launchers
+
+FOUND = [
+    ({}, (1, 1), World(1, 0, "nobody")),
+    ({"RANK": "1"}, (1, 1), World(1, 0, "nobody")),
+    ({}, (2, 1), World(2, 0, "fabric", starts_others=True)),
+    ({"LOCAL_RANK": "1", "NODE_RANK": "0", "WORLD_SIZE": "2"}, (2, 1), World(2, 1, "fabric")),
+    (environment(1, 2, 1), (2, 1), World(2, 1, "torchrun")),
+    ({"SLURM_NTASKS": "4", "SLURM_PROCID": "3", "SLURM_LOCALID": "1"}, (2, 2), World(4, 3, "slurm")),
+    ({"SLURM_NTASKS": "1", "SLURM_PROCID": "0"}, (1, 1), World(1, 0, "nobody")),
+    (
+        {"MASTER_ADDR": "a", "MASTER_PORT": "1", "NODE_RANK": "1"},
+        (2, 2),
+        World(4, 2, "fabric", starts_others=True),
+    ),
+]
+REFUSED = [
+    (environment(0, 2, 1), (1, 1), r"started 2 processes \(WORLD_SIZE\), and .*devices=1 x .*num_nodes=1 is 1"),
+    ({"SLURM_NTASKS": "2", "SLURM_PROCID": "1"}, (1, 1), r"started 2 processes \(SLURM_NTASKS\)"),
+    ({"SLURM_NTASKS": "2"}, (2, 1), "start it with srun"),
+    ({"OMPI_COMM_WORLD_SIZE": "2"}, (2, 1), "use torchrun or srun"),
+    ({"WORLD_SIZE": "2", "RANK": "1"}, (2, 1), "use torchrun or srun"),
+    ({}, (2, 2), "set MASTER_ADDR, MASTER_PORT and NODE_RANK"),
+]
+
+
+def trainer(sizes: tuple[int, int]) -> Any:
+    return compose([f"trainer.devices={sizes[0]}", f"trainer.num_nodes={sizes[1]}"]).trainer
+
+
+@pytest.mark.parametrize(("environment", "sizes", "world"), FOUND)
+def test_which_process_this_one_is(environment: dict[str, str], sizes: tuple[int, int], world: World) -> None:
+    assert find_world(trainer(sizes), environment) == world
+
+
+@pytest.mark.parametrize(("environment", "sizes", "message"), REFUSED)
+def test_a_launcher_that_does_not_fit_is_refused(
+    environment: dict[str, str], sizes: tuple[int, int], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        find_world(trainer(sizes), environment)
+
+
+def started(launcher: Sequence[str], arguments: list[str], output: Path) -> subprocess.Popen[bytes]:
+    environment = {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
+    with output.open("wb") as file:
+        return subprocess.Popen(
+            [sys.executable, *launcher, "train.py", *arguments],
+            cwd=ROOT, env=os.environ | environment, stdout=file, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+
+
+def test_the_real_commands(corpus: Path, tmp_path: Path) -> None:
+    """`python train.py trainer.devices=2`, whose parent gets SIGTERM; then torchrun, with sharded weights."""
+    run_dir, output = tmp_path / "run", tmp_path / "shown"
+    arguments = settings(corpus, run_dir, *LONG, "trainer.devices=2")
+    process = started([], arguments, output)
+    while steps_done(run_dir) < 3:
+        assert process.poll() is None, output.read_text()
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 130, output.read_text()
+    assert "same command continues" in output.read_text()
+    saved = list_checkpoints(run_dir / "checkpoints")[-1][0]
+    assert 3 <= saved == steps_done(run_dir) < 40
+
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    process = started(torchrun, [*arguments, "trainer.strategy=fsdp2"], output)
+    assert process.wait(120) == 0, output.read_text()
+    assert f"resuming at step {saved}" in output.read_text()
+    assert status(run_dir) == "finished"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import threading
 from pathlib import Path
 
@@ -13,6 +15,7 @@ import qtrain.plan
 from qtrain.config import Config, config_hash
 from qtrain.config.settings import parse
 from qtrain.errors import UserError
+from qtrain.runs import environment
 from qtrain.runs.directory import RunDirectory
 from qtrain.runs.files import write_atomically
 from qtrain.train import compose
@@ -271,3 +274,20 @@ def test_atomic_write_leaves_the_old_file_when_it_fails(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         write_atomically(target, "new")
     assert target.read_text() == "old"
+
+
+def test_asking_for_the_commit_leaves_the_checkout_alone(tmp_path, monkeypatch):
+    """Not even its index is refreshed: that locks it, and a run killed meanwhile would leave it locked."""
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "file").write_text("1")
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=x", "-c", "user.email=x@example.org"]
+    for arguments in (["init", "-q"], ["add", "file"], ["commit", "-qm", "first"]):
+        subprocess.run([*git, *arguments], check=True)
+    monkeypatch.setattr(environment, "configs_dir", lambda: tmp_path / "configs")
+    os.utime(tmp_path / "file", (1, 1))  # what is in the index is no longer up to date
+    index = (tmp_path / ".git" / "index").read_bytes()
+    found = environment.commit()
+    assert found is not None and len(found) == 40, "the content is the committed one"
+    assert (tmp_path / ".git" / "index").read_bytes() == index
+    (tmp_path / "file").write_text("2")
+    assert environment.commit() == f"{found}+changes"

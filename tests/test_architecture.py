@@ -29,11 +29,12 @@ MAY_IMPORT = {
     "qtrain.errors": "",
     "qtrain.settings": "pydantic",
     "qtrain.recipe": "yaml pydantic qtrain.settings qtrain_kernels.formats qtrain_kernels.plans",
-    "qtrain.config": "pydantic qtrain.settings qtrain.recipe",
+    "qtrain.config": "pydantic qtrain.settings qtrain.recipe (qtrain.optim)",
     "qtrain.quant": "torch qtrain.settings qtrain.recipe qtrain_kernels qtrain_kernels.formats qtrain_kernels.plans",
     "qtrain.models": "torch einops qtrain.config qtrain_kernels",
     "qtrain.metrics": "torch qtrain.config qtrain.models",
-    "qtrain.optim": "torch qtrain.config",
+    "qtrain.optim": "pydantic qtrain.settings (torch)",
+    "qtrain.optim.groups": "torch qtrain.optim",
     "qtrain.plan": (
         "torch rich qtrain.config qtrain.settings qtrain.recipe qtrain.models qtrain.metrics qtrain.optim "
         "qtrain_kernels"
@@ -46,7 +47,7 @@ MAY_IMPORT = {
     "qtrain.checkpoint": "torch lightning qtrain.run_directory",
     "qtrain.loggers": "lightning qtrain.config qtrain.run_directory",
     "qtrain.lightning_module": (
-        "torch lightning qtrain.config qtrain.plan qtrain.optim qtrain.metrics qtrain.models qtrain.quant"
+        "torch lightning qtrain.config qtrain.plan qtrain.optim.groups qtrain.metrics qtrain.models qtrain.quant"
     ),
     "qtrain.callbacks": (
         "torch lightning rich qtrain.config qtrain.settings qtrain.plan qtrain.metrics qtrain.models qtrain.quant "

@@ -138,7 +138,7 @@ def hashed_keys(config: Config) -> dict[str, Any]:
 def differences(there: Config, here: Config) -> list[str]:
     """One "key was x, now y" for each setting that determines the result and differs."""
     trees = [_tree(config, config, is_left_out=lambda *_: False) for config in (there, here)]
-    return list(_differences(*trees))
+    return list(_differences(trees[0], trees[1]))
 
 
 def parse_saved(tree: Mapping[str, Any]) -> Config:
@@ -215,8 +215,6 @@ def _idle(config: Config) -> set[str]:
     idle = set()
     if not _redraws(config):
         idle.add("recipe.redraw")
-    if config.scheduler.name != "wsd":
-        idle.add("scheduler.decay_fraction")
     if config.scheduler.warmup_steps is not None:
         idle.add("scheduler.warmup_fraction")
     if data.source != "python_env":

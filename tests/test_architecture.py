@@ -27,11 +27,13 @@ MAY_IMPORT = {
     "qtrain_kernels.triton_interpreter": "torch triton",
     "qtrain": "qtrain_kernels (qtrain.quant qtrain.training.build)",
     "qtrain.errors": "",
-    "qtrain.config": "yaml pydantic qtrain_kernels.formats qtrain_kernels.plans",
+    "qtrain.config": "yaml pydantic qtrain_kernels.formats qtrain_kernels.plans (qtrain.optim)",
+    "qtrain.config.settings": "pydantic",
     "qtrain.quant": "torch qtrain.config qtrain_kernels qtrain_kernels.formats qtrain_kernels.plans",
     "qtrain.models": "torch einops qtrain.config qtrain_kernels",
     "qtrain.metrics": "torch qtrain.config qtrain.models",
-    "qtrain.optim": "torch qtrain.config",
+    "qtrain.optim": "pydantic qtrain.config.settings (torch)",
+    "qtrain.optim.groups": "torch qtrain.optim",
     "qtrain.plan": ("torch rich qtrain.config qtrain.models qtrain.metrics qtrain.optim qtrain_kernels"),
     "qtrain.data": (
         "numpy torch tokenizers filelock rich (datasets huggingface_hub pyarrow transformers) qtrain.config"
@@ -47,16 +49,14 @@ MAY_IMPORT = {
     "qtrain.training.losses": "torch",
     "qtrain.training.checkpoint": "torch safetensors qtrain.runs",
     "qtrain.training.causal_lm": (
-        "torch lightning qtrain.config qtrain.plan qtrain.optim qtrain.quant qtrain.training.losses"
+        "torch lightning qtrain.config qtrain.plan qtrain.optim.groups qtrain.quant qtrain.training.losses"
     ),
     "qtrain.training.build": (
         "torch qtrain.config qtrain.plan qtrain.models qtrain.quant qtrain.runs qtrain.training.causal_lm "
         "qtrain.training.checkpoint"
     ),
     "qtrain.training.parallel": "torch lightning qtrain.config qtrain.training.stop qtrain.training.world",
-    "qtrain.training.trunk": (
-        "qtrain.config qtrain.plan qtrain.optim qtrain.training.causal_lm qtrain.training.checkpoint"
-    ),
+    "qtrain.training.trunk": ("qtrain.config qtrain.plan qtrain.training.causal_lm qtrain.training.checkpoint"),
     "qtrain.training.observers": (
         "torch lightning rich qtrain.config qtrain.metrics qtrain.quant qtrain.runs qtrain.training.causal_lm "
         "qtrain.training.losses qtrain.training.parallel"
@@ -71,7 +71,7 @@ MAY_IMPORT = {
         "qtrain.training.observers qtrain.training.parallel qtrain.training.saves qtrain.training.stop"
     ),
     "qtrain.training.session": (
-        "torch lightning rich qtrain.config qtrain.plan qtrain.optim qtrain.models qtrain.quant qtrain.data "
+        "torch lightning rich qtrain.config qtrain.plan qtrain.optim.groups qtrain.models qtrain.quant qtrain.data "
         "qtrain.data.batches qtrain.report qtrain.runs qtrain.training.build qtrain.training.causal_lm "
         "qtrain.training.checkpoint qtrain.training.divergence qtrain.training.loop qtrain.training.observers "
         "qtrain.training.parallel qtrain.training.saves qtrain.training.stop qtrain.training.trunk "

@@ -23,7 +23,7 @@ from qtrain.config import Config
 from qtrain.data import prepare
 from qtrain.data.batches import TokenBatches
 from qtrain.errors import DivergedError, StoppedError
-from qtrain.optim import build_optimizer, lr_factor
+from qtrain.optim.groups import build_optimizer
 from qtrain.plan import make_plan
 from qtrain.quant import calibrate, set_step
 from qtrain.runs.directory import RunDirectory
@@ -98,7 +98,7 @@ def test_the_loop_trains_as_twenty_lines_of_pytorch(corpus: Path, tmp_path: Path
         if micro_batch == 1:
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             for group in optimizer.param_groups:
-                group["lr"] = config.optimizer.lr * lr_factor(step, STEPS, config.scheduler)
+                group["lr"] = config.optimizer.lr * config.scheduler.factor(step, STEPS)
             optimizer.step()
             optimizer.zero_grad()
     ours = last_weights(tmp_path / "run")

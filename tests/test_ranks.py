@@ -273,8 +273,8 @@ def impatient(seconds: float, arguments: list[str]) -> None:
 
 def test_ranks_that_never_meet_end_soon(corpus: Path, tmp_path: Path) -> None:
     assert parallel.MEETING_SECONDS < 60
+    arguments = settings(corpus, tmp_path / "run", "trainer.devices=2")
     for rank in range(2):
-        arguments = settings(corpus, tmp_path / "run", "trainer.devices=2")
         ranks = Ranks(tmp_path, impatient, 1.5, arguments, only=rank)
         assert ranks.ended(20) == [75], ranks.said()
         assert "2 processes did not meet within 2 s" in ranks.said()

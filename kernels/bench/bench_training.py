@@ -34,7 +34,7 @@ from torch import Tensor, nn
 import qtrain
 from qtrain.config import Config
 from qtrain.metrics import flops_per_token
-from qtrain.optim import build_optimizer
+from qtrain.optim.groups import build_optimizer
 from qtrain.train import compose
 from qtrain.training.build import build_model
 from qtrain.training.losses import next_token_loss

@@ -75,20 +75,18 @@ INTRODUCED: dict[str, dict[str, Any]] = {
         "val_fraction": 0.05,
     },
     "TokenizerConfig": {"vocab_size": None, "path": None, "eos_token": None},
-    "OptimizerConfig": {"beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1},
-    "SchedulerConfig": {
-        "warmup_fraction": 0.1,
-        "warmup_steps": None,
-        "decay_fraction": 0.2,
-        "start_factor": 0.01,
-        "final_factor": 0.1,
-    },
+    "OptimizerSettings": {"weight_decay": 0.1},
+    "AdamW": {"beta1": 0.9, "beta2": 0.95, "eps": 1e-8},
+    "Schedule": {"warmup_fraction": 0.1, "warmup_steps": None, "start_factor": 0.01, "final_factor": 0.1},
+    "WSD": {"decay_fraction": 0.2},
     "TrainerConfig": {
         "tokens": None,
         "tokens_per_parameter": None,
         "grad_clip": 1.0,
         "precision": "bf16-mixed",
         "compile": False,
+        "on_divergence": "stop",
+        "on_spike": "ignore",
     },
     "DebugConfig": {"max_steps": None, "overfit": False},
     "LinearRecipe": {
@@ -140,7 +138,7 @@ def hashed_keys(config: Config) -> dict[str, Any]:
 def differences(there: Config, here: Config) -> list[str]:
     """One "key was x, now y" for each setting that determines the result and differs."""
     trees = [_tree(config, config, is_left_out=lambda *_: False) for config in (there, here)]
-    return list(_differences(*trees))
+    return list(_differences(trees[0], trees[1]))
 
 
 def parse_saved(tree: Mapping[str, Any]) -> Config:
@@ -217,8 +215,6 @@ def _idle(config: Config) -> set[str]:
     idle = set()
     if not _redraws(config):
         idle.add("recipe.redraw")
-    if config.scheduler.name != "wsd":
-        idle.add("scheduler.decay_fraction")
     if config.scheduler.warmup_steps is not None:
         idle.add("scheduler.warmup_fraction")
     if data.source != "python_env":

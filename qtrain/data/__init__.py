@@ -1,6 +1,6 @@
 """Text to batches: sources, tokenizers, prepared corpora and the order in which a run reads them.
 
-The Lightning side is in `qtrain.data.datamodule`, so that all else works without Lightning.
+Batches of a run are in `qtrain.data.batches`.
 """
 
 from qtrain.data.corpus import Corpus, Split, check_vocab, open_corpus, verify

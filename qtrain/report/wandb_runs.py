@@ -28,7 +28,9 @@ log = logging.getLogger("qtrain")
 BLOCK = 32768
 FILE_HEADER = b":W&B\xe1\xbe\x00"
 WHOLE, FIRST, MIDDLE, LAST = 1, 2, 3, 4
-SUMMARY = "run"  # qtrain.loggers writes summary.json under this name: metrics have entries of their own
+SUMMARY = (
+    "run"  # qtrain.training.observers.loggers writes summary.json under this name: metrics have entries of their own
+)
 STEP = "trainer/global_step"  # Lightning's name for what metrics.jsonl calls step
 
 

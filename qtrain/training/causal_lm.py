@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from qtrain.config import Config
-from qtrain.optim import build_optimizer, lr_factor
+from qtrain.optim.groups import build_optimizer
 from qtrain.plan import RunPlan
 from qtrain.quant import calibrate, keep_weights, set_high_precision, set_step
 from qtrain.training.losses import next_token_loss
@@ -72,14 +72,14 @@ class CausalLM(lightning.LightningModule):
         self.step_loss = share if micro_batch == 0 else self.step_loss + share
         return loss
 
-    def clip_gradients(self) -> None:
+    def clip_norm(self) -> None:
         limit = self.config.trainer.grad_clip
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), float("inf") if limit is None else limit)
         self.grad_norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     def lr_factor(self, step: int) -> float:
         """The learning rate of optimiser step `step` (from 0), as a factor of optimizer.lr."""
-        return lr_factor(step, self.plan.steps, self.config.scheduler)
+        return self.config.scheduler.factor(step, self.plan.steps)
 
     # ------------------------------------------------------------------------------------------- for lightning.Trainer
 
@@ -95,7 +95,7 @@ class CausalLM(lightning.LightningModule):
         self._kept.close()
 
     def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:
-        self.clip_gradients()
+        self.clip_norm()
 
     def configure_optimizers(self) -> Any:
         optimizer = build_optimizer(self.model, self.config.optimizer)

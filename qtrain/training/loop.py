@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from lightning.fabric import Fabric
-from torch import nn
+from lightning.fabric.wrappers import _FabricModule
 
 from qtrain.data.batches import TokenBatches
 from qtrain.training.causal_lm import CausalLM
@@ -25,7 +25,7 @@ class Training:
     fabric: Fabric
     ranks: Ranks
     module: CausalLM
-    forward: nn.Module
+    forward: _FabricModule
     optimizer: torch.optim.Optimizer
     data: TokenBatches
     measure: Measure
@@ -62,7 +62,7 @@ def train(run: Training, step: int, samples: int) -> int:
                     fabric.backward(loss / plan.micro_batches)
                 for observer in run.observers:
                     observer.on_backward_end()
-        module.clip_gradients()
+        module.clip_norm()
         if run.guard.accepts(step):
             for group in run.optimizer.param_groups:
                 group["lr"] = module.config.optimizer.lr * module.lr_factor(step)

@@ -24,7 +24,7 @@ from lightning.fabric.strategies import DDPStrategy, ModelParallelStrategy, Sing
 from torch import distributed, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
-from torch.nn.parallel import DistributedDataParallel as DDP
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from qtrain.config import Config, TrainerConfig
@@ -37,7 +37,11 @@ T = TypeVar("T")
 
 MEETING_SECONDS = 50.0  # for all processes to start, of which importing torch takes the most
 # The buffers are tables, equal on all ranks. torch 2.13 has another word for not sending them at each forward.
-_BUFFERS = next(name for name in ("forward_sync_buffers", "broadcast_buffers") if name in signature(DDP).parameters)
+_BUFFERS = next(
+    name
+    for name in ("forward_sync_buffers", "broadcast_buffers")
+    if name in signature(DistributedDataParallel).parameters
+)
 PARENT_SECONDS = 1.0  # how often a process looks whether its launcher lives
 
 
@@ -154,7 +158,8 @@ def _strategy(config: Config, world: World, device: torch.device) -> Strategy:
             partial(shard, groups=copies), data_parallel_size=copies, tensor_parallel_size=world.size // copies
         )
     if trainer.strategy == "ddp" or world.size > 1:
-        return DDPStrategy(gradient_as_bucket_view=True, **{_BUFFERS: False})
+        options: dict[str, Any] = {"gradient_as_bucket_view": True, _BUFFERS: False}
+        return DDPStrategy(**options)
     return SingleDeviceStrategy(device if device.type == "cpu" else torch.device("cuda", 0))
 
 
@@ -180,7 +185,8 @@ def shard(model: nn.Module, mesh: DeviceMesh, groups: int = 1) -> nn.Module:
     mesh = mesh if groups > 1 else mesh["tensor_parallel"]
     for block in blocks_of(model):
         fully_shard(block, mesh=mesh)
-    return fully_shard(model, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return model
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:

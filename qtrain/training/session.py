@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from lightning.fabric import Fabric
+from lightning.fabric.wrappers import _FabricModule
 from lightning.pytorch.loggers import Logger
 from rich.console import Console
 from rich.logging import RichHandler
@@ -30,7 +31,7 @@ from qtrain.data import Corpus, check_vocab, prepare
 from qtrain.data.batches import TokenBatches
 from qtrain.errors import DivergedError, LostRankError, RefusedError, StoppedError, UserError, first_line
 from qtrain.models.llama import Llama, generate
-from qtrain.optim import build_optimizer
+from qtrain.optim.groups import build_optimizer
 from qtrain.plan import RunPlan, budget_tokens, make_plan
 from qtrain.quant import check_backend
 from qtrain.report.loss import plot_loss
@@ -288,14 +289,15 @@ class Session:
     def _last_validation(self) -> dict[str, Any] | None:
         return self.directory.log.line_of(self.plan.steps, "val_loss")
 
-    def _set_up(self) -> torch.nn.Module:
+    def _set_up(self) -> _FabricModule:
         """The model on its device, as the strategy wraps it."""
         if self.config.trainer.checkpoint_activations:
             checkpoint_activations(self.model)
         forward = self.fabric.setup_module(self.model)
         if self.config.trainer.compile:
             self.model.compile()
-        return forward.train()
+        forward.train()
+        return forward
 
     def observers(self) -> list[Observer]:
         """What watches the training, in the order in which it is told: every line of a step is written before its
@@ -381,7 +383,7 @@ class Session:
 
     def _finish(self) -> float | None:
         """Summary, picture, sample and the result. The last step's validation stands in metrics.jsonl."""
-        loss = None
+        values: dict[str, float] = {}
         if self.ranks.is_zero:
             last = self._last_validation()
             assert last is not None
@@ -390,11 +392,10 @@ class Session:
             self._write_summary("finished", **values, tokens_per_second=median(speeds) if speeds else None)
             _record(self.config, self.directory)
             plot_loss(self.directory.path)
-            loss = values["val_loss"]
         self._show_sample()
-        if loss is not None:
-            self._show_end(loss, values["val_bits_per_byte"])
-        return loss
+        if values:
+            self._show_end(values["val_loss"], values["val_bits_per_byte"])
+        return values.get("val_loss")
 
     def _write_summary(self, status: str, **results: float | str | None) -> None:
         if not self.ranks.is_zero:

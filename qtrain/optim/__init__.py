@@ -1,0 +1,4 @@
+"""Optimisers and learning-rate schedules, one file each in `optimizers` and `schedules`; a file that is added there is
+a value of optimizer.name or scheduler.name."""
+
+import qtrain.config  # noqa: F401  first: its classes of settings look for those of this package

@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import lightning
 import torch
@@ -33,7 +34,7 @@ from qtrain.callbacks import (
 from qtrain.callbacks.measure import Recorder
 from qtrain.checkpoint import AtomicCheckpointIO, load_checkpoint, newest_checkpoint, tidy
 from qtrain.config import Config, config_hash
-from qtrain.data import Corpus, check_vocab, prepare
+from qtrain.data import Corpus, check_vocab, prepare, same_text
 from qtrain.data.datamodule import TokenDataModule
 from qtrain.errors import UserError, first_line
 from qtrain.lightning_module import CausalLM, computes_in_high_precision
@@ -81,15 +82,26 @@ def _ended(config: Config, directory: RunDirectory) -> tuple[float | None, str |
     """(validation loss, what to say) of a run that is not to be done again; (None, None) of one that is."""
     summary = directory.summary
     if directory.finished:
+        if not _read_this_text(config, summary):
+            raise UserError(
+                f"{directory.path} is finished, on data {summary.get('data_hash')}; the same settings now name another "
+                "text. Restore the text, or set force=true to move that run aside and train on the new one"
+            )
         loss = summary["val_loss"]
         _record(config, directory)
         return loss, f"{directory.path} is finished (validation loss {loss:.4f}); force=true runs it again"
-    row = recorded(Path(config.results)).get((config.name, config_hash(config))) if config.results else None
+    rows = recorded(Path(config.results)).get((config.name, config_hash(config)), []) if config.results else []
+    row = next((row for row in rows if _read_this_text(config, row)), None)
     if row is not None:
         return row["val_loss"], f"{config.results} has this run's row (validation loss {row['val_loss']:.4f})"
     if summary.get("status") in FAILED and not config.retry_failed:
         return None, f"{directory.path} {summary['status']}: {summary.get('reason')}; retry_failed=true tries it again"
     return None, None
+
+
+def _read_this_text(config: Config, ended: Mapping[str, Any]) -> bool:
+    """Whether a run that is over, by its summary or row, read the text that the settings name now."""
+    return bool(same_text(config.data, config.tokenizer, ended, budget_tokens=budget_tokens(config)))
 
 
 def _record(config: Config, directory: RunDirectory) -> None:
@@ -348,6 +360,7 @@ class Session:
             "bigram_cross_entropy": self.corpus.bigram_cross_entropy,
             "config_hash": config_hash(config),
             "data_hash": self.corpus.data_hash,
+            "data_fingerprint": self.corpus.fingerprint,
             "commit": commit(),
             "shared_steps": self.shared_steps,
         }

@@ -49,7 +49,7 @@ MAY_IMPORT = {
     ),
     "qtrain.trunk": ("qtrain.config qtrain.plan qtrain.optim qtrain.checkpoint qtrain.lightning_module qtrain.runs"),
     "qtrain.sweep": (
-        "torch rich qtrain qtrain.config qtrain.plan qtrain.runs qtrain.checkpoint qtrain.lightning_module "
+        "torch rich qtrain qtrain.config qtrain.data qtrain.plan qtrain.runs qtrain.checkpoint qtrain.lightning_module "
         "qtrain.trunk qtrain.report qtrain.run"
     ),
     "qtrain.scaling": "numpy scipy yaml (pyarrow)",

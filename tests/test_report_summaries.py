@@ -24,6 +24,7 @@ from qtrain.runs.table import (
     read_csv,
     read_run,
     read_table,
+    record,
     run_directories,
     write_csv,
     write_table,
@@ -96,8 +97,7 @@ def test_a_results_file_reads_back_as_it_was_written(tmp_path):
     row |= dict.fromkeys(NUMBERS, 0.1) | {"val_loss": 1 / 3, "val_bits_per_byte": 2e-300, "tokens_per_second": 1e9}
     row |= {"name": "Größe, 3", "status": "finished"}
     path = tmp_path / "results.csv"
-    write_csv([row], path, append=True)
-    write_csv([row | {"seed": 3}], path, append=True)
+    write_csv([row, row | {"seed": 3}], path)
     assert read_csv(path) == [row, row | {"seed": 3}]
     path.write_text(HEADER + "\n")
     assert read_csv(path) == []
@@ -190,9 +190,9 @@ def test_a_results_file_of_fewer_columns_stays_readable_and_as_it_is(tmp_path):
     path.write_text(f"{HEADER}\na,r,0,{VALUES}\n")
     (row,) = read_csv(path)
     assert (row["status"], row["val_loss"], row["bigram_cross_entropy"], row["lr"]) == ("finished", 1.5, None, None)
-    write_csv([row | {"seed": 1, "lr": 0.1}], path, append=True)
+    record(path, row | {"seed": 1, "lr": 0.1, "config_hash": "other"})
     assert path.read_text().splitlines()[0] == HEADER and len(path.read_text().splitlines()) == 3
-    assert read_csv(path) == [row, row | {"seed": 1}]
+    assert read_csv(path) == [row, row | {"seed": 1, "config_hash": "other"}]
     committed = sorted((Path(__file__).parents[1] / "experiments").rglob("results.csv"))
     tables = [path for path in committed if path.read_text().startswith("name,")]
     assert len(tables) >= 4 and all(row["val_loss"] > 0 for path in tables for row in read_csv(path))

@@ -135,8 +135,8 @@ def hashed_keys(config: Config) -> dict[str, Any]:
 
 def differences(there: Config, here: Config) -> list[str]:
     """One "key was x, now y" for each setting that determines the result and differs."""
-    trees = [_tree(config, config, is_left_out=lambda *_: False) for config in (there, here)]
-    return list(_differences(*trees))
+    was, now = (_tree(config, config, is_left_out=lambda *_: False) for config in (there, here))
+    return list(_differences(was, now))
 
 
 def parse_saved(tree: Mapping[str, Any]) -> Config:

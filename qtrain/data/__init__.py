@@ -5,7 +5,17 @@ The Lightning side is in `qtrain.data.datamodule`, so that all else works withou
 
 from qtrain.data.corpus import Corpus, Split, check_vocab, open_corpus, verify
 from qtrain.data.order import WindowOrder
-from qtrain.data.prepare import prepare
+from qtrain.data.prepare import prepare, same_text
 from qtrain.data.tokenizer import Tokenizer
 
-__all__ = ["Corpus", "Split", "Tokenizer", "WindowOrder", "check_vocab", "open_corpus", "prepare", "verify"]
+__all__ = [
+    "Corpus",
+    "Split",
+    "Tokenizer",
+    "WindowOrder",
+    "check_vocab",
+    "open_corpus",
+    "prepare",
+    "same_text",
+    "verify",
+]

@@ -92,6 +92,8 @@ class Corpus:
         streamed source as far as its own budget, so there the first training document stands for those that follow:
         budgets of one sweep are of the same data.
     bigram_cross_entropy: nats per token on the validation split, see `qtrain.data.bigram`.
+    fingerprint: of the sources that it was found or made for (`qtrain.data.prepare.fingerprint`); "" of a corpus that
+        was opened by its folder.
     """
 
     folder: Path
@@ -101,6 +103,7 @@ class Corpus:
     val: Split
     data_hash: str
     bigram_cross_entropy: float
+    fingerprint: str = ""
 
     @property
     def vocab_size(self) -> int:

@@ -15,6 +15,7 @@ from qtrain.errors import UserError, first_line
 
 PARTIAL = ".partial"  # how the name of a half-written file ends
 MAX_YAML_NODES = 100_000  # of a file of settings, every alias counted as what it stands for; a run's has about 300
+MAX_YAML_DEPTH = 50  # a run's settings are 5 deep
 _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # 500 settings files: under a second instead of ten
 
 
@@ -73,6 +74,7 @@ def read_yaml(path: Path) -> Any:
     more by its aliases than MAX_YAML_NODES."""
     try:
         text = path.read_text(encoding="utf-8")
+        _check_depth(path, text)
         loader = _Loader(text)
         node = loader.get_single_node()
         if node is not None and _size(node, {}) > MAX_YAML_NODES:
@@ -86,6 +88,16 @@ def read_yaml(path: Path) -> Any:
         if isinstance(error, UserError):
             raise
         raise UserError(f"cannot read {path}: {' '.join(str(error).split()) or first_line(error)}") from None
+
+
+def _check_depth(path: Path, text: str) -> None:
+    """UserError for a file that is nested deeper than MAX_YAML_DEPTH. libyaml's loader is recursive in C: a hundred
+    thousand brackets end the process. Its parser, which is asked here, is not."""
+    depth = 0
+    for event in yaml.parse(text, _Loader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > MAX_YAML_DEPTH:
+            raise UserError(f"cannot read {path}: it is nested more than {MAX_YAML_DEPTH} deep")
 
 
 def _size(node: yaml.Node, known: dict[int, int]) -> int:

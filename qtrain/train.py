@@ -122,6 +122,9 @@ def job(tree: DictConfig) -> float | None:
     if multiprocessing.parent_process() is None:
         _stop.jobs_are_here = True
         return _job(tree)
+    from qtrain.runs.processes import end_with_parent
+
+    end_with_parent(signal.SIGTERM)  # which saves first
     try:  # a process of hydra/launcher=local
         return None if _stop.asked else _job(tree)
     except KeyboardInterrupt:

@@ -34,7 +34,8 @@ MAY_IMPORT = {
     "qtrain.optim": "torch qtrain.config",
     "qtrain.plan": ("torch rich qtrain.config qtrain.models qtrain.metrics qtrain.optim qtrain_kernels"),
     "qtrain.data": (
-        "numpy torch tokenizers filelock rich (datasets huggingface_hub pyarrow transformers) qtrain.config"
+        "numpy torch pydantic tokenizers filelock rich (datasets huggingface_hub pyarrow transformers) qtrain.config "
+        "qtrain.runs"
     ),
     "qtrain.data.datamodule": "numpy torch lightning qtrain.config qtrain.data",
     "qtrain.runs": "yaml pydantic (pyarrow) qtrain.config",

@@ -73,9 +73,7 @@ def test_a_cache_that_cannot_be_written_gives_auto_the_reference(
     dispatch.resolve.cache_clear()
     try:
         assert dispatch.resolve("auto", "cpu") == "reference"
-        with pytest.raises(
-            ValueError, match="backend 'compiled' cannot run on cpu: the cache of compiled kernels: .*XDG"
-        ):
+        with pytest.raises(ValueError, match=r"cannot run on cpu: the cache of compiled kernels: .*XDG_CACHE_HOME"):
             dispatch.resolve("compiled", "cpu")
         assert not list(cache.glob(".*")) if cache.is_dir() else True
     finally:

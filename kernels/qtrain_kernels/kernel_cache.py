@@ -56,7 +56,8 @@ def keep(key: str, library: bytes) -> Path:
     path = here / f"{key}-{hashlib.sha256(library).hexdigest()}.so"
     partial = here / f".{secrets.token_hex(8)}.partial"
     try:
-        with open(os.open(partial, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as file:
+        partial.touch(mode=0o600, exist_ok=False)
+        with partial.open("wb") as file:
             file.write(library)
             file.flush()
             os.fsync(file.fileno())

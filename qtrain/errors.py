@@ -22,9 +22,9 @@ class UserError(ValueError):
 
 
 def first_line(error: BaseException) -> str:
-    """A foreign exception in one line: its type and the first line of its text."""
+    """A foreign exception in one line: its type and the first line of its text, which may repeat all of its input."""
     lines = visible(str(error)).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
 
 
 REMEDIES = {

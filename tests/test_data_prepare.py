@@ -286,7 +286,8 @@ def damaging(**values: Any) -> Callable[[Path], None]:
 
 INCONSISTENT = [  # the second made a window that never ended
     {"files": {}}, {"splits__train__n_tokens": 10**6}, {"splits__val__n_tokens": -1},
-    {"splits__val__n_documents": 10**9}, {"splits__train__n_tokens": 10**30}, {"dtype": "<u4"}, {"dtype": "O"}, {"shard_tokens": 0}, {"shard_tokens": 7},
+    {"splits__val__n_documents": 10**9}, {"splits__train__n_tokens": 10**30}, {"dtype": "<u4"}, {"dtype": "O"},
+    {"shard_tokens": 0}, {"shard_tokens": 7},
     {"tokenizer__eos_id": 10**6}, {"tokenizer__vocab_size": 9}, {"tokenizer__file": False}, {"splits": []},
     {"data_hash": None}, {"files__../x": {"bytes": 1, "sha256": "0" * 64}},
 ]  # fmt: skip

@@ -7,6 +7,7 @@ A tree of plain data becomes a class through `parse`; an unknown key, a wrong ty
 from __future__ import annotations
 
 import difflib
+import reprlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin
@@ -21,11 +22,14 @@ BFLOAT16_GEMMS = ("fp8", "fp8_fast", "fp4")  # whose products are bfloat16
 Redraw = Literal["micro_batch", "step"]
 T = TypeVar("T", bound="Strict")
 
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother, _SHORT.maxlong = 3, 200, 200, 200
+
 
 class Strict(BaseModel):
     """Base of all settings: immutable, and no key that it does not know."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
 
 
 def parse(kind: type[T], tree: Mapping[str, Any]) -> T:
@@ -45,13 +49,13 @@ def _explain(kind: type[Strict], problem: Any) -> str:
         valid = list(fields_at(kind, parents))
         where = ".".join(parents) or "the config"
         hint = nearest(leaf, valid, parents)
-        return f"unknown key {path!r} (found {found!r}){hint}; keys of {where}: {', '.join(valid)}"
+        return f"unknown key {path!r} (found {shown(found)}){hint}; keys of {where}: {', '.join(valid)}"
     if problem["type"] == "missing":
         return f"missing key {path!r}; set it in a config file or as {path}=..."
     message = problem["msg"].removeprefix("Value error, ")
     if isinstance(found, Mapping) or not path:
         return message
-    return f"{path}={found!r}: {message}"
+    return f"{path}={shown(found)}: {message}"
 
 
 def fields_at(kind: type[BaseModel], parents: list[str]) -> list[str]:
@@ -63,6 +67,14 @@ def fields_at(kind: type[BaseModel], parents: list[str]) -> list[str]:
             return []
         kind = nested[0]
     return list(kind.model_fields)
+
+
+def shown(value: Any) -> str:
+    """A value in a message: a foreign file may hold one of any size or depth."""
+    try:
+        return _SHORT.repr(value)
+    except (ValueError, RecursionError):  # an integer of thousands of digits
+        return f"a value of type {type(value).__name__}"
 
 
 def classes_of(kind: type[BaseModel], name: str, value: Any) -> list[type[Strict]]:

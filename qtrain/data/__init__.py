@@ -4,7 +4,7 @@ The Lightning side is in `qtrain.data.datamodule`, so that all else works withou
 """
 
 from qtrain.data.corpus import Corpus, Split, check_vocab, open_corpus, verify
-from qtrain.data.order import WindowOrder
+from qtrain.data.order import WindowOrder, describe_epochs, epochs, repetition_warning
 from qtrain.data.prepare import prepare, same_text
 from qtrain.data.tokenizer import Tokenizer
 
@@ -14,8 +14,11 @@ __all__ = [
     "Tokenizer",
     "WindowOrder",
     "check_vocab",
+    "describe_epochs",
+    "epochs",
     "open_corpus",
     "prepare",
+    "repetition_warning",
     "same_text",
     "verify",
 ]

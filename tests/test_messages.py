@@ -16,6 +16,7 @@ from qtrain.config import DataConfig
 from qtrain.config.settings import shown
 from qtrain.data.sources import open_sources
 from qtrain.errors import UserError, explain, first_line, visible
+from qtrain.report.page import read_law
 from qtrain.train import compose
 
 
@@ -32,6 +33,7 @@ from qtrain.train import compose
     ("data.files=" + "[" * 5000, "cannot read 'data.files="),
     ("optimizer.lr=inf", "optimizer.lr=inf: .*finite"),
     ("optimizer.lr=nan", "optimizer.lr=nan: "),
+    ("model.n_layers=1_000_000_000", "model.n_layers=1000000000: .*10000"),  # a dry run of it did not end
     ("scheduler.final_factor=-inf", "scheduler.final_factor=-inf: "),
 ])  # fmt: skip
 def test_overrides(override: str, told: str) -> None:
@@ -101,6 +103,19 @@ def test_folders_that_hold_themselves_are_read_once(tmp_path: Path) -> None:
     assert documents("text", f"{tmp_path}/**/*.txt") == ["deep/er/y.txt", "x.txt"]
     assert documents("text", f"{tmp_path}/**/er/**/*.txt") == ["deep/er/y.txt"]
     assert documents("text", f"{tmp_path}/deep/**") == ["deep/er/y.txt"]
+
+
+@pytest.mark.parametrize(
+    "values", [{"constants": "text"}, {"points": ["text"]}, {"efficiencies": {"a": 1}}, {"law": 3}]
+)
+def test_a_law_of_other_kinds(tmp_path: Path, values: dict) -> None:
+    law = {"law": "x", "baseline": "b", "constants": {}, "efficiencies": {}, "fit": {}, "points": [], "command": "c"}
+    path = tmp_path / "law.json"
+    path.write_text(json.dumps(law))
+    assert read_law(path) == law
+    path.write_text(json.dumps(law | values))
+    with pytest.raises(UserError, match=r"law\.json has values of other kinds"):
+        read_law(path)
 
 
 def test_the_mark_of_an_encoding_is_no_text(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
 
 from qtrain.config import Config
-from qtrain.optim import build_optimizer, lr_factor
+from qtrain.optim.groups import build_optimizer
 from qtrain.plan import RunPlan
 from qtrain.quant import calibrate, keep_weights, set_high_precision, set_step
 
@@ -78,7 +78,7 @@ class CausalLM(lightning.LightningModule):
 
     def lr_factor(self, step: int) -> float:
         """The learning rate of optimiser step `step` (from 0), as a factor of optimizer.lr."""
-        return lr_factor(step, self.plan.steps, self.config.scheduler)
+        return self.config.scheduler.factor(step, self.plan.steps)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["vocab_size"] = self.plan.vocab_size

@@ -29,7 +29,7 @@ def flops_per_token(config: ModelConfig, vocab_size: int) -> int:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one device. Weights, gradients and AdamW's two moments are exact; activations are an estimate."""
+    """Bytes on one device. Weights, gradients and the optimiser's state are exact; activations are an estimate."""
 
     parameters: int
     gradients: int
@@ -41,8 +41,11 @@ class Memory:
         return self.parameters + self.gradients + self.optimizer + self.activations
 
 
-def estimate_memory(config: ModelConfig, vocab_size: int, micro_batch_size: int, *, mixed: bool) -> Memory:
-    """Memory of unsharded training with AdamW on float32 weights; mixed: matmuls on bfloat16 copies of their inputs.
+def estimate_memory(
+    config: ModelConfig, vocab_size: int, micro_batch_size: int, *, mixed: bool, state_bytes: int
+) -> Memory:
+    """Memory of unsharded training on float32 weights. mixed: matmuls on bfloat16 copies of their inputs; state_bytes:
+    that the optimiser keeps for each parameter.
 
     Activations are what the unquantised, uncompiled model keeps for its backward. Per token and layer: input and
     normalised input of both norms in float32 (4 D); in the compute dtype the rotated q and the attention output in both
@@ -59,7 +62,7 @@ def estimate_memory(config: ModelConfig, vocab_size: int, micro_batch_size: int,
     head = (2 * 4 + size) * config.dim + vocab_size * (size + 2 * 4)
     activations = micro_batch_size * config.seq_len * (config.n_layers * layer + head)
     weight_copies = 2 * matmul_parameters(config, vocab_size) if mixed else 0
-    return Memory(4 * total, 4 * total, 8 * total, activations + weight_copies)
+    return Memory(4 * total, 4 * total, state_bytes * total, activations + weight_copies)
 
 
 def bits_per_byte(loss: float, n_tokens: float, n_bytes: float) -> float:

@@ -14,7 +14,6 @@ from qtrain.config.settings import BFLOAT16_GEMMS
 from qtrain.errors import UserError
 from qtrain.metrics import Memory, estimate_memory, flops_per_token
 from qtrain.models.llama import count_parameters
-from qtrain.optim import warmup_steps
 from qtrain_kernels.precision import has_bfloat16_units
 
 MIN_TELEMETRY_STEPS = 40  # taking the quantisers' health once costs most of a step of a small model
@@ -64,7 +63,7 @@ class RunPlan:
         tied = "; tied embeddings" if model.tie_embeddings else ""
         kind = "nominal" if model.nominal_parameters else "non-embedding"
         ratio = self.tokens / (model.nominal_parameters or self.non_embedding_parameters)
-        schedule = f"{config.scheduler.name} after {self.warmup_steps:,} steps of warm-up"
+        schedule = f"{config.scheduler} after {self.warmup_steps:,} steps of warm-up"
         decay = f"weight decay {optimizer.weight_decay:g}, clip {trainer.grad_clip or 'off'}"
         parts = {key: _bytes(size) for key, size in asdict(self.memory).items()}
         return {
@@ -73,7 +72,7 @@ class RunPlan:
             "recipe": describe_recipe(config.recipe),
             "tokens": f"{self.tokens:,} of {config.data.source}, {ratio:.3g} per {kind} parameter",
             "steps": f"{self.steps:,} of {self.batch_tokens:,} tokens ({self._split(config)})",
-            "optimizer": f"{optimizer.name}, lr {optimizer.lr:g}, {schedule}, {decay}",
+            "optimizer": f"{optimizer}, lr {optimizer.lr:g}, {schedule}, {decay}",
             "compute": f"{self.flops:.3g} FLOP",
             "precision": _describe_precision(config),
             "memory": f"about {_bytes(self.memory.total)} per device: "
@@ -139,13 +138,17 @@ def make_plan(config: Config, world_size: int = 1, vocab_size: int | None = None
         batch_tokens=trainer.batch_tokens,
         micro_batches=_micro_batches(config, world_size),
         flops_per_token=flops_per_token(config.model, vocab_size),
-        warmup_steps=warmup_steps(steps, config.scheduler),
+        warmup_steps=config.scheduler.warmup(steps),
         log_every_steps=callbacks.log_every_steps,
         val_every_steps=callbacks.val_every_steps or tenth,
         checkpoint_every_steps=callbacks.checkpoint_every_steps or tenth,
         telemetry_every_steps=max(MIN_TELEMETRY_STEPS, math.ceil(steps / 20)) if health is None else health,
         memory=estimate_memory(
-            config.model, vocab_size, trainer.micro_batch_size, mixed=trainer.precision == "bf16-mixed"
+            config.model,
+            vocab_size,
+            trainer.micro_batch_size,
+            mixed=trainer.precision == "bf16-mixed",
+            state_bytes=config.optimizer.state_bytes,
         ),
     )
 

@@ -17,7 +17,6 @@ from pathlib import Path
 from qtrain.checkpoint import newest_checkpoint
 from qtrain.config import Config, hashed_keys
 from qtrain.lightning_module import computes_in_high_precision
-from qtrain.optim import trunk_steps
 from qtrain.plan import RunPlan
 
 # What a run does with its budget. Warm-up counts as the number of steps that it comes to. What it validates on is not
@@ -50,7 +49,7 @@ def common_steps(config: Config, plan: RunPlan) -> int:
     """The steps after which the state is that of every longer run of this schedule: those before the decay, less one,
     because the state holds the rate of the step to come, and those before the recipe switches to high precision. None
     of the last two, where there is hardly a decay: the last step has the final rate even if it is one of warm-up."""
-    steps = max(0, min(trunk_steps(plan.steps, config.scheduler), plan.steps - 2))
+    steps = max(0, min(config.scheduler.shared_until(plan.steps) or 0, plan.steps - 2))
     if config.recipe.high_precision_after is None:
         return steps
     return next((step for step in range(steps) if computes_in_high_precision(config, plan, step)), steps)

@@ -37,7 +37,7 @@ from qtrain.callbacks import StopRequest
 from qtrain.config import Config
 from qtrain.data import prepare
 from qtrain.lightning_module import next_token_loss
-from qtrain.optim import build_optimizer, lr_factor
+from qtrain.optim.groups import build_optimizer
 from qtrain.plan import make_plan
 from qtrain.quant import set_step
 from qtrain.run import Session, open_session, speak_through
@@ -148,7 +148,7 @@ def bare_loop(session: Session, steps: int) -> float:
             (loss / plan.micro_batches).backward()
         nn.utils.clip_grad_norm_(model.parameters(), config.trainer.grad_clip or float("inf"))
         for group in optimizer.param_groups:
-            group["lr"] = config.optimizer.lr * lr_factor(step, plan.steps, config.scheduler)
+            group["lr"] = config.optimizer.lr * config.scheduler.factor(step, plan.steps)
         optimizer.step()
         optimizer.zero_grad()
     return steps * plan.batch_tokens / (now(device) - started)

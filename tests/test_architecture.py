@@ -27,22 +27,30 @@ MAY_IMPORT = {
     "qtrain_kernels.triton_interpreter": "torch triton",
     "qtrain": "qtrain_kernels (qtrain.quant qtrain.run)",
     "qtrain.errors": "",
-    "qtrain.config": "yaml pydantic qtrain_kernels.formats qtrain_kernels.plans",
-    "qtrain.quant": "torch qtrain.config qtrain_kernels qtrain_kernels.formats qtrain_kernels.plans",
+    "qtrain.config": (
+        "yaml pydantic qtrain.config.settings qtrain_kernels.formats qtrain_kernels.plans (qtrain.optim)"
+    ),
+    "qtrain.config.settings": "pydantic",
+    "qtrain.optim": "pydantic qtrain.config.settings (torch)",
+    "qtrain.optim.groups": "torch qtrain.optim",
+    "qtrain.quant": (
+        "torch qtrain.config qtrain.config.settings qtrain_kernels qtrain_kernels.formats qtrain_kernels.plans"
+    ),
     "qtrain.models": "torch einops qtrain.config qtrain_kernels",
     "qtrain.metrics": "torch qtrain.config qtrain.models",
-    "qtrain.optim": "torch qtrain.config",
-    "qtrain.plan": ("torch rich qtrain.config qtrain.models qtrain.metrics qtrain.optim qtrain_kernels"),
+    "qtrain.plan": (
+        "torch rich qtrain.config qtrain.config.settings qtrain.models qtrain.metrics qtrain.optim qtrain_kernels"
+    ),
     "qtrain.data": (
         "numpy torch pydantic tokenizers filelock rich (datasets huggingface_hub pyarrow transformers) qtrain.config "
-        "qtrain.runs"
+        "qtrain.config.settings qtrain.runs"
     ),
     "qtrain.data.datamodule": "numpy torch lightning qtrain.config qtrain.data",
-    "qtrain.runs": "yaml pydantic (pyarrow) qtrain.config",
+    "qtrain.runs": "yaml pydantic (pyarrow) qtrain.config qtrain.config.settings",
     "qtrain.checkpoint": "torch lightning qtrain.runs",
     "qtrain.loggers": "lightning qtrain.config qtrain.runs",
     "qtrain.lightning_module": (
-        "torch lightning qtrain.config qtrain.plan qtrain.optim qtrain.metrics qtrain.models qtrain.quant"
+        "torch lightning qtrain.config qtrain.plan qtrain.optim.groups qtrain.metrics qtrain.models qtrain.quant"
     ),
     "qtrain.callbacks": (
         "torch lightning rich qtrain.config qtrain.plan qtrain.metrics qtrain.models qtrain.quant "
@@ -61,7 +69,7 @@ MAY_IMPORT = {
         "qtrain.data qtrain.data.datamodule qtrain.runs qtrain.checkpoint qtrain.loggers "
         "qtrain.lightning_module qtrain.trunk qtrain.callbacks qtrain.report"
     ),
-    "qtrain.train": "hydra omegaconf qtrain.config (qtrain.plan qtrain.run qtrain.runs rich)",
+    "qtrain.train": "hydra omegaconf qtrain.config qtrain.config.settings (qtrain.plan qtrain.run qtrain.runs rich)",
 }
 NOBODY_IMPORTS = {
     "kernels": "the name of another package; ours is qtrain_kernels",

@@ -161,7 +161,7 @@ def test_paper_experiments_have_the_published_settings(recipe: str, size: str) -
     optimizer, scheduler, trainer = config.optimizer, config.scheduler, config.trainer
     assert optimizer.lr == LADDER[size][5]
     assert (optimizer.beta1, optimizer.beta2, optimizer.weight_decay, trainer.grad_clip) == (0.9, 0.95, 0.1, 1.0)
-    assert (scheduler.name, scheduler.warmup_fraction, scheduler.start_factor) == ("cosine", 0.1, 0.01)
+    assert (str(scheduler), scheduler.warmup_fraction, scheduler.start_factor) == ("cosine", 0.1, 0.01)
     assert scheduler.final_factor == 0.1
     assert (trainer.batch_tokens, trainer.tokens, trainer.tokens_per_parameter) == (512 * 512, None, 100)
     assert (config.tokenizer.kind, config.tokenizer.path) == ("huggingface", "meta-llama/Llama-2-7b-hf")

@@ -348,6 +348,26 @@ def test_ranks_train_what_one_process_does(tmp_path: Path) -> None:
                 torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6, msg=f"{recipe} under {name}, rank {rank}")
 
 
+def test_learned_scales_learn_whatever_else_is_frozen() -> None:
+    """The first layer of a model, whose input has no gradient; a frozen weight."""
+    model = nn.Sequential(nn.Linear(64, 64))
+    qtrain.convert(model, "lsq", backend="reference")
+    (layer,) = quant_linears(model)
+    qtrain.calibrate(model, inputs(0, 64))
+
+    def gradients_of_scales(needs_x: bool, needs_w: bool) -> list[Tensor | None]:
+        model.zero_grad()
+        layer.weight.requires_grad_(needs_w)
+        model(inputs(1, 64).requires_grad_(needs_x)).square().mean().backward()
+        assert layer.input_scale is not None and layer.weight_scale is not None
+        return [layer.input_scale.grad, layer.weight_scale.grad]
+
+    expected = gradients_of_scales(True, True)
+    assert all(each is not None and each.abs() > 0 for each in expected)
+    for needs in ((False, True), (True, False), (False, False)):
+        assert gradients_of_scales(*needs) == expected
+
+
 def test_a_learned_scale_without_a_value_is_said() -> None:
     model = nn.Sequential(nn.Linear(64, 64))
     qtrain.convert(model, "lsq", backend="reference")

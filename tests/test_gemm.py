@@ -555,6 +555,12 @@ def test_the_fp8_product_by_blocks_is_in_cublas_layout(
     assert asked == [ScalingType.BlockWise128x128 if "tiles" in right else ScalingType.BlockWise1x128]
 
 
+def test_cublas_reads_block_scales_where_they_are() -> None:
+    q = quantised("mxfp4", -1, 32, 256).to("float8_128")
+    assert q.block_scale is not None
+    assert gemm._block_scales(q, 0)[0].data_ptr() == q.block_scale.data_ptr()
+
+
 def unit(
     a: Tensor, b: Tensor, scales_a: list[Tensor], kinds_a: list[ScalingType], scales_b: list[Tensor],
     kinds_b: list[ScalingType], orders_a: list[SwizzleType], orders_b: list[SwizzleType],

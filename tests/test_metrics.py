@@ -8,10 +8,11 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from qtrain.config import ModelConfig, OptimizerConfig
+from qtrain.config import ModelConfig
 from qtrain.metrics import bits_per_byte, estimate_memory, flops_per_token, matmul_parameters
 from qtrain.models.llama import Llama
-from qtrain.optim import build_optimizer
+from qtrain.optim.groups import build_optimizer
+from qtrain.optim.optimizers.adamw import AdamW
 from qtrain_kernels import precision
 
 VOCABULARY = 40
@@ -56,10 +57,10 @@ def test_flops_of_the_30m_model_by_hand() -> None:
 def test_weights_gradients_and_moments_are_exact(tied: bool) -> None:
     settings = config(tie_embeddings=tied)
     model = Llama(settings, VOCABULARY)
-    optimizer = build_optimizer(model, OptimizerConfig(name="adamw", lr=0.1))
+    optimizer = build_optimizer(model, AdamW(name="adamw", lr=0.1))
     loss_of(model, tokens(1, settings)).backward()
     optimizer.step()
-    memory = estimate_memory(settings, VOCABULARY, 1, mixed=True)
+    memory = estimate_memory(settings, VOCABULARY, 1, mixed=True, state_bytes=AdamW.state_bytes)
     assert memory.parameters == sum(parameter.nbytes for parameter in model.parameters())
     assert memory.gradients == sum(
         parameter.grad.nbytes for parameter in model.parameters() if parameter.grad is not None
@@ -88,7 +89,9 @@ def test_activations_are_about_what_autograd_keeps(
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), autocast:
         loss_of(model, tokens(8, settings))
     saved = sum(x.untyped_storage().nbytes() for address, x in kept.items() if address not in weights)
-    assert estimate_memory(settings, VOCABULARY, 8, mixed=mixed).activations == pytest.approx(saved, rel=0.05)
+    assert estimate_memory(settings, VOCABULARY, 8, mixed=mixed, state_bytes=8).activations == pytest.approx(
+        saved, rel=0.05
+    )
 
 
 def test_bits_per_byte() -> None:

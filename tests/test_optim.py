@@ -8,9 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import qtrain
-from qtrain.config import ModelConfig, OptimizerConfig, SchedulerConfig
+from qtrain.config import ModelConfig
 from qtrain.models.llama import Llama
-from qtrain.optim import build_optimizer, decay_steps, lr_factor, parameter_groups, warmup_steps
+from qtrain.optim.base import Schedule
+from qtrain.optim.groups import build_optimizer, parameter_groups
+from qtrain.optim.optimizers.adamw import AdamW
+from qtrain.optim.schedules.cosine import Cosine
+from qtrain.optim.schedules.wsd import WSD
 
 
 def llama(**changes: Any) -> Llama:
@@ -19,8 +23,8 @@ def llama(**changes: Any) -> Llama:
     return Llama(ModelConfig.model_validate(base | changes), 11)
 
 
-def schedule(name: str = "cosine", **changes: Any) -> SchedulerConfig:
-    return SchedulerConfig.model_validate({"name": name} | changes)
+def schedule(name: str = "cosine", **changes: Any) -> Schedule:
+    return {"cosine": Cosine, "wsd": WSD}[name].model_validate({"name": name} | changes)
 
 
 # --------------------------------------------------------------------------------------------------------------- groups
@@ -59,7 +63,7 @@ def test_learned_steps_decay_as_the_weights_do() -> None:
 def test_weight_decay_reaches_the_decay_group_alone() -> None:
     model = llama()
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
-    optimizer = build_optimizer(model, OptimizerConfig(name="adamw", lr=0.5, weight_decay=0.2))
+    optimizer = build_optimizer(model, AdamW(name="adamw", lr=0.5, weight_decay=0.2))
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
@@ -69,7 +73,7 @@ def test_weight_decay_reaches_the_decay_group_alone() -> None:
 
 
 def test_two_steps_follow_adamw_by_hand() -> None:
-    settings = OptimizerConfig(name="adamw", lr=0.01, beta1=0.8, beta2=0.9, eps=0.05, weight_decay=0.3)
+    settings = AdamW(name="adamw", lr=0.01, beta1=0.8, beta2=0.9, eps=0.05, weight_decay=0.3)
     model = llama()
     weight = model.layers[0].mlp.up.weight  # pyright: ignore[reportAttributeAccessIssue]
     optimizer = build_optimizer(model, settings)
@@ -106,7 +110,7 @@ def test_cosine_is_the_papers_one_cycle(total: int, fraction: float) -> None:
     )
     settings = schedule(warmup_fraction=fraction, start_factor=0.01, final_factor=0.1)
     for step in range(total):
-        assert 3.0 * lr_factor(step, total, settings) == pytest.approx(reference.get_last_lr()[0], rel=1e-12), step
+        assert 3.0 * settings.factor(step, total) == pytest.approx(reference.get_last_lr()[0], rel=1e-12), step
         optimizer.step()
         if step < total - 1:
             reference.step()
@@ -115,7 +119,7 @@ def test_cosine_is_the_papers_one_cycle(total: int, fraction: float) -> None:
 def test_wsd_by_hand() -> None:
     settings = schedule("wsd", warmup_fraction=0.3, decay_fraction=0.4, start_factor=0.2, final_factor=0.0)
     expected = [0.2, 0.6, 1, 1, 1, 1, 0.75, 0.5, 0.25, 0]
-    assert [lr_factor(step, 10, settings) for step in range(10)] == pytest.approx(expected, abs=1e-15)
+    assert [settings.factor(step, 10) for step in range(10)] == pytest.approx(expected, abs=1e-15)
 
 
 @given(
@@ -129,11 +133,12 @@ def test_wsd_by_hand() -> None:
 def test_every_schedule_rises_then_falls_and_ends_exactly(
     name: str, total: int, warmup: float, decay: float, start: float, final: float
 ) -> None:
-    settings = schedule(name, warmup_fraction=warmup, decay_fraction=decay, start_factor=start, final_factor=final)
-    factors = [lr_factor(step, total, settings) for step in range(total)]
-    peak = max(warmup_steps(total, settings) - 1, 0)
+    own = {"decay_fraction": decay} if name == "wsd" else {}
+    settings = schedule(name, warmup_fraction=warmup, start_factor=start, final_factor=final, **own)
+    factors = [settings.factor(step, total) for step in range(total)]
+    peak = max(settings.warmup(total) - 1, 0)
     assert factors[-1] == final
-    assert lr_factor(total + 5, total, settings) == final
+    assert settings.factor(total + 5, total) == final
     if total > 1:
         assert factors[0] == pytest.approx(start if peak > 0 else 1.0, abs=1e-15)
         assert factors[peak] == (1.0 if peak < total - 1 else final)
@@ -145,5 +150,5 @@ def test_every_schedule_rises_then_falls_and_ends_exactly(
 @pytest.mark.parametrize(("total", "fraction", "steps"), [(2861, 0.1, 286), (100, 0.29, 29), (9, 0.1, 0), (10, 0.1, 1)])
 def test_fractions_become_whole_steps(total: int, fraction: float, steps: int) -> None:
     assert math.floor(0.29 * 100) == 28  # why rounding down needs care
-    assert warmup_steps(total, schedule(warmup_fraction=fraction)) == steps
-    assert decay_steps(total, schedule("wsd", decay_fraction=fraction)) == max(1, steps)
+    assert schedule(warmup_fraction=fraction).warmup(total) == steps
+    assert WSD(name="wsd", decay_fraction=fraction).decay(total) == max(1, steps)

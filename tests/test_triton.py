@@ -473,6 +473,31 @@ def test_float8_equals_what_a_qtensor_becomes(name: str, dim: int, device: str) 
         assert differing(x, side, device) == [], (rule, length)
 
 
+@pytest.mark.parametrize("dim", [-1, -2])
+def test_float8_codes_by_hand(dim: int, device: str) -> None:
+    """MXFP4 by the floor rule in float64: E2M1 codes to nearest even, times their power of two over the largest of four
+    such powers / 64, in torch's float8; one scale each 128, groups first."""
+    for lines, length in ((37, 160), (128, 256)):
+        x = spread_lines(lines, length, torch.bfloat16)
+        x[7, 9] = 1.0
+        blocks = x.double().reshape(lines, -1, 32)
+        powers = (torch.frexp(blocks.abs().amax(2)).exponent - 3.0).clamp_min(-127).exp2()
+        u = blocks / powers[..., None]
+        step = torch.where(u.abs() < 2, 0.5, torch.where(u.abs() < 4, 1.0, 2.0))
+        values = ((u / step).round() * step).clamp(-6, 6) * powers[..., None]
+        powers[blocks.abs().amax(2) == 0] = 0.0
+        missing = -powers.shape[1] % 4
+        groups = torch.nn.functional.pad(powers, (0, missing)).reshape(lines, -1, 4).amax(2) / 64
+        scales = groups.clamp_min(2.0**-126)
+        codes = values.reshape(lines, length) / scales.repeat_interleave(128, 1)[:, :length]
+        given = x if dim == -1 else x.T.contiguous()
+        side = Side(layout(Plan(E2M1, "e8m0", 32, "floor"), given, dim, "float8_128"))
+        found, found_scales, *_ = found_by_triton(given, side, device)
+        assert found is not None and found_scales is not None
+        assert torch.equal(found_scales.double(), scales.T)
+        assert torch.equal(found.float(), codes.float().to(torch.float8_e4m3fn).float())
+
+
 def test_float8_is_exact_down_to_14_octaves_below_the_largest_scale(device: str) -> None:
     """Every code of E2M1 under every such scale; one octave further it is not."""
     plan = Plan(E2M1, "e8m0", 32, "floor")
@@ -501,6 +526,19 @@ def test_a_packed_matrix_quantised_again_is_the_one_it_holds(device: str) -> Non
     for other in (held.to("bfloat16", "reference"), qtensor.quantize(x, layout(plan, x, -2, "packed"))):
         with pytest.raises(ValueError, match=r"quantises again what is MXFP4 packed along rows; got Layout"):
             gpu.quantize(other, Side(layout(again, x)))
+
+
+def test_a_packed_matrix_quantised_again_into_tiles_is_dequantised_first(device: str) -> None:
+    """Whose kernels take a tile as a row of its own."""
+    x = spread_lines(128, 192, torch.bfloat16)
+    x[7, 9] = 0.0
+    held = qtensor.quantize(x, layout(replace(MXFP4, mask=None), x, -1, "packed"), backend="reference")
+    there = replace(held, codes=held.codes.to(device), block_scale=moved(held.block_scale, device))
+    tiles = Layout(Plan(E2M1, "minifloat", 256, "absmax", scale_element=NVFP4.scale_element), (128, 192), rows=16)
+    found, expected = (
+        qtensor.quantize_side(q, Side(tiles), backend)[0] for q, backend in ((there, "triton"), (held, "reference"))
+    )
+    assert all(map(same, cpu_of(found.tensors()), expected.tensors()))  # pyright: ignore[reportArgumentType]
 
 
 # ------------------------------------------------------------------------------------------------------------ rotation

@@ -15,7 +15,6 @@ from qtrain.callbacks import LeaveTrunk
 from qtrain.checkpoint import list_checkpoints, load_checkpoint
 from qtrain.config import Config, config_hash
 from qtrain.errors import UserError
-from qtrain.optim import lr_factor
 from qtrain.plan import make_plan
 from qtrain.run import run
 from qtrain.runs.directory import RunDirectory
@@ -90,8 +89,8 @@ def test_a_trunk_ends_where_the_learning_rate_begins_to_know_the_budget() -> Non
         config = compose([*base, f"trainer.tokens={steps * BATCH}"])
         plan, longer = make_plan(config), make_plan(compose([*base, "trainer.tokens=1_000_000"]))
         common = common_steps(config, plan)
-        here = [lr_factor(step, plan.steps, config.scheduler) for step in range(plan.steps)]
-        there = [lr_factor(step, longer.steps, config.scheduler) for step in range(plan.steps)]
+        here = [config.scheduler.factor(step, plan.steps) for step in range(plan.steps)]
+        there = [config.scheduler.factor(step, longer.steps) for step in range(plan.steps)]
         assert common == 0 or here[: common + 1] == there[: common + 1]
         assert common == max(0, steps - 2) or here[common + 1] != there[common + 1]
 

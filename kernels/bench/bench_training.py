@@ -35,7 +35,7 @@ import qtrain
 from qtrain.config import Config
 from qtrain.lightning_module import next_token_loss
 from qtrain.metrics import flops_per_token
-from qtrain.optim import build_optimizer
+from qtrain.optim.groups import build_optimizer
 from qtrain.run import build_model
 from qtrain.train import compose
 

@@ -331,11 +331,14 @@ def _int8_product(left: QTensor, right: QTensor) -> tuple[Tensor, list[Scale]]:
 
 
 def _line_scale(q: QTensor) -> Tensor:
-    """(L, 1) or (L, n / 128) float32: what multiplies float8 codes but for a constant."""
-    if q.block_scale is None:
-        lines = q.codes.new_ones((q.codes.shape[0], 1), dtype=torch.float32)
-        return lines if q.tensor_scale is None else lines * q.tensor_scale.view(-1, 1)
-    return q.block_scale if q.tensor_scale is None else q.block_scale * q.tensor_scale.view(-1, 1)
+    """(L, 1) float32 or, by blocks of 128, as the layout has them: what multiplies float8 codes but for a constant."""
+    scale, blocks = q.tensor_scale, q.block_scale
+    if blocks is None:
+        blocks = q.codes.new_ones((q.codes.shape[0], 1), dtype=torch.float32)
+    if scale is None:
+        return blocks
+    by_line = q.layout.storage == "float8" and scale.ndim
+    return blocks * (scale.view(-1, 1) if by_line else scale.view(-1))
 
 
 def _fp8_product(left: QTensor, right: QTensor, fast: bool = False) -> tuple[Tensor, list[Scale]]:
@@ -361,14 +364,15 @@ def _block_scaled_mm(left: QTensor, right: QTensor) -> Tensor:
 
 
 def _block_scales(q: QTensor, wide: int) -> tuple[Tensor, ScalingType]:
-    """Of a side of a product by blocks of 128, as cuBLASLt takes them, for so many more lines: (L, n / 128) with L
-    contiguous; of 128x128 tiles (n / 128, L / 128), n / 128 contiguous and a multiple of 4."""
+    """Of a side of a product by blocks of 128, as cuBLASLt takes them, for so many more lines, without a copy where
+    sizes are multiples of 16 and 512: (L, n / 128) with L contiguous; of 128x128 tiles (n / 128, L / 128), n / 128
+    contiguous and a multiple of 4."""
     assert q.block_scale is not None
+    scale, missing, kind = q.block_scale, (0, wide), ScalingType.BlockWise1x128
     if q.layout.tiled:
-        more = -(-(q.layout.lines[0] + wide) // 128) - q.block_scale.shape[0]
-        return F.pad(q.block_scale, (0, -q.block_scale.shape[1] % 4, 0, more)).T, ScalingType.BlockWise128x128
-    scale = F.pad(q.block_scale, (0, 0, 0, wide)) if wide else q.block_scale
-    return scale.T.contiguous().T, ScalingType.BlockWise1x128
+        below = -(-(q.layout.lines[0] + wide) // 128) - scale.shape[0]
+        missing, kind = (0, -scale.shape[1] % 4, 0, below), ScalingType.BlockWise128x128
+    return (F.pad(scale, missing) if any(missing) else scale).T, kind
 
 
 def _native_product(left: QTensor, right: QTensor) -> tuple[Tensor, list[Scale]]:

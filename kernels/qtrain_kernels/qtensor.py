@@ -10,7 +10,8 @@ A Layout says how the tensors of a QTensor hold this. Its storages:
 - swizzled: packed, with the bytes of the block scales in the order of `swizzle`. What FP4 and MX units take.
 - float8: codes (L, n) in float8 with one float32 scale a line, a power of two. Codes far below the largest of their
   line are rounded; `inexact` counts them.
-- float8_128: codes (L, n) in float8 with one float32 scale for each 128 elements along the contraction.
+- float8_128: codes (L, n) in float8 with float32 scales in the order that cuBLASLt reads: one for each 128 elements
+  along the contraction, (n / 128, L), or for each tile of 128x128, (L / 128, n / 128).
 """
 
 from __future__ import annotations
@@ -182,8 +183,8 @@ class Layout:
             return None
         if self.storage == "swizzled":
             return (-(-lines // 128) * 128 * -(-blocks // 4) * 4,), torch.uint8
-        in_place = self.storage in FLOATS and self.dim == -2
-        return ((blocks, lines) if in_place else (lines, blocks)), torch.uint8 if self.packed else torch.float32
+        turned = self.dim == -2 if self.storage in FLOATS else self.storage == "float8_128" and not self.tiled
+        return ((blocks, lines) if turned else (lines, blocks)), torch.uint8 if self.packed else torch.float32
 
     @property
     def _tensor_scale(self) -> tuple[Shape, torch.dtype] | None:
@@ -206,8 +207,9 @@ class Layout:
 
     @property
     def tiled(self) -> bool:
-        """Whether tiles keep one scale each in float8_128: those of 128x128. Other tiles have one for each line."""
-        return self.rows == GROUP == self.size
+        """Whether tiles keep one scale each in float8_128: those of 128x128 under float32 scales. Other tiles have one
+        for each line."""
+        return self.rows == GROUP == self.size and self.plan is not None and self.plan.scale_kind == "float32"
 
     # Operations of reference.py work on (outer, span, inner).
 
@@ -373,8 +375,9 @@ class QTensor:
         if self.layout.storage == "float8":
             return self.block_scale
         lines, length = self.layout.lines
-        scale = self.block_scale.repeat_interleave(GROUP, 1)[:, :length]
-        return scale.repeat_interleave(GROUP, 0)[:lines] if self.layout.tiled else scale
+        if self.layout.tiled:
+            return self.block_scale.repeat_interleave(GROUP, 0)[:lines].repeat_interleave(GROUP, 1)[:, :length]
+        return self.block_scale.repeat_interleave(GROUP, 0)[:length].T
 
     def to(self, target: Layout | Storage, backend: str = "auto") -> QTensor:
         """The same matrix in another layout, without the loss of a bit, but for what float8 rounds (`inexact`).
@@ -530,7 +533,7 @@ def _refines(ours: Plan | None, rows: int, theirs: Plan | None, their_rows: int)
 
 
 def _shifted(q: QTensor, target: Layout) -> tuple[Tensor, Tensor | None]:
-    """((L, n) values over their scale, float, before float8 rounds them; the scale (L, 1) or (L, groups), or None).
+    """((L, n) values over their scale, float, before float8 rounds them; the scale (L, 1) or (groups, L), or None).
 
     The scale of a line or group is the largest of its block scales over 2^k, where 2^k times the largest code still is
     below float8's largest. A NaN among the block scales makes it NaN.
@@ -551,9 +554,9 @@ def _shifted(q: QTensor, target: Layout) -> tuple[Tensor, Tensor | None]:
     )
     scale = (scale * 2.0**-headroom).clamp_min(2.0**-126)  # below, the reciprocal would be infinite
     inverse = (1.0 / scale).to(values.dtype)
-    if target.storage == "float8_128":
-        inverse = inverse.repeat_interleave(GROUP, 1)[:, : values.shape[1]]
-    return values * inverse, scale
+    if target.storage == "float8":
+        return values * inverse, scale
+    return values * inverse.repeat_interleave(GROUP, 1)[:, : values.shape[1]], scale.T.contiguous()
 
 
 def inexact(q: QTensor, storage: Storage = "float8") -> Tensor:

@@ -489,8 +489,9 @@ def parts_of(
         blocks = blocks.view(layout.scale_grid if layout.dim == -1 else layout.scale_grid[::-1])
     if layout.storage == "float8_128":
         assert blocks is not None and codes is not None
-        if layout.dim == -2:
-            codes, blocks = codes.T, blocks.T.contiguous()
+        codes = codes if layout.dim == -1 else codes.T
+        if layout.tiled is (layout.dim == -2):  # in the layout's order
+            blocks = blocks.T.contiguous()
         codes = codes.to(layout.float8_dtype, memory_format=torch.contiguous_format)
     scale = scale.squeeze(1) if isinstance(scale, Tensor) and scale.ndim == 3 else scale
     return [codes, blocks, scale if isinstance(scale, Tensor) else None, mask]

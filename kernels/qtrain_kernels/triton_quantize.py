@@ -552,18 +552,6 @@ def scale_field(blocks, JOB: tl.constexpr):
 
 
 @triton.jit
-def blocks_inside(blocks, i, j, rows, columns, JOB: tl.constexpr):
-    """Block scales, zero for those of the tile that lie beyond the matrix along the contraction."""
-    if JOB.dim == -1:
-        c = j * (JOB.columns // JOB.block) + tl.arange(0, JOB.columns // JOB.block)
-        inside = tl.broadcast_to((c < columns // JOB.block)[None, :], (JOB.rows, JOB.columns // JOB.block))
-        inside = tl.reshape(inside, (JOB.groups, 1, 1))
-    else:
-        inside = (i * JOB.groups + tl.arange(0, JOB.groups) < rows // JOB.block)[:, None, None]
-    return tl.where(inside, blocks, 0.0)
-
-
-@triton.jit
 def emit_float8(pointer, scales, codes, blocks, i, j, rows, columns, JOB: tl.constexpr):
     """Codes in float8 and the float32 scale of each 128 along the contraction: the block scale itself of a plan that
     has float32 scales; else the largest block scale over 2^k, as qtensor._shifted has it, and codes times their own
@@ -573,11 +561,15 @@ def emit_float8(pointer, scales, codes, blocks, i, j, rows, columns, JOB: tl.con
     else:
         COUNT: tl.constexpr = 128 // JOB.block
         grouped: tl.constexpr = (JOB.groups // COUNT, COUNT, blocks.shape[2])
-        within = blocks if JOB.aligned else blocks_inside(blocks, i, j, rows, columns, JOB)
-        largest = float_of(tl.max(tl.reshape(bits_of(within), grouped), axis=1, keep_dims=True))
+        # Beyond the matrix elements are zero, and no rule gives a smaller scale than that of zeros.
+        largest = float_of(tl.max(tl.reshape(bits_of(blocks), grouped), axis=1, keep_dims=True))
         scale = tl.maximum(largest * JOB.float8_unit, 2.0**-126, propagate_nan=tl.PropagateNan.ALL)
         codes *= tl.reshape(tl.reshape(blocks, grouped) * reciprocal(scale), blocks.shape)
-    emit(scales, scale, i, j, rows, columns, 128, True, JOB)
+    if JOB.dim == -1:
+        turned = tl.trans(tl.reshape(scale, (JOB.rows, JOB.columns // 128)))
+        store(scales, turned, j * (JOB.columns // 128), i * JOB.rows, share(columns, 128, JOB), rows)
+    else:
+        emit(scales, scale, i, j, rows, columns, 128, False, JOB)
     found = codes.to(tl.float8e5 if JOB.plan.element.max > 448.0 else tl.float8e4nv)
     emit(pointer, found.to(tl.uint8, bitcast=True), i, j, rows, columns, 1, True, JOB)
 

@@ -71,14 +71,10 @@ INTRODUCED: dict[str, dict[str, Any]] = {
         "val_fraction": 0.05,
     },
     "TokenizerConfig": {"vocab_size": None, "path": None, "eos_token": None},
-    "OptimizerConfig": {"beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1},
-    "SchedulerConfig": {
-        "warmup_fraction": 0.1,
-        "warmup_steps": None,
-        "decay_fraction": 0.2,
-        "start_factor": 0.01,
-        "final_factor": 0.1,
-    },
+    "OptimizerSettings": {"weight_decay": 0.1},
+    "AdamW": {"beta1": 0.9, "beta2": 0.95, "eps": 1e-8},
+    "Schedule": {"warmup_fraction": 0.1, "warmup_steps": None, "start_factor": 0.01, "final_factor": 0.1},
+    "WSD": {"decay_fraction": 0.2},
     "TrainerConfig": {
         "tokens": None,
         "tokens_per_parameter": None,
@@ -141,8 +137,12 @@ def differences(there: Config, here: Config) -> list[str]:
 
 def parse_saved(tree: Mapping[str, Any]) -> Config:
     """The settings of a run as its config.yaml has them. A setting that its version did not know yet gets the value of
-    INTRODUCED. UserError as `parse`."""
-    return parse(Config, _completed(Config, tree))
+    INTRODUCED; a setting of a version before that had no effect is left out. UserError as `parse`."""
+    tree = _completed(Config, tree)
+    scheduler = tree.get("scheduler")
+    if isinstance(scheduler, dict) and scheduler.get("name") == "cosine":
+        scheduler.pop("decay_fraction", None)  # all schedules had one
+    return parse(Config, tree)
 
 
 def introduced(kind: type) -> dict[str, Any]:
@@ -213,8 +213,6 @@ def _idle(config: Config) -> set[str]:
     idle = set()
     if not _redraws(config):
         idle.add("recipe.redraw")
-    if config.scheduler.name != "wsd":
-        idle.add("scheduler.decay_fraction")
     if config.scheduler.warmup_steps is not None:
         idle.add("scheduler.warmup_fraction")
     if data.source != "python_env":

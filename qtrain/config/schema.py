@@ -6,13 +6,18 @@ The YAML files under configs/ hold the values, the classes here hold the meaning
 from __future__ import annotations
 
 import difflib
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from qtrain.config.recipe import LinearRecipe
-from qtrain.config.settings import BFLOAT16_GEMMS, Backend, GemmKind, Strict, fields_at, nearest
+from qtrain.config.settings import BFLOAT16_GEMMS, Backend, GemmKind, Strict, family, fields_at, nearest
 from qtrain.errors import UserError
+
+if TYPE_CHECKING:
+    from qtrain.optim.base import OptimizerSettings, Schedule
+else:
+    OptimizerSettings, Schedule = family("qtrain.optim.optimizers"), family("qtrain.optim.schedules")
 
 
 class ModelConfig(Strict):
@@ -117,30 +122,6 @@ class TokenizerConfig(Strict):
         return self
 
 
-class OptimizerConfig(Strict):
-    """AdamW as the papers run it: decay on the block linears, none on embeddings, lm_head and norms."""
-
-    name: Literal["adamw"]
-    lr: float = Field(gt=0)
-    beta1: float = Field(0.9, ge=0, lt=1)
-    beta2: float = Field(0.95, ge=0, lt=1)
-    eps: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.1, ge=0)
-
-
-class SchedulerConfig(Strict):
-    """Learning rate over the run, as a factor of optimizer.lr: warm-up from start_factor to 1 over warmup_steps, or
-    where these are not given over warmup_fraction of the steps, then cosine to final_factor, or constant until the last
-    decay_fraction of the steps (wsd)."""
-
-    name: Literal["cosine", "wsd"]
-    warmup_fraction: float = Field(0.1, ge=0, lt=1)
-    warmup_steps: int | None = Field(None, ge=0)
-    decay_fraction: float = Field(0.2, gt=0, le=1)
-    start_factor: float = Field(0.01, ge=0, le=1)
-    final_factor: float = Field(0.1, ge=0, le=1)
-
-
 class TrainerConfig(Strict):
     """The budget (exactly one of tokens, tokens_per_parameter), the batch, and the machine.
 
@@ -235,8 +216,8 @@ class Config(Strict):
     data: DataConfig
     tokenizer: TokenizerConfig
     recipe: LinearRecipe
-    optimizer: OptimizerConfig
-    scheduler: SchedulerConfig
+    optimizer: OptimizerSettings
+    scheduler: Schedule
     trainer: TrainerConfig
     callbacks: CallbacksConfig
     logger: LoggerConfig
@@ -253,10 +234,10 @@ class Config(Strict):
 
     @model_validator(mode="after")
     def _what_a_trunk_needs(self) -> Config:
-        if self.trainer.share_trunk and self.scheduler.name != "wsd":
+        if self.trainer.share_trunk and self.scheduler.shared_until(1) is None:
             raise ValueError(
                 f"trainer.share_trunk=true needs scheduler=wsd, whose learning rate is the same for every budget until "
-                f"its decay; scheduler is {self.scheduler.name}"
+                f"its decay; scheduler is {self.scheduler}"
             )
         if self.trainer.share_trunk and self.data.streaming and self.data.max_tokens is None:
             raise ValueError(

@@ -7,12 +7,16 @@ A tree of plain data becomes a class through `parse`; an unknown key, a wrong ty
 from __future__ import annotations
 
 import difflib
+import importlib
+import pkgutil
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import reduce
+from operator import or_
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from qtrain.errors import UserError
 
@@ -32,6 +36,29 @@ class Strict(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
 
 
+class Member(Strict):
+    """Settings of one of a family, which has a `name: Literal[...]` of its own; see `family`."""
+
+    def __str__(self) -> str:
+        return self.model_dump()["name"]
+
+
+def family(package: str) -> Any:
+    """The type of a setting that is one of a package's Members, chosen by its `name`: one in each module, so that a
+    module that is added is one more choice."""
+    folder = importlib.import_module(package).__path__
+    modules = [importlib.import_module(f"{package}.{found.name}") for found in pkgutil.iter_modules(folder)]
+    members = [
+        kind
+        for module in modules
+        for kind in vars(module).values()
+        if isinstance(kind, type) and issubclass(kind, Member) and kind.__module__ == module.__name__
+    ]
+    if len(members) == 1:  # no choice for pydantic
+        return members[0]
+    return Annotated[reduce(or_, members), Field(discriminator="name")]
+
+
 def parse(kind: type[T], tree: Mapping[str, Any]) -> T:
     """tree -> kind, strictly. UserError lists every problem: the key, what was found, what to do."""
     try:
@@ -42,11 +69,15 @@ def parse(kind: type[T], tree: Mapping[str, Any]) -> T:
 
 
 def _explain(kind: type[Strict], problem: Any) -> str:
-    *parents, leaf = (str(part) for part in problem["loc"]) if problem["loc"] else ("",)
+    *parents, leaf = _keys(kind, problem["loc"]) or ("",)
     path = ".".join([*parents, leaf])
     found = problem["input"]
+    if problem["type"] in ("union_tag_invalid", "union_tag_not_found"):
+        names, name = problem["ctx"].get("expected_tags", "").replace("'", ""), found.get("name")
+        names = names or ", ".join(map(str, _names_at(kind, [*parents, leaf])))
+        return f"{path}.name={shown(name)}: there is no such {leaf}{nearest(str(name), names.split(', '))}; use {names}"
     if problem["type"] == "extra_forbidden":
-        valid = list(fields_at(kind, parents))
+        valid = list(fields_at(kind, parents, chosen=problem["loc"]))
         where = ".".join(parents) or "the config"
         hint = nearest(leaf, valid, parents)
         return f"unknown key {path!r} (found {shown(found)}){hint}; keys of {where}: {', '.join(valid)}"
@@ -58,15 +89,41 @@ def _explain(kind: type[Strict], problem: Any) -> str:
     return f"{path}={shown(found)}: {message}"
 
 
-def fields_at(kind: type[BaseModel], parents: list[str]) -> list[str]:
+def _keys(kind: type[BaseModel], place: Sequence[int | str]) -> list[str]:
+    """The keys to a place in the settings, of pydantic's own, which names the members of families in between."""
+    keys: list[str] = []
+    for part in map(str, place):
+        if part not in _names_at(kind, keys):
+            keys.append(part)
+    return keys
+
+
+def _classes_at(kind: type[BaseModel], parents: Sequence[str]) -> list[type[BaseModel]]:
+    """The class of the settings there; several of a family."""
+    kinds = [kind]
     for name in parents:
-        field = kind.model_fields.get(name)
-        options = [field.annotation, *getattr(field.annotation, "__args__", ())] if field else []
-        nested = [option for option in options if isinstance(option, type) and issubclass(option, BaseModel)]
-        if not nested:
-            return []
-        kind = nested[0]
-    return list(kind.model_fields)
+        fields = [each.model_fields[name].annotation for each in kinds if name in each.model_fields]
+        options = [option for field in fields for option in (field, *get_args(field))]
+        kinds = [option for option in options if isinstance(option, type) and issubclass(option, BaseModel)]
+    return kinds
+
+
+def _names_at(kind: type[BaseModel], parents: Sequence[str]) -> list[str]:
+    """The names of a family's members, if there is a family."""
+    kinds = _classes_at(kind, parents)
+    return [name for each in kinds if len(kinds) > 1 for name in _names_of(each)]
+
+
+def fields_at(kind: type[BaseModel], parents: Sequence[str], chosen: Sequence[int | str] = ()) -> list[str]:
+    """The keys of the settings there; of a family those of all its members, or of those that are named in `chosen`."""
+    kinds = _classes_at(kind, parents)
+    if len(kinds) > 1:
+        kinds = [each for each in kinds if not set(_names_of(each)).isdisjoint(chosen)] or kinds
+    return list(dict.fromkeys(name for each in kinds for name in each.model_fields))
+
+
+def _names_of(member: type[BaseModel]) -> tuple[str, ...]:
+    return get_args(member.model_fields["name"].annotation)
 
 
 def shown(value: Any) -> str:

@@ -96,10 +96,10 @@ class QuantLinear(Linear):
                 f"{self.name}: its recipe learns a scale, which has no value yet; call qtrain.calibrate(model, input), "
                 "or load a checkpoint"
             )
-        x, saving = input.reshape(-1, self.in_features), torch.is_grad_enabled()
+        x = input.reshape(-1, self.in_features)
         y = functional.fprop(
             x, self.weight, self.input_scale, self.weight_scale, self._kept(),
-            saving and self.weight.requires_grad, saving and x.requires_grad, self._keys(input.device),
+            _learns(self.weight, self.weight_scale), _learns(x, self.input_scale), self._keys(input.device),
             self.text, dtype, 0 if self.observer is None else self.observer.number,
         )[0].view(*input.shape[:-1], self.out_features)  # fmt: skip
         return y if self.bias is None else y + self.bias.to(dtype)
@@ -189,6 +189,11 @@ class QuantLinear(Linear):
     def extra_repr(self) -> str:
         state = "high precision, after " if self.high_precision else ""
         return f"{super().extra_repr()}, {state}{self.numerics} | {self.numerics.runs_on(self.weight.device.type)}"
+
+
+def _learns(tensor: Tensor, scale: Tensor | None) -> bool:
+    """Whether a backward will want the gradient of an operand or of its learned scale."""
+    return torch.is_grad_enabled() and (tensor.requires_grad or (scale is not None and scale.requires_grad))
 
 
 def quant_linears(model: nn.Module) -> list[QuantLinear]:

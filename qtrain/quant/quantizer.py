@@ -63,17 +63,6 @@ class QuantizedTensor:
         return values * self.tensor_scale
 
 
-@dataclass(frozen=True)
-class Counts:
-    """What quantising did to so many elements. not_a_number: of the result; a NaN or an infinity makes its whole block,
-    row or tensor so. saturated: pulled back to the largest code. flushed: became zero without being it."""
-
-    elements: int
-    not_a_number: int
-    saturated: int
-    flushed: int
-
-
 def rotate(x: Tensor, rotation: Rotation | None, backend: Backend, dim: int = -1) -> Tensor:
     """x (M, N) -> x D H in blocks along dim -1 or -2, float32."""
     turned = dispatch.get("rotate", backend, x.device.type, rotation=rotation)(_lines(x, dim), rotation)
@@ -187,21 +176,6 @@ class Quantizer:
         assert self.plan is not None
         layout = self.layout((x.shape[0], x.shape[1]), dim, blocks=True)
         return QuantizedTensor.of(self.operand(x, layout, rotation, key), self.backend)
-
-    def count(self, x: Tensor, rotation: Rotation | None = None, key: Tensor | None = None, dim: int = -1) -> Counts:
-        """What `quantize` does to x: nothing becomes NaN, saturates or vanishes without being counted here."""
-        assert self.plan is not None
-        quantized, rotated = self.quantize(x, rotation, key, dim), rotate(x, rotation, self.backend, dim)
-        values = quantized.dequantize()
-        largest = QuantizedTensor(
-            torch.full_like(values, self.plan.element.max), quantized.block_scale, quantized.tensor_scale, None
-        ).dequantize()
-        return Counts(
-            elements=x.numel(),
-            not_a_number=int(values.isnan().sum()),
-            saturated=int((rotated.abs() > largest * (1 + 2.0**-22)).sum()),
-            flushed=int(((values == 0) & (rotated != 0)).sum()),
-        )
 
     @property
     def rotates(self) -> bool:

@@ -1,8 +1,24 @@
-"""Errors and endings that the command line knows by name."""
+"""Errors and endings that the command line knows by name, and how foreign errors become one."""
+
+from __future__ import annotations
+
+import errno
+import re
+
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")  # all but tab and newline
+
+
+def visible(text: str) -> str:
+    """Text with its control characters written out (ESC as \\x1b): what a file or a model says must not reach a
+    terminal as commands, nor reverse the direction of what is read."""
+    return _CONTROL.sub(lambda found: repr(found[0])[1:-1], text)
 
 
 class UserError(ValueError):
     """What was asked, what was found, what to do. The command line prints it without a traceback and exits with 2."""
+
+    def __str__(self) -> str:
+        return visible(super().__str__())
 
 
 class DivergedError(UserError):
@@ -26,6 +42,30 @@ class LostRankError(StoppedError):
 
 
 def first_line(error: BaseException) -> str:
-    """A foreign exception in one line: its type and the first line of its text."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    """A foreign exception in one line: its type and the first line of its text, which may repeat all of its input."""
+    lines = visible(str(error)).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
+
+
+REMEDIES = {
+    errno.ENOSPC: "free space there, or name a folder on another disk; the same command then goes on",
+    errno.EDQUOT: "your quota there is used up: free space, or name a folder on another disk",
+    errno.EROFS: "the disk is mounted read-only: name a folder on another disk",
+    errno.EACCES: "give yourself the right to it, or name another place",
+    errno.EPERM: "give yourself the right to it, or name another place",
+    errno.ENOENT: "it was there before, or is expected to be: restore it, or name another place",
+    errno.EISDIR: "a file is expected there: move the folder away, or name another place",
+    errno.ENOTDIR: "a folder is expected above it: move the file away, or name another place",
+    errno.EEXIST: "move it away, or name another place",
+    errno.ENAMETOOLONG: "name a shorter path",
+    errno.ELOOP: "its links lead back to themselves: remove the link, or name another place",
+    errno.EMFILE: "too many files are open: raise `ulimit -n`",
+    errno.EIO: "the disk fails to read or write: copy what is there to another one",
+}
+
+
+def explain(error: OSError) -> UserError:
+    """An error of the file system as a message: which file, what happened, what to do."""
+    remedy = REMEDIES.get(error.errno or 0, "see that the place can be read and written")
+    where = f" {error.filename}" if error.filename else ""
+    return UserError(f"the file system refused{where}: {error.strerror or first_line(error)}; {remedy}")

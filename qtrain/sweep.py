@@ -7,6 +7,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,9 +15,10 @@ import torch
 from rich.table import Table
 
 import qtrain
-from qtrain.config import Config, config_hash
+from qtrain.config import Config, DataConfig, TokenizerConfig, config_hash
+from qtrain.data import same_text
 from qtrain.errors import UserError
-from qtrain.plan import RunPlan, make_plan
+from qtrain.plan import RunPlan, budget_tokens, make_plan
 from qtrain.report.loss import readable
 from qtrain.runs.directory import RunDirectory
 from qtrain.runs.status import FAILED
@@ -37,6 +39,8 @@ class Point:
 
     steps_done: how far its own checkpoints reach. steps_shared: those that an earlier point of this sweep leaves it, or
     has left it. rate: tokens per second that it trained at, where it did. note: validation loss, progress or reason.
+    is_certain: false of a point that is done, where nobody has compared the text that it read with the one that its
+    settings name here: that text is not prepared yet. Launching the sweep compares them.
     """
 
     config: Config
@@ -46,6 +50,7 @@ class Point:
     steps_shared: int = 0
     rate: float | None = None
     note: str = ""
+    is_certain: bool = True
 
     @property
     def directory(self) -> Path:
@@ -67,29 +72,35 @@ def find_points(configs: Iterable[Config]) -> list[Point]:
     """The points of these settings, each once, with their state on disk. UserError for a point that cannot run, naming
     it, and for files that cannot be read."""
     points: dict[Path, Point] = {}
-    results: dict[str | None, dict[tuple[str, str], Row]] = {None: {}}
+    agree = cache(_same_text)  # most points of a sweep name one text, of perhaps thousands of files
+    results: dict[str | None, dict[tuple[str, str], list[Row]]] = {None: {}}
     for config in configs:
         if config.results not in results:
             results[config.results] = recorded(Path(str(config.results)))
-        point = _point(config, results[config.results])
+        point = _point(config, results[config.results], agree)
         same = points.setdefault(point.directory, point)
         if config_hash(same.config) != config_hash(config):
             raise UserError(f"run_dir={point.directory} names one directory for several runs; set run_root instead")
     return _with_trunks(list(points.values()))
 
 
-def _point(config: Config, rows: Mapping[tuple[str, str], Row]) -> Point:
+def _point(config: Config, rows: Mapping[tuple[str, str], list[Row]], agree: Callable[..., bool | None]) -> Point:
     try:
         plan = make_plan(config)
         check_model(config)
     except UserError as error:
         raise UserError(f"{config.name}, seed {config.seed}: {error}") from None
     directory = RunDirectory.of(config)
-    row = rows.get((config.name, config_hash(config)))
     summary = directory.summary
-    if row is not None or directory.finished:
-        found = row or summary
-        return Point(config, plan, "done", rate=found["tokens_per_second"], note=f"loss {found['val_loss']:.4f}")
+    ended = [summary] if directory.finished else rows.get((config.name, config_hash(config)), [])
+    for found in ended:
+        budget = budget_tokens(config) if config.data.streaming else None
+        agrees = agree(config.data, config.tokenizer, budget, found.get("data_fingerprint"), found.get("data_hash"))
+        if agrees is not False:
+            note = f"loss {found['val_loss']:.4f}" + ("" if agrees else ", its text not compared with the one here")
+            return Point(config, plan, "done", rate=found["tokens_per_second"], note=note, is_certain=bool(agrees))
+    if directory.finished:
+        return Point(config, plan, "failed", note="finished on another text; restore the text, or set force=true")
     if not summary:
         return Point(config, plan, "missing")
     saved = list_checkpoints(directory.checkpoints)
@@ -99,6 +110,13 @@ def _point(config: Config, rows: Mapping[tuple[str, str], Row]) -> Point:
     if summary["status"] in FAILED:
         return Point(config, plan, "failed", step, note=f"{summary['status']}: {summary.get('reason')}")
     return Point(config, plan, "stopped", step, note=f"at step {step} of {plan.steps}")
+
+
+def _same_text(
+    data: DataConfig, tokenizer: TokenizerConfig, budget: int | None, fingerprint: str | None, data_hash: str | None
+) -> bool | None:
+    ended = {"data_fingerprint": fingerprint, "data_hash": data_hash}
+    return same_text(data, tokenizer, ended, budget_tokens=budget, may_prepare=False)
 
 
 def _progress(directory: RunDirectory, plan: RunPlan) -> str:

@@ -32,8 +32,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from qtrain.config import Config, check_key
-from qtrain.config.settings import check_group_option, configs_dir, parse
-from qtrain.errors import LostRankError, RefusedError, StoppedError, UserError
+from qtrain.config.settings import check_group_option, configs_dir, group_names, parse, shown
+from qtrain.errors import LostRankError, RefusedError, StoppedError, UserError, explain, first_line
 from qtrain.training.world import find_world, started_by_another
 
 
@@ -55,10 +55,10 @@ def main() -> None:
         _report(error)
     except JobFailedError as error:
         _failures.append(error)
-    except OSError as error:  # Hydra makes a sweep's folder itself
-        if error.filename is None:
+    except OSError as error:
+        if error.filename is None and error.errno is None:
             raise
-        _report(UserError(f"cannot write {error.filename}: {error.strerror}; set run_root"))
+        _report(explain(error))
     except KeyboardInterrupt as stopped:
         _end_stopped(stopped)
     if _failures:
@@ -141,6 +141,9 @@ def job(tree: DictConfig) -> float | None:
     if multiprocessing.parent_process() is None:
         _stop.jobs_are_here = True
         return _job(tree)
+    from qtrain.runs.processes import end_with_parent
+
+    end_with_parent(signal.SIGTERM)  # which saves first
     try:  # a process of hydra/launcher=local
         return None if _stop.stopped or _stop.asked else _job(tree)
     except KeyboardInterrupt as stopped:
@@ -252,14 +255,19 @@ def _is_override(argument: str) -> bool:
 def _checked(argument: str, own_configs: bool) -> str:
     try:
         (override,) = OverridesParser.create().parse_overrides([argument])
-    except HydraException as error:
-        raise UserError(f"cannot read {argument!r}: {error}") from None
+    except (HydraException, ValueError, RecursionError) as error:  # an integer of thousands of digits, brackets
+        raise UserError(f"cannot read {shown(argument)}: {first_line(error)}") from None
     key = override.key_or_group
     if key.split(".")[0].split("/")[0] == "hydra":
         return argument
     if not (configs_dir() / key).is_dir():
         check_key(key)
         return "++" + argument.lstrip("+")
+    known = f"give one of configs/{key}: {', '.join(group_names(key))}"
+    if override.is_delete():
+        raise UserError(f"{argument}: a run needs its {key}; {known}")
+    if not override.is_sweep_override() and not isinstance(override.value(), str):
+        raise UserError(f"{argument}: {key} is {shown(override.value())}, not the name of a file; {known}")
     if not own_configs:
         for option in _options(override):
             check_group_option(key, option)
@@ -269,8 +277,7 @@ def _checked(argument: str, own_configs: bool) -> str:
 def _options(override: Override) -> list[str]:
     """The group options that an override names, one or a sweep's several; a glob names only what exists."""
     if not override.is_sweep_override():
-        value = override.value()
-        return [value] if isinstance(value, str) else []
+        return [str(override.value())]
     if override.is_choice_sweep():
         return [str(option) for option in override.sweep_string_iterator()]
     return []

@@ -23,7 +23,7 @@ from typing import Any
 
 from qtrain.errors import UserError
 from qtrain.report.law_figures import law_figures
-from qtrain.runs.directory import commit
+from qtrain.runs.environment import commit
 from qtrain.runs.table import read_run, run_directories
 from qtrain.scaling.laws import LAWS
 from qtrain.scaling.results import law_json

@@ -121,7 +121,7 @@ def launch(line: Line, jobs: int, retry: bool) -> None:
     to stop."""
     points = points_of([line])
     first = before = starts_of(points)
-    while any(point.state in open_states(retry) for point in points):
+    while any(point.state in open_states(retry) or not point.is_certain for point in points):
         status = _run(line, jobs, retry)
         points = points_of([line])
         starts = starts_of(points)

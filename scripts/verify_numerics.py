@@ -817,7 +817,9 @@ def trained(recipe: str, wrong: str | None = None, seed: int = 0) -> float:
             for layer in session.model.modules():
                 if wrong is not None and isinstance(layer, QuantLinear):
                     layer.numerics = doubled(layer.numerics, wrong)
-            return session.run()
+            loss = session.run()
+    assert loss is not None  # of rank 0
+    return loss
 
 
 def behind(recipe: str, band: str, wrong: str | None = None) -> float:

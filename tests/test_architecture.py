@@ -27,19 +27,24 @@ MAY_IMPORT = {
     "qtrain_kernels.triton_interpreter": "torch triton",
     "qtrain": "qtrain_kernels (qtrain.quant qtrain.training.build)",
     "qtrain.errors": "",
-    "qtrain.config": "yaml pydantic qtrain_kernels.formats qtrain_kernels.plans (qtrain.optim)",
+    "qtrain.config": (
+        "yaml pydantic qtrain.config.settings qtrain_kernels.formats qtrain_kernels.plans (qtrain.optim)"
+    ),
     "qtrain.config.settings": "pydantic",
-    "qtrain.quant": "torch qtrain.config qtrain_kernels qtrain_kernels.formats qtrain_kernels.plans",
-    "qtrain.models": "torch einops qtrain.config qtrain_kernels",
-    "qtrain.metrics": "torch qtrain.config qtrain.models",
     "qtrain.optim": "pydantic qtrain.config.settings (torch)",
     "qtrain.optim.groups": "torch qtrain.optim",
-    "qtrain.plan": ("torch rich qtrain.config qtrain.models qtrain.metrics qtrain.optim qtrain_kernels"),
+    "qtrain.quant": (
+        "torch qtrain.config qtrain.config.settings qtrain_kernels qtrain_kernels.formats qtrain_kernels.plans"
+    ),
+    "qtrain.models": "torch einops qtrain.config qtrain_kernels",
+    "qtrain.metrics": "torch qtrain.config qtrain.models",
+    "qtrain.plan": ("torch rich qtrain.config qtrain.config.settings qtrain.models qtrain.metrics qtrain_kernels"),
     "qtrain.data": (
-        "numpy torch tokenizers filelock rich (datasets huggingface_hub pyarrow transformers) qtrain.config"
+        "numpy torch pydantic tokenizers filelock rich (datasets huggingface_hub pyarrow transformers) qtrain.config "
+        "qtrain.config.settings qtrain.runs"
     ),
     "qtrain.data.batches": "numpy torch qtrain.data",
-    "qtrain.runs": "yaml pydantic (pyarrow) qtrain.config",
+    "qtrain.runs": "yaml pydantic (pyarrow) qtrain.config qtrain.config.settings",
     "qtrain.scaling": "numpy scipy yaml (pyarrow)",
     "qtrain.report": "numpy scipy matplotlib yaml (pyarrow) qtrain.config qtrain.runs qtrain.scaling",
     "qtrain.report.wandb_runs": "yaml (wandb) qtrain.runs",

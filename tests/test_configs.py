@@ -13,6 +13,7 @@ from qtrain.config.recipe import read_recipe
 from qtrain.config.settings import configs_dir, group_names, parse
 from qtrain.models.llama import Llama, count_parameters
 from qtrain.plan import RunPlan, make_plan
+from qtrain.runs.table import read_csv
 from qtrain.train import compose, compose_all, jobs_of
 
 ROOT = Path(__file__).parents[1]
@@ -185,12 +186,16 @@ def test_paper_runs_fit_one_device_and_eight(size: str) -> None:
 
 @pytest.mark.parametrize("path", sorted((ROOT / "experiments").rglob("points.yaml")), ids=lambda path: path.parent.name)
 def test_every_point_of_a_study_is_a_run(path: Path) -> None:
-    """Names and settings compose, and no run has two names."""
+    """Names and settings compose, no run has two names, and the committed rows are found by the names of today."""
     tree = yaml.safe_load(path.read_text())
     assert "trainer.precision=bf16-mixed" in tree["settings"], "auto would be another run on another machine"
     names = {}
     for name, entry in tree["points"].items():
         jobs = jobs_of([f"name={name}", *tree["settings"], *entry.get("settings", [])])
         for config in compose_all(jobs):
-            assert names.setdefault(config_hash(config), config.name) == config.name
+            for seed in range(entry["seeds"]):
+                found = config_hash(config.model_copy(update={"seed": seed}))
+                assert names.setdefault(found, config.name) == config.name
             assert config.data.source == "python_env" and config.model.name == "nano"
+    rows = read_csv(path.with_name("results.csv"))
+    assert rows and [row for row in rows if names.get(row["config_hash"]) != row["name"]] == []

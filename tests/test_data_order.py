@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qtrain.data import WindowOrder
+from qtrain.data import WindowOrder, describe_epochs, epochs, repetition_warning
 
 
 @settings(deadline=None, max_examples=60)
@@ -56,3 +56,15 @@ def test_order_looks_random(n: int) -> None:
         # the window halves of a batch of 32: chi-square over 16 bins of the first tenth of the epoch
         counts = np.histogram(windows[: n // 10], bins=16, range=(0, n))[0]
         assert ((counts - n / 160) ** 2 / (n / 160)).sum() < 45  # p about 1e-4 for 15 degrees of freedom
+
+
+def test_a_run_says_how_often_it_reads_its_text() -> None:
+    """Independently: count in how many epochs the order's samples lie."""
+    n_tokens, seq_len = 1001, 10  # 100 windows
+    for samples in (30, 100, 101, 250):
+        read = epochs(samples * seq_len, n_tokens, seq_len)
+        assert read == samples / 100
+        seen = np.bincount(WindowOrder(3, 100)(np.arange(samples)), minlength=100)
+        assert (seen.max() > 1) == (repetition_warning(read) is not None)
+    assert describe_epochs(0.3) == "30.0% of it, each part once" and describe_epochs(2.5) == "2.5 times"
+    assert "read 2.5 times" in str(repetition_warning(2.5))

@@ -4,19 +4,25 @@ import hashlib
 import json
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+import qtrain.data.corpus
 from qtrain.config import DataConfig, TokenizerConfig
-from qtrain.data import Corpus, check_vocab, prepare, shards, verify
+from qtrain.data import Corpus, check_vocab, open_corpus, prepare, shards, verify
 from qtrain.data import prepare as prepare_function
 from qtrain.data.corpus import Split
+from qtrain.data.encode import Chunk, encode_all
+from qtrain.data.tokenizer import ByteTokenizer
 from qtrain.errors import UserError
 
 BYTES = TokenizerConfig(kind="bytes")
@@ -60,7 +66,11 @@ def texts(corpus: Corpus, split: Split) -> list[str]:
 
 
 def snapshot(folder: Path) -> dict[str, str]:
-    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.iterdir() if p.name != "manifest.json"}
+    return {
+        p.name: hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in folder.iterdir()
+        if p.name not in ("manifest.json", "verified.json")
+    }
 
 
 @pytest.mark.parametrize("tokenizer", [BYTES, BPE], ids=["bytes", "bpe"])
@@ -252,7 +262,41 @@ def damage_manifest(folder: Path) -> None:
     (folder / "manifest.json").write_text('{"format_version": 1,')
 
 
-@pytest.mark.parametrize("damage", [damage_truncate, damage_remove, damage_manifest])
+def damage_flip(folder: Path) -> None:
+    """One bit of the validation text: a run gave another loss for it, of the same data_hash."""
+    content = bytearray((folder / "val-00000.bin").read_bytes())
+    content[10] ^= 1
+    (folder / "val-00000.bin").write_bytes(content)
+
+
+def damaging(**values: Any) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        path = folder / "manifest.json"
+        tree = json.loads(path.read_text())
+        for key, value in values.items():
+            *parents, leaf = key.split("__")
+            node = tree
+            for parent in parents:
+                node = node[parent]
+            node[leaf] = value
+        path.write_text(json.dumps(tree))
+
+    return damage
+
+
+INCONSISTENT = [  # the second made a window that never ended
+    {"files": {}}, {"splits__train__n_tokens": 10**6}, {"splits__val__n_tokens": -1},
+    {"splits__val__n_documents": 10**9}, {"splits__train__n_tokens": 10**30}, {"dtype": "<u4"}, {"dtype": "O"},
+    {"shard_tokens": 0}, {"shard_tokens": 7},
+    {"tokenizer__eos_id": 10**6}, {"tokenizer__vocab_size": 9}, {"tokenizer__file": False}, {"splits": []},
+    {"data_hash": None}, {"files__../x": {"bytes": 1, "sha256": "0" * 64}},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [damage_truncate, damage_remove, damage_manifest, damage_flip, *(damaging(**values) for values in INCONSISTENT)],
+)
 def test_damaged_cache_is_told_and_made_again(files: Path, damage, caplog: pytest.LogCaptureFixture) -> None:
     corpus = quiet(config(files), BPE)
     before = snapshot(corpus.folder)
@@ -356,3 +400,61 @@ def test_processes_that_prepare_at_once_agree(files: Path) -> None:
         child.join()
     assert hashes == {quiet(data).data_hash}
     assert len([path for path in Path(data.cache_dir).iterdir() if path.is_dir()]) == 1
+
+
+def test_content_is_read_once_and_again_when_it_was_written_to(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    corpus = quiet(config(files), BPE)
+    read: list[str] = []
+    check = qtrain.data.corpus._check_content
+    monkeypatch.setattr("qtrain.data.corpus._check_content", lambda f, name, m: (read.append(name), check(f, name, m)))
+    quiet(config(files), BPE)
+    assert read == []
+    damage_flip(corpus.folder)
+    os.utime(corpus.folder / "val-00000.bin", (0, 0))
+    with pytest.raises(UserError, match=r"val-00000.bin: content differs"):
+        open_corpus(corpus.folder)
+    assert read == ["val-00000.bin"]
+
+
+def test_ids_that_the_tokenizer_has_not_are_told(files: Path) -> None:
+    """Of checksums that fit: whoever made the shard made the manifest."""
+    corpus = quiet(config(files))
+    shard = corpus.folder / "train-00000.bin"
+    tokens = np.fromfile(shard, "<u2")
+    tokens[3] = 300
+    shard.write_bytes(tokens.tobytes())
+    manifest = json.loads((corpus.folder / "manifest.json").read_text())
+    manifest["files"][shard.name]["sha256"] = hashlib.sha256(tokens.tobytes()).hexdigest()
+    (corpus.folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=r"train-00000.bin has the token 300, and the tokenizer 257 ids"):
+        open_corpus(corpus.folder)
+
+
+def tokenise_for_ever(pids: Path) -> None:
+    def chunks() -> Iterator[Chunk]:
+        while True:
+            yield Chunk("train", ["text"], [b"0" * 16])
+
+    for number, _ in enumerate(encode_all(chunks(), ByteTokenizer(), workers=2)):
+        if number == 3:
+            children = Path(f"/proc/self/task/{os.getpid()}/children").read_text()
+            pids.with_suffix(".new").write_text(children)
+            pids.with_suffix(".new").rename(pids)
+        time.sleep(0.01)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks /proc for the children of a process")
+def test_tokenising_processes_end_with_a_killed_parent(tmp_path: Path) -> None:
+    pids = tmp_path / "pids"
+    parent = multiprocessing.get_context("fork").Process(target=tokenise_for_ever, args=(pids,))
+    parent.start()
+    deadline = time.monotonic() + 60
+    while not pids.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    workers = [int(pid) for pid in pids.read_text().split()]
+    assert len(workers) == 2
+    os.kill(parent.pid or 0, signal.SIGKILL)
+    parent.join()
+    while any(Path(f"/proc/{pid}/exe").exists() for pid in workers) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert [pid for pid in workers if Path(f"/proc/{pid}/exe").exists()] == []

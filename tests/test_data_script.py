@@ -18,7 +18,9 @@ def main():
     return module.main
 
 
-def test_prepares_shows_and_verifies(main, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_prepares_shows_and_verifies(
+    main, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
     (tmp_path / "x.jsonl").write_text("".join(json.dumps({"text": f"line {i}"}) + "\n" for i in range(50)))
     arguments = ["data=jsonl", f"data.files={tmp_path}/x.jsonl", f"data.cache_dir={tmp_path}/cache"]
     assert main(arguments) == 0
@@ -31,9 +33,11 @@ def test_prepares_shows_and_verifies(main, tmp_path: Path, capsys: pytest.Captur
     assert "checksums verified" in capsys.readouterr().out
 
     shard = folder / "val-00000.bin"
+    whole = shard.read_bytes()
     shard.write_bytes(bytes(shard.stat().st_size))
-    assert main([*arguments, "verify=true"]) == 2
-    assert "val-00000.bin: content differs" in capsys.readouterr().err
+    assert main([*arguments, "verify=true"]) == 0
+    assert "val-00000.bin: content differs" in caplog.text, "told, and prepared again"
+    assert shard.read_bytes() == whole
 
 
 @pytest.mark.parametrize(

@@ -13,16 +13,15 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 from report_runs import write_run
 
-from qtrain.config import NOT_IN_HASH
 from qtrain.errors import UserError
 from qtrain.report.curves import MOST_PANELS, comparisons, gap_curves, gap_pictures, loss_pictures, rate_pictures
 from qtrain.report.gaps import gaps_figure
 from qtrain.report.health import health_pictures
 from qtrain.report.picture import Picture
-from qtrain.report.runs import NO_RESULT, Corpus, corpora, read_runs
+from qtrain.report.runs import Corpus, corpora, read_runs
 from qtrain.report.summaries import compare, read_summaries
 from qtrain.runs.metrics_log import scan_metrics
-from qtrain.runs.table import finished_runs, read_csv, read_run, run_directories, write_csv, write_table
+from qtrain.runs.table import finished_runs, read_csv, read_run, record, run_directories, write_csv, write_table
 
 
 def gather(*places: Path) -> tuple[list[Corpus], list[str]]:
@@ -124,8 +123,8 @@ def test_a_row_that_is_added_stands_in_a_line_of_its_own(tmp_path: Path) -> None
     path = tmp_path / "results.csv"
     write_csv(rows[:1], path)
     path.write_text(path.read_text().removesuffix("\n"))
-    write_csv(rows[1:], path, append=True)
-    assert read_csv(path) == rows
+    record(path, rows[1])
+    assert read_csv(path) == [rows[0], rows[1] | {"directory": None}]
 
 
 # --------------------------------------------------------------------------------------------------- what is compared
@@ -217,11 +216,6 @@ def test_runs_that_differ_in_other_settings_are_no_seeds_of_one_thing(tmp_path: 
     change(config, name="quartet_wd")
     change(tmp_path / "quartet-1" / "summary.json", name="quartet_wd")
     assert gather(tmp_path)[1] == [], "a name of its own"
-
-
-def test_settings_without_a_result_are_those_that_the_hash_leaves_out() -> None:
-    covered = {key for key in NOT_IN_HASH if not key.startswith("data.")}  # all of data.* is in data_hash
-    assert covered == {*NO_RESULT}
 
 
 def test_groups_of_one_text_are_told_apart_by_their_titles(tmp_path: Path) -> None:

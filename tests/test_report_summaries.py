@@ -24,6 +24,8 @@ from qtrain.runs.table import (
     read_csv,
     read_run,
     read_table,
+    record,
+    recorded,
     run_directories,
     write_csv,
     write_table,
@@ -96,8 +98,7 @@ def test_a_results_file_reads_back_as_it_was_written(tmp_path):
     row |= dict.fromkeys(NUMBERS, 0.1) | {"val_loss": 1 / 3, "val_bits_per_byte": 2e-300, "tokens_per_second": 1e9}
     row |= {"name": "Größe, 3", "status": "finished"}
     path = tmp_path / "results.csv"
-    write_csv([row], path, append=True)
-    write_csv([row | {"seed": 3}], path, append=True)
+    write_csv([row, row | {"seed": 3}], path)
     assert read_csv(path) == [row, row | {"seed": 3}]
     path.write_text(HEADER + "\n")
     assert read_csv(path) == []
@@ -190,9 +191,9 @@ def test_a_results_file_of_fewer_columns_stays_readable_and_as_it_is(tmp_path):
     path.write_text(f"{HEADER}\na,r,0,{VALUES}\n")
     (row,) = read_csv(path)
     assert (row["status"], row["val_loss"], row["bigram_cross_entropy"], row["lr"]) == ("finished", 1.5, None, None)
-    write_csv([row | {"seed": 1, "lr": 0.1}], path, append=True)
+    record(path, row | {"seed": 1, "lr": 0.1, "config_hash": "other"})
     assert path.read_text().splitlines()[0] == HEADER and len(path.read_text().splitlines()) == 3
-    assert read_csv(path) == [row, row | {"seed": 1}]
+    assert read_csv(path) == [row, row | {"seed": 1, "config_hash": "other"}]
     committed = sorted((Path(__file__).parents[1] / "experiments").rglob("results.csv"))
     tables = [path for path in committed if path.read_text().startswith("name,")]
     assert len(tables) >= 4 and all(row["val_loss"] > 0 for path in tables for row in read_csv(path))
@@ -273,3 +274,40 @@ def test_a_summary_of_other_values_is_named(tmp_path, more, message):
     (directory / "summary.json").write_text(json.dumps(summary | more))
     with pytest.raises(UserError, match=message):
         read_run(directory)
+
+
+def test_a_row_is_added_whole_or_not_at_all(tmp_path, monkeypatch):
+    """A full disk in the middle of a row."""
+    path = tmp_path / "results.csv"
+    row = {"name": "a", "recipe": "r"} | dict.fromkeys((*INTEGERS, *NUMBERS), 1) | {"seed": 0}
+    row |= {"config_hash": "c", "data_hash": "d", "commit": "e", "status": "finished"}
+    record(path, row)
+    before = path.read_text()
+    with monkeypatch.context() as patch:
+        patch.setattr("os.fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        with pytest.raises(OSError, match="No space"):
+            record(path, row | {"seed": 1})
+    assert path.read_text() == before
+    record(path, row | {"seed": 1})
+    assert [found["seed"] for found in read_csv(path)] == [0, 1]
+
+
+def test_a_row_that_an_older_version_tore_is_left_out(tmp_path, caplog):
+    path = tmp_path / "results.csv"
+    path.write_text(f"{HEADER}\na,r,0,{VALUES}\nb,r,1,1.5,2")
+    assert [row["name"] for row in read_csv(path)] == ["a"]
+    assert "its last line was cut off" in caplog.text
+    record(path, read_csv(path)[0] | {"name": "c", "config_hash": "x"})
+    assert [row["name"] for row in read_csv(path)] == ["a", "c"]
+    path.write_text(f"{HEADER}\nb,r,1,1.5,2\na,r,0,{VALUES}\n")
+    with pytest.raises(UserError, match="row 2 has fewer fields"):
+        read_csv(path)
+
+
+def test_runs_of_one_name_and_several_texts_have_a_row_each(tmp_path):
+    path = tmp_path / "results.csv"
+    path.write_text(f"{HEADER}\na,r,0,{VALUES}\n")
+    (row,) = read_csv(path)
+    for text in ("d", "other", "other"):
+        record(path, row | {"data_hash": text})
+    assert [found["data_hash"] for found in recorded(path)["a", "c"]] == ["d", "other"]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -17,7 +19,7 @@ from qtrain.config.settings import parse
 from qtrain.errors import UserError
 from qtrain.runs import environment
 from qtrain.runs.directory import RunDirectory
-from qtrain.runs.files import write_atomically
+from qtrain.runs.files import clear_partial, write_atomically
 from qtrain.train import compose
 
 
@@ -291,3 +293,120 @@ def test_asking_for_the_commit_leaves_the_checkout_alone(tmp_path, monkeypatch):
     assert (tmp_path / ".git" / "index").read_bytes() == index
     (tmp_path / "file").write_text("2")
     assert environment.commit() == f"{found}+changes"
+
+
+# ------------------------------------------------------------------------------------------------- bad days
+
+
+def test_lines_are_on_disk_before_the_checkpoint_that_counts_on_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = RunDirectory(tmp_path)
+    directory.append_metrics({"step": 1, "loss": 2.0})
+    synced = []
+    monkeypatch.setattr("os.fsync", lambda handle: synced.append(str(Path(f"/proc/self/fd/{handle}").readlink())))
+    directory.log.sync()
+    assert synced == [str(directory.metrics), str(tmp_path)], "the content and the name"
+
+
+def test_lines_that_end_before_the_checkpoint_are_told(tmp_path: Path) -> None:
+    """As when the machine lost its power before they were synced."""
+    log = RunDirectory(tmp_path).log
+    for step in (5, 10, 15):
+        log.append({"step": step, "loss": 1 / step})
+    log.append({"step": 15, "val_loss": 2.0})
+    assert log.lost_before(15, every=5) is None and log.lost_before(17, every=5) is None
+    assert "ends at step 15, and the checkpoint is of step 20" in str(log.lost_before(20, every=5))
+    assert log.line_of(15, having="val_loss") == {"step": 15, "val_loss": 2.0}
+    assert log.line_of(20, having="val_loss") is None, "the last line is of another step"
+
+
+@pytest.mark.parametrize("force", [True, False])
+def test_a_live_directory_is_not_taken_by_who_waited_for_the_one_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, force: bool
+) -> None:
+    """A run ends, one process of force=true moves it aside and trains anew, and another process has waited for the
+    lock of the first. It must not move the new directory away, nor train in it."""
+    monkeypatch.setattr("qtrain.runs.directory.LOCK_SECONDS", 1.5)
+    settings = config(tmp_path)
+    ends, trains, waits = (RunDirectory.of(settings) for _ in range(3))
+    ends.open(settings)
+    said: list[str] = []
+
+    def wait() -> None:
+        try:
+            waits.open(settings.model_copy(update={"force": force}))
+            said.append("trains")
+        except UserError as error:
+            said.append(str(error))
+
+    waiting = threading.Thread(target=wait)
+    waiting.start()
+    time.sleep(0.5)
+    ends.path.rename(tmp_path / "aside.old1")
+    trains.open(settings)
+    ends.close()
+    waiting.join()
+    assert len(said) == 1 and "another process is training" in said[0]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["aside.old1", trains.path.name]
+    trains.close()
+
+
+def test_half_written_files_have_names_of_their_own_and_are_cleared(tmp_path: Path) -> None:
+    settings = config(tmp_path)
+    with RunDirectory.of(settings) as directory:
+        directory.open(settings)
+    partial = directory.path / ".summary.json.0123456789abcdef.partial"
+    partial.write_text("{")
+    with RunDirectory.of(settings) as again:
+        again.open(settings)
+    assert not partial.exists()
+    shared = tmp_path / "trunks"
+    shared.mkdir()
+    for name, age in ((".new.partial", 0), (".old.partial", 100_000)):
+        (shared / name).write_text("")
+        os.utime(shared / name, (time.time() - age,) * 2)
+    clear_partial(shared, older_than=86_400)
+    assert [path.name for path in shared.iterdir()] == [".new.partial"], "another process may be writing it"
+
+
+def test_writers_of_one_process_number_do_not_meet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Containers that share a file system number their processes alike."""
+    monkeypatch.setattr("os.getpid", lambda: 7)
+    target, texts = tmp_path / "summary.json", [letter * 100_000 for letter in "abcd"]
+    writers = [
+        threading.Thread(target=lambda t=text: [write_atomically(target, t) for _ in range(20)]) for text in texts
+    ]
+    for writer in writers:
+        writer.start()
+    while any(writer.is_alive() for writer in writers):
+        assert not target.exists() or target.read_text() in texts
+    assert [path.name for path in tmp_path.iterdir()] == ["summary.json"]
+
+
+def test_a_file_that_could_not_be_written_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(OSError, match="No space"):
+        write_atomically(tmp_path / "summary.json", "new")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("name", "content"), [
+    ("summary.json", "[1]"), ("summary.json", "3"), ("summary.json", "[" * 100_000), ("summary.json", "\udcff"),
+    ("environment.json", '"x"'), ("environment.json", '{"starts": 3}'), ("environment.json", "{"),
+    ("config.yaml", "- 1"), ("config.yaml", "[" * 100_000), ("config.yaml", "\udcff"),
+    ("config.yaml", "a: &a [*a, *a]"),
+    ("config.yaml", "model: " + "9" * 5000),
+    ("config.yaml", "x0: &x0 [" + "1," * 9 + "]\n"
+     + "".join(f"x{n}: &x{n} [{f'*x{n - 1},' * 9}]\n" for n in range(1, 9))),
+])  # fmt: skip
+def test_damaged_state_is_a_message_with_the_file(tmp_path: Path, name: str, content: str) -> None:
+    settings = config(tmp_path)
+    with RunDirectory.of(settings) as directory:
+        directory.open(settings)
+    (directory.path / name).write_bytes(content.encode(errors="surrogateescape"))
+    with pytest.raises(UserError, match=re.escape(str(directory.path / name))) as told:
+        assert directory.summary is not None
+        with RunDirectory.of(settings) as again:
+            again.open(settings)
+    assert len(str(told.value)) < 1500

@@ -16,7 +16,16 @@ import pytest
 import yaml
 
 from qtrain.errors import UserError
-from qtrain.report.wandb_runs import BLOCK, FILE_HEADER, fetch_runs, project_runs, read_records, write_run
+from qtrain.report.wandb_runs import (
+    BLOCK,
+    FILE_HEADER,
+    MirroredRun,
+    _values,
+    fetch_runs,
+    project_runs,
+    read_records,
+    write_run,
+)
 from qtrain.runs.table import finished_runs
 
 ROOT = Path(__file__).parents[1]
@@ -203,3 +212,34 @@ def test_what_cannot_be_fetched_is_said(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr("qtrain.report.wandb_runs.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"needs the package wandb: pip install 'qtrain\[wandb\]'"):
         fetch_runs("team/qtrain", tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["..", ".", "", "../x", "a/b", "a b", "-x", ".hidden", "x\n"])
+def test_an_id_that_would_lead_out_of_the_folder_is_refused(tmp_path: Path, name: str) -> None:
+    """It comes from the name of a file: offline-run-x/run-...wandb."""
+    out = tmp_path / "out"
+    with pytest.raises(UserError, match="is no id of a W&B run"):
+        write_run(MirroredRun(name, summary={"status": "finished"}), out)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_links_do_not_lead_out_of_the_folder(tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "run").symlink_to(outside)
+    with pytest.raises(UserError, match="is a link"):
+        write_run(MirroredRun("run", summary={"status": "finished"}), tmp_path / "out")
+    assert list(outside.iterdir()) == []
+
+
+def test_records_of_another_kind_are_told(tmp_path: Path) -> None:
+    path = tmp_path / "offline-run-1" / "run-x.wandb"
+    path.parent.mkdir()
+    path.write_bytes(log_file([b"\xff\xff\xff\xff"]))
+    with pytest.raises(UserError, match=r"run-x.wandb holds a record that is none of W&B's"):
+        fetch_runs(str(tmp_path), tmp_path / "out")
+    with pytest.raises(UserError, match="no JSON that can be read"):
+        _values([SimpleNamespace(key="a", nested_key=[], value_json="[" * 100_000)])
+    run = MirroredRun("x", summary={"status": "finished"}, history=[{"trainer/global_step": [1], "loss": 1.0}])
+    assert (write_run(run, tmp_path / "out") / "metrics.jsonl").read_text() == ""

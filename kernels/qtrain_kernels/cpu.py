@@ -1,6 +1,6 @@
 """The operations of reference.py on CPU, by C++ that is compiled for one plan at its first use (cpu.cpp).
 
-The compiler is the system's (CXX, or g++), the result is kept in torch's own cache of compiled code. Equal to the
+The compiler is the system's (CXX, or g++), the result is kept in `qtrain_kernels.kernel_cache`. Equal to the
 reference bit for bit, rotations included; a rotation whose order is no power of two is taken from the reference.
 """
 
@@ -20,9 +20,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._inductor.runtime.cache_dir_utils import cache_dir
 
-from qtrain_kernels import reference
+from qtrain_kernels import kernel_cache, reference
 from qtrain_kernels.checks import (
     check_fields,
     check_key,
@@ -473,23 +472,29 @@ def _library(defines: str) -> ctypes.CDLL:
     source = defines + SOURCE.read_text()
     command = [compiler(), *flags()]
     key = hashlib.sha256("\0".join((source, *command, _version(command[0]), _processor())).encode()).hexdigest()[:32]
-    folder = Path(cache_dir()) / "qtrain"
-    path = folder / f"{key}.so"
-    if not path.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as work:
-            text, made = Path(work) / "code.cpp", Path(work) / "code.so"
-            text.write_text(source)
-            result = subprocess.run([*command, str(text), "-o", str(made)], capture_output=True, text=True, check=False)
-            if result.returncode:
-                lines = result.stderr.strip().splitlines() or ["it says nothing"]
-                first = next((line for line in lines if "error" in line), lines[0])
-                raise RuntimeError(f"{' '.join(command)} cannot build cpu.cpp ({first})")
-            made.replace(path)  # another process may have made the same
+    path = kernel_cache.find_or_make(key, lambda: _compiled(source, command))
     try:
         return ctypes.CDLL(str(path))
     except OSError as error:
-        raise RuntimeError(f"cannot load {path} ({error}); delete it, or set TORCHINDUCTOR_CACHE_DIR") from None
+        raise RuntimeError(
+            f"cannot load {path} ({error}); its folder may be mounted noexec: set XDG_CACHE_HOME"
+        ) from None
+
+
+def _compiled(source: str, command: list[str]) -> bytes:
+    """The library of a source. RuntimeError where the compiler fails, or has nowhere to write."""
+    try:
+        with tempfile.TemporaryDirectory() as work:
+            text, made = Path(work) / "code.cpp", Path(work) / "code.so"
+            text.write_text(source)
+            result = subprocess.run([*command, str(text), "-o", str(made)], capture_output=True, text=True, check=False)
+            if result.returncode == 0:
+                return made.read_bytes()
+    except OSError as error:
+        raise RuntimeError(f"cannot build cpu.cpp ({error})") from None
+    lines = result.stderr.strip().splitlines() or ["it says nothing"]
+    first = next((line for line in lines if "error" in line), lines[0])
+    raise RuntimeError(f"{' '.join(command)} cannot build cpu.cpp ({first})")
 
 
 def compiler() -> str:

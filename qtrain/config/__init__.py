@@ -1,17 +1,27 @@
-"""Settings of a run: how files are read strictly, every setting, the recipe language, and what a run is known by."""
+"""Settings of a run: how files are read strictly, every setting, the recipe language, and what a run is known by.
 
-from qtrain.config.identity import NOT_IN_HASH, config_hash, differences, hashed_keys, parse_saved
-from qtrain.config.schema import (
-    CallbacksConfig,
-    Config,
-    DataConfig,
-    DebugConfig,
-    LoggerConfig,
-    ModelConfig,
-    TokenizerConfig,
-    TrainerConfig,
-    check_key,
-)
+The names below are imported at their first use: `qtrain.optim` needs `qtrain.config.settings` alone, and the schema
+needs `qtrain.optim`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qtrain.config.identity import NOT_IN_HASH, config_hash, differences, hashed_keys, parse_saved
+    from qtrain.config.schema import (
+        CallbacksConfig,
+        Config,
+        DataConfig,
+        DebugConfig,
+        LoggerConfig,
+        ModelConfig,
+        TokenizerConfig,
+        TrainerConfig,
+        check_key,
+    )
 
 __all__ = [
     "NOT_IN_HASH",
@@ -29,3 +39,10 @@ __all__ = [
     "hashed_keys",
     "parse_saved",
 ]
+_OF_IDENTITY = ("NOT_IN_HASH", "config_hash", "differences", "hashed_keys", "parse_saved")
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"qtrain.config.{'identity' if name in _OF_IDENTITY else 'schema'}"), name)

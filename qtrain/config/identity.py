@@ -137,14 +137,18 @@ def hashed_keys(config: Config) -> dict[str, Any]:
 
 def differences(there: Config, here: Config) -> list[str]:
     """One "key was x, now y" for each setting that determines the result and differs."""
-    trees = [_tree(config, config, is_left_out=lambda *_: False) for config in (there, here)]
-    return list(_differences(trees[0], trees[1]))
+    was, now = (_tree(config, config, is_left_out=lambda *_: False) for config in (there, here))
+    return list(_differences(was, now))
 
 
 def parse_saved(tree: Mapping[str, Any]) -> Config:
     """The settings of a run as its config.yaml has them. A setting that its version did not know yet gets the value of
-    INTRODUCED. UserError as `parse`."""
-    return parse(Config, _completed(Config, tree))
+    INTRODUCED; a setting of a version before that had no effect is left out. UserError as `parse`."""
+    tree = _completed(Config, tree)
+    scheduler = tree.get("scheduler")
+    if isinstance(scheduler, dict) and scheduler.get("name") == "cosine":
+        scheduler.pop("decay_fraction", None)  # all schedules had one
+    return parse(Config, tree)
 
 
 def introduced(kind: type) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import pkgutil
+import reprlib
 from collections.abc import Mapping, Sequence
 from functools import reduce
 from operator import or_
@@ -25,11 +26,14 @@ BFLOAT16_GEMMS = ("fp8", "fp8_fast", "fp4")  # whose products are bfloat16
 Redraw = Literal["micro_batch", "step"]
 T = TypeVar("T", bound="Strict")
 
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother, _SHORT.maxlong = 3, 200, 200, 200
+
 
 class Strict(BaseModel):
     """Base of all settings: immutable, and no key that it does not know."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
 
 
 class Member(Strict):
@@ -71,18 +75,18 @@ def _explain(kind: type[Strict], problem: Any) -> str:
     if problem["type"] in ("union_tag_invalid", "union_tag_not_found"):
         names, name = problem["ctx"].get("expected_tags", "").replace("'", ""), found.get("name")
         names = names or ", ".join(map(str, _names_at(kind, [*parents, leaf])))
-        return f"{path}.name={name!r}: there is no such {leaf}{nearest(str(name), names.split(', '))}; use {names}"
+        return f"{path}.name={shown(name)}: there is no such {leaf}{nearest(str(name), names.split(', '))}; use {names}"
     if problem["type"] == "extra_forbidden":
         valid = list(fields_at(kind, parents, chosen=problem["loc"]))
         where = ".".join(parents) or "the config"
         hint = nearest(leaf, valid, parents)
-        return f"unknown key {path!r} (found {found!r}){hint}; keys of {where}: {', '.join(valid)}"
+        return f"unknown key {path!r} (found {shown(found)}){hint}; keys of {where}: {', '.join(valid)}"
     if problem["type"] == "missing":
         return f"missing key {path!r}; set it in a config file or as {path}=..."
     message = problem["msg"].removeprefix("Value error, ")
     if isinstance(found, Mapping) or not path:
         return message
-    return f"{path}={found!r}: {message}"
+    return f"{path}={shown(found)}: {message}"
 
 
 def _keys(kind: type[BaseModel], place: Sequence[int | str]) -> list[str]:
@@ -120,6 +124,14 @@ def fields_at(kind: type[BaseModel], parents: Sequence[str], chosen: Sequence[in
 
 def _names_of(member: type[BaseModel]) -> tuple[str, ...]:
     return get_args(member.model_fields["name"].annotation)
+
+
+def shown(value: Any) -> str:
+    """A value in a message: a foreign file may hold one of any size or depth."""
+    try:
+        return _SHORT.repr(value)
+    except (ValueError, RecursionError):  # an integer of thousands of digits
+        return f"a value of type {type(value).__name__}"
 
 
 def classes_of(kind: type[BaseModel], name: str, value: Any) -> list[type[Strict]]:

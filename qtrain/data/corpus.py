@@ -1,6 +1,7 @@
 """A prepared corpus: memory-mapped token shards, document records and a manifest in one folder.
 
     manifest.json           what it is and what it holds
+    verified.json           which files were read and found whole, as they are now
     tokenizer.json          unless the tokenizer is bytes
     train-00000.bin ...     token ids, little-endian uint16 (uint32 above 65536 ids), one stream cut into shards
     train-documents.bin     one DOCUMENT record per document, in stream order
@@ -11,6 +12,7 @@ Every document ends with the tokenizer's end-of-document token.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -18,18 +20,23 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
+from qtrain.config.settings import Strict
 from qtrain.data.bigram import MAX_TRAIN_TOKENS, bigram_cross_entropy
 from qtrain.data.tokenizer import Tokenizer, load_saved
 from qtrain.errors import UserError
+from qtrain.runs.files import read_json, write_atomically
 
 # end: tokens up to and with this document; end_bytes: the same in UTF-8 bytes of text; digest: sha256 of the text, cut.
 DOCUMENT = np.dtype([("end", "<u8"), ("end_bytes", "<u8"), ("digest", "V16")])
 BLOCK = 1 << 16
 FORMAT_VERSION = 1
+MAX_SHARDS = 1 << 20  # of a split: more than any corpus has, and than a damaged manifest may ask us to count
+VERIFIED = "verified.json"  # beside the manifest: which files were read and found whole
 
 
 @dataclass(frozen=True)
@@ -92,6 +99,8 @@ class Corpus:
         streamed source as far as its own budget, so there the first training document stands for those that follow:
         budgets of one sweep are of the same data.
     bigram_cross_entropy: nats per token on the validation split, see `qtrain.data.bigram`.
+    fingerprint: of the sources that it was found or made for (`qtrain.data.prepare.fingerprint`); "" of a corpus that
+        was opened by its folder.
     """
 
     folder: Path
@@ -101,6 +110,7 @@ class Corpus:
     val: Split
     data_hash: str
     bigram_cross_entropy: float
+    fingerprint: str = ""
 
     @property
     def vocab_size(self) -> int:
@@ -132,10 +142,9 @@ def open_corpus(folder: Path, train_tokens: int | None = None) -> Corpus:
     """The corpus in a folder; with train_tokens only the training documents that hold so many, exactly as if it had
     been prepared with that limit. UserError naming the file if one is missing, damaged or of another size."""
     manifest = read_manifest(folder)
-    check_sizes(folder, manifest)
+    check_files(folder, manifest)
     train, val = (_split(folder, manifest, name) for name in ("train", "val"))
-    file = folder / "tokenizer.json"
-    tokenizer = load_saved(file if manifest["tokenizer"]["file"] else None, manifest["tokenizer"]["eos_id"])
+    tokenizer = _tokenizer(folder, manifest)
     digest, bigram = manifest["data_hash"], manifest["bigram_cross_entropy"]
     if train_tokens is not None and train_tokens < train.n_tokens:
         whole, train = train, train.head(train_tokens)
@@ -146,21 +155,111 @@ def open_corpus(folder: Path, train_tokens: int | None = None) -> Corpus:
     return Corpus(folder, manifest, tokenizer, train, val, digest, bigram)
 
 
+class _Counts(Strict):
+    n_tokens: int = Field(gt=0)
+    n_documents: int = Field(gt=0)
+    n_bytes: int = Field(ge=0)
+
+
+class _File(Strict):
+    bytes: int = Field(ge=0)
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+
+
+class _SavedTokenizer(BaseModel):
+    hash: str
+    vocab_size: int = Field(gt=0)
+    eos_id: int = Field(ge=0)
+    file: bool
+
+
+class _Options(BaseModel):
+    streaming: bool
+
+
+class _Manifest(BaseModel):
+    """What the code reads of a manifest; what else it says is for people."""
+
+    tokenizer: _SavedTokenizer
+    options: _Options
+    dtype: Literal["<u2", "<u4"]
+    shard_tokens: int = Field(gt=0)
+    train_limit: int | None
+    train_complete: bool
+    splits: dict[Literal["train", "val"], _Counts] = Field(min_length=2)
+    data_hash: str
+    bigram_cross_entropy: float
+    files: dict[Annotated[str, Field(pattern="^[a-z][a-z0-9.-]*$")], _File]
+
+    @model_validator(mode="after")
+    def _files_hold_the_tokens(self) -> _Manifest:
+        item = np.dtype(self.dtype).itemsize
+        for name, counts in self.splits.items():
+            full, rest = divmod(counts.n_tokens, self.shard_tokens)
+            if full > MAX_SHARDS:
+                raise ValueError(f"it counts {counts.n_tokens:,} tokens of {name}, in {full:,} files")
+            shards = [self.shard_tokens] * full + [rest] * (rest > 0)
+            expected = {shard_path(Path(), name, i).name: n * item for i, n in enumerate(shards)}
+            expected[f"{name}-documents.bin"] = counts.n_documents * DOCUMENT.itemsize
+            found = {key: file.bytes for key, file in self.files.items() if key.startswith(f"{name}-")}
+            if found != expected:
+                raise ValueError(f"its files of {name} do not hold the {counts.n_tokens:,} tokens that it counts")
+        if (
+            self.tokenizer.file != ("tokenizer.json" in self.files)
+            or self.tokenizer.eos_id >= self.tokenizer.vocab_size
+        ):
+            raise ValueError("its tokenizer does not fit its files")
+        return self
+
+
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a corpus folder. UserError if it is missing, damaged or of another format version."""
+    """The manifest of a corpus folder. UserError if it is missing, damaged, of another format version, or says of the
+    files what they cannot hold."""
     path = folder / "manifest.json"
     try:
-        manifest = json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read ({error}); prepare the corpus again") from None
     found = manifest.get("format_version") if isinstance(manifest, dict) else None
     if found != FORMAT_VERSION:
         raise UserError(f"{path} has format version {found}, not {FORMAT_VERSION}; prepare the corpus again")
+    try:
+        _Manifest.model_validate(manifest)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        said = f"{where}: {first['msg']}" if where else first["msg"].removeprefix("Value error, ")
+        raise UserError(f"{path} is damaged ({said}); prepare the corpus again") from None
     return manifest
 
 
-def check_sizes(folder: Path, manifest: dict[str, Any]) -> None:
-    """UserError naming the first file that is missing or has another size than the manifest says. Reads no content."""
+def check_files(folder: Path, manifest: dict[str, Any]) -> None:
+    """UserError naming the first file that is missing or differs from what the manifest says.
+
+    The content is read once, and again when a file was written to since: VERIFIED remembers each file's size, inode,
+    and time of change. A disk that forgets bits without being written to is found by `verify` alone.
+    """
+    _check_sizes(folder, manifest)
+    stamps = {name: _stamp(folder / name) for name in manifest["files"]}
+    known = _read_verified(folder)
+    changed = [name for name, stamp in stamps.items() if known.get(name) != [stamp, manifest["files"][name]["sha256"]]]
+    for name in changed:
+        _check_content(folder, name, manifest)
+    if changed:
+        sums = {name: [stamp, manifest["files"][name]["sha256"]] for name, stamp in stamps.items()}
+        with contextlib.suppress(OSError):  # a cache that is read-only is read each time
+            write_atomically(folder / VERIFIED, json.dumps(sums))
+
+
+def verify(folder: Path) -> None:
+    """Reads everything. UserError naming the first file whose size, sha256 or token ids are not the manifest's."""
+    manifest = read_manifest(folder)
+    _check_sizes(folder, manifest)
+    for name in manifest["files"]:
+        _check_content(folder, name, manifest)
+
+
+def _check_sizes(folder: Path, manifest: dict[str, Any]) -> None:
     for name, facts in manifest["files"].items():
         path = folder / name
         size = path.stat().st_size if path.is_file() else None
@@ -169,18 +268,50 @@ def check_sizes(folder: Path, manifest: dict[str, Any]) -> None:
             raise UserError(f"{path}: {found}, the manifest says {facts['bytes']} bytes; prepare the corpus again")
 
 
-def verify(folder: Path) -> None:
-    """Reads everything. UserError naming the first file whose size or sha256 is not the manifest's."""
-    manifest = read_manifest(folder)
-    check_sizes(folder, manifest)
-    for name, facts in manifest["files"].items():
-        with (folder / name).open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-        if found != facts["sha256"]:
-            raise UserError(
-                f"{folder / name}: content differs from the manifest (sha256 {found[:12]}..., expected "
-                f"{facts['sha256'][:12]}...); delete {folder} and prepare the corpus again"
-            )
+def _stamp(path: Path) -> list[int]:
+    """What changes when a file is written to; nobody can set st_ctime."""
+    found = path.stat()
+    return [found.st_size, found.st_ino, found.st_ctime_ns]
+
+
+def _read_verified(folder: Path) -> dict[str, Any]:
+    try:
+        return read_json(folder / VERIFIED)
+    except UserError:
+        return {}
+
+
+def _check_content(folder: Path, name: str, manifest: dict[str, Any]) -> None:
+    """One pass over a file: its sha256, and of a shard that the tokenizer has each id."""
+    total, largest = hashlib.sha256(), 0
+    is_shard = name.endswith(".bin") and not name.endswith("-documents.bin")
+    with (folder / name).open("rb") as file:
+        while block := file.read(1 << 22):
+            total.update(block)
+            if is_shard:
+                largest = max(largest, int(np.frombuffer(block, manifest["dtype"]).max()))
+    found, expected = total.hexdigest(), manifest["files"][name]["sha256"]
+    if found != expected:
+        raise UserError(
+            f"{folder / name}: content differs from the manifest (sha256 {found[:12]}..., expected "
+            f"{expected[:12]}...); delete {folder} and prepare the corpus again"
+        )
+    if largest >= manifest["tokenizer"]["vocab_size"]:
+        raise UserError(
+            f"{folder / name} has the token {largest}, and the tokenizer {manifest['tokenizer']['vocab_size']} ids; "
+            f"delete {folder} and prepare the corpus again"
+        )
+
+
+def _tokenizer(folder: Path, manifest: dict[str, Any]) -> Tokenizer:
+    """UserError for a tokenizer that is not the one that the tokens were made with."""
+    saved = manifest["tokenizer"]
+    tokenizer = load_saved(folder / "tokenizer.json" if saved["file"] else None, saved["eos_id"])
+    if (tokenizer.vocab_size, tokenizer.eos_id) != (saved["vocab_size"], saved["eos_id"]):
+        raise UserError(
+            f"{folder / 'manifest.json'} is of another tokenizer than its folder holds; prepare the corpus again"
+        )
+    return tokenizer
 
 
 def check_vocab(corpus: Corpus, vocab_size: int) -> None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from qtrain.data.tokenizer import Tokenizer, token_dtype
+from qtrain.runs.processes import end_with_parent
 
 _worker_tokenizer: Tokenizer | None = None  # one per worker process, sent once
 
@@ -76,6 +77,7 @@ def _start_worker(tokenizer: Tokenizer) -> None:
     _worker_tokenizer = tokenizer
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    end_with_parent()
 
 
 def _encode_in_worker(chunk: Chunk) -> Encoded:

@@ -48,6 +48,31 @@ class WindowOrder:
         return result.astype(np.int64)
 
 
+def count_windows(n_tokens: int, seq_len: int) -> int:
+    """Windows of seq_len tokens and the target of the last one that a split of n_tokens holds."""
+    return (n_tokens - 1) // seq_len
+
+
+def epochs(run_tokens: int, n_tokens: int, seq_len: int) -> float:
+    """How often a run of run_tokens reads each window of a training split of n_tokens."""
+    return run_tokens / seq_len / max(1, count_windows(n_tokens, seq_len))
+
+
+def describe_epochs(read: float) -> str:
+    """A row of a plan: how often the training text is read."""
+    return f"{read:.3g} times" if read > 1 else f"{read:.1%} of it, each part once"
+
+
+def repetition_warning(read: float) -> str | None:
+    """What to say of a run that reads its text more than once; None of any other."""
+    if read <= 1:
+        return None
+    return (
+        f"the training text is read {read:.3g} times: repeated tokens teach less than new ones, and a scaling law that "
+        "counts them as new is off; give more text, or lower trainer.tokens"
+    )
+
+
 def _round_keys(seed: int, epoch: int) -> np.ndarray:
     digest = hashlib.sha256(f"qtrain order {seed} {epoch}".encode()).digest()
     return np.frombuffer(digest, dtype="<u4").astype(np.uint64)[:ROUNDS]

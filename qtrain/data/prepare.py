@@ -24,8 +24,8 @@ import os
 import platform
 import re
 import shutil
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -65,7 +65,12 @@ class Plan:
     val: Source | None
     train_limit: int | None
     val_limit: int | None
-    name: str
+    fingerprint: str
+
+    @property
+    def name(self) -> str:
+        readable = re.sub(r"[^A-Za-z0-9._]+", "-", f"{self.train.name}-{self.tokenizer.kind}").strip("-.")
+        return f"{readable}-{self.fingerprint}"
 
     @property
     def folder(self) -> Path:
@@ -93,8 +98,38 @@ def prepare(
     with filelock.FileLock(cache / f".{plan.folder.name}.lock"):
         if (corpus := _find(plan)) is None:  # another process may have made it while this one waited
             _build_and_rename(plan, progress)
-            corpus = open_corpus(plan.folder, plan.train_limit)
+            corpus = replace(open_corpus(plan.folder, plan.train_limit), fingerprint=plan.fingerprint)
     return corpus
+
+
+def same_text(
+    data: DataConfig,
+    tokenizer: TokenizerConfig,
+    recorded: Mapping[str, Any],
+    *,
+    budget_tokens: int | None = None,
+    may_prepare: bool = True,
+) -> bool | None:
+    """Whether a run that is over read the text that these settings name now.
+
+    recorded: its summary.json or its row of a results file, with data_fingerprint and data_hash. Equal fingerprints say
+    yes at once: name, size and modification time of each file, or the name of a dataset on the hub. Else the hashes of
+    the content are compared, for which the corpus is prepared, as the run would have to; with may_prepare=False the
+    answer is None where it lies not prepared yet, or where its files are not on this machine. UserError as `prepare`.
+    """
+    try:
+        plan = _plan(data, tokenizer, budget_tokens)
+        if recorded.get("data_fingerprint") == plan.fingerprint:
+            return True
+        corpus = _find(plan)
+    except UserError:
+        if may_prepare:
+            raise
+        return None
+    if corpus is None and not may_prepare:
+        return None
+    corpus = corpus or prepare(data, tokenizer, budget_tokens=budget_tokens)
+    return corpus.data_hash == recorded.get("data_hash")
 
 
 def _plan(data: DataConfig, tokenizer: TokenizerConfig, budget_tokens: int | None) -> Plan:
@@ -113,8 +148,7 @@ def _plan(data: DataConfig, tokenizer: TokenizerConfig, budget_tokens: int | Non
         tokenizer_identity(tokenizer),
     ]
     key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:12]
-    readable = re.sub(r"[^A-Za-z0-9._]+", "-", f"{train.name}-{tokenizer.kind}").strip("-.")
-    return Plan(data, tokenizer, train, val, train_limit, val_limit, f"{readable}-{key}")
+    return Plan(data, tokenizer, train, val, train_limit, val_limit, key)
 
 
 def _find(plan: Plan) -> Corpus | None:
@@ -125,7 +159,7 @@ def _find(plan: Plan) -> Corpus | None:
             manifest = read_manifest(folder)
             limited = not manifest["train_complete"]
             if not limited or (plan.train_limit is not None and manifest["train_limit"] >= plan.train_limit):
-                return open_corpus(folder, plan.train_limit)
+                return replace(open_corpus(folder, plan.train_limit), fingerprint=plan.fingerprint)
         except UserError as error:
             log.warning("%s", error)
     return None

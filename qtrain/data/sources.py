@@ -7,6 +7,7 @@ an error.
 
 from __future__ import annotations
 
+import codecs
 import difflib
 import glob
 import importlib.metadata
@@ -137,17 +138,42 @@ def _files(data: DataConfig, key: str, patterns: Sequence[str]) -> Source:
 def _expand(key: str, pattern: str) -> list[Path]:
     """The files of a path or glob, sorted. UserError if there are none, or if one is a folder or empty."""
     path = Path(pattern).expanduser()
-    names = [str(path)] if path.exists() else sorted(glob.glob(str(path), recursive=True))  # noqa: PTH207 (** and ..)
-    paths = [Path(name).absolute() for name in names]
-    files = [path for path in paths if path.is_file()]
-    if paths and not files:
+    try:
+        names = [str(path)] if path.exists() or path.is_symlink() else sorted(set(_matches(str(path.absolute()))))
+        paths = [Path(name).absolute() for name in names]
+        files = [path for path in paths if path.is_file()]
+    except OSError as error:
+        raise UserError(f"{key}={pattern} cannot be read: {error.strerror}; name another file") from None
+    if paths and not files and paths[0].is_dir():
         raise UserError(f"{key}={pattern} is a folder; name its files, for example {key}='{pattern}/*'")
+    if paths and not files:
+        kind = "a link to nothing, or to itself" if paths[0].is_symlink() else "a pipe, a socket or a device"
+        raise UserError(f"{key}={pattern} is {kind}; name a file")
     if not files:
         raise UserError(f"{key}={pattern} matches no file{_nearest_path(path)}")
     for file in files:
         if file.stat().st_size == 0:
             raise UserError(f"{file} (of {key}) is empty; remove it or name another file")
     return files
+
+
+def _matches(pattern: str) -> Iterator[str]:
+    """The paths of a glob. `**` goes into each folder once, by whatever links it is reached: into a folder that holds a
+    link to itself it would go for ever, and read its files again and again."""
+    head, deep, rest = f"{pattern}/*".partition("/**/") if pattern.endswith("/**") else pattern.partition("/**/")
+    if not deep:
+        yield from glob.iglob(pattern)  # noqa: PTH207 (relative patterns with ..)
+        return
+    seen: set[tuple[int, int]] = set()
+    for start in glob.iglob(head or "/"):  # noqa: PTH207
+        for folder, folders, _ in os.walk(start, followlinks=True):
+            found = Path(folder).stat()
+            if (found.st_dev, found.st_ino) in seen:
+                folders.clear()
+                continue
+            seen.add((found.st_dev, found.st_ino))
+            folders[:] = sorted(name for name in folders if not name.startswith("."))  # as the shell's **
+            yield from _matches(f"{glob.escape(folder)}/{rest}")
 
 
 def _nearest_path(path: Path) -> str:
@@ -161,10 +187,17 @@ def _nearest_path(path: Path) -> str:
 
 
 def _read_text(path: Path, _field: str) -> Iterator[Document]:
-    raw = path.read_bytes()
+    raw = _read(path).removeprefix(codecs.BOM_UTF8)  # a mark of the encoding, no text
     if (offset := raw.find(b"\0")) >= 0:
         raise UserError(f"{path} looks binary (a zero byte at offset {offset}); data.source=text needs UTF-8 text")
     yield Document(str(path), _decode(path, raw, 0))
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}; mend it, or leave it out of data.files") from None
 
 
 def _decode(where: Path | str, raw: bytes, start: int) -> str:
@@ -179,12 +212,16 @@ def _decode(where: Path | str, raw: bytes, start: int) -> str:
 
 def _read_jsonl(path: Path, field: str) -> Iterator[Document]:
     offset = 0
-    with path.open("rb") as lines:
-        for number, raw in enumerate(lines, start=1):
-            if raw.strip():
-                where = f"{path}:{number}"
-                yield Document(where, _json_text(where, _decode(where, raw, offset), field))
-            offset += len(raw)
+    try:
+        with path.open("rb") as lines:
+            for number, raw in enumerate(lines, start=1):
+                line = raw.removeprefix(codecs.BOM_UTF8) if number == 1 else raw
+                if line.strip():
+                    where = f"{path}:{number}"
+                    yield Document(where, _json_text(where, _decode(where, line, offset), field))
+                offset += len(raw)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}; mend it, or leave it out of data.files") from None
 
 
 def _json_text(where: str, line: str, field: str) -> str:
@@ -194,6 +231,8 @@ def _json_text(where: str, line: str, field: str) -> str:
         raise UserError(
             f"{where}: not valid JSON ({error.msg} at column {error.colno}); mend or drop the line"
         ) from None
+    except (RecursionError, ValueError):
+        raise UserError(f"{where}: nested too deep, or a number too long; mend or drop the line") from None
     if not isinstance(row, dict):
         raise UserError(f"{where}: expected an object with a field {field!r}, found {type(row).__name__}")
     if field not in row:
@@ -215,18 +254,24 @@ def _read_parquet(path: Path, field: str) -> Iterator[Document]:
     import pyarrow
     import pyarrow.parquet
 
+    row = 0
     try:
         table = pyarrow.parquet.ParquetFile(path)
+        columns = table.schema_arrow.names
+        if field not in columns:
+            raise UserError(f"{path}: no column {field!r}; it has {', '.join(columns)}; set data.text_field")
+        for batch in table.iter_batches(batch_size=1024, columns=[field]):
+            for text in batch.column(0).to_pylist():
+                yield Document(f"{path}:{row}", _string(f"{path}, row {row}", field, text))
+                row += 1
+    except UserError:
+        raise
     except pyarrow.ArrowInvalid as error:
-        raise UserError(f"{path} is not a Parquet file ({str(error).splitlines()[0]})") from None
-    columns = table.schema_arrow.names
-    if field not in columns:
-        raise UserError(f"{path}: no column {field!r}; it has {', '.join(columns)}; set data.text_field")
-    row = 0
-    for batch in table.iter_batches(batch_size=1024, columns=[field]):
-        for text in batch.column(0).to_pylist():
-            yield Document(f"{path}:{row}", _string(f"{path}, row {row}", field, text))
-            row += 1
+        what = "is not a Parquet file" if row == 0 else f"is damaged after row {row}"
+        raise UserError(f"{path} {what} ({first_line(error)}); copy it anew, or leave it out") from None
+    except Exception as error:  # damaged bytes raise whatever the code that meets them raises
+        said = f"{path} is damaged after row {row} ({first_line(error)}); copy it anew, or leave it out"
+        raise UserError(said) from None
 
 
 def _string(where: str, field: str, text: Any) -> str:

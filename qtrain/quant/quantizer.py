@@ -239,6 +239,15 @@ def fake_quantize(
     that does not fit.
     """
     spec = parse(QuantSpec, {"format": format, "scale": scale, "rounding": rounding, "rotation": rotation})
+    try:
+        return _fake_quantize(x, spec, seed, backend)
+    except UserError:
+        raise
+    except ValueError as error:  # of the kernels, which know no UserError
+        raise UserError(str(error)) from None
+
+
+def _fake_quantize(x: Tensor, spec: QuantSpec, seed: int, backend: Backend) -> Tensor:
     quantizer = Quantizer.build(spec, backend)
     if quantizer.plan is not None and quantizer.plan.rule == "learned":
         raise UserError("scale 'learned' is a parameter of a layer; name another rule here (gaussian)")
@@ -248,6 +257,8 @@ def fake_quantize(
         )
     if not x.is_floating_point():
         raise UserError(f"fake_quantize takes a float tensor; got {x.dtype}; convert it with x.float()")
+    if x.layout != torch.strided:
+        raise UserError(f"fake_quantize takes a dense tensor; got layout {x.layout}; convert it with x.to_dense()")
     if x.ndim == 0 or x.shape[-1] % quantizer.multiple:
         found = f"shape {tuple(x.shape)}"
         raise UserError(f"{quantizer} needs a last dim % {quantizer.multiple} == 0; x has {found}; pad it")

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 from qtrain.errors import UserError
+from qtrain.runs.files import read_json
 from qtrain.runs.metrics_log import read_metrics
+from qtrain.runs.table import read_settings
 
 # Okabe and Ito's palette, told apart with any colour vision
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#555555"
@@ -41,9 +41,7 @@ def plot_loss(run_dir: str | Path) -> Path:
     train, validation, lr = (curve(lines, key) for key in ("loss", "val_loss", "lr"))
     if not len(train.values) and not len(validation.values):
         raise UserError(f"{run_dir / 'metrics.jsonl'} holds no loss yet; let the run log at least one step")
-    config = yaml.safe_load((run_dir / "config.yaml").read_text())
-    summary_file = run_dir / "summary.json"
-    summary = json.loads(summary_file.read_text()) if summary_file.exists() else {}
+    config, summary = read_settings(run_dir), read_json(run_dir / "summary.json")
 
     figure = Figure(figsize=(7.2, 4.8), layout="constrained")
     FigureCanvasAgg(figure)

@@ -260,19 +260,28 @@ LAW_CAPTIONS = {
 }
 
 
-LAW_KEYS = ("law", "baseline", "constants", "efficiencies", "fit", "points", "command")
+LAW_KEYS: dict[str, type] = {
+    "law": str, "baseline": str, "constants": dict, "efficiencies": dict, "fit": dict, "points": list, "command": str
+}  # fmt: skip
 
 
 def read_law(path: Path) -> dict[str, Any]:
     """A law.json of scripts/fit_scaling_law.py. UserError where it is none."""
     try:
         law = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"cannot read {path}: {error}") from None
     lacking = [key for key in LAW_KEYS if not isinstance(law, dict) or key not in law]
     if lacking:
         raise UserError(f"{path} lacks {', '.join(lacking)}; it is no law.json of scripts/fit_scaling_law.py")
+    parts = [*law["constants"].values(), *law["efficiencies"].values(), *law["points"]] if _have_kinds(law) else [None]
+    if not all(isinstance(part, dict) for part in parts):
+        raise UserError(f"{path} has values of other kinds than a law.json of scripts/fit_scaling_law.py")
     return law
+
+
+def _have_kinds(law: dict[str, Any]) -> bool:
+    return all(isinstance(law[key], kind) for key, kind in LAW_KEYS.items())
 
 
 def _law_section(laws: list[tuple[Path, dict[str, Any]]]) -> Section:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from qtrain.config import NOT_IN_HASH
 from qtrain.errors import UserError
 from qtrain.report.loss import readable
 from qtrain.runs.metrics_log import scan_metrics
@@ -51,12 +52,7 @@ class Run:
 
 VARIANT = {"lr": "lr {:g}", "batch_tokens": "batch {:,}", "schedule": "{}"}
 
-# Settings in which runs of one label may differ: those that a run's hash leaves out too, for they change no result, ...
-NO_RESULT = (
-    "name", "run_root", "run_dir", "force", "dry_run", "results", "retry_failed", "backend", "trainer.device",
-    "trainer.devices", "trainer.share_trunk", "callbacks", "logger", "debug.detect_anomaly",
-    "recipe.source", "recipe.deviations",
-)  # fmt: skip
+# Settings in which runs of one label may differ: NOT_IN_HASH, which change no result,
 # ... and those that the seed, the budget and the data say: half of them are places on one machine.
 SAID_ELSEWHERE = ("seed", "data", "tokenizer", "trainer.tokens", "trainer.tokens_per_parameter")
 WHOLE = "recipe.overrides"  # its keys are patterns: one that a run lacks is no setting of a later version
@@ -264,7 +260,7 @@ def _of_one_setting(members: list[Run], problems: list[str]) -> list[Run]:
 
 def _differing(values: list[Any], key: str = "") -> Iterator[str]:
     """The dotted names of the settings that differ. What a run lacks, which is of an older version, it shares."""
-    if key in NO_RESULT or key in SAID_ELSEWHERE:
+    if key in NOT_IN_HASH or key in SAID_ELSEWHERE:
         return
     if key != WHOLE and all(isinstance(value, Mapping) for value in values):
         for name in dict.fromkeys(name for value in values for name in value):

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import struct
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
@@ -21,16 +22,17 @@ from typing import Any
 
 import yaml
 
-from qtrain.errors import UserError
+from qtrain.errors import UserError, first_line
+from qtrain.runs.files import write_atomically
+from qtrain.runs.metrics_log import MetricsLog
 
 log = logging.getLogger("qtrain")
 
 BLOCK = 32768
 FILE_HEADER = b":W&B\xe1\xbe\x00"
 WHOLE, FIRST, MIDDLE, LAST = 1, 2, 3, 4
-SUMMARY = (
-    "run"  # qtrain.training.observers.loggers writes summary.json under this name: metrics have entries of their own
-)
+WRITTEN = ("config.yaml", "metrics.jsonl", "summary.json")
+SUMMARY = "run"  # training.observers.loggers writes summary.json under this name
 STEP = "trainer/global_step"  # Lightning's name for what metrics.jsonl calls step
 
 
@@ -69,18 +71,29 @@ def fetch_runs(place: str, into: Path) -> list[Path]:
 
 def write_run(run: MirroredRun, into: Path) -> Path:
     """The run's directory, made or renewed. A line that a resumed run logged again counts once, as it came last."""
-    directory = into / run.id
+    directory = into / _checked_id(run.id)
+    if directory.is_symlink() or any((directory / name).is_symlink() for name in WRITTEN):
+        raise UserError(f"{directory} is a link, or has one, which would lead out of {into}; remove it")
     directory.mkdir(parents=True, exist_ok=True)
     lines: dict[tuple[Any, ...], dict[str, Any]] = {}
     for row in run.history:
         line = {key: value for key, value in row.items() if not key.startswith("_") and value is not None}
-        if STEP in line:
+        if type(line.get(STEP)) in (int, float):
             line = {"step": line.pop(STEP), **line}
             lines[(line["step"], *sorted(line))] = line
-    (directory / "config.yaml").write_text(yaml.safe_dump(run.config, sort_keys=False))
-    (directory / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines.values()))
-    (directory / "summary.json").write_text(json.dumps(run.summary, indent=2) + "\n")
+    write_atomically(directory / "config.yaml", yaml.safe_dump(run.config, sort_keys=False))
+    MetricsLog(directory / "metrics.jsonl").replace(lines.values())
+    write_atomically(directory / "summary.json", json.dumps(run.summary, indent=2) + "\n")
     return directory
+
+
+def _checked_id(name: str) -> str:
+    """UserError for an id that is not W&B's: it becomes the name of a folder, and comes from a file of anybody's."""
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
+        raise UserError(
+            f"{name!r} is no id of a W&B run (letters, digits, _ - .); leave that run out, or rename its file"
+        )
+    return name
 
 
 # ------------------------------------------------------------------------------------------------------------- offline
@@ -95,7 +108,10 @@ def offline_runs(folder: Path) -> Iterable[MirroredRun]:
         run_id = path.stem.removeprefix("run-")
         run = runs.setdefault(run_id, MirroredRun(run_id))
         for content in read_records(path):
-            record = wandb_internal_pb2.Record.FromString(content)  # pyright: ignore[reportAttributeAccessIssue]
+            try:
+                record = wandb_internal_pb2.Record.FromString(content)  # pyright: ignore[reportAttributeAccessIssue]
+            except Exception as error:  # protobuf's own, of a package that wandb brings along
+                raise UserError(f"{path} holds a record that is none of W&B's ({error}); leave it out") from None
             if record.HasField("run"):
                 run.config |= _values(record.run.config.update)
             elif record.HasField("config"):
@@ -110,13 +126,19 @@ def offline_runs(folder: Path) -> Iterable[MirroredRun]:
 def _own_summary(entries: Mapping[str, Any]) -> dict[str, Any]:
     """summary.json among the entries of a W&B summary; {} of another program's, whose `run` may be anything."""
     found = entries.get(SUMMARY)
-    return dict(found) if isinstance(found, Mapping) else {}
+    return dict(found) if isinstance(found, Mapping) and isinstance(found.get("status"), str) else {}
 
 
 def _values(items: Iterable[Any]) -> dict[str, Any]:
     """name -> value of wandb's own items, without those that wandb keeps for itself."""
     pairs = ((item.key or "/".join(item.nested_key), item.value_json) for item in items)
-    return {name: json.loads(text) for name, text in pairs if not name.startswith("_")}
+    found = {name: text for name, text in pairs if not name.startswith("_")}
+    try:
+        return {name: json.loads(text) for name, text in found.items()}
+    except (ValueError, RecursionError) as error:
+        raise UserError(
+            f"a value of a W&B run is no JSON that can be read ({first_line(error)}); leave it out"
+        ) from None
 
 
 def read_records(path: Path) -> Iterator[bytes]:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import fcntl
 import json
 import logging
+import os
 import secrets
 import time
 from collections.abc import Mapping
@@ -28,7 +29,7 @@ import yaml
 from qtrain.config import Config, config_hash, differences, parse_saved
 from qtrain.errors import UserError
 from qtrain.runs.environment import environment
-from qtrain.runs.files import read_json, write_atomically
+from qtrain.runs.files import clear_partial, read_json, read_yaml, write_atomically
 from qtrain.runs.metrics_log import MetricsLog
 from qtrain.runs.status import Status
 
@@ -57,17 +58,15 @@ class RunDirectory:
         """Make the directory, or take up the one that is there. UserError when it holds another config or no run, or
         when another process is training in it."""
         try:
-            if config.force and (self.path / "config.yaml").exists():
-                self._move_aside()
-            self.check(config)
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._take_lock()
+            self._take(config)
+            clear_partial(self.path)
             if not (self.path / "config.yaml").exists():
                 text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
                 write_atomically(self.path / "config.yaml", text)
             self.checkpoints.mkdir(exist_ok=True)
             self._note_environment()
         except OSError as error:
+            self.close()
             raise UserError(
                 f"cannot write run directory {self.path}: {error.strerror}; set run_root or run_dir"
             ) from error
@@ -83,8 +82,30 @@ class RunDirectory:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def _take(self, config: Config) -> None:
+        """Lock the directory for this config; with force=true one that was locked while it held no run, or none since
+        it was moved aside."""
+        moved = not config.force
+        while True:
+            self.check(config.model_copy(update={"force": not moved}))
+            if not moved and not (self.path / "config.yaml").exists():
+                moved = True
+            self.path.mkdir(parents=True, exist_ok=True)
+            if not self._take_lock():
+                continue  # another process moved the directory aside while this one waited
+            if not moved:
+                self._move_aside()
+                moved = True
+                continue
+            try:
+                self.check(config.model_copy(update={"force": False}))  # now that nobody else can write there
+            except UserError:
+                self.close()
+                raise
+            return
+
     def _move_aside(self) -> None:
-        self._take_lock()  # a process that trains there would go on writing by name
+        """Of a locked directory: a process that trains there would go on writing by name."""
         number = 1
         while (aside := self.path.with_name(f"{self.path.name}.old{number}")).exists():
             number += 1
@@ -114,8 +135,14 @@ class RunDirectory:
             "Name another run_dir, or set force=true to move the old one aside"
         )
 
-    def _take_lock(self) -> None:
-        lock = (self.path / ".lock").open("w")
+    def _take_lock(self) -> bool:
+        """Whether the directory of this name is locked now. A lock is on a file, not on its name: false where the name
+        meanwhile is another directory's. UserError when another process holds it for longer than LOCK_SECONDS."""
+        path = self.path / ".lock"
+        try:
+            lock = path.open("w")
+        except FileNotFoundError:  # moved aside since it was made
+            return False
         deadline = time.monotonic() + LOCK_SECONDS
         while True:
             try:
@@ -127,12 +154,16 @@ class RunDirectory:
                     message = f"another process is training in {self.path}; wait for it or stop it"
                     raise UserError(message) from None
                 time.sleep(0.2)
+        if not path.exists() or not os.path.samestat(os.fstat(lock.fileno()), path.stat()):
+            lock.close()
+            return False
         self._lock = lock
+        return True
 
     def _note_environment(self) -> None:
         """Append this start to environment.json."""
         path = self.path / "environment.json"
-        record = read_json(path) or {"wandb_id": f"{self.path.name}-{secrets.token_hex(3)}", "starts": []}
+        record = self._environment or {"wandb_id": f"{self.path.name}-{secrets.token_hex(3)}", "starts": []}
         record["starts"].append(environment())
         write_atomically(path, json.dumps(record, indent=2) + "\n")
 
@@ -153,7 +184,15 @@ class RunDirectory:
 
     @property
     def wandb_id(self) -> str:
-        return read_json(self.path / "environment.json")["wandb_id"]
+        return self._environment["wandb_id"]
+
+    @property
+    def _environment(self) -> dict[str, Any]:
+        path = self.path / "environment.json"
+        record = read_json(path)
+        if record and not (isinstance(record.get("starts"), list) and isinstance(record.get("wandb_id"), str)):
+            raise UserError(f"{path} lacks the list `starts` or the text `wandb_id`; restore it, or move it away")
+        return record
 
     @property
     def summary(self) -> dict[str, Any]:
@@ -166,7 +205,7 @@ class RunDirectory:
     @property
     def starts(self) -> int:
         """How many processes have begun to train here."""
-        return len(read_json(self.path / "environment.json").get("starts", ()))
+        return len(self._environment.get("starts", ()))
 
     @property
     def busy(self) -> bool:
@@ -189,8 +228,11 @@ class RunDirectory:
         if not path.exists():
             raise UserError(f"{self.path} is no run directory: it has no config.yaml")
         try:
-            return parse_saved(yaml.safe_load(path.read_text()))
-        except (yaml.YAMLError, UserError) as error:
+            tree = read_yaml(path)
+            if not isinstance(tree, dict):
+                raise UserError(f"it holds {type(tree).__name__}, not a mapping")
+            return parse_saved(tree)
+        except UserError as error:
             raise UserError(f"{path} does not read as the settings of a run: {error}") from None
 
     def append_metrics(self, line: Mapping[str, Any]) -> None:

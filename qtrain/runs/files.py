@@ -5,10 +5,18 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import time
 from pathlib import Path
 from typing import Any
 
-from qtrain.errors import UserError
+import yaml
+
+from qtrain.errors import UserError, first_line
+
+PARTIAL = ".partial"  # how the name of a half-written file ends
+MAX_YAML_NODES = 100_000  # of a file of settings, every alias counted as what it stands for; a run's has about 300
+MAX_YAML_DEPTH = 50  # a run's settings are 5 deep
+_Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # 500 settings files: under a second instead of ten
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -30,13 +38,15 @@ def write_atomically(path: Path, text: str) -> None:
     sync_folder(path.parent)
 
 
-PARTIAL = ".partial"  # how the name of a half-written file ends
-
-
-def clear_partial(folder: Path) -> None:
-    """Remove the half-written files that killed processes left in a folder, for the process that holds its lock."""
+def clear_partial(folder: Path, older_than: float = 0.0) -> None:
+    """Remove the half-written files that killed processes left in a folder. older_than: seconds since they were last
+    written to; 0 for the process that holds the folder's lock, a day for a folder that several processes write to."""
     for partial in folder.glob(f".*{PARTIAL}"):
-        partial.unlink(missing_ok=True)
+        try:
+            if older_than == 0 or time.time() - partial.stat().st_mtime > older_than:
+                partial.unlink()
+        except FileNotFoundError:
+            continue  # another process has finished or removed it
 
 
 def sync_folder(folder: Path) -> None:
@@ -57,3 +67,43 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise UserError(f"{path} holds a JSON {type(found).__name__}, not an object; restore it, or move it away")
     return found
+
+
+def read_yaml(path: Path) -> Any:
+    """The plain data in a YAML file. UserError for one that cannot be read, is no YAML, is nested too deep, or says
+    more by its aliases than MAX_YAML_NODES."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        _check_depth(path, text)
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        if node is not None and _size(node, {}) > MAX_YAML_NODES:
+            raise UserError(f"{path} stands for more than {MAX_YAML_NODES:,} values, as no file of settings does")
+        return None if node is None else loader.construct_document(node)
+    except RecursionError:
+        raise UserError(f"cannot read {path}: it is nested too deep, or within itself") from None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except (UnicodeDecodeError, ValueError, yaml.YAMLError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"cannot read {path}: {' '.join(str(error).split()) or first_line(error)}") from None
+
+
+def _check_depth(path: Path, text: str) -> None:
+    """UserError for a file that is nested deeper than MAX_YAML_DEPTH. libyaml's loader is recursive in C: a hundred
+    thousand brackets end the process. Its parser, which is asked here, is not."""
+    depth = 0
+    for event in yaml.parse(text, _Loader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > MAX_YAML_DEPTH:
+            raise UserError(f"cannot read {path}: it is nested more than {MAX_YAML_DEPTH} deep")
+
+
+def _size(node: yaml.Node, known: dict[int, int]) -> int:
+    """How many nodes a node stands for. An alias is a node that several others hold."""
+    if id(node) not in known:
+        parts = node.value if isinstance(node.value, list) else []
+        pairs = [part if isinstance(part, tuple) else (part,) for part in parts]
+        known[id(node)] = 1 + sum(_size(each, known) for pair in pairs for each in pair)
+    return known[id(node)]

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import csv
 import fcntl
+import io
+import logging
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -15,39 +17,71 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
-import yaml
+from pydantic import BaseModel
 
 from qtrain.errors import UserError
-from qtrain.runs.files import read_json
+from qtrain.runs.files import read_json, read_yaml, write_atomically
 from qtrain.runs.metrics_log import last_line
 from qtrain.runs.status import REASONS, Status
 
-# What every results file has; the first ones had no other column.
-REQUIRED: tuple[str, ...] = (
-    "name", "recipe", "seed", "val_loss", "val_bits_per_byte", "bigram_cross_entropy", "tokens", "steps",
-    "non_embedding_parameters", "flops", "tokens_per_second", "config_hash", "data_hash", "commit",
-)  # fmt: skip
-COLUMNS: tuple[str, ...] = (
-    *REQUIRED, "status", "reason", "model", "n_layers", "dim", "lr", "batch_tokens", "schedule",
-    "tokens_per_parameter", "tokens_seen", "memory_bytes", "data", "tokenizer", "val_tokens", "directory",
-)  # fmt: skip
 
-INTEGERS = (
-    "seed", "tokens", "steps", "non_embedding_parameters", "flops", "n_layers", "dim", "batch_tokens", "tokens_seen",
-    "memory_bytes", "val_tokens",
-)  # fmt: skip
-NUMBERS = (
-    "val_loss", "val_bits_per_byte", "bigram_cross_entropy", "tokens_per_second", "lr", "tokens_per_parameter"
-)  # fmt: skip
+class RunRow(BaseModel):
+    """A row: the columns, in their order, with what may stand in them.
+
+    Columns with a default came after the first results files, which lack them. tokens_per_second is the median over the
+    run; tokens_seen and memory_bytes are of its last training line; data_fingerprint and data_hash: of the text, see
+    `qtrain.data.same_text`; directory is a place on one machine, empty in a file to which runs add their rows.
+    """
+
+    name: str
+    recipe: str
+    seed: int
+    val_loss: float
+    val_bits_per_byte: float
+    bigram_cross_entropy: float | None
+    tokens: int
+    steps: int
+    non_embedding_parameters: int
+    flops: int
+    tokens_per_second: float
+    config_hash: str
+    data_hash: str
+    commit: str
+    status: str | None = None
+    reason: str | None = None
+    model: str | None = None
+    n_layers: int | None = None
+    dim: int | None = None
+    lr: float | None = None
+    batch_tokens: int | None = None
+    schedule: str | None = None
+    tokens_per_parameter: float | None = None
+    tokens_seen: int | None = None
+    memory_bytes: int | None = None
+    data: str | None = None
+    tokenizer: str | None = None
+    val_tokens: int | None = None
+    directory: str | None = None
+    data_fingerprint: str | None = None
+
+
+def _columns(kind: type) -> tuple[str, ...]:
+    return tuple(name for name, field in RunRow.model_fields.items() if field.annotation in (kind, kind | None))
+
+
+COLUMNS = tuple(RunRow.model_fields)
+REQUIRED = tuple(name for name, field in RunRow.model_fields.items() if field.is_required())
+INTEGERS, NUMBERS = _columns(int), _columns(float)
 _KINDS: tuple[tuple[tuple[str, ...], Callable[[Any], Any], str], ...] = (
     (INTEGERS, int, "an integer"),
     (NUMBERS, float, "a number"),
 )
 MAY_BE_EMPTY = {*COLUMNS} - {*REQUIRED} | {"bigram_cross_entropy"}  # in the row of a finished run
 
-Row = dict[str, Any]
+log = logging.getLogger("qtrain")
+
+Row = dict[str, Any]  # of RunRow's columns; None where a run has none
 _MOVED_ASIDE = re.compile(r"\.old\d+$")  # by force=true
-_Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # 500 settings files: under a second instead of ten
 
 
 def finished_runs(root: Path, folders: str = "**") -> list[Row]:
@@ -121,10 +155,7 @@ def read_settings(directory: Path) -> dict[str, Any]:
     path = directory / "config.yaml"
     if not path.exists():
         return {}
-    try:
-        settings = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"cannot read {path}: {' '.join(str(error).split())}") from None
+    settings = read_yaml(path)
     if not isinstance(settings, dict) or not settings:
         raise UserError(f"{path} does not read as the settings of a run: it holds no key")
     return settings
@@ -165,7 +196,7 @@ def read_table(path: Path) -> list[Row]:
 
 def read_csv(path: Path) -> list[Row]:
     """`read_table` of a CSV file, whatever its suffix."""
-    return _checked(path, *_read_csv(path))
+    return _checked(path, *_parse_csv(path, _whole_lines(path)))
 
 
 def _checked(path: Path, columns: list[str], rows: list[Row]) -> list[Row]:
@@ -175,14 +206,21 @@ def _checked(path: Path, columns: list[str], rows: list[Row]) -> list[Row]:
     return [_parsed(row, f"{path}, row {number}") for number, row in enumerate(rows, 2)]
 
 
-def _read_csv(path: Path) -> tuple[list[str], list[Row]]:
+def _read_text(path: Path) -> str:
     try:
         with path.open(newline="", encoding="utf-8") as file:
-            reader = csv.DictReader(file)
-            columns, rows = list(reader.fieldnames or ()), list(reader)
+            return file.read()
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
-    except (UnicodeDecodeError, csv.Error):
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is no text; a results file is what scripts/compare_runs.py writes") from None
+
+
+def _parse_csv(path: Path, text: str) -> tuple[list[str], list[Row]]:
+    try:
+        reader = csv.DictReader(io.StringIO(text, newline=""))
+        columns, rows = list(reader.fieldnames or ()), list(reader)
+    except csv.Error:
         raise UserError(f"{path} is no text; a results file is what scripts/compare_runs.py writes") from None
     if not columns:
         raise UserError(f"{path} is empty, not even a header; delete it")
@@ -247,44 +285,65 @@ def write_table(rows: Iterable[Row], path: Path) -> None:
     parquet.write_table(pyarrow.table(columns, schema=schema), path)
 
 
-def write_csv(rows: Iterable[Row], path: Path, append: bool = False) -> None:
-    """append: add the rows to those that the file has, under the columns that it has; what it has is never
-    rewritten."""
-    columns = _read_csv(path)[0] if append and path.is_file() else None
-    # without its last newline, as an editor may save it or a write that was cut short
-    cut_off = columns is not None and not path.read_bytes().endswith(b"\n")
-    with path.open("a" if append else "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns or COLUMNS, lineterminator="\n", extrasaction="ignore")
-        if columns is None:
-            writer.writeheader()
-        if cut_off:
-            file.write("\n")
-        writer.writerows(rows)
+def write_csv(rows: Iterable[Row], path: Path) -> None:
+    """A results file as CSV, whole or not at all: with a full disk the file stays as it was."""
+    write_atomically(path, _csv_text(rows, COLUMNS, header=True))
+
+
+def _csv_text(rows: Iterable[Row], columns: Iterable[str], header: bool) -> str:
+    file = io.StringIO(newline="")
+    writer = csv.DictWriter(file, list(columns), lineterminator="\n", extrasaction="ignore")
+    if header:
+        writer.writeheader()
+    writer.writerows(rows)
+    return file.getvalue()
 
 
 # ------------------------------------------------------------------------------------------------- rows of a sweep
 
 
-def recorded(path: Path) -> dict[tuple[str, str], Row]:
-    """(name, config_hash) -> row of a results file; none where it is not there yet. UserError for what is none."""
+def recorded(path: Path) -> dict[tuple[str, str], list[Row]]:
+    """(name, config_hash) -> rows of a results file, one for each text that such a run read; none where the file is not
+    there yet. UserError for what is none."""
     path = path.expanduser()
     if path.is_dir():
         raise UserError(f"results={path} is a folder; name a file in it: results={path / 'results.csv'}")
-    rows = read_csv(path) if path.exists() else []
-    return {(row["name"], row["config_hash"]): row for row in rows}
+    found: dict[tuple[str, str], list[Row]] = {}
+    for row in read_csv(path) if path.exists() else []:
+        found.setdefault((row["name"], row["config_hash"]), []).append(row)
+    return found
 
 
 def record(path: Path, row: Row) -> None:
-    """Add the row of a finished run, if it is not there. What the file has is never rewritten; a new one has its header
-    when it appears, whenever the process is killed."""
+    """Add the row of a finished run, if no row of it and its text is there, under the columns that the file has.
+
+    The file is written anew and put in place of the old one, under a lock: it has the row whole or not at all, whenever
+    the process is killed or the disk is full. A last line that was cut off, as older versions left it, is taken out.
+    """
     path = path.expanduser()
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = path.with_name(f".{path.name}.lock")
     with lock.open("w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
-        if not path.exists():
-            new = path.with_name(f".{path.name}.new")
-            write_csv([], new)
-            new.replace(path)
-        if (row["name"], row["config_hash"]) not in recorded(path):
-            write_csv([row | {"directory": None}], path, append=True)  # a place on one machine
+        text = _whole_lines(path) if path.exists() else _csv_text([], COLUMNS, header=True)
+        columns, rows = _parse_csv(path, text)
+        there = _checked(path, columns, rows)
+        identity = ("name", "seed", "config_hash", "data_hash")
+        if all(any(row[key] != other[key] for key in identity) for other in there):
+            text += _csv_text([row | {"directory": None}], columns, header=False)  # a place on one machine
+        if not path.exists() or text != path.read_text(encoding="utf-8"):
+            write_atomically(path, text)
+
+
+def _whole_lines(path: Path) -> str:
+    """The text of a CSV file, with a newline at its end, and without a last line that has fewer fields than the header
+    and no newline: a write was cut short there."""
+    text = _read_text(path)
+    if not text or text.endswith("\n"):
+        return text
+    lines = text.splitlines(keepends=True)
+    fields = [len(next(csv.reader([line]), [])) for line in (lines[0], lines[-1])]
+    if fields[1] < fields[0]:
+        log.warning("%s: its last line was cut off and is taken out: %s", path, lines[-1])
+        return "".join(lines[:-1])
+    return text + "\n"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +27,7 @@ from rich.panel import Panel
 from rich.text import Text
 
 from qtrain.config import Config, config_hash
-from qtrain.data import Corpus, check_vocab, prepare
+from qtrain.data import Corpus, check_vocab, prepare, same_text
 from qtrain.data.batches import TokenBatches
 from qtrain.errors import DivergedError, LostRankError, RefusedError, StoppedError, UserError, first_line
 from qtrain.models.llama import Llama, generate
@@ -112,16 +112,27 @@ def _ended(config: Config, directory: RunDirectory) -> Ended | None:
         return None
     summary = directory.summary
     if directory.finished:
+        if not _read_this_text(config, summary):
+            raise UserError(
+                f"{directory.path} is finished, on data {summary.get('data_hash')}; the same settings now name another "
+                "text. Restore the text, or set force=true to move that run aside and train on the new one"
+            )
         loss = summary["val_loss"]
         _record(config, directory)
         return Ended(loss, f"{directory.path} is finished (validation loss {loss:.4f}); force=true runs it again")
-    row = recorded(Path(config.results)).get((config.name, config_hash(config))) if config.results else None
+    rows = recorded(Path(config.results)).get((config.name, config_hash(config)), []) if config.results else []
+    row = next((row for row in rows if _read_this_text(config, row)), None)
     if row is not None:
         return Ended(row["val_loss"], f"{config.results} has this run's row (validation loss {row['val_loss']:.4f})")
     if summary.get("status") in FAILED and not config.retry_failed:
         how = f"{summary['status']}: {summary.get('reason')}"
         return Ended(None, f"{directory.path} {how}; retry_failed=true tries it again")
     return None
+
+
+def _read_this_text(config: Config, ended: Mapping[str, Any]) -> bool:
+    """Whether a run that is over, by its summary or row, read the text that the settings name now."""
+    return bool(same_text(config.data, config.tokenizer, ended, budget_tokens=budget_tokens(config)))
 
 
 def _record(config: Config, directory: RunDirectory) -> None:
@@ -417,6 +428,7 @@ class Session:
             "bigram_cross_entropy": self.corpus.bigram_cross_entropy,
             "config_hash": config_hash(config),
             "data_hash": self.corpus.data_hash,
+            "data_fingerprint": self.corpus.fingerprint,
             "commit": commit(),
             "shared_steps": self.shared_steps,
         }

@@ -1,0 +1,154 @@
+"""What once ended in a traceback is a message: what was asked, what was found, what to do."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pyarrow
+import pytest
+import torch
+from pyarrow import parquet
+
+import qtrain
+from qtrain.config import DataConfig
+from qtrain.config.settings import shown
+from qtrain.data.sources import open_sources
+from qtrain.errors import UserError, explain, first_line, visible
+from qtrain.report.page import read_law
+from qtrain.train import compose
+
+
+@pytest.mark.parametrize(("override", "told"), [
+    ("model=30", r"model=30: model is 30, not the name of a file; give one of configs/model: .*nano"),
+    ("recipe=4", "recipe is 4, not the name of a file; give one of configs/recipe: .*quartet"),
+    ("scheduler=null", "scheduler is None, not the name of a file; give one of configs/scheduler: cosine, wsd"),
+    ("logger=null", "give one of configs/logger: none"),
+    ("debug=null", "give one of configs/debug: .*none"),
+    ("model=true", "model is True, not the name"),
+    ("~optimizer=1", "a run needs its optimizer; give one of configs/optimizer: adamw"),
+    ("optimizer=[null]", "optimizer is .*None.*, not the name of a file"),
+    ("seed=" + "9" * 5000, "cannot read 'seed=9"),
+    ("data.files=" + "[" * 5000, "cannot read 'data.files="),
+    ("optimizer.lr=inf", "optimizer.lr=inf: .*finite"),
+    ("optimizer.lr=nan", "optimizer.lr=nan: "),
+    ("model.n_layers=1_000_000_000", "model.n_layers=1000000000: .*10000"),  # a dry run of it did not end
+    ("scheduler.final_factor=-inf", "scheduler.final_factor=-inf: "),
+])  # fmt: skip
+def test_overrides(override: str, told: str) -> None:
+    with pytest.raises(UserError, match=told) as error:
+        compose([override])
+    assert len(str(error.value)) < 2000
+
+
+def documents(source: str, *files: object, **more: object) -> list[str]:
+    data = DataConfig(source=source, files=tuple(map(str, files)), val_tokens=64, **more)  # pyright: ignore
+    return [document.text for document in open_sources(data)[0].documents()]
+
+
+@pytest.mark.parametrize("line", ["[" * 100_000, '{"text": ' + "9" * 5000 + "}", '{"text": ' + "[" * 100_000])
+def test_a_line_that_no_parser_takes(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_text(json.dumps({"text": "good"}) + "\n" + line + "\n")
+    with pytest.raises(UserError, match=rf"{path}:2: "):
+        documents("jsonl", path)
+
+
+def test_damaged_parquet_files_are_named(tmp_path: Path) -> None:
+    """Each damage that is noticed at all names the file."""
+    whole = tmp_path / "whole.parquet"
+    parquet.write_table(pyarrow.table({"text": [f"document {i}" * 9 for i in range(300)]}), whole, row_group_size=50)
+    content, refused = whole.read_bytes(), 0
+    for number in range(120):
+        path = tmp_path / "x.parquet"
+        damaged = bytearray(content)
+        if number % 3 == 2:
+            damaged = damaged[: number * len(content) // 120]
+        else:
+            for place in range(number, len(content), 400 + number):
+                damaged[place] ^= 1 << number % 8
+        path.write_bytes(damaged or b"x")
+        try:
+            documents("parquet", path)
+        except UserError as error:
+            assert str(path) in str(error)
+            refused += 1
+    assert refused > 60
+
+
+def test_files_that_are_none(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    (tmp_path / "folder").mkdir()
+    for name, told in {
+        "pipe": "is a pipe, a socket or a device", "dangling": "is a link to nothing", "folder": "is a folder",
+        "loop": "is a link to nothing, or to itself|cannot be read: Too many levels", "x" * 5000: "File name too long",
+    }.items():  # fmt: skip
+        with pytest.raises(UserError, match=told):
+            documents("text", tmp_path / name)
+    with pytest.raises(UserError, match="is a pipe, a socket or a device"):
+        documents("text", "/dev/null")
+
+
+def test_folders_that_hold_themselves_are_read_once(tmp_path: Path) -> None:
+    """Two such links never ended, one made each document 41-fold."""
+    for name in ("a", "b"):
+        (tmp_path / name).symlink_to(tmp_path)
+    for name in ("x.txt", "deep/er/y.txt", ".hidden/z.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    (tmp_path / "elsewhere").symlink_to(tmp_path / "deep")
+    assert documents("text", f"{tmp_path}/**/*.txt") == ["deep/er/y.txt", "x.txt"]
+    assert documents("text", f"{tmp_path}/**/er/**/*.txt") == ["deep/er/y.txt"]
+    assert documents("text", f"{tmp_path}/deep/**") == ["deep/er/y.txt"]
+
+
+@pytest.mark.parametrize(
+    "values", [{"constants": "text"}, {"points": ["text"]}, {"efficiencies": {"a": 1}}, {"law": 3}]
+)
+def test_a_law_of_other_kinds(tmp_path: Path, values: dict) -> None:
+    law = {"law": "x", "baseline": "b", "constants": {}, "efficiencies": {}, "fit": {}, "points": [], "command": "c"}
+    path = tmp_path / "law.json"
+    path.write_text(json.dumps(law))
+    assert read_law(path) == law
+    path.write_text(json.dumps(law | values))
+    with pytest.raises(UserError, match=r"law\.json has values of other kinds"):
+        read_law(path)
+
+
+def test_the_mark_of_an_encoding_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "x.txt").write_bytes(b"\xef\xbb\xbftext")
+    (tmp_path / "x.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "line"}\n')
+    assert documents("text", tmp_path / "x.txt") == ["text"]
+    assert documents("jsonl", tmp_path / "x.jsonl") == ["line"]
+
+
+def test_errors_of_the_file_system_say_what_happened() -> None:
+    full = str(explain(OSError(28, "No space left on device", "/x/summary.json")))
+    assert "/x/summary.json: No space left on device; free space there" in full
+    assert "run_root" not in str(explain(FileNotFoundError(2, "No such file or directory", "corpus.txt")))
+
+
+def test_what_a_file_says_does_not_command_the_terminal() -> None:
+    text = "\x1b[31mred\x07\u202e\ttab\nline"
+    assert visible(text) == "\\x1b[31mred\\x07\\u202e\ttab\nline"
+    assert "\x1b" not in str(UserError(text)) and "\x1b" not in first_line(ValueError(text))
+
+
+def test_a_value_in_a_message_is_short() -> None:
+    bomb: object = ["x"] * 9
+    for _ in range(9):
+        bomb = [bomb] * 9
+    assert len(shown(bomb)) < 2000 and len(shown("x" * 10**6)) < 300
+    assert "int" in shown(int("9" * 4000) ** 2)
+
+
+def test_fake_quantize_tells_users_what_does_not_fit() -> None:
+    with pytest.raises(UserError, match="112"):
+        qtrain.fake_quantize(torch.ones(2, 112), "int4", rotation="hadamard")
+    with pytest.raises(UserError, match="unknown backend 'nope'"):
+        qtrain.fake_quantize(torch.ones(2, 64), "int4", backend="nope")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(UserError, match="takes a dense tensor"):
+        qtrain.fake_quantize(torch.eye(32).to_sparse(), "int4")

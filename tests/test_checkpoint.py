@@ -3,6 +3,7 @@ running code."""
 
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
 import os
@@ -239,6 +240,7 @@ def test_a_kill_at_any_file_operation_leaves_a_whole_checkpoint(tmp_path, step):
         process.join()
         found = newest(directory)
         assert found is not None and found[0] in {4, step} and is_step(found[1], found[0]), operation
+        assert all(damage(folder) is None for _, folder in list_checkpoints(directory)), operation
         left |= {path.name[:6] for path in directory.iterdir()}
         tidy(directory)
         assert newest(directory, set_aside=True) == found
@@ -455,9 +457,20 @@ def one_rank_has_no_room(directory: Path) -> None:
     saver.save(directory, 1, tensors_of(model, optimizer), {})
     saver.wait()
     if dist.get_rank() == 1:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (200, 200))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (200, resource.RLIM_INFINITY))
     saver.save(directory, 2, tensors_of(model, optimizer), {})
     with pytest.raises(UserError, match="step-00000002: File too large"):
+        saver.wait()
+    dist.barrier()
+    assert [path.name for path in directory.iterdir()] == ["step-00000001"]
+
+    def no_room(*_: Any) -> None:  # for the manifest, which rank 0 writes
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    checkpoint._finish = no_room
+    saver.save(directory, 3, tensors_of(model, optimizer), {})
+    with pytest.raises(UserError, match="step-00000003: No space left on device"):
         saver.wait()
     dist.barrier()
     assert [path.name for path in directory.iterdir()] == ["step-00000001"]

@@ -457,4 +457,7 @@ def test_tokenising_processes_end_with_a_killed_parent(tmp_path: Path) -> None:
     parent.join()
     while any(Path(f"/proc/{pid}/exe").exists() for pid in workers) and time.monotonic() < deadline:
         time.sleep(0.1)
-    assert [pid for pid in workers if Path(f"/proc/{pid}/exe").exists()] == []
+    left = [pid for pid in workers if Path(f"/proc/{pid}/exe").exists()]
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    assert left == []

@@ -20,8 +20,9 @@ import pytest
 from rich.console import Console
 
 from qtrain.config import Config, config_hash
+from qtrain.data.prepare import fingerprint
 from qtrain.errors import UserError
-from qtrain.plan import make_plan
+from qtrain.plan import budget_tokens, make_plan
 from qtrain.runs.directory import RunDirectory
 from qtrain.runs.table import COLUMNS, read_csv, record
 from qtrain.sweep import find_points, plan_table, seconds_left, status_table
@@ -248,7 +249,9 @@ def leave(config: Config, status: str) -> None:
         directory.open(config)
         row: dict[str, Any] = dict.fromkeys(COLUMNS, 1)
         row |= {"name": config.name, "seed": config.seed, "val_loss": 2.0, "status": status, "tokens_per_second": 1e4}
-        directory.write_summary(row | {"config_hash": config_hash(config), "data_hash": "d"})
+        row |= {"config_hash": config_hash(config), "data_hash": "d"}
+        text = fingerprint(config.data, config.tokenizer, budget_tokens=budget_tokens(config))
+        directory.write_summary(row | {"data_fingerprint": text})
     if config.trainer.share_trunk and status == "finished":
         trunk = Trunk(config, make_plan(config), "d")
         trunk.directory.mkdir(parents=True, exist_ok=True)

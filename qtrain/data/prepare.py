@@ -102,6 +102,12 @@ def prepare(
     return corpus
 
 
+def fingerprint(data: DataConfig, tokenizer: TokenizerConfig, *, budget_tokens: int | None = None) -> str:
+    """Twelve hex digits of the sources, what is held out of them, and the tokenizer, without reading any text: name,
+    size and modification time of each file, or the name of a dataset on the hub. UserError as `prepare`."""
+    return _plan(data, tokenizer, budget_tokens).fingerprint
+
+
 def same_text(
     data: DataConfig,
     tokenizer: TokenizerConfig,

@@ -20,7 +20,7 @@ import pytest
 from rich.console import Console
 
 from qtrain.config import Config, config_hash
-from qtrain.data.prepare import fingerprint
+from qtrain.data.prepare import fingerprint, prepare
 from qtrain.errors import UserError
 from qtrain.plan import budget_tokens, make_plan
 from qtrain.runs.directory import RunDirectory
@@ -308,7 +308,12 @@ def test_a_point_is_done_by_its_directory_or_by_its_row(tmp_path: Path) -> None:
     row = dict.fromkeys(COLUMNS, 1) | {"name": "bf16", "val_loss": 2.5, "config_hash": "00000000", "data_hash": "d"}
     record(results, row)
     assert find_points(configs)[2].state == "missing", "a row of other settings"
-    record(results, row | {"config_hash": config_hash(configs[2])})
+    mine = row | {"config_hash": config_hash(configs[2])}
+    data, tokenizer = configs[2].data, configs[2].tokenizer
+    prepare(data, tokenizer, progress=False)
+    record(results, mine | {"data_hash": "another"})
+    assert find_points(configs)[2].state == "missing", "a row of another text"
+    record(results, mine | {"data_fingerprint": fingerprint(data, tokenizer)})
     assert [point.state for point in find_points(configs)] == ["done", "stopped", "done"]
     with RunDirectory.of(configs[1]) as directory:
         directory.open(configs[1])

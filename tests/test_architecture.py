@@ -27,12 +27,11 @@ MAY_IMPORT = {
     "qtrain_kernels.triton_interpreter": "torch triton",
     "qtrain": "qtrain_kernels (qtrain.quant qtrain.training.build)",
     "qtrain.errors": "",
-    "qtrain.config": "yaml pydantic qtrain_kernels.formats qtrain_kernels.plans (qtrain.optim)",
-    "qtrain.config.settings": "pydantic",
+    "qtrain.config": "yaml pydantic qtrain_kernels.formats qtrain_kernels.plans",  # and by name the settings of qtrain.optim
     "qtrain.quant": "torch qtrain.config qtrain_kernels qtrain_kernels.formats qtrain_kernels.plans",
     "qtrain.models": "torch einops qtrain.config qtrain_kernels",
     "qtrain.metrics": "torch qtrain.config qtrain.models",
-    "qtrain.optim": "pydantic qtrain.config.settings (torch)",
+    "qtrain.optim": "pydantic qtrain.config (torch)",
     "qtrain.optim.groups": "torch qtrain.optim",
     "qtrain.plan": ("torch rich qtrain.config qtrain.models qtrain.metrics qtrain.optim qtrain_kernels"),
     "qtrain.data": (

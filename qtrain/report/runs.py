@@ -54,7 +54,8 @@ VARIANT = {"lr": "lr {:g}", "batch_tokens": "batch {:,}", "schedule": "{}"}
 # Settings in which runs of one label may differ: those that a run's hash leaves out too, for they change no result, ...
 NO_RESULT = (
     "name", "run_root", "run_dir", "force", "dry_run", "results", "retry_failed", "backend", "trainer.device",
-    "trainer.devices", "trainer.share_trunk", "callbacks", "logger", "debug.detect_anomaly",
+    "trainer.devices", "trainer.num_nodes", "trainer.strategy", "trainer.sharding_groups",
+    "trainer.checkpoint_activations", "trainer.share_trunk", "callbacks", "logger", "debug.detect_anomaly",
     "recipe.source", "recipe.deviations",
 )  # fmt: skip
 # ... and those that the seed, the budget and the data say: half of them are places on one machine.

@@ -27,18 +27,23 @@ MAY_IMPORT = {
     "qtrain_kernels.triton_interpreter": "torch triton",
     "qtrain": "qtrain_kernels (qtrain.quant qtrain.training.build)",
     "qtrain.errors": "",
-    "qtrain.config": "yaml pydantic qtrain_kernels.formats qtrain_kernels.plans",  # and by name the settings of qtrain.optim
-    "qtrain.quant": "torch qtrain.config qtrain_kernels qtrain_kernels.formats qtrain_kernels.plans",
+    "qtrain.config": "yaml pydantic qtrain_kernels.formats qtrain_kernels.plans qtrain.config.settings (qtrain.optim)",
+    "qtrain.config.settings": "pydantic",
+    "qtrain.quant": (
+        "torch qtrain.config qtrain.config.settings qtrain_kernels qtrain_kernels.formats qtrain_kernels.plans"
+    ),
     "qtrain.models": "torch einops qtrain.config qtrain_kernels",
     "qtrain.metrics": "torch qtrain.config qtrain.models",
-    "qtrain.optim": "pydantic qtrain.config (torch)",
+    "qtrain.optim": "pydantic qtrain.config.settings (torch)",
     "qtrain.optim.groups": "torch qtrain.optim",
-    "qtrain.plan": ("torch rich qtrain.config qtrain.models qtrain.metrics qtrain.optim qtrain_kernels"),
+    "qtrain.plan": (
+        "torch rich qtrain.config qtrain.config.settings qtrain.models qtrain.metrics qtrain.optim qtrain_kernels"
+    ),
     "qtrain.data": (
         "numpy torch tokenizers filelock rich (datasets huggingface_hub pyarrow transformers) qtrain.config"
     ),
     "qtrain.data.batches": "numpy torch qtrain.data",
-    "qtrain.runs": "yaml pydantic (pyarrow) qtrain.config",
+    "qtrain.runs": "yaml pydantic (pyarrow) qtrain.config qtrain.config.settings",
     "qtrain.scaling": "numpy scipy yaml (pyarrow)",
     "qtrain.report": "numpy scipy matplotlib yaml (pyarrow) qtrain.config qtrain.runs qtrain.scaling",
     "qtrain.report.wandb_runs": "yaml (wandb) qtrain.runs",
@@ -77,13 +82,14 @@ MAY_IMPORT = {
         "qtrain.training.world"
     ),
     "qtrain.studies": "",
-    "qtrain.studies.chaos": "torch lightning qtrain qtrain.train qtrain.runs qtrain.config",
+    "qtrain.studies.chaos": "torch lightning qtrain qtrain.train qtrain.runs qtrain.config qtrain.config.settings",
     "qtrain.sweep": (
         "torch rich qtrain qtrain.config qtrain.plan qtrain.runs qtrain.report qtrain.training.build "
         "qtrain.training.checkpoint qtrain.training.losses qtrain.training.session qtrain.training.trunk"
     ),
     "qtrain.train": (
-        "hydra omegaconf qtrain.config qtrain.training.world (qtrain.plan qtrain.training.session qtrain.runs rich)"
+        "hydra omegaconf qtrain.config qtrain.config.settings "
+        "qtrain.training.world (qtrain.plan qtrain.training.session qtrain.runs rich)"
     ),
 }
 NOBODY_IMPORTS = {

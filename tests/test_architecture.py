@@ -83,13 +83,14 @@ MAY_IMPORT = {
         "qtrain.training.world"
     ),
     "qtrain.studies": "",
-    "qtrain.studies.chaos": "torch lightning qtrain qtrain.train qtrain.runs qtrain.config",
+    "qtrain.studies.chaos": "torch lightning qtrain qtrain.train qtrain.runs qtrain.config qtrain.config.settings",
     "qtrain.sweep": (
         "torch rich qtrain qtrain.config qtrain.plan qtrain.runs qtrain.report qtrain.training.build "
         "qtrain.training.checkpoint qtrain.training.losses qtrain.training.session qtrain.training.trunk"
     ),
     "qtrain.train": (
-        "hydra omegaconf qtrain.config qtrain.training.world (qtrain.plan qtrain.training.session qtrain.runs rich)"
+        "hydra omegaconf qtrain.config qtrain.config.settings "
+        "qtrain.training.world (qtrain.plan qtrain.training.session qtrain.runs rich)"
     ),
 }
 NOBODY_IMPORTS = {

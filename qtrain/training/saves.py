@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 
 from qtrain.runs.directory import RunDirectory
-from qtrain.runs.files import write_atomically
+from qtrain.runs.files import clear_partial, write_atomically
 from qtrain.training.causal_lm import CausalLM
 from qtrain.training.checkpoint import Saver, folder_of, tensors_of, tidy
 from qtrain.training.observers import Measure
@@ -72,6 +72,7 @@ class Saves:
         if self.ranks.is_zero:
             trunk.directory.mkdir(parents=True, exist_ok=True)
             tidy(trunk.directory, ABANDONED_SECONDS)
+            clear_partial(trunk.directory, ABANDONED_SECONDS)
             lines = self.directory.metrics.read_text() if self.directory.metrics.exists() else ""
             write_atomically(metrics_beside(folder_of(trunk.directory, step)), lines)
         self.saver.save(trunk.directory, step, tensors, values)

@@ -29,7 +29,8 @@ from rich.text import Text
 from qtrain.config import Config, config_hash
 from qtrain.data import Corpus, check_vocab, prepare, same_text
 from qtrain.data.batches import TokenBatches
-from qtrain.errors import DivergedError, LostRankError, RefusedError, StoppedError, UserError, first_line
+from qtrain.data.order import describe_epochs, epochs, repetition_warning
+from qtrain.errors import DivergedError, LostRankError, RefusedError, StoppedError, UserError, first_line, visible
 from qtrain.models.llama import Llama, generate
 from qtrain.optim.groups import build_optimizer
 from qtrain.plan import RunPlan, budget_tokens, make_plan
@@ -38,7 +39,7 @@ from qtrain.report.loss import plot_loss
 from qtrain.runs.directory import RunDirectory
 from qtrain.runs.environment import commit
 from qtrain.runs.files import write_atomically
-from qtrain.runs.status import FAILED
+from qtrain.runs.status import FAILED, Status
 from qtrain.runs.table import read_run, record, recorded
 from qtrain.training.build import build_model, check_model, pick_device
 from qtrain.training.causal_lm import CausalLM
@@ -225,13 +226,16 @@ class Session:
         """Train and finish; the validation loss, on rank 0."""
         decision = self.ranks.decided(self._decide)
         self.shared_steps = decision.shared_steps
-        self.console.print(
-            self.plan.table(self.config, device=_describe(self.device), run_directory=str(self.directory.path))
-        )
+        read = epochs(self.plan.tokens, self.corpus.train.n_tokens, self.config.model.seq_len)
+        about = {"text_read": describe_epochs(read), "device": _describe(self.device)}
+        self.console.print(self.plan.table(self.config, **about, run_directory=str(self.directory.path)))
+        repeated = repetition_warning(read)
+        if repeated and self.ranks.is_zero:
+            log.warning("%s", repeated)
         try:
             if self.ranks.is_zero:
                 self.loggers = build_loggers(self.config, self.directory)
-            self._write_summary("running")
+            self._write_summary(Status.RUNNING)
             self._fit(decision.checkpoint, stop or StopRequest())
             return self._finish()
         finally:
@@ -242,19 +246,19 @@ class Session:
             with stop.noting(), stop.ending_at_once():
                 asked = self.train(checkpoint, stop)
         except DivergedError as error:
-            self._write_summary("diverged", reason=str(error))
+            self._write_summary(Status.DIVERGED, reason=str(error))
             if not self.ranks.is_zero:
                 raise RefusedError("the run has diverged") from None
             raise DivergedError(f"{error}; {self._last_good()}") from None
         except KeyboardInterrupt:
-            self._write_summary("interrupted")
+            self._write_summary(Status.INTERRUPTED)
             raise
         except Exception as error:
             lost = self.ranks.size > 1 and is_lost_rank(error)
-            self._write_summary("interrupted" if lost else "failed", reason=first_line(error))
+            self._write_summary(Status.INTERRUPTED if lost else Status.FAILED, reason=first_line(error))
             raise
         if asked:
-            self._write_summary("interrupted")
+            self._write_summary(Status.INTERRUPTED)
             self.ranks.meet()
             raise StoppedError(asked)
 
@@ -400,7 +404,7 @@ class Session:
             assert last is not None
             values = {key: last[key] for key in ("val_loss", "val_bits_per_byte")}
             speeds = [line["tokens_per_second"] for line in self.directory.lines("tokens_per_second")]
-            self._write_summary("finished", **values, tokens_per_second=median(speeds) if speeds else None)
+            self._write_summary(Status.FINISHED, **values, tokens_per_second=median(speeds) if speeds else None)
             _record(self.config, self.directory)
             plot_loss(self.directory.path)
         self._show_sample()
@@ -408,7 +412,7 @@ class Session:
             self._show_end(values["val_loss"], values["val_bits_per_byte"])
         return values.get("val_loss")
 
-    def _write_summary(self, status: str, **results: float | str | None) -> None:
+    def _write_summary(self, status: Status, **results: float | str | None) -> None:
         if not self.ranks.is_zero:
             return
         plan, config = self.plan, self.config
@@ -444,7 +448,7 @@ class Session:
         prompt = [int(token) for token in tokenizer.encode(self.config.callbacks.sample_prompt)]
         with self.fabric.autocast():
             ids = generate(self.model, prompt, count, temperature=0.8, top_k=50, seed=self.config.seed)
-        text = tokenizer.decode(ids)
+        text = visible(tokenizer.decode(ids))
         self.console.print(Panel(Text(text), title="sample", title_align="left", border_style="dim"))
 
     def _show_end(self, val_loss: float, val_bits: float) -> None:

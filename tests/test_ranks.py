@@ -358,12 +358,15 @@ def test_the_real_commands(corpus: Path, tmp_path: Path) -> None:
     """`python train.py trainer.devices=2`, whose parent gets SIGTERM; then torchrun, with sharded weights."""
     run_dir, output = tmp_path / "run", tmp_path / "shown"
     arguments = settings(corpus, run_dir, *LONG, "trainer.devices=2")
-    process = started([], arguments, output)
-    while steps_done(run_dir) < 3:
-        assert process.poll() is None, output.read_text()
-        time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(30) == 130, output.read_text()
+    process, deadline = started([], arguments, output), time.monotonic() + 180
+    try:
+        while steps_done(run_dir) < 3:
+            assert process.poll() is None and time.monotonic() < deadline, output.read_text()
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 130, output.read_text()
+    finally:
+        process.kill()  # where it hangs; the process that it started follows
     assert "same command continues" in output.read_text()
     saved = list_checkpoints(run_dir / "checkpoints")[-1][0]
     assert 3 <= saved == steps_done(run_dir) < 40

@@ -96,7 +96,7 @@ def run(config: Config) -> float | None:
     ended = _ended(config, directory) if world.alone else None  # before other processes are started
     if ended is None:
         with StopRequest() as stop, _together(config, world, device, stop) as (fabric, ranks):
-            ended = None if world.alone else ranks.decided(lambda: _ended(config, directory))
+            ended = ranks.decided(lambda: None if world.alone else _ended(config, directory))
             if ended is None:
                 with _session(config, fabric, ranks, console) as session:
                     loss = session.run(stop)

@@ -16,7 +16,7 @@ from qtrain.config.settings import Strict, parse
 from qtrain.data import prepare, same_text
 from qtrain.plan import make_plan
 from qtrain.train import compose
-from qtrain.trunk import trunk_key
+from qtrain.training.trunk import trunk_key
 
 PRECISION = "trainer.precision=bf16-mixed"
 

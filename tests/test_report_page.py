@@ -609,9 +609,12 @@ def test_numbers_of_logarithmic_axes_are_plain(tmp_path: Path, monkeypatch: pyte
 def test_runs_of_another_program_in_a_wandb_project_are_left_out() -> None:
     """They may have a summary entry of the name that ours stands under."""
     pytest.importorskip("wandb")
+    ours = {"status": "finished", "seed": 1}
     runs = [
         types.SimpleNamespace(id=name, config={}, summary_metrics={"run": entry}, scan_history=lambda: iter(()))
-        for name, entry in (("other", 3), ("ours", {"seed": 1}))
+        for name, entry in (("other", 3), ("third", {"seed": 1}), ("ours", ours))
     ]
     api = types.SimpleNamespace(runs=lambda project: runs)
-    assert {run.id: run.summary for run in project_runs("team/qtrain", api)} == {"other": {}, "ours": {"seed": 1}}
+    assert {run.id: run.summary for run in project_runs("team/qtrain", api)} == {
+        "other": {}, "third": {}, "ours": ours,
+    }  # fmt: skip

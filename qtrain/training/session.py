@@ -417,7 +417,7 @@ class Session:
             return
         plan, config = self.plan, self.config
         summary = {
-            "status": status,
+            "status": status.value,  # W&B would write the name of an enum
             "name": config.name,
             "recipe": config.recipe.name,
             "seed": config.seed,

@@ -233,9 +233,9 @@ class Session:
         if repeated and self.ranks.is_zero:
             log.warning("%s", repeated)
         try:
+            self._write_summary(Status.RUNNING)
             if self.ranks.is_zero:
                 self.loggers = build_loggers(self.config, self.directory)
-            self._write_summary(Status.RUNNING)
             self._fit(decision.checkpoint, stop or StopRequest())
             return self._finish()
         finally:

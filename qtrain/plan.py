@@ -132,14 +132,14 @@ def _describe_devices(config: Config) -> str:
     return f"{count}{nodes}" + (": each holds the whole model; gradients travel in float32" if count > 1 else "")
 
 
-def make_plan(config: Config, world_size: int | None = None, vocab_size: int | None = None) -> RunPlan:
-    """The plan of a run on world_size devices, None: on as many as the settings say.
+def make_plan(config: Config, vocab_size: int | None = None) -> RunPlan:
+    """The plan of a run on the devices that the settings say.
 
     The vocabulary is model.vocab_size, else vocab_size (the prepared corpus's), else the tokenizer's. UserError when
     none of them says how large it is, or when batch_tokens is not whole micro-batches on every device.
     """
     trainer, callbacks = config.trainer, config.callbacks
-    world_size = world_size or trainer.devices * trainer.num_nodes
+    world_size = trainer.devices * trainer.num_nodes
     shards = world_size // trainer.sharding_groups if trainer.strategy == "fsdp2" else 1
     vocab_size = config.model.vocab_size or vocab_size or _vocabulary(config.tokenizer)
     parameters, non_embedding = count_parameters(config.model, vocab_size)

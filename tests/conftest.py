@@ -11,10 +11,12 @@ import qtrain_kernels  # noqa: F401  before torch: it sets how long torch's thre
 
 # isort: split
 
+import multiprocessing
+import random
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +86,25 @@ def _poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for name in ("empty", "empty_like"):
         monkeypatch.setattr(torch, name, poisoned(getattr(torch, name)))
+
+
+def write_corpus(folder: Path, words: Sequence[str], documents: int) -> Path:
+    """A folder of text files, of 200 words each that are drawn from a few."""
+    draw = random.Random(0)
+    for number in range(documents):
+        (folder / f"{number}.txt").write_text(" ".join(draw.choice(words) for _ in range(200)))
+    return folder
+
+
+def be_a_command(shown: Path) -> None:
+    """In a process forked from a server: what a command of its own would find. Its output goes to the file `shown`."""
+    output = os.open(shown, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+    for stream in (1, 2):
+        os.dup2(output, stream)
+    os.chdir(Path(__file__).parents[1])
+    # A command's data workers are forked from it, and end with it; a process of a forkserver asks that server for them.
+    multiprocessing.set_start_method(None, force=True)
+    torch.set_num_threads(1)
 
 
 def passed_in_the_interpreter(path: str, *options: str) -> tuple[int, str]:

@@ -34,7 +34,6 @@ from qtrain.training import checkpoint
 from qtrain.training.checkpoint import (
     Saver,
     damage,
-    discard_after,
     export,
     list_checkpoints,
     load,
@@ -326,13 +325,12 @@ def test_commits_of_the_code_that_computed_it(tmp_path, caplog, monkeypatch):
     assert "computed at commit aaa, bbb; the code is now at ccc" in caplog.text
 
 
-def test_prune_and_discard(tmp_path):
+def test_prune(tmp_path):
     for step in (5, 100, 20, 30):
         write(tmp_path, step)
     prune(tmp_path, keep=3)
     assert [step for step, _ in list_checkpoints(tmp_path)] == [20, 30, 100]
-    discard_after(tmp_path, 30)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000020", "step-00000030"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000020", "step-00000030", "step-00000100"]
     assert newest(tmp_path / "nothing") is None
 
 
@@ -478,7 +476,11 @@ def one_rank_has_no_room(directory: Path) -> None:
 
 
 def test_an_error_of_one_rank_is_raised_on_all(tmp_path):
-    on_two_ranks(tmp_path / "store", one_rank_has_no_room, tmp_path / "run")
+    """And what was whole before is whole after; no part of the others is left."""
+    directory = tmp_path / "run"
+    on_two_ranks(tmp_path / "store", one_rank_has_no_room, directory)
+    assert [path.name for path in directory.iterdir()] == ["step-00000001"]
+    assert newest(directory) == (1, directory / "step-00000001")
 
 
 def test_learned_scales_count_as_calibrated_once_loaded(tmp_path):

@@ -15,6 +15,7 @@ from unittest.mock import MagicMock
 import lightning
 import pytest
 import torch
+from conftest import write_corpus
 from run_state import last_values, last_weights
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -61,11 +62,7 @@ SMALL = [
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("corpus")
-    draw = random.Random(0)
-    for number in range(40):
-        (folder / f"{number}.txt").write_text(" ".join(draw.choice(["red", "green", "blue"]) for _ in range(200)))
-    return folder
+    return write_corpus(tmp_path_factory.mktemp("corpus"), ["red", "green", "blue"], 40)
 
 
 def settings(corpus: Path, run_dir: Path, *more: str) -> Config:

@@ -85,12 +85,12 @@ def test_intervals_are_a_tenth_of_the_run_unless_given() -> None:
 
 
 def test_the_batch_is_split_over_devices_and_micro_batches() -> None:
-    assert make_plan(config(), world_size=2).micro_batches == 1
-    assert make_plan(config(trainer={"micro_batch_size": 2}), world_size=4).micro_batches == 2
+    assert make_plan(config(trainer={"devices": 2})).micro_batches == 1
+    assert make_plan(config(trainer={"micro_batch_size": 2, "devices": 4})).micro_batches == 2
 
 
 @pytest.mark.parametrize(
-    ("trainer", "world_size", "message"),
+    ("trainer", "devices", "message"),
     [
         (
             {"batch_tokens": 5000},
@@ -107,15 +107,15 @@ def test_the_batch_is_split_over_devices_and_micro_batches() -> None:
         ({"batch_tokens": 100}, 1, r"use trainer.batch_tokens=2048$"),
     ],
 )
-def test_a_batch_that_does_not_split_is_refused(trainer: dict[str, int], world_size: int, message: str) -> None:
+def test_a_batch_that_does_not_split_is_refused(trainer: dict[str, int], devices: int, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        make_plan(config(trainer=trainer), world_size=world_size)
+        make_plan(config(trainer=trainer | {"devices": devices}))
 
 
 def test_what_the_error_proposes_works() -> None:
     for batch, micro_batches in ((4096, 2), (6144, 3)):
         assert make_plan(config(trainer={"batch_tokens": batch})).micro_batches == micro_batches
-    assert make_plan(config(trainer={"micro_batch_size": 4}), world_size=4).micro_batches == 1
+    assert make_plan(config(trainer={"micro_batch_size": 4, "devices": 4})).micro_batches == 1
 
 
 def test_where_the_vocabulary_comes_from() -> None:
@@ -128,8 +128,10 @@ def test_where_the_vocabulary_comes_from() -> None:
 
 
 def test_the_table_tells_the_numbers() -> None:
-    settings = config(model={"n_heads": 4, "n_kv_heads": 2, "tie_embeddings": True}, trainer={"micro_batch_size": 2})
-    plan = make_plan(settings, world_size=4)
+    settings = config(
+        model={"n_heads": 4, "n_kv_heads": 2, "tie_embeddings": True}, trainer={"micro_batch_size": 2, "devices": 4}
+    )
+    plan = make_plan(settings)
     console = Console(width=200, file=io.StringIO(), record=True)
     console.print(plan.table(settings, device="cpu", run_directory="runs/test-1234"))
     text = console.export_text()

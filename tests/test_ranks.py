@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-import random
 import signal
 import socket
 import subprocess
@@ -17,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import be_a_command, write_corpus
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -56,12 +56,7 @@ forked.set_forkserver_preload(["qtrain.training.session", "qtrain.train", "torch
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("corpus")
-    draw = random.Random(0)
-    for number in range(40):
-        words = (draw.choice(["low", "precision", "training", "needs", "care", "\n"]) for _ in range(200))
-        (folder / f"{number}.txt").write_text(" ".join(words))
-    return folder
+    return write_corpus(tmp_path_factory.mktemp("corpus"), ["low", "precision", "training", "needs", "care", "\n"], 40)
 
 
 def settings(corpus: Path, run_dir: Path, *more: str) -> list[str]:
@@ -83,12 +78,7 @@ def environment(rank: int, ranks: int, port: int) -> dict[str, str]:
 
 
 def on_a_rank(work: Callable[..., None], rank: int, ranks: int, port: int, shown: Path, arguments: Any) -> None:
-    output = os.open(shown, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
-    for stream in (1, 2):
-        os.dup2(output, stream)
-    os.chdir(ROOT)
-    multiprocessing.set_start_method(None, force=True)
-    torch.set_num_threads(1)
+    be_a_command(shown)
     os.environ |= environment(rank, ranks, port)
     work(*arguments)
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import be_a_command, write_corpus
 from run_state import last_tensors
 
 import qtrain.train
@@ -48,13 +49,7 @@ forked.set_forkserver_preload(["qtrain.training.session", "qtrain.train"])
 
 def run_train(arguments: list[str], shown: Path, dies_while_saving: bool) -> None:
     """What train.py does, in the process that calls this; its output goes to the file `shown`."""
-    output = os.open(shown, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
-    for stream in (1, 2):
-        os.dup2(output, stream)
-    os.chdir(ROOT)
-    # A command's data workers are forked from it, and end with it; a process of a forkserver asks that server for them.
-    multiprocessing.set_start_method(None, force=True)
-    torch.set_num_threads(1)
+    be_a_command(shown)
     sys.argv = ["train.py", *arguments]
     if dies_while_saving:
         checkpoint._write_synced = dying(checkpoint._write_synced)
@@ -78,12 +73,8 @@ def dying(write: Callable[[Path, str], None]) -> Callable[[Path, str], None]:
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("corpus")
     words = ["low", "precision", "training", "of", "language", "models", "needs", "care", "\n"]
-    draw = random.Random(0)
-    for number in range(40):
-        (folder / f"{number}.txt").write_text(" ".join(draw.choice(words) for _ in range(200)))
-    return folder
+    return write_corpus(tmp_path_factory.mktemp("corpus"), words, 40)
 
 
 class Run:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import random
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import write_corpus
 from oracles import quantization as oracle
 from run_state import last_weights
 from torch import Tensor, nn
@@ -256,11 +256,7 @@ def test_integers_are_measured_as_they_are_multiplied() -> None:
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("corpus")
-    draw = random.Random(0)
-    for number in range(30):
-        (folder / f"{number}.txt").write_text(" ".join(draw.choice(["red", "green", "blue"]) for _ in range(200)))
-    return folder
+    return write_corpus(tmp_path_factory.mktemp("corpus"), ["red", "green", "blue"], 30)
 
 
 @pytest.fixture

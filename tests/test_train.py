@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import random
 import shutil
 import subprocess
 import sys
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import write_corpus
 from run_state import last_weights, tensors_in
 
 import qtrain
@@ -34,11 +34,7 @@ SUMMARY = {
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("corpus")
-    draw = random.Random(0)
-    for number in range(30):
-        (folder / f"{number}.txt").write_text(" ".join(draw.choice(["red", "green", "blue"]) for _ in range(200)))
-    return folder
+    return write_corpus(tmp_path_factory.mktemp("corpus"), ["red", "green", "blue"], 30)
 
 
 @pytest.fixture

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import random
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import write_corpus
 from run_state import last_tensors, last_values
 
 from qtrain.config import Config, config_hash
@@ -42,12 +42,7 @@ SMALL = [
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("corpus")
-    draw = random.Random(0)
-    for number in range(40):
-        words = (draw.choice(["low", "precision", "training", "needs", "care", "\n"]) for _ in range(200))
-        (folder / f"{number}.txt").write_text(" ".join(words))
-    return folder
+    return write_corpus(tmp_path_factory.mktemp("corpus"), ["low", "precision", "training", "needs", "care", "\n"], 40)
 
 
 def settings(corpus: Path, root: Path, steps: int, *more: str) -> Config:

@@ -100,11 +100,9 @@ def _keys(kind: type[BaseModel], place: Sequence[int | str]) -> list[str]:
 
 def _classes_at(kind: type[BaseModel], parents: Sequence[str]) -> list[type[BaseModel]]:
     """The class of the settings there; several of a family."""
-    kinds = [kind]
+    kinds: list[type[BaseModel]] = [kind]
     for name in parents:
-        fields = [each.model_fields[name].annotation for each in kinds if name in each.model_fields]
-        options = [option for field in fields for option in (field, *get_args(field))]
-        kinds = [option for option in options if isinstance(option, type) and issubclass(option, BaseModel)]
+        kinds = [found for each in kinds if name in each.model_fields for found in classes_of(each, name)]
     return kinds
 
 
@@ -134,14 +132,14 @@ def shown(value: Any) -> str:
         return f"a value of type {type(value).__name__}"
 
 
-def classes_of(kind: type[BaseModel], name: str, value: Any) -> list[type[Strict]]:
+def classes_of(kind: type[BaseModel], name: str, value: Any = None) -> list[type[Strict]]:
     """The classes of settings that a field may hold; of several those whose own `name` can be that of the value."""
     annotation = kind.model_fields[name].annotation
     options = [annotation] if get_origin(annotation) is dict else [annotation, *get_args(annotation)]
     classes = [option for option in options if isinstance(option, type) and issubclass(option, Strict)]
     if len(classes) < 2 or not isinstance(value, Mapping):
         return classes
-    return [each for each in classes if value.get("name") in get_args(each.model_fields["name"].annotation)]
+    return [each for each in classes if value.get("name") in _names_of(each)]
 
 
 def nearest(name: str, valid: list[str], parents: list[str] | None = None) -> str:

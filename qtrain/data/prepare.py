@@ -37,7 +37,7 @@ from qtrain.data.bigram import MAX_TRAIN_TOKENS, MAX_VAL_TOKENS, bigram_cross_en
 from qtrain.data.corpus import FORMAT_VERSION, Corpus, Split, data_hash, open_corpus, read_manifest
 from qtrain.data.encode import Chunk, encode_all
 from qtrain.data.progress import Progress
-from qtrain.data.shards import SplitWriter, fsync_folder
+from qtrain.data.shards import SplitWriter
 from qtrain.data.sources import Document, Source, open_sources
 from qtrain.data.tokenizer import (
     ByteTokenizer,
@@ -48,6 +48,7 @@ from qtrain.data.tokenizer import (
     train_bpe,
 )
 from qtrain.errors import UserError, first_line
+from qtrain.runs.files import sync_folder
 
 CHUNK_CHARACTERS = 1 << 18
 BPE_TEXT_BYTES = 64 << 20  # BPE is trained on this much text, from the first training documents on
@@ -181,11 +182,11 @@ def _build_and_rename(plan: Plan, progress: bool) -> None:
         except BaseException:
             shutil.rmtree(building, ignore_errors=True)
             raise
-    fsync_folder(building)
+    sync_folder(building)
     if plan.folder.exists():  # damaged, or _find would have returned it
         shutil.rmtree(plan.folder)
     building.rename(plan.folder)
-    fsync_folder(plan.folder.parent)
+    sync_folder(plan.folder.parent)
 
 
 # ------------------------------------------------------------------------------------------------------------ the split

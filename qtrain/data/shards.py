@@ -99,12 +99,3 @@ class SplitWriter:
         self._documents.flush()
         records = np.fromfile(self._documents.path, dtype=DOCUMENT)
         return {digest.tobytes() for digest in records["digest"]}
-
-
-def fsync_folder(folder: Path) -> None:
-    """Makes the names in a folder durable, not only the content of its files."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
@@ -15,7 +14,7 @@ from qtrain.plan import make_plan
 from qtrain.quant import Report, convert, set_high_precision
 from qtrain.runs.directory import RunDirectory
 from qtrain.training.causal_lm import computes_in_high_precision
-from qtrain.training.checkpoint import VALUES, newest, refuse_earlier_format, restore
+from qtrain.training.checkpoint import newest, refuse_earlier_format, restore, values_of
 
 
 def pick_device(config: Config) -> torch.device:
@@ -58,7 +57,7 @@ def load_run(path: str | Path) -> nn.Module:
         refuse_earlier_format(directory.checkpoints)
         raise UserError(f"{directory.path} has no checkpoint yet")
     step, folder = found
-    vocab_size = json.loads((folder / VALUES).read_text())["vocab_size"]
+    vocab_size = values_of(folder)["vocab_size"]
     model = build_model(config, vocab_size)
     restore(folder, model)
     plan = make_plan(config, vocab_size=vocab_size)

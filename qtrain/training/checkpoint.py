@@ -366,13 +366,6 @@ def prune(directory: Path, keep: int) -> None:
         _discard(folder)
 
 
-def discard_after(directory: Path, step: int) -> None:
-    """Remove the checkpoints of later steps, as for a run that goes back and takes another way."""
-    for later, folder in list_checkpoints(directory):
-        if later > step:
-            _discard(folder)
-
-
 def _discard(folder: Path) -> None:
     _remove(folder.rename(_hidden(folder)))  # a kill midway leaves something to tidy up, and no damaged checkpoint
 

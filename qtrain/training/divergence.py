@@ -26,7 +26,8 @@ class RewindError(Exception):
 
 class Spikes:
     """Whether a value lies more than six standard deviations above the mean of the last 128 values; no verdict before
-    half of these are there. The rule and its constants are those of OLMo-core's SkipStepOptimizer."""
+    half of these are there. Window and factor are those of OLMo-core's SkipStepOptimizer, which also skips steps whose
+    values lie as far below."""
 
     def __init__(self, window: int = WINDOW, sigmas: float = SIGMAS):
         self.values: deque[float] = deque(maxlen=window)

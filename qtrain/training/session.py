@@ -156,8 +156,9 @@ def _together(config: Config, world: World, device: torch.device, stop: StopRequ
 
 @contextmanager
 def open_session(config: Config, console: Console | None = None) -> Iterator[Session]:
-    """Everything a run in this process needs, built and ready; its directory is locked while the block runs."""
-    world = World(1, 0, "nobody")
+    """Everything a run needs, built and ready, in each of its processes; its directory is locked while the block
+    runs."""
+    world = find_world(config.trainer)
     with (
         StopRequest() as stop,
         joined(config, world, pick_device(config), stop) as (fabric, ranks),

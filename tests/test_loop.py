@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import math
 import random
@@ -118,6 +119,13 @@ def test_a_stock_trainer_trains_the_same(corpus: Path, tmp_path: Path, recipe: s
     ours = last_weights(tmp_path / "run")
     for name, weight in module.model.state_dict().items():
         assert torch.equal(ours[name], weight), name
+
+
+def test_a_trace_of_the_steps_asked_for(corpus: Path, tmp_path: Path) -> None:
+    run(settings(corpus, tmp_path / "run", "recipe=quartet_v1", "callbacks.profile_steps=1"))
+    with gzip.open(tmp_path / "run" / "profile" / "trace-rank0.json.gz") as file:
+        names = [event.get("name") for event in json.load(file)["traceEvents"]]
+    assert names.count("qtrain::quantize_grad") == 2 * 7  # one step of two micro-batches, seven linear layers
 
 
 # ------------------------------------------------------------------------------------------------------ steps go wrong

@@ -182,6 +182,8 @@ class CallbacksConfig(Strict):
         no fewer than 40 steps, which costs at most 3% of its time; 0 is never.
     telemetry_gradients: compare weight gradients with those without quantisers there, for one more forward and
         backward.
+    profile_steps: record so many steps by torch's profiler, soon after the start: run_dir/profile holds a trace of each
+        rank, for ui.perfetto.dev.
     """
 
     log_every_steps: int = Field(gt=0)
@@ -190,6 +192,7 @@ class CallbacksConfig(Strict):
     checkpoint_every_minutes: float = Field(15.0, gt=0)
     telemetry_every_steps: int | None = Field(None, ge=0)
     telemetry_gradients: bool = False
+    profile_steps: int = Field(0, ge=0)
     keep_checkpoints: int = Field(2, ge=1)
     progress_bar: bool = True
     sample_tokens: int | None = Field(None, ge=0)

@@ -47,7 +47,7 @@ from qtrain.training.causal_lm import CausalLM
 from qtrain.training.checkpoint import Saver, newest, refuse_earlier_format, tidy
 from qtrain.training.divergence import MOST_IN_A_ROW, Guard, RewindError
 from qtrain.training.loop import Training, train
-from qtrain.training.observers import Measure, Observer, Progress, Recorder, Telemetry, Validate
+from qtrain.training.observers import Measure, Observer, Profile, Progress, Recorder, Telemetry, Validate
 from qtrain.training.observers.loggers import build_loggers, check_logger, close_loggers, mirror_summary
 from qtrain.training.parallel import Ranks, blocks_of, check_strategy, is_lost_rank, joined
 from qtrain.training.saves import Saves
@@ -321,11 +321,13 @@ class Session:
         config, plan = self.config, self.plan
         progress = Progress(self.console, config.callbacks.progress_bar, plan.steps)
         recorder = Recorder(self.directory, self.module, self.ranks, self.loggers, [progress.listen])
+        profiled = config.callbacks.profile_steps
         return [
             Measure(recorder, config.callbacks.log_every_steps),
             Telemetry(recorder, plan.telemetry_every_steps, config.callbacks.telemetry_gradients),
             Validate(recorder, plan.val_every_steps, self.data.val, self.corpus.bytes_per_token),
             progress,
+            *([Profile(self.directory.path / "profile", self.ranks.rank, self.device, profiled)] if profiled else []),
         ]
 
     # ------------------------------------------------------------------------------------------------------------ begin

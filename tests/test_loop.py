@@ -135,9 +135,9 @@ def poison(monkeypatch: pytest.MonkeyPatch, *forwards: int) -> None:
     """The training losses of these forwards (from 1) are not finite."""
     exact, calls = causal_lm.next_token_loss, []
 
-    def poisoned(model: nn.Module, tokens: Tensor) -> Tensor:
+    def poisoned(model: nn.Module, tokens: Tensor, **more: bool) -> Tensor:
         calls.append(0)
-        return exact(model, tokens) * (math.nan if len(calls) in forwards else 1.0)
+        return exact(model, tokens, **more) * (math.nan if len(calls) in forwards else 1.0)
 
     monkeypatch.setattr(causal_lm, "next_token_loss", poisoned)
 

@@ -160,9 +160,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
 
     exact, calls = module.next_token_loss, []
 
-    def poisoned(model, tokens, reduction="mean"):
+    def poisoned(model, tokens, **more):
         calls.append(model.training)
-        return exact(model, tokens, reduction) * (float("nan") if sum(calls) == 8 else 1.0)
+        return exact(model, tokens, **more) * (float("nan") if sum(calls) == 8 else 1.0)
 
     monkeypatch.setattr(module, "next_token_loss", poisoned)
     with pytest.raises(DivergedError, match=r"step 8 is not finite.*last good checkpoint is .*step-00000005"):

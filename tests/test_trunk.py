@@ -189,7 +189,7 @@ def test_a_failed_run_says_why_and_waits_to_be_asked_again(
 ) -> None:
     config = settings(corpus, tmp_path, 4)
     with monkeypatch.context() as patched:
-        patched.setattr("qtrain.training.causal_lm.next_token_loss", lambda *_: 1 / 0)
+        patched.setattr("qtrain.training.causal_lm.next_token_loss", lambda *_, **__: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             run(config)
     summary = RunDirectory.of(config).summary

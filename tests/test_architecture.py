@@ -78,7 +78,8 @@ MAY_IMPORT = {
     ),
     "qtrain.training.session": (
         "torch lightning rich qtrain.config qtrain.plan qtrain.optim.groups qtrain.models qtrain.quant qtrain.data "
-        "qtrain.data.batches qtrain.report qtrain.runs qtrain.training.activations qtrain.training.build qtrain.training.causal_lm "
+        "qtrain.data.batches qtrain.report qtrain.runs qtrain.training.activations qtrain.training.build "
+        "qtrain.training.causal_lm "
         "qtrain.training.checkpoint qtrain.training.divergence qtrain.training.loop qtrain.training.observers "
         "qtrain.training.parallel qtrain.training.saves qtrain.training.stop qtrain.training.trunk "
         "qtrain.training.world"

@@ -12,10 +12,10 @@ from qtrain.models.decoder import count_parameters, matmul_parameters
 def flops_per_token(config: ModelSettings, vocab_size: int) -> int:
     """FLOPs of training on one token of a full sequence: 6 N + 12 L T D.
 
-    N matmul parameters, L layers, T seq_len, D width of attention. Two FLOPs per multiply-add; a backward costs two forwards;
-    attention counts the whole T x T matrix, though half of it is masked; recomputation counts nothing. Norms,
-    activations, rotations, the embedding look-up, the optimiser and quantisation are left out. This is the convention
-    of PaLM, arXiv 2204.02311, appendix B.
+    N matmul parameters, L layers, T seq_len, D elements of all query heads. Two FLOPs per multiply-add; a backward
+    costs two forwards; attention counts the whole T x T matrix, though half of it is masked; recomputation counts
+    nothing. Norms, activations, rotations, the embedding look-up, the optimiser and quantisation are left out. This is
+    the convention of PaLM, arXiv 2204.02311, appendix B.
     """
     return 6 * matmul_parameters(config, vocab_size) + 12 * config.n_layers * config.seq_len * config.attention_width()
 

@@ -70,7 +70,6 @@ def family(package: str) -> Any:
     if len(members) == 1:  # no choice for pydantic
         return members[0]
 
-
     def chosen(settings: Any) -> str | None:
         if isinstance(settings, Member):
             return settings.choice()

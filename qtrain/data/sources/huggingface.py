@@ -37,7 +37,9 @@ class HuggingFace(DataSettings):
     def _split(self, split: str) -> Source:
         folder = Path(self.path or "").expanduser()
         path = str(folder) if folder.is_dir() else str(self.path)
-        local = [File(file.relative_to(folder).as_posix(), file) for file in sorted(folder.rglob("*")) if file.is_file()]
+        local = [
+            File(file.relative_to(folder).as_posix(), file) for file in sorted(folder.rglob("*")) if file.is_file()
+        ]
         identity = [Path(path).name if folder.is_dir() else path, self.subset, split, self.text_field, self.streaming]
         if folder.is_dir():
             identity.append(stat(local)[0])

@@ -28,7 +28,8 @@ MAY_IMPORT = {
     "qtrain": "qtrain_kernels (qtrain.quant qtrain.training.build)",
     "qtrain.errors": "",
     "qtrain.config": (
-        "yaml pydantic qtrain.config.settings qtrain_kernels.formats qtrain_kernels.plans (qtrain.optim)"
+        "yaml pydantic qtrain.config.settings qtrain_kernels.formats qtrain_kernels.plans "
+        "(qtrain.optim qtrain.models.base qtrain.data.base)"
     ),
     "qtrain.config.settings": "pydantic",
     "qtrain.optim": "pydantic qtrain.config.settings (torch)",
@@ -36,14 +37,19 @@ MAY_IMPORT = {
     "qtrain.quant": (
         "torch qtrain.config qtrain.config.settings qtrain_kernels qtrain_kernels.formats qtrain_kernels.plans"
     ),
-    "qtrain.models": "torch einops qtrain.config qtrain_kernels",
-    "qtrain.metrics": "torch qtrain.config qtrain.models",
+    "qtrain.models": "torch einops qtrain.models.base qtrain_kernels",
+    "qtrain.models.base": "pydantic qtrain.config.settings (torch)",
+    "qtrain.models.families": "pydantic qtrain.models.base (torch qtrain.models qtrain_kernels)",
+    "qtrain.metrics": "qtrain.models qtrain.models.base",
     "qtrain.plan": ("torch rich qtrain.config qtrain.config.settings qtrain.models qtrain.metrics qtrain_kernels"),
     "qtrain.data": (
-        "numpy torch pydantic tokenizers filelock rich (datasets huggingface_hub pyarrow transformers) qtrain.config "
-        "qtrain.config.settings qtrain.runs"
+        "numpy torch pydantic tokenizers filelock rich (huggingface_hub transformers) qtrain.config "
+        "qtrain.config.settings qtrain.data.base qtrain.runs"
     ),
     "qtrain.data.batches": "numpy torch qtrain.data",
+    "qtrain.data.base": "pydantic qtrain.config.settings",
+    "qtrain.data.files": "pydantic qtrain.data.base",
+    "qtrain.data.sources": "pydantic qtrain.data.base qtrain.data.files (datasets pyarrow)",
     "qtrain.runs": "yaml pydantic (pyarrow) qtrain.config qtrain.config.settings",
     "qtrain.scaling": "numpy scipy yaml (pyarrow)",
     "qtrain.report": "numpy scipy matplotlib yaml (pyarrow) qtrain.config qtrain.runs qtrain.scaling",
@@ -85,7 +91,7 @@ MAY_IMPORT = {
     "qtrain.studies": "",
     "qtrain.studies.chaos": "torch lightning qtrain qtrain.train qtrain.runs qtrain.config qtrain.config.settings",
     "qtrain.sweep": (
-        "torch rich qtrain qtrain.config qtrain.data qtrain.plan qtrain.runs qtrain.report qtrain.training.build "
+        "torch rich qtrain qtrain.config qtrain.data qtrain.data.base qtrain.plan qtrain.runs qtrain.report qtrain.training.build "
         "qtrain.training.checkpoint qtrain.training.losses qtrain.training.session qtrain.training.trunk"
     ),
     "qtrain.train": (

@@ -91,7 +91,8 @@ MAY_IMPORT = {
     "qtrain.studies": "",
     "qtrain.studies.chaos": "torch lightning qtrain qtrain.train qtrain.runs qtrain.config qtrain.config.settings",
     "qtrain.sweep": (
-        "torch rich qtrain qtrain.config qtrain.data qtrain.data.base qtrain.plan qtrain.runs qtrain.report qtrain.training.build "
+        "torch rich qtrain qtrain.config qtrain.data qtrain.data.base qtrain.plan qtrain.runs qtrain.report "
+        "qtrain.training.build "
         "qtrain.training.checkpoint qtrain.training.losses qtrain.training.session qtrain.training.trunk"
     ),
     "qtrain.train": (

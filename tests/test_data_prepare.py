@@ -235,7 +235,6 @@ def test_another_streamed_source_with_the_same_validation_is_other_data(tmp_path
             (folder / f"{split}.jsonl").write_text("".join(lines))
         update = {
             "source": "huggingface",
-            "files": (),
             "path": str(folder),
             "streaming": True,
             "val_split": "validation",

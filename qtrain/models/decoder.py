@@ -20,11 +20,13 @@ from torch import Tensor, nn
 
 from qtrain.errors import UserError
 from qtrain.models.base import ModelSettings
+from qtrain.models.chunked_loss import chunked_cross_entropy
 from qtrain_kernels.precision import Linear
 
 
 class Decoder(nn.Module):
     """tokens (B, T) int64 -> logits (B, T, V), in the dtype of the last matmul (float32, or bfloat16 under autocast).
+    With targets (B, T) int64: their cross-entropy in nats, () float32, for which the logits never exist as a whole.
 
     UserError when T exceeds config.seq_len.
     """
@@ -54,7 +56,7 @@ class Decoder(nn.Module):
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, targets: Tensor | None = None, reduction: str = "mean") -> Tensor:
         n_tokens = tokens.shape[1]
         if n_tokens > self.config.seq_len:
             raise UserError(
@@ -65,7 +67,8 @@ class Decoder(nn.Module):
         x = self.embed(tokens)
         for layer in self.layers:
             x = layer(x, *tables)
-        return self.lm_head(self.norm(x))
+        x = self.norm(x)
+        return self.lm_head(x) if targets is None else chunked_cross_entropy(x, self.lm_head, targets, reduction)
 
 
 def count_parameters(config: ModelSettings, vocab_size: int) -> tuple[int, int]:

@@ -13,7 +13,7 @@ from qtrain.config.recipe import LinearRecipe, QuantSpec
 from qtrain.config.settings import BFLOAT16_GEMMS
 from qtrain.errors import UserError
 from qtrain.metrics import Memory, estimate_memory, flops_per_token
-from qtrain.models.llama import count_parameters
+from qtrain.models.decoder import count_parameters
 from qtrain_kernels.precision import has_bfloat16_units
 
 SAMPLE_TOKENS, SAMPLED_PARAMETERS = 200, 10_000_000  # without a cache, a token costs a forward of the whole context
@@ -60,8 +60,6 @@ class RunPlan:
 
     def _rows(self, config: Config) -> dict[str, str]:
         model, optimizer, trainer = config.model, config.optimizer, config.trainer
-        heads = f"{model.n_heads} heads" + (f" on {model.kv_heads}" if model.kv_heads != model.n_heads else "")
-        shape = f"{model.n_layers} layers, dim {model.dim}, {heads}, ffn {model.ffn_dim}, context {model.seq_len}"
         tied = "; tied embeddings" if model.tie_embeddings else ""
         kind = "nominal" if model.nominal_parameters else "non-embedding"
         ratio = self.tokens / (model.nominal_parameters or self.non_embedding_parameters)
@@ -69,10 +67,10 @@ class RunPlan:
         decay = f"weight decay {optimizer.weight_decay:g}, clip {trainer.grad_clip or 'off'}"
         parts = {key: _bytes(size) for key, size in asdict(self.memory).items()}
         return {
-            "model": f"{model.name}: {shape}",
+            "model": f"{model.name}: {model}, {model.shape()}",
             "parameters": f"{self.parameters:,} ({self.non_embedding_parameters:,} non-embedding{tied})",
             "recipe": describe_recipe(config.recipe),
-            "tokens": f"{self.tokens:,} of {config.data.source}, {ratio:.3g} per {kind} parameter",
+            "tokens": f"{self.tokens:,} of {config.data}, {ratio:.3g} per {kind} parameter",
             "steps": f"{self.steps:,} of {self.batch_tokens:,} tokens ({self._split(config)})",
             "optimizer": f"{optimizer}, lr {optimizer.lr:g}, {schedule}, {decay}",
             "compute": f"{self.flops:.3g} FLOP",

@@ -8,9 +8,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from qtrain.config import ModelConfig
-from qtrain.metrics import bits_per_byte, estimate_memory, flops_per_token, matmul_parameters
-from qtrain.models.llama import Llama
+from qtrain.metrics import bits_per_byte, estimate_memory, flops_per_token
+from qtrain.models.decoder import Decoder, matmul_parameters
+from qtrain.models.families.llama import Llama
 from qtrain.optim.groups import build_optimizer
 from qtrain.optim.optimizers.adamw import AdamW
 from qtrain_kernels import precision
@@ -18,16 +18,16 @@ from qtrain_kernels import precision
 VOCABULARY = 40
 
 
-def config(**changes: Any) -> ModelConfig:
+def config(**changes: Any) -> Llama:
     base = {"name": "tiny", "dim": 128, "n_layers": 3, "n_heads": 4, "ffn_dim": 192, "seq_len": 64}
-    return ModelConfig.model_validate(base | changes)
+    return Llama.model_validate(base | changes)
 
 
-def loss_of(model: Llama, batch: Tensor) -> Tensor:
+def loss_of(model: Decoder, batch: Tensor) -> Tensor:
     return F.cross_entropy(model(batch[:, :-1]).flatten(0, 1).float(), batch[:, 1:].flatten())
 
 
-def tokens(sequences: int, settings: ModelConfig) -> Tensor:
+def tokens(sequences: int, settings: Llama) -> Tensor:
     return torch.randint(VOCABULARY, (sequences, settings.seq_len + 1), generator=torch.Generator().manual_seed(0))
 
 
@@ -35,7 +35,7 @@ def tokens(sequences: int, settings: ModelConfig) -> Tensor:
 def test_flops_are_those_that_torch_counts(changes: dict[str, Any]) -> None:
     """In the math backend attention is plain matrix products, which the counter knows on every device."""
     settings = config(**changes)
-    model = Llama(settings, VOCABULARY)
+    model = Decoder(settings, VOCABULARY)
     with sdpa_kernel(SDPBackend.MATH):
         with FlopCounterMode(display=False) as forward:
             loss = loss_of(model, tokens(2, settings))
@@ -56,7 +56,7 @@ def test_flops_of_the_30m_model_by_hand() -> None:
 @pytest.mark.parametrize("tied", [False, True])
 def test_weights_gradients_and_moments_are_exact(tied: bool) -> None:
     settings = config(tie_embeddings=tied)
-    model = Llama(settings, VOCABULARY)
+    model = Decoder(settings, VOCABULARY)
     optimizer = build_optimizer(model, AdamW(name="adamw", lr=0.1))
     loss_of(model, tokens(1, settings)).backward()
     optimizer.step()
@@ -77,7 +77,7 @@ def test_activations_are_about_what_autograd_keeps(
 ) -> None:
     monkeypatch.setattr(precision, "BFLOAT16_UNITS_ON_CPU", True)  # without them, products keep float32 copies
     settings = config(**changes)
-    model = Llama(settings, VOCABULARY)
+    model = Decoder(settings, VOCABULARY)
     kept: dict[int, Tensor] = {}
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
 

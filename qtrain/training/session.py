@@ -27,11 +27,13 @@ from rich.panel import Panel
 from rich.text import Text
 
 from qtrain.config import Config, config_hash
-from qtrain.data import Corpus, check_vocab, prepare, same_text
 from qtrain.data.batches import TokenBatches
+from qtrain.data.corpus import Corpus, check_vocab
 from qtrain.data.order import describe_epochs, epochs, repetition_warning
+from qtrain.data.prepare import prepare, same_text
 from qtrain.errors import DivergedError, LostRankError, RefusedError, StoppedError, UserError, first_line, visible
-from qtrain.models.llama import Llama, generate
+from qtrain.models.decoder import Decoder
+from qtrain.models.generate import generate
 from qtrain.optim.groups import build_optimizer
 from qtrain.plan import RunPlan, budget_tokens, make_plan
 from qtrain.quant import check_backend
@@ -190,7 +192,7 @@ class Session:
         config: Config,
         plan: RunPlan,
         corpus: Corpus,
-        model: Llama,
+        model: Decoder,
         directory: RunDirectory,
         fabric: Fabric,
         ranks: Ranks,
@@ -217,7 +219,7 @@ class Session:
         self._rewinds, self._rewound_to = 0, -1
 
     @property
-    def model(self) -> Llama:
+    def model(self) -> Decoder:
         return self.module.model  # pyright: ignore[reportReturnType]
 
     @property

@@ -55,11 +55,6 @@ class ModelSettings(Member):
         """Elements of all query heads of a block together, which its attention multiplies with keys and weights."""
         raise NotImplementedError
 
-    def kept_bytes(self, mixed: bool) -> int:
-        """Bytes that a block keeps of each token for its backward, unquantised and not compiled: an estimate. mixed:
-        matmuls on bfloat16 copies of their float32 inputs."""
-        raise NotImplementedError
-
 
 class Transformer(ModelSettings):
     """Settings of blocks of grouped-query attention with rotary positions, and a gated feed-forward network.
@@ -97,11 +92,3 @@ class Transformer(ModelSettings):
 
     def attention_width(self) -> int:
         return self.dim
-
-    def kept_bytes(self, mixed: bool) -> int:
-        """Input and normalised input of both norms in float32 (4 D); in the compute dtype the rotated q and the
-        attention output in both layouts (3 D), k and v (2 G d), gate, up, silu(gate) and their product (4 F), and the
-        norms' outputs (2 D), of which every linear makes its own copy in mixed precision (5 D)."""
-        size, normed = (2, 5) if mixed else (4, 2)
-        kv_dim = self.kv_heads * self.head_dim
-        return 4 * 4 * self.dim + size * ((3 + normed) * self.dim + 2 * kv_dim + 4 * self.ffn_dim)

@@ -10,8 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from qtrain.config import config_hash
+from qtrain.config import Config, config_hash
+from qtrain.config.settings import fields_at, parse
+from qtrain.data.base import DataSettings
 from qtrain.errors import UserError
+from qtrain.plan import make_plan
 from qtrain.train import compose
 
 ROOT = Path(__file__).parents[1]
@@ -202,3 +205,36 @@ def environment(folder: Path) -> dict[str, str]:
 def test_what_a_member_does_not_know_is_refused_by_name(override: str, told: str) -> None:
     with pytest.raises(UserError, match=told):
         compose([override])
+
+
+ODD = [
+    None, True, False, 0, -1, 1, 7, 2**31, 2**63, 10**400, 0.5, -0.0, 1e300, float("inf"), float("nan"), "", "x", "\0",
+    "[", "**", "~nobody/x", "/dev/null", "x" * 5000, "\ud800", [], ["a"], [[]], {}, {"a": 1}, {"name": "llama"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("group", ["model", "data"])
+def test_odd_settings_are_taken_or_refused_by_name(group: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever stands in a setting of a model or a source: a plan and a source, or a message; never another error."""
+    tree = compose(["trainer.precision=32-true"]).model_dump(mode="json")
+    members = [tree["model"]] if group == "model" else [
+        {"source": "text", "files": "x"},  {"source": "stdlib"},
+        {"source": "python_env", "packages": "einops"}, {"source": "huggingface", "path": "nobody/nothing"},
+    ]  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    taken = refused = 0
+    for member in members:
+        for key in fields_at(Config, [group]):
+            for value in ODD:
+                settings = {"val_tokens": 64, key: value} if group == "data" else {key: value}
+                try:
+                    config = parse(Config, tree | {group: member | settings})
+                    make_plan(config)
+                    config_hash(config)
+                    if group == "data" and key not in DataSettings.model_fields:
+                        config.data.open()
+                    taken += 1
+                except UserError as error:
+                    refused += 1
+                    assert len(str(error)) < 12_000
+    assert taken > 50 and refused > 100

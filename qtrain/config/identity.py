@@ -231,8 +231,8 @@ def _normal(config: Config) -> dict[str, Callable[[Any], Any]]:
     normal: dict[str, Callable[[Any], Any]] = {
         "data.files": lambda files: tuple(map(_place, files)),
         "data.val_files": lambda files: tuple(map(_place, files)),
-        "data.path": lambda path: _place(path) if path and Path(path).expanduser().is_dir() else path,
-        "tokenizer.path": lambda path: _place(path) if path and Path(path).expanduser().exists() else path,
+        "data.path": lambda path: _place(path) if path and os.path.isdir(_expanded(path)) else path,  # noqa: PTH112
+        "tokenizer.path": lambda path: _place(path) if path and os.path.exists(_expanded(path)) else path,  # noqa: PTH110
     }
     if not config.data.streaming or config.data.max_tokens is not None:  # else the budget says how much text is read
         batch = config.trainer.batch_tokens
@@ -242,5 +242,11 @@ def _normal(config: Config) -> dict[str, Callable[[Any], Any]]:
 
 def _place(path: str) -> str:
     """A path or glob: relative to the working directory if it is below it, else absolute."""
-    full = os.path.normpath(os.path.join(Path.cwd(), Path(path).expanduser()))  # noqa: PTH118 (Path keeps ..)
+    full = os.path.normpath(os.path.join(Path.cwd(), _expanded(path)))  # noqa: PTH118 (Path keeps ..)
     return os.path.relpath(full) if Path(full).is_relative_to(Path.cwd()) else full
+
+
+def _expanded(path: str) -> str:
+    """With ~ replaced. Unlike those of pathlib, functions of os.path raise nothing for a user that is not there or a
+    name that is too long."""
+    return os.path.expanduser(path)  # noqa: PTH111

@@ -120,13 +120,14 @@ def cell_text(where: str, field: str, text: Any) -> str:
 
 def _expand(key: str, pattern: str) -> list[Path]:
     """The files of a path or glob, sorted. UserError if there are none, or if one is a folder or empty."""
-    path = Path(pattern).expanduser()
+    path = Path(os.path.expanduser(pattern))  # noqa: PTH111 (Path raises for a user that is not there)
     try:
         names = [str(path)] if path.exists() or path.is_symlink() else sorted(set(_matches(str(path.absolute()))))
         paths = [Path(name).absolute() for name in names]
         files = [path for path in paths if path.is_file()]
-    except OSError as error:
-        raise UserError(f"{key}={pattern} cannot be read: {error.strerror}; name another file") from None
+    except (OSError, ValueError) as error:  # ValueError: a character that no name has
+        told = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"{key}={pattern} cannot be read: {told}; name another file") from None
     if paths and not files and paths[0].is_dir():
         raise UserError(f"{key}={pattern} is a folder; name its files, for example {key}='{pattern}/*'")
     if paths and not files:

@@ -13,7 +13,6 @@ where they write to the residual stream. Biases start at zero.
 from __future__ import annotations
 
 import math
-from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -84,7 +83,6 @@ def matmul_parameters(config: ModelSettings, vocab_size: int) -> int:
     return config.n_layers * of_linears + vocab_size * config.dim
 
 
-@lru_cache(1024)
 def _counts(config: ModelSettings) -> tuple[int, int, int]:
     """Parameters of a block, those of its linears' weights among them, and parameters of the last norm. Counted on
     shapes alone."""

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -35,14 +36,13 @@ class HuggingFace(DataSettings):
         return self._split(self.split), self._split(self.val_split) if self.val_split else None
 
     def _split(self, split: str) -> Source:
-        folder = Path(self.path or "").expanduser()
-        path = str(folder) if folder.is_dir() else str(self.path)
-        local = [
-            File(file.relative_to(folder).as_posix(), file) for file in sorted(folder.rglob("*")) if file.is_file()
-        ]
-        identity = [Path(path).name if folder.is_dir() else path, self.subset, split, self.text_field, self.streaming]
-        if folder.is_dir():
-            identity.append(stat(local)[0])
+        folder = Path(os.path.expanduser(self.path or ""))  # noqa: PTH111 (Path raises for a user that is not there)
+        is_local = os.path.isdir(folder)  # noqa: PTH112 (Path raises for a name that is too long)
+        path = str(folder) if is_local else str(self.path)
+        identity = [folder.name if is_local else path, self.subset, split, self.text_field, self.streaming]
+        if is_local:
+            files = (file for file in sorted(folder.rglob("*")) if file.is_file())
+            identity.append(stat([File(file.relative_to(folder).as_posix(), file) for file in files])[0])
         name = "-".join([Path(path).name, *([self.subset] if self.subset else [])])
         return Source(name, identity, None, lambda: (row for row in self._rows(path, split) if row.text))
 

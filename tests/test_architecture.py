@@ -67,6 +67,10 @@ MAY_IMPORT = {
         "torch qtrain.config qtrain.plan qtrain.models qtrain.quant qtrain.runs qtrain.training.causal_lm "
         "qtrain.training.checkpoint"
     ),
+    "qtrain.training.memory": (
+        "torch qtrain.config qtrain.models qtrain.plan qtrain.quant qtrain.training.activations qtrain.training.build "
+        "qtrain.training.causal_lm qtrain.training.parallel"
+    ),
     "qtrain.training.parallel": "torch lightning qtrain.config qtrain.training.stop qtrain.training.world",
     "qtrain.training.trunk": ("qtrain.config qtrain.plan qtrain.training.causal_lm qtrain.training.checkpoint"),
     "qtrain.training.observers": (
@@ -86,8 +90,9 @@ MAY_IMPORT = {
         "torch lightning rich qtrain.config qtrain.plan qtrain.optim.groups qtrain.models qtrain.quant qtrain.data "
         "qtrain.data.batches qtrain.report qtrain.runs qtrain.training.activations qtrain.training.build "
         "qtrain.training.causal_lm "
-        "qtrain.training.checkpoint qtrain.training.divergence qtrain.training.loop qtrain.training.observers "
-        "qtrain.training.parallel qtrain.training.saves qtrain.training.stop qtrain.training.trunk "
+        "qtrain.training.checkpoint qtrain.training.divergence qtrain.training.loop qtrain.training.memory "
+        "qtrain.training.observers qtrain.training.parallel qtrain.training.saves qtrain.training.stop "
+        "qtrain.training.trunk "
         "qtrain.training.world"
     ),
     "qtrain.studies": "",

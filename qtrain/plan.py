@@ -16,7 +16,6 @@ from qtrain.metrics import flops_per_token
 from qtrain.models.decoder import count_parameters
 from qtrain_kernels.precision import has_bfloat16_units
 
-SAMPLE_TOKENS, SAMPLED_PARAMETERS = 200, 10_000_000  # without a cache, a token costs a forward of the whole context
 MIN_TELEMETRY_STEPS = 40  # taking the quantisers' health once costs most of a step of a small model
 BYTES_VOCABULARY = 257  # 256 values and the end-of-document token
 
@@ -38,7 +37,6 @@ class RunPlan:
     val_every_steps: int
     checkpoint_every_steps: int
     telemetry_every_steps: int
-    sample_tokens: int
 
     @property
     def tokens(self) -> int:
@@ -152,9 +150,6 @@ def make_plan(config: Config, vocab_size: int | None = None) -> RunPlan:
         val_every_steps=callbacks.val_every_steps or tenth,
         checkpoint_every_steps=callbacks.checkpoint_every_steps or tenth,
         telemetry_every_steps=max(MIN_TELEMETRY_STEPS, math.ceil(steps / 20)) if health is None else health,
-        sample_tokens=(SAMPLE_TOKENS if parameters <= SAMPLED_PARAMETERS else 0)
-        if callbacks.sample_tokens is None
-        else callbacks.sample_tokens,
     )
 
 

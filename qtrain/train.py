@@ -194,6 +194,7 @@ def next_commands(config: Config) -> str:
         commands = [
             ("make compare", "recipes whose losses differ, and the page that shows it"),
             (report, "this run on one page: loss, speed, how every layer's quantisers fare"),
+            (f"{shlex.join(['python', 'scripts/generate.py', path])} --prompt 'def '", "text of the model"),
             (inspect, "the numerics of every layer"),
         ]
     width = max(len(command) for command, _ in commands)

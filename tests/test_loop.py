@@ -54,7 +54,6 @@ SMALL = [
     "trainer.device=cpu",
     "callbacks.log_every_steps=1",
     "callbacks.val_every_steps=100",
-    "callbacks.sample_tokens=0",
     "callbacks.progress_bar=false",
     "data.source=text",
     "data.val_tokens=64",

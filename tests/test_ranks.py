@@ -43,7 +43,6 @@ SMALL = [
     "callbacks.log_every_steps=1",
     "callbacks.val_every_steps=100",
     "callbacks.checkpoint_every_steps=100",
-    "callbacks.sample_tokens=0",
     "callbacks.progress_bar=false",
     "data.source=text",
     "data.val_tokens=64",
@@ -213,7 +212,7 @@ def test_micro_batches_and_clipping_on_two_ranks(corpus: Path, tmp_path: Path) -
     for way in ("ddp", "fsdp2"):
         run_dir = tmp_path / way
         watched = ["callbacks.telemetry_every_steps=2", "callbacks.telemetry_gradients=true"]
-        more_ = [*more, *watched, "trainer.devices=2", f"trainer.strategy={way}", "callbacks.sample_tokens=3"]
+        more_ = [*more, *watched, "trainer.devices=2", f"trainer.strategy={way}"]
         ranks = Ranks(tmp_path, command, settings(corpus, run_dir, *more_))
         assert ranks.ended() == [0, 0], ranks.said()
         for name, weight in weights(run_dir).items():

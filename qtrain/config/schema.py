@@ -97,7 +97,6 @@ class CallbacksConfig(Strict):
     """What is watched, in optimiser steps. val_every_steps and checkpoint_every_steps: None is a tenth of the run.
 
     checkpoint_every_minutes: a checkpoint also each time that so many minutes have passed since the last.
-    sample_tokens: how many to sample at the end of the run; None is 200 for a model of at most 10M parameters, else 0.
     telemetry_every_steps: how often the quantisers' health is taken, layer by layer; None is a twentieth of the run but
         no fewer than 40 steps, which costs at most 3% of its time; 0 is never.
     telemetry_gradients: compare weight gradients with those without quantisers there, for one more forward and
@@ -115,8 +114,6 @@ class CallbacksConfig(Strict):
     profile_steps: int = Field(0, ge=0)
     keep_checkpoints: int = Field(2, ge=1)
     progress_bar: bool = True
-    sample_tokens: int | None = Field(None, ge=0)
-    sample_prompt: str = Field("\n", min_length=1)
 
 
 class LoggerConfig(Strict):

@@ -57,7 +57,6 @@ SETTINGS = (
     "callbacks.val_every_steps=7",
     "callbacks.checkpoint_every_steps=3",
     "callbacks.keep_checkpoints=3",
-    "callbacks.sample_tokens=0",
     "callbacks.progress_bar=false",
     "data.source=text",
     "data.val_tokens=256",

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from qtrain.config import Config
+from qtrain.data.tokenizer import Tokenizer, load_kept
 from qtrain.errors import UserError
 from qtrain.models.decoder import Decoder
 from qtrain.plan import make_plan
@@ -51,6 +52,12 @@ def check_model(config: Config) -> Report:
             "lm_head as a whole; add lm_head to recipe.skip, or set trainer.chunked_loss=false"
         )
     return report
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """The tokenizer of a run directory. UserError when it holds no run, or one of a version that kept no tokenizer."""
+    directory = RunDirectory(Path(path).expanduser())
+    return load_kept(directory.read_config().tokenizer, directory.tokenizer)
 
 
 def load_run(path: str | Path) -> nn.Module:

@@ -23,17 +23,15 @@ from lightning.fabric.wrappers import _FabricModule
 from lightning.pytorch.loggers import Logger
 from rich.console import Console
 from rich.logging import RichHandler
-from rich.panel import Panel
-from rich.text import Text
 
 from qtrain.config import Config, config_hash
 from qtrain.data.batches import TokenBatches
 from qtrain.data.corpus import Corpus, check_vocab
 from qtrain.data.order import describe_epochs, epochs, repetition_warning
 from qtrain.data.prepare import prepare, same_text
-from qtrain.errors import DivergedError, LostRankError, RefusedError, StoppedError, UserError, first_line, visible
+from qtrain.data.tokenizer import keep_tokenizer
+from qtrain.errors import DivergedError, LostRankError, RefusedError, StoppedError, UserError, first_line
 from qtrain.models.decoder import Decoder
-from qtrain.models.generate import generate
 from qtrain.optim.groups import build_optimizer
 from qtrain.plan import RunPlan, budget_tokens, describe_bytes, make_plan
 from qtrain.quant import check_backend
@@ -187,8 +185,13 @@ def _session(config: Config, fabric: Fabric, ranks: Ranks, console: Console) -> 
     check_state_fits(config, plan, fabric.device)
     model = build_model(config, plan.vocab_size)
     with RunDirectory.of(config) as directory:
-        ranks.decided(lambda: directory.open(config))
+        ranks.decided(lambda: _open(directory, config, corpus))
         yield Session(config, plan, corpus, model, directory, fabric, ranks, console)
+
+
+def _open(directory: RunDirectory, config: Config, corpus: Corpus) -> None:
+    directory.open(config)
+    keep_tokenizer(corpus.tokenizer, directory.tokenizer)
 
 
 class Session:
@@ -409,7 +412,7 @@ class Session:
     # -------------------------------------------------------------------------------------------------------------- end
 
     def _finish(self) -> float | None:
-        """Summary, picture, sample and the result. The last step's validation stands in metrics.jsonl."""
+        """Summary, picture and the result. The last step's validation stands in metrics.jsonl."""
         values: dict[str, float] = {}
         if self.ranks.is_zero:
             last = self._last_validation()
@@ -419,7 +422,6 @@ class Session:
             self._write_summary(Status.FINISHED, **values, tokens_per_second=median(speeds) if speeds else None)
             _record(self.config, self.directory)
             plot_loss(self.directory.path)
-        self._show_sample()
         if values:
             self._show_end(values["val_loss"], values["val_bits_per_byte"])
         return values.get("val_loss")
@@ -450,18 +452,6 @@ class Session:
         }
         self.directory.write_summary(summary | results)
         mirror_summary(self.loggers, summary | results)
-
-    def _show_sample(self) -> None:
-        """Sampled on the device that trained, by all ranks where they share the weights."""
-        count = self.plan.sample_tokens
-        if count == 0:
-            return
-        tokenizer = self.corpus.tokenizer
-        prompt = [int(token) for token in tokenizer.encode(self.config.callbacks.sample_prompt)]
-        with self.fabric.autocast():
-            ids = generate(self.model, prompt, count, temperature=0.8, top_k=50, seed=self.config.seed)
-        text = visible(tokenizer.decode(ids))
-        self.console.print(Panel(Text(text), title="sample", title_align="left", border_style="dim"))
 
     def _show_end(self, val_loss: float, val_bits: float) -> None:
         bigram = self.corpus.bigram_cross_entropy

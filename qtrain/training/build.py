@@ -11,7 +11,7 @@ from qtrain.config import Config
 from qtrain.errors import UserError
 from qtrain.models.llama import Llama
 from qtrain.plan import make_plan
-from qtrain.quant import Report, convert, set_high_precision
+from qtrain.quant import Report, check_quantized_gather, convert, set_high_precision
 from qtrain.runs.directory import RunDirectory
 from qtrain.training.causal_lm import computes_in_high_precision
 from qtrain.training.checkpoint import newest, refuse_earlier_format, restore, values_of
@@ -41,10 +41,14 @@ def build_model(config: Config, vocab_size: int) -> Llama:
 
 def check_model(config: Config) -> Report:
     """What the recipe will convert, found out on shapes alone, before any data is prepared. UserError for a width that
-    the recipe's blocks do not divide."""
+    the recipe's blocks do not divide, and for weights that trainer.all_gather=quantized cannot gather."""
     with torch.device("meta"):
         model = Llama(config.model, vocab_size=1)
-    return convert(model, config.recipe, seed=config.seed, backend=config.backend, gemm=config.gemm)
+    report = convert(model, config.recipe, seed=config.seed, backend=config.backend, gemm=config.gemm)
+    if config.trainer.all_gather == "quantized":
+        trainer = config.trainer
+        check_quantized_gather(model, trainer.devices * trainer.num_nodes // trainer.sharding_groups)
+    return report
 
 
 def load_run(path: str | Path) -> nn.Module:

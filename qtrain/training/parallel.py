@@ -27,8 +27,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from qtrain.config import Config, TrainerConfig
+from qtrain.config import Config
 from qtrain.errors import RefusedError, UserError
+from qtrain.quant import quantize_gathers
 from qtrain.training.stop import StopRequest
 from qtrain.training.world import World
 
@@ -155,7 +156,7 @@ def _strategy(config: Config, world: World, device: torch.device) -> Strategy:
     if trainer.strategy == "fsdp2":
         copies = trainer.sharding_groups
         return ModelParallelStrategy(
-            partial(shard, groups=copies), data_parallel_size=copies, tensor_parallel_size=world.size // copies
+            partial(shard, groups=copies, quantized=trainer.all_gather == "quantized"), data_parallel_size=copies, tensor_parallel_size=world.size // copies
         )
     if trainer.strategy == "ddp" or world.size > 1:
         options: dict[str, Any] = {"gradient_as_bucket_view": True, _BUFFERS: False}
@@ -178,14 +179,17 @@ def _follow_parent(stop: StopRequest) -> None:
 # --------------------------------------------------------------------------------------------------------------- shard
 
 
-def shard(model: nn.Module, mesh: DeviceMesh, groups: int = 1) -> nn.Module:
+def shard(model: nn.Module, mesh: DeviceMesh, groups: int = 1, quantized: bool = False) -> nn.Module:
     """FSDP2: parameters, gradients and optimiser state sharded, block by block and in the root. No mixed-precision
     policy: weights and gradients travel in float32, so that each rank quantises the whole master weight, with the
-    noise, masks and scales of one process. groups: how many groups of ranks hold a whole model each."""
+    noise, masks and scales of one process. groups: how many groups of ranks hold a whole model each. quantized: weights
+    of quantised layers travel as codes, which are the same (`qtrain.quant.gather`)."""
     mesh = mesh if groups > 1 else mesh["tensor_parallel"]
     for block in blocks_of(model):
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
+    if quantized:
+        quantize_gathers(model)
     return model
 
 
@@ -200,11 +204,28 @@ def checkpoint_activations(model: nn.Module) -> None:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def check_strategy(trainer: TrainerConfig) -> None:
-    """UserError for groups that do not divide the devices."""
-    size = trainer.devices * trainer.num_nodes
+def check_strategy(config: Config) -> None:
+    """UserError for groups that do not divide the devices, and for what a quantised all-gather cannot be combined with."""
+    trainer, size = config.trainer, config.trainer.devices * config.trainer.num_nodes
     if trainer.sharding_groups > 1 and (trainer.strategy != "fsdp2" or size % trainer.sharding_groups):
         raise UserError(
             f"trainer.sharding_groups={trainer.sharding_groups} needs trainer.strategy=fsdp2 and must divide "
             f"{size} devices; found strategy {trainer.strategy}"
         )
+    if trainer.all_gather == "full":
+        return
+    others = (  # each reads the values of a whole weight, or has a graph made of the layers
+        ("trainer.strategy", trainer.strategy, trainer.strategy == "fsdp2", "set it to fsdp2"),
+        ("trainer.compile", trainer.compile, not trainer.compile, "set it to false"),
+        ("callbacks.telemetry_gradients", True, not config.callbacks.telemetry_gradients, "set it to false"),
+        (
+            "recipe.high_precision_after", config.recipe.high_precision_after,
+            config.recipe.high_precision_after is None, "set it to null",
+        ),
+    )  # fmt: skip
+    for name, found, fits, remedy in others:
+        if not fits:
+            raise UserError(
+                f"trainer.all_gather=quantized gathers no values of weights, and does not go with {name}={found}; "
+                f"{remedy}, or trainer.all_gather to full"
+            )

@@ -85,7 +85,7 @@ def run(config: Config) -> float | None:
     console = Console(highlight=False, quiet=world.rank > 0, width=None if sys.stdout.isatty() else 120)
     speak_through(console)
     device = pick_device(config)
-    check_strategy(config.trainer)
+    check_strategy(config)
     log.info("%s", check_model(config))
     directory = RunDirectory.of(config)
     if config.dry_run:

@@ -170,7 +170,7 @@ def _call(layer: QuantLinear, device: torch.device) -> Call:
 
 
 def _packed_rows(layer: QuantLinear, rows: Tensor, mesh: DeviceMesh) -> list[Tensor]:
-    """rows (n, K) float32 of a weight -> what travels of them. Collective, where the weight has a scale of its whole."""
+    """rows (n, K) float32 of a weight -> what travels of them. Collective, where one scale is the whole weight's."""
     call, plan = _call(layer, rows.device), layer.numerics.fprop.right.plan
     assert plan is not None
     rotation = call.rotation("fprop", rows.shape[1])

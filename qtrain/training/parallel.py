@@ -156,7 +156,9 @@ def _strategy(config: Config, world: World, device: torch.device) -> Strategy:
     if trainer.strategy == "fsdp2":
         copies = trainer.sharding_groups
         return ModelParallelStrategy(
-            partial(shard, groups=copies, quantized=trainer.all_gather == "quantized"), data_parallel_size=copies, tensor_parallel_size=world.size // copies
+            partial(shard, groups=copies, quantized=trainer.all_gather == "quantized"),
+            data_parallel_size=copies,
+            tensor_parallel_size=world.size // copies,
         )
     if trainer.strategy == "ddp" or world.size > 1:
         options: dict[str, Any] = {"gradient_as_bucket_view": True, _BUFFERS: False}
@@ -205,7 +207,7 @@ def checkpoint_activations(model: nn.Module) -> None:
 
 
 def check_strategy(config: Config) -> None:
-    """UserError for groups that do not divide the devices, and for what a quantised all-gather cannot be combined with."""
+    """UserError for groups that do not divide the devices, and for what all_gather=quantized does not go with."""
     trainer, size = config.trainer, config.trainer.devices * config.trainer.num_nodes
     if trainer.sharding_groups > 1 and (trainer.strategy != "fsdp2" or size % trainer.sharding_groups):
         raise UserError(

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import lightning
 import pytest
 import torch
 from conftest import be_a_command, write_corpus
@@ -21,9 +22,14 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 import qtrain.train
+from qtrain.data import prepare
+from qtrain.data.batches import TokenBatches
 from qtrain.errors import UserError
+from qtrain.plan import make_plan
 from qtrain.train import compose
 from qtrain.training import checkpoint, parallel, session
+from qtrain.training.build import build_model
+from qtrain.training.causal_lm import CausalLM
 from qtrain.training.checkpoint import list_checkpoints
 from qtrain.training.world import World, find_world
 
@@ -89,11 +95,11 @@ class Ranks:
     def __init__(
         self, folder: Path, work: Callable[..., None], *arguments: Any, ranks: int = 2, only: int | None = None
     ):
-        self.shown = [folder / f"rank{rank}.out" for rank in range(2)]
+        self.shown = [folder / f"rank{rank}.out" for rank in range(ranks)]
         port = free_port()
         self.processes = [
-            forked.Process(target=on_a_rank, args=(work, rank, 2, port, self.shown[rank], arguments))
-            for rank in (range(2) if only is None else [only])
+            forked.Process(target=on_a_rank, args=(work, rank, ranks, port, self.shown[rank], arguments))
+            for rank in (range(ranks) if only is None else [only])
         ]
         for process in self.processes:
             process.start()
@@ -150,6 +156,13 @@ WAYS = {
     "ddp-checkpointed": ["trainer.strategy=ddp", "trainer.checkpoint_activations=true"],
     "fsdp2-checkpointed": ["trainer.strategy=fsdp2", "trainer.checkpoint_activations=true"],
 }
+QUANTIZED = ["trainer.strategy=fsdp2", "trainer.all_gather=quantized"]
+GATHERED = {
+    "quantized": QUANTIZED,
+    "quantized-checkpointed": [*QUANTIZED, "trainer.checkpoint_activations=true"],
+}
+CASES = [(recipe, way) for recipe in RECIPES for way in WAYS]
+CASES += [(recipe, way) for recipe in ("quest", "quartet_v1") for way in GATHERED]  # test_gather has all recipes
 
 
 def all_ways(corpus: Path, folder: Path) -> None:
@@ -165,10 +178,10 @@ def all_ways(corpus: Path, folder: Path) -> None:
         return result
 
     session.train = counting
-    for number, (recipe, way) in enumerate((recipe, way) for recipe in RECIPES for way in WAYS):
+    for number, (recipe, way) in enumerate(CASES):
         name = f"{recipe}-{way}"
         os.environ["MASTER_PORT"] = str(port + number)
-        more = ["trainer.devices=2", "trainer.grad_clip=null", f"recipe={recipe}", *WAYS[way]]
+        more = ["trainer.devices=2", "trainer.grad_clip=null", f"recipe={recipe}", *(WAYS | GATHERED)[way]]
         session.run(compose(settings(corpus, folder / name, *more)))
     (folder / f"held{os.environ['RANK']}.json").write_text(json.dumps(held))
 
@@ -185,8 +198,7 @@ def trained(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize(("recipe", "way"), CASES)
 def test_two_ranks_end_as_one_process(trained: Path, recipe: str, way: str) -> None:
     """Bit for bit, where the sum of two gradients is the same in either order: of a learned scale it is a sum over all
     elements, which ranks cut elsewhere."""
@@ -196,6 +208,34 @@ def test_two_ranks_end_as_one_process(trained: Path, recipe: str, way: str) -> N
         if recipe == "lsq":
             torch.testing.assert_close(ours[name], weight, rtol=1e-4, atol=1e-6, msg=name)
         else:
+            assert torch.equal(ours[name], weight), name
+
+
+def under_a_stock_trainer(corpus: Path, folder: Path) -> None:
+    config = compose(settings(corpus, folder, "trainer.devices=2", "trainer.grad_clip=null", "recipe=quartet_v1"))
+    plan = make_plan(config, vocab_size=257)
+    module = CausalLM(config, plan, build_model(config, 257))
+    text = prepare(config.data, config.tokenizer, progress=False)
+    rank = int(os.environ["RANK"])
+    data = TokenBatches(
+        text, seq_len=16, seed=config.seed, micro_batch_size=1, val_tokens=64, num_workers=0, rank=rank, ranks=2
+    )
+    batches = list(data.train(0, STEPS * plan.micro_batches * data.per_batch))
+    trainer = lightning.Trainer(
+        accelerator="cpu", devices=2, strategy="ddp", max_steps=plan.steps, use_distributed_sampler=False,
+        accumulate_grad_batches=plan.micro_batches, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(module, torch.utils.data.DataLoader(batches, batch_size=None))  # pyright: ignore[reportArgumentType]
+    torch.save(module.model.state_dict(), folder / f"stock{rank}.pt")
+
+
+def test_a_stock_trainer_on_two_ranks_trains_the_same(trained: Path, corpus: Path) -> None:
+    ranks = Ranks(trained, under_a_stock_trainer, corpus, trained)
+    assert ranks.ended() == [0, 0], ranks.said()
+    ours = weights(trained / "quartet_v1-ddp")
+    for rank in range(2):
+        for name, weight in torch.load(trained / f"stock{rank}.pt").items():
             assert torch.equal(ours[name], weight), name
 
 
@@ -253,6 +293,26 @@ def test_a_rank_that_dies_ends_the_other(corpus: Path, tmp_path: Path) -> None:
         ranks.send(rank, signal.SIGKILL)
         codes = ranks.ended(30)
         assert (codes[rank], codes[1 - rank]) == (-signal.SIGKILL, 75), ranks.said()
+    assert status(tmp_path / "1") == "interrupted"
+
+
+def calling_the_roll(arguments: list[str]) -> None:
+    parallel.ROLL_CALL_SECONDS = 1.0
+    command(arguments)
+
+
+def test_a_rank_that_stops_answering_ends_the_other_and_is_named(corpus: Path, tmp_path: Path) -> None:
+    for silent, message in ((1, "rank 1 does not answer for 0:00:05"), (0, "rank 0 does not answer, or names another")):
+        run_dir = tmp_path / f"{silent}"
+        waiting = settings(corpus, run_dir, *LONG, "trainer.devices=2", f"trainer.timeout_minutes={5 / 60}")
+        ranks = Ranks(tmp_path, calling_the_roll, waiting)
+        ranks.wait_for(run_dir, 3)
+        ranks.send(silent, signal.SIGSTOP)
+        other = ranks.processes[1 - silent]
+        other.join(30)
+        ranks.processes[silent].kill()
+        assert other.exitcode == 75, ranks.said()
+        assert message in ranks.said().replace("\n", " ")
     assert status(tmp_path / "1") == "interrupted"
 
 

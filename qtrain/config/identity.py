@@ -41,6 +41,7 @@ NOT_IN_HASH = (
     "trainer.strategy",
     "trainer.sharding_groups",
     "trainer.all_gather",  # refused where it would change a bit
+    "trainer.timeout_minutes",
     "trainer.checkpoint_activations",
     "trainer.share_trunk",
     "callbacks",

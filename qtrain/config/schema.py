@@ -132,6 +132,8 @@ class TrainerConfig(Strict):
     sharding_groups: fsdp2 within each of so many groups of devices, which hold a whole model each (hybrid sharding).
     all_gather: what fsdp2 sends of a weight before it is used: full (float32) | quantized (its packed codes and scales:
         the same weights after every step, or a refusal of a recipe whose codes cannot be made of shards).
+    timeout_minutes: how long a rank waits for another in a collective before the job ends with exit code 75. What one
+        rank does alone must fit into it, as reading a whole checkpoint when the run goes on does.
     checkpoint_activations: keep the input of each block alone and compute the rest again in the backward.
     on_divergence: what to do when a loss or gradient norm is not finite: stop | skip the update | rewind to the last
         checkpoint and go on with the data that comes next. on_spike: ignore | log | skip | rewind, when one lies more
@@ -155,6 +157,7 @@ class TrainerConfig(Strict):
     strategy: Literal["auto", "ddp", "fsdp2"] = "auto"
     sharding_groups: int = Field(1, gt=0)
     all_gather: Literal["full", "quantized"] = "full"
+    timeout_minutes: float = Field(10.0, gt=0)
     checkpoint_activations: bool = False
     on_divergence: Literal["stop", "skip", "rewind"] = "stop"
     on_spike: Literal["ignore", "log", "skip", "rewind"] = "ignore"

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from functools import partial
 from inspect import signature
 from typing import Any, TypeVar
@@ -36,6 +38,7 @@ from qtrain.training.world import World
 log = logging.getLogger("qtrain")
 T = TypeVar("T")
 
+ROLL_CALL_SECONDS = 5.0  # for a rank to answer when others have waited for one in vain
 MEETING_SECONDS = 50.0  # for all processes to start, of which importing torch takes the most
 # The buffers are tables, equal on all ranks. torch 2.13 has another word for not sending them at each forward.
 _BUFFERS = next(
@@ -48,11 +51,14 @@ PARENT_SECONDS = 1.0  # how often a process looks whether its launcher lives
 
 class Ranks:
     """What the processes of a run tell each other beside the gradients: numbers and decisions, between their CPUs, so
-    that no device is waited for. rank: of this process, from 0; size: how many there are."""
+    that no device is waited for. rank: of this process, from 0; size: how many there are; timeout: how long they wait
+    for each other."""
 
-    def __init__(self, rank: int = 0, size: int = 1):
-        self.rank, self.size = rank, size
-        self._group: Any = distributed.new_group(backend="gloo") if size > 1 else None
+    def __init__(self, rank: int = 0, size: int = 1, timeout: timedelta | None = None):
+        self.rank, self.size, self.timeout = rank, size, timeout
+        # A group in which a rank was waited for in vain is of no use afterwards: the roll is called in another.
+        groups = (distributed.new_group(backend="gloo", timeout=timeout) if size > 1 else None for _ in range(2))
+        self._group, self._roll_group = groups
 
     @property
     def is_zero(self) -> bool:
@@ -92,15 +98,48 @@ class Ranks:
         """Return when every rank has called this."""
         self.maximum(0.0)
 
+    @contextmanager
+    def naming_the_silent(self) -> Iterator[None]:
+        """Within it, who waits in vain for another rank in a collective of gloo learns which one does not answer:
+        SilentRankError."""
+        try:
+            yield
+        except Exception as error:
+            if self.size == 1 or not _has_waited_in_vain(error):
+                raise
+            raise SilentRankError(f"{self._silent()} for {self.timeout}") from error
+
+    def _silent(self) -> str:
+        """All who have waited in vain are here at the same time, give or take a step."""
+        seconds = timedelta(seconds=ROLL_CALL_SECONDS)
+        try:
+            distributed.monitored_barrier(self._roll_group, seconds, wait_all_ranks=True)
+        except RuntimeError as error:
+            if not self.is_zero:
+                return "rank 0 does not answer, or names another that does not,"
+            missing = re.search(r"[Rr]anks? ([\d, ]*\d) failed to pass", str(error))
+            return f"rank {missing[1]} does not answer" if missing else "a rank does not answer"
+        return "ranks wait for each other in different collectives"
+
+
+class SilentRankError(RuntimeError):
+    """A rank does not answer, though it has not ended."""
+
+
+def _has_waited_in_vain(error: BaseException) -> bool:
+    return any("Timed out waiting" in str(cause) for cause in _causes(error))
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    cause: BaseException | None = error
+    while cause is not None:
+        yield cause
+        cause = cause.__cause__ or cause.__context__
+
 
 def is_lost_rank(error: BaseException) -> bool:
     """Whether the error, or what it came from, says that another rank no longer answers."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, distributed.DistError) or "gloo/transport" in str(cause):
-            return True
-        cause = cause.__cause__ or cause.__context__
-    return False
+    return any(isinstance(cause, distributed.DistError) or "gloo/transport" in str(cause) for cause in _causes(error))
 
 
 # --------------------------------------------------------------------------------------------------------------- start
@@ -116,9 +155,10 @@ def joined(config: Config, world: World, device: torch.device, stop: StopRequest
             _follow_parent(stop)
         with stop.meeting(MEETING_SECONDS, f"{world.size} processes did not meet"):
             fabric.launch()
-            ranks = Ranks(fabric.global_rank, fabric.world_size)
+            ranks = Ranks(fabric.global_rank, fabric.world_size, _timeout(config))
             ranks.meet()
-        yield fabric, ranks
+        with ranks.naming_the_silent():
+            yield fabric, ranks
     finally:
         if distributed.is_initialized():
             distributed.destroy_process_group()
@@ -151,6 +191,10 @@ def _environment(world: World) -> ClusterEnvironment:
     return LightningEnvironment()
 
 
+def _timeout(config: Config) -> timedelta:
+    return timedelta(minutes=config.trainer.timeout_minutes)
+
+
 def _strategy(config: Config, world: World, device: torch.device) -> Strategy:
     trainer = config.trainer
     if trainer.strategy == "fsdp2":
@@ -159,9 +203,10 @@ def _strategy(config: Config, world: World, device: torch.device) -> Strategy:
             partial(shard, groups=copies, quantized=trainer.all_gather == "quantized"),
             data_parallel_size=copies,
             tensor_parallel_size=world.size // copies,
+            timeout=_timeout(config),
         )
     if trainer.strategy == "ddp" or world.size > 1:
-        options: dict[str, Any] = {"gradient_as_bucket_view": True, _BUFFERS: False}
+        options: dict[str, Any] = {"gradient_as_bucket_view": True, "timeout": _timeout(config), _BUFFERS: False}
         return DDPStrategy(**options)
     return SingleDeviceStrategy(device if device.type == "cpu" else torch.device("cuda", 0))
 

@@ -150,8 +150,7 @@ def _together(config: Config, world: World, device: torch.device, stop: StopRequ
     except Exception as error:
         if world.size == 1 or not is_lost_rank(error):
             raise
-        log.warning("another process of this run has ended (%s)", first_line(error))
-        raise LostRankError(QUEUE_AGAIN) from error
+        raise LostRankError(QUEUE_AGAIN, first_line(error)) from error
 
 
 @contextmanager

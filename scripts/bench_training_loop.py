@@ -1,27 +1,34 @@
-"""Tokens/s of the training loop over those of a bare PyTorch loop: same model, batches, optimiser, machine and run.
+"""What the training loop costs beside the training itself, measured in one run, in turns with what it is compared to.
 
-    python scripts/bench_training_loop.py                       # the quick start's model and recipe
+    python scripts/bench_training_loop.py                       # the loop against a bare PyTorch loop
     python scripts/bench_training_loop.py +experiment=bf16      # any settings of train.py
-    python scripts/bench_training_loop.py --steps 100 --rounds 5 --out result.json
+    python scripts/bench_training_loop.py --saves --steps 20 --blocks 12 +experiment=quartet model=mini
+    python scripts/bench_training_loop.py --communication trainer.devices=2
     python scripts/bench_training_loop.py --telemetry           # what taking the quantisers' health costs
 
-Each round times the bare loop and the training loop, in turns which goes first, both over the same steps after the
-same warm-up steps, with the observers of a real run (metrics every 10 steps; no validation or checkpoint falls into the
-timed steps). One more round before them, which compiles, is not counted. Also
-measured: the share of step time spent waiting for data, and the speed of tokenising bytes.
+The default: after each step of the loop, with the observers of a real run (metrics every 10 steps), a bare loop does
+the same step on a copy of the model. Time goes by blocks of --steps steps, and the figure is the median over --blocks
+blocks of (time of the bare loop / time of the training loop): a machine that grows slow for a second slows both.
+Also measured: the share of step time spent waiting for data, and the speed of tokenising bytes.
 
---telemetry: one run in which every other step takes the quantisers' health; the medians of both kinds of steps, and the
-share of a run's time that it makes up at the default interval.
+--saves: blocks that begin with a checkpoint, in turns with blocks that do not; the extra time of one checkpoint as a
+share of a minute. --communication: blocks in which the ranks exchange gradients and agree, in turns with blocks in
+which they do not. --telemetry: steps that take the quantisers' health, in turns with steps that do not, and the share
+of a run's time that it makes up at the default interval.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
+import os
+import shutil
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
-from statistics import median
+from statistics import mean, median, stdev
 from typing import Any
 
 import qtrain  # noqa: F401  before torch: it sets how long torch's threads spin
@@ -43,155 +50,235 @@ from qtrain.training.losses import next_token_loss
 from qtrain.training.observers import Observer
 from qtrain.training.session import Session, open_session, speak_through
 
-WARM_UP = 5
+SCRATCH = "QTRAIN_BENCH_SCRATCH"
+WARM_UP = 5  # steps, in which compiled code is made
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=60, help="timed optimiser steps of each loop and round")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--telemetry", action="store_true", help="time steps with and without telemetry instead")
+    parser.add_argument("--steps", type=int, default=10, help="optimiser steps of a block (default: 10)")
+    parser.add_argument("--blocks", type=int, default=30, help="how many (default: 30)")
     parser.add_argument("--out", type=Path, help="write the result as JSON too")
+    what = parser.add_mutually_exclusive_group()
+    for name, measure in MEASURES.items():
+        what.add_argument(f"--{name}", dest="measure", action="store_const", const=measure, help=measure.__doc__)
     arguments, overrides = parser.parse_known_args()
+    if arguments.blocks < 4 or arguments.steps < 1:
+        parser.error(f"needs at least 4 blocks of 1 step, found {arguments.blocks} of {arguments.steps}")
     speak_through(Console(stderr=True))
-    overrides = overrides or ["+experiment=quartet"]
-    if arguments.telemetry:
-        result = telemetry_cost(overrides, arguments.steps)
-    else:
-        result = measure(overrides, arguments.steps, arguments.rounds)
+    if not any(override.startswith("+experiment=") for override in overrides):
+        overrides = ["+experiment=quartet", *overrides]
+    measure = arguments.measure or loop_against_bare
+    first = SCRATCH not in os.environ  # the process that starts those of other ranks, which inherit the name
+    scratch = os.environ.setdefault(SCRATCH, tempfile.mkdtemp())
+    try:
+        result = measure(overrides, scratch, arguments.steps, arguments.blocks)
+    finally:
+        if first:
+            shutil.rmtree(scratch)
+    if result is None:
+        return
+    result = {"settings": " ".join(overrides), "steps": arguments.steps, "blocks": arguments.blocks, **result}
     for name, value in result.items():
-        if name != "machine":
-            print(f"{name:28} {value}")
+        print(f"{name:28} {value}")
     if arguments.out:
-        arguments.out.write_text(json.dumps(result, indent=2) + "\n")
+        arguments.out.write_text(json.dumps(result | {"machine": environment()}, indent=2) + "\n")
 
 
-def measure(overrides: list[str], steps: int, rounds: int) -> dict[str, Any]:
-    bare, loop, waiting = [], [], []
-    with tempfile.TemporaryDirectory() as scratch:
-        for number in range(rounds + 1):
-            config = timed_config(overrides, scratch, number, steps)
-            for loops_turn in (False, True) if number % 2 else (True, False):
-                with open_session(config) as session:
-                    if loops_turn:
-                        speed, waited = training_loop(session, steps)
-                        loop.append(speed)
-                        waiting.append(waited)
-                    else:
-                        bare.append(bare_loop(session, steps))
-    bare, loop, waiting = bare[1:], loop[1:], waiting[1:]
-    ratios = [ours / theirs for ours, theirs in zip(loop, bare, strict=True)]
-    return {
-        "settings": " ".join(overrides),
-        "bare_tokens_per_second": [round(speed) for speed in bare],
-        "loop_tokens_per_second": [round(speed) for speed in loop],
-        "ratios": [round(ratio, 4) for ratio in ratios],
-        "median_ratio": round(median(ratios), 4),
-        "data_wait_share": round(median(waiting), 5),
-        "tokenise_bytes_mb_per_s": round(tokenising_speed(overrides), 1),
-        "machine": environment(),
-    }
+# ------------------------------------------------------------------------------------------------------------- measures
 
 
-def telemetry_cost(overrides: list[str], steps: int) -> dict[str, Any]:
-    """Steps with telemetry and without, in turns, in one run; over the interval that a whole run of it has."""
-    with tempfile.TemporaryDirectory() as scratch:
-        config = timed_config([*overrides, "callbacks.telemetry_every_steps=2"], scratch, 0, steps)
-        with open_session(config) as session:
-            ends = clocked(session).ends
-    seconds = {step: ends[step - 1] - ends[step - 2] for step in range(WARM_UP + 1, WARM_UP + steps + 1)}
-    watched, plain = (median(seconds[step] for step in seconds if step % 2 == odd) for odd in (0, 1))
+def loop_against_bare(overrides: list[str], scratch: str, steps: int, blocks: int) -> dict[str, Any]:
+    """the training loop against a bare PyTorch loop (default)"""
+    with open_session(timed_config(overrides, scratch, steps * blocks)) as session:
+        bare = BareLoop(session)
+        clock = Clock(session.device, bare.step)
+        train(session, clock)
+        loop_seconds, bare_seconds = in_blocks(clock.seconds, steps), in_blocks(bare.seconds, steps)
+        ratios = [theirs / ours for theirs, ours in zip(bare_seconds, loop_seconds, strict=True)]
+        tokens = steps * session.plan.batch_tokens
+        return {
+            "bare_tokens_per_second": round(tokens / median(bare_seconds)),
+            "loop_tokens_per_second": round(tokens / median(loop_seconds)),
+            "loop_over_bare": round(median(ratios), 4),
+            "quartiles": quartiles(ratios),
+            "data_wait_share": round(sum(clock.waits) / sum(clock.seconds), 5),
+            "tokenise_bytes_mb_per_s": round(tokenising_speed(overrides), 1),
+        }
+
+
+def cost_of_saves(overrides: list[str], scratch: str, steps: int, blocks: int) -> dict[str, Any]:
+    """what a checkpoint each minute costs"""
+    config = timed_config([*overrides, f"callbacks.checkpoint_every_steps={2 * steps}"], scratch, steps * blocks, steps)
+    with open_session(config) as session:
+        clock = Clock(session.device)
+        train(session, clock)
+        extra = differences(in_blocks(clock.seconds, steps, skip=2 * steps))
+        return {
+            "seconds_per_step": round(median(clock.seconds), 4),
+            "parameters": session.plan.parameters,
+            "extra_seconds_per_save": [round(seconds, 3) for seconds in extra],
+            "share_of_a_minute": round(mean(extra) / 60, 5),
+            "standard_error": round(stdev(extra) / len(extra) ** 0.5 / 60, 5),
+        }
+
+
+def cost_of_communication(overrides: list[str], scratch: str, steps: int, blocks: int) -> dict[str, Any] | None:
+    """what gradients and agreements between ranks cost"""
+    config = timed_config(overrides, scratch, steps * blocks)
+    if config.trainer.devices * config.trainer.num_nodes < 2:
+        raise SystemExit("error: --communication compares several processes; set trainer.devices=2")
+    with open_session(config) as session:
+        clock = Clock(session.device, Silence(session, steps))
+        train(session, clock)
+        seconds = in_blocks(clock.seconds, steps)
+        ratios = [silent / speaking for speaking, silent in zip(seconds[::2], seconds[1::2], strict=False)]
+        if not session.ranks.is_zero:
+            return None
+        return {
+            "ranks": session.ranks.size,
+            "seconds_per_step": round(median(seconds[::2]) / steps, 4),
+            "seconds_per_silent_step": round(median(seconds[1::2]) / steps, 4),
+            "over_no_communication": round(median(ratios), 4),
+            "quartiles": quartiles(ratios),
+        }
+
+
+def cost_of_telemetry(overrides: list[str], scratch: str, steps: int, blocks: int) -> dict[str, Any]:
+    """what taking the quantisers' health costs"""
+    config = timed_config([*overrides, "callbacks.telemetry_every_steps=2"], scratch, steps * blocks)
+    with open_session(config) as session:
+        clock = Clock(session.device)
+        train(session, clock)
+    plain, watched = (median(clock.seconds[first::2]) for first in (WARM_UP - 1, WARM_UP))  # every second step is
     interval = make_plan(compose(overrides)).telemetry_every_steps
     return {
-        "settings": " ".join(overrides),
         "seconds_per_step": round(plain, 5),
         "seconds_per_watched_step": round(watched, 5),
         "every_steps": interval,
         "share_of_time": round((watched - plain) / (interval * plain), 4),
-        "machine": environment(),
     }
 
 
-def timed_config(overrides: list[str], scratch: str, number: int, steps: int) -> Config:
-    total = WARM_UP + steps + 1  # the last step validates and saves; it is not timed
-    often = 10 * total
+MEASURES: dict[str, Callable[[list[str], str, int, int], dict[str, Any] | None]] = {
+    "saves": cost_of_saves,
+    "communication": cost_of_communication,
+    "telemetry": cost_of_telemetry,
+}
+
+
+# ------------------------------------------------------------------------------------------------------------ one run
+
+
+def timed_config(overrides: list[str], scratch: str, timed: int, warm_up: int = WARM_UP) -> Config:
+    """Settings of a run of so many timed steps after the first ones. Its last step validates and saves, untimed."""
+    total = warm_up + timed + 1
+    rare = 10 * total
     return compose(
         [
+            f"callbacks.checkpoint_every_steps={rare}",
             *overrides,
-            f"run_dir={scratch}/run-{number}",
-            f"seed={number}",
+            f"run_dir={scratch}/run",
             f"debug.max_steps={total}",
-            f"callbacks.val_every_steps={often}",
-            f"callbacks.checkpoint_every_steps={often}",
+            f"callbacks.val_every_steps={rare}",
             "callbacks.progress_bar=false",
-            "force=true",
         ]
     )
 
 
-def bare_loop(session: Session, steps: int) -> float:
-    """Tokens/s of the shortest loop that does the same work."""
-    config, plan, device = session.config, session.plan, session.device
-    model = session.model.to(device).train()
-    optimizer = build_optimizer(model, config.optimizer)
-    batches = iter(session.data.train(0, (WARM_UP + steps) * plan.micro_batches * session.data.per_batch))
-    started = 0.0
-    for step in range(WARM_UP + steps):
-        if step == WARM_UP:
-            started = now(device)
-        for micro_batch in range(plan.micro_batches):
-            set_step(model, step, micro_batch)
-            tokens = next(batches).to(device)
-            with torch.autocast(device.type, torch.bfloat16, enabled=config.trainer.precision == "bf16-mixed"):
-                loss = next_token_loss(model, tokens)
-            (loss / plan.micro_batches).backward()
-        nn.utils.clip_grad_norm_(model.parameters(), config.trainer.grad_clip or float("inf"))
-        for group in optimizer.param_groups:
-            group["lr"] = config.optimizer.lr * config.scheduler.factor(step, plan.steps)
-        optimizer.step()
-        optimizer.zero_grad()
-    return steps * plan.batch_tokens / (now(device) - started)
-
-
 class Clock(Observer):
-    """The time at the end of each micro-batch and of each step, after all other observers, and the waits for the next
-    micro-batch."""
+    """The seconds of each step, and those of it that went by between the end of a micro-batch and the start of the
+    next. `beside` is called between the steps, and is no part of them. Last in the list of observers."""
 
-    def __init__(self, device: torch.device):
-        self.device = device
-        self.ends: list[float] = []  # of steps
+    def __init__(self, device: torch.device, beside: Callable[[int], None] | None = None):
+        self.device, self.beside = device, beside
+        self.seconds: list[float] = []
         self.waits: list[float] = []
-        self.ready = 0.0
+        self.began = self.ready = now(device)
+
+    def on_start(self, step: int) -> None:
+        self.began = self.ready = now(self.device)
 
     def on_micro_batch_start(self, step: int, micro_batch: int, batch: Tensor) -> None:
-        if self.ready:
-            self.waits.append(time.perf_counter() - self.ready)
+        self.waits.append(time.perf_counter() - self.ready)
 
     def on_backward_end(self) -> None:
         self.ready = now(self.device)
 
     def on_step_end(self, step: int) -> None:
-        self.ready = now(self.device)
-        self.ends.append(self.ready)
+        self.seconds.append(now(self.device) - self.began)
+        if self.beside:
+            self.beside(step)
+        self.began = self.ready = now(self.device)
 
 
-def training_loop(session: Session, steps: int) -> tuple[float, float]:
-    """(tokens/s, share of the time between the end of one micro-batch and the start of the next: waiting for data and
-    the loop's own bookkeeping together, so an upper bound on waiting)."""
-    clock = clocked(session)
-    micro_batches = session.plan.micro_batches
-    seconds = clock.ends[WARM_UP + steps - 1] - clock.ends[WARM_UP - 1]
-    waits = clock.waits[WARM_UP * micro_batches - 1 : (WARM_UP + steps) * micro_batches - 1]
-    return steps * session.plan.batch_tokens / seconds, sum(waits) / seconds
+class BareLoop:
+    """The shortest loop that does the same work, on a copy of the model, a step for each of the training loop's."""
+
+    def __init__(self, session: Session):
+        self.session = session
+        self.model = copy.deepcopy(session.model).to(session.device).train()
+        self.optimizer = build_optimizer(self.model, session.config.optimizer)
+        samples = session.plan.steps * session.plan.micro_batches * session.data.per_batch
+        self.batches = iter(session.data.train(0, samples))
+        self.seconds: list[float] = []
+
+    def step(self, step: int) -> None:
+        config, plan, device, model = self.session.config, self.session.plan, self.session.device, self.model
+        began = now(device)
+        for micro_batch in range(plan.micro_batches):
+            set_step(model, step, micro_batch)
+            tokens = next(self.batches).to(device)
+            with torch.autocast(device.type, torch.bfloat16, enabled=config.trainer.precision == "bf16-mixed"):
+                loss = next_token_loss(model, tokens)
+            (loss / plan.micro_batches).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), config.trainer.grad_clip or float("inf"))
+        for group in self.optimizer.param_groups:
+            group["lr"] = config.optimizer.lr * config.scheduler.factor(step - 1, plan.steps)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.seconds.append(now(device) - began)
 
 
-def clocked(session: Session) -> Clock:
-    """The clock of a session's whole training."""
-    clock = Clock(session.device)
+class Silence:
+    """Turns the exchange between ranks off for every other block of steps: gradients, and what the loop agrees on."""
+
+    def __init__(self, session: Session, steps: int):
+        self.session, self.steps = session, steps
+        self.fabric, self.ranks = session.fabric, session.ranks
+        self.no_backward_sync, self.maximum = self.fabric.no_backward_sync, self.ranks.maximum
+
+    def __call__(self, step: int) -> None:
+        timed = step - WARM_UP
+        silent = timed >= 0 and timed // self.steps % 2 == 1 and step < self.session.plan.steps - 1
+        if silent:
+            self.fabric.no_backward_sync = lambda module, enabled=True: self.no_backward_sync(module)
+            self.ranks.maximum = lambda *values: list(values)
+        else:
+            self.fabric.no_backward_sync, self.ranks.maximum = self.no_backward_sync, self.maximum
+
+
+def train(session: Session, clock: Clock) -> None:
+    """The whole training of a session, watched by the clock after all other observers."""
     build = session.observers
     session.observers = lambda: [*build(), clock]  # pyright: ignore[reportAttributeAccessIssue]
     session.train()
-    return clock
+
+
+def in_blocks(seconds: list[float], steps: int, skip: int = WARM_UP) -> list[float]:
+    """The seconds of each block of so many steps after the first ones. A part of a block at the end is left out."""
+    timed = seconds[skip:]
+    return [sum(timed[start : start + steps]) for start in range(0, len(timed) - steps + 1, steps)]
+
+
+def differences(seconds: list[float]) -> list[float]:
+    """Of each two blocks, by how much the first takes longer."""
+    return [first - second for first, second in zip(seconds[::2], seconds[1::2], strict=False)]
+
+
+def quartiles(values: list[float]) -> list[float]:
+    ordered = sorted(values)
+    return [round(ordered[len(ordered) * quarter // 4], 4) for quarter in (1, 3)]
 
 
 def tokenising_speed(overrides: list[str]) -> float:

@@ -153,13 +153,13 @@ def status(run_dir: Path) -> str:
 WAYS = {
     "ddp": ["trainer.strategy=ddp"],
     "fsdp2": ["trainer.strategy=fsdp2"],
-    "ddp-checkpointed": ["trainer.strategy=ddp", "trainer.checkpoint_activations=true"],
-    "fsdp2-checkpointed": ["trainer.strategy=fsdp2", "trainer.checkpoint_activations=true"],
+    "ddp-checkpointed": ["trainer.strategy=ddp", "trainer.checkpoint_activations=full"],
+    "fsdp2-checkpointed": ["trainer.strategy=fsdp2", "trainer.checkpoint_activations=selective"],
 }
 QUANTIZED = ["trainer.strategy=fsdp2", "trainer.all_gather=quantized"]
 GATHERED = {
     "quantized": QUANTIZED,
-    "quantized-checkpointed": [*QUANTIZED, "trainer.checkpoint_activations=true"],
+    "quantized-checkpointed": [*QUANTIZED, "trainer.checkpoint_activations=full"],
 }
 CASES = [(recipe, way) for recipe in RECIPES for way in WAYS]
 CASES += [(recipe, way) for recipe in ("quest", "quartet_v1") for way in GATHERED]  # test_gather has all recipes

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from qtrain.config.recipe import LinearRecipe
-from qtrain.config.settings import BFLOAT16_GEMMS, Backend, GemmKind, Strict, family, fields_at, nearest
+from qtrain.config.settings import BFLOAT16_GEMMS, Backend, Checkpointing, GemmKind, Strict, family, fields_at, nearest
 from qtrain.errors import UserError
 
 if TYPE_CHECKING:
@@ -134,7 +134,10 @@ class TrainerConfig(Strict):
         the same weights after every step, or a refusal of a recipe whose codes cannot be made of shards).
     timeout_minutes: how long a rank waits for another in a collective before the job ends with exit code 75. What one
         rank does alone must fit into it, as reading a whole checkpoint when the run goes on does.
-    checkpoint_activations: keep the input of each block alone and compute the rest again in the backward.
+    checkpoint_activations: none | selective (each block keeps its matrix products and attention, and computes the rest
+        again in the backward) | full (each block keeps its input alone). Gradients are the same, bit for bit.
+    chunked_loss: take the head's cross-entropy by chunks of tokens, so that the logits, the largest tensor of a small
+        model with a large vocabulary, never exist as a whole. The result differs by rounding.
     on_divergence: what to do when a loss or gradient norm is not finite: stop | skip the update | rewind to the last
         checkpoint and go on with the data that comes next. on_spike: ignore | log | skip | rewind, when one lies more
         than six standard deviations above its last 128. All but stop and ignore wait for the device at each step.
@@ -158,7 +161,8 @@ class TrainerConfig(Strict):
     sharding_groups: int = Field(1, gt=0)
     all_gather: Literal["full", "quantized"] = "full"
     timeout_minutes: float = Field(10.0, gt=0)
-    checkpoint_activations: bool = False
+    checkpoint_activations: Checkpointing = "none"
+    chunked_loss: bool = False
     on_divergence: Literal["stop", "skip", "rewind"] = "stop"
     on_spike: Literal["ignore", "log", "skip", "rewind"] = "ignore"
     precision: Literal["auto", "bf16-mixed", "32-true"] = "auto"
@@ -184,6 +188,8 @@ class CallbacksConfig(Strict):
         no fewer than 40 steps, which costs at most 3% of its time; 0 is never.
     telemetry_gradients: compare weight gradients with those without quantisers there, for one more forward and
         backward.
+    profile_steps: record so many steps by torch's profiler, soon after the start: run_dir/profile holds a trace of each
+        rank, for ui.perfetto.dev.
     """
 
     log_every_steps: int = Field(gt=0)
@@ -192,6 +198,7 @@ class CallbacksConfig(Strict):
     checkpoint_every_minutes: float = Field(15.0, gt=0)
     telemetry_every_steps: int | None = Field(None, ge=0)
     telemetry_gradients: bool = False
+    profile_steps: int = Field(0, ge=0)
     keep_checkpoints: int = Field(2, ge=1)
     progress_bar: bool = True
     sample_tokens: int | None = Field(None, ge=0)

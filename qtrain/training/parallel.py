@@ -27,7 +27,6 @@ from torch import distributed, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.checkpoint import checkpoint
 
 from qtrain.config import Config
 from qtrain.errors import RefusedError, UserError
@@ -242,13 +241,6 @@ def shard(model: nn.Module, mesh: DeviceMesh, groups: int = 1, quantized: bool =
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
     return list(model.layers)  # pyright: ignore[reportArgumentType]
-
-
-def checkpoint_activations(model: nn.Module) -> None:
-    """Let each block keep its input alone, and compute the rest again in the backward. Noise is a function of its
-    position, hence the same again."""
-    for block in blocks_of(model):
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def check_strategy(config: Config) -> None:

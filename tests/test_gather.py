@@ -104,8 +104,8 @@ def trained(model: nn.Module) -> list[Tensor]:
 
 
 def recipes_that_gather(folder: Path) -> None:
-    """How many bytes travel for a parameter before each forward and backward, by recipe; each ends with the weights that
-    whole masters give."""
+    """By recipe: the bytes of a parameter that travel before each forward and backward. Weights end as whole masters
+    let them."""
     distributed.init_process_group("gloo")
     exact, sent = distributed.all_gather_single, []
 
@@ -165,7 +165,7 @@ def test_layers_that_do_not_fit_the_shards_are_refused() -> None:
         ((64, 64, 2, "trilm"), "absmean of all elements"),
     ):
         with pytest.raises(UserError, match=re.escape(message)):
-            check(*shape)
+            check(*shape)  # pyright: ignore[reportArgumentType]
     drawn = {"fprop": {"x": {"format": "none"}, "w": {"format": "mxfp4", "rounding": "stochastic"}}}
     again = {"format": "none", "source": "forward"}
     rest = {"dgrad": {"dy": {"format": "none"}, "w": again}, "wgrad": {"dy": {"format": "none"}, "x": again}}

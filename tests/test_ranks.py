@@ -276,7 +276,7 @@ def test_two_groups_of_two_ranks_train_as_one_process(corpus: Path, tmp_path: Pa
 
 
 def test_a_signal_to_one_rank_stops_both_and_the_run_goes_on(corpus: Path, tmp_path: Path) -> None:
-    """Twice: to rank 1, as from a person; to rank 0, as from a scheduler. Each time both save the same step, and the run
+    """Twice: to rank 1, as from a person; to rank 0, as from a scheduler. Each time both save the same step. The run
     goes on with other parts of the weights on a rank, and other bytes between the ranks."""
     undisturbed, run_dir = tmp_path / "undisturbed", tmp_path / "stopped"
     two = [*LONG, "trainer.devices=2", "trainer.grad_clip=null"]  # a norm is a sum, which shards round otherwise

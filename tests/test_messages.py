@@ -9,12 +9,11 @@ from pathlib import Path
 import pyarrow
 import pytest
 import torch
+from conftest import data_settings
 from pyarrow import parquet
 
 import qtrain
-from qtrain.config import DataConfig
 from qtrain.config.settings import shown
-from qtrain.data.sources import open_sources
 from qtrain.errors import UserError, explain, first_line, visible
 from qtrain.report.page import read_law
 from qtrain.train import compose
@@ -43,8 +42,8 @@ def test_overrides(override: str, told: str) -> None:
 
 
 def documents(source: str, *files: object, **more: object) -> list[str]:
-    data = DataConfig(source=source, files=tuple(map(str, files)), val_tokens=64, **more)  # pyright: ignore
-    return [document.text for document in open_sources(data)[0].documents()]
+    data = data_settings(source=source, files=tuple(map(str, files)), val_tokens=64, **more)
+    return [document.text for document in data.open()[0].documents()]
 
 
 @pytest.mark.parametrize("line", ["[" * 100_000, '{"text": ' + "9" * 5000 + "}", '{"text": ' + "[" * 100_000])

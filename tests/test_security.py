@@ -15,7 +15,8 @@ import pytest
 
 from qtrain.config import Config, parse_saved
 from qtrain.config.settings import parse
-from qtrain.data import open_corpus, prepare
+from qtrain.data.corpus import open_corpus
+from qtrain.data.prepare import prepare
 from qtrain.errors import UserError
 from qtrain.runs.directory import RunDirectory
 from qtrain.runs.files import read_json, read_yaml

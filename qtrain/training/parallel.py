@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
 from inspect import signature
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from lightning.fabric import Fabric
@@ -56,8 +56,10 @@ class Ranks:
     def __init__(self, rank: int = 0, size: int = 1, timeout: timedelta | None = None):
         self.rank, self.size, self.timeout = rank, size, timeout
         # A group in which a rank was waited for in vain is of no use afterwards: the roll is called in another.
-        groups = (distributed.new_group(backend="gloo", timeout=timeout) if size > 1 else None for _ in range(2))
-        self._group, self._roll_group = groups
+        self._group, self._roll_group = (
+            cast(distributed.ProcessGroup, distributed.new_group(backend="gloo", timeout=timeout)) if size > 1 else None
+            for _ in range(2)
+        )
 
     @property
     def is_zero(self) -> bool:

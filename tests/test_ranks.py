@@ -22,8 +22,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 import qtrain.train
-from qtrain.data import prepare
 from qtrain.data.batches import TokenBatches
+from qtrain.data.prepare import prepare
 from qtrain.errors import UserError
 from qtrain.plan import make_plan
 from qtrain.train import compose

@@ -38,7 +38,11 @@ class StoppedError(KeyboardInterrupt):
 
 
 class LostRankError(StoppedError):
-    """Another process of the run has ended before this one."""
+    """Another process of the run has ended before this one, or does not answer. how: in one line."""
+
+    def __init__(self, exit_code: int, how: str):
+        super().__init__(exit_code)
+        self.how = how
 
 
 def first_line(error: BaseException) -> str:

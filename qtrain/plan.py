@@ -119,8 +119,10 @@ def _describe_devices(config: Config) -> str:
     count = trainer.devices * trainer.num_nodes
     nodes = f" on {trainer.num_nodes} nodes" if trainer.num_nodes > 1 else ""
     if trainer.strategy == "fsdp2":
+        quantized = trainer.all_gather == "quantized"
+        travel = "weights travel as codes, gradients in float32" if quantized else "all travel in float32"
         groups = f" within each of {trainer.sharding_groups} groups" if trainer.sharding_groups > 1 else ""
-        return f"{count}{nodes}: parameters, gradients and optimizer state sharded{groups}; all travel in float32"
+        return f"{count}{nodes}: parameters, gradients and optimizer state sharded{groups}; {travel}"
     return f"{count}{nodes}" + (": each holds the whole model; gradients travel in float32" if count > 1 else "")
 
 

@@ -71,10 +71,9 @@ _failures: list[Exception] = []
 def _end_stopped(stopped: KeyboardInterrupt) -> NoReturn:
     """A process that another of the run has started ends with 0 when both were stopped: a code tells its starter that
     something is wrong."""
-    lost = isinstance(stopped, LostRankError)
-    if started_by_another() and not lost:
+    why = f"another process of this run is lost ({stopped.how})" if isinstance(stopped, LostRankError) else "stopped"
+    if started_by_another() and why == "stopped":
         sys.exit(0)
-    why = "another process of this run has ended" if lost else "stopped"
     print(f"{why}; the same command continues from the last checkpoint", file=sys.stderr)
     sys.exit(stopped.exit_code if isinstance(stopped, StoppedError) else 130)
 

@@ -40,6 +40,8 @@ NOT_IN_HASH = (
     "trainer.num_nodes",
     "trainer.strategy",
     "trainer.sharding_groups",
+    "trainer.all_gather",  # refused where it would change a bit
+    "trainer.timeout_minutes",
     "trainer.checkpoint_activations",
     "trainer.share_trunk",
     "callbacks",

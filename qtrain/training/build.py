@@ -12,7 +12,7 @@ from qtrain.data.tokenizer import Tokenizer, load_kept
 from qtrain.errors import UserError
 from qtrain.models.decoder import Decoder
 from qtrain.plan import make_plan
-from qtrain.quant import QuantLinear, Report, convert, set_high_precision
+from qtrain.quant import QuantLinear, Report, check_quantized_gather, convert, set_high_precision
 from qtrain.runs.directory import RunDirectory
 from qtrain.training.causal_lm import computes_in_high_precision
 from qtrain.training.checkpoint import newest, refuse_earlier_format, restore, values_of
@@ -42,7 +42,7 @@ def build_model(config: Config, vocab_size: int) -> Decoder:
 
 def check_model(config: Config) -> Report:
     """What the recipe will convert, found out on shapes alone, before any data is prepared. UserError for a width that
-    the recipe's blocks do not divide."""
+    the recipe's blocks do not divide, and for weights that trainer.all_gather=quantized cannot gather."""
     with torch.device("meta"):
         model = Decoder(config.model, vocab_size=1)
     report = convert(model, config.recipe, seed=config.seed, backend=config.backend, gemm=config.gemm)
@@ -51,6 +51,9 @@ def check_model(config: Config) -> Report:
             f"trainer.chunked_loss=true takes the head's product by chunks, and recipe {config.recipe.name} quantises "
             "lm_head as a whole; add lm_head to recipe.skip, or set trainer.chunked_loss=false"
         )
+    if config.trainer.all_gather == "quantized":
+        trainer = config.trainer
+        check_quantized_gather(model, trainer.devices * trainer.num_nodes // trainer.sharding_groups)
     return report
 
 

@@ -87,7 +87,7 @@ def run(config: Config) -> float | None:
     console = Console(highlight=False, quiet=world.rank > 0, width=None if sys.stdout.isatty() else 120)
     speak_through(console)
     device = pick_device(config)
-    check_strategy(config.trainer)
+    check_strategy(config)
     log.info("%s", check_model(config))
     directory = RunDirectory.of(config)
     if config.dry_run:
@@ -157,8 +157,7 @@ def _together(config: Config, world: World, device: torch.device, stop: StopRequ
     except Exception as error:
         if world.size == 1 or not is_lost_rank(error):
             raise
-        log.warning("another process of this run has ended (%s)", first_line(error))
-        raise LostRankError(QUEUE_AGAIN) from error
+        raise LostRankError(QUEUE_AGAIN, first_line(error)) from error
 
 
 @contextmanager

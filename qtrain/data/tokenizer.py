@@ -81,7 +81,7 @@ class FileTokenizer:
 
     @property
     def eos_token(self) -> str:
-        return self._tokenizer.id_to_token(self.eos_id)
+        return str(self._tokenizer.id_to_token(self.eos_id))
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> FileTokenizer:
@@ -135,7 +135,7 @@ def load_kept(config: TokenizerConfig, folder: Path) -> Tokenizer:
     """What `keep_tokenizer` has left of the tokenizer of these settings. UserError where it is not there."""
     if config.kind == "bytes":
         return ByteTokenizer()
-    return load_pretrained(TokenizerConfig(kind="huggingface", path=str(folder)))
+    return load_pretrained(TokenizerConfig(kind="huggingface", vocab_size=None, path=str(folder)))
 
 
 def load_saved(path: Path | None, eos_id: int) -> Tokenizer:

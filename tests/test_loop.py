@@ -298,6 +298,26 @@ def test_a_schedulers_signal_is_handed_on_once_the_run_is_saved() -> None:
         signal.signal(signal.SIGUSR2, before)
 
 
+def test_a_signal_while_ranks_part_is_too_late_to_change_the_ending(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All have saved and wait for each other. A rank that left now would look lost to the others."""
+
+    class Signals(Observer):
+        def on_step_end(self, step: int) -> None:
+            if step == 3:
+                signal.raise_signal(signal.SIGUSR1)
+                monkeypatch.setattr(Ranks, "meet", lambda self: signal.raise_signal(signal.SIGTERM))
+
+    build = Session.observers
+    monkeypatch.setattr(Session, "observers", lambda self: [*build(self), Signals()])
+    config = settings(corpus, tmp_path / "run", "recipe=bf16")
+    with pytest.raises(StoppedError) as stopped:
+        run(config)
+    assert stopped.value.exit_code == 75
+    assert RunDirectory.of(config).summary["status"] == "interrupted"
+
+
 def test_outside_of_training_a_signal_ends_the_run_at_once() -> None:
     with pytest.raises(StoppedError) as stopped, StopRequest():
         signal.raise_signal(signal.SIGTERM)

@@ -20,19 +20,22 @@ else:
     OptimizerSettings, Schedule = family("qtrain.optim.optimizers"), family("qtrain.optim.schedules")
 
 
+LARGEST = 1 << 24  # of a model's dimensions: beyond any memory, and still to be multiplied
+
+
 class ModelConfig(Strict):
     """A Llama: RMSNorm, RoPE, SwiGLU, grouped-query attention. nominal_parameters is the paper's name for the size
     (30M -> 30e6): a token budget per parameter counts it where it is given, else the non-embedding parameters."""
 
     name: str
-    dim: int = Field(gt=0)
+    dim: int = Field(gt=0, le=LARGEST)
     n_layers: int = Field(gt=0, le=10_000)
-    n_heads: int = Field(gt=0)
+    n_heads: int = Field(gt=0, le=LARGEST)
     n_kv_heads: int | None = Field(None, gt=0)
-    ffn_dim: int = Field(gt=0)
-    seq_len: int = Field(gt=1)
+    ffn_dim: int = Field(gt=0, le=LARGEST)
+    seq_len: int = Field(gt=1, le=LARGEST)
     tie_embeddings: bool = False
-    vocab_size: int | None = Field(None, gt=0)
+    vocab_size: int | None = Field(None, gt=0, le=LARGEST)
     rope_theta: float = Field(10000.0, gt=0)
     norm_eps: float = Field(1e-5, gt=0)
     init_std: float = Field(0.02, gt=0)

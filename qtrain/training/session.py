@@ -246,6 +246,9 @@ class Session:
         try:
             with stop.noting(), stop.ending_at_once():
                 asked = self.train(checkpoint, stop)
+                if asked:
+                    self._write_summary(Status.INTERRUPTED)
+                    self.ranks.meet()
         except DivergedError as error:
             self._write_summary(Status.DIVERGED, reason=str(error))
             if not self.ranks.is_zero:
@@ -259,8 +262,6 @@ class Session:
             self._write_summary(Status.INTERRUPTED if lost else Status.FAILED, reason=first_line(error))
             raise
         if asked:
-            self._write_summary(Status.INTERRUPTED)
-            self.ranks.meet()
             raise StoppedError(asked)
 
     def train(self, checkpoint: Path | None = None, stop: StopRequest | None = None) -> int:

@@ -177,7 +177,9 @@ def _job(tree: DictConfig) -> float | None:
         from qtrain.training.session import run
 
         loss = run(config)
-        if not several and loss is not None and RunDirectory.of(config).path.exists():  # it is not where a row was found
+        if (
+            not several and loss is not None and RunDirectory.of(config).path.exists()
+        ):  # it is not where a row was found
             print(next_commands(config))
         return loss
     except RefusedError:
@@ -255,7 +257,9 @@ def _composing() -> Iterator[None]:
         with hydra.initialize_config_dir(str(configs_dir()), version_base="1.3"):
             yield
     except (HydraException, OmegaConfBaseException, ValueError) as error:
-        if isinstance(error, UserError) or not (isinstance(error, HydraException | OmegaConfBaseException) or _is_of_hydra(error)):
+        if isinstance(error, UserError) or not (
+            isinstance(error, HydraException | OmegaConfBaseException) or _is_of_hydra(error)
+        ):
             raise
         raise UserError(str(error)) from None
 

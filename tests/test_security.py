@@ -12,7 +12,9 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 
+import qtrain
 from qtrain.config import Config, parse_saved
 from qtrain.config.settings import parse
 from qtrain.data import open_corpus, prepare
@@ -21,6 +23,8 @@ from qtrain.runs.directory import RunDirectory
 from qtrain.runs.files import read_json, read_yaml
 from qtrain.runs.table import read_csv, read_settings
 from qtrain.train import compose
+from qtrain.training.build import build_model
+from qtrain.training.checkpoint import save, tensors_of
 from qtrain_kernels import kernel_cache
 
 ROOT = Path(__file__).parents[1]
@@ -162,6 +166,19 @@ def test_deep_json_is_refused(tmp_path: Path) -> None:
     (tmp_path / "summary.json").write_text('{"a":' * 100_000)
     with pytest.raises(UserError, match=r"summary\.json"):
         read_json(tmp_path / "summary.json")
+
+
+def test_settings_that_ask_for_more_than_the_checkpoint_holds_take_no_memory(tmp_path: Path) -> None:
+    """4 TB for each matrix, of a checkpoint of 500 KB."""
+    config = compose(["model=micro", "model.dim=64", "model.ffn_dim=64", "model.n_layers=1", "recipe=bf16"])
+    save(tmp_path / "checkpoints", 1, tensors_of(build_model(config, 257)), {"vocab_size": 257})
+    tree = config.model_dump(mode="json")
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
+    assert qtrain.load_run(tmp_path) is not None
+    tree["model"] |= {"dim": 1 << 20, "ffn_dim": 1 << 20}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
+    with pytest.raises(UserError, match=r"step-00000001 holds another state: model\.embed\.weight is .*257, 64"):
+        qtrain.load_run(tmp_path)
 
 
 # ------------------------------------------------------------------------------------------------- 6: the terminal

@@ -29,7 +29,7 @@ class ModelConfig(Strict):
 
     name: str
     dim: int = Field(gt=0, le=LARGEST)
-    n_layers: int = Field(gt=0, le=10_000)
+    n_layers: int = Field(gt=0, le=1_000)
     n_heads: int = Field(gt=0, le=LARGEST)
     n_kv_heads: int | None = Field(None, gt=0)
     ffn_dim: int = Field(gt=0, le=LARGEST)

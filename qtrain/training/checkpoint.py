@@ -28,8 +28,9 @@ import secrets
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -227,13 +228,27 @@ def load(folder: Path, tensors: Mapping[str, Tensor], alone: bool = False) -> di
     written from; the plain values. The names must be all that it has of the model, of the optimiser or of both.
     Collective; alone: this process reads for itself. UserError for other names, shapes or dtypes."""
     values = values_of(folder)
+    compare(folder, tensors)
     reader = HuggingFaceStorageReader(str(folder))
-    try:
-        _compare(folder, _saved(reader), tensors)
+    with _readable(folder):
         _quietly(dcp.load)(dict(tensors), storage_reader=reader, no_dist=alone or _ranks() == 1)
+    return values
+
+
+def compare(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    """UserError when a checkpoint holds tensors of other names, shapes or dtypes than these, which may be without
+    memory (on the meta device)."""
+    with _readable(folder):
+        _compare(folder, _saved(HuggingFaceStorageReader(str(folder))), tensors)
+
+
+@contextmanager
+def _readable(folder: Path) -> Iterator[None]:
+    """Errors of its readers as UserError."""
+    try:
+        yield
     except (OSError, CheckpointException, safetensors.SafetensorError) as error:
         raise UserError(f"cannot read checkpoint {folder}: {_reason(error)}") from error
-    return values
 
 
 def values_of(folder: Path) -> dict[str, Any]:

@@ -60,7 +60,7 @@ def main() -> None:
             raise
         _report(error)
     except OSError as error:
-        if error.filename is None and error.errno is None:
+        if error.errno is None:
             raise
         _report(explain(error))
     except KeyboardInterrupt as stopped:
@@ -155,10 +155,12 @@ def job(tree: DictConfig) -> float | None:
         return _job(tree)
     from qtrain.runs.processes import end_with_parent
 
-    end_with_parent(signal.SIGTERM)  # which saves first
+    parent_lives = end_with_parent(signal.SIGTERM)  # which saves first
     try:  # a process of hydra/launcher=local
         return None if _stop.stopped or _stop.asked else _job(tree)
     except KeyboardInterrupt as stopped:
+        if not parent_lives():
+            os._exit(stopped.exit_code if isinstance(stopped, StoppedError) else 130)  # joblib would wait for a next job
         _stop.stopped = stopped
         return None
 
@@ -185,12 +187,15 @@ def _job(tree: DictConfig) -> float | None:
     except RefusedError:
         if not several:
             raise
-    except UserError as error:
+    except (UserError, OmegaConfBaseException) as error:
         _report(error)
-    except Exception:
-        if not several:
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            _report(explain(error))
+        elif not several:
             raise
-        traceback.print_exc()
+        else:
+            traceback.print_exc()
     if several:
         raise JobFailedError
     return None

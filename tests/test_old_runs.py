@@ -52,6 +52,15 @@ def test_a_finished_run_is_finished(directory: Path, capsys: pytest.CaptureFixtu
     assert f"{directory.relative_to(Path.cwd())} is finished" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("loss", [None, "x", float("nan")])
+def test_a_finished_run_without_a_loss_is_damaged(directory: Path, loss: object) -> None:
+    """Of every version."""
+    summary = json.loads((directory / "summary.json").read_text())
+    (directory / "summary.json").write_text(json.dumps(summary | {"val_loss": loss}))
+    with pytest.raises(UserError, match=r"summary\.json says finished, and val_loss is .*; train it again"):
+        run(the_same_command())
+
+
 def test_its_row_counts_elsewhere(directory: Path, tmp_path: Path) -> None:
     shutil.copy(KEPT / "results.csv", tmp_path / "results.csv")
     assert run(the_same_command("results=results.csv", "run_root=elsewhere")) == LOSS

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -179,6 +180,11 @@ def test_settings_that_ask_for_more_than_the_checkpoint_holds_take_no_memory(tmp
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
     with pytest.raises(UserError, match=r"step-00000001 holds another state: model\.embed\.weight is .*257, 64"):
         qtrain.load_run(tmp_path)
+    for values, found in (({"vocab_size": "y"}, "'y'"), ({}, "None"), ({"vocab_size": -1}, "-1")):
+        shutil.rmtree(tmp_path / "checkpoints")
+        save(tmp_path / "checkpoints", 1, tensors_of(build_model(config, 257)), values)
+        with pytest.raises(UserError, match=f"step-00000001 is no checkpoint of a run: its vocab_size is {found}"):
+            qtrain.load_run(tmp_path)
 
 
 # ------------------------------------------------------------------------------------------------- 6: the terminal

@@ -92,7 +92,8 @@ class Saver:
     def restore(self, folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         """`restore`, whose checkpoint's commits become those of what is saved from here on."""
         values = restore(folder, model, optimizer)
-        earlier = [one for one in values.get("commits", [None]) if one not in self.commits]
+        saved = values.get("commits")
+        earlier = [one for one in (saved if isinstance(saved, list) else [None]) if one not in self.commits]
         if earlier:
             computed = ", ".join(map(str, earlier))
             log.warning("%s was computed at commit %s; the code is now at %s", folder, computed, self.commits[-1])
@@ -258,6 +259,13 @@ def values_of(folder: Path) -> dict[str, Any]:
         found = values.get("format")
         raise UserError(f"{folder} is of format {found}; this qtrain reads {FORMAT}: use the qtrain that wrote it")
     return values
+
+
+def whole_number(folder: Path, values: Mapping[str, Any], name: str) -> int:
+    """One of the plain values of a checkpoint. UserError where it is no whole number: another program's checkpoint."""
+    if type(values.get(name)) is not int or values[name] < 0:
+        raise UserError(f"{folder} is no checkpoint of a run: its {name} is {values.get(name)!r}; move it away")
+    return values[name]
 
 
 def _saved(reader: HuggingFaceStorageReader) -> dict[str, TensorStorageMetadata]:

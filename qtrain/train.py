@@ -160,7 +160,9 @@ def job(tree: DictConfig) -> float | None:
         return None if _stop.stopped or _stop.asked else _job(tree)
     except KeyboardInterrupt as stopped:
         if not parent_lives():
-            os._exit(stopped.exit_code if isinstance(stopped, StoppedError) else 130)  # joblib would wait for a next job
+            os._exit(
+                stopped.exit_code if isinstance(stopped, StoppedError) else 130
+            )  # joblib would wait for a next job
         _stop.stopped = stopped
         return None
 

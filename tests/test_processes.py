@@ -43,7 +43,7 @@ def runs(process: int) -> bool:
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="processes are looked up in /proc")
 def test_a_job_whose_launcher_was_killed_saves_and_ends() -> None:
-    """Processes of hydra/launcher=local trained on unseen; then they waited for the jobs of a launcher that was gone."""
+    """Of hydra/launcher=local: it trained on unseen, and then waited for the jobs of a launcher that was gone."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     with subprocess.Popen([sys.executable, "-c", JOB], stdout=subprocess.PIPE, text=True, env=environment) as launcher:
         assert launcher.stdout is not None

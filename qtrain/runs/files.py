@@ -43,11 +43,11 @@ def write_atomically(path: Path, text: str) -> None:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """An error of the file system within it names the file. Python's does not where an open file cannot grow."""
+    """An error of the file system within it names a file. Python's does not where an open file cannot grow."""
     try:
         yield
     except OSError as error:
-        error.filename = str(path)
+        error.filename = error.filename or str(path)
         raise
 
 

@@ -348,7 +348,7 @@ def test_a_full_disk_is_told_with_the_place(files: Path, monkeypatch: pytest.Mon
     def no_room(*_: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # as of an open file: without its name
 
-    monkeypatch.setattr(sys.modules[prepare_function.__module__], "sync_folder", no_room)
+    monkeypatch.setattr(sys.modules[prepare_function.__module__], "_build", no_room)
     with pytest.raises(OSError, match="No space left") as told:
         quiet(config(files))
     assert f"refused {files.parent}/cache/text-00-bytes-" in str(explain(told.value))

@@ -52,6 +52,7 @@ MAY_IMPORT = {
     "qtrain.training.world": "qtrain.config",
     "qtrain.training.stop": "",
     "qtrain.training.losses": "torch",
+    "qtrain.training.activations": "torch qtrain.config.settings",
     "qtrain.training.checkpoint": "torch safetensors qtrain.runs",
     "qtrain.training.causal_lm": (
         "torch lightning qtrain.config qtrain.plan qtrain.optim.groups qtrain.quant qtrain.training.losses"
@@ -77,7 +78,8 @@ MAY_IMPORT = {
     ),
     "qtrain.training.session": (
         "torch lightning rich qtrain.config qtrain.plan qtrain.optim.groups qtrain.models qtrain.quant qtrain.data "
-        "qtrain.data.batches qtrain.report qtrain.runs qtrain.training.build qtrain.training.causal_lm "
+        "qtrain.data.batches qtrain.report qtrain.runs qtrain.training.activations qtrain.training.build "
+        "qtrain.training.causal_lm "
         "qtrain.training.checkpoint qtrain.training.divergence qtrain.training.loop qtrain.training.observers "
         "qtrain.training.parallel qtrain.training.saves qtrain.training.stop qtrain.training.trunk "
         "qtrain.training.world"

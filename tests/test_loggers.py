@@ -14,31 +14,31 @@ from qtrain.errors import UserError
 from qtrain.runs.directory import RunDirectory
 from qtrain.train import compose
 from qtrain.training.observers.loggers import build_loggers, check_logger, has_wandb_key
+from qtrain.training.session import run
 
 ROOT = Path(__file__).parents[1]
 
 
-def train(tmp_path: Path, *overrides: str) -> None:
+def small(tmp_path: Path) -> list[str]:
     for number in range(20):
         (tmp_path / f"{number}.txt").write_text(f"document {number} says the same again and again " * 10)
-    small = [
+    return [
         "recipe=bf16", "model.dim=64", "model.ffn_dim=64", "model.n_layers=1", "model.seq_len=32", "trainer.tokens=640",
         "trainer.batch_tokens=128", "trainer.micro_batch_size=4", "callbacks.log_every_steps=1",
         "callbacks.sample_tokens=0", "data.source=text", f"data.files={tmp_path}/*.txt", "data.val_tokens=128",
         f"data.cache_dir={tmp_path}/cache", f"run_root={tmp_path}/runs",
     ]  # fmt: skip
+
+
+def test_every_run_of_a_multirun_is_a_wandb_run_of_its_own(tmp_path):
+    pytest.importorskip("wandb", reason="the extra wandb is not installed")
     subprocess.run(
-        [sys.executable, "train.py", *small, *overrides],
+        [sys.executable, "train.py", "-m", *small(tmp_path), "seed=0,1", "logger=wandb"],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "WANDB_SILENT": "true"},
         check=True,
         timeout=600,
     )
-
-
-def test_every_run_of_a_multirun_is_a_wandb_run_of_its_own(tmp_path):
-    pytest.importorskip("wandb", reason="the extra wandb is not installed")
-    train(tmp_path, "-m", "seed=0,1", "logger=wandb")
     runs = sorted((tmp_path / "runs").glob("bf16-*"))
     assert len(runs) == 2
     for path in runs:
@@ -53,7 +53,7 @@ def test_tensorboard_mirrors_every_line(tmp_path):
     accumulator = pytest.importorskip(
         "tensorboard.backend.event_processing.event_accumulator", reason="the extra tensorboard is not installed"
     )
-    train(tmp_path, "logger=tensorboard")
+    run(compose([*small(tmp_path), "logger=tensorboard"]))
     (path,) = (tmp_path / "runs").iterdir()
     events = accumulator.EventAccumulator(str(path / "tensorboard")).Reload()
     lines = RunDirectory(path).lines("loss")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import math
 import random
@@ -123,6 +124,13 @@ def test_a_stock_trainer_trains_the_same(corpus: Path, tmp_path: Path, recipe: s
         assert torch.equal(ours[name], weight), name
 
 
+def test_a_trace_of_the_steps_asked_for(corpus: Path, tmp_path: Path) -> None:
+    run(settings(corpus, tmp_path / "run", "recipe=quartet_v1", "callbacks.profile_steps=1"))
+    with gzip.open(tmp_path / "run" / "profile" / "trace-rank0.json.gz") as file:
+        names = [event.get("name") for event in json.load(file)["traceEvents"]]
+    assert names.count("qtrain::quantize_grad") == 2 * 7  # one step of two micro-batches, seven linear layers
+
+
 # ------------------------------------------------------------------------------------------------------ steps go wrong
 
 
@@ -130,9 +138,9 @@ def poison(monkeypatch: pytest.MonkeyPatch, *forwards: int) -> None:
     """The training losses of these forwards (from 1) are not finite."""
     exact, calls = causal_lm.next_token_loss, []
 
-    def poisoned(model: nn.Module, tokens: Tensor) -> Tensor:
+    def poisoned(model: nn.Module, tokens: Tensor, **more: bool) -> Tensor:
         calls.append(0)
-        return exact(model, tokens) * (math.nan if len(calls) in forwards else 1.0)
+        return exact(model, tokens, **more) * (math.nan if len(calls) in forwards else 1.0)
 
     monkeypatch.setattr(causal_lm, "next_token_loss", poisoned)
 

@@ -147,8 +147,8 @@ def status(run_dir: Path) -> str:
 WAYS = {
     "ddp": ["trainer.strategy=ddp"],
     "fsdp2": ["trainer.strategy=fsdp2"],
-    "ddp-checkpointed": ["trainer.strategy=ddp", "trainer.checkpoint_activations=true"],
-    "fsdp2-checkpointed": ["trainer.strategy=fsdp2", "trainer.checkpoint_activations=true"],
+    "ddp-checkpointed": ["trainer.strategy=ddp", "trainer.checkpoint_activations=full"],
+    "fsdp2-checkpointed": ["trainer.strategy=fsdp2", "trainer.checkpoint_activations=selective"],
 }
 
 

@@ -29,6 +29,7 @@ SMALL = [
     "backend=reference",
     "model.dim=64",
     "model.ffn_dim=96",
+    "model.n_layers=1",
     "model.seq_len=32",
     f"trainer.tokens={STEPS * 128}",
     "trainer.batch_tokens=128",

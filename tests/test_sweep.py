@@ -35,7 +35,8 @@ SCRIPT = ROOT / "scripts" / "sweep.py"
 TINY = [
     "data=text", "data.val_tokens=512", "model.seq_len=32", "trainer.micro_batch_size=2", "trainer.batch_tokens=64",
     "scheduler=wsd", "scheduler.warmup_steps=2", "trainer.share_trunk=true", "callbacks.sample_tokens=0",
-    "callbacks.log_every_steps=1", "callbacks.checkpoint_every_steps=2", "backend=reference", "recipe=quartet_v1",
+    "callbacks.log_every_steps=1", "callbacks.checkpoint_every_steps=2", "backend=auto", "model.n_layers=1",
+    "recipe=quartet_v1",
 ]  # fmt: skip
 
 
@@ -118,7 +119,7 @@ def test_a_sweep_killed_at_random_ends_with_the_same_table(
 def test_asked_to_stop_a_sweep_waits_until_each_process_has_saved(corpus: Path, tmp_path: Path, through: str) -> None:
     """Two train beside each other; the third does not begin. Ctrl-C reaches all processes, SIGTERM the first alone."""
     paths = [f"data.files={corpus}/*.txt", f"data.cache_dir={corpus}/cache", f"run_root={tmp_path}/runs"]
-    more = ["trainer.tokens=64_000", "seed=0,1,2", "callbacks.checkpoint_every_steps=1000"]
+    more = ["trainer.tokens=640_000", "seed=0,1,2", "callbacks.checkpoint_every_steps=1000"]
     start = {
         "train.py": [ROOT / "train.py", "-m", "hydra/launcher=local"],
         "sweep.py": [SCRIPT, "launch", "--jobs", "2"],

@@ -25,9 +25,10 @@ BATCH = 128
 SMALL = [
     "scheduler=wsd",
     "scheduler.warmup_steps=4",
-    "backend=reference",
+    "backend=auto",
     "model.dim=64",
     "model.ffn_dim=96",
+    "model.n_layers=1",
     "model.seq_len=32",
     f"trainer.batch_tokens={BATCH}",
     "trainer.micro_batch_size=2",
@@ -188,7 +189,7 @@ def test_a_failed_run_says_why_and_waits_to_be_asked_again(
 ) -> None:
     config = settings(corpus, tmp_path, 4)
     with monkeypatch.context() as patched:
-        patched.setattr("qtrain.training.causal_lm.next_token_loss", lambda *_: 1 / 0)
+        patched.setattr("qtrain.training.causal_lm.next_token_loss", lambda *_, **__: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             run(config)
     summary = RunDirectory.of(config).summary

@@ -85,6 +85,7 @@ INTRODUCED: dict[str, dict[str, Any]] = {
         "grad_clip": 1.0,
         "precision": "bf16-mixed",
         "compile": False,
+        "chunked_loss": False,
         "on_divergence": "stop",
         "on_spike": "ignore",
     },

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from qtrain.config.recipe import LinearRecipe
-from qtrain.config.settings import BFLOAT16_GEMMS, Backend, GemmKind, Strict, family, fields_at, nearest
+from qtrain.config.settings import BFLOAT16_GEMMS, Backend, Checkpointing, GemmKind, Strict, family, fields_at, nearest
 from qtrain.errors import UserError
 
 if TYPE_CHECKING:
@@ -133,7 +133,10 @@ class TrainerConfig(Strict):
     strategy: auto (one device alone, several by ddp) | ddp (each device holds the whole model) | fsdp2 (parameters,
         gradients and optimiser state are sharded over the devices).
     sharding_groups: fsdp2 within each of so many groups of devices, which hold a whole model each (hybrid sharding).
-    checkpoint_activations: keep the input of each block alone and compute the rest again in the backward.
+    checkpoint_activations: none | selective (each block keeps its matrix products and attention, and computes the rest
+        again in the backward) | full (each block keeps its input alone). Gradients are the same, bit for bit.
+    chunked_loss: take the head's cross-entropy by chunks of tokens, so that the logits, the largest tensor of a small
+        model with a large vocabulary, never exist as a whole. The result differs by rounding.
     on_divergence: what to do when a loss or gradient norm is not finite: stop | skip the update | rewind to the last
         checkpoint and go on with the data that comes next. on_spike: ignore | log | skip | rewind, when one lies more
         than six standard deviations above its last 128. All but stop and ignore wait for the device at each step.
@@ -155,7 +158,8 @@ class TrainerConfig(Strict):
     num_nodes: int = Field(1, gt=0)
     strategy: Literal["auto", "ddp", "fsdp2"] = "auto"
     sharding_groups: int = Field(1, gt=0)
-    checkpoint_activations: bool = False
+    checkpoint_activations: Checkpointing = "none"
+    chunked_loss: bool = False
     on_divergence: Literal["stop", "skip", "rewind"] = "stop"
     on_spike: Literal["ignore", "log", "skip", "rewind"] = "ignore"
     precision: Literal["auto", "bf16-mixed", "32-true"] = "auto"
@@ -181,6 +185,8 @@ class CallbacksConfig(Strict):
         no fewer than 40 steps, which costs at most 3% of its time; 0 is never.
     telemetry_gradients: compare weight gradients with those without quantisers there, for one more forward and
         backward.
+    profile_steps: record so many steps by torch's profiler, soon after the start: run_dir/profile holds a trace of each
+        rank, for ui.perfetto.dev.
     """
 
     log_every_steps: int = Field(gt=0)
@@ -189,6 +195,7 @@ class CallbacksConfig(Strict):
     checkpoint_every_minutes: float = Field(15.0, gt=0)
     telemetry_every_steps: int | None = Field(None, ge=0)
     telemetry_gradients: bool = False
+    profile_steps: int = Field(0, ge=0)
     keep_checkpoints: int = Field(2, ge=1)
     progress_bar: bool = True
     sample_tokens: int | None = Field(None, ge=0)

@@ -23,6 +23,7 @@ from qtrain.errors import UserError
 Backend = Literal["auto", "reference", "compiled", "triton"]
 GemmKind = Literal["auto", "float", "fp8", "fp8_fast", "fp4"]
 BFLOAT16_GEMMS = ("fp8", "fp8_fast", "fp4")  # whose products are bfloat16
+Checkpointing = Literal["none", "selective", "full"]
 Redraw = Literal["micro_batch", "step"]
 T = TypeVar("T", bound="Strict")
 

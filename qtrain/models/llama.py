@@ -26,11 +26,13 @@ from torch import Tensor, nn
 
 from qtrain.config import ModelConfig
 from qtrain.errors import UserError
+from qtrain.models.chunked_loss import chunked_cross_entropy
 from qtrain_kernels.precision import Linear, causal_attention
 
 
 class Llama(nn.Module):
     """tokens (B, T) int64 -> logits (B, T, V), in the dtype of the last matmul (float32, or bfloat16 under autocast).
+    With targets (B, T) int64: their cross-entropy in nats, () float32, for which the logits never exist as a whole.
 
     UserError when T exceeds config.seq_len.
     """
@@ -60,7 +62,7 @@ class Llama(nn.Module):
                 to_residual = name.endswith(("attention.o", "mlp.down"))
                 nn.init.normal_(module.weight, std=residual_std if to_residual else self.config.init_std)
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, targets: Tensor | None = None, reduction: str = "mean") -> Tensor:
         n_tokens = tokens.shape[1]
         if n_tokens > self.config.seq_len:
             raise UserError(
@@ -71,7 +73,8 @@ class Llama(nn.Module):
         x = self.embed(tokens)
         for layer in self.layers:
             x = layer(x, cos, sin)
-        return self.lm_head(self.norm(x))
+        x = self.norm(x)
+        return self.lm_head(x) if targets is None else chunked_cross_entropy(x, self.lm_head, targets, reduction)
 
 
 class Block(nn.Module):

@@ -11,7 +11,7 @@ from qtrain.config import Config
 from qtrain.errors import UserError
 from qtrain.models.llama import Llama
 from qtrain.plan import make_plan
-from qtrain.quant import Report, convert, set_high_precision
+from qtrain.quant import QuantLinear, Report, convert, set_high_precision
 from qtrain.runs.directory import RunDirectory
 from qtrain.training.causal_lm import computes_in_high_precision
 from qtrain.training.checkpoint import (
@@ -52,7 +52,13 @@ def check_model(config: Config) -> Report:
     the recipe's blocks do not divide."""
     with torch.device("meta"):
         model = Llama(config.model, vocab_size=1)
-    return convert(model, config.recipe, seed=config.seed, backend=config.backend, gemm=config.gemm)
+    report = convert(model, config.recipe, seed=config.seed, backend=config.backend, gemm=config.gemm)
+    if config.trainer.chunked_loss and isinstance(model.lm_head, QuantLinear):
+        raise UserError(
+            f"trainer.chunked_loss=true takes the head's product by chunks, and recipe {config.recipe.name} quantises "
+            "lm_head as a whole; add lm_head to recipe.skip, or set trainer.chunked_loss=false"
+        )
+    return report
 
 
 def load_run(path: str | Path) -> nn.Module:

@@ -67,7 +67,7 @@ class CausalLM(lightning.LightningModule):
         """The loss of this rank's micro-batch `micro_batch` (from 0). model: self.model, or what wraps it."""
         # Numbered over all ranks, as the data is: the same samples draw the same bits on any number of them.
         set_step(self.model, step, micro_batch * ranks + rank)
-        loss = next_token_loss(model, batch)
+        loss = next_token_loss(model, batch, chunked=self.config.trainer.chunked_loss)
         share = loss.detach() / self.plan.micro_batches
         self.step_loss = share if micro_batch == 0 else self.step_loss + share
         return loss

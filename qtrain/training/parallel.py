@@ -25,7 +25,6 @@ from torch import distributed, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.checkpoint import checkpoint
 
 from qtrain.config import Config, TrainerConfig
 from qtrain.errors import RefusedError, UserError
@@ -191,13 +190,6 @@ def shard(model: nn.Module, mesh: DeviceMesh, groups: int = 1) -> nn.Module:
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
     return list(model.layers)  # pyright: ignore[reportArgumentType]
-
-
-def checkpoint_activations(model: nn.Module) -> None:
-    """Let each block keep its input alone, and compute the rest again in the backward. Noise is a function of its
-    position, hence the same again."""
-    for block in blocks_of(model):
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def check_strategy(trainer: TrainerConfig) -> None:

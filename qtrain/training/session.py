@@ -41,14 +41,15 @@ from qtrain.runs.environment import commit
 from qtrain.runs.files import write_atomically
 from qtrain.runs.status import FAILED, Status
 from qtrain.runs.table import read_run, record, recorded
+from qtrain.training.activations import checkpoint_activations
 from qtrain.training.build import build_model, check_model, pick_device
 from qtrain.training.causal_lm import CausalLM
 from qtrain.training.checkpoint import Saver, newest, refuse_earlier_format, tidy, whole_number
 from qtrain.training.divergence import MOST_IN_A_ROW, Guard, RewindError
 from qtrain.training.loop import Training, train
-from qtrain.training.observers import Measure, Observer, Progress, Recorder, Telemetry, Validate
+from qtrain.training.observers import Measure, Observer, Profile, Progress, Recorder, Telemetry, Validate
 from qtrain.training.observers.loggers import build_loggers, check_logger, close_loggers, mirror_summary
-from qtrain.training.parallel import Ranks, check_strategy, checkpoint_activations, is_lost_rank, joined
+from qtrain.training.parallel import Ranks, blocks_of, check_strategy, is_lost_rank, joined
 from qtrain.training.saves import Saves
 from qtrain.training.stop import QUEUE_AGAIN, StopRequest
 from qtrain.training.trunk import Trunk, metrics_beside
@@ -308,8 +309,7 @@ class Session:
 
     def _set_up(self) -> _FabricModule:
         """The model on its device, as the strategy wraps it."""
-        if self.config.trainer.checkpoint_activations:
-            checkpoint_activations(self.model)
+        checkpoint_activations(blocks_of(self.model), self.config.trainer.checkpoint_activations)
         forward = self.fabric.setup_module(self.model)
         if self.config.trainer.compile:
             self.model.compile()
@@ -322,11 +322,13 @@ class Session:
         config, plan = self.config, self.plan
         progress = Progress(self.console, config.callbacks.progress_bar, plan.steps)
         recorder = Recorder(self.directory, self.module, self.ranks, self.loggers, [progress.listen])
+        profiled = config.callbacks.profile_steps
         return [
             Measure(recorder, config.callbacks.log_every_steps),
             Telemetry(recorder, plan.telemetry_every_steps, config.callbacks.telemetry_gradients),
             Validate(recorder, plan.val_every_steps, self.data.val, self.corpus.bytes_per_token),
             progress,
+            *([Profile(self.directory.path / "profile", self.ranks.rank, self.device, profiled)] if profiled else []),
         ]
 
     # ------------------------------------------------------------------------------------------------------------ begin

@@ -2,7 +2,8 @@
 
 from qtrain.training.observers.measure import Measure, Recorder, Validate
 from qtrain.training.observers.observer import Observer
+from qtrain.training.observers.profile import Profile
 from qtrain.training.observers.progress import Progress
 from qtrain.training.observers.telemetry import Telemetry
 
-__all__ = ["Measure", "Observer", "Progress", "Recorder", "Telemetry", "Validate"]
+__all__ = ["Measure", "Observer", "Profile", "Progress", "Recorder", "Telemetry", "Validate"]

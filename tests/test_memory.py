@@ -1,0 +1,144 @@
+"""What training keeps in memory: the loss by chunks, activation checkpointing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import cast
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributed._tools.mem_tracker import MemTracker
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from qtrain.errors import UserError
+from qtrain.models.chunked_loss import chunked_cross_entropy
+from qtrain.quant import calibrate, set_step
+from qtrain.train import compose
+from qtrain.training.activations import checkpoint_activations
+from qtrain.training.build import build_model, check_model
+from qtrain.training.losses import next_token_loss
+from qtrain.training.parallel import blocks_of
+from qtrain_kernels.precision import Linear
+
+CPU = torch.device("cpu")
+
+
+def head_and_inputs(n_tokens: int, dim: int, vocabulary: int) -> tuple[Linear, Tensor, Tensor]:
+    torch.manual_seed(0)
+    head = Linear(dim, vocabulary, bias=False)
+    nn.init.normal_(head.weight, std=0.3)
+    return head, torch.randn(n_tokens, dim), torch.randint(vocabulary, (n_tokens,))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize(("mixed", "tolerance"), [(False, 1e-6), (True, 2**-8)])
+def test_loss_by_chunks_equals_a_computation_in_float64(reduction: str, mixed: bool, tolerance: float) -> None:
+    head, x, targets = head_and_inputs(n_tokens=1100, dim=48, vocabulary=301)  # nine chunks, the last one short
+    operands = (x.bfloat16(), head.weight.bfloat16()) if mixed else (x, head.weight)
+    exact = [operand.detach().double().requires_grad_() for operand in operands]
+    expected = F.cross_entropy(exact[0] @ exact[1].T, targets, reduction=reduction)
+    (3 * expected).backward()
+
+    x.requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+        loss = chunked_cross_entropy(x.unflatten(0, (2, -1)), head, targets.unflatten(0, (2, -1)), reduction)
+    (3 * loss).backward()
+    assert loss.dtype == x.grad.dtype == head.weight.grad.dtype == torch.float32  # pyright: ignore[reportOptionalMemberAccess]
+    assert relative(loss.detach(), expected.detach()) < (1e-3 if mixed else 1e-6)
+    assert relative(x.grad, exact[0].grad) < tolerance
+    assert relative(head.weight.grad, exact[1].grad) < tolerance
+
+
+def relative(found: Tensor | None, expected: Tensor | None) -> float:
+    assert found is not None and expected is not None
+    return ((found.double() - expected).norm() / expected.norm()).item()
+
+
+@pytest.mark.parametrize("frozen", ["x", "weight"])
+def test_loss_by_chunks_makes_the_gradients_that_are_asked_for(frozen: str) -> None:
+    head, x, targets = head_and_inputs(n_tokens=130, dim=16, vocabulary=32)
+    x.requires_grad_(frozen != "x")
+    head.weight.requires_grad_(frozen != "weight")
+    chunked_cross_entropy(x, head, targets).backward()
+    assert (x.grad is None) == (frozen == "x")
+    assert (head.weight.grad is None) == (frozen == "weight")
+    with torch.no_grad():
+        assert not chunked_cross_entropy(x, head, targets).requires_grad
+
+
+def test_loss_by_chunks_holds_a_part_of_the_logits() -> None:
+    head, x, targets = head_and_inputs(n_tokens=2048, dim=32, vocabulary=4096)
+    x.requires_grad_()
+    plain = peak_bytes(head, lambda: F.cross_entropy(head(x).float(), targets).backward())
+    chunked = peak_bytes(head, lambda: chunked_cross_entropy(x, head, targets).backward())
+    gradients = x.nbytes + head.weight.nbytes
+    logits = len(x) * head.out_features
+    assert plain / logits >= 12
+    assert (chunked - gradients) / logits <= 2.5
+
+
+def peak_bytes(module: nn.Module, compute: Callable[[], object]) -> int:
+    """Of what `compute` holds at once, the module's parameters included."""
+    tracker = MemTracker()
+    tracker.track_external(module)
+    with tracker:
+        compute()
+    module.zero_grad()
+    return tracker.get_tracker_snapshot("peak")[CPU]["Total"]
+
+
+TINY = (
+    "trainer.precision=32-true",
+    "trainer.micro_batch_size=2",
+    "trainer.batch_tokens=128",
+    "model.dim=128",
+    "model.ffn_dim=256",
+    "model.n_layers=2",
+    "model.n_heads=2",
+    "model.seq_len=64",
+    "model.vocab_size=97",
+)
+
+
+def one_step(*more: str) -> tuple[dict[str, Tensor], int]:
+    """(gradients by name, peak bytes) of a forward and backward."""
+    config = compose([*TINY, *more])
+    model = build_model(config, 97)
+    checkpoint_activations(blocks_of(model), config.trainer.checkpoint_activations)
+    tokens = torch.randint(97, (2, 65), generator=torch.Generator().manual_seed(1))
+    calibrate(model, tokens[:, :-1])
+    set_step(model, 3, 0)
+    peak = peak_bytes(model, lambda: next_token_loss(model, tokens).backward())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    next_token_loss(model, tokens).backward()
+    return {name: cast("Tensor", parameter.grad) for name, parameter in model.named_parameters()}, peak
+
+
+@pytest.mark.parametrize("recipe", ["bf16", "quest", "quartet_v1", "lsq"])
+def test_gradients_with_activation_checkpointing_are_the_same_bits(recipe: str) -> None:
+    expected, most = one_step(f"recipe={recipe}")
+    found, peaks = {}, [most]
+    for kept in ("selective", "full"):
+        found, peak = one_step(f"recipe={recipe}", f"trainer.checkpoint_activations={kept}")
+        assert all(torch.equal(found[name], gradient) for name, gradient in expected.items()), kept
+        peaks.append(peak)
+    assert peaks[0] > peaks[1] > peaks[2]
+
+
+def test_full_checkpointing_computes_products_again_and_selective_does_not() -> None:
+    calls = {}
+    for kept in ("none", "selective", "full"):
+        config = compose([*TINY, "recipe=bf16", f"trainer.checkpoint_activations={kept}"])
+        model = build_model(config, 97)
+        checkpoint_activations(blocks_of(model), config.trainer.checkpoint_activations)
+        with FlopCounterMode(display=False) as counter:
+            next_token_loss(model, torch.zeros(2, 65, dtype=torch.int64)).backward()
+        calls[kept] = counter.get_total_flops()
+    assert calls["none"] == calls["selective"] < calls["full"]
+
+
+def test_a_quantised_head_is_not_taken_by_chunks() -> None:
+    with pytest.raises(UserError, match=r"recipe quest quantises lm_head.*add lm_head to recipe.skip"):
+        check_model(compose([*TINY, "recipe=quest", "recipe.skip=[]", "trainer.chunked_loss=true"]))

@@ -178,6 +178,15 @@ def test_a_step_that_is_skipped_leaves_the_weights(
     assert any(not torch.equal(ours[name], weight) for name, weight in calm.items())
 
 
+def test_no_state_is_saved_of_a_loss_that_was_not_finite(corpus: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    """Step 3 goes wrong, the checkpoint of step 4 is due, and no line of metrics comes before it."""
+    poison(monkeypatch, 5)
+    more = ["recipe=bf16", "callbacks.log_every_steps=100", "callbacks.checkpoint_every_steps=2"]
+    with pytest.raises(DivergedError, match=r"step 3 is not finite.*step-00000002 \(step 2\)"):
+        run(settings(corpus, tmp_path / "run", *more))
+    assert [step for step, _ in list_checkpoints(tmp_path / "run" / "checkpoints")] == [2]
+
+
 def test_losses_that_are_never_finite_end_the_run(corpus: Path, tmp_path: Path, monkeypatch: Any) -> None:
     poison(monkeypatch, *range(1, 100))
     more = ["recipe=bf16", "trainer.on_divergence=skip", "trainer.tokens=1280"]

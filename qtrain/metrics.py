@@ -3,66 +3,20 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
-from qtrain.config import ModelConfig
-from qtrain.models.llama import count_parameters
-
-
-def matmul_parameters(config: ModelConfig, vocab_size: int) -> int:
-    """Weights that a token is multiplied with: the block linears and lm_head (also where it is tied to embed)."""
-    _, non_embedding = count_parameters(config, vocab_size)
-    norms = (2 * config.n_layers + 1) * config.dim
-    return non_embedding - norms + vocab_size * config.dim
+from qtrain.models.base import ModelSettings
+from qtrain.models.decoder import matmul_parameters
 
 
-def flops_per_token(config: ModelConfig, vocab_size: int) -> int:
+def flops_per_token(config: ModelSettings, vocab_size: int) -> int:
     """FLOPs of training on one token of a full sequence: 6 N + 12 L T D.
 
-    N matmul parameters, L layers, T seq_len, D dim. Two FLOPs per multiply-add; a backward costs two forwards;
-    attention counts the whole T x T matrix, though half of it is masked; recomputation counts nothing. Norms,
-    activations, rotations, the embedding look-up, the optimiser and quantisation are left out. This is the convention
-    of PaLM, arXiv 2204.02311, appendix B.
+    N matmul parameters, L layers, T seq_len, D elements of all query heads. Two FLOPs per multiply-add; a backward
+    costs two forwards; attention counts the whole T x T matrix, though half of it is masked; recomputation counts
+    nothing. Norms, activations, rotations, the embedding look-up, the optimiser and quantisation are left out. This is
+    the convention of PaLM, arXiv 2204.02311, appendix B.
     """
-    return 6 * matmul_parameters(config, vocab_size) + 12 * config.n_layers * config.seq_len * config.dim
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Bytes on one device. Weights, gradients and the optimiser's state are exact; activations are an estimate."""
-
-    parameters: int
-    gradients: int
-    optimizer: int
-    activations: int
-
-    @property
-    def total(self) -> int:
-        return self.parameters + self.gradients + self.optimizer + self.activations
-
-
-def estimate_memory(
-    config: ModelConfig, vocab_size: int, micro_batch_size: int, *, mixed: bool, state_bytes: int
-) -> Memory:
-    """Memory of unsharded training on float32 weights. mixed: matmuls on bfloat16 copies of their inputs; state_bytes:
-    that the optimiser keeps for each parameter.
-
-    Activations are what the unquantised, uncompiled model keeps for its backward. Per token and layer: input and
-    normalised input of both norms in float32 (4 D); in the compute dtype the rotated q and the attention output in both
-    layouts (3 D), k and v (2 G d), gate, up, silu(gate) and their product (4 F), and the norms' outputs (2 D), of which
-    every linear makes its own copy in mixed precision (5 D). The head: one more norm, and at the peak of the loss the
-    logits in the compute dtype and two float32 tensors of their size. Mixed precision also copies every weight once.
-    Quantised operands, the allocator's slack and temporaries come on top; so do float32 copies of what mixed precision
-    multiplies, on a processor without bfloat16 units (`qtrain_kernels.precision`).
-    """
-    total, _ = count_parameters(config, vocab_size)
-    size, normed = (2, 5) if mixed else (4, 2)
-    kv_dim = config.kv_heads * config.head_dim
-    layer = 4 * 4 * config.dim + size * ((3 + normed) * config.dim + 2 * kv_dim + 4 * config.ffn_dim)
-    head = (2 * 4 + size) * config.dim + vocab_size * (size + 2 * 4)
-    activations = micro_batch_size * config.seq_len * (config.n_layers * layer + head)
-    weight_copies = 2 * matmul_parameters(config, vocab_size) if mixed else 0
-    return Memory(4 * total, 4 * total, state_bytes * total, activations + weight_copies)
+    return 6 * matmul_parameters(config, vocab_size) + 12 * config.n_layers * config.seq_len * config.attention_width()
 
 
 def bits_per_byte(loss: float, n_tokens: float, n_bytes: float) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from rich.table import Table
@@ -12,8 +12,8 @@ from qtrain.config import Config, TokenizerConfig
 from qtrain.config.recipe import LinearRecipe, QuantSpec
 from qtrain.config.settings import BFLOAT16_GEMMS
 from qtrain.errors import UserError
-from qtrain.metrics import Memory, estimate_memory, flops_per_token
-from qtrain.models.llama import count_parameters
+from qtrain.metrics import flops_per_token
+from qtrain.models.decoder import count_parameters
 from qtrain_kernels.precision import has_bfloat16_units
 
 SAMPLE_TOKENS, SAMPLED_PARAMETERS = 200, 10_000_000  # without a cache, a token costs a forward of the whole context
@@ -24,7 +24,7 @@ BYTES_VOCABULARY = 257  # 256 values and the end-of-document token
 @dataclass(frozen=True)
 class RunPlan:
     """steps counts optimiser steps, each of batch_tokens tokens in micro_batches forwards per device; tokens and flops
-    are the whole run's; memory is in bytes per device."""
+    are the whole run's."""
 
     vocab_size: int
     parameters: int
@@ -39,7 +39,6 @@ class RunPlan:
     checkpoint_every_steps: int
     telemetry_every_steps: int
     sample_tokens: int
-    memory: Memory
 
     @property
     def tokens(self) -> int:
@@ -60,26 +59,21 @@ class RunPlan:
 
     def _rows(self, config: Config) -> dict[str, str]:
         model, optimizer, trainer = config.model, config.optimizer, config.trainer
-        heads = f"{model.n_heads} heads" + (f" on {model.kv_heads}" if model.kv_heads != model.n_heads else "")
-        shape = f"{model.n_layers} layers, dim {model.dim}, {heads}, ffn {model.ffn_dim}, context {model.seq_len}"
         tied = "; tied embeddings" if model.tie_embeddings else ""
         kind = "nominal" if model.nominal_parameters else "non-embedding"
         ratio = self.tokens / (model.nominal_parameters or self.non_embedding_parameters)
         schedule = f"{config.scheduler} after {self.warmup_steps:,} steps of warm-up"
         decay = f"weight decay {optimizer.weight_decay:g}, clip {trainer.grad_clip or 'off'}"
-        parts = {key: _bytes(size) for key, size in asdict(self.memory).items()}
         return {
-            "model": f"{model.name}: {shape}",
+            "model": f"{model.name}: {model}, {model.shape()}",
             "parameters": f"{self.parameters:,} ({self.non_embedding_parameters:,} non-embedding{tied})",
             "recipe": describe_recipe(config.recipe),
-            "tokens": f"{self.tokens:,} of {config.data.source}, {ratio:.3g} per {kind} parameter",
+            "tokens": f"{self.tokens:,} of {config.data}, {ratio:.3g} per {kind} parameter",
             "steps": f"{self.steps:,} of {self.batch_tokens:,} tokens ({self._split(config)})",
             "optimizer": f"{optimizer}, lr {optimizer.lr:g}, {schedule}, {decay}",
             "compute": f"{self.flops:.3g} FLOP",
             "precision": _describe_precision(config),
             "devices": _describe_devices(config),
-            "memory": f"about {_bytes(self.memory.total)} per device: "
-            + ", ".join(f"{key} {size}" for key, size in parts.items()),
             "every": f"log {self.log_every_steps:,}, validate {self.val_every_steps:,}, checkpoint "
             f"{self.checkpoint_every_steps:,} steps and {config.callbacks.checkpoint_every_minutes:g} minutes",
         }
@@ -140,7 +134,6 @@ def make_plan(config: Config, vocab_size: int | None = None) -> RunPlan:
     """
     trainer, callbacks = config.trainer, config.callbacks
     world_size = trainer.devices * trainer.num_nodes
-    shards = world_size // trainer.sharding_groups if trainer.strategy == "fsdp2" else 1
     vocab_size = config.model.vocab_size or vocab_size or _vocabulary(config.tokenizer)
     parameters, non_embedding = count_parameters(config.model, vocab_size)
     steps = max(1, budget_tokens(config) // trainer.batch_tokens)
@@ -162,22 +155,7 @@ def make_plan(config: Config, vocab_size: int | None = None) -> RunPlan:
         sample_tokens=(SAMPLE_TOKENS if parameters <= SAMPLED_PARAMETERS else 0)
         if callbacks.sample_tokens is None
         else callbacks.sample_tokens,
-        memory=_sharded(
-            estimate_memory(
-                config.model,
-                vocab_size,
-                trainer.micro_batch_size,
-                mixed=trainer.precision == "bf16-mixed",
-                state_bytes=config.optimizer.state_bytes,
-            ),
-            shards,
-        ),
     )
-
-
-def _sharded(memory: Memory, shards: int) -> Memory:
-    held = {name: getattr(memory, name) // shards for name in ("parameters", "gradients", "optimizer")}
-    return replace(memory, **held)
 
 
 def budget_tokens(config: Config) -> int:
@@ -237,7 +215,7 @@ def _micro_batches(config: Config, world_size: int) -> int:
     )
 
 
-def _bytes(count: int) -> str:
+def describe_bytes(count: int) -> str:
     value = float(count)
     for unit in ("B", "KiB", "MiB"):
         if value < 1024:

@@ -15,8 +15,9 @@ import torch
 from rich.table import Table
 
 import qtrain
-from qtrain.config import Config, DataConfig, TokenizerConfig, config_hash
-from qtrain.data import same_text
+from qtrain.config import Config, TokenizerConfig, config_hash
+from qtrain.data.base import DataSettings
+from qtrain.data.prepare import same_text
 from qtrain.errors import UserError
 from qtrain.plan import RunPlan, budget_tokens, make_plan
 from qtrain.report.loss import readable
@@ -113,7 +114,7 @@ def _point(config: Config, rows: Mapping[tuple[str, str], list[Row]], agree: Cal
 
 
 def _same_text(
-    data: DataConfig, tokenizer: TokenizerConfig, budget: int | None, fingerprint: str | None, data_hash: str | None
+    data: DataSettings, tokenizer: TokenizerConfig, budget: int | None, fingerprint: str | None, data_hash: str | None
 ) -> bool | None:
     ended = {"data_fingerprint": fingerprint, "data_hash": data_hash}
     return same_text(data, tokenizer, ended, budget_tokens=budget, may_prepare=False)

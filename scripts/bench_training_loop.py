@@ -40,7 +40,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from qtrain.config import Config
-from qtrain.data import prepare
+from qtrain.data.prepare import prepare
 from qtrain.optim.groups import build_optimizer
 from qtrain.plan import make_plan
 from qtrain.quant import set_step

@@ -14,7 +14,8 @@ import sys
 from collections.abc import Sequence
 
 from qtrain.config.settings import group_names
-from qtrain.data import Corpus, prepare, verify
+from qtrain.data.corpus import Corpus, verify
+from qtrain.data.prepare import prepare
 from qtrain.errors import UserError
 from qtrain.plan import budget_tokens
 from qtrain.train import compose

@@ -22,9 +22,12 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import TypeAdapter
 from torch import Tensor
 from torch.utils._device import _device_constructors
 
+from qtrain.config import schema
+from qtrain.data.base import DataSettings
 from qtrain.quant.quantizer import QuantizedTensor
 from qtrain_kernels.plans import Plan
 from qtrain_kernels.qtensor import Layout, QTensor, Side
@@ -133,3 +136,8 @@ def quantized(module: Any, x: Tensor, plan: Plan, dim: int = -1, **rest: Any) ->
     """x (M, N) as codes and scales, by a backend's module; rest: rotation, key, learned."""
     layout = Layout(plan, (x.shape[0], x.shape[1]), dim, blocks=plan.block is not None)
     return QuantizedTensor.of(QTensor(*module.quantize(x, Side(layout, **rest)), layout), "reference")
+
+
+def data_settings(**options: object) -> DataSettings:
+    """Settings of the source that the options name."""
+    return TypeAdapter(schema.DataSettings).validate_python(options)

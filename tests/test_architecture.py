@@ -28,7 +28,8 @@ MAY_IMPORT = {
     "qtrain": "qtrain_kernels (qtrain.quant qtrain.training.build)",
     "qtrain.errors": "",
     "qtrain.config": (
-        "yaml pydantic qtrain.config.settings qtrain_kernels.formats qtrain_kernels.plans (qtrain.optim)"
+        "yaml pydantic qtrain.config.settings qtrain_kernels.formats qtrain_kernels.plans "
+        "(qtrain.optim qtrain.models.base qtrain.data.base)"
     ),
     "qtrain.config.settings": "pydantic",
     "qtrain.optim": "pydantic qtrain.config.settings (torch)",
@@ -36,14 +37,19 @@ MAY_IMPORT = {
     "qtrain.quant": (
         "torch qtrain.config qtrain.config.settings qtrain_kernels qtrain_kernels.formats qtrain_kernels.plans"
     ),
-    "qtrain.models": "torch einops qtrain.config qtrain_kernels",
-    "qtrain.metrics": "torch qtrain.config qtrain.models",
+    "qtrain.models": "torch einops qtrain.models.base qtrain_kernels",
+    "qtrain.models.base": "pydantic qtrain.config.settings (torch)",
+    "qtrain.models.families": "pydantic qtrain.models.base (torch qtrain.models qtrain_kernels)",
+    "qtrain.metrics": "qtrain.models qtrain.models.base",
     "qtrain.plan": ("torch rich qtrain.config qtrain.config.settings qtrain.models qtrain.metrics qtrain_kernels"),
     "qtrain.data": (
-        "numpy torch pydantic tokenizers filelock rich (datasets huggingface_hub pyarrow transformers) qtrain.config "
-        "qtrain.config.settings qtrain.runs"
+        "numpy torch pydantic tokenizers filelock rich (huggingface_hub transformers) qtrain.config "
+        "qtrain.config.settings qtrain.data.base qtrain.runs"
     ),
     "qtrain.data.batches": "numpy torch qtrain.data",
+    "qtrain.data.base": "pydantic qtrain.config.settings",
+    "qtrain.data.files": "pydantic qtrain.data.base",
+    "qtrain.data.sources": "pydantic qtrain.data.base qtrain.data.files (datasets pyarrow)",
     "qtrain.runs": "yaml pydantic (pyarrow) qtrain.config qtrain.config.settings",
     "qtrain.scaling": "numpy scipy yaml (pyarrow)",
     "qtrain.report": "numpy scipy matplotlib yaml (pyarrow) qtrain.config qtrain.runs qtrain.scaling",
@@ -60,6 +66,10 @@ MAY_IMPORT = {
     "qtrain.training.build": (
         "torch qtrain.config qtrain.plan qtrain.models qtrain.quant qtrain.runs qtrain.training.causal_lm "
         "qtrain.training.checkpoint"
+    ),
+    "qtrain.training.memory": (
+        "torch qtrain.config qtrain.models qtrain.plan qtrain.quant qtrain.training.activations qtrain.training.build "
+        "qtrain.training.causal_lm qtrain.training.parallel"
     ),
     "qtrain.training.parallel": "torch lightning qtrain.config qtrain.training.stop qtrain.training.world",
     "qtrain.training.trunk": ("qtrain.config qtrain.plan qtrain.training.causal_lm qtrain.training.checkpoint"),
@@ -80,15 +90,17 @@ MAY_IMPORT = {
         "torch lightning rich qtrain.config qtrain.plan qtrain.optim.groups qtrain.models qtrain.quant qtrain.data "
         "qtrain.data.batches qtrain.report qtrain.runs qtrain.training.activations qtrain.training.build "
         "qtrain.training.causal_lm "
-        "qtrain.training.checkpoint qtrain.training.divergence qtrain.training.loop qtrain.training.observers "
-        "qtrain.training.parallel qtrain.training.saves qtrain.training.stop qtrain.training.trunk "
+        "qtrain.training.checkpoint qtrain.training.divergence qtrain.training.loop qtrain.training.memory "
+        "qtrain.training.observers qtrain.training.parallel qtrain.training.saves qtrain.training.stop "
+        "qtrain.training.trunk "
         "qtrain.training.world"
     ),
     "qtrain.studies": "",
     "qtrain.studies.chaos": "torch lightning qtrain qtrain.train qtrain.runs qtrain.config qtrain.config.settings",
     "qtrain.sweep": (
-        "torch rich qtrain qtrain.config qtrain.data qtrain.plan qtrain.runs qtrain.report qtrain.training.build "
-        "qtrain.training.checkpoint qtrain.training.losses qtrain.training.session qtrain.training.trunk"
+        "torch rich qtrain qtrain.config qtrain.data qtrain.data.base qtrain.plan qtrain.runs qtrain.report "
+        "qtrain.training.build qtrain.training.checkpoint qtrain.training.losses qtrain.training.session "
+        "qtrain.training.trunk"
     ),
     "qtrain.train": (
         "hydra omegaconf qtrain.config qtrain.config.settings "
@@ -172,7 +184,7 @@ def common_violations(path: str, source: str) -> list[str]:
 
 
 def modules() -> dict[str, Path]:
-    """{"qtrain.models.llama": path} of both packages."""
+    """{"qtrain.models.layers": path} of both packages."""
     found = {}
     for package, folder in LAYERS.items():
         for path in sorted(folder.rglob("*.py")):
@@ -217,20 +229,20 @@ def test_a_line_of_the_table_points_only_downwards():
 @pytest.mark.parametrize(
     ("module", "source", "line"),
     [
-        ("qtrain.models.llama", "import torch\nfrom qtrain.quant import convert\n", 2),
-        ("qtrain.models.llama", "import torch\nfrom qtrain import quant\n", 2),
-        ("qtrain.models.llama", "def build():\n    import qtrain.quant.linear\n", 2),
-        ("qtrain.models.llama", "from qtrain import convert\n", 1),
-        ("qtrain.models.llama", "from . import attention\n", 1),
+        ("qtrain.models.layers", "import torch\nfrom qtrain.quant import convert\n", 2),
+        ("qtrain.models.layers", "import torch\nfrom qtrain import quant\n", 2),
+        ("qtrain.models.layers", "def build():\n    import qtrain.quant.linear\n", 2),
+        ("qtrain.models.layers", "from qtrain import convert\n", 1),
+        ("qtrain.models.layers", "from . import attention\n", 1),
         ("qtrain.quant.linear", "import os\nfrom lightning.pytorch import Trainer\n", 2),
         ("qtrain.config", "import hydra\n", 1),
         ("qtrain.config", "from qtrain_kernels.reference import quantize\n", 1),
         ("qtrain.data.shards", "import lightning\n", 1),
         ("qtrain.data.shards", "from qtrain.data import batches\n", 1),
-        ("qtrain.data.sources", "try:\n    import datasets\nexcept ImportError:\n    datasets = None\n", 2),
+        ("qtrain.data.sources.huggingface", "try:\n    import datasets\nexcept ImportError:\n    datasets = None\n", 2),
         ("qtrain.training.observers.loggers", "def start():\n    import wandb\n", 2),
         ("qtrain.report.loss", "import torch\n", 1),
-        ("qtrain.report.loss", "from qtrain.models.llama import Llama\n", 1),
+        ("qtrain.report.loss", "from qtrain.models.decoder import Decoder\n", 1),
         ("qtrain_kernels.gpu", "import triton\n", 1),
         ("qtrain", "if True:\n    from qtrain.quant import convert\n", 2),
         ("qtrain_kernels.gpu", "class Kernel:\n    import triton.language as tl\n", 2),

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qtrain.data import WindowOrder, describe_epochs, epochs, repetition_warning
+from qtrain.data.order import WindowOrder, describe_epochs, epochs, repetition_warning
 
 
 @settings(deadline=None, max_examples=60)

@@ -16,13 +16,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import data_settings
 
 import qtrain.data.corpus
-from qtrain.config import DataConfig, TokenizerConfig
-from qtrain.data import Corpus, check_vocab, open_corpus, prepare, shards, verify
-from qtrain.data import prepare as prepare_function
-from qtrain.data.corpus import Split
+from qtrain.config import TokenizerConfig
+from qtrain.data import shards
+from qtrain.data.base import DataSettings
+from qtrain.data.corpus import Corpus, Split, check_vocab, open_corpus, verify
 from qtrain.data.encode import Chunk, encode_all
+from qtrain.data.prepare import prepare
 from qtrain.data.tokenizer import ByteTokenizer
 from qtrain.errors import UserError, explain
 
@@ -46,12 +48,13 @@ def files(tmp_path: Path) -> Path:
     return folder
 
 
-def config(folder: Path, **changes: object) -> DataConfig:
-    options = {"source": "text", "files": str(folder / "*.txt"), "val_tokens": 100, "val_fraction": 0.2}
-    return DataConfig(**(options | {"cache_dir": str(folder.parent / "cache"), "prepare_workers": 1} | changes))
+def config(folder: Path, **changes: object) -> DataSettings:
+    options = {"source": "text", "val_tokens": 100, "val_fraction": 0.2}
+    options |= {"files": str(folder / "*.txt")} if changes.get("source", "text") == "text" else {}
+    return data_settings(**(options | {"cache_dir": str(folder.parent / "cache"), "prepare_workers": 1} | changes))
 
 
-def quiet(data: DataConfig, tokenizer: TokenizerConfig = BYTES, budget_tokens: int | None = None) -> Corpus:
+def quiet(data: DataSettings, tokenizer: TokenizerConfig = BYTES, budget_tokens: int | None = None) -> Corpus:
     return prepare(data, tokenizer, budget_tokens=budget_tokens, progress=False)
 
 
@@ -95,7 +98,7 @@ def test_every_document_is_there_once_with_its_end(files: Path, tokenizer: Token
 def test_result_does_not_depend_on_workers_or_place(
     files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sys.modules[prepare_function.__module__], "CHUNK_CHARACTERS", 200)
+    monkeypatch.setattr(sys.modules[prepare.__module__], "CHUNK_CHARACTERS", 200)
     alone = quiet(config(files, cache_dir=str(tmp_path / "one")), BPE)
     many = quiet(config(files, cache_dir=str(tmp_path / "many"), prepare_workers=3), BPE)
     moved = files.rename(tmp_path / "elsewhere")
@@ -172,7 +175,7 @@ def test_exactly_full_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_second_call_reads_no_text(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = quiet(config(files))
-    monkeypatch.setattr("qtrain.data.sources._read_text", None)
+    monkeypatch.setattr("qtrain.data.sources.text.Text.read", None)
     again = quiet(config(files, num_workers=5, prepare_workers=2))
     assert (again.folder, again.data_hash, again.train.n_tokens) == (
         first.folder,
@@ -209,7 +212,7 @@ def dataset(folder: Path, n: int = 200) -> Path:
 
 
 def test_streaming_stops_at_its_limits(tmp_path: Path) -> None:
-    data = config(tmp_path, source="huggingface", files=(), path=str(dataset(tmp_path / "set")), streaming=True)
+    data = config(tmp_path, source="huggingface", path=str(dataset(tmp_path / "set")), streaming=True)
     with pytest.raises(UserError, match=r"set data.max_tokens"):
         quiet(data)
     large = quiet(data, budget_tokens=3000)
@@ -233,7 +236,6 @@ def test_another_streamed_source_with_the_same_validation_is_other_data(tmp_path
             (folder / f"{split}.jsonl").write_text("".join(lines))
         update = {
             "source": "huggingface",
-            "files": (),
             "path": str(folder),
             "streaming": True,
             "val_split": "validation",
@@ -243,7 +245,7 @@ def test_another_streamed_source_with_the_same_validation_is_other_data(tmp_path
 
 
 def test_streaming_with_a_validation_split(tmp_path: Path) -> None:
-    data = config(tmp_path, source="huggingface", files=(), path=str(dataset(tmp_path / "set")), streaming=True)
+    data = config(tmp_path, source="huggingface", path=str(dataset(tmp_path / "set")), streaming=True)
     corpus = quiet(data.model_copy(update={"val_split": "validation", "max_tokens": 10**6}))
     val = texts(corpus, corpus.val)
     assert val == [document(5 + 20 * i) for i in range(len(val))]
@@ -348,7 +350,7 @@ def test_a_full_disk_is_told_with_the_place(files: Path, monkeypatch: pytest.Mon
     def no_room(*_: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # as of an open file: without its name
 
-    monkeypatch.setattr(sys.modules[prepare_function.__module__], "_build", no_room)
+    monkeypatch.setattr(sys.modules[prepare.__module__], "_build", no_room)
     with pytest.raises(OSError, match="No space left") as told:
         quiet(config(files))
     assert f"refused {files.parent}/cache/text-00-bytes-" in str(explain(told.value))
@@ -365,8 +367,9 @@ def test_vocabulary_check(files: Path) -> None:
 STALLED = """
 import sys, time
 import qtrain.data.shards as shards
-from qtrain.config import DataConfig, TokenizerConfig
-from qtrain.data import prepare
+from qtrain.config import TokenizerConfig
+from qtrain.data.prepare import prepare
+from qtrain.data.sources.text import Text
 close = shards.SplitWriter.close
 def stall(self):
     split = close(self)
@@ -374,7 +377,7 @@ def stall(self):
     time.sleep(100)
     return split
 shards.SplitWriter.close = stall
-prepare(DataConfig(**eval(sys.argv[1])), TokenizerConfig(kind="bytes"), progress=False)
+prepare(Text(**eval(sys.argv[1])), TokenizerConfig(kind="bytes"), progress=False)
 """
 
 
@@ -394,7 +397,7 @@ def test_killed_preparation_leaves_nothing_that_passes_for_whole(files: Path) ->
     assert [path for path in cache.iterdir() if path.is_dir()] == [corpus.folder]
 
 
-def _prepare_at(start: float, data: DataConfig, results) -> None:
+def _prepare_at(start: float, data: DataSettings, results) -> None:
     time.sleep(max(0.0, start - time.time()))
     results.put(quiet(data).data_hash)
 

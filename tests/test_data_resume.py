@@ -5,9 +5,12 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from qtrain.config import DataConfig, TokenizerConfig
-from qtrain.data import Corpus, WindowOrder, prepare
+from qtrain.config import TokenizerConfig
 from qtrain.data.batches import TokenBatches, TrainBatches, ValBatches
+from qtrain.data.corpus import Corpus
+from qtrain.data.order import WindowOrder
+from qtrain.data.prepare import prepare
+from qtrain.data.sources.text import Text
 from qtrain.errors import UserError
 
 # B micro-batch, T seq_len, W world size
@@ -20,7 +23,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
     generator = np.random.default_rng(0)
     for i in range(40):
         (folder / f"{i}.txt").write_text("".join(map(chr, generator.integers(97, 123, size=30))))
-    data = DataConfig(
+    data = Text(
         source="text",
         files=(str(folder / "*.txt"),),
         val_tokens=10 * T,

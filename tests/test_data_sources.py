@@ -7,18 +7,18 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
+from conftest import data_settings
 
-from qtrain.config import DataConfig
-from qtrain.data.sources import open_sources
+from qtrain.data.base import DataSettings
 from qtrain.errors import UserError
 
 
-def config(**changes: object) -> DataConfig:
-    return DataConfig(**({"source": "text", "val_tokens": 100} | changes))
+def config(**changes: object) -> DataSettings:
+    return data_settings(**({"source": "text", "val_tokens": 100} | changes))
 
 
-def texts(data: DataConfig) -> list[str]:
-    return [document.text for document in open_sources(data)[0].documents()]
+def texts(data: DataSettings) -> list[str]:
+    return [document.text for document in data.open()[0].documents()]
 
 
 def write(path: Path, content: str | bytes) -> Path:
@@ -35,7 +35,7 @@ def write_rows(path: Path, rows: list[dict[str, object]]) -> Path:
 
 
 def test_stdlib_is_python_code_in_sorted_order() -> None:
-    source, val = open_sources(config(source="stdlib"))
+    source, val = config(source="stdlib").open()
     documents = list(source.documents())
     names = [document.name for document in documents]
     assert val is None
@@ -50,13 +50,13 @@ def test_stdlib_is_python_code_in_sorted_order() -> None:
 
 
 def test_python_env_names_files_by_package() -> None:
-    source, _ = open_sources(config(source="python_env", packages=("rich", "Einops", "rich")))
+    source, _ = config(source="python_env", packages=("rich", "Einops", "rich")).open()
     names = [name for name, *_ in source.identity]
     assert names == sorted(set(names))
     assert "einops/einops/einops.py" in names
     assert {name.split("/")[0] for name in names} == {"einops", "rich"} and not any("/../" in name for name in names)
     with pytest.raises(UserError, match=r"not installed: no-such; install them, or leave them out of data\.packages"):
-        open_sources(config(source="python_env", packages=("einops", "no-such")))
+        config(source="python_env", packages=("einops", "no-such")).open()
 
 
 def test_globs_are_sorted_files_named_once_and_home_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,7 +85,7 @@ def test_local_dataset_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, s
     write_rows(folder / "train.jsonl", [{"text": "a"}, {"text": "b"}])
     write_rows(folder / "validation.jsonl", [{"text": "c"}])
     data = config(source="huggingface", path=str(folder), val_split="validation", streaming=streaming)
-    train, val = open_sources(data)
+    train, val = data.open()
     assert val is not None
     assert [document.text for document in train.documents()] == ["a", "b"]
     assert [document.text for document in val.documents()] == ["c"]
@@ -102,7 +102,7 @@ def test_unreachable_dataset_says_what_to_do() -> None:
 
 def test_identity_notices_a_changed_file_but_not_another_place(tmp_path: Path) -> None:
     def identity(folder: str) -> object:
-        return open_sources(config(files=(str(tmp_path / folder / "*.txt"),)))[0].identity
+        return config(files=(str(tmp_path / folder / "*.txt"),)).open()[0].identity
 
     for folder in ("here", "there"):
         for name in ("a", "b"):
@@ -164,6 +164,6 @@ def test_files_that_are_not_there_are_told_with_the_nearest(tmp_path: Path) -> N
     with pytest.raises(UserError, match=r"matches no file; did you mean .*/corpus\?"):
         texts(config(files=str(tmp_path / "corpse" / "deep" / "train.txt")))
     with pytest.raises(UserError, match=r"data.val_files=.*\*\.md matches no file; .*corpus holds train.txt"):
-        open_sources(config(files=str(tmp_path / "corpus/*.txt"), val_files=str(tmp_path / "corpus/*.md")))
+        config(files=str(tmp_path / "corpus/*.txt"), val_files=str(tmp_path / "corpus/*.md")).open()
     with pytest.raises(UserError, match=r"corpus is a folder; name its files, for example data.files='.*corpus/\*'"):
         texts(config(files=str(tmp_path / "corpus")))

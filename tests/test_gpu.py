@@ -19,8 +19,8 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import qtrain
-from qtrain.config import ModelConfig
-from qtrain.models.llama import Llama
+from qtrain.models.decoder import Decoder
+from qtrain.models.families.llama import Llama
 from qtrain.quant.functional import OPERANDS
 from qtrain.quant.linear import QuantLinear
 from qtrain_kernels.formats import get_format
@@ -199,8 +199,8 @@ def trained(recipe: str, backend: str, device: str) -> tuple[list[float], list[T
     """Losses of two steps of a small Llama, and its weights after them."""
     torch.manual_seed(0)
     width = 128 if device == "cuda" else 32  # in the interpreter a step of 128 takes a minute
-    config = ModelConfig(name="small", dim=width, n_layers=1, n_heads=2, ffn_dim=2 * width, seq_len=17)
-    model = Llama(config, vocab_size=97)
+    config = Llama(name="small", dim=width, n_layers=1, n_heads=2, ffn_dim=2 * width, seq_len=17)
+    model = Decoder(config, vocab_size=97)
     qtrain.convert(model, recipe, backend=backend)  # pyright: ignore[reportArgumentType]
     model.to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)

@@ -7,13 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import data_settings
 from pydantic import Field
 
-from qtrain.config import Config, ModelConfig, config_hash, differences, parse_saved
+from qtrain.config import Config, TokenizerConfig, config_hash, differences, parse_saved
 from qtrain.config.identity import INTRODUCED, NOT_IN_HASH, introduced
 from qtrain.config.recipe import QuantSpec
-from qtrain.config.settings import Strict, parse
-from qtrain.data import prepare, same_text
+from qtrain.config.settings import Strict, classes_of, parse
+from qtrain.data.prepare import prepare, same_text
+from qtrain.data.sources.parquet import Parquet
+from qtrain.errors import UserError
+from qtrain.models.families.llama import Llama
 from qtrain.plan import make_plan
 from qtrain.train import compose
 from qtrain.training.trunk import trunk_key
@@ -42,23 +46,26 @@ def settings_of(kind: type[Strict], at: str = "") -> dict[type[Strict], set[str]
             continue
         if not field.is_required():
             found.setdefault(kind, set()).add(name)
-        parts = [field.annotation, *getattr(field.annotation, "__args__", ())]
-        for part in parts:
-            if isinstance(part, type) and issubclass(part, Strict) and part is not kind:
+        for part in classes_of(kind, name):
+            if part is not kind:
                 for each, names in settings_of(part, f"{at}{name}.").items():
                     found.setdefault(each, set()).update(names)
     return found
 
 
+def defined_by(kind: type[Strict], name: str) -> type:
+    return next(each for each in kind.__mro__ if name in vars(each).get("__annotations__", {}))
+
+
 def test_every_setting_says_what_it_was_when_it_was_introduced() -> None:
     """Else every run would get a new name when a setting comes to a class that runs have already."""
     found = settings_of(Config)
-    assert QuantSpec in found and ModelConfig in found
+    assert {QuantSpec, Llama, Parquet} <= set(found)
     missing = {
         f"{kind.__name__}.{name}"
         for kind, names in found.items()
         for name in names
-        if introduced(kind) and name not in introduced(kind)
+        if name not in introduced(kind) and defined_by(kind, name).__name__ in INTRODUCED
     }
     assert missing == set(), "add them to qtrain/config/identity.py, INTRODUCED, with the value that runs had before"
 
@@ -98,26 +105,29 @@ def test_a_default_that_changes_in_code_names_other_runs(
 
 
 def test_a_run_of_the_version_before_is_read(base: Config) -> None:
-    """Its cosine schedule had the decay of another, which did nothing."""
+    """Its members of a family had the settings of the others, which did nothing; its models had no family."""
     tree = base.model_dump(mode="json")
     tree["scheduler"]["decay_fraction"] = 0.2
+    tree["data"] |= {"packages": [], "files": ["x.txt"], "path": "allenai/c4", "subset": "en", "text_field": "body"}
+    del tree["model"]["family"]
     assert config_hash(parse_saved(tree)) == config_hash(base)
+    with pytest.raises(UserError, match=r"unknown key 'data\.no_such'"):
+        parse_saved(tree | {"data": tree["data"] | {"no_such": 1}})
 
 
 def test_a_class_without_an_introduction_has_all_its_settings_in_the_hash(base: Config) -> None:
     """So that an optimiser in a file of its own is safe without an entry, whatever becomes of its defaults."""
 
-    class Relative(ModelConfig):
+    class Relative(Llama):
         window: int = Field(8, gt=0)
 
     other = base.model_copy(update={"model": Relative(**base.model.model_dump())})
     assert config_hash(other) != config_hash(base)
-    assert introduced(Relative) == introduced(ModelConfig)
+    assert introduced(Relative) == introduced(Llama)
 
 
 SAME = [
     ({"scheduler": {"warmup_steps": 7}}, {"scheduler": {"warmup_steps": 7, "warmup_fraction": 0.3}}),
-    ({}, {"data": {"path": "allenai/c4", "subset": "en", "files": ["x.txt"], "text_field": "body"}}),  # stdlib
     ({}, {"tokenizer": {"path": "somewhere", "vocab_size": 4096}}),  # bytes
     ({"trainer": {"tokens": 1_048_576}}, {"trainer": {"tokens": 1_048_577}}),  # the same steps
 ]
@@ -166,8 +176,7 @@ def text(tmp_path: Path) -> dict[str, Any]:
     for number in range(8):
         (tmp_path / f"{number}.txt").write_text(f"document {number} " * 50)
     tree = {"source": "text", "files": [f"{tmp_path}/*.txt"], "val_tokens": 64, "cache_dir": f"{tmp_path}/cache"}
-    config = compose(["tokenizer=bytes"])
-    return {"data": type(config.data)(**tree), "tokenizer": config.tokenizer}
+    return {"data": data_settings(**tree), "tokenizer": TokenizerConfig(kind="bytes")}
 
 
 def test_a_rewritten_corpus_is_another_text(text: dict[str, Any], tmp_path: Path) -> None:

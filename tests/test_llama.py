@@ -5,22 +5,24 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qtrain.config import ModelConfig
 from qtrain.errors import UserError
-from qtrain.models.llama import Llama, count_parameters, generate, rope_tables, rotate
+from qtrain.models.decoder import Decoder, count_parameters
+from qtrain.models.families.llama import Llama
+from qtrain.models.generate import generate
+from qtrain.models.layers import rope_tables, rotate
 
 VOCABULARY = 97
 
 
-def config(**changes: Any) -> ModelConfig:
+def config(**changes: Any) -> Llama:
     base = {"name": "tiny", "dim": 64, "n_layers": 3, "n_heads": 4, "ffn_dim": 96, "seq_len": 32}
-    return ModelConfig.model_validate(base | changes)
+    return Llama.model_validate(base | changes)
 
 
-def llama(seed: int = 0, std: float = 0.2, **changes: Any) -> Llama:
+def llama(seed: int = 0, std: float = 0.2, **changes: Any) -> Decoder:
     """A model whose weights are large enough that every part of it shows in the logits, norms included."""
     torch.manual_seed(seed)
-    model = Llama(config(**changes), VOCABULARY)
+    model = Decoder(config(**changes), VOCABULARY)
     for parameter in model.parameters():
         nn.init.normal_(parameter, mean=1.0 if parameter.ndim == 1 else 0.0, std=std)
     return model
@@ -51,7 +53,7 @@ def test_logits_equal_those_of_transformers(changes: dict[str, Any]) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
-def _transformers_config(transformers: Any, ours: ModelConfig) -> Any:
+def _transformers_config(transformers: Any, ours: Llama) -> Any:
     return transformers.LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=ours.dim,
@@ -84,10 +86,10 @@ def _transformers_name(name: str) -> str:
 
 
 def test_names_that_recipes_and_checkpoints_rely_on() -> None:
-    linears = [name for name, module in Llama(config(n_layers=1), 7).named_modules() if isinstance(module, nn.Linear)]
+    linears = [name for name, module in Decoder(config(n_layers=1), 7).named_modules() if isinstance(module, nn.Linear)]
     block = [f"layers.0.attention.{x}" for x in "qkvo"] + [f"layers.0.mlp.{x}" for x in ("gate", "up", "down")]
     assert linears == [*block, "lm_head"]
-    assert not {"cos", "sin"} & set(Llama(config(), 7).state_dict())
+    assert not {"cos", "sin"} & set(Decoder(config(), 7).state_dict())
 
 
 def test_a_token_changes_no_logits_before_it() -> None:
@@ -146,7 +148,7 @@ def test_too_long_a_sequence_is_refused() -> None:
 
 def test_weights_start_as_the_papers_start_them() -> None:
     torch.manual_seed(0)
-    model = Llama(config(dim=256, ffn_dim=512, n_layers=8, init_std=0.03), 1000)
+    model = Decoder(config(dim=256, ffn_dim=512, n_layers=8, init_std=0.03), 1000)
     for name, parameter in model.named_parameters():
         if parameter.ndim == 1:
             assert torch.equal(parameter, torch.ones_like(parameter))
@@ -166,7 +168,7 @@ def test_tied_embeddings_are_one_tensor() -> None:
 @pytest.mark.parametrize("changes", [{}, {"n_kv_heads": 2}, {"tie_embeddings": True}, {"n_layers": 1, "ffn_dim": 100}])
 def test_count_parameters(changes: dict[str, Any]) -> None:
     with torch.device("meta"):
-        model = Llama(config(**changes), 1234)
+        model = Decoder(config(**changes), 1234)
     total = sum(parameter.numel() for parameter in model.parameters())
     embeddings = {model.embed.weight, model.lm_head.weight}
     assert count_parameters(model.config, 1234) == (total, total - sum(weight.numel() for weight in embeddings))

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qtrain.config import Config
-from qtrain.data import prepare
 from qtrain.data.batches import TokenBatches
+from qtrain.data.prepare import prepare
 from qtrain.errors import DivergedError, StoppedError
 from qtrain.optim.groups import build_optimizer
 from qtrain.plan import make_plan
@@ -299,9 +299,7 @@ def test_the_shipped_slurm_setting_finishes_a_run_of_days(monkeypatch: pytest.Mo
     """paper/quartet_800m at 400 TFLOP/s on one GPU, 24 hours a job, by a simulated clock. Each job is killed at its end
     without a warning; the next goes on from the last checkpoint."""
     monkeypatch.setattr("qtrain.training.saves.tensors_of", lambda *_: {})
-    config = compose(
-        ["+experiment=paper/quartet_800m", "data.source=text", "data.files=x", "trainer.precision=bf16-mixed"]
-    )
+    config = compose(["+experiment=paper/quartet_800m", "data=text", "data.files=x", "trainer.precision=bf16-mixed"])
     plan = make_plan(config, vocab_size=32_000)
     seconds = plan.flops / plan.steps / 4e14
     assert plan.steps * seconds > 3 * 24 * 3600, "it takes several jobs"

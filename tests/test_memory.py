@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import cast
 
 import pytest
@@ -14,12 +15,17 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from qtrain.errors import UserError
 from qtrain.models.chunked_loss import chunked_cross_entropy
+from qtrain.optim.groups import build_optimizer
+from qtrain.plan import make_plan
 from qtrain.quant import calibrate, set_step
 from qtrain.train import compose
 from qtrain.training.activations import checkpoint_activations
 from qtrain.training.build import build_model, check_model
+from qtrain.training.causal_lm import CausalLM
 from qtrain.training.losses import next_token_loss
+from qtrain.training.memory import measure_memory
 from qtrain.training.parallel import blocks_of
+from qtrain.training.session import run
 from qtrain_kernels.precision import Linear
 
 CPU = torch.device("cpu")
@@ -137,6 +143,67 @@ def test_full_checkpointing_computes_products_again_and_selective_does_not() -> 
             next_token_loss(model, torch.zeros(2, 65, dtype=torch.int64)).backward()
         calls[kept] = counter.get_total_flops()
     assert calls["none"] == calls["selective"] < calls["full"]
+
+
+# ------------------------------------------------------------------------------------------------------------- the plan
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        "recipe=bf16",
+        "recipe=quartet_v1 trainer.batch_tokens=256 model.n_layers=1",
+        "recipe=quest trainer.batch_tokens=256 model.n_layers=1 trainer.checkpoint_activations=selective",
+        "recipe=lsq model.n_layers=1 trainer.precision=bf16-mixed",
+        "recipe=bf16 model.tie_embeddings=true trainer.checkpoint_activations=full trainer.chunked_loss=true",
+    ],
+)
+def test_the_memory_of_a_step_is_known_before_it_is_taken(settings: str) -> None:
+    config = compose([*TINY, *settings.split()])
+    plan = make_plan(config)
+    module = CausalLM(config, plan, build_model(config, 97))
+    model = module.model
+    optimizer = build_optimizer(model, config.optimizer)
+    checkpoint_activations(blocks_of(model), config.trainer.checkpoint_activations)
+    tokens = torch.randint(97, (2, 65))
+    mixed = config.trainer.precision == "bf16-mixed"
+    tracker = MemTracker()
+    tracker.track_external(model, optimizer)
+    with tracker:
+        for step in range(2):  # the optimiser has its state from the second on
+            with torch.autocast("cpu", torch.bfloat16, enabled=mixed, cache_enabled=False):
+                module.begin_step(step, tokens)
+            with module.weights_kept():
+                for micro_batch in range(plan.micro_batches):
+                    tracker.reset_mod_stats()
+                    with torch.autocast("cpu", torch.bfloat16, enabled=mixed, cache_enabled=False):
+                        loss = module.micro_batch_loss(model, tokens, step, micro_batch, 0, 1)
+                    loss.backward()
+                    del loss
+            optimizer.step()
+            optimizer.zero_grad()
+    measured = tracker.get_tracker_snapshot("peak")[CPU]["Total"]
+    planned = measure_memory(config, plan)
+    assert planned.peak == pytest.approx(measured, rel=0.05)
+    weights = sum(parameter.nbytes for parameter in model.parameters())  # with LSQ's scales, which are not planned
+    assert planned.parameters == planned.gradients == pytest.approx(weights, rel=1e-3)
+    assert planned.optimizer == pytest.approx(sum(x.nbytes for s in optimizer.state.values() for x in s.values()), 1e-3)
+
+
+def test_what_several_devices_share_is_divided() -> None:
+    alone = [*TINY, "recipe=bf16", "trainer.batch_tokens=512"]
+    several = [*alone, "trainer.devices=4", "trainer.micro_batch_size=2", "trainer.strategy=fsdp2"]
+    one, of_four = (measure_memory(config, make_plan(config)) for config in map(compose, (alone, several)))
+    assert of_four.parameters == one.parameters // 4 and of_four.optimizer == one.optimizer // 4
+    assert of_four.peak < one.peak
+
+
+def test_a_state_that_a_device_cannot_hold_is_refused_before_it_is_made(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("qtrain.training.memory.memory_of", lambda _: 2**20)
+    with pytest.raises(UserError, match=r"on each device, and cpu has 1 MiB; shard it over more devices"):
+        run(compose([*TINY, "recipe=bf16", "dry_run=true", f"run_root={tmp_path}"]))
 
 
 def test_a_quantised_head_is_not_taken_by_chunks() -> None:

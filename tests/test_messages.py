@@ -9,12 +9,11 @@ from pathlib import Path
 import pyarrow
 import pytest
 import torch
+from conftest import data_settings
 from pyarrow import parquet
 
 import qtrain.train
-from qtrain.config import DataConfig
 from qtrain.config.settings import shown
-from qtrain.data.sources import open_sources
 from qtrain.errors import UserError, explain, first_line, visible
 from qtrain.report.page import read_law
 from qtrain.train import compose
@@ -34,7 +33,7 @@ from qtrain.train import compose
     ("optimizer.lr=inf", "optimizer.lr=inf: .*finite"),
     ("optimizer.lr=nan", "optimizer.lr=nan: "),
     ("model.n_layers=1_000_000_000", "model.n_layers=1000000000: .*1000"),  # a dry run of it did not end
-    ("model.dim=1_000_000_000_000_000_000", "model.dim=1000000000000000000: .*16777216"),
+    ("model.dim=1_000_000_000_000_000_000", "model.dim=1000000000000000000: .*1048576"),
     ("hydra=7", "Config group override must be a string"),
     ("~hydra=1", "Config group override deletion value must be a string"),
     ("=3", "cannot read '=3': there is no key"),
@@ -55,8 +54,8 @@ def test_a_flag_that_hydra_refuses(monkeypatch: pytest.MonkeyPatch, capsys: pyte
 
 
 def documents(source: str, *files: object, **more: object) -> list[str]:
-    data = DataConfig(source=source, files=tuple(map(str, files)), val_tokens=64, **more)  # pyright: ignore
-    return [document.text for document in open_sources(data)[0].documents()]
+    data = data_settings(source=source, files=tuple(map(str, files)), val_tokens=64, **more)
+    return [document.text for document in data.open()[0].documents()]
 
 
 @pytest.mark.parametrize("line", ["[" * 100_000, '{"text": ' + "9" * 5000 + "}", '{"text": ' + "[" * 100_000])

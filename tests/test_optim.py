@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import qtrain
-from qtrain.config import ModelConfig
-from qtrain.models.llama import Llama
+from qtrain.models.decoder import Decoder
+from qtrain.models.families.llama import Llama
 from qtrain.optim.base import Schedule
 from qtrain.optim.groups import build_optimizer, parameter_groups
 from qtrain.optim.optimizers.adamw import AdamW
@@ -17,10 +17,10 @@ from qtrain.optim.schedules.cosine import Cosine
 from qtrain.optim.schedules.wsd import WSD
 
 
-def llama(**changes: Any) -> Llama:
+def llama(**changes: Any) -> Decoder:
     base = {"name": "tiny", "dim": 16, "n_layers": 2, "n_heads": 2, "ffn_dim": 24, "seq_len": 8}
     torch.manual_seed(0)
-    return Llama(ModelConfig.model_validate(base | changes), 11)
+    return Decoder(Llama.model_validate(base | changes), 11)
 
 
 def schedule(name: str = "cosine", **changes: Any) -> Schedule:

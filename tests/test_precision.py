@@ -14,8 +14,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import qtrain
-from qtrain.config import ModelConfig
-from qtrain.models.llama import Llama
+from qtrain.models.decoder import Decoder
+from qtrain.models.families.llama import Llama
 from qtrain.quant import set_high_precision
 from qtrain.training.losses import next_token_loss
 from qtrain_kernels import precision
@@ -205,10 +205,10 @@ def test_attention_rounds_its_operands_its_output_and_its_gradients(kv_heads: in
         assert ((found.double() - wanted).abs() <= wanted.abs() * 2**-8 + 1e-5).all()
 
 
-def small_llama() -> Llama:
+def small_llama() -> Decoder:
     torch.manual_seed(0)
     sizes = {"name": "tiny", "dim": 128, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "ffn_dim": 128, "seq_len": 32}
-    return Llama(ModelConfig.model_validate(sizes), 61)
+    return Decoder(Llama.model_validate(sizes), 61)
 
 
 @pytest.mark.usefixtures("no_units")

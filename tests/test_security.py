@@ -14,11 +14,13 @@ from pathlib import Path
 
 import pytest
 import yaml
+from conftest import data_settings
 
 import qtrain
 from qtrain.config import Config, parse_saved
 from qtrain.config.settings import parse
-from qtrain.data import open_corpus, prepare
+from qtrain.data.corpus import open_corpus
+from qtrain.data.prepare import prepare
 from qtrain.errors import UserError
 from qtrain.runs.directory import RunDirectory
 from qtrain.runs.files import read_json, read_yaml
@@ -120,7 +122,7 @@ def corpus(tmp_path: Path):
         (tmp_path / f"{number}.txt").write_text(f"document {number} " * 40)
     base = compose()
     tree = {"source": "text", "files": [f"{tmp_path}/*.txt"], "val_tokens": 64, "cache_dir": f"{tmp_path}/cache"}
-    return prepare(type(base.data)(**tree), base.tokenizer, progress=False)
+    return prepare(data_settings(**tree), base.tokenizer, progress=False)
 
 
 def test_a_manifest_does_not_lead_out_of_its_folder(corpus, tmp_path: Path) -> None:
@@ -224,6 +226,6 @@ def test_file_names_reach_no_shell(tmp_path: Path) -> None:
         (tmp_path / f"{number}{name}").write_text(f"text {number} " * 30)
     base = compose()
     tree = {"source": "text", "files": [f"{tmp_path}/*.txt"], "val_tokens": 64, "cache_dir": f"{tmp_path}/cache"}
-    prepare(type(base.data)(**tree), base.tokenizer, progress=False)
+    prepare(data_settings(**tree), base.tokenizer, progress=False)
     assert not list(tmp_path.rglob("pwned")) and not Path("pwned").exists()
     assert shlex.split(shlex.join([sys.executable, name]))[1] == name

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import qtrain
 from qtrain.config.recipe import QuantSpec
-from qtrain.models.llama import Llama
+from qtrain.models.decoder import Decoder
 from qtrain.quant import Observed, Observer, Quantizer, QuantLinear, operand_health
 from qtrain.runs.directory import RunDirectory
 from qtrain.train import compose
@@ -357,7 +357,7 @@ class Probe(observer.Observer):
         self.grad_weight = (
             2 * self.module.model.get_parameter(f"{self.name}.weight").grad.clone()
         )  # of two micro-batches
-        plain = Llama(self.module.config.model, self.module.plan.vocab_size)
+        plain = Decoder(self.module.config.model, self.module.plan.vocab_size)
         plain.load_state_dict(self.module.model.state_dict())
         tokens = self.batch
         nn.functional.cross_entropy(plain(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten()).backward()

@@ -19,10 +19,10 @@ import yaml
 from torch import Tensor, nn
 
 import qtrain
-from qtrain.config import ModelConfig
 from qtrain.config.recipe import read_recipe
 from qtrain.config.settings import configs_dir, parse
-from qtrain.models.llama import Llama
+from qtrain.models.decoder import Decoder
+from qtrain.models.families.llama import Llama
 from qtrain.training.losses import next_token_loss
 
 RECIPES = ("quartet_v1", "quartet_ii", "tetrajet_v2_baseline", "quartet")
@@ -41,9 +41,9 @@ def text() -> Tensor:
 
 def build(recipe: dict) -> nn.Module:
     """nano, the same weights at every call, converted."""
-    config = parse(ModelConfig, yaml.safe_load((configs_dir() / "model" / "nano.yaml").read_text()))
+    config = parse(Llama, yaml.safe_load((configs_dir() / "model" / "nano.yaml").read_text()))
     torch.manual_seed(0)
-    model = Llama(config, vocab_size=257)
+    model = Decoder(config, vocab_size=257)
     qtrain.convert(model, recipe)
     return model
 

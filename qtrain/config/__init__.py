@@ -1,7 +1,7 @@
 """Settings of a run: how files are read strictly, every setting, the recipe language, and what a run is known by.
 
-The names below are imported at their first use: `qtrain.optim` needs `qtrain.config.settings` alone, and the schema
-needs `qtrain.optim`.
+The names below are imported at their first use: families of settings (`qtrain.models`, `qtrain.data`, `qtrain.optim`)
+need `qtrain.config.settings` alone, and the schema needs them.
 """
 
 from __future__ import annotations
@@ -14,10 +14,8 @@ if TYPE_CHECKING:
     from qtrain.config.schema import (
         CallbacksConfig,
         Config,
-        DataConfig,
         DebugConfig,
         LoggerConfig,
-        ModelConfig,
         TokenizerConfig,
         TrainerConfig,
         check_key,
@@ -27,10 +25,8 @@ __all__ = [
     "NOT_IN_HASH",
     "CallbacksConfig",
     "Config",
-    "DataConfig",
     "DebugConfig",
     "LoggerConfig",
-    "ModelConfig",
     "TokenizerConfig",
     "TrainerConfig",
     "check_key",

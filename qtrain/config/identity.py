@@ -7,7 +7,7 @@ A run directory, a row of a results file and a trunk are found again by this has
   A setting without an entry is always in the hash, so that a new class of settings needs none.
 - A value that says the same as another is written in one way (`_normal`).
 
-The text that a run reads is not in the hash: reading it takes time. `qtrain.data.same_text` compares it.
+The text that a run reads is not in the hash: reading it takes time. `qtrain.data.prepare.same_text` compares it.
 """
 
 from __future__ import annotations
@@ -52,32 +52,23 @@ NOT_IN_HASH = (
 # that has it. NEVER change a value here, whatever becomes of the default in the class.
 INTRODUCED: dict[str, dict[str, Any]] = {
     "Config": {"seed": 0, "gemm": "auto"},
-    "ModelConfig": {
-        "n_kv_heads": None,
-        "tie_embeddings": False,
-        "vocab_size": None,
-        "rope_theta": 10000.0,
-        "norm_eps": 1e-5,
-        "init_std": 0.02,
-        "nominal_parameters": None,
-    },
-    "DataConfig": {
-        "packages": (),
-        "files": (),
-        "val_files": (),
-        "text_field": "text",
-        "path": None,
-        "subset": None,
-        "split": "train",
-        "val_split": None,
-        "streaming": False,
-        "max_tokens": None,
-        "val_fraction": 0.05,
-    },
+    "ModelSettings": {"tie_embeddings": False, "vocab_size": None, "init_std": 0.02, "nominal_parameters": None},
+    "Transformer": {"n_kv_heads": None, "rope_theta": 10000.0, "norm_eps": 1e-5},
+    "Llama": {"family": "llama"},
+    "DataSettings": {"streaming": False, "max_tokens": None, "val_fraction": 0.05},
+    "Stdlib": {},
+    "PythonEnv": {"packages": ()},
+    "Files": {"files": (), "val_files": ()},
+    "Text": {},
+    "RowFiles": {"text_field": "text"},
+    "Jsonl": {},
+    "Parquet": {},
+    "HuggingFace": {"path": None, "subset": None, "split": "train", "val_split": None, "text_field": "text"},
     "TokenizerConfig": {"vocab_size": None, "path": None, "eos_token": None},
     "OptimizerSettings": {"weight_decay": 0.1},
     "AdamW": {"beta1": 0.9, "beta2": 0.95, "eps": 1e-8},
     "Schedule": {"warmup_fraction": 0.1, "warmup_steps": None, "start_factor": 0.01, "final_factor": 0.1},
+    "Cosine": {},
     "WSD": {"decay_fraction": 0.2},
     "TrainerConfig": {
         "tokens": None,
@@ -144,12 +135,9 @@ def differences(there: Config, here: Config) -> list[str]:
 
 def parse_saved(tree: Mapping[str, Any]) -> Config:
     """The settings of a run as its config.yaml has them. A setting that its version did not know yet gets the value of
-    INTRODUCED; a setting of a version before that had no effect is left out. UserError as `parse`."""
-    tree = _completed(Config, tree)
-    scheduler = tree.get("scheduler")
-    if isinstance(scheduler, dict) and scheduler.get("name") == "cosine":
-        scheduler.pop("decay_fraction", None)  # all schedules had one
-    return parse(Config, tree)
+    INTRODUCED. A setting that only other members of a family have is left out: in the first versions all members had
+    all settings, without effect. UserError as `parse`."""
+    return parse(Config, _completed(Config, tree))
 
 
 def introduced(kind: type) -> dict[str, Any]:
@@ -207,7 +195,9 @@ def _completed(kind: type[Strict], tree: Mapping[str, Any]) -> dict[str, Any]:
         value = found.get(name)
         classes = classes_of(kind, name, value)
         if isinstance(value, Mapping) and len(classes) == 1:
-            found[name] = _completed(classes[0], value)
+            others = {key for each in classes_of(kind, name) for key in each.model_fields}
+            idle = others - set(classes[0].model_fields)
+            found[name] = _completed(classes[0], {key: each for key, each in value.items() if key not in idle})
     return found
 
 
@@ -216,20 +206,12 @@ def _completed(kind: type[Strict], tree: Mapping[str, Any]) -> dict[str, Any]:
 
 def _idle(config: Config) -> set[str]:
     """The settings that have no effect beside the others of this config."""
-    data, tokenizer = config.data, config.tokenizer
+    tokenizer = config.tokenizer
     idle = set()
     if not _redraws(config):
         idle.add("recipe.redraw")
     if config.scheduler.warmup_steps is not None:
         idle.add("scheduler.warmup_fraction")
-    if data.source != "python_env":
-        idle.add("data.packages")
-    if data.source not in ("text", "jsonl", "parquet"):
-        idle |= {"data.files", "data.val_files"}
-    if data.source not in ("jsonl", "parquet", "huggingface"):
-        idle.add("data.text_field")
-    if data.source != "huggingface":
-        idle |= {"data.path", "data.subset", "data.split", "data.val_split"}
     if tokenizer.kind != "bpe":
         idle.add("tokenizer.vocab_size")
     if tokenizer.kind != "huggingface":
@@ -249,8 +231,8 @@ def _normal(config: Config) -> dict[str, Callable[[Any], Any]]:
     normal: dict[str, Callable[[Any], Any]] = {
         "data.files": lambda files: tuple(map(_place, files)),
         "data.val_files": lambda files: tuple(map(_place, files)),
-        "data.path": lambda path: _place(path) if path and Path(path).expanduser().is_dir() else path,
-        "tokenizer.path": lambda path: _place(path) if path and Path(path).expanduser().exists() else path,
+        "data.path": lambda path: _place(path) if path and os.path.isdir(_expanded(path)) else path,  # noqa: PTH112
+        "tokenizer.path": lambda path: _place(path) if path and os.path.exists(_expanded(path)) else path,  # noqa: PTH110
     }
     if not config.data.streaming or config.data.max_tokens is not None:  # else the budget says how much text is read
         batch = config.trainer.batch_tokens
@@ -260,5 +242,11 @@ def _normal(config: Config) -> dict[str, Callable[[Any], Any]]:
 
 def _place(path: str) -> str:
     """A path or glob: relative to the working directory if it is below it, else absolute."""
-    full = os.path.normpath(os.path.join(Path.cwd(), Path(path).expanduser()))  # noqa: PTH118 (Path keeps ..)
+    full = os.path.normpath(os.path.join(Path.cwd(), _expanded(path)))  # noqa: PTH118 (Path keeps ..)
     return os.path.relpath(full) if Path(full).is_relative_to(Path.cwd()) else full
+
+
+def _expanded(path: str) -> str:
+    """With ~ replaced. Unlike those of pathlib, functions of os.path raise nothing for a user that is not there or a
+    name that is too long."""
+    return os.path.expanduser(path)  # noqa: PTH111

@@ -6,104 +6,21 @@ The YAML files under configs/ hold the values, the classes here hold the meaning
 from __future__ import annotations
 
 import difflib
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from qtrain.config.recipe import LinearRecipe
 from qtrain.config.settings import BFLOAT16_GEMMS, Backend, Checkpointing, GemmKind, Strict, family, fields_at, nearest
 from qtrain.errors import UserError
 
 if TYPE_CHECKING:
+    from qtrain.data.base import DataSettings
+    from qtrain.models.base import ModelSettings
     from qtrain.optim.base import OptimizerSettings, Schedule
 else:
+    ModelSettings, DataSettings = family("qtrain.models.families"), family("qtrain.data.sources")
     OptimizerSettings, Schedule = family("qtrain.optim.optimizers"), family("qtrain.optim.schedules")
-
-
-LARGEST = 1 << 24  # of a model's dimensions: beyond any memory, and still to be multiplied
-
-
-class ModelConfig(Strict):
-    """A Llama: RMSNorm, RoPE, SwiGLU, grouped-query attention. nominal_parameters is the paper's name for the size
-    (30M -> 30e6): a token budget per parameter counts it where it is given, else the non-embedding parameters."""
-
-    name: str
-    dim: int = Field(gt=0, le=LARGEST)
-    n_layers: int = Field(gt=0, le=1_000)
-    n_heads: int = Field(gt=0, le=LARGEST)
-    n_kv_heads: int | None = Field(None, gt=0)
-    ffn_dim: int = Field(gt=0, le=LARGEST)
-    seq_len: int = Field(gt=1, le=LARGEST)
-    tie_embeddings: bool = False
-    vocab_size: int | None = Field(None, gt=0, le=LARGEST)
-    rope_theta: float = Field(10000.0, gt=0)
-    norm_eps: float = Field(1e-5, gt=0)
-    init_std: float = Field(0.02, gt=0)
-    nominal_parameters: int | None = Field(None, gt=0)
-
-    @model_validator(mode="after")
-    def _divides(self) -> ModelConfig:
-        if self.dim % self.n_heads or (self.dim // self.n_heads) % 2:
-            raise ValueError(
-                f"model.dim={self.dim} must split into n_heads={self.n_heads} heads of even size: RoPE pairs elements"
-            )
-        if self.n_heads % self.kv_heads:
-            raise ValueError(f"model.n_heads={self.n_heads} must be a multiple of n_kv_heads={self.kv_heads}")
-        return self
-
-    @property
-    def kv_heads(self) -> int:
-        return self.n_kv_heads or self.n_heads
-
-    @property
-    def head_dim(self) -> int:
-        return self.dim // self.n_heads
-
-
-class DataConfig(Strict):
-    """Where the text comes from.
-
-    source: stdlib | python_env | text | jsonl | parquet | huggingface.
-    packages: the installed distributions whose .py files are read (python_env).
-    files, val_files: paths or globs (text, jsonl, parquet). Without val_files (or val_split) whole documents are held
-        out by their content hash until about val_fraction of them are.
-    text_field: the column that holds the text (jsonl, parquet, huggingface).
-    path, subset, split, val_split, streaming: of `datasets.load_dataset`.
-    max_tokens: stop the training split there; None takes the whole source, or, when streaming, the run's budget.
-    cache_dir: where token shards are kept, one folder per (source, tokenizer).
-    """
-
-    source: Literal["stdlib", "python_env", "text", "jsonl", "parquet", "huggingface"]
-    packages: tuple[str, ...] = ()
-    files: tuple[str, ...] = ()
-    val_files: tuple[str, ...] = ()
-    text_field: str = "text"
-    path: str | None = None
-    subset: str | None = None
-    split: str = "train"
-    val_split: str | None = None
-    streaming: bool = False
-    max_tokens: int | None = Field(None, gt=0)
-    val_fraction: float = Field(0.05, gt=0, lt=1)
-    val_tokens: int = Field(gt=0, description="validation reads at most this many tokens, spread over its split")
-    cache_dir: str = ".cache/qtrain"
-    num_workers: int = Field(0, ge=0, description="loader processes; 0 loads in the training process")
-    prepare_workers: int | None = Field(None, gt=0, description="tokenising processes; None: one per core")
-
-    @field_validator("packages", "files", "val_files", mode="before")
-    @classmethod
-    def _one_or_many(cls, files: Any) -> Any:
-        return (files,) if isinstance(files, str) else files
-
-    @model_validator(mode="after")
-    def _complete(self) -> DataConfig:
-        if self.source in ("text", "jsonl", "parquet") and not self.files:
-            raise ValueError(f"data.source={self.source} needs data.files, a path or a glob: data.files='corpus/*.txt'")
-        if self.source == "python_env" and not self.packages:
-            raise ValueError("data.source=python_env needs data.packages, for example data.packages=[torch,numpy]")
-        if self.source == "huggingface" and not self.path:
-            raise ValueError("data.source=huggingface needs data.path, the dataset's name or a local folder")
-        return self
 
 
 class TokenizerConfig(Strict):
@@ -238,8 +155,8 @@ class Config(Strict):
     retry_failed: bool = True
     backend: Backend = "auto"
     gemm: GemmKind = "auto"
-    model: ModelConfig
-    data: DataConfig
+    model: ModelSettings
+    data: DataSettings
     tokenizer: TokenizerConfig
     recipe: LinearRecipe
     optimizer: OptimizerSettings

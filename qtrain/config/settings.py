@@ -14,9 +14,9 @@ from collections.abc import Mapping, Sequence
 from functools import reduce
 from operator import or_
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Discriminator, Tag, ValidationError
 
 from qtrain.errors import UserError
 
@@ -38,15 +38,28 @@ class Strict(BaseModel):
 
 
 class Member(Strict):
-    """Settings of one of a family, which has a `name: Literal[...]` of its own; see `family`."""
+    """Settings of one of a family. CHOSEN_BY names the setting that chooses it, a `Literal` of one word that each
+    member has for itself; see `family`."""
+
+    CHOSEN_BY: ClassVar[str] = "name"
+
+    @classmethod
+    def choice(cls) -> str:
+        """The word that chooses this member."""
+        return get_args(cls.model_fields[cls.CHOSEN_BY].annotation)[0]
+
+    @classmethod
+    def is_chosen(cls, tree: Mapping[str, Any]) -> bool:
+        """Whether plain settings are this member's. A member whose word is a default is chosen where none is said."""
+        return tree.get(cls.CHOSEN_BY, cls.model_fields[cls.CHOSEN_BY].default) == cls.choice()
 
     def __str__(self) -> str:
-        return self.model_dump()["name"]
+        return self.choice()
 
 
 def family(package: str) -> Any:
-    """The type of a setting that is one of a package's Members, chosen by its `name`: one in each module, so that a
-    module that is added is one more choice."""
+    """The type of a setting that is one of a package's Members: one in each module, so that a module that is added is
+    one more choice."""
     folder = importlib.import_module(package).__path__
     modules = [importlib.import_module(f"{package}.{found.name}") for found in pkgutil.iter_modules(folder)]
     members = [
@@ -57,7 +70,14 @@ def family(package: str) -> Any:
     ]
     if len(members) == 1:  # no choice for pydantic
         return members[0]
-    return Annotated[reduce(or_, members), Field(discriminator="name")]
+
+    def chosen(settings: Any) -> str | None:
+        if isinstance(settings, Member):
+            return settings.choice()
+        found = settings if isinstance(settings, Mapping) else {}
+        return next((each.choice() for each in members if each.is_chosen(found)), None)
+
+    return Annotated[reduce(or_, (Annotated[each, Tag(each.choice())] for each in members)), Discriminator(chosen)]
 
 
 def parse(kind: type[T], tree: Mapping[str, Any]) -> T:
@@ -74,9 +94,12 @@ def _explain(kind: type[Strict], problem: Any) -> str:
     path = ".".join([*parents, leaf])
     found = problem["input"]
     if problem["type"] in ("union_tag_invalid", "union_tag_not_found"):
-        names, name = problem["ctx"].get("expected_tags", "").replace("'", ""), found.get("name")
-        names = names or ", ".join(map(str, _names_at(kind, [*parents, leaf])))
-        return f"{path}.name={shown(name)}: there is no such {leaf}{nearest(str(name), names.split(', '))}; use {names}"
+        members = _members_at(kind, [*parents, leaf])
+        key, names = members[0].CHOSEN_BY, [each.choice() for each in members]
+        name = found.get(key) if isinstance(found, Mapping) else found
+        what = leaf if key == "name" else key
+        hint = nearest(str(name), names)
+        return f"{path}.{key}={shown(name)}: there is no such {what}{hint}; use {', '.join(names)}"
     if problem["type"] == "extra_forbidden":
         valid = list(fields_at(kind, parents, chosen=problem["loc"]))
         where = ".".join(parents) or "the config"
@@ -94,7 +117,7 @@ def _keys(kind: type[BaseModel], place: Sequence[int | str]) -> list[str]:
     """The keys to a place in the settings, of pydantic's own, which names the members of families in between."""
     keys: list[str] = []
     for part in map(str, place):
-        if part not in _names_at(kind, keys):
+        if part not in {each.choice() for each in _members_at(kind, keys)}:
             keys.append(part)
     return keys
 
@@ -107,22 +130,17 @@ def _classes_at(kind: type[BaseModel], parents: Sequence[str]) -> list[type[Base
     return kinds
 
 
-def _names_at(kind: type[BaseModel], parents: Sequence[str]) -> list[str]:
-    """The names of a family's members, if there is a family."""
-    kinds = _classes_at(kind, parents)
-    return [name for each in kinds if len(kinds) > 1 for name in _names_of(each)]
+def _members_at(kind: type[BaseModel], parents: Sequence[str]) -> list[type[Member]]:
+    """The members of the family there, of which one is chosen; none where there is no choice."""
+    members = [each for each in _classes_at(kind, parents) if issubclass(each, Member)]
+    return members if len(members) > 1 else []
 
 
 def fields_at(kind: type[BaseModel], parents: Sequence[str], chosen: Sequence[int | str] = ()) -> list[str]:
     """The keys of the settings there; of a family those of all its members, or of those that are named in `chosen`."""
     kinds = _classes_at(kind, parents)
-    if len(kinds) > 1:
-        kinds = [each for each in kinds if not set(_names_of(each)).isdisjoint(chosen)] or kinds
+    kinds = [each for each in _members_at(kind, parents) if each.choice() in chosen] or kinds
     return list(dict.fromkeys(name for each in kinds for name in each.model_fields))
-
-
-def _names_of(member: type[BaseModel]) -> tuple[str, ...]:
-    return get_args(member.model_fields["name"].annotation)
 
 
 def shown(value: Any) -> str:
@@ -134,13 +152,14 @@ def shown(value: Any) -> str:
 
 
 def classes_of(kind: type[BaseModel], name: str, value: Any = None) -> list[type[Strict]]:
-    """The classes of settings that a field may hold; of several those whose own `name` can be that of the value."""
+    """The classes of settings that a field may hold; of a family's those that the value chooses."""
     annotation = kind.model_fields[name].annotation
     options = [annotation] if get_origin(annotation) is dict else [annotation, *get_args(annotation)]
+    options = [get_args(option)[0] if get_origin(option) is Annotated else option for option in options]
     classes = [option for option in options if isinstance(option, type) and issubclass(option, Strict)]
     if len(classes) < 2 or not isinstance(value, Mapping):
         return classes
-    return [each for each in classes if value.get("name") in _names_of(each)]
+    return [each for each in classes if issubclass(each, Member) and each.is_chosen(value)]
 
 
 def nearest(name: str, valid: list[str], parents: list[str] | None = None) -> str:

@@ -32,13 +32,13 @@ from typing import Any
 
 import filelock
 
-from qtrain.config import DataConfig, TokenizerConfig
+from qtrain.config import TokenizerConfig
+from qtrain.data.base import DataSettings, Document, Source
 from qtrain.data.bigram import MAX_TRAIN_TOKENS, MAX_VAL_TOKENS, bigram_cross_entropy
 from qtrain.data.corpus import FORMAT_VERSION, Corpus, Split, data_hash, open_corpus, read_manifest
 from qtrain.data.encode import Chunk, encode_all
 from qtrain.data.progress import Progress
 from qtrain.data.shards import SplitWriter
-from qtrain.data.sources import Document, Source, open_sources
 from qtrain.data.tokenizer import (
     ByteTokenizer,
     FileTokenizer,
@@ -60,7 +60,7 @@ log = logging.getLogger(__name__)
 class Plan:
     """A preparation that was asked for: sources, limits in tokens (None: everything), and its place in the cache."""
 
-    data: DataConfig
+    data: DataSettings
     tokenizer: TokenizerConfig
     train: Source
     val: Source | None
@@ -80,7 +80,7 @@ class Plan:
 
 
 def prepare(
-    data: DataConfig, tokenizer: TokenizerConfig, *, budget_tokens: int | None = None, progress: bool = True
+    data: DataSettings, tokenizer: TokenizerConfig, *, budget_tokens: int | None = None, progress: bool = True
 ) -> Corpus:
     """The corpus of these settings: opened from data.cache_dir where it lies prepared, else made there.
 
@@ -104,14 +104,14 @@ def prepare(
     return corpus
 
 
-def fingerprint(data: DataConfig, tokenizer: TokenizerConfig, *, budget_tokens: int | None = None) -> str:
+def fingerprint(data: DataSettings, tokenizer: TokenizerConfig, *, budget_tokens: int | None = None) -> str:
     """Twelve hex digits of the sources, what is held out of them, and the tokenizer, without reading any text: name,
     size and modification time of each file, or the name of a dataset on the hub. UserError as `prepare`."""
     return _plan(data, tokenizer, budget_tokens).fingerprint
 
 
 def same_text(
-    data: DataConfig,
+    data: DataSettings,
     tokenizer: TokenizerConfig,
     recorded: Mapping[str, Any],
     *,
@@ -140,8 +140,8 @@ def same_text(
     return corpus.data_hash == recorded.get("data_hash")
 
 
-def _plan(data: DataConfig, tokenizer: TokenizerConfig, budget_tokens: int | None) -> Plan:
-    train, val = open_sources(data)
+def _plan(data: DataSettings, tokenizer: TokenizerConfig, budget_tokens: int | None) -> Plan:
+    train, val = data.open()
     train_limit = data.max_tokens
     if data.streaming and train_limit is None:
         train_limit = budget_tokens

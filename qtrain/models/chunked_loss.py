@@ -40,8 +40,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         dw = torch.zeros_like(weight) if needs_weight else None
         w = weight.to(dtype)
         with torch.autocast(device, enabled=False):
-            for rows in torch.arange(len(x)).split(min(max(len(x) // CHUNKS, MIN_ROWS), MAX_ROWS)):
-                part = slice(int(rows[0]), int(rows[-1]) + 1)
+            rows = min(max(len(x) // CHUNKS, MIN_ROWS), MAX_ROWS)
+            for start in range(0, len(x), rows):
+                part = slice(start, start + rows)
                 own = x[part].to(dtype)
                 logits = matmul(own, w.T).float()
                 loss += F.cross_entropy(logits, targets[part], reduction="sum")

@@ -30,7 +30,7 @@ class RunRow(BaseModel):
 
     Columns with a default came after the first results files, which lack them. tokens_per_second is the median over the
     run; tokens_seen and memory_bytes are of its last training line; data_fingerprint and data_hash: of the text, see
-    `qtrain.data.same_text`; directory is a place on one machine, empty in a file to which runs add their rows.
+    `qtrain.data.prepare.same_text`; directory is a place on one machine, empty in a file to which runs add their rows.
     """
 
     name: str

@@ -9,7 +9,7 @@ from torch import nn
 
 from qtrain.config import Config
 from qtrain.errors import UserError
-from qtrain.models.llama import Llama
+from qtrain.models.decoder import Decoder
 from qtrain.plan import make_plan
 from qtrain.quant import QuantLinear, Report, convert, set_high_precision
 from qtrain.runs.directory import RunDirectory
@@ -37,12 +37,12 @@ def pick_device(config: Config) -> torch.device:
     return torch.device(device)
 
 
-def build_model(config: Config, vocab_size: int) -> Llama:
+def build_model(config: Config, vocab_size: int) -> Decoder:
     """The model as it stands before step 0, a function of the settings alone: the global random state is left as it
     was, the weights depend on config.seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        model = Llama(config.model, vocab_size)
+        model = Decoder(config.model, vocab_size)
     convert(model, config.recipe, seed=config.seed, backend=config.backend, gemm=config.gemm)
     return model
 
@@ -51,7 +51,7 @@ def check_model(config: Config) -> Report:
     """What the recipe will convert, found out on shapes alone, before any data is prepared. UserError for a width that
     the recipe's blocks do not divide."""
     with torch.device("meta"):
-        model = Llama(config.model, vocab_size=1)
+        model = Decoder(config.model, vocab_size=1)
     report = convert(model, config.recipe, seed=config.seed, backend=config.backend, gemm=config.gemm)
     if config.trainer.chunked_loss and isinstance(model.lm_head, QuantLinear):
         raise UserError(

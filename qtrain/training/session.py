@@ -27,13 +27,15 @@ from rich.panel import Panel
 from rich.text import Text
 
 from qtrain.config import Config, config_hash
-from qtrain.data import Corpus, check_vocab, prepare, same_text
 from qtrain.data.batches import TokenBatches
+from qtrain.data.corpus import Corpus, check_vocab
 from qtrain.data.order import describe_epochs, epochs, repetition_warning
+from qtrain.data.prepare import prepare, same_text
 from qtrain.errors import DivergedError, LostRankError, RefusedError, StoppedError, UserError, first_line, visible
-from qtrain.models.llama import Llama, generate
+from qtrain.models.decoder import Decoder
+from qtrain.models.generate import generate
 from qtrain.optim.groups import build_optimizer
-from qtrain.plan import RunPlan, budget_tokens, make_plan
+from qtrain.plan import RunPlan, budget_tokens, describe_bytes, make_plan
 from qtrain.quant import check_backend
 from qtrain.report.loss import plot_loss
 from qtrain.runs.directory import RunDirectory
@@ -47,6 +49,7 @@ from qtrain.training.causal_lm import CausalLM
 from qtrain.training.checkpoint import Saver, newest, refuse_earlier_format, tidy, whole_number
 from qtrain.training.divergence import MOST_IN_A_ROW, Guard, RewindError
 from qtrain.training.loop import Training, train
+from qtrain.training.memory import OUT, check_state_fits, measure_memory, memory_of
 from qtrain.training.observers import Measure, Observer, Profile, Progress, Recorder, Telemetry, Validate
 from qtrain.training.observers.loggers import build_loggers, check_logger, close_loggers, mirror_summary
 from qtrain.training.parallel import Ranks, blocks_of, check_strategy, is_lost_rank, joined
@@ -91,8 +94,13 @@ def run(config: Config) -> float | None:
     directory = RunDirectory.of(config)
     if config.dry_run:
         directory.check(config)
-        table = make_plan(config).table(config, device=str(device), run_directory=str(directory.path))
-        console.print(table)
+        plan = make_plan(config)
+        check_state_fits(config, plan, device)
+        memory = measure_memory(config, plan)
+        about = {"memory": memory.describe(), "device": str(device), "run_directory": str(directory.path)}
+        console.print(plan.table(config, **about))
+        if memory.peak > memory_of(device):
+            log.warning("%s has %s: %s", device, describe_bytes(memory_of(device)), OUT)
         return None
     ended = _ended(config, directory) if world.alone else None  # before other processes are started
     if ended is None:
@@ -176,6 +184,7 @@ def _session(config: Config, fabric: Fabric, ranks: Ranks, console: Console) -> 
     corpus = prepare(config.data, config.tokenizer, budget_tokens=budget_tokens(config))
     plan = make_plan(config, vocab_size=corpus.vocab_size)
     check_vocab(corpus, plan.vocab_size)
+    check_state_fits(config, plan, fabric.device)
     model = build_model(config, plan.vocab_size)
     with RunDirectory.of(config) as directory:
         ranks.decided(lambda: directory.open(config))
@@ -190,7 +199,7 @@ class Session:
         config: Config,
         plan: RunPlan,
         corpus: Corpus,
-        model: Llama,
+        model: Decoder,
         directory: RunDirectory,
         fabric: Fabric,
         ranks: Ranks,
@@ -217,7 +226,7 @@ class Session:
         self._rewinds, self._rewound_to = 0, -1
 
     @property
-    def model(self) -> Llama:
+    def model(self) -> Decoder:
         return self.module.model  # pyright: ignore[reportReturnType]
 
     @property

@@ -1,0 +1,170 @@
+"""What sources that read files share: their settings, how a path or glob becomes files, and what is said of bad ones.
+
+An empty document is left out, but an empty *file* that was asked for is an error.
+"""
+
+from __future__ import annotations
+
+import difflib
+import glob
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pydantic import model_validator
+
+from qtrain.data.base import DataSettings, Document, Names, Source
+from qtrain.errors import UserError
+
+
+class File(NamedTuple):
+    name: str  # relative, with forward slashes: the same wherever the files lie
+    path: Path
+
+
+class Files(DataSettings):
+    """Documents in files that the user names. files, val_files: paths or globs."""
+
+    files: Names = ()
+    val_files: Names = ()
+
+    @model_validator(mode="after")
+    def _complete(self) -> Files:
+        if not self.files:
+            raise ValueError(f"data.source={self} needs data.files, a path or a glob: data.files='corpus/*.txt'")
+        return self
+
+    def read(self, path: Path) -> Iterator[Document]:
+        """The documents of a file, in their order; empty ones may be among them."""
+        raise NotImplementedError
+
+    def options(self) -> Any:
+        """What beside the files decides which documents are read, as plain data."""
+        return ""
+
+    def open(self) -> tuple[Source, Source | None]:
+        return self._source("files", self.files), self._source("val_files", self.val_files) if self.val_files else None
+
+    def _source(self, key: str, patterns: Sequence[str]) -> Source:
+        paths = [path for pattern in patterns for path in _expand(f"data.{key}", pattern)]
+        paths = list(dict.fromkeys(paths))
+        root = Path(os.path.commonpath([path.parent for path in paths]))
+        files = [File(path.relative_to(root).as_posix(), path) for path in paths]
+
+        def documents() -> Iterator[Document]:
+            for file in files:
+                yield from (document for document in self.read(file.path) if document.text)
+
+        facts, n_bytes = stat(files)
+        return Source(f"{self}-{paths[0].stem}", [str(self), self.options(), facts], n_bytes, documents)
+
+
+class RowFiles(Files):
+    """Files whose lines or rows are documents. text_field: the field or column that holds the text."""
+
+    text_field: str = "text"
+
+    def options(self) -> Any:
+        return self.text_field
+
+
+def code_source(name: str, files: list[File]) -> Source:
+    """One file of Python code is one document."""
+
+    def documents() -> Iterator[Document]:
+        for file in files:
+            try:
+                text = file.path.read_bytes().decode()
+            except UnicodeDecodeError:  # a handful of files in older encodings, which no user chose
+                continue
+            if text:
+                yield Document(file.name, text)
+
+    return Source(name, *stat(files), documents)
+
+
+def stat(files: list[File]) -> tuple[list[tuple[str, int, int]], int]:
+    """[(name, size, modification time in ns)] and the sum of sizes. A changed file changes it; nothing is read."""
+    facts = []
+    for name, path in files:
+        status = path.stat()
+        facts.append((name, status.st_size, status.st_mtime_ns))
+    return facts, sum(size for _, size, _ in facts)
+
+
+def unreadable(path: Path, error: OSError) -> UserError:
+    return UserError(f"cannot read {path}: {error.strerror}; mend it, or leave it out of data.files")
+
+
+def decoded(where: Path | str, raw: bytes, start: int) -> str:
+    """Text from UTF-8. UserError naming the first byte that is none; start: offset of raw in its file."""
+    try:
+        return raw.decode()
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{where} is not UTF-8 text (byte 0x{raw[error.start]:02x} at offset {start + error.start}); "
+            "convert it, for example with iconv -t utf-8"
+        ) from None
+
+
+def cell_text(where: str, field: str, text: Any) -> str:
+    """The text of a table's cell. A missing value counts as an empty document; anything else but a string is a
+    UserError."""
+    if text is None:
+        return ""
+    if not isinstance(text, str):
+        raise UserError(f"{where}: column {field!r} is not text (found {type(text).__name__}); set data.text_field")
+    return text
+
+
+def _expand(key: str, pattern: str) -> list[Path]:
+    """The files of a path or glob, sorted. UserError if there are none, or if one is a folder or empty."""
+    path = Path(os.path.expanduser(pattern))  # noqa: PTH111 (Path raises for a user that is not there)
+    try:
+        names = [str(path)] if path.exists() or path.is_symlink() else sorted(set(_matches(str(path.absolute()))))
+        paths = [Path(name).absolute() for name in names]
+        files = [path for path in paths if path.is_file()]
+    except (OSError, ValueError) as error:  # ValueError: a character that no name has
+        told = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"{key}={pattern} cannot be read: {told}; name another file") from None
+    if paths and not files and paths[0].is_dir():
+        raise UserError(f"{key}={pattern} is a folder; name its files, for example {key}='{pattern}/*'")
+    if paths and not files:
+        kind = "a link to nothing, or to itself" if paths[0].is_symlink() else "a pipe, a socket or a device"
+        raise UserError(f"{key}={pattern} is {kind}; name a file")
+    if not files:
+        raise UserError(f"{key}={pattern} matches no file{_nearest_path(path)}")
+    for file in files:
+        if file.stat().st_size == 0:
+            raise UserError(f"{file} (of {key}) is empty; remove it or name another file")
+    return files
+
+
+def _matches(pattern: str) -> Iterator[str]:
+    """The paths of a glob. `**` goes into each folder once, by whatever links it is reached: into a folder that holds a
+    link to itself it would go for ever, and read its files again and again."""
+    head, deep, rest = f"{pattern}/*".partition("/**/") if pattern.endswith("/**") else pattern.partition("/**/")
+    if not deep:
+        yield from glob.iglob(pattern)  # noqa: PTH207 (relative patterns with ..)
+        return
+    seen: set[tuple[int, int]] = set()
+    for start in glob.iglob(head or "/"):  # noqa: PTH207
+        for folder, folders, _ in os.walk(start, followlinks=True):
+            found = Path(folder).stat()
+            if (found.st_dev, found.st_ino) in seen:
+                folders.clear()
+                continue
+            seen.add((found.st_dev, found.st_ino))
+            folders[:] = sorted(name for name in folders if not name.startswith("."))  # as the shell's **
+            yield from _matches(f"{glob.escape(folder)}/{rest}")
+
+
+def _nearest_path(path: Path) -> str:
+    parent = path.parent
+    while not parent.is_dir():
+        path, parent = parent, parent.parent
+    names = sorted(entry.name for entry in parent.iterdir())
+    if match := difflib.get_close_matches(path.name, names, n=1, cutoff=0.5):
+        return f"; did you mean {parent / match[0]}?"
+    return f"; {parent} holds {', '.join(names[:5]) or 'nothing'}{', ...' if len(names) > 5 else ''}"

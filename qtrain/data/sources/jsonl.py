@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+import codecs
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+from qtrain.data.base import Document
+from qtrain.data.files import RowFiles, decoded, unreadable
+from qtrain.errors import UserError
+
+
+class Jsonl(RowFiles):
+    """One line of a file is one document: the text in an object's field."""
+
+    source: Literal["jsonl"]
+
+    def read(self, path: Path) -> Iterator[Document]:
+        offset = 0
+        try:
+            with path.open("rb") as lines:
+                for number, raw in enumerate(lines, start=1):
+                    line = raw.removeprefix(codecs.BOM_UTF8) if number == 1 else raw
+                    if line.strip():
+                        where = f"{path}:{number}"
+                        yield Document(where, _text(where, decoded(where, line, offset), self.text_field))
+                    offset += len(raw)
+        except OSError as error:
+            raise unreadable(path, error) from None
+
+
+def _text(where: str, line: str, field: str) -> str:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{where}: not valid JSON ({error.msg} at column {error.colno}); mend or drop the line"
+        ) from None
+    except (RecursionError, ValueError):
+        raise UserError(f"{where}: nested too deep, or a number too long; mend or drop the line") from None
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: expected an object with a field {field!r}, found {type(row).__name__}")
+    if field not in row:
+        raise UserError(f"{where}: no field {field!r}; it has {', '.join(sorted(row))}; set data.text_field")
+    text = row[field]
+    if not isinstance(text, str):
+        raise UserError(f"{where}: field {field!r} is not a string (found {type(text).__name__}); set data.text_field")
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(
+                f"{where}: field {field!r} holds half a surrogate pair at character {error.start}"
+            ) from None
+    return text

@@ -1,0 +1,94 @@
+"""What every family of models has. Importing it, or a family, imports no torch."""
+
+# B batch, T tokens, D model dim, H query heads, G key/value heads, d head dim, F feed-forward dim
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+from pydantic import Field, model_validator
+
+from qtrain.config.settings import Member
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+class ModelSettings(Member):
+    """Settings of a decoder (`qtrain.models.decoder`): an embedding, n_layers blocks that are alike, a norm, lm_head.
+
+    nominal_parameters: the paper's name for the size (30M -> 30e6): a token budget per parameter counts it where it is
+        given, else the non-embedding parameters.
+    init_std: of the normal distribution that weights start from.
+    to_residual: names of the linear layers of a block that write to the residual stream; theirs start from a smaller
+        one, init_std / sqrt(2 n_layers).
+    """
+
+    CHOSEN_BY: ClassVar[str] = "family"
+    to_residual: ClassVar[tuple[str, ...]] = ()
+    name: str
+    dim: int = Field(gt=0, le=2**20)
+    n_layers: int = Field(gt=0, le=1_000)
+    seq_len: int = Field(gt=1, le=2**30)
+    tie_embeddings: bool = False
+    vocab_size: int | None = Field(None, gt=0, le=2**31)
+    init_std: float = Field(0.02, gt=0)
+    nominal_parameters: int | None = Field(None, gt=0)
+
+    def block(self) -> nn.Module:
+        """A new block: x (B, T, D), and the first T rows of each of `tables` -> (B, T, D)."""
+        raise NotImplementedError
+
+    def norm(self) -> nn.Module:
+        """A new norm before lm_head: x (B, T, D) -> (B, T, D)."""
+        raise NotImplementedError
+
+    def tables(self) -> dict[str, Tensor]:
+        """What all blocks read beside x, by name: one row for each of seq_len positions."""
+        return {}
+
+    def shape(self) -> str:
+        """The sizes in words, for the plan of a run."""
+        return f"{self.n_layers} layers, dim {self.dim}, context {self.seq_len}"
+
+    def attention_width(self) -> int:
+        """Elements of all query heads of a block together, which its attention multiplies with keys and weights."""
+        raise NotImplementedError
+
+
+class Transformer(ModelSettings):
+    """Settings of blocks of grouped-query attention with rotary positions, and a gated feed-forward network.
+
+    n_kv_heads: heads of keys and values, which groups of the n_heads queries share; None is one for each.
+    """
+
+    n_heads: int = Field(gt=0)
+    n_kv_heads: int | None = Field(None, gt=0)
+    ffn_dim: int = Field(gt=0, le=2**24)
+    rope_theta: float = Field(10000.0, gt=0)
+    norm_eps: float = Field(1e-5, gt=0)
+
+    @model_validator(mode="after")
+    def _divides(self) -> Transformer:
+        if self.dim % self.n_heads or (self.dim // self.n_heads) % 2:
+            raise ValueError(
+                f"model.dim={self.dim} must split into n_heads={self.n_heads} heads of even size: RoPE pairs elements"
+            )
+        if self.n_heads % self.kv_heads:
+            raise ValueError(f"model.n_heads={self.n_heads} must be a multiple of n_kv_heads={self.kv_heads}")
+        return self
+
+    @property
+    def kv_heads(self) -> int:
+        return self.n_kv_heads or self.n_heads
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.n_heads
+
+    def shape(self) -> str:
+        heads = f"{self.n_heads} heads" + (f" on {self.kv_heads}" if self.kv_heads != self.n_heads else "")
+        return f"{self.n_layers} layers, dim {self.dim}, {heads}, ffn {self.ffn_dim}, context {self.seq_len}"
+
+    def attention_width(self) -> int:
+        return self.dim

@@ -1,0 +1,81 @@
+"""Parts of blocks, on plain nn.Linear. They know nothing of precision.
+
+Rotary positions pair element i of a head with element i + d/2, as transformers does.
+"""
+
+# B batch, T tokens, D model dim, H query heads, G key/value heads, d head dim, F feed-forward dim
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from qtrain.models.base import Transformer
+from qtrain_kernels.precision import Linear, causal_attention
+
+
+class Composed(nn.Module):
+    """Named parts and the function that uses them: forward(x, ...) is function(self, x, ...), where each part is an
+    attribute of self."""
+
+    def __init__(self, function: Callable[..., Tensor], **parts: nn.Module) -> None:
+        super().__init__()
+        self._function = function
+        for name, part in parts.items():
+            self.add_module(name, part)
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return self._function(self, *inputs)
+
+
+class Attention(nn.Module):
+    """Causal self-attention: n_heads queries share n_kv_heads keys and values. x (B, T, D) -> (B, T, D)"""
+
+    def __init__(self, config: Transformer) -> None:
+        super().__init__()
+        kv_dim = config.kv_heads * config.head_dim
+        self.head_dim = config.head_dim
+        self.grouped = config.kv_heads != config.n_heads
+        self.q = Linear(config.dim, config.dim, bias=False)
+        self.k = Linear(config.dim, kv_dim, bias=False)
+        self.v = Linear(config.dim, kv_dim, bias=False)
+        self.o = Linear(config.dim, config.dim, bias=False)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        q, k, v = (rearrange(y, "B T (H d) -> B H T d", d=self.head_dim) for y in (self.q(x), self.k(x), self.v(x)))
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        y = causal_attention(q, k, v, enable_gqa=self.grouped)
+        return self.o(rearrange(y, "B H T d -> B T (H d)"))
+
+
+class MLP(nn.Module):
+    """SwiGLU. x (B, T, D) -> (B, T, D)"""
+
+    def __init__(self, config: Transformer) -> None:
+        super().__init__()
+        self.gate = Linear(config.dim, config.ffn_dim, bias=False)
+        self.up = Linear(config.dim, config.ffn_dim, bias=False)
+        self.down = Linear(config.ffn_dim, config.dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.silu(self.gate(x)) * self.up(x))
+
+
+def rope_tables(seq_len: int, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """cos and sin (T, d/2) float32 of the angles position * theta^(-2i/d). Source: RoFormer, arXiv 2104.09864."""
+    inv_freq = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+    angles = torch.outer(torch.arange(seq_len, dtype=torch.float32), inv_freq)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turns the pair (x[i], x[i + d/2]) of every head by its position's angle i, in float32; the dtype of x comes back.
+
+    x: (B, H, T, d); cos, sin: (T, d/2) float32.
+    """
+    first, second = x.float().chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)

@@ -54,6 +54,7 @@ def first_line(error: BaseException) -> str:
 REMEDIES = {
     errno.ENOSPC: "free space there, or name a folder on another disk; the same command then goes on",
     errno.EDQUOT: "your quota there is used up: free space, or name a folder on another disk",
+    errno.EFBIG: "a file there may not grow further: see `ulimit -f`, or name a folder on another disk",
     errno.EROFS: "the disk is mounted read-only: name a folder on another disk",
     errno.EACCES: "give yourself the right to it, or name another place",
     errno.EPERM: "give yourself the right to it, or name another place",

@@ -12,7 +12,7 @@ import torch
 from conftest import data_settings
 from pyarrow import parquet
 
-import qtrain
+import qtrain.train
 from qtrain.config.settings import shown
 from qtrain.errors import UserError, explain, first_line, visible
 from qtrain.report.page import read_law
@@ -32,13 +32,25 @@ from qtrain.train import compose
     ("data.files=" + "[" * 5000, "cannot read 'data.files="),
     ("optimizer.lr=inf", "optimizer.lr=inf: .*finite"),
     ("optimizer.lr=nan", "optimizer.lr=nan: "),
-    ("model.n_layers=1_000_000_000", "model.n_layers=1000000000: .*10000"),  # a dry run of it did not end
+    ("model.n_layers=1_000_000_000", "model.n_layers=1000000000: .*1000"),  # a dry run of it did not end
+    ("model.dim=1_000_000_000_000_000_000", "model.dim=1000000000000000000: .*1048576"),
+    ("hydra=7", "Config group override must be a string"),
+    ("~hydra=1", "Config group override deletion value must be a string"),
+    ("=3", "cannot read '=3': there is no key"),
+    ("@x=3", "cannot read '@x=3': there is no key"),
     ("scheduler.final_factor=-inf", "scheduler.final_factor=-inf: "),
 ])  # fmt: skip
 def test_overrides(override: str, told: str) -> None:
     with pytest.raises(UserError, match=told) as error:
         compose([override])
     assert len(str(error.value)) < 2000
+
+
+def test_a_flag_that_hydra_refuses(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("sys.argv", ["train.py", "--resolve"])
+    with pytest.raises(SystemExit) as ended:
+        qtrain.train.main()
+    assert ended.value.code == 2 and "--resolve flag can only be used" in capsys.readouterr().err
 
 
 def documents(source: str, *files: object, **more: object) -> list[str]:

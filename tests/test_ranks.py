@@ -249,14 +249,15 @@ def test_micro_batches_and_clipping_on_two_ranks(corpus: Path, tmp_path: Path) -
     more = ["recipe=bf16", "trainer.precision=32-true", "trainer.batch_tokens=64", "trainer.tokens=320"]
     session.run(compose(settings(corpus, tmp_path / "one", *more)))
     alone = weights(tmp_path / "one")
-    for way in ("ddp", "fsdp2"):
-        run_dir = tmp_path / way
+    run_dir = tmp_path / "two"
+    for way in ("ddp", "fsdp2"):  # the second moves the first aside
         watched = ["callbacks.telemetry_every_steps=2", "callbacks.telemetry_gradients=true"]
-        more_ = [*more, *watched, "trainer.devices=2", f"trainer.strategy={way}"]
+        more_ = [*more, *watched, "trainer.devices=2", f"trainer.strategy={way}", "force=true"]
         ranks = Ranks(tmp_path, command, settings(corpus, run_dir, *more_))
         assert ranks.ended() == [0, 0], ranks.said()
         for name, weight in weights(run_dir).items():
             torch.testing.assert_close(weight, alone[name], rtol=2e-4, atol=2e-6, msg=name)
+    assert status(run_dir) == status(tmp_path / "two.old1") == "finished"
 
 
 def test_two_groups_of_two_ranks_train_as_one_process(corpus: Path, tmp_path: Path) -> None:
@@ -272,6 +273,14 @@ def test_two_groups_of_two_ranks_train_as_one_process(corpus: Path, tmp_path: Pa
 
 
 # ------------------------------------------------------------------------------------------------------------ endings
+
+
+def told_by_rank_0(arguments: list[str]) -> None:
+    """As `command`, of a rank 1 that sees no checkpoint, as where a file system shows it late, and has no logger."""
+    if os.environ["RANK"] == "1":
+        session.newest = lambda *_, **__: None
+        session.build_loggers = lambda *_: pytest.fail("rank 1 makes loggers")
+    command(arguments)
 
 
 def test_a_signal_to_one_rank_stops_both_and_the_run_goes_on(corpus: Path, tmp_path: Path) -> None:
@@ -291,7 +300,7 @@ def test_a_signal_to_one_rank_stops_both_and_the_run_goes_on(corpus: Path, tmp_p
         saved = list_checkpoints(run_dir / "checkpoints")[-1][0]
         assert saved == steps_done(run_dir) and at <= saved < 40
         assert status(run_dir) == "interrupted"
-    ranks = Ranks(tmp_path, command, settings(corpus, run_dir, *two, *QUANTIZED))
+    ranks = Ranks(tmp_path, told_by_rank_0, settings(corpus, run_dir, *two, *QUANTIZED))
     assert ranks.ended() == [0, 0], ranks.said()
     ours, theirs = weights(run_dir), weights(undisturbed)
     assert all(torch.equal(ours[name], weight) for name, weight in theirs.items())

@@ -48,7 +48,7 @@ from qtrain.data.tokenizer import (
     train_bpe,
 )
 from qtrain.errors import UserError, first_line
-from qtrain.runs.files import sync_folder
+from qtrain.runs.files import naming, sync_folder
 
 CHUNK_CHARACTERS = 1 << 18
 BPE_TEXT_BYTES = 64 << 20  # BPE is trained on this much text, from the first training documents on
@@ -98,7 +98,8 @@ def prepare(
         raise UserError(f"data.cache_dir={data.cache_dir} cannot be made ({first_line(error)}); name another") from None
     with filelock.FileLock(cache / f".{plan.folder.name}.lock"):
         if (corpus := _find(plan)) is None:  # another process may have made it while this one waited
-            _build_and_rename(plan, progress)
+            with naming(plan.folder):
+                _build_and_rename(plan, progress)
             corpus = replace(open_corpus(plan.folder, plan.train_limit), fingerprint=plan.fingerprint)
     return corpus
 

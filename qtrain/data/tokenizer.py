@@ -77,7 +77,7 @@ class FileTokenizer:
         return self._tokenizer.decode([int(i) for i in ids if i != self.eos_id], skip_special_tokens=False)
 
     def save(self, path: Path) -> None:
-        self._tokenizer.save(str(path))
+        path.write_text(self._tokenizer.to_str(pretty=True), encoding="utf-8")  # its own `save` raises no OSError
 
     @property
     def eos_token(self) -> str:

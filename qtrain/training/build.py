@@ -15,7 +15,15 @@ from qtrain.plan import make_plan
 from qtrain.quant import QuantLinear, Report, check_quantized_gather, convert, set_high_precision
 from qtrain.runs.directory import RunDirectory
 from qtrain.training.causal_lm import computes_in_high_precision
-from qtrain.training.checkpoint import newest, refuse_earlier_format, restore, values_of
+from qtrain.training.checkpoint import (
+    compare,
+    newest,
+    refuse_earlier_format,
+    restore,
+    tensors_of,
+    values_of,
+    whole_number,
+)
 
 
 def pick_device(config: Config) -> torch.device:
@@ -73,7 +81,9 @@ def load_run(path: str | Path) -> nn.Module:
         refuse_earlier_format(directory.checkpoints)
         raise UserError(f"{directory.path} has no checkpoint yet")
     step, folder = found
-    vocab_size = values_of(folder)["vocab_size"]
+    vocab_size = whole_number(folder, values_of(folder), "vocab_size")
+    with torch.device("meta"):  # settings may ask for any size: the memory is taken for what the checkpoint holds
+        compare(folder, tensors_of(build_model(config, vocab_size)))
     model = build_model(config, vocab_size)
     restore(folder, model)
     plan = make_plan(config, vocab_size=vocab_size)

@@ -44,7 +44,7 @@ from qtrain.runs.table import read_run, record, recorded
 from qtrain.training.activations import checkpoint_activations
 from qtrain.training.build import build_model, check_model, pick_device
 from qtrain.training.causal_lm import CausalLM
-from qtrain.training.checkpoint import Saver, newest, refuse_earlier_format, tidy
+from qtrain.training.checkpoint import Saver, newest, refuse_earlier_format, tidy, whole_number
 from qtrain.training.divergence import MOST_IN_A_ROW, Guard, RewindError
 from qtrain.training.loop import Training, train
 from qtrain.training.memory import OUT, check_state_fits, measure_memory, memory_of
@@ -120,12 +120,12 @@ def _ended(config: Config, directory: RunDirectory) -> Ended | None:
         return None
     summary = directory.summary
     if directory.finished:
+        loss = read_run(directory.path)["val_loss"]  # a number, or a UserError
         if not _read_this_text(config, summary):
             raise UserError(
                 f"{directory.path} is finished, on data {summary.get('data_hash')}; the same settings now name another "
                 "text. Restore the text, or set force=true to move that run aside and train on the new one"
             )
-        loss = summary["val_loss"]
         _record(config, directory)
         return Ended(loss, f"{directory.path} is finished (validation loss {loss:.4f}); force=true runs it again")
     rows = recorded(Path(config.results)).get((config.name, config_hash(config)), []) if config.results else []
@@ -258,6 +258,9 @@ class Session:
         try:
             with stop.noting(), stop.ending_at_once():
                 asked = self.train(checkpoint, stop)
+                if asked:
+                    self._write_summary(Status.INTERRUPTED)
+                    self.ranks.meet()
         except DivergedError as error:
             self._write_summary(Status.DIVERGED, reason=str(error))
             if not self.ranks.is_zero:
@@ -271,8 +274,6 @@ class Session:
             self._write_summary(Status.INTERRUPTED if lost else Status.FAILED, reason=first_line(error))
             raise
         if asked:
-            self._write_summary(Status.INTERRUPTED)
-            self.ranks.meet()
             raise StoppedError(asked)
 
     def train(self, checkpoint: Path | None = None, stop: StopRequest | None = None) -> int:
@@ -380,7 +381,7 @@ class Session:
     def _restore(self, saver: Saver, folder: Path, optimizer: torch.optim.Optimizer) -> tuple[int, int]:
         """(steps done, samples seen) of a checkpoint, whose state becomes the model's and the optimiser's."""
         values = saver.restore(folder, self.model, optimizer)
-        return values["step"], values["samples"]
+        return values["step"], whole_number(folder, values, "samples")
 
     def _rewind(self, wrong: RewindError, saver: Saver, optimizer: torch.optim.Optimizer, measure: Measure) -> int:
         """Back to the last checkpoint; its step. DivergedError where that has been tried often enough."""

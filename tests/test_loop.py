@@ -39,7 +39,7 @@ from qtrain.training.divergence import Guard, RewindError, Spikes
 from qtrain.training.observers import Observer
 from qtrain.training.parallel import Ranks
 from qtrain.training.saves import Saves
-from qtrain.training.session import Session, run
+from qtrain.training.session import Session, open_session, run
 from qtrain.training.stop import StopRequest
 from qtrain.training.world import World
 
@@ -121,6 +121,22 @@ def test_a_stock_trainer_trains_the_same(corpus: Path, tmp_path: Path, recipe: s
     ours = last_weights(tmp_path / "run")
     for name, weight in module.model.state_dict().items():
         assert torch.equal(ours[name], weight), name
+
+
+def test_a_line_has_the_speed_and_memory_of_the_worst_rank(corpus: Path, tmp_path: Path) -> None:
+    """Another rank is a thousand times slower, waits for all its data and holds a terabyte."""
+    with open_session(settings(corpus, tmp_path / "run", "recipe=bf16")) as session:
+        alone = session.ranks.maximum
+
+        def with_a_slow_one(*values: float) -> list[float]:
+            if len(values) != 3:
+                return alone(*values)
+            return [max(pair) for pair in zip(values, (1000.0, 1.0, 2.0**40), strict=True)]
+
+        session.ranks.maximum = with_a_slow_one
+        session.train()
+    line = RunDirectory(tmp_path / "run").lines("loss")[-1]
+    assert (line["tokens_per_second"], line["data_wait"], line["memory_bytes"]) == (0.1, 1.0, 2**40)
 
 
 def test_a_trace_of_the_steps_asked_for(corpus: Path, tmp_path: Path) -> None:

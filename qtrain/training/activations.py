@@ -18,10 +18,11 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from qtrain.config.settings import Checkpointing
+from qtrain.quant import functional
 
 aten = torch.ops.aten
 PRODUCTS = {
-    torch.ops.qtrain.fprop.default,
+    functional.fprop,
     aten.mm.default,
     aten.addmm.default,
     aten._scaled_dot_product_flash_attention.default,

@@ -64,7 +64,7 @@ MAY_IMPORT = {
         "torch lightning qtrain.config qtrain.plan qtrain.optim.groups qtrain.quant qtrain.training.losses"
     ),
     "qtrain.training.build": (
-        "torch qtrain.config qtrain.plan qtrain.models qtrain.quant qtrain.runs qtrain.training.causal_lm "
+        "torch qtrain.config qtrain.data qtrain.plan qtrain.models qtrain.quant qtrain.runs qtrain.training.causal_lm "
         "qtrain.training.checkpoint"
     ),
     "qtrain.training.memory": (

@@ -389,6 +389,17 @@ def test_without_text_there_is_nothing_to_hold_out(tmp_path: Path) -> None:
         quiet(config(tmp_path, val_files=str(tmp_path / "only.txt")))
 
 
+def test_a_vocabulary_that_the_text_does_not_fill_is_told(files: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for _ in ("made", "opened"):
+        caplog.clear()
+        corpus = quiet(config(files), TokenizerConfig(kind="bpe", vocab_size=4000))
+        assert corpus.vocab_size < 4000
+        assert f"the vocabulary has {corpus.vocab_size} tokens, not tokenizer.vocab_size=4000" in caplog.text
+    caplog.clear()
+    quiet(config(files), TokenizerConfig(kind="bpe", vocab_size=corpus.vocab_size))
+    assert not caplog.text
+
+
 def test_cache_folder_that_cannot_be_made(files: Path) -> None:
     with pytest.raises(UserError, match=r"data.cache_dir=.*00.txt/cache cannot be made"):
         quiet(config(files, cache_dir=str(files / "00.txt" / "cache")))

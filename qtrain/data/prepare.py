@@ -95,6 +95,12 @@ def prepare(
     corpus = _find(plan) or _made(plan, progress)
     if corpus.is_cut:
         log.info("%s", describe_cut(corpus))
+    wanted = tokenizer.vocab_size if tokenizer.kind == "bpe" else None
+    if wanted is not None and corpus.vocab_size < wanted:
+        log.warning(
+            "the vocabulary has %d tokens, not tokenizer.vocab_size=%d: the training text has no more pairs to merge",
+            corpus.vocab_size, wanted,
+        )  # fmt: skip
     return corpus
 
 

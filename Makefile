@@ -24,7 +24,7 @@ train: $(VENV)/.train ## train the nano Llama in MXFP4, about 2.5 minutes on two
 # MXFP4 as Quartet does it, 2 bits by QuEST, and FP4 by the largest value of each tensor, which does not work.
 compare: $(VENV)/.train ## train four recipes on the same text and open the page that compares them (about 4.5 minutes on two cores)
 	$(BIN)/python train.py -m +experiment=bf16,quartet,quest_2bit,halo_0_fp4 trainer.tokens=524_288 run_root=runs/compare \
-		callbacks.sample_tokens=0 $(ARGS)
+		$(ARGS)
 	@echo; echo "Validation loss in nats per token; the gap is the loss less that of bf16:"; echo
 	@$(BIN)/python scripts/compare_runs.py runs/compare
 	@$(BIN)/python scripts/report.py runs/compare --out runs/comparison.html --open

@@ -38,7 +38,11 @@ class StoppedError(KeyboardInterrupt):
 
 
 class LostRankError(StoppedError):
-    """Another process of the run has ended before this one."""
+    """Another process of the run has ended before this one, or does not answer. how: in one line."""
+
+    def __init__(self, exit_code: int, how: str):
+        super().__init__(exit_code)
+        self.how = how
 
 
 def first_line(error: BaseException) -> str:
@@ -50,6 +54,7 @@ def first_line(error: BaseException) -> str:
 REMEDIES = {
     errno.ENOSPC: "free space there, or name a folder on another disk; the same command then goes on",
     errno.EDQUOT: "your quota there is used up: free space, or name a folder on another disk",
+    errno.EFBIG: "a file there may not grow further: see `ulimit -f`, or name a folder on another disk",
     errno.EROFS: "the disk is mounted read-only: name a folder on another disk",
     errno.EACCES: "give yourself the right to it, or name another place",
     errno.EPERM: "give yourself the right to it, or name another place",

@@ -16,7 +16,6 @@ from qtrain.metrics import flops_per_token
 from qtrain.models.decoder import count_parameters
 from qtrain_kernels.precision import has_bfloat16_units
 
-SAMPLE_TOKENS, SAMPLED_PARAMETERS = 200, 10_000_000  # without a cache, a token costs a forward of the whole context
 MIN_TELEMETRY_STEPS = 40  # taking the quantisers' health once costs most of a step of a small model
 BYTES_VOCABULARY = 257  # 256 values and the end-of-document token
 
@@ -38,7 +37,6 @@ class RunPlan:
     val_every_steps: int
     checkpoint_every_steps: int
     telemetry_every_steps: int
-    sample_tokens: int
 
     @property
     def tokens(self) -> int:
@@ -121,8 +119,10 @@ def _describe_devices(config: Config) -> str:
     count = trainer.devices * trainer.num_nodes
     nodes = f" on {trainer.num_nodes} nodes" if trainer.num_nodes > 1 else ""
     if trainer.strategy == "fsdp2":
+        quantized = trainer.all_gather == "quantized"
+        travel = "weights travel as codes, gradients in float32" if quantized else "all travel in float32"
         groups = f" within each of {trainer.sharding_groups} groups" if trainer.sharding_groups > 1 else ""
-        return f"{count}{nodes}: parameters, gradients and optimizer state sharded{groups}; all travel in float32"
+        return f"{count}{nodes}: parameters, gradients and optimizer state sharded{groups}; {travel}"
     return f"{count}{nodes}" + (": each holds the whole model; gradients travel in float32" if count > 1 else "")
 
 
@@ -152,9 +152,6 @@ def make_plan(config: Config, vocab_size: int | None = None) -> RunPlan:
         val_every_steps=callbacks.val_every_steps or tenth,
         checkpoint_every_steps=callbacks.checkpoint_every_steps or tenth,
         telemetry_every_steps=max(MIN_TELEMETRY_STEPS, math.ceil(steps / 20)) if health is None else health,
-        sample_tokens=(SAMPLE_TOKENS if parameters <= SAMPLED_PARAMETERS else 0)
-        if callbacks.sample_tokens is None
-        else callbacks.sample_tokens,
     )
 
 

@@ -59,8 +59,12 @@ def main() -> None:
         _report(error)
     except JobFailedError as error:
         _failures.append(error)
+    except ValueError as error:
+        if not _is_of_hydra(error):
+            raise
+        _report(error)
     except OSError as error:
-        if error.filename is None and error.errno is None:
+        if error.errno is None:
             raise
         _report(explain(error))
     except KeyboardInterrupt as stopped:
@@ -75,10 +79,9 @@ _failures: list[Exception] = []
 def _end_stopped(stopped: KeyboardInterrupt) -> NoReturn:
     """A process that another of the run has started ends with 0 when both were stopped: a code tells its starter that
     something is wrong."""
-    lost = isinstance(stopped, LostRankError)
-    if started_by_another() and not lost:
+    why = f"another process of this run is lost ({stopped.how})" if isinstance(stopped, LostRankError) else "stopped"
+    if started_by_another() and why == "stopped":
         sys.exit(0)
-    why = "another process of this run has ended" if lost else "stopped"
     print(f"{why}; the same command continues from the last checkpoint", file=sys.stderr)
     sys.exit(stopped.exit_code if isinstance(stopped, StoppedError) else 130)
 
@@ -124,6 +127,14 @@ class _Stop:
 _stop = _Stop()
 
 
+def _is_of_hydra(error: BaseException) -> bool:
+    """Whether Hydra itself has raised an error: plain ones too, for a flag or a value that it does not take."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and trace.tb_frame.f_globals.get("__name__", "").startswith("hydra.")
+
+
 def _report(error: Exception) -> None:
     print(f"error: {error}", file=sys.stderr)
     _failures.append(error)
@@ -147,10 +158,14 @@ def job(tree: DictConfig) -> float | None:
         return _job(tree)
     from qtrain.runs.processes import end_with_parent
 
-    end_with_parent(signal.SIGTERM)  # which saves first
+    parent_lives = end_with_parent(signal.SIGTERM)  # which saves first
     try:  # a process of hydra/launcher=local
         return None if _stop.stopped or _stop.asked else _job(tree)
     except KeyboardInterrupt as stopped:
+        if not parent_lives():
+            os._exit(
+                stopped.exit_code if isinstance(stopped, StoppedError) else 130
+            )  # joblib would wait for a next job
         _stop.stopped = stopped
         return None
 
@@ -165,21 +180,27 @@ def _job(tree: DictConfig) -> float | None:
                 "the runs of one command (-m) cannot each start processes of their own; start it with torchrun or "
                 "srun, or one run at a time"
             )
+        from qtrain.runs.directory import RunDirectory
         from qtrain.training.session import run
 
         loss = run(config)
-        if not several and loss is not None:
+        if (
+            not several and loss is not None and RunDirectory.of(config).path.exists()
+        ):  # it is not where a row was found
             print(next_commands(config))
         return loss
     except RefusedError:
         if not several:
             raise
-    except UserError as error:
+    except (UserError, OmegaConfBaseException) as error:
         _report(error)
-    except Exception:
-        if not several:
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            _report(explain(error))
+        elif not several:
             raise
-        traceback.print_exc()
+        else:
+            traceback.print_exc()
     if several:
         raise JobFailedError
     return None
@@ -198,6 +219,7 @@ def next_commands(config: Config) -> str:
         commands = [
             ("make compare", "recipes whose losses differ, and the page that shows it"),
             (report, "this run on one page: loss, speed, how every layer's quantisers fare"),
+            (f"{shlex.join(['python', 'scripts/generate.py', path])} --prompt 'def '", "text of the model"),
             (inspect, "the numerics of every layer"),
         ]
     width = max(len(command) for command, _ in commands)
@@ -227,7 +249,7 @@ def compose_all(jobs: Iterable[Sequence[str]]) -> list[Config]:
     parse = OverridesParser.create().parse_override
     trees: dict[tuple[str, ...], DictConfig] = {}
     configs = []
-    with hydra.initialize_config_dir(str(configs_dir()), version_base="1.3"):
+    with _composing():
         for overrides in jobs:
             checked = checked_overrides(overrides)
             parts = tuple(override for override in checked if not override.startswith("++"))
@@ -238,6 +260,20 @@ def compose_all(jobs: Iterable[Sequence[str]]) -> list[Config]:
                 OmegaConf.update(tree, override.key_or_group, override.value(), merge=True, force_add=True)
             configs.append(to_config(tree))
     return configs
+
+
+@contextmanager
+def _composing() -> Iterator[None]:
+    """Hydra for programs. What it finds wrong with the settings is a UserError."""
+    try:
+        with hydra.initialize_config_dir(str(configs_dir()), version_base="1.3"):
+            yield
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        if isinstance(error, UserError) or not (
+            isinstance(error, HydraException | OmegaConfBaseException) or _is_of_hydra(error)
+        ):
+            raise
+        raise UserError(str(error)) from None
 
 
 def checked_overrides(arguments: Iterable[str]) -> list[str]:
@@ -298,6 +334,8 @@ def _check_one_run(arguments: Iterable[str]) -> None:
 def _checked(argument: str, own_configs: bool) -> str:
     override = _parsed(argument)
     key = override.key_or_group
+    if not key:
+        raise UserError(f"cannot read {shown(argument)}: there is no key before the =")
     if key.split(".")[0].split("/")[0] == "hydra":
         return argument
     if not (configs_dir() / key).is_dir():
@@ -329,7 +367,7 @@ def jobs_of(arguments: Sequence[str]) -> list[list[str]]:
     arguments = [argument for argument in checked_overrides(arguments) if _is_override(argument)]
     parse = OverridesParser.create().parse_override
     single = [argument for argument in arguments if not parse(argument).is_sweep_override()]
-    with hydra.initialize_config_dir(str(configs_dir()), version_base="1.3"):
+    with _composing():
         tree = hydra.compose("train", overrides=single, return_hydra_config=True)
     params = [f"{key}={value}" for key, value in (tree.hydra.sweeper.params or {}).items()]
     (jobs,) = BasicSweeper.split_arguments([parse(argument) for argument in [*params, *arguments]], None)

@@ -13,9 +13,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from hydra.errors import HydraException
-from omegaconf.errors import OmegaConfBaseException
-
 from qtrain.config.settings import group_names
 from qtrain.data.corpus import Corpus, verify
 from qtrain.data.prepare import describe_cut, prepare
@@ -35,7 +32,7 @@ def main(arguments: Sequence[str]) -> int:
         corpus = prepare(config.data, config.tokenizer, budget_tokens=budget_tokens(config))
         if checked:
             verify(corpus.folder)
-    except (UserError, HydraException, OmegaConfBaseException) as error:
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     _show(corpus, checked)

@@ -811,9 +811,7 @@ def trained(recipe: str, wrong: str | None = None, seed: int = 0) -> float:
     speak_through(Console(quiet=True))
     with TemporaryDirectory() as folder:
         settings = [f"recipe={recipe}", f"seed={seed}", f"run_root={folder}", f"trainer.tokens={TRAINED_TOKENS}"]
-        with open_session(
-            compose([*settings, "data=stdlib", "callbacks.sample_tokens=0", "trainer.precision=bf16-mixed"])
-        ) as session:
+        with open_session(compose([*settings, "data=stdlib", "trainer.precision=bf16-mixed"])) as session:
             for layer in session.model.modules():
                 if wrong is not None and isinstance(layer, QuantLinear):
                     layer.numerics = doubled(layer.numerics, wrong)

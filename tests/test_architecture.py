@@ -71,7 +71,7 @@ MAY_IMPORT = {
         "torch qtrain.config qtrain.models qtrain.plan qtrain.quant qtrain.training.activations qtrain.training.build "
         "qtrain.training.causal_lm qtrain.training.parallel"
     ),
-    "qtrain.training.parallel": "torch lightning qtrain.config qtrain.training.stop qtrain.training.world",
+    "qtrain.training.parallel": "torch lightning qtrain.config qtrain.quant qtrain.training.stop qtrain.training.world",
     "qtrain.training.trunk": ("qtrain.config qtrain.plan qtrain.training.causal_lm qtrain.training.checkpoint"),
     "qtrain.training.observers": (
         "torch lightning rich qtrain.config qtrain.metrics qtrain.quant qtrain.runs qtrain.training.causal_lm "

@@ -10,24 +10,20 @@ from qtrain.studies import chaos
 from qtrain.studies.chaos import Chaos, Fault, Round, differences
 
 
-def train_a_little(round: Round) -> None:
+def sabotage(round: Round, draw: random.Random) -> str:
+    """Another loss in a line of the metrics: no later start can know."""
     with round.started() as start:
         start.wait(lambda: start.new_steps() >= 5)
         start.kill_all()
-
-
-def sabotage(round: Round, draw: random.Random) -> str:
-    """Another loss in a line of the metrics: no later start can know."""
-    train_a_little(round)
     metrics = round.run_dir / "metrics.jsonl"
     metrics.write_text(metrics.read_text().replace('"loss": ', '"loss": 1', 1))
     return "a digit more"
 
 
 def deadlock(round: Round, draw: random.Random) -> str:
-    """The settings are gone, and the directory is not empty: no later start goes on."""
-    train_a_little(round)
-    (round.run_dir / "config.yaml").unlink()
+    """The directory holds something else: no later start goes on."""
+    round.run_dir.mkdir()
+    (round.run_dir / "thesis.txt").touch()
     return ""
 
 
@@ -37,21 +33,21 @@ def stop_after_the_third(fault: Fault) -> None:
 
 
 def test_a_run_survives_and_what_does_not_is_found(tmp_path, monkeypatch):
-    kinds = [kind for kind in chaos.KINDS if kind not in {"lost tails", "corrupted shard"}]
+    kinds = list(chaos.KINDS)
     with pytest.raises(KeyboardInterrupt):
-        Chaos(tmp_path, 5, 1, kinds).run(8, stop_after_the_third)
+        Chaos(tmp_path, 5, 1, kinds).run(9, stop_after_the_third)
     harness = Chaos(tmp_path, 5, 1, kinds)
-    harness.run(8)  # goes on
+    harness.run(9)  # goes on
     faults = harness.state.faults
-    assert [fault.number for fault in faults] == list(range(8)) and {fault.kind for fault in faults} == set(kinds)
+    assert [fault.number for fault in faults] == list(range(9)) and {fault.kind for fault in faults} == set(kinds)
     assert harness.survived, harness.table()
     assert not differences(tmp_path / "round-000", tmp_path / "undisturbed")
 
-    for number, kind in ((9, sabotage), (10, deadlock)):
+    for number, kind in ((10, sabotage), (11, deadlock)):
         monkeypatch.setattr(chaos, "KINDS", {kind.__name__: kind})
         harness.state.kinds = [kind.__name__]
         harness.run(number)
-    outcomes = {fault.kind: (fault.outcome, fault.said) for fault in harness.state.faults[8:]}
+    outcomes = {fault.kind: (fault.outcome, fault.said) for fault in harness.state.faults[9:]}
     assert outcomes["sabotage"][0] == "wrong" and "'loss': 1" in outcomes["sabotage"][1]
     assert outcomes["deadlock"][0] == "stuck" and "is not empty and holds no run" in outcomes["deadlock"][1]
     assert not harness.survived

@@ -251,6 +251,25 @@ def test_a_kill_at_any_file_operation_leaves_a_whole_checkpoint(tmp_path, step):
     assert operation > 10 and ".step-" in left, "kills came while files were half written"
 
 
+def test_all_of_a_checkpoint_is_on_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    """A power loss leaves no folder of that name with files that are half there; after it, the name is durable too."""
+    done = []
+    sync, rename = os.fsync, Path.rename
+
+    def syncing(handle):
+        sync(handle)
+        done.append(Path(f"/proc/self/fd/{handle}").readlink())
+
+    monkeypatch.setattr("os.fsync", syncing)
+    monkeypatch.setattr(Path, "rename", lambda path, target: (done.append(target), rename(path, target))[1])
+    folder = write(tmp_path, 1)
+    at = done.index(folder)
+    (partial,) = {path for path in done[:at] if path.parent == tmp_path}
+    assert set(done[:at]) == {partial, *(partial / path.name for path in folder.iterdir())}
+    assert done[at - 2 : at] == [partial / "manifest.json", partial], "the names in it last"
+    assert done[at + 1 :] == [tmp_path]
+
+
 def test_what_others_may_still_write_stays(tmp_path):
     (tmp_path / ".step-00000001.abc").mkdir()
     tidy(tmp_path, idle_seconds=60)

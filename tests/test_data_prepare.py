@@ -1,5 +1,6 @@
 """Preparation: what is written, how it is split, and that nothing half-made or damaged passes for whole."""
 
+import errno
 import hashlib
 import json
 import multiprocessing
@@ -25,7 +26,7 @@ from qtrain.data.corpus import Corpus, Split, check_vocab, open_corpus, verify
 from qtrain.data.encode import Chunk, encode_all
 from qtrain.data.prepare import prepare
 from qtrain.data.tokenizer import ByteTokenizer
-from qtrain.errors import UserError
+from qtrain.errors import UserError, explain
 
 BYTES = TokenizerConfig(kind="bytes")
 BPE = TokenizerConfig(kind="bpe", vocab_size=300)
@@ -403,6 +404,17 @@ def test_a_vocabulary_that_the_text_does_not_fill_is_told(files: Path, caplog: p
 def test_cache_folder_that_cannot_be_made(files: Path) -> None:
     with pytest.raises(UserError, match=r"data.cache_dir=.*00.txt/cache cannot be made"):
         quiet(config(files, cache_dir=str(files / "00.txt" / "cache")))
+
+
+def test_a_full_disk_is_told_with_the_place(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_room(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # as of an open file: without its name
+
+    monkeypatch.setattr(sys.modules[prepare.__module__], "_build", no_room)
+    with pytest.raises(OSError, match="No space left") as told:
+        quiet(config(files))
+    assert f"refused {files.parent}/cache/text-00-bytes-" in str(explain(told.value))
+    assert [path for path in (files.parent / "cache").iterdir() if path.is_dir()] == []
 
 
 def test_vocabulary_check(files: Path) -> None:

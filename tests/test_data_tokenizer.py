@@ -82,6 +82,12 @@ def test_saved_tokenizer_is_the_same(bpe: FileTokenizer, tmp_path: Path) -> None
     assert load_saved(None, 256).hash == ByteTokenizer().hash
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_a_tokenizer_that_finds_no_room_is_an_error_of_the_file_system(bpe: FileTokenizer) -> None:
+    with pytest.raises(OSError, match="No space left on device"):
+        bpe.save(Path("/dev/full"))
+
+
 def test_token_dtype_at_its_edge() -> None:
     assert token_dtype(1 << 16) == np.uint16
     assert token_dtype((1 << 16) + 1) == np.uint32

@@ -115,7 +115,7 @@ OWN = ["optimizer.momentum=0.5", "scheduler.final_factor=0.25", "model.bias=fals
 SMALL = [
     "model.dim=32", "model.ffn_dim=64", "model.n_layers=1", "model.seq_len=16", "trainer.batch_tokens=64",
     "trainer.micro_batch_size=4", "trainer.tokens=320", "trainer.precision=32-true", "trainer.device=cpu",
-    "callbacks.sample_tokens=0", "data.val_tokens=64", "recipe=quartet", "recipe.skip=[lm_head]",
+    "data.val_tokens=64", "recipe=quartet", "recipe.skip=[lm_head]",
 ]  # fmt: skip
 TRAINED = """
 import json, sys

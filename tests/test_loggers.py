@@ -25,7 +25,7 @@ def small(tmp_path: Path) -> list[str]:
     return [
         "recipe=bf16", "model.dim=64", "model.ffn_dim=64", "model.n_layers=1", "model.seq_len=32", "trainer.tokens=640",
         "trainer.batch_tokens=128", "trainer.micro_batch_size=4", "callbacks.log_every_steps=1",
-        "callbacks.sample_tokens=0", "data.source=text", f"data.files={tmp_path}/*.txt", "data.val_tokens=128",
+        "data.source=text", f"data.files={tmp_path}/*.txt", "data.val_tokens=128",
         f"data.cache_dir={tmp_path}/cache", f"run_root={tmp_path}/runs",
     ]  # fmt: skip
 

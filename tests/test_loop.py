@@ -8,6 +8,7 @@ import math
 import random
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,15 +31,17 @@ from qtrain.plan import make_plan
 from qtrain.quant import calibrate, set_step
 from qtrain.runs.directory import RunDirectory
 from qtrain.train import compose
-from qtrain.training import causal_lm
+from qtrain.training import causal_lm, parallel
 from qtrain.training.build import build_model
 from qtrain.training.causal_lm import CausalLM
-from qtrain.training.divergence import Spikes
+from qtrain.training.checkpoint import Saver, list_checkpoints
+from qtrain.training.divergence import Guard, RewindError, Spikes
 from qtrain.training.observers import Observer
 from qtrain.training.parallel import Ranks
 from qtrain.training.saves import Saves
 from qtrain.training.session import Session, run
 from qtrain.training.stop import StopRequest
+from qtrain.training.world import World
 
 STEPS = 6
 SMALL = [
@@ -54,7 +57,6 @@ SMALL = [
     "trainer.device=cpu",
     "callbacks.log_every_steps=1",
     "callbacks.val_every_steps=100",
-    "callbacks.sample_tokens=0",
     "callbacks.progress_bar=false",
     "data.source=text",
     "data.val_tokens=64",
@@ -175,6 +177,15 @@ def test_a_step_that_is_skipped_leaves_the_weights(
     assert any(not torch.equal(ours[name], weight) for name, weight in calm.items())
 
 
+def test_no_state_is_saved_of_a_loss_that_was_not_finite(corpus: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    """Step 3 goes wrong, the checkpoint of step 4 is due, and no line of metrics comes before it."""
+    poison(monkeypatch, 5)
+    more = ["recipe=bf16", "callbacks.log_every_steps=100", "callbacks.checkpoint_every_steps=2"]
+    with pytest.raises(DivergedError, match=r"step 3 is not finite.*step-00000002 \(step 2\)"):
+        run(settings(corpus, tmp_path / "run", *more))
+    assert [step for step, _ in list_checkpoints(tmp_path / "run" / "checkpoints")] == [2]
+
+
 def test_losses_that_are_never_finite_end_the_run(corpus: Path, tmp_path: Path, monkeypatch: Any) -> None:
     poison(monkeypatch, *range(1, 100))
     more = ["recipe=bf16", "trainer.on_divergence=skip", "trainer.tokens=1280"]
@@ -213,6 +224,53 @@ def test_a_spike_is_six_standard_deviations_above_the_last_128() -> None:
     spikes.values.pop()
     spikes.values.appendleft(recent[0])
     assert spikes.sees(mean + 6.01 * deviation)
+
+
+class Others(Ranks):
+    """Of two ranks, the other has a loss of its own."""
+
+    loss = 0.0
+
+    def __init__(self) -> None:
+        self.rank, self.size = 0, 2
+
+    def total(self, *values: float) -> list[float]:
+        return [values[0] + self.loss / 2, 2 * values[1]]
+
+
+def guard_of(**trainer: str) -> tuple[Guard, Others]:
+    """A guard whose own rank finds nothing wrong."""
+    ranks, settings = Others(), SimpleNamespace(**{"on_divergence": "stop", "on_spike": "ignore"} | trainer)
+    module: Any = SimpleNamespace(
+        config=SimpleNamespace(trainer=settings), step_loss=torch.tensor(1.0), grad_norm=torch.tensor(1.0)
+    )
+    return Guard(module, ranks), ranks
+
+
+def test_ranks_judge_the_loss_of_all() -> None:
+    """And steps in a row are counted from the last good one."""
+    guard, ranks = guard_of(on_divergence="skip")
+    for _ in range(3):
+        ranks.loss = math.nan
+        assert not any(guard.accepts(step) for step in range(9))
+        ranks.loss = 1.0
+        assert guard.accepts(9)
+
+
+@pytest.mark.parametrize("action", ["skip", "rewind", "log", "ignore"])
+def test_what_follows_a_spike(action: str, caplog: pytest.LogCaptureFixture) -> None:
+    guard, ranks = guard_of(on_spike=action)
+    for step in range(100):
+        ranks.loss = 1.0 + step % 7 / 100
+        assert guard.accepts(step)
+    ranks.loss = 9.0
+    if action == "rewind":
+        with pytest.raises(RewindError, match="a spike of loss") as wrong:
+            guard.accepts(100)
+        assert wrong.value.step == 100
+    else:
+        assert guard.accepts(100) == (action != "skip")
+    assert ("a spike of loss: loss 5, norm 1" in caplog.text) == (action in ("skip", "log"))
 
 
 # -------------------------------------------------------------------------------------------------------- when to save
@@ -281,9 +339,39 @@ def test_metrics_are_on_disk_before_the_checkpoint_that_counts_on_them(
         exact(log)
         synced.append(json.loads(log.path.read_text().splitlines()[-1])["step"])
 
+    save = Saver.save
     monkeypatch.setattr(type(directory.log), "sync", noting)
+    monkeypatch.setattr(Saver, "save", lambda saver, *rest, **more: (synced.append(0), save(saver, *rest, **more))[1])
     run(settings(corpus, tmp_path / "run", "recipe=bf16", "callbacks.checkpoint_every_steps=2"))
-    assert synced == [2, 4, 6]
+    assert synced == [2, 0, 4, 0, 6, 0]
+    assert [step for step, _ in list_checkpoints(directory.checkpoints)] == [4, 6], "the newest two"
+
+
+def test_a_last_validation_that_was_lost_with_the_power_is_made_again(corpus: Path, tmp_path: Path) -> None:
+    """Its line was not on disk yet, an earlier one was, and the checkpoint of the last step: a wrong loss was reported
+    as that of the run."""
+    more = ["callbacks.val_every_steps=3", "callbacks.checkpoint_every_steps=4"]
+    config = settings(corpus, tmp_path / "run", "recipe=bf16", *more)
+    loss = run(config)
+    directory = RunDirectory.of(config)
+    assert [step for step, _ in list_checkpoints(directory.checkpoints)] == [4, STEPS]
+    lines = [line for line in directory.metrics.read_text().splitlines(keepends=True) if '"val_loss"' in line]
+    assert [json.loads(line)["step"] for line in lines] == [3, 6]
+    directory.metrics.write_text(directory.metrics.read_text().replace(lines[1], ""))
+    directory.write_summary(directory.summary | {"status": "running", "val_loss": None})
+    assert run(config) == loss == directory.summary["val_loss"]
+
+
+def test_a_signal_in_the_last_step_is_no_reason_to_stop(corpus: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    class Signals(Observer):
+        def on_step_end(self, step: int) -> None:
+            if step == STEPS:
+                signal.raise_signal(signal.SIGTERM)
+
+    build = Session.observers
+    monkeypatch.setattr(Session, "observers", lambda self: [*build(self), Signals()])
+    config = settings(corpus, tmp_path / "run", "recipe=bf16")
+    assert run(config) is not None and RunDirectory.of(config).finished
 
 
 # ---------------------------------------------------------------------------------------------------------------- stop
@@ -304,6 +392,26 @@ def test_a_schedulers_signal_is_handed_on_once_the_run_is_saved() -> None:
         signal.signal(signal.SIGUSR2, before)
 
 
+def test_a_signal_while_ranks_part_is_too_late_to_change_the_ending(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All have saved and wait for each other. A rank that left now would look lost to the others."""
+
+    class Signals(Observer):
+        def on_step_end(self, step: int) -> None:
+            if step == 3:
+                signal.raise_signal(signal.SIGUSR1)
+                monkeypatch.setattr(Ranks, "meet", lambda self: signal.raise_signal(signal.SIGTERM))
+
+    build = Session.observers
+    monkeypatch.setattr(Session, "observers", lambda self: [*build(self), Signals()])
+    config = settings(corpus, tmp_path / "run", "recipe=bf16")
+    with pytest.raises(StoppedError) as stopped:
+        run(config)
+    assert stopped.value.exit_code == 75
+    assert RunDirectory.of(config).summary["status"] == "interrupted"
+
+
 def test_outside_of_training_a_signal_ends_the_run_at_once() -> None:
     with pytest.raises(StoppedError) as stopped, StopRequest():
         signal.raise_signal(signal.SIGTERM)
@@ -315,5 +423,51 @@ def test_a_second_interrupt_stops_at_once() -> None:
     with pytest.raises(StoppedError), StopRequest() as stop, stop.noting():
         signal.raise_signal(signal.SIGTERM)
         signal.raise_signal(signal.SIGTERM)
-        assert stop.asked == 130
+        signal.raise_signal(signal.SIGUSR1)
+        assert stop.asked == 130, "who was asked to stop is not queued again"
         signal.raise_signal(signal.SIGINT)
+
+
+@pytest.fixture
+def ended(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The codes with which this process would have ended at once."""
+    codes: list[int] = []
+    monkeypatch.setattr("qtrain.training.stop._end_now", codes.append)
+    return codes
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def test_a_second_interrupt_ends_a_process_that_waits_for_another(ended: list[int]) -> None:
+    """In C++ it sees no exception: a thread ends it."""
+    with StopRequest() as stop, stop.noting(), stop.ending_at_once():
+        signal.raise_signal(signal.SIGINT)
+        time.sleep(0.1)
+        assert ended == []
+        with pytest.raises(StoppedError):
+            signal.raise_signal(signal.SIGINT)
+        wait_for(lambda: ended == [130])
+
+
+def test_a_process_follows_its_launcher(ended: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """It saves while it trains, and ends at once elsewhere."""
+    assert World(2, 1, "fabric").has_parent and World(2, 0, "torchrun").has_parent
+    assert not World(2, 0, "fabric", starts_others=True).has_parent and not World(1, 0, "nobody").has_parent
+    monkeypatch.setattr(parallel, "PARENT_SECONDS", 0.01)
+    for trains in (True, False):
+        parents = iter([7, 7])  # then another
+        monkeypatch.setattr(parallel.os, "getppid", lambda parents=parents: next(parents, 1))
+        with StopRequest() as stop:
+            if trains:
+                with stop.noting():
+                    parallel._follow_parent(stop)
+                    wait_for(lambda stop=stop: stop.asked == 75)
+                assert ended == []
+            else:
+                parallel._follow_parent(stop)
+                wait_for(lambda: ended == [75])

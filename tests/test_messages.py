@@ -16,6 +16,7 @@ from conftest import data_settings
 from pyarrow import parquet
 
 import qtrain
+import qtrain.train
 from qtrain.config.identity import config_hash
 from qtrain.config.settings import shown
 from qtrain.errors import UserError, explain, first_line, visible
@@ -36,7 +37,12 @@ from qtrain.train import compose, main
     ("data.files=" + "[" * 5000, "cannot read 'data.files="),
     ("optimizer.lr=inf", "optimizer.lr=inf: .*finite"),
     ("optimizer.lr=nan", "optimizer.lr=nan: "),
-    ("model.n_layers=1_000_000_000", "model.n_layers=1000000000: .*10000"),  # a dry run of it did not end
+    ("model.n_layers=1_000_000_000", "model.n_layers=1000000000: .*1000"),  # a dry run of it did not end
+    ("model.dim=1_000_000_000_000_000_000", "model.dim=1000000000000000000: .*1048576"),
+    ("hydra=7", "Config group override must be a string"),
+    ("~hydra=1", "Config group override deletion value must be a string"),
+    ("=3", "cannot read '=3': there is no key"),
+    ("@x=3", "cannot read '@x=3': there is no key"),
     ("scheduler.final_factor=-inf", "scheduler.final_factor=-inf: "),
     ("recipe.bits=1.5", r"recipe.bits=1.5: give a whole number; three levels \(ternary\) are recipe.format=int1.585"),
     ("recipe.format=mxfp8", "recipe.format='mxfp8': .* 'mxfp8_e4m3' or 'mxfp8_e5m2'"),
@@ -72,6 +78,13 @@ def test_the_version_is_qtrains(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     main()
     assert capsys.readouterr().out == f"qtrain {version('qtrain')}\n"
     assert qtrain.__version__ == version("qtrain")
+
+
+def test_a_flag_that_hydra_refuses(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("sys.argv", ["train.py", "--resolve"])
+    with pytest.raises(SystemExit) as ended:
+        qtrain.train.main()
+    assert ended.value.code == 2 and "--resolve flag can only be used" in capsys.readouterr().err
 
 
 def documents(source: str, *files: object, **more: object) -> list[str]:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import lightning
 import pytest
 import torch
 from conftest import be_a_command, write_corpus
@@ -21,9 +22,14 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 import qtrain.train
+from qtrain.data.batches import TokenBatches
+from qtrain.data.prepare import prepare
 from qtrain.errors import UserError
+from qtrain.plan import make_plan
 from qtrain.train import compose
 from qtrain.training import checkpoint, parallel, session
+from qtrain.training.build import build_model
+from qtrain.training.causal_lm import CausalLM
 from qtrain.training.checkpoint import list_checkpoints
 from qtrain.training.world import World, find_world
 
@@ -43,7 +49,6 @@ SMALL = [
     "callbacks.log_every_steps=1",
     "callbacks.val_every_steps=100",
     "callbacks.checkpoint_every_steps=100",
-    "callbacks.sample_tokens=0",
     "callbacks.progress_bar=false",
     "data.source=text",
     "data.val_tokens=64",
@@ -89,11 +94,11 @@ class Ranks:
     def __init__(
         self, folder: Path, work: Callable[..., None], *arguments: Any, ranks: int = 2, only: int | None = None
     ):
-        self.shown = [folder / f"rank{rank}.out" for rank in range(2)]
+        self.shown = [folder / f"rank{rank}.out" for rank in range(ranks)]
         port = free_port()
         self.processes = [
-            forked.Process(target=on_a_rank, args=(work, rank, 2, port, self.shown[rank], arguments))
-            for rank in (range(2) if only is None else [only])
+            forked.Process(target=on_a_rank, args=(work, rank, ranks, port, self.shown[rank], arguments))
+            for rank in (range(ranks) if only is None else [only])
         ]
         for process in self.processes:
             process.start()
@@ -150,6 +155,13 @@ WAYS = {
     "ddp-checkpointed": ["trainer.strategy=ddp", "trainer.checkpoint_activations=full"],
     "fsdp2-checkpointed": ["trainer.strategy=fsdp2", "trainer.checkpoint_activations=selective"],
 }
+QUANTIZED = ["trainer.strategy=fsdp2", "trainer.all_gather=quantized"]
+GATHERED = {
+    "quantized": QUANTIZED,
+    "quantized-checkpointed": [*QUANTIZED, "trainer.checkpoint_activations=full"],
+}
+CASES = [(recipe, way) for recipe in RECIPES for way in WAYS]
+CASES += [(recipe, way) for recipe in ("quest", "quartet_v1") for way in GATHERED]  # test_gather has all recipes
 
 
 def all_ways(corpus: Path, folder: Path) -> None:
@@ -165,10 +177,10 @@ def all_ways(corpus: Path, folder: Path) -> None:
         return result
 
     session.train = counting
-    for number, (recipe, way) in enumerate((recipe, way) for recipe in RECIPES for way in WAYS):
+    for number, (recipe, way) in enumerate(CASES):
         name = f"{recipe}-{way}"
         os.environ["MASTER_PORT"] = str(port + number)
-        more = ["trainer.devices=2", "trainer.grad_clip=null", f"recipe={recipe}", *WAYS[way]]
+        more = ["trainer.devices=2", "trainer.grad_clip=null", f"recipe={recipe}", *(WAYS | GATHERED)[way]]
         session.run(compose(settings(corpus, folder / name, *more)))
     (folder / f"held{os.environ['RANK']}.json").write_text(json.dumps(held))
 
@@ -185,8 +197,7 @@ def trained(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize(("recipe", "way"), CASES)
 def test_two_ranks_end_as_one_process(trained: Path, recipe: str, way: str) -> None:
     """Bit for bit, where the sum of two gradients is the same in either order: of a learned scale it is a sum over all
     elements, which ranks cut elsewhere."""
@@ -196,6 +207,34 @@ def test_two_ranks_end_as_one_process(trained: Path, recipe: str, way: str) -> N
         if recipe == "lsq":
             torch.testing.assert_close(ours[name], weight, rtol=1e-4, atol=1e-6, msg=name)
         else:
+            assert torch.equal(ours[name], weight), name
+
+
+def under_a_stock_trainer(corpus: Path, folder: Path) -> None:
+    config = compose(settings(corpus, folder, "trainer.devices=2", "trainer.grad_clip=null", "recipe=quartet_v1"))
+    plan = make_plan(config, vocab_size=257)
+    module = CausalLM(config, plan, build_model(config, 257))
+    text = prepare(config.data, config.tokenizer, progress=False)
+    rank = int(os.environ["RANK"])
+    data = TokenBatches(
+        text, seq_len=16, seed=config.seed, micro_batch_size=1, val_tokens=64, num_workers=0, rank=rank, ranks=2
+    )
+    batches = list(data.train(0, STEPS * plan.micro_batches * data.per_batch))
+    trainer = lightning.Trainer(
+        accelerator="cpu", devices=2, strategy="ddp", max_steps=plan.steps, use_distributed_sampler=False,
+        accumulate_grad_batches=plan.micro_batches, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(module, torch.utils.data.DataLoader(batches, batch_size=None))  # pyright: ignore[reportArgumentType]
+    torch.save(module.model.state_dict(), folder / f"stock{rank}.pt")
+
+
+def test_a_stock_trainer_on_two_ranks_trains_the_same(trained: Path, corpus: Path) -> None:
+    ranks = Ranks(trained, under_a_stock_trainer, corpus, trained)
+    assert ranks.ended() == [0, 0], ranks.said()
+    ours = weights(trained / "quartet_v1-ddp")
+    for rank in range(2):
+        for name, weight in torch.load(trained / f"stock{rank}.pt").items():
             assert torch.equal(ours[name], weight), name
 
 
@@ -210,28 +249,50 @@ def test_micro_batches_and_clipping_on_two_ranks(corpus: Path, tmp_path: Path) -
     more = ["recipe=bf16", "trainer.precision=32-true", "trainer.batch_tokens=64", "trainer.tokens=320"]
     session.run(compose(settings(corpus, tmp_path / "one", *more)))
     alone = weights(tmp_path / "one")
-    for way in ("ddp", "fsdp2"):
-        run_dir = tmp_path / way
+    run_dir = tmp_path / "two"
+    for way in ("ddp", "fsdp2"):  # the second moves the first aside
         watched = ["callbacks.telemetry_every_steps=2", "callbacks.telemetry_gradients=true"]
-        more_ = [*more, *watched, "trainer.devices=2", f"trainer.strategy={way}", "callbacks.sample_tokens=3"]
+        more_ = [*more, *watched, "trainer.devices=2", f"trainer.strategy={way}", "force=true"]
         ranks = Ranks(tmp_path, command, settings(corpus, run_dir, *more_))
         assert ranks.ended() == [0, 0], ranks.said()
         for name, weight in weights(run_dir).items():
             torch.testing.assert_close(weight, alone[name], rtol=2e-4, atol=2e-6, msg=name)
+    assert status(run_dir) == status(tmp_path / "two.old1") == "finished"
+
+
+def test_two_groups_of_two_ranks_train_as_one_process(corpus: Path, tmp_path: Path) -> None:
+    """Up to the order in which the gradients of four ranks are summed."""
+    more = ["recipe=bf16", "trainer.precision=32-true", "trainer.batch_tokens=64", "trainer.tokens=192"]
+    session.run(compose(settings(corpus, tmp_path / "one", *more)))
+    groups = ["trainer.devices=4", "trainer.strategy=fsdp2", "trainer.sharding_groups=2"]
+    ranks = Ranks(tmp_path, command, settings(corpus, tmp_path / "run", *more, *groups), ranks=4)
+    assert ranks.ended() == [0] * 4, ranks.said()
+    alone = weights(tmp_path / "one")
+    for name, weight in weights(tmp_path / "run").items():
+        torch.testing.assert_close(weight, alone[name], rtol=1e-5, atol=1e-6, msg=name)
 
 
 # ------------------------------------------------------------------------------------------------------------ endings
 
 
+def told_by_rank_0(arguments: list[str]) -> None:
+    """As `command`, of a rank 1 that sees no checkpoint, as where a file system shows it late, and has no logger."""
+    if os.environ["RANK"] == "1":
+        session.newest = lambda *_, **__: None
+        session.build_loggers = lambda *_: pytest.fail("rank 1 makes loggers")
+    command(arguments)
+
+
 def test_a_signal_to_one_rank_stops_both_and_the_run_goes_on(corpus: Path, tmp_path: Path) -> None:
-    """Twice: to rank 1, as from a person; to rank 0, as from a scheduler. Each time both save the same step."""
+    """Twice: to rank 1, as from a person; to rank 0, as from a scheduler. Each time both save the same step. The run
+    goes on with other parts of the weights on a rank, and other bytes between the ranks."""
     undisturbed, run_dir = tmp_path / "undisturbed", tmp_path / "stopped"
-    two = [*LONG, "trainer.devices=2"]
+    two = [*LONG, "trainer.devices=2", "trainer.grad_clip=null"]  # a norm is a sum, which shards round otherwise
     ranks = Ranks(tmp_path, command, settings(corpus, undisturbed, *two))
     assert ranks.ended() == [0, 0], ranks.said()
-    for rank, number, code in ((1, signal.SIGTERM, 130), (0, signal.SIGUSR2, 75)):
+    for rank, number, code, way in ((1, signal.SIGTERM, 130, QUANTIZED), (0, signal.SIGUSR2, 75, WAYS["fsdp2"])):
         before = steps_done(run_dir)
-        ranks = Ranks(tmp_path, command, settings(corpus, run_dir, *two))
+        ranks = Ranks(tmp_path, command, settings(corpus, run_dir, *two, *way))
         ranks.wait_for(run_dir, before + 5)
         at = steps_done(run_dir)
         ranks.send(rank, number)
@@ -239,7 +300,7 @@ def test_a_signal_to_one_rank_stops_both_and_the_run_goes_on(corpus: Path, tmp_p
         saved = list_checkpoints(run_dir / "checkpoints")[-1][0]
         assert saved == steps_done(run_dir) and at <= saved < 40
         assert status(run_dir) == "interrupted"
-    ranks = Ranks(tmp_path, command, settings(corpus, run_dir, *two))
+    ranks = Ranks(tmp_path, told_by_rank_0, settings(corpus, run_dir, *two, *QUANTIZED))
     assert ranks.ended() == [0, 0], ranks.said()
     ours, theirs = weights(run_dir), weights(undisturbed)
     assert all(torch.equal(ours[name], weight) for name, weight in theirs.items())
@@ -254,6 +315,23 @@ def test_a_rank_that_dies_ends_the_other(corpus: Path, tmp_path: Path) -> None:
         codes = ranks.ended(30)
         assert (codes[rank], codes[1 - rank]) == (-signal.SIGKILL, 75), ranks.said()
     assert status(tmp_path / "1") == "interrupted"
+
+
+def calling_the_roll(arguments: list[str]) -> None:
+    parallel.ROLL_CALL_SECONDS = 1.0
+    command(arguments)
+
+
+def test_a_rank_that_stops_answering_ends_the_other_and_is_named(corpus: Path, tmp_path: Path) -> None:
+    waiting = settings(corpus, tmp_path / "run", *LONG, "trainer.devices=2", f"trainer.timeout_minutes={5 / 60}")
+    ranks = Ranks(tmp_path, calling_the_roll, waiting)
+    ranks.wait_for(tmp_path / "run", 3)
+    ranks.send(1, signal.SIGSTOP)
+    ranks.processes[0].join(30)
+    ranks.processes[1].kill()
+    assert ranks.processes[0].exitcode == 75, ranks.said()
+    assert "rank 1 does not answer for 0:00:05" in ranks.said().replace("\n", " ")
+    assert status(tmp_path / "run") == "interrupted"
 
 
 def impatient(seconds: float, arguments: list[str]) -> None:

@@ -37,7 +37,6 @@ SMALL = [
     "callbacks.log_every_steps=1",
     "callbacks.val_every_steps=7",
     "callbacks.checkpoint_every_steps=3",
-    "callbacks.sample_tokens=0",
     "data.source=text",
     "data.val_tokens=256",
 ]

@@ -16,10 +16,11 @@ import yaml
 import qtrain.plan
 from qtrain.config import Config, config_hash
 from qtrain.config.settings import parse
-from qtrain.errors import UserError
+from qtrain.errors import UserError, explain
 from qtrain.runs import environment
 from qtrain.runs.directory import RunDirectory
 from qtrain.runs.files import clear_partial, write_atomically
+from qtrain.runs.metrics_log import MetricsLog
 from qtrain.train import compose
 
 
@@ -386,9 +387,18 @@ def test_writers_of_one_process_number_do_not_meet(tmp_path: Path, monkeypatch: 
 
 def test_a_file_that_could_not_be_written_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(OSError, match="No space") as told:
         write_atomically(tmp_path / "summary.json", "new")
     assert list(tmp_path.iterdir()) == []
+    assert str(tmp_path / "summary.json") in str(explain(told.value))
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_a_line_that_finds_no_room_names_its_file() -> None:
+    """Python names no file where an open one cannot grow."""
+    with pytest.raises(OSError, match="No space") as told:
+        MetricsLog(Path("/dev/full")).append({"step": 1})
+    assert "refused /dev/full: No space left on device; free space there" in str(explain(told.value))
 
 
 @pytest.mark.parametrize(("name", "content"), [

@@ -7,12 +7,16 @@ import json
 import os
 import re
 import shlex
+import shutil
 import sys
 import time
 from pathlib import Path
 
 import pytest
+import yaml
+from conftest import data_settings
 
+import qtrain
 from qtrain.config import Config, parse_saved
 from qtrain.config.settings import parse
 from qtrain.data.corpus import open_corpus
@@ -22,6 +26,8 @@ from qtrain.runs.directory import RunDirectory
 from qtrain.runs.files import read_json, read_yaml
 from qtrain.runs.table import read_csv, read_settings
 from qtrain.train import compose
+from qtrain.training.build import build_model
+from qtrain.training.checkpoint import save, tensors_of
 from qtrain_kernels import kernel_cache
 
 ROOT = Path(__file__).parents[1]
@@ -116,7 +122,7 @@ def corpus(tmp_path: Path):
         (tmp_path / f"{number}.txt").write_text(f"document {number} " * 40)
     base = compose()
     tree = {"source": "text", "files": [f"{tmp_path}/*.txt"], "val_tokens": 64, "cache_dir": f"{tmp_path}/cache"}
-    return prepare(type(base.data)(**tree), base.tokenizer, progress=False)
+    return prepare(data_settings(**tree), base.tokenizer, progress=False)
 
 
 def test_a_manifest_does_not_lead_out_of_its_folder(corpus, tmp_path: Path) -> None:
@@ -165,6 +171,24 @@ def test_deep_json_is_refused(tmp_path: Path) -> None:
         read_json(tmp_path / "summary.json")
 
 
+def test_settings_that_ask_for_more_than_the_checkpoint_holds_take_no_memory(tmp_path: Path) -> None:
+    """4 TB for each matrix, of a checkpoint of 500 KB."""
+    config = compose(["model=micro", "model.dim=64", "model.ffn_dim=64", "model.n_layers=1", "recipe=bf16"])
+    save(tmp_path / "checkpoints", 1, tensors_of(build_model(config, 257)), {"vocab_size": 257})
+    tree = config.model_dump(mode="json")
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
+    assert qtrain.load_run(tmp_path) is not None
+    tree["model"] |= {"dim": 1 << 20, "ffn_dim": 1 << 20}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
+    with pytest.raises(UserError, match=r"step-00000001 holds another state: model\.embed\.weight is .*257, 64"):
+        qtrain.load_run(tmp_path)
+    for values, found in (({"vocab_size": "y"}, "'y'"), ({}, "None"), ({"vocab_size": -1}, "-1")):
+        shutil.rmtree(tmp_path / "checkpoints")
+        save(tmp_path / "checkpoints", 1, tensors_of(build_model(config, 257)), values)
+        with pytest.raises(UserError, match=f"step-00000001 is no checkpoint of a run: its vocab_size is {found}"):
+            qtrain.load_run(tmp_path)
+
+
 # ------------------------------------------------------------------------------------------------- 6: the terminal
 
 
@@ -202,6 +226,6 @@ def test_file_names_reach_no_shell(tmp_path: Path) -> None:
         (tmp_path / f"{number}{name}").write_text(f"text {number} " * 30)
     base = compose()
     tree = {"source": "text", "files": [f"{tmp_path}/*.txt"], "val_tokens": 64, "cache_dir": f"{tmp_path}/cache"}
-    prepare(type(base.data)(**tree), base.tokenizer, progress=False)
+    prepare(data_settings(**tree), base.tokenizer, progress=False)
     assert not list(tmp_path.rglob("pwned")) and not Path("pwned").exists()
     assert shlex.split(shlex.join([sys.executable, name]))[1] == name

@@ -34,7 +34,7 @@ ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "scripts" / "sweep.py"
 TINY = [
     "data=text", "data.val_tokens=512", "model.seq_len=32", "trainer.micro_batch_size=2", "trainer.batch_tokens=64",
-    "scheduler=wsd", "scheduler.warmup_steps=2", "trainer.share_trunk=true", "callbacks.sample_tokens=0",
+    "scheduler=wsd", "scheduler.warmup_steps=2", "trainer.share_trunk=true",
     "callbacks.log_every_steps=1", "callbacks.checkpoint_every_steps=2", "backend=auto", "model.n_layers=1",
     "recipe=quartet_v1",
 ]  # fmt: skip

@@ -265,7 +265,7 @@ def small(corpus: Path, tmp_path: Path) -> list[str]:
     return [
         "backend=reference", "model.dim=128", "model.ffn_dim=128", "model.n_layers=1", "model.seq_len=64",
         "trainer.tokens=1024", "trainer.batch_tokens=256", "trainer.micro_batch_size=2", "callbacks.log_every_steps=1",
-        "callbacks.sample_tokens=0", "data.source=text", f"data.files={corpus}/*.txt",
+        "data.source=text", f"data.files={corpus}/*.txt",
         f"data.cache_dir={corpus}/cache", "data.val_tokens=128", f"run_root={tmp_path}/runs",
     ]  # fmt: skip
 

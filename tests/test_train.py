@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from qtrain.errors import DivergedError, UserError
 from qtrain.quant import QuantLinear
 from qtrain.runs.directory import RunDirectory
 from qtrain.train import checked_overrides, compose
+from qtrain.training.build import load_tokenizer
 from qtrain.training.checkpoint import list_checkpoints, save, tensors_of
 from qtrain.training.session import run
 
@@ -51,7 +53,6 @@ def small(corpus, tmp_path) -> list[str]:
         "callbacks.log_every_steps=2",
         "callbacks.val_every_steps=4",
         "callbacks.checkpoint_every_steps=5",
-        "callbacks.sample_tokens=20",
         "data.source=text",
         f"data.files={corpus}/*.txt",
         f"data.cache_dir={corpus}/cache",
@@ -71,7 +72,7 @@ def only_run(tmp_path: Path) -> RunDirectory:
 ])  # fmt: skip
 def test_lm_head_is_quantised_from_the_command_line(small, tmp_path, recipe: str, tokenizer: list[str]) -> None:
     overrides = checked_overrides([*small, *tokenizer, f"recipe={recipe}", "recipe.skip=[]", "debug.max_steps=2"])
-    loss = run(compose([*overrides, "callbacks.sample_tokens=0"]))
+    loss = run(compose([*overrides]))
     assert loss is not None and loss < 7
     model = qtrain.load_run(only_run(tmp_path).path)
     assert isinstance(model.get_submodule("lm_head"), QuantLinear)
@@ -113,6 +114,29 @@ def test_fp8_products_are_said_and_counted(small, tmp_path):
     assert "gemms fp8_block fp8_block fp8_block" in repr(qtrain.load_run(directory.path))
     with pytest.raises(UserError, match=r"gemm=fp8 gives products in bfloat16, and trainer.precision is 32-true; set"):
         compose([*small, "recipe=quartet", "gemm=fp8", "trainer.precision=32-true"])
+
+
+@pytest.mark.parametrize("tokenizer", [["tokenizer=bpe", "tokenizer.vocab_size=280"], []], ids=["bpe", "bytes"])
+def test_a_run_continues_a_prompt(small, tmp_path, monkeypatch, capsys, tokenizer):
+    run(compose([*small, *tokenizer, "recipe=quartet_v1"]))
+    capsys.readouterr()
+    path = only_run(tmp_path).path
+    script = runpy.run_path(str(ROOT / "scripts" / "generate.py"))["main"]
+
+    def text(*options: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["generate.py", str(path), "--prompt", "red gr", "--tokens", "12", *options])
+        script()
+        return capsys.readouterr().out
+
+    assert text().startswith("red gr") and len(text()) > len("red gr\n")
+    assert text("--seed", "3") == text("--seed", "3") != text("--seed", "4")
+    assert text("--temperature", "0", "--seed", "3") == text("--temperature", "0", "--seed", "4")
+    if tokenizer:
+        transformers = pytest.importorskip("transformers", reason="the extra hf is not installed")
+        theirs = transformers.AutoTokenizer.from_pretrained(path / "tokenizer")
+        ours = load_tokenizer(path)
+        assert theirs("red green").input_ids == ours.encode("red green").tolist()
+        assert theirs.eos_token_id == ours.eos_id
 
 
 def test_a_finished_run_is_skipped_and_loads_with_its_recipe(small, tmp_path, capsys):
@@ -277,13 +301,14 @@ def test_a_mistake_on_the_command_line_is_one_message_without_a_traceback():
 
 def test_a_run_ends_with_the_commands_that_come_next(small, tmp_path):
     """Each command exists: the target of the Makefile, the script, the run."""
-    settings = [*small, "callbacks.sample_tokens=0", "debug.max_steps=2"]
+    settings = [*small, "debug.max_steps=2"]
     shown = command(*settings).stdout
     after = [line.strip() for line in shown.split("next:\n", 1)[1].splitlines()]
     assert after[0].startswith("make compare ") and "\ncompare: " in (ROOT / "Makefile").read_text()
     path = only_run(tmp_path).path
     assert after[1].startswith(f"python scripts/report.py {path} --out report.html ")
-    assert after[2].startswith(f"python -c \"import qtrain; print(qtrain.load_run('{path}'))\"")
+    assert after[2].startswith(f"python scripts/generate.py {path} --prompt 'def ' ")
+    assert after[3].startswith(f"python -c \"import qtrain; print(qtrain.load_run('{path}'))\"")
 
 
 def test_help_lists_what_there_is():
@@ -301,7 +326,7 @@ def test_help_lists_what_there_is():
 
 
 def test_a_multirun_leaves_comparable_runs_and_outlives_a_failing_one(small, tmp_path):
-    overrides = [*small, "callbacks.sample_tokens=0", "debug.max_steps=4"]
+    overrides = [*small, "debug.max_steps=4"]
     done = command("-m", *overrides, "recipe=bf16,quest,quartet", "model.ffn_dim=96,128")
     assert done.returncode == 2, done.stderr
     assert "hadamard128" in done.stderr or "128" in done.stderr, (

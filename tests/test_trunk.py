@@ -34,7 +34,6 @@ SMALL = [
     "trainer.micro_batch_size=2",
     "callbacks.log_every_steps=1",
     "callbacks.val_every_steps=7",
-    "callbacks.sample_tokens=0",
     "callbacks.progress_bar=false",
     "data=text",
     "data.val_tokens=256",

@@ -37,7 +37,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
     small = [
         "backend=reference", "model.dim=64", "model.ffn_dim=64", "model.n_layers=1", "model.seq_len=32",
         "trainer.tokens=256", "trainer.batch_tokens=128", "trainer.micro_batch_size=4", "callbacks.log_every_steps=1",
-        "callbacks.sample_tokens=0", "callbacks.telemetry_every_steps=1", "callbacks.telemetry_gradients=true",
+        "callbacks.telemetry_every_steps=1", "callbacks.telemetry_gradients=true",
         "data.source=text", f"data.files={folder}/*.txt", "data.val_tokens=128", f"data.cache_dir={folder}/cache",
         f"run_root={folder}/runs",
     ]  # fmt: skip

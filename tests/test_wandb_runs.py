@@ -64,7 +64,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     small = [
         "recipe=mxfp8", "backend=reference", "model.dim=64", "model.ffn_dim=64", "model.n_layers=1", "model.seq_len=32",
         "trainer.tokens=640", "trainer.batch_tokens=128", "trainer.micro_batch_size=4", "callbacks.log_every_steps=1",
-        "callbacks.sample_tokens=0", "callbacks.telemetry_every_steps=2", "callbacks.checkpoint_every_steps=3",
+        "callbacks.telemetry_every_steps=2", "callbacks.checkpoint_every_steps=3",
         "data.source=text", f"data.files={folder}/*.txt", "data.val_tokens=128", f"data.cache_dir={folder}/cache",
         f"run_root={folder}/runs", "logger=wandb",
     ]  # fmt: skip
@@ -239,7 +239,7 @@ def test_records_of_another_kind_are_told(tmp_path: Path) -> None:
     path.write_bytes(log_file([b"\xff\xff\xff\xff"]))
     with pytest.raises(UserError, match=r"run-x.wandb holds a record that is none of W&B's"):
         fetch_runs(str(tmp_path), tmp_path / "out")
-    with pytest.raises(UserError, match="no JSON that can be read"):
-        _values([SimpleNamespace(key="a", nested_key=[], value_json="[" * 100_000)])
+    with pytest.raises(UserError, match=r"run-x\.wandb holds a value that is no JSON"):
+        _values([SimpleNamespace(key="a", nested_key=[], value_json="[" * 100_000)], path)
     run = MirroredRun("x", summary={"status": "finished"}, history=[{"trainer/global_step": [1], "loss": 1.0}])
     assert (write_run(run, tmp_path / "out") / "metrics.jsonl").read_text() == ""

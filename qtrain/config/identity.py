@@ -40,6 +40,8 @@ NOT_IN_HASH = (
     "trainer.num_nodes",
     "trainer.strategy",
     "trainer.sharding_groups",
+    "trainer.all_gather",  # refused where it would change a bit
+    "trainer.timeout_minutes",
     "trainer.checkpoint_activations",
     "trainer.share_trunk",
     "callbacks",
@@ -109,6 +111,9 @@ INTRODUCED: dict[str, dict[str, Any]] = {
     },
 }
 
+# Settings of versions before that are gone, by class.
+REMOVED = {"CallbacksConfig": {"sample_tokens", "sample_prompt"}}
+
 
 def config_hash(config: Config) -> str:
     """Eight hex digits of the settings that determine the result."""
@@ -136,7 +141,7 @@ def differences(there: Config, here: Config) -> list[str]:
 def parse_saved(tree: Mapping[str, Any]) -> Config:
     """The settings of a run as its config.yaml has them. A setting that its version did not know yet gets the value of
     INTRODUCED. A setting that only other members of a family have is left out: in the first versions all members had
-    all settings, without effect. UserError as `parse`."""
+    all settings, without effect. So are those of REMOVED. UserError as `parse`."""
     return parse(Config, _completed(Config, tree))
 
 
@@ -196,7 +201,7 @@ def _completed(kind: type[Strict], tree: Mapping[str, Any]) -> dict[str, Any]:
         classes = classes_of(kind, name, value)
         if isinstance(value, Mapping) and len(classes) == 1:
             others = {key for each in classes_of(kind, name) for key in each.model_fields}
-            idle = others - set(classes[0].model_fields)
+            idle = others - set(classes[0].model_fields) | REMOVED.get(classes[0].__name__, set())
             found[name] = _completed(classes[0], {key: each for key, each in value.items() if key not in idle})
     return found
 

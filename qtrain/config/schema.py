@@ -50,6 +50,10 @@ class TrainerConfig(Strict):
     strategy: auto (one device alone, several by ddp) | ddp (each device holds the whole model) | fsdp2 (parameters,
         gradients and optimiser state are sharded over the devices).
     sharding_groups: fsdp2 within each of so many groups of devices, which hold a whole model each (hybrid sharding).
+    all_gather: what fsdp2 sends of a weight before it is used: full (float32) | quantized (its packed codes and scales:
+        the same weights after every step, or a refusal of a recipe whose codes cannot be made of shards).
+    timeout_minutes: how long a rank waits for another in a collective before the job ends with exit code 75. What one
+        rank does alone must fit into it, as reading a whole checkpoint when the run goes on does.
     checkpoint_activations: none | selective (each block keeps its matrix products and attention, and computes the rest
         again in the backward) | full (each block keeps its input alone). Gradients are the same, bit for bit.
     chunked_loss: take the head's cross-entropy by chunks of tokens, so that the logits, the largest tensor of a small
@@ -75,6 +79,8 @@ class TrainerConfig(Strict):
     num_nodes: int = Field(1, gt=0)
     strategy: Literal["auto", "ddp", "fsdp2"] = "auto"
     sharding_groups: int = Field(1, gt=0)
+    all_gather: Literal["full", "quantized"] = "full"
+    timeout_minutes: float = Field(10.0, gt=0)
     checkpoint_activations: Checkpointing = "none"
     chunked_loss: bool = False
     on_divergence: Literal["stop", "skip", "rewind"] = "stop"
@@ -97,7 +103,6 @@ class CallbacksConfig(Strict):
     """What is watched, in optimiser steps. val_every_steps and checkpoint_every_steps: None is a tenth of the run.
 
     checkpoint_every_minutes: a checkpoint also each time that so many minutes have passed since the last.
-    sample_tokens: how many to sample at the end of the run; None is 200 for a model of at most 10M parameters, else 0.
     telemetry_every_steps: how often the quantisers' health is taken, layer by layer; None is a twentieth of the run but
         no fewer than 40 steps, which costs at most 3% of its time; 0 is never.
     telemetry_gradients: compare weight gradients with those without quantisers there, for one more forward and
@@ -115,8 +120,6 @@ class CallbacksConfig(Strict):
     profile_steps: int = Field(0, ge=0)
     keep_checkpoints: int = Field(2, ge=1)
     progress_bar: bool = True
-    sample_tokens: int | None = Field(None, ge=0)
-    sample_prompt: str = Field("\n", min_length=1)
 
 
 class LoggerConfig(Strict):

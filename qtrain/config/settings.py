@@ -188,4 +188,4 @@ def check_group_option(group: str, option: str) -> None:
     """UserError when configs/<group>/ has no such option, with the nearest one that it has."""
     known = group_names(group)
     if option not in known:
-        raise UserError(f"unknown {group} {option!r}{nearest(option, known)}; there are: {', '.join(known)}")
+        raise UserError(f"unknown {group} {shown(option)}{nearest(option, known)}; there are: {', '.join(known)}")

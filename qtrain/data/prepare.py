@@ -51,7 +51,7 @@ from qtrain.data.tokenizer import (
     train_bpe,
 )
 from qtrain.errors import UserError, first_line
-from qtrain.runs.files import sync_folder
+from qtrain.runs.files import naming, sync_folder
 
 CHUNK_CHARACTERS = 1 << 18
 BPE_TEXT_BYTES = 64 << 20  # BPE is trained on this much text, from the first training documents on
@@ -115,7 +115,8 @@ def _made(plan: Plan, progress: bool) -> Corpus:
     with filelock.FileLock(cache / f".{plan.folder.name}.lock"):
         if (corpus := _find(plan)) is not None:
             return corpus
-        _build_and_rename(plan, progress)
+        with naming(plan.folder):
+            _build_and_rename(plan, progress)
         return replace(open_corpus(plan.folder, plan.train_limit), fingerprint=plan.fingerprint)
 
 

@@ -77,7 +77,11 @@ class FileTokenizer:
         return self._tokenizer.decode([int(i) for i in ids if i != self.eos_id], skip_special_tokens=False)
 
     def save(self, path: Path) -> None:
-        self._tokenizer.save(str(path))
+        path.write_text(self._tokenizer.to_str(pretty=True), encoding="utf-8")  # its own `save` raises no OSError
+
+    @property
+    def eos_token(self) -> str:
+        return str(self._tokenizer.id_to_token(self.eos_id))
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> FileTokenizer:
@@ -115,6 +119,23 @@ def load_pretrained(config: TokenizerConfig) -> FileTokenizer:
             f"{file} does not say which token ends a document; set tokenizer.eos_token to one of its tokens"
         )
     return FileTokenizer(tokenizer, vocab[end])
+
+
+def keep_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+    """Leave a tokenizer as the Hugging Face libraries read it: tokenizer.json, and tokenizer_config.json with the token
+    that ends a document. Bytes need no files, and get none."""
+    if isinstance(tokenizer, FileTokenizer):
+        folder.mkdir(exist_ok=True)
+        tokenizer.save(folder / "tokenizer.json")
+        about = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": tokenizer.eos_token}
+        (folder / "tokenizer_config.json").write_text(json.dumps(about, indent=2) + "\n")
+
+
+def load_kept(config: TokenizerConfig, folder: Path) -> Tokenizer:
+    """What `keep_tokenizer` has left of the tokenizer of these settings. UserError where it is not there."""
+    if config.kind == "bytes":
+        return ByteTokenizer()
+    return load_pretrained(TokenizerConfig(kind="huggingface", vocab_size=None, path=str(folder)))
 
 
 def load_saved(path: Path | None, eos_id: int) -> Tokenizer:

@@ -28,7 +28,7 @@ class ModelSettings(Member):
     to_residual: ClassVar[tuple[str, ...]] = ()
     name: str
     dim: int = Field(gt=0, le=2**20)
-    n_layers: int = Field(gt=0, le=10_000)
+    n_layers: int = Field(gt=0, le=1_000)
     seq_len: int = Field(gt=1, le=2**30)
     tie_embeddings: bool = False
     vocab_size: int | None = Field(None, gt=0, le=2**31)

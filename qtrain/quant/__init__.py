@@ -2,6 +2,7 @@
 
 from qtrain.quant.convert import Report, check_backend, convert, recipes, set_high_precision
 from qtrain.quant.functional import Observed, Observer
+from qtrain.quant.gather import check_quantized_gather, quantize_gathers
 from qtrain.quant.health import operand_health
 from qtrain.quant.linear import QuantLinear, keep_weights, quant_linears, set_step
 from qtrain.quant.lsq import calibrate
@@ -16,11 +17,13 @@ __all__ = [
     "Report",
     "calibrate",
     "check_backend",
+    "check_quantized_gather",
     "convert",
     "fake_quantize",
     "keep_weights",
     "operand_health",
     "quant_linears",
+    "quantize_gathers",
     "recipes",
     "set_high_precision",
     "set_step",

@@ -113,13 +113,13 @@ def offline_runs(folder: Path) -> Iterable[MirroredRun]:
             except Exception as error:  # protobuf's own, of a package that wandb brings along
                 raise UserError(f"{path} holds a record that is none of W&B's ({error}); leave it out") from None
             if record.HasField("run"):
-                run.config |= _values(record.run.config.update)
+                run.config |= _values(record.run.config.update, path)
             elif record.HasField("config"):
-                run.config |= _values(record.config.update)
+                run.config |= _values(record.config.update, path)
             elif record.HasField("summary"):
-                run.summary = _own_summary(_values(record.summary.update)) or run.summary
+                run.summary = _own_summary(_values(record.summary.update, path)) or run.summary
             elif record.HasField("history"):
-                run.history.append(_values(record.history.item))
+                run.history.append(_values(record.history.item, path))
     return runs.values()
 
 
@@ -129,16 +129,14 @@ def _own_summary(entries: Mapping[str, Any]) -> dict[str, Any]:
     return dict(found) if isinstance(found, Mapping) and isinstance(found.get("status"), str) else {}
 
 
-def _values(items: Iterable[Any]) -> dict[str, Any]:
-    """name -> value of wandb's own items, without those that wandb keeps for itself."""
+def _values(items: Iterable[Any], path: Path) -> dict[str, Any]:
+    """name -> value of wandb's own items in the file `path`, without those that wandb keeps for itself."""
     pairs = ((item.key or "/".join(item.nested_key), item.value_json) for item in items)
     found = {name: text for name, text in pairs if not name.startswith("_")}
     try:
         return {name: json.loads(text) for name, text in found.items()}
     except (ValueError, RecursionError) as error:
-        raise UserError(
-            f"a value of a W&B run is no JSON that can be read ({first_line(error)}); leave it out"
-        ) from None
+        raise UserError(f"{path} holds a value that is no JSON ({first_line(error)}); leave it out") from None
 
 
 def read_records(path: Path) -> Iterator[bytes]:

@@ -7,6 +7,7 @@
         metrics.discarded.jsonl   lines that a resumed run took back
         summary.json        status and results
         loss.png
+        tokenizer/          as the Hugging Face libraries read it; not of bytes
         checkpoints/
 
 Starting the same command again finds the same directory: it resumes an unfinished run and skips a finished one.
@@ -168,6 +169,10 @@ class RunDirectory:
         write_atomically(path, json.dumps(record, indent=2) + "\n")
 
     # ------------------------------------------------------------------------------------------------ contents
+
+    @property
+    def tokenizer(self) -> Path:
+        return self.path / "tokenizer"
 
     @property
     def checkpoints(self) -> Path:

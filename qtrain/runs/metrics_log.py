@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from qtrain.errors import UserError
-from qtrain.runs.files import sync_folder, write_atomically
+from qtrain.runs.files import naming, sync_folder, write_atomically
 
 log = logging.getLogger("qtrain")
 
@@ -28,7 +28,7 @@ class MetricsLog:
         self.path = path
 
     def append(self, line: Mapping[str, Any]) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
+        with naming(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
     def sync(self) -> None:

@@ -57,7 +57,6 @@ SETTINGS = (
     "callbacks.val_every_steps=7",
     "callbacks.checkpoint_every_steps=3",
     "callbacks.keep_checkpoints=3",
-    "callbacks.sample_tokens=0",
     "callbacks.progress_bar=false",
     "data.source=text",
     "data.val_tokens=256",
@@ -86,16 +85,9 @@ class HungError(Exception):
 # ---------------------------------------------------------------------------------------------------------------- start
 
 
-@dataclass(frozen=True)
-class Conditions:
-    """What a start meets from its beginning. file_bytes: no file can grow beyond that; loaders: loader processes."""
-
-    file_bytes: int | None = None
-    loaders: int = 0
-
-
-def _command(arguments: list[str], ranks: int, conditions: Conditions, folder: Path, output: Connection) -> None:
-    """What `python train.py` does, or `torchrun --nproc-per-node <ranks> train.py`, in the process that calls this."""
+def _command(arguments: list[str], ranks: int, file_bytes: int, folder: Path, output: Connection) -> None:
+    """What `python train.py` does, or `torchrun --nproc-per-node <ranks> train.py`, in the process that calls this. No
+    file can grow beyond file_bytes."""
     for stream in (1, 2):
         os.dup2(output.fileno(), stream)
     output.close()
@@ -103,7 +95,7 @@ def _command(arguments: list[str], ranks: int, conditions: Conditions, folder: P
     # A command's loader processes are forked from it; a process of a forkserver would ask that server for them.
     multiprocessing.set_start_method(None, force=True)
     if ranks == 1:
-        _rank(arguments, conditions, folder)
+        _rank(arguments, file_bytes, folder)
         return
     config = LaunchConfig(
         min_nodes=1,
@@ -115,10 +107,10 @@ def _command(arguments: list[str], ranks: int, conditions: Conditions, folder: P
         monitor_interval=0.05,
         start_method="fork",
     )
-    elastic_launch(config, _rank)(arguments, conditions, folder)
+    elastic_launch(config, _rank)(arguments, file_bytes, folder)
 
 
-def _rank(arguments: list[str], conditions: Conditions, folder: Path) -> None:
+def _rank(arguments: list[str], file_bytes: int, folder: Path) -> None:
     torch.set_num_threads(1)
     faulthandler.enable()
     rank = int(os.environ.get("RANK", "0"))
@@ -126,9 +118,8 @@ def _rank(arguments: list[str], conditions: Conditions, folder: Path) -> None:
     with (folder / "pids").open("a") as file:
         file.write(f"{rank} {os.getpid()}\n")
     os.fsync = _noting(os.fsync, folder / "synced")
-    if conditions.file_bytes is not None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (conditions.file_bytes, resource.RLIM_INFINITY))
-    sys.argv = ["train.py", *arguments, f"data.num_workers={conditions.loaders}"]
+    resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, resource.RLIM_INFINITY))
+    sys.argv = ["train.py", *arguments]
     qtrain.train.main()
 
 
@@ -147,7 +138,7 @@ def _noting(sync: Callable[[int], None], log: Path) -> Callable[[int], None]:
 class Start:
     """One start of the run: its launcher (of a single rank: the rank itself), its ranks, and what they show."""
 
-    def __init__(self, run_dir: Path, folder: Path, arguments: list[str], ranks: int, conditions: Conditions):
+    def __init__(self, run_dir: Path, folder: Path, arguments: list[str], ranks: int, file_bytes: int):
         self.run_dir, self.folder, self.number_of_ranks = run_dir, folder, ranks
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "pids").unlink(missing_ok=True)
@@ -156,7 +147,7 @@ class Start:
         output, theirs = forked.Pipe(duplex=False)
         self.shown = b""
         self._reader = threading.Thread(target=self._read, args=(output,), daemon=True)
-        self.launcher = forked.Process(target=_command, args=(arguments, ranks, conditions, folder, theirs))
+        self.launcher = forked.Process(target=_command, args=(arguments, ranks, file_bytes, folder, theirs))
         self.launcher.start()
         theirs.close()
         self._reader.start()
@@ -259,13 +250,10 @@ class Round:
             f"run_dir={self.run_dir}",
         ]
 
-    def start(self, conditions: Conditions | None = None) -> Start:
-        return Start(self.run_dir, self.folder, self.arguments, self.ranks, conditions or Conditions())
-
     @contextmanager
-    def started(self, conditions: Conditions | None = None) -> Iterator[Start]:
-        """A start; all its processes have ended when the block is left."""
-        start = self.start(conditions)
+    def started(self, *more: str, file_bytes: int = resource.RLIM_INFINITY) -> Iterator[Start]:
+        """A start, with more settings; all its processes have ended when the block is left."""
+        start = Start(self.run_dir, self.folder, [*self.arguments, *more], self.ranks, file_bytes)
         try:
             yield start
             start.ended()
@@ -293,7 +281,10 @@ class Round:
         return sorted(path for path in (saved[-1], *saved[-1].rglob("*")) if path.is_file()) if saved else []
 
 
-def signal_to_a_rank(number: int) -> Callable[[Round, random.Random], str]:
+Strike = Callable[[Round, random.Random], str]  # strikes a round; what it did, in words
+
+
+def signal_to_a_rank(number: int) -> Strike:
     def fault(round: Round, draw: random.Random) -> str:
         with round.started() as start:
             start.reach(draw)
@@ -304,7 +295,7 @@ def signal_to_a_rank(number: int) -> Callable[[Round, random.Random], str]:
     return fault
 
 
-def signal_to_all(first: int, then: int) -> Callable[[Round, random.Random], str]:
+def signal_to_all(first: int, then: int) -> Strike:
     """Two signals to every rank, each rank at its own time."""
 
     def fault(round: Round, draw: random.Random) -> str:
@@ -321,7 +312,7 @@ def signal_to_all(first: int, then: int) -> Callable[[Round, random.Random], str
     return fault
 
 
-def signal_to_the_launcher(number: int) -> Callable[[Round, random.Random], str]:
+def signal_to_the_launcher(number: int) -> Strike:
     def fault(round: Round, draw: random.Random) -> str:
         with round.started() as start:
             start.reach(draw)
@@ -375,7 +366,7 @@ def full_disk(round: Round, draw: random.Random) -> str:
     """A file that cannot grow: the writer sees an error in the middle of its bytes, as on a full disk."""
     largest = max((path.stat().st_size for path in round.newest_checkpoint()), default=300_000)
     room = int(math.exp(draw.uniform(math.log(2_000), math.log(1.5 * largest))))
-    with round.started(Conditions(file_bytes=room)) as start:
+    with round.started(file_bytes=room) as start:
         try:
             start.wait(lambda: start.new_steps() >= 6)  # beyond a checkpoint
             start.send(None, signal.SIGTERM)
@@ -385,7 +376,7 @@ def full_disk(round: Round, draw: random.Random) -> str:
 
 
 def killed_loader(round: Round, draw: random.Random) -> str:
-    with round.started(Conditions(loaders=2)) as start:
+    with round.started("data.num_workers=2") as start:
         start.wait(lambda: start.new_steps() >= draw.randint(1, 4))
         rank = draw.choice(sorted(start.ranks))
         process = start.ranks[rank]
@@ -414,7 +405,7 @@ def lost_tails(round: Round, draw: random.Random) -> str:
     return f"{lost} bytes"
 
 
-KINDS: dict[str, Callable[[Round, random.Random], str]] = {
+KINDS: dict[str, Strike] = {
     "SIGKILL to a rank": signal_to_a_rank(signal.SIGKILL),
     "SIGTERM to a rank": signal_to_a_rank(signal.SIGTERM),
     "SIGTERM, then SIGKILL to all": signal_to_all(signal.SIGTERM, signal.SIGKILL),
@@ -425,13 +416,13 @@ KINDS: dict[str, Callable[[Round, random.Random], str]] = {
     "killed loader": killed_loader,
     "lost tails": lost_tails,
 }
-OF_SEVERAL_RANKS: dict[str, Callable[[Round, random.Random], str]] = {
+OF_SEVERAL_RANKS: dict[str, Strike] = {
     "SIGKILL to the launcher": signal_to_the_launcher(signal.SIGKILL),
     "SIGTERM to the launcher": signal_to_the_launcher(signal.SIGTERM),
 }
 
 
-def kinds(ranks: int) -> dict[str, Callable[[Round, random.Random], str]]:
+def kinds(ranks: int) -> dict[str, Strike]:
     return KINDS if ranks == 1 else KINDS | OF_SEVERAL_RANKS
 
 
@@ -454,11 +445,17 @@ class Fault:
 
 @dataclass
 class State:
+    """What chaos.json holds."""
+
     seed: int
     ranks: int
     kinds: list[str]
     round: int = 0
     faults: list[Fault] = field(default_factory=list)
+
+    def unsettled(self) -> list[Fault]:
+        """The faults of this round, which has not ended."""
+        return [fault for fault in self.faults if fault.round == self.round and not fault.outcome]
 
 
 class Chaos:
@@ -475,16 +472,12 @@ class Chaos:
     def run(self, faults: int, show: Callable[[Fault], None] = lambda fault: None) -> None:
         """Go on until there were so many faults, and the round of the last one is finished and compared."""
         self._prepare()
-        while True:
-            done = len(self.state.faults)
-            of_round = [fault for fault in self.state.faults if fault.round == self.state.round]
-            if done >= faults or len(of_round) >= FAULTS_A_ROUND:
-                if of_round:
-                    self._finish_round(show)
-                if done >= faults:
-                    return
-                continue
-            self._inject(done, show)
+        while len(self.state.faults) < faults:
+            self._inject(len(self.state.faults), show)
+            if len(self.state.unsettled()) >= FAULTS_A_ROUND:
+                self._finish_round(show)
+        if self.state.unsettled():
+            self._finish_round(show)
 
     def _prepare(self) -> None:
         corpus = self.root / "corpus"
@@ -529,7 +522,7 @@ class Chaos:
         return order[number % len(names)]
 
     def _stuck(self, said: str, show: Callable[[Fault], None]) -> None:
-        waiting = [fault for fault in self.state.faults if fault.round == self.state.round and not fault.outcome]
+        waiting = self.state.unsettled()
         if not waiting:
             raise RuntimeError(f"the run does not start, without any fault: {said}")
         for fault in waiting:
@@ -546,9 +539,8 @@ class Chaos:
             self._stuck(str(error), show)
             return
         difference = differences(self.round.run_dir, self.reference.run_dir)
-        for fault in self.state.faults:
-            if fault.round == self.state.round and not fault.outcome:
-                fault.outcome, fault.said = ("wrong", difference) if difference else ("survived", "")
+        for fault in self.state.unsettled():
+            fault.outcome, fault.said = ("wrong", difference) if difference else ("survived", "")
         self._next_round()
 
     def _next_round(self) -> None:

@@ -8,13 +8,22 @@ import torch
 from torch import nn
 
 from qtrain.config import Config
+from qtrain.data.tokenizer import Tokenizer, load_kept
 from qtrain.errors import UserError
 from qtrain.models.decoder import Decoder
 from qtrain.plan import make_plan
-from qtrain.quant import QuantLinear, Report, convert, set_high_precision
+from qtrain.quant import QuantLinear, Report, check_quantized_gather, convert, set_high_precision
 from qtrain.runs.directory import RunDirectory
 from qtrain.training.causal_lm import computes_in_high_precision
-from qtrain.training.checkpoint import newest, refuse_earlier_format, restore, values_of
+from qtrain.training.checkpoint import (
+    compare,
+    newest,
+    refuse_earlier_format,
+    restore,
+    tensors_of,
+    values_of,
+    whole_number,
+)
 
 
 def pick_device(config: Config) -> torch.device:
@@ -41,7 +50,7 @@ def build_model(config: Config, vocab_size: int) -> Decoder:
 
 def check_model(config: Config) -> Report:
     """What the recipe will convert, found out on shapes alone, before any data is prepared. UserError for a width that
-    the recipe's blocks do not divide."""
+    the recipe's blocks do not divide, and for weights that trainer.all_gather=quantized cannot gather."""
     with torch.device("meta"):
         model = Decoder(config.model, vocab_size=1)
     report = convert(model, config.recipe, seed=config.seed, backend=config.backend, gemm=config.gemm)
@@ -50,7 +59,16 @@ def check_model(config: Config) -> Report:
             f"trainer.chunked_loss=true takes the head's product by chunks, and recipe {config.recipe.name} quantises "
             "lm_head as a whole; add lm_head to recipe.skip, or set trainer.chunked_loss=false"
         )
+    if config.trainer.all_gather == "quantized":
+        trainer = config.trainer
+        check_quantized_gather(model, trainer.devices * trainer.num_nodes // trainer.sharding_groups)
     return report
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """The tokenizer of a run directory. UserError when it holds no run, or one of a version that kept no tokenizer."""
+    directory = RunDirectory(Path(path).expanduser())
+    return load_kept(directory.read_config().tokenizer, directory.tokenizer)
 
 
 def load_run(path: str | Path) -> nn.Module:
@@ -63,7 +81,9 @@ def load_run(path: str | Path) -> nn.Module:
         refuse_earlier_format(directory.checkpoints)
         raise UserError(f"{directory.path} has no checkpoint yet")
     step, folder = found
-    vocab_size = values_of(folder)["vocab_size"]
+    vocab_size = whole_number(folder, values_of(folder), "vocab_size")
+    with torch.device("meta"):  # settings may ask for any size: the memory is taken for what the checkpoint holds
+        compare(folder, tensors_of(build_model(config, vocab_size)))
     model = build_model(config, vocab_size)
     restore(folder, model)
     plan = make_plan(config, vocab_size=vocab_size)

@@ -28,8 +28,9 @@ import secrets
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -91,7 +92,8 @@ class Saver:
     def restore(self, folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         """`restore`, whose checkpoint's commits become those of what is saved from here on."""
         values = restore(folder, model, optimizer)
-        earlier = [one for one in values.get("commits", [None]) if one not in self.commits]
+        saved = values.get("commits")
+        earlier = [one for one in (saved if isinstance(saved, list) else [None]) if one not in self.commits]
         if earlier:
             computed = ", ".join(map(str, earlier))
             log.warning("%s was computed at commit %s; the code is now at %s", folder, computed, self.commits[-1])
@@ -227,13 +229,27 @@ def load(folder: Path, tensors: Mapping[str, Tensor], alone: bool = False) -> di
     written from; the plain values. The names must be all that it has of the model, of the optimiser or of both.
     Collective; alone: this process reads for itself. UserError for other names, shapes or dtypes."""
     values = values_of(folder)
+    compare(folder, tensors)
     reader = HuggingFaceStorageReader(str(folder))
-    try:
-        _compare(folder, _saved(reader), tensors)
+    with _readable(folder):
         _quietly(dcp.load)(dict(tensors), storage_reader=reader, no_dist=alone or _ranks() == 1)
+    return values
+
+
+def compare(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    """UserError when a checkpoint holds tensors of other names, shapes or dtypes than these, which may be without
+    memory (on the meta device)."""
+    with _readable(folder):
+        _compare(folder, _saved(HuggingFaceStorageReader(str(folder))), tensors)
+
+
+@contextmanager
+def _readable(folder: Path) -> Iterator[None]:
+    """Errors of its readers as UserError."""
+    try:
+        yield
     except (OSError, CheckpointException, safetensors.SafetensorError) as error:
         raise UserError(f"cannot read checkpoint {folder}: {_reason(error)}") from error
-    return values
 
 
 def values_of(folder: Path) -> dict[str, Any]:
@@ -243,6 +259,13 @@ def values_of(folder: Path) -> dict[str, Any]:
         found = values.get("format")
         raise UserError(f"{folder} is of format {found}; this qtrain reads {FORMAT}: use the qtrain that wrote it")
     return values
+
+
+def whole_number(folder: Path, values: Mapping[str, Any], name: str) -> int:
+    """One of the plain values of a checkpoint. UserError where it is no whole number: another program's checkpoint."""
+    if type(values.get(name)) is not int or values[name] < 0:
+        raise UserError(f"{folder} is no checkpoint of a run: its {name} is {values.get(name)!r}; move it away")
+    return values[name]
 
 
 def _saved(reader: HuggingFaceStorageReader) -> dict[str, TensorStorageMetadata]:

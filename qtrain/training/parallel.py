@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from functools import partial
 from inspect import signature
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from lightning.fabric import Fabric
@@ -26,14 +28,16 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from qtrain.config import Config, TrainerConfig
+from qtrain.config import Config
 from qtrain.errors import RefusedError, UserError
+from qtrain.quant import quantize_gathers
 from qtrain.training.stop import StopRequest
 from qtrain.training.world import World
 
 log = logging.getLogger("qtrain")
 T = TypeVar("T")
 
+ROLL_CALL_SECONDS = 5.0  # for a rank to answer when others have waited for one in vain
 MEETING_SECONDS = 50.0  # for all processes to start, of which importing torch takes the most
 # The buffers are tables, equal on all ranks. torch 2.13 has another word for not sending them at each forward.
 _BUFFERS = next(
@@ -46,11 +50,16 @@ PARENT_SECONDS = 1.0  # how often a process looks whether its launcher lives
 
 class Ranks:
     """What the processes of a run tell each other beside the gradients: numbers and decisions, between their CPUs, so
-    that no device is waited for. rank: of this process, from 0; size: how many there are."""
+    that no device is waited for. rank: of this process, from 0; size: how many there are; timeout: how long they wait
+    for each other."""
 
-    def __init__(self, rank: int = 0, size: int = 1):
-        self.rank, self.size = rank, size
-        self._group: Any = distributed.new_group(backend="gloo") if size > 1 else None
+    def __init__(self, rank: int = 0, size: int = 1, timeout: timedelta | None = None):
+        self.rank, self.size, self.timeout = rank, size, timeout
+        # A group in which a rank was waited for in vain is of no use afterwards: the roll is called in another.
+        self._group, self._roll_group = (
+            cast(distributed.ProcessGroup, distributed.new_group(backend="gloo", timeout=timeout)) if size > 1 else None
+            for _ in range(2)
+        )
 
     @property
     def is_zero(self) -> bool:
@@ -90,15 +99,48 @@ class Ranks:
         """Return when every rank has called this."""
         self.maximum(0.0)
 
+    @contextmanager
+    def naming_the_silent(self) -> Iterator[None]:
+        """Within it, who waits in vain for another rank in a collective of gloo learns which one does not answer:
+        SilentRankError."""
+        try:
+            yield
+        except Exception as error:
+            if self.size == 1 or not _has_waited_in_vain(error):
+                raise
+            raise SilentRankError(f"{self._silent()} for {self.timeout}") from error
+
+    def _silent(self) -> str:
+        """All who have waited in vain are here at the same time, give or take a step."""
+        seconds = timedelta(seconds=ROLL_CALL_SECONDS)
+        try:
+            distributed.monitored_barrier(self._roll_group, seconds, wait_all_ranks=True)
+        except RuntimeError as error:
+            if not self.is_zero:
+                return "rank 0 does not answer, or names another that does not,"
+            missing = re.search(r"[Rr]anks? ([\d, ]*\d) failed to pass", str(error))
+            return f"rank {missing[1]} does not answer" if missing else "a rank does not answer"
+        return "ranks wait for each other in different collectives"
+
+
+class SilentRankError(RuntimeError):
+    """A rank does not answer, though it has not ended."""
+
+
+def _has_waited_in_vain(error: BaseException) -> bool:
+    return any("Timed out waiting" in str(cause) for cause in _causes(error))
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    cause: BaseException | None = error
+    while cause is not None:
+        yield cause
+        cause = cause.__cause__ or cause.__context__
+
 
 def is_lost_rank(error: BaseException) -> bool:
     """Whether the error, or what it came from, says that another rank no longer answers."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, distributed.DistError) or "gloo/transport" in str(cause):
-            return True
-        cause = cause.__cause__ or cause.__context__
-    return False
+    return any(isinstance(cause, distributed.DistError) or "gloo/transport" in str(cause) for cause in _causes(error))
 
 
 # --------------------------------------------------------------------------------------------------------------- start
@@ -114,9 +156,10 @@ def joined(config: Config, world: World, device: torch.device, stop: StopRequest
             _follow_parent(stop)
         with stop.meeting(MEETING_SECONDS, f"{world.size} processes did not meet"):
             fabric.launch()
-            ranks = Ranks(fabric.global_rank, fabric.world_size)
+            ranks = Ranks(fabric.global_rank, fabric.world_size, _timeout(config))
             ranks.meet()
-        yield fabric, ranks
+        with ranks.naming_the_silent():
+            yield fabric, ranks
     finally:
         if distributed.is_initialized():
             distributed.destroy_process_group()
@@ -149,15 +192,22 @@ def _environment(world: World) -> ClusterEnvironment:
     return LightningEnvironment()
 
 
+def _timeout(config: Config) -> timedelta:
+    return timedelta(minutes=config.trainer.timeout_minutes)
+
+
 def _strategy(config: Config, world: World, device: torch.device) -> Strategy:
     trainer = config.trainer
     if trainer.strategy == "fsdp2":
         copies = trainer.sharding_groups
         return ModelParallelStrategy(
-            partial(shard, groups=copies), data_parallel_size=copies, tensor_parallel_size=world.size // copies
+            partial(shard, groups=copies, quantized=trainer.all_gather == "quantized"),
+            data_parallel_size=copies,
+            tensor_parallel_size=world.size // copies,
+            timeout=_timeout(config),
         )
     if trainer.strategy == "ddp" or world.size > 1:
-        options: dict[str, Any] = {"gradient_as_bucket_view": True, _BUFFERS: False}
+        options: dict[str, Any] = {"gradient_as_bucket_view": True, "timeout": _timeout(config), _BUFFERS: False}
         return DDPStrategy(**options)
     return SingleDeviceStrategy(device if device.type == "cpu" else torch.device("cuda", 0))
 
@@ -177,14 +227,17 @@ def _follow_parent(stop: StopRequest) -> None:
 # --------------------------------------------------------------------------------------------------------------- shard
 
 
-def shard(model: nn.Module, mesh: DeviceMesh, groups: int = 1) -> nn.Module:
+def shard(model: nn.Module, mesh: DeviceMesh, groups: int = 1, quantized: bool = False) -> nn.Module:
     """FSDP2: parameters, gradients and optimiser state sharded, block by block and in the root. No mixed-precision
     policy: weights and gradients travel in float32, so that each rank quantises the whole master weight, with the
-    noise, masks and scales of one process. groups: how many groups of ranks hold a whole model each."""
+    noise, masks and scales of one process. groups: how many groups of ranks hold a whole model each. quantized: weights
+    of quantised layers travel as codes, which are the same (`qtrain.quant.gather`)."""
     mesh = mesh if groups > 1 else mesh["tensor_parallel"]
     for block in blocks_of(model):
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
+    if quantized:
+        quantize_gathers(model)
     return model
 
 
@@ -192,11 +245,28 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
     return list(model.layers)  # pyright: ignore[reportArgumentType]
 
 
-def check_strategy(trainer: TrainerConfig) -> None:
-    """UserError for groups that do not divide the devices."""
-    size = trainer.devices * trainer.num_nodes
+def check_strategy(config: Config) -> None:
+    """UserError for groups that do not divide the devices, and for what all_gather=quantized does not go with."""
+    trainer, size = config.trainer, config.trainer.devices * config.trainer.num_nodes
     if trainer.sharding_groups > 1 and (trainer.strategy != "fsdp2" or size % trainer.sharding_groups):
         raise UserError(
             f"trainer.sharding_groups={trainer.sharding_groups} needs trainer.strategy=fsdp2 and must divide "
             f"{size} devices; found strategy {trainer.strategy}"
         )
+    if trainer.all_gather == "full":
+        return
+    others = (  # each reads the values of a whole weight, or has a graph made of the layers
+        ("trainer.strategy", trainer.strategy, trainer.strategy == "fsdp2", "set it to fsdp2"),
+        ("trainer.compile", trainer.compile, not trainer.compile, "set it to false"),
+        ("callbacks.telemetry_gradients", True, not config.callbacks.telemetry_gradients, "set it to false"),
+        (
+            "recipe.high_precision_after", config.recipe.high_precision_after,
+            config.recipe.high_precision_after is None, "set it to null",
+        ),
+    )  # fmt: skip
+    for name, found, fits, remedy in others:
+        if not fits:
+            raise UserError(
+                f"trainer.all_gather=quantized gathers no values of weights, and does not go with {name}={found}; "
+                f"{remedy}, or trainer.all_gather to full"
+            )

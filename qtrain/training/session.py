@@ -23,17 +23,15 @@ from lightning.fabric.wrappers import _FabricModule
 from lightning.pytorch.loggers import Logger
 from rich.console import Console
 from rich.logging import RichHandler
-from rich.panel import Panel
-from rich.text import Text
 
 from qtrain.config import Config, config_hash
 from qtrain.data.batches import TokenBatches
 from qtrain.data.corpus import Corpus, check_vocab
 from qtrain.data.order import describe_epochs, epochs, repetition_warning
 from qtrain.data.prepare import prepare, same_text
-from qtrain.errors import DivergedError, LostRankError, RefusedError, StoppedError, UserError, first_line, visible
+from qtrain.data.tokenizer import keep_tokenizer
+from qtrain.errors import DivergedError, LostRankError, RefusedError, StoppedError, UserError, first_line
 from qtrain.models.decoder import Decoder
-from qtrain.models.generate import generate
 from qtrain.optim.groups import build_optimizer
 from qtrain.plan import RunPlan, budget_tokens, describe_bytes, make_plan
 from qtrain.quant import check_backend
@@ -46,7 +44,7 @@ from qtrain.runs.table import read_run, record, recorded
 from qtrain.training.activations import checkpoint_activations
 from qtrain.training.build import build_model, check_model, pick_device
 from qtrain.training.causal_lm import CausalLM
-from qtrain.training.checkpoint import Saver, newest, refuse_earlier_format, tidy
+from qtrain.training.checkpoint import Saver, newest, refuse_earlier_format, tidy, whole_number
 from qtrain.training.divergence import MOST_IN_A_ROW, Guard, RewindError
 from qtrain.training.loop import Training, train
 from qtrain.training.memory import OUT, check_state_fits, measure_memory, memory_of
@@ -89,7 +87,7 @@ def run(config: Config) -> float | None:
     console = Console(highlight=False, quiet=world.rank > 0, width=None if sys.stdout.isatty() else 120)
     speak_through(console)
     device = pick_device(config)
-    check_strategy(config.trainer)
+    check_strategy(config)
     log.info("%s", check_model(config))
     directory = RunDirectory.of(config)
     if config.dry_run:
@@ -122,12 +120,12 @@ def _ended(config: Config, directory: RunDirectory) -> Ended | None:
         return None
     summary = directory.summary
     if directory.finished:
+        loss = read_run(directory.path)["val_loss"]  # a number, or a UserError
         if not _read_this_text(config, summary):
             raise UserError(
                 f"{directory.path} is finished, on data {summary.get('data_hash')}; the same settings now name another "
                 "text. Restore the text, or set force=true to move that run aside and train on the new one"
             )
-        loss = summary["val_loss"]
         _record(config, directory)
         return Ended(loss, f"{directory.path} is finished (validation loss {loss:.4f}); force=true runs it again")
     rows = recorded(Path(config.results)).get((config.name, config_hash(config)), []) if config.results else []
@@ -159,8 +157,7 @@ def _together(config: Config, world: World, device: torch.device, stop: StopRequ
     except Exception as error:
         if world.size == 1 or not is_lost_rank(error):
             raise
-        log.warning("another process of this run has ended (%s)", first_line(error))
-        raise LostRankError(QUEUE_AGAIN) from error
+        raise LostRankError(QUEUE_AGAIN, first_line(error)) from error
 
 
 @contextmanager
@@ -187,8 +184,13 @@ def _session(config: Config, fabric: Fabric, ranks: Ranks, console: Console) -> 
     check_state_fits(config, plan, fabric.device)
     model = build_model(config, plan.vocab_size)
     with RunDirectory.of(config) as directory:
-        ranks.decided(lambda: directory.open(config))
+        ranks.decided(lambda: _open(directory, config, corpus))
         yield Session(config, plan, corpus, model, directory, fabric, ranks, console)
+
+
+def _open(directory: RunDirectory, config: Config, corpus: Corpus) -> None:
+    directory.open(config)
+    keep_tokenizer(corpus.tokenizer, directory.tokenizer)
 
 
 class Session:
@@ -256,6 +258,9 @@ class Session:
         try:
             with stop.noting(), stop.ending_at_once():
                 asked = self.train(checkpoint, stop)
+                if asked:
+                    self._write_summary(Status.INTERRUPTED)
+                    self.ranks.meet()
         except DivergedError as error:
             self._write_summary(Status.DIVERGED, reason=str(error))
             if not self.ranks.is_zero:
@@ -269,8 +274,6 @@ class Session:
             self._write_summary(Status.INTERRUPTED if lost else Status.FAILED, reason=first_line(error))
             raise
         if asked:
-            self._write_summary(Status.INTERRUPTED)
-            self.ranks.meet()
             raise StoppedError(asked)
 
     def train(self, checkpoint: Path | None = None, stop: StopRequest | None = None) -> int:
@@ -378,7 +381,7 @@ class Session:
     def _restore(self, saver: Saver, folder: Path, optimizer: torch.optim.Optimizer) -> tuple[int, int]:
         """(steps done, samples seen) of a checkpoint, whose state becomes the model's and the optimiser's."""
         values = saver.restore(folder, self.model, optimizer)
-        return values["step"], values["samples"]
+        return values["step"], whole_number(folder, values, "samples")
 
     def _rewind(self, wrong: RewindError, saver: Saver, optimizer: torch.optim.Optimizer, measure: Measure) -> int:
         """Back to the last checkpoint; its step. DivergedError where that has been tried often enough."""
@@ -409,7 +412,7 @@ class Session:
     # -------------------------------------------------------------------------------------------------------------- end
 
     def _finish(self) -> float | None:
-        """Summary, picture, sample and the result. The last step's validation stands in metrics.jsonl."""
+        """Summary, picture and the result. The last step's validation stands in metrics.jsonl."""
         values: dict[str, float] = {}
         if self.ranks.is_zero:
             last = self._last_validation()
@@ -419,7 +422,6 @@ class Session:
             self._write_summary(Status.FINISHED, **values, tokens_per_second=median(speeds) if speeds else None)
             _record(self.config, self.directory)
             plot_loss(self.directory.path)
-        self._show_sample()
         if values:
             self._show_end(values["val_loss"], values["val_bits_per_byte"])
         return values.get("val_loss")
@@ -450,18 +452,6 @@ class Session:
         }
         self.directory.write_summary(summary | results)
         mirror_summary(self.loggers, summary | results)
-
-    def _show_sample(self) -> None:
-        """Sampled on the device that trained, by all ranks where they share the weights."""
-        count = self.plan.sample_tokens
-        if count == 0:
-            return
-        tokenizer = self.corpus.tokenizer
-        prompt = [int(token) for token in tokenizer.encode(self.config.callbacks.sample_prompt)]
-        with self.fabric.autocast():
-            ids = generate(self.model, prompt, count, temperature=0.8, top_k=50, seed=self.config.seed)
-        text = visible(tokenizer.decode(ids))
-        self.console.print(Panel(Text(text), title="sample", title_align="left", border_style="dim"))
 
     def _show_end(self, val_loss: float, val_bits: float) -> None:
         bigram = self.corpus.bigram_cross_entropy

@@ -299,7 +299,8 @@ def _parsed(argument: str) -> Override:
     except (HydraException, ValueError, RecursionError) as error:  # an integer of thousands of digits, brackets
         raise UserError(f"cannot read {shown(argument)}: {first_line(error)}{_how_to_write(argument)}") from None
     if not override.key_or_group:
-        raise UserError(f"{argument} names no setting; write key=value, without spaces around the =")
+        told = "there is no key before the =; write key=value, without spaces around the ="
+        raise UserError(f"cannot read {shown(argument)}: {told}")
     return override
 
 
@@ -334,8 +335,6 @@ def _check_one_run(arguments: Iterable[str]) -> None:
 def _checked(argument: str, own_configs: bool) -> str:
     override = _parsed(argument)
     key = override.key_or_group
-    if not key:
-        raise UserError(f"cannot read {shown(argument)}: there is no key before the =")
     if key.split(".")[0].split("/")[0] == "hydra":
         return argument
     if not (configs_dir() / key).is_dir():

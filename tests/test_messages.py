@@ -48,7 +48,7 @@ from qtrain.train import compose, main
     ("recipe.format=mxfp8", "recipe.format='mxfp8': .* 'mxfp8_e4m3' or 'mxfp8_e5m2'"),
     ("data.files=/x/ünï*.txt", r"""; if the value is text, quote it: "data.files='/x/ünï\*.txt'"$"""),
     ("trainer.tokens =5", "write key=value, without spaces around the =$"),
-    ("=", "= names no setting; write key=value, without spaces around the =$"),
+    ("=", "cannot read '=': there is no key before the =; write key=value, without spaces around the =$"),
     ("seed=0,1", r"""several runs \(train.py -m\), .*; one list is seed=\[0,1\], one text "seed='0,1'"$"""),
     ("+experiment=bf16,quest", r"bf16,quest: several values are several runs \(train.py -m\), and this is one$"),
 ])  # fmt: skip

@@ -18,6 +18,7 @@ import sys
 import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import NoReturn
 
@@ -31,7 +32,6 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-import qtrain
 from qtrain.config import Config, check_key
 from qtrain.config.settings import check_group_option, configs_dir, group_names, parse, shown
 from qtrain.errors import LostRankError, RefusedError, StoppedError, UserError, explain, first_line
@@ -45,7 +45,7 @@ def main() -> None:
     again."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands exceptions on: what they look like is decided here
     if sys.argv[1:] == ["--version"]:
-        print(f"qtrain {qtrain.__version__}")
+        print(f"qtrain {version('qtrain')}")
         return
     try:
         sys.argv[1:] = checked_overrides(sys.argv[1:])

@@ -7,11 +7,13 @@ model = qtrain.load_run("runs/quartet-1a2b3c4d")
 """
 
 from importlib import import_module
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import qtrain_kernels  # noqa: F401  before torch: it sets how long torch's threads spin
 
 if TYPE_CHECKING:
+    __version__: str
     from qtrain.quant import calibrate, convert, fake_quantize, keep_weights, recipes, set_step
     from qtrain.training.build import load_run
 
@@ -22,6 +24,8 @@ _HOME = {name: "qtrain.training.build" if name == "load_run" else "qtrain.quant"
 
 def __getattr__(name: str) -> Any:
     """Imported on first use: `import qtrain` alone brings in neither torch nor Lightning."""
+    if name == "__version__":
+        return version("qtrain")
     if name in _HOME:
         return getattr(import_module(_HOME[name]), name)
     raise AttributeError(f"module 'qtrain' has no attribute {name!r}")

@@ -204,11 +204,11 @@ def _micro_batches(config: Config, world_size: int) -> int:
     below, above = batch // unit * unit, (batch // unit + 1) * unit
     nearest = f"{below} or {above}" if below else f"{above}"
     smaller = max((n for n in range(1, size) if batch % (n * config.model.seq_len * world_size) == 0), default=None)
-    remedy = f", or trainer.micro_batch_size={smaller}" if smaller else ""
+    same_batch = f"trainer.micro_batch_size={smaller}, which keeps the batch, or " if smaller else ""
     raise UserError(
         f"trainer.batch_tokens={batch:,} must be a multiple of {unit:,} = trainer.micro_batch_size={size} x "
         f"model.seq_len={config.model.seq_len} x {world_size} device{'s' if world_size > 1 else ''}; "
-        f"use trainer.batch_tokens={nearest}{remedy}"
+        f"use {same_batch}trainer.batch_tokens={nearest}"
     )
 
 

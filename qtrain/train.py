@@ -18,6 +18,7 @@ import sys
 import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import NoReturn
 
@@ -43,6 +44,9 @@ def main() -> None:
     process of the run ended. After 130 and 75 the same command continues; 75 (EX_TEMPFAIL) asks a scheduler to queue it
     again."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands exceptions on: what they look like is decided here
+    if sys.argv[1:] == ["--version"]:
+        print(f"qtrain {version('qtrain')}")
+        return
     try:
         sys.argv[1:] = checked_overrides(sys.argv[1:])
         with _stop.listening():
@@ -234,6 +238,7 @@ def to_config(tree: DictConfig) -> Config:
 
 def compose(overrides: Sequence[str] = ()) -> Config:
     """The settings that `python train.py <overrides>` would run, for programs and tests."""
+    _check_one_run(overrides)
     (config,) = compose_all([overrides])
     return config
 
@@ -288,14 +293,48 @@ def _is_override(argument: str) -> bool:
     return "=" in argument and not argument.startswith("-")
 
 
-def _checked(argument: str, own_configs: bool) -> str:
+def _parsed(argument: str) -> Override:
     try:
         (override,) = OverridesParser.create().parse_overrides([argument])
     except (HydraException, ValueError, RecursionError) as error:  # an integer of thousands of digits, brackets
-        raise UserError(f"cannot read {shown(argument)}: {first_line(error)}") from None
+        raise UserError(f"cannot read {shown(argument)}: {first_line(error)}{_how_to_write(argument)}") from None
+    if not override.key_or_group:
+        told = "there is no key before the =; write key=value, without spaces around the ="
+        raise UserError(f"cannot read {shown(argument)}: {told}")
+    return override
+
+
+def _how_to_write(argument: str) -> str:
+    """What to do about an argument that Hydra's grammar does not take."""
+    key, _, value = argument.partition("=")
+    if key != key.strip() or value != value.lstrip():
+        return "; write key=value, without spaces around the ="
+    return f"; if the value is text, quote it: {_quoted(key, value)}" if len(value) <= 200 else ""
+
+
+def _quoted(key: str, value: str) -> str:
+    """An override whose value is text of any characters, for a shell."""
+    text = value.replace("'", "\\'")
+    override = f"{key}='{text}'"
+    return shlex.quote(override) if set('"$`!') & set(override) else f'"{override}"'
+
+
+def _check_one_run(arguments: Iterable[str]) -> None:
+    """UserError for a setting of several values, which are several runs."""
+    for argument in filter(_is_override, arguments):
+        override = _parsed(argument)
+        key, value = override.key_or_group, argument.partition("=")[2]
+        if not override.is_sweep_override():
+            continue
+        advice = "several values are several runs (train.py -m), and this is one"
+        if not (configs_dir() / key).is_dir() and "(" not in value:
+            advice += f"; one list is {key}=[{value}], one text {_quoted(key, value)}"
+        raise UserError(f"{argument}: {advice}")
+
+
+def _checked(argument: str, own_configs: bool) -> str:
+    override = _parsed(argument)
     key = override.key_or_group
-    if not key:
-        raise UserError(f"cannot read {shown(argument)}: there is no key before the =")
     if key.split(".")[0].split("/")[0] == "hydra":
         return argument
     if not (configs_dir() / key).is_dir():

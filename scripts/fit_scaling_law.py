@@ -140,6 +140,8 @@ def readable(law: dict[str, Any]) -> str:
     for recipe, found in law["efficiencies"].items():
         cells = [cell for name in names for cell in (_shown(found[name]["value"]), _interval(found[name]))]
         lines.append(f"| {recipe} | {' | '.join(cells)} |")
+    if any("?" in line for line in lines[1:]):
+        lines += ["", "? means no bound: the fitted runs do not limit the constant on that side."]
     return "\n".join([*lines, *(f"\nwarning: {warning}" for warning in law["warnings"])])
 
 

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 from qtrain.config.settings import group_names
 from qtrain.data.corpus import Corpus, verify
-from qtrain.data.prepare import prepare
+from qtrain.data.prepare import describe_cut, prepare
 from qtrain.errors import UserError
 from qtrain.plan import budget_tokens
 from qtrain.train import compose
@@ -43,6 +43,8 @@ def _show(corpus: Corpus, checked: bool) -> None:
     for split in (corpus.train, corpus.val):
         size = f"{split.n_bytes / 1e6:,.1f} MB"
         print(f"{split.name:<6} {split.n_tokens:>15,} tokens {split.n_documents:>12,} documents {size:>14}")
+    if corpus.is_cut:
+        print(describe_cut(corpus))
     print(f"vocabulary {corpus.vocab_size:,}, {corpus.bytes_per_token:.3f} bytes per token in validation")
     print(f"bigram cross-entropy {corpus.bigram_cross_entropy:.4f} nats per token")
     if dropped := corpus.manifest["dropped_from_train"]:

@@ -332,13 +332,73 @@ def test_bad_input_leaves_earlier_caches_alone(files: Path) -> None:
     ]
 
 
-def test_too_few_documents_to_hold_one_out(tmp_path: Path) -> None:
+def test_of_one_text_the_end_is_held_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = tmp_path / "input.txt"
+    text = "".join(f"{i:03}: ünïcode\n" for i in range(500))
+    file.write_text(text)
+    data = config(tmp_path, files=str(file), val_fraction=0.1)
+    with caplog.at_level("INFO", "qtrain"):
+        corpus = quiet(data, BPE)
+    (train,), (val,) = texts(corpus, corpus.train), texts(corpus, corpus.val)
+    assert train + val == text
+    assert train.endswith("\n") and val.startswith("450: ")
+    assert "the data is one text: its last 10.0% is the validation split" in caplog.text
+    # the tokenizer is trained on what the model is trained on: the same as of two files, of which one is named for val
+    (tmp_path / "head.txt").write_text(train)
+    (tmp_path / "tail.txt").write_text(val)
+    two = config(tmp_path, files=str(tmp_path / "head.txt"), val_files=str(tmp_path / "tail.txt"))
+    assert quiet(two, BPE).data_hash == corpus.data_hash
+    other_fraction = quiet(data.model_copy(update={"val_fraction": 0.2}), BPE)
+    assert texts(other_fraction, other_fraction.val)[0].startswith("400: ")
+    assert other_fraction.fingerprint != corpus.fingerprint
+    caplog.clear()
+    with caplog.at_level("INFO", "qtrain"):
+        assert quiet(data, BPE).folder == corpus.folder  # opened, and said again
+    assert "the data is one text" in caplog.text
+
+
+@pytest.mark.parametrize(("text", "held_out"), [
+    ("a\n" * 9 + "b\n", "a\nb\n"),
+    ("0123456789" * 10, "0123456789" * 2),  # no line ends: in the middle of one
+    ("0123456789" * 9 + "012345678\n", "0123456789012345678\n"),  # none begins in the first half of the held-out part
+    ("é" * 80 + "日\n" + "本" * 18, "本" * 18),  # the next line, and never half a character
+    ("a\n" * 40 + "b" * 20, "b" * 20),  # the place itself is the begin of a line
+    ("xy", "y"),
+    ("\n\n", None),  # both parts are equal
+    ("x", None),
+], ids=range(8))  # fmt: skip
+def test_where_one_text_is_cut(tmp_path: Path, text: str, held_out: str | None) -> None:
+    for name in ("only.txt", "copy.txt"):  # copies are cut alike
+        (tmp_path / name).write_text(text)
+    data = config(tmp_path)
+    if held_out is None:
+        with pytest.raises(UserError, match=r"leaves no document for train|one character, which cannot be cut"):
+            quiet(data)
+        return
+    corpus = quiet(data)
+    assert texts(corpus, corpus.val) == [held_out] * 2
+    assert texts(corpus, corpus.train) == [text.removesuffix(held_out)] * 2
+
+
+def test_without_text_there_is_nothing_to_hold_out(tmp_path: Path) -> None:
+    (tmp_path / "empty.jsonl").write_text('{"text": ""}\n')
+    with pytest.raises(UserError, match=r"jsonl-empty has no text; name a source that has some"):
+        quiet(config(tmp_path, source="jsonl", files=str(tmp_path / "empty.jsonl")))
     (tmp_path / "only.txt").write_text("all there is")
     (tmp_path / "copy.txt").write_text("all there is")
-    with pytest.raises(UserError, match=r"1 distinct non-empty document; .*data.val_files"):
-        quiet(config(tmp_path))
     with pytest.raises(UserError, match=r"text-copy leaves no document for train"):
         quiet(config(tmp_path, val_files=str(tmp_path / "only.txt")))
+
+
+def test_a_vocabulary_that_the_text_does_not_fill_is_told(files: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for _ in ("made", "opened"):
+        caplog.clear()
+        corpus = quiet(config(files), TokenizerConfig(kind="bpe", vocab_size=4000))
+        assert corpus.vocab_size < 4000
+        assert f"the vocabulary has {corpus.vocab_size} tokens, not tokenizer.vocab_size=4000" in caplog.text
+    caplog.clear()
+    quiet(config(files), TokenizerConfig(kind="bpe", vocab_size=corpus.vocab_size))
+    assert not caplog.text
 
 
 def test_cache_folder_that_cannot_be_made(files: Path) -> None:

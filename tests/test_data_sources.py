@@ -135,6 +135,7 @@ def bad(kind: str, content: str | bytes, told: str, **changes: object) -> object
         bad("jsonl", '{"text": "a"}\n{"text": \n', r"bad.jsonl:2: not valid JSON \(.* at column"),
         bad("jsonl", '{"text": "a"}\n[1]\n', r"bad.jsonl:2: expected an object with a field 'text', found list"),
         bad("jsonl", '\n{"b": 1, "a": 2}\n', r"bad.jsonl:2: no field 'text'; it has a, b; set data.text_field"),
+        bad("jsonl", '{"text": "a"}\n{"text": null}\n', r"bad.jsonl:2: field 'text' is null; give the line a text, or"),
         bad("jsonl", '{"text": 5}\n', r"bad.jsonl:1: field 'text' is not a string \(found int\)"),
         bad("jsonl", b'{"text": "a"}\n{"text": "\xff"}', r"bad.jsonl:2 is not UTF-8 text \(byte 0xff at offset 24\)"),
         bad("jsonl", '{"text": "\\ud800"}\n', r"bad.jsonl:1: field 'text' holds half a surrogate pair at character 0"),

@@ -106,6 +106,18 @@ def test_the_command_writes_all_that_it_found(command, capsys):
     assert all(f"warning: {warning}" in shown for warning in law["warnings"]) and law["warnings"]
 
 
+def test_an_interval_without_a_bound_is_explained(script):
+    fitted = {"value": 0.5, "low": 0.0, "high": None, "fitted": True, "identified": False}
+    fit = {
+        "points_of_constants": 9, "points": 9, "huber_delta": 1e-3, "objective": 1e-6, "starts_at_minimum": 1.0,
+        "starts": 4, "rmse": 0.01, "held_out_points": 0, "bootstrap_draws": 50,
+    }  # fmt: skip
+    law = {"law": "x", "formula": "E", "fit": fit, "constants": {"E": fitted}, "efficiencies": {}, "warnings": []}
+    shown = script.readable(law)
+    assert "0 to ?" in shown and "? means no bound: the fitted runs do not limit the constant on that side" in shown
+    assert "? means" not in script.readable(law | {"constants": {"E": fitted | {"high": 2.0}}})
+
+
 def test_a_folder_of_run_directories_is_fitted_as_its_table_is(law_only, tmp_path):
     rows = [
         {"recipe": recipe, "seed": 0, "val_loss": loss, "tokens": tokens, "non_embedding_parameters": size,

@@ -51,11 +51,28 @@ def test_gaussian_constant_gives_the_least_error(name: str, published: float | N
     assert error <= best * 1.002
 
 
+MEANT = {
+    "ternary": r"; did you mean 'int1\.585'\?",
+    "binary": r"; did you mean 'int1'\?",
+    "mxfp8": r"; did you mean 'mxfp8_e4m3' or 'mxfp8_e5m2'\?",
+    "MXFP6": r"; did you mean 'mxfp6_e3m2' or 'mxfp6_e2m3'\?",
+    "fp8": r"; did you mean 'mxfp8_e4m3' or 'mxfp8_e5m2' or 'fp8_e4m3' or 'fp8_e5m2'\?",
+    "fp4": r"; did you mean 'mxfp4' or 'nvfp4' or 'fp4_e2m1'\?",
+    "INT4": r"; did you mean 'int4'\?",
+    "int1.58": r"; did you mean 'int1\.585'\?",
+    "float8_e4m3fn": r"; did you mean 'fp8_e4m3'\?",
+    **dict.fromkeys(("fp16", "bf16", "mxfp5", "nvfp8", "int9"), ""),  # no format of this precision is like it
+}
+
+
 def test_unknown_names_raise_with_the_nearest() -> None:
     with pytest.raises(ValueError, match="did you mean 'mxfp4'"):
         get_format("mxpf4")
     with pytest.raises(ValueError, match=r"bits must be 1 \+ e \+ m"):
         get_format("fp6_e3m3")
+    for name, told in MEANT.items():
+        with pytest.raises(ValueError, match=rf"unknown format '{name}'{told}; formats: int1, "):
+            get_format(name)
     with pytest.raises(ValueError, match="did you mean 'floor'"):
         check_scale(get_format("mxfp4"), "flor")
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pyarrow
@@ -12,11 +15,13 @@ import torch
 from conftest import data_settings
 from pyarrow import parquet
 
+import qtrain
 import qtrain.train
+from qtrain.config.identity import config_hash
 from qtrain.config.settings import shown
 from qtrain.errors import UserError, explain, first_line, visible
 from qtrain.report.page import read_law
-from qtrain.train import compose
+from qtrain.train import compose, main
 
 
 @pytest.mark.parametrize(("override", "told"), [
@@ -39,11 +44,40 @@ from qtrain.train import compose
     ("=3", "cannot read '=3': there is no key"),
     ("@x=3", "cannot read '@x=3': there is no key"),
     ("scheduler.final_factor=-inf", "scheduler.final_factor=-inf: "),
+    ("recipe.bits=1.5", r"recipe.bits=1.5: give a whole number; three levels \(ternary\) are recipe.format=int1.585"),
+    ("recipe.format=mxfp8", "recipe.format='mxfp8': .* 'mxfp8_e4m3' or 'mxfp8_e5m2'"),
+    ("data.files=/x/ünï*.txt", r"""; if the value is text, quote it: "data.files='/x/ünï\*.txt'"$"""),
+    ("trainer.tokens =5", "write key=value, without spaces around the =$"),
+    ("=", "cannot read '=': there is no key before the =; write key=value, without spaces around the =$"),
+    ("seed=0,1", r"""several runs \(train.py -m\), .*; one list is seed=\[0,1\], one text "seed='0,1'"$"""),
+    ("+experiment=bf16,quest", r"bf16,quest: several values are several runs \(train.py -m\), and this is one$"),
 ])  # fmt: skip
 def test_overrides(override: str, told: str) -> None:
     with pytest.raises(UserError, match=told) as error:
         compose([override])
     assert len(str(error.value)) < 2000
+
+
+@pytest.mark.parametrize("value", ["ünï*.txt", "a(1).txt", "it's.txt", "a=b", "{a}.txt", 'say "!".txt', "$HOME,x"])
+def test_the_advice_to_quote_can_be_copied(value: str) -> None:
+    with pytest.raises(UserError) as error:
+        compose(["data=text", f"data.files={value}"])
+    copied = str(error.value).rsplit(": " if "quote it" in str(error.value) else "one text ", 1)[1]
+    argument = subprocess.run(["bash", "-c", f"printf %s {copied}"], capture_output=True, text=True, check=True).stdout
+    assert compose(["data=text", argument]).data.model_dump()["files"] == (value,)
+
+
+def test_one_name_is_a_list_of_one() -> None:
+    assert compose(["recipe=quartet", "recipe.skip=down"]).recipe.skip == ("down",)
+    alone, listed = (compose(["recipe=quartet", f"recipe.skip={skip}"]) for skip in ("down", "[down]"))
+    assert config_hash(alone) == config_hash(listed)
+
+
+def test_the_version_is_qtrains(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["train.py", "--version"])
+    main()
+    assert capsys.readouterr().out == f"qtrain {version('qtrain')}\n"
+    assert qtrain.__version__ == version("qtrain")
 
 
 def test_a_flag_that_hydra_refuses(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

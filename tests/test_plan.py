@@ -1,4 +1,5 @@
 import io
+import re
 from typing import Any
 
 import pytest
@@ -8,10 +9,11 @@ from rich.console import Console
 
 from qtrain.config import Config
 from qtrain.config.recipe import LinearRecipe
-from qtrain.config.settings import configs_dir, parse
+from qtrain.config.settings import configs_dir, group_names, parse
 from qtrain.errors import UserError
 from qtrain.metrics import flops_per_token
 from qtrain.plan import describe_recipe, make_plan, resolve_precision
+from qtrain.train import compose
 from qtrain_kernels import precision
 
 QUANTISED = {
@@ -102,7 +104,7 @@ def test_the_batch_is_split_over_devices_and_micro_batches() -> None:
             {},
             4,
             r"4,096 must be a multiple of 8,192 = trainer.micro_batch_size=8 x model.seq_len=256 x 4 devices; "
-            r"use trainer.batch_tokens=8192, or trainer.micro_batch_size=4$",
+            r"use trainer.micro_batch_size=4, which keeps the batch, or trainer.batch_tokens=8192$",
         ),
         ({"batch_tokens": 100}, 1, r"use trainer.batch_tokens=2048$"),
     ],
@@ -110,6 +112,18 @@ def test_the_batch_is_split_over_devices_and_micro_batches() -> None:
 def test_a_batch_that_does_not_split_is_refused(trainer: dict[str, int], devices: int, message: str) -> None:
     with pytest.raises(UserError, match=message):
         make_plan(config(trainer=trainer | {"devices": devices}))
+
+
+@pytest.mark.parametrize("model", group_names("model"))
+def test_each_listed_model_has_a_plan_or_says_what_to_set(model: str) -> None:
+    overrides = [f"model={model}"]
+    try:
+        batch = make_plan(compose(overrides)).batch_tokens
+    except UserError as error:
+        told = re.search(r"; use (trainer\.micro_batch_size=\d+), which keeps the batch", str(error))
+        assert told, error
+        batch = make_plan(compose([*overrides, told[1]])).batch_tokens
+    assert batch == compose(overrides).trainer.batch_tokens
 
 
 def test_what_the_error_proposes_works() -> None:

@@ -320,6 +320,12 @@ def test_the_page_needs_nothing_but_itself(report: Path) -> None:
     assert page.count("<img ") == page.count('alt="') == page.count('src="data:image/png;base64,') > 8
 
 
+def test_the_table_of_runs_names_their_directories(report: Path) -> None:
+    (table,) = re.findall(r'<section id="overview">.*?</section>', report.read_text(), flags=re.DOTALL)
+    assert "directory</th>" in table
+    assert all(f"<td>{path.parent}</td>" in table for path in (report.parent / "runs").glob("*/summary.json"))
+
+
 def test_every_figure_is_a_file_too_and_says_how_it_is_made(report: Path) -> None:
     page = report.read_text()
     names = re.findall(r'<figure id="([^"]+)">', page)

@@ -258,7 +258,7 @@ FORMATS: dict[str, Format] = {
 @cache
 def get_format(name: str) -> Format:
     """A format by name, as element/block/scale, or fp<bits>_e<e>m<m> (bits = 1 + e + m, one float32 scale per row).
-    ValueError names the nearest one, or the part that is wrong."""
+    ValueError names the nearest ones of the same precision, or the part that is wrong."""
     if name in FORMATS:
         return FORMATS[name]
     if "/" in name:
@@ -268,7 +268,25 @@ def get_format(name: str) -> Format:
         if int(match[1]) != 1 + int(match[3]) + int(match[4]):
             raise ValueError(f"format {name!r}: bits must be 1 + e + m, at most 8, with e >= 1 (fp6_e3m2)")
         return _named(name, f"{match[2]}/row/float32")
-    near = difflib.get_close_matches(name.lower(), FORMATS, n=1, cutoff=0.5)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
+    near = " or ".join(map(repr, _nearest(name.lower())))
+    hint = f"; did you mean {near}?" if near else ""
     names = ", ".join(FORMATS)
     raise ValueError(f"unknown format {name!r}{hint}; formats: {names}, fp<bits>_e<e>m<m>, element/block/scale")
+
+
+CALLED_OTHERWISE = {"ternary": "int1.585", "binary": "int1"}
+
+
+def _nearest(name: str) -> list[str]:
+    """The formats that an unknown name may mean: never one of another precision."""
+    if name in FORMATS or name in CALLED_OTHERWISE:
+        return [CALLED_OTHERWISE.get(name, name)]
+    if longer := [known for known in FORMATS if name in known]:
+        return longer[:6]
+    return difflib.get_close_matches(name, [known for known in FORMATS if _bits(known) == _bits(name)], n=1, cutoff=0.5)
+
+
+def _bits(name: str) -> str | None:
+    """The first number in a name."""
+    found = re.search(r"[0-9]+(\.[0-9]+)?", name)
+    return found and found[0]

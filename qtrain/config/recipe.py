@@ -13,7 +13,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from qtrain.config.settings import Redraw, Strict, configs_dir, group_names, nearest, parse
+from qtrain.config.settings import Names, Redraw, Strict, configs_dir, group_names, nearest, parse
 from qtrain.errors import UserError
 from qtrain_kernels.formats import Format, get_format
 from qtrain_kernels.plans import ROUNDINGS, RoundingName, check_scale
@@ -143,7 +143,7 @@ class LinearRecipe(Strict):
     deviations: tuple[str, ...] = ()
     bits: int | None = Field(None, ge=1, le=8)
     format: str | None = None
-    skip: tuple[str, ...] = ("lm_head",)
+    skip: Names = ("lm_head",)
     overrides: dict[str, LinearRecipe] = Field(default_factory=dict)
     first_blocks: float = Field(0, ge=0)
     last_blocks: float = Field(0, ge=0)
@@ -152,6 +152,13 @@ class LinearRecipe(Strict):
     fprop: Fprop | None = None
     dgrad: Dgrad | None = None
     wgrad: Wgrad | None = None
+
+    @field_validator("bits", mode="before")
+    @classmethod
+    def _whole(cls, bits: Any) -> Any:
+        if isinstance(bits, float) and bits % 1:
+            raise ValueError("give a whole number; three levels (ternary) are recipe.format=int1.585 in its place")
+        return bits
 
     @field_validator("overrides", mode="before")
     @classmethod

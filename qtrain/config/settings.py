@@ -16,7 +16,7 @@ from operator import or_
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Tag, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Tag, ValidationError
 
 from qtrain.errors import UserError
 
@@ -26,6 +26,8 @@ BFLOAT16_GEMMS = ("fp8", "fp8_fast", "fp4")  # whose products are bfloat16
 Checkpointing = Literal["none", "selective", "full"]
 Redraw = Literal["micro_batch", "step"]
 T = TypeVar("T", bound="Strict")
+# Several names, or one alone as it is: recipe.skip=lm_head, recipe.skip=[lm_head,down]
+Names = Annotated[tuple[str, ...], BeforeValidator(lambda names: (names,) if isinstance(names, str) else names)]
 
 _SHORT = reprlib.Repr()
 _SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother, _SHORT.maxlong = 3, 200, 200, 200

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 
 from qtrain.config.settings import Member
-
-Names = Annotated[tuple[str, ...], BeforeValidator(lambda names: (names,) if isinstance(names, str) else names)]
+from qtrain.config.settings import Names as Names
 
 
 class Document(NamedTuple):
@@ -39,7 +38,7 @@ class DataSettings(Member):
     streaming: read the source only as far as the limits ask, and hold documents out by a range of their content hash.
     max_tokens: stop the training split there; None takes the whole source, or, when streaming, the run's budget.
     val_fraction: where the source has no validation split of its own, whole documents are held out by their content
-        hash until about so much is.
+        hash until about so much is. Of a source that is one text, the end is held out.
     cache_dir: where token shards are kept, one folder per (source, tokenizer).
     """
 

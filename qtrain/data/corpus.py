@@ -121,6 +121,11 @@ class Corpus:
         """UTF-8 bytes per token of the validation split: bits per byte = loss in nats / ln 2 / bytes_per_token."""
         return self.val.n_bytes / self.val.n_tokens
 
+    @property
+    def is_cut(self) -> bool:
+        """Whether the validation split is the end of the only text there is."""
+        return self.manifest.get("is_cut", False)
+
 
 def shard_path(folder: Path, split: str, index: int) -> Path:
     return folder / f"{split}-{index:05d}.bin"

@@ -1,9 +1,12 @@
 """Text to token shards, once: read, split, tokenise in parallel, write, rename.
 
-The validation split, by one of three rules, each a function of the documents' content alone:
+The validation split, by one of four rules, each a function of the documents' content alone:
 - data.val_files or data.val_split: those documents; a training document equal to one of them is dropped and counted.
 - a source that is read whole: in the order of their content hash, documents are held out as long as they fit into
   data.val_fraction of the bytes; at least one is, and at least one is left.
+- a source that is read whole and is one text: the text is cut in two documents, of which the second is held out. It is
+  the last data.val_fraction of the characters, from the first line that begins in the first half of these; where no
+  line does, it begins in the middle of one.
 - a streamed source: documents whose content hash falls below data.val_fraction of the hash range.
 Equal documents share a hash, so they never stand on both sides.
 
@@ -89,19 +92,38 @@ def prepare(
     Raises UserError for bad input, naming file and place, before anything of an earlier preparation is touched.
     """
     plan = _plan(data, tokenizer, budget_tokens)
-    if (corpus := _find(plan)) is not None:
-        return corpus
+    corpus = _find(plan) or _made(plan, progress)
+    if corpus.is_cut:
+        log.info("%s", describe_cut(corpus))
+    wanted = tokenizer.vocab_size if tokenizer.kind == "bpe" else None
+    if wanted is not None and corpus.vocab_size < wanted:
+        log.warning(
+            "the vocabulary has %d tokens, not tokenizer.vocab_size=%d: the training text has no more pairs to merge",
+            corpus.vocab_size, wanted,
+        )  # fmt: skip
+    return corpus
+
+
+def _made(plan: Plan, progress: bool) -> Corpus:
+    """The corpus, made under the lock, unless another process makes it while this one waits for it."""
     cache = plan.folder.parent
     try:
         cache.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"data.cache_dir={data.cache_dir} cannot be made ({first_line(error)}); name another") from None
+        told = f"data.cache_dir={plan.data.cache_dir} cannot be made ({first_line(error)}); name another"
+        raise UserError(told) from None
     with filelock.FileLock(cache / f".{plan.folder.name}.lock"):
-        if (corpus := _find(plan)) is None:  # another process may have made it while this one waited
-            with naming(plan.folder):
-                _build_and_rename(plan, progress)
-            corpus = replace(open_corpus(plan.folder, plan.train_limit), fingerprint=plan.fingerprint)
-    return corpus
+        if (corpus := _find(plan)) is not None:
+            return corpus
+        with naming(plan.folder):
+            _build_and_rename(plan, progress)
+        return replace(open_corpus(plan.folder, plan.train_limit), fingerprint=plan.fingerprint)
+
+
+def describe_cut(corpus: Corpus) -> str:
+    """What to say of a corpus whose validation split is the end of its only text."""
+    share = corpus.val.n_bytes / (corpus.train.n_bytes + corpus.val.n_bytes)
+    return f"the data is one text: its last {share:.1%} is the validation split, and no training step reads it"
 
 
 def fingerprint(data: DataSettings, tokenizer: TokenizerConfig, *, budget_tokens: int | None = None) -> str:
@@ -211,20 +233,18 @@ def _rank(digest: bytes) -> int:
     return int.from_bytes(digest[:8], "little")
 
 
-def _held_out(source: Source, fraction: float) -> set[int]:
-    """Ranks of the documents to hold out of a source that is read whole; see the module's text."""
+def _sizes(source: Source) -> dict[int, int]:
+    """Rank of each distinct document -> UTF-8 bytes of all its copies."""
     sizes: dict[int, int] = {}
-    total = 0
     for document in source.documents():
-        rank, size = _rank(_digest(document.text)), len(document.text.encode())
-        sizes[rank] = sizes.get(rank, 0) + size
-        total += size
-    if len(sizes) < 2:
-        raise UserError(
-            f"{source.name} has {len(sizes)} distinct non-empty document{'s' * (len(sizes) != 1)}; validation holds "
-            "out whole documents, so two are needed: split the text into more files, or name others in data.val_files"
-        )
-    room = fraction * total
+        rank = _rank(_digest(document.text))
+        sizes[rank] = sizes.get(rank, 0) + len(document.text.encode())
+    return sizes
+
+
+def _held_out(sizes: dict[int, int], fraction: float) -> set[int]:
+    """Ranks of the documents to hold out of a source that is read whole; see the module's text."""
+    room = fraction * sum(sizes.values())
     fitting = sorted(rank for rank, size in sizes.items() if size <= room)
     held_out: set[int] = set()
     for rank in fitting:
@@ -235,19 +255,48 @@ def _held_out(source: Source, fraction: float) -> set[int]:
     return held_out or {min(sizes, key=lambda rank: (sizes[rank], rank))}
 
 
+def _cut(document: Document, fraction: float) -> tuple[Document, Document]:
+    """The part to train on and the last `fraction` of the characters, which is held out; see the module's text."""
+    name, text = document
+    if len(text) < 2:
+        raise UserError(f"{name} holds all the text there is, one character, which cannot be cut; name more files")
+    start = min(max(1, round(len(text) * (1 - fraction))), len(text) - 1)
+    start = text.find("\n", start - 1, (start + len(text)) // 2) + 1 or start
+    return Document(name, text[:start]), Document(name, text[start:])
+
+
 class Assignment:
-    """Gives documents of the training source their side: held out by rank, by rank range, or not at all."""
+    """Gives documents of the training source their side: held out by rank, by rank range, or not at all.
+
+    is_cut: the source is one text, cut in two documents.
+    """
 
     def __init__(self, plan: Plan) -> None:
-        self._fraction = plan.data.val_fraction if plan.val is None else 0.0
-        streamed = plan.data.streaming or plan.val is not None
-        self._held_out = None if streamed else _held_out(plan.train, plan.data.val_fraction)
+        self._documents = plan.train.documents
+        self._held_out = None
+        self.is_cut = False
+        fraction = plan.data.val_fraction
+        self._limit = 0.0 if plan.val is not None else fraction * 2.0**64
+        if plan.val is not None or plan.data.streaming:
+            return
+        sizes = _sizes(plan.train)
+        if not sizes:
+            raise UserError(f"{plan.train.name} has no text; name a source that has some")
+        self.is_cut = len(sizes) == 1
+        if self.is_cut:
+            self._documents = lambda: (part for text in plan.train.documents() for part in _cut(text, fraction))
+            _, held_out, *_ = self._documents()
+            self._held_out = {_rank(_digest(held_out.text))}
+        else:
+            self._held_out = _held_out(sizes, fraction)
 
-    def __call__(self, document: Document) -> Item:
-        digest = _digest(document.text)
-        rank = _rank(digest)
-        held_out = rank in self._held_out if self._held_out is not None else rank < self._fraction * 2.0**64
-        return Item("val" if held_out else "train", document.text, digest)
+    def items(self) -> Iterator[Item]:
+        """A pass over the documents, in the order of their source."""
+        for document in self._documents():
+            digest = _digest(document.text)
+            rank = _rank(digest)
+            held_out = rank in self._held_out if self._held_out is not None else rank < self._limit
+            yield Item("val" if held_out else "train", document.text, digest)
 
 
 # --------------------------------------------------------------------------------------------------------- the building
@@ -270,7 +319,7 @@ def _build(folder: Path, plan: Plan, bar: Progress) -> None:
         _write(_unfilled(items, [writers["val"]]), writers, tokenizer, workers, bar)
         excluded = writers["val"].digests()
     dropped = _Counter()
-    items = dropped.without((assign(document) for document in plan.train.documents()), excluded)
+    items = dropped.without(assign.items(), excluded)
     fed = [writers["train"]] if plan.val else list(writers.values())
     _write(_unfilled(items, fed), writers, tokenizer, workers, bar)
     complete = not writers["train"].full
@@ -278,7 +327,8 @@ def _build(folder: Path, plan: Plan, bar: Progress) -> None:
     _check_not_empty(plan, splits)
     bar.phase("counting bigrams")
     manifest = _manifest(plan, tokenizer, writers, splits)
-    _write_json(folder / "manifest.json", manifest | {"train_complete": complete, "dropped_from_train": dropped.n})
+    manifest |= {"train_complete": complete, "dropped_from_train": dropped.n, "is_cut": assign.is_cut}
+    _write_json(folder / "manifest.json", manifest)
 
 
 class _Counter:
@@ -333,17 +383,17 @@ def _tokenizer(plan: Plan, assign: Assignment, bar: Progress) -> Tokenizer:
         return load_pretrained(plan.tokenizer)
     assert plan.tokenizer.vocab_size is not None, "TokenizerConfig requires it for bpe"
     bar.phase("training the tokenizer")
-    return train_bpe(_training_text(plan.train, assign), plan.tokenizer.vocab_size)
+    return train_bpe(_training_text(assign), plan.tokenizer.vocab_size)
 
 
-def _training_text(source: Source, assign: Assignment) -> Iterator[str]:
+def _training_text(assign: Assignment) -> Iterator[str]:
     n_bytes = 0
-    for document in source.documents():
+    for item in assign.items():
         if n_bytes >= BPE_TEXT_BYTES:
             return
-        if assign(document).split == "train":
-            n_bytes += len(document.text.encode())
-            yield document.text
+        if item.split == "train":
+            n_bytes += len(item.text.encode())
+            yield item.text
 
 
 def _check_not_empty(plan: Plan, splits: dict[str, Split]) -> None:

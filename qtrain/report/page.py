@@ -38,6 +38,7 @@ OVERVIEW: dict[str, tuple[str, str]] = {
     "schedule": ("schedule", ""), "flops": ("FLOPs", ".3g"), "val_loss": ("loss", ".4f"),
     "val_bits_per_byte": ("bits per byte", ".4f"), "tokens_per_second": ("tokens/s", "count"),
     "memory_bytes": ("memory", "bytes"), "config_hash": ("settings", ""), "commit": ("commit", "short"),
+    "directory": ("directory", ""),
 }  # fmt: skip
 
 

@@ -44,6 +44,8 @@ def _text(where: str, line: str, field: str) -> str:
     if field not in row:
         raise UserError(f"{where}: no field {field!r}; it has {', '.join(sorted(row))}; set data.text_field")
     text = row[field]
+    if text is None:
+        raise UserError(f"{where}: field {field!r} is null; give the line a text, or drop it")
     if not isinstance(text, str):
         raise UserError(f"{where}: field {field!r} is not a string (found {type(text).__name__}); set data.text_field")
     if not text.isascii():

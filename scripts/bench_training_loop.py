@@ -109,7 +109,9 @@ def loop_against_bare(overrides: list[str], scratch: str, steps: int, blocks: in
 
 def cost_of_saves(overrides: list[str], scratch: str, steps: int, blocks: int) -> dict[str, Any]:
     """what a checkpoint each minute costs"""
-    config = timed_config([*overrides, f"callbacks.checkpoint_every_steps={2 * steps}"], scratch, steps * blocks, steps)
+    config = timed_config(
+        [*overrides, f"callbacks.checkpoint_every_steps={2 * steps}"], scratch, steps * blocks, 2 * steps
+    )
     with open_session(config) as session:
         clock = Clock(session.device)
         train(session, clock)
@@ -181,6 +183,7 @@ def timed_config(overrides: list[str], scratch: str, timed: int, warm_up: int = 
             f"run_dir={scratch}/run",
             f"debug.max_steps={total}",
             f"callbacks.val_every_steps={rare}",
+            "callbacks.checkpoint_every_minutes=1e6",
             "callbacks.progress_bar=false",
         ]
     )

@@ -21,7 +21,7 @@ import torch
 from qtrain.errors import UserError, visible
 from qtrain.models.generate import generate
 from qtrain.runs.directory import RunDirectory
-from qtrain.training.build import load_run, load_tokenizer, pick_device
+from qtrain.training.build import load_run, load_tokenizer
 
 
 def main() -> None:
@@ -43,7 +43,8 @@ def continued(arguments: argparse.Namespace) -> str:
     """The prompt and what comes after it, without escape sequences."""
     config = RunDirectory(arguments.run).read_config()
     tokenizer = load_tokenizer(arguments.run)
-    device = pick_device(config)
+    on_gpu = torch.cuda.is_available() and config.trainer.device != "cpu"
+    device = torch.device("cuda" if on_gpu else "cpu")
     model = load_run(arguments.run).to(device)
     prompt = [int(token) for token in tokenizer.encode(arguments.prompt)]
     with torch.autocast(device.type, torch.bfloat16, enabled=config.trainer.precision == "bf16-mixed"):

@@ -183,7 +183,7 @@ def test_the_memory_of_a_step_is_known_before_it_is_taken(settings: str) -> None
             optimizer.step()
             optimizer.zero_grad()
     measured = tracker.get_tracker_snapshot("peak")[CPU]["Total"]
-    planned = measure_memory(config, plan)
+    planned = measure_memory(config, plan, CPU)
     assert planned.peak == pytest.approx(measured, rel=0.05)
     weights = sum(parameter.nbytes for parameter in model.parameters())  # with LSQ's scales, which are not planned
     assert planned.parameters == planned.gradients == pytest.approx(weights, rel=1e-3)
@@ -193,17 +193,23 @@ def test_the_memory_of_a_step_is_known_before_it_is_taken(settings: str) -> None
 def test_what_several_devices_share_is_divided() -> None:
     alone = [*TINY, "recipe=bf16", "trainer.batch_tokens=512"]
     several = [*alone, "trainer.devices=4", "trainer.micro_batch_size=2", "trainer.strategy=fsdp2"]
-    one, of_four = (measure_memory(config, make_plan(config)) for config in map(compose, (alone, several)))
+    one, of_four = (measure_memory(config, make_plan(config), CPU) for config in map(compose, (alone, several)))
     assert of_four.parameters == one.parameters // 4 and of_four.optimizer == one.optimizer // 4
     assert of_four.peak < one.peak
 
 
-def test_a_state_that_a_device_cannot_hold_is_refused_before_it_is_made(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+def test_what_a_device_cannot_hold_is_said_by_the_plan_and_refused_by_the_run(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("qtrain.training.memory.memory_of", lambda _: 2**20)
-    with pytest.raises(UserError, match=r"on each device, and cpu has 1 MiB; shard it over more devices"):
-        run(compose([*TINY, "recipe=bf16", "dry_run=true", f"run_root={tmp_path}"]))
+    monkeypatch.setattr("qtrain.training.memory.memory_of", lambda *_: 2**20)
+    (tmp_path / "text.txt").write_text("all is well that ends well\n" * 200)
+    data = ["data=text", f"data.files={tmp_path}/text.txt", f"data.cache_dir={tmp_path}", "data.val_tokens=64"]
+    settings = [*TINY, *data, "recipe=bf16", "trainer.tokens=128", f"run_root={tmp_path}/runs", "model.vocab_size=257"]
+    monkeypatch.setattr("qtrain.training.session.speak_through", lambda _: None)
+    run(compose([*settings, "dry_run=true"]))
+    assert "a step takes about" in caplog.text and "cpu has 1 MiB: shard the model over more devices" in caplog.text
+    with pytest.raises(UserError, match=r"take 6.01 MiB on each device, and cpu has 1 MiB; shard them over more"):
+        run(compose(settings))
 
 
 def test_a_quantised_head_is_not_taken_by_chunks() -> None:

@@ -11,10 +11,11 @@ import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 from conftest import write_corpus
 
 import qtrain
-from qtrain.config import Config
+from qtrain.config import Config, parse_saved
 from qtrain.errors import UserError
 from qtrain.report.runs import read_runs
 from qtrain.runs.table import read_run, read_table
@@ -24,6 +25,7 @@ from qtrain.training.session import run
 
 KEPT = Path(__file__).parent / "run_of_the_version_before"
 LOSS = 4.375657081604004
+GONE = ("results", "callbacks.sample_tokens")  # not given again, and no setting any more
 
 
 @pytest.fixture
@@ -43,13 +45,20 @@ def the_same_command(*more: str) -> Config:
     """The settings that the run was started with."""
     start = json.loads((KEPT / "environment.json").read_text())["starts"][0]
     (files,) = (part for part in start["command"].split() if "corpus" in part)
-    own = [part for part in start["command"].split()[3:] if part != files and not part.startswith("results")]
+    own = [part for part in start["command"].split()[3:] if part != files and not part.startswith(GONE)]
     return compose([*own, files.strip("'"), *more])
 
 
 def test_a_finished_run_is_finished(directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(the_same_command()) == LOSS
     assert f"{directory.relative_to(Path.cwd())} is finished" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("was", "now"), [(False, "none"), (True, "full")])
+def test_activation_checkpointing_was_on_or_off_for_a_while(directory: Path, was: bool, now: str) -> None:
+    tree = yaml.safe_load((directory / "config.yaml").read_text())
+    tree["trainer"]["checkpoint_activations"] = was
+    assert parse_saved(tree).trainer.checkpoint_activations == now
 
 
 @pytest.mark.parametrize("loss", [None, "x", float("nan")])

@@ -81,7 +81,7 @@ def in_a_process(arguments: list[str]) -> tuple[float, float]:
 
 
 def measure(arguments: list[str], sender: Connection) -> None:
-    planned = measure_memory(compose(arguments), make_plan(compose(arguments))).peak
+    planned = measure_memory(compose(arguments), make_plan(compose(arguments)), torch.device("cpu")).peak
     tiny = ["model.dim=128", "model.ffn_dim=128", "model.n_layers=1", "model.n_heads=2"]
     take_steps([*arguments, *tiny], 64)  # loads the libraries
     gc.collect()

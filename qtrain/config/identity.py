@@ -142,7 +142,11 @@ def parse_saved(tree: Mapping[str, Any]) -> Config:
     """The settings of a run as its config.yaml has them. A setting that its version did not know yet gets the value of
     INTRODUCED. A setting that only other members of a family have is left out: in the first versions all members had
     all settings, without effect. So are those of REMOVED. UserError as `parse`."""
-    return parse(Config, _completed(Config, tree))
+    tree = _completed(Config, tree)
+    trainer = tree.get("trainer")
+    if isinstance(trainer, dict) and isinstance(kept := trainer.get("checkpoint_activations"), bool):
+        trainer["checkpoint_activations"] = "full" if kept else "none"  # what it was called before there was selective
+    return parse(Config, tree)
 
 
 def introduced(kind: type) -> dict[str, Any]:

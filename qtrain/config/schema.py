@@ -55,7 +55,8 @@ class TrainerConfig(Strict):
     timeout_minutes: how long a rank waits for another in a collective before the job ends with exit code 75. What one
         rank does alone must fit into it, as reading a whole checkpoint when the run goes on does.
     checkpoint_activations: none | selective (each block keeps its matrix products and attention, and computes the rest
-        again in the backward) | full (each block keeps its input alone). Gradients are the same, bit for bit.
+        again in the backward) | full (each block keeps its input alone). Without trainer.compile the gradients
+        are the same, bit for bit.
     chunked_loss: take the head's cross-entropy by chunks of tokens, so that the logits, the largest tensor of a small
         model with a large vocabulary, never exist as a whole. The result differs by rounding.
     on_divergence: what to do when a loss or gradient norm is not finite: stop | skip the update | rewind to the last

@@ -9,7 +9,6 @@ from typing import Any, ClassVar, NamedTuple
 from pydantic import Field
 
 from qtrain.config.settings import Member
-from qtrain.config.settings import Names as Names
 
 
 class Document(NamedTuple):

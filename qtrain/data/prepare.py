@@ -403,6 +403,7 @@ def _check_not_empty(plan: Plan, splits: dict[str, Split]) -> None:
             raise UserError(
                 f"{source.name} leaves no document for {name}; "
                 + ("give it text" if source is plan.val else "give it more documents, or others for data.val_files")
+                + ("; with data.streaming=false a single text is cut in two" if plan.data.streaming else "")
             )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -77,7 +78,16 @@ class FileTokenizer:
         return self._tokenizer.decode([int(i) for i in ids if i != self.eos_id], skip_special_tokens=False)
 
     def save(self, path: Path) -> None:
-        path.write_text(self._tokenizer.to_str(pretty=True), encoding="utf-8")  # its own `save` raises no OSError
+        """On disk when this returns. The library's own `save` raises no OSError."""
+        with path.open("w", encoding="utf-8") as file:
+            file.write(self.text)
+            file.flush()
+            os.fsync(file.fileno())
+
+    @property
+    def text(self) -> str:
+        """What tokenizer.json holds."""
+        return self._tokenizer.to_str(pretty=True)
 
     @property
     def eos_token(self) -> str:
@@ -121,20 +131,21 @@ def load_pretrained(config: TokenizerConfig) -> FileTokenizer:
     return FileTokenizer(tokenizer, vocab[end])
 
 
-def keep_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
-    """Leave a tokenizer as the Hugging Face libraries read it: tokenizer.json, and tokenizer_config.json with the token
-    that ends a document. Bytes need no files, and get none."""
-    if isinstance(tokenizer, FileTokenizer):
-        folder.mkdir(exist_ok=True)
-        tokenizer.save(folder / "tokenizer.json")
-        about = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": tokenizer.eos_token}
-        (folder / "tokenizer_config.json").write_text(json.dumps(about, indent=2) + "\n")
+def tokenizer_files(tokenizer: Tokenizer) -> dict[str, str]:
+    """Name -> text of the files by which the Hugging Face libraries read a tokenizer: tokenizer.json, and
+    tokenizer_config.json with the token that ends a document. Bytes need none."""
+    if not isinstance(tokenizer, FileTokenizer):
+        return {}
+    about = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": tokenizer.eos_token}
+    return {"tokenizer.json": tokenizer.text, "tokenizer_config.json": json.dumps(about, indent=2) + "\n"}
 
 
 def load_kept(config: TokenizerConfig, folder: Path) -> Tokenizer:
-    """What `keep_tokenizer` has left of the tokenizer of these settings. UserError where it is not there."""
+    """The tokenizer of these settings, of which a folder has the files. UserError where it has none."""
     if config.kind == "bytes":
         return ByteTokenizer()
+    if not (folder / "tokenizer.json").is_file():
+        raise UserError(f"{folder} holds no tokenizer.json: the run is of a version that kept none, or has just begun")
     return load_pretrained(TokenizerConfig(kind="huggingface", vocab_size=None, path=str(folder)))
 
 

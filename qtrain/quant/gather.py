@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_leaves
 
 from qtrain.errors import UserError
 from qtrain.quant import functional
@@ -75,9 +76,9 @@ def _misfit(layer: QuantLinear, shards: int) -> str | None:
     assert plan is not None
     if layer.out_features % shards:
         return f"its {layer.out_features} rows do not divide among {shards} devices"
-    bits = layer.in_features * (1 if plan.mask else field_width(plan.element))
-    if bits % 16:
-        return f"its rows of {layer.in_features} elements do not fill whole bytes"
+    multiple = 16 // math.gcd(16, 1 if plan.mask else field_width(plan.element))  # of which codes fill two bytes
+    if layer.in_features % multiple:
+        return f"its rows of {layer.in_features} elements are not a multiple of {multiple}"
     return None
 
 
@@ -128,7 +129,7 @@ class GatheredWeight(Tensor):
     def __repr__(self, **_: Any) -> str:
         return f"GatheredWeight({self.layer.name}, {tuple(self.shape)})"
 
-    def held(self) -> list[Tensor]:
+    def packed_weight(self) -> list[Tensor]:
         """The weight as `functional.quantize_weight` gives it, packed."""
         call = _call(self.layer, self.device)
         layout = call.weight_layout(self, packed=True)
@@ -136,7 +137,7 @@ class GatheredWeight(Tensor):
             part.reshape(-1)[: math.prod(shape)].view(shape)  # a tensor scale came from each rank
             for part, (shape, _) in zip(self.gathered, _travels(layout), strict=True)
         ]
-        return _apart(parts, layout, call.numerics.backend) if joins(layout.plan) else parts
+        return _split_mask(parts, layout, call.numerics.backend) if joins_mask(layout.plan) else parts
 
     @classmethod
     def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -144,14 +145,14 @@ class GatheredWeight(Tensor):
             weight = args[0]
             return cls(weight.layer, weight.gathered, weight.dtype)
         if function is functional.quantize_weight:
-            return args[0].held()
+            return args[0].packed_weight()
         if function is functional.fprop:
             x, weight, x_scale, w_scale, _, *rest = args
-            return function(x, weight._shape_alone(), x_scale, w_scale, weight.held(), *rest)
+            return function(x, weight._shape_alone(), x_scale, w_scale, weight.packed_weight(), *rest)
         if function is functional.dgrad:
             dy, weight, *rest = args
             return function(dy, weight._shape_alone(), *rest)
-        name = next(each.layer.name for each in args if isinstance(each, cls))
+        name = next((each.layer.name for each in tree_leaves((args, kwargs)) if isinstance(each, cls)), "a layer")
         raise UserError(
             f"{name}: {function} needs the values of the weight, and trainer.all_gather=quantized has gathered its "
             "codes alone; use trainer.all_gather=full"
@@ -184,7 +185,7 @@ def _packed_rows(layer: QuantLinear, rows: Tensor, mesh: DeviceMesh) -> list[Ten
     else:
         layout = call.weight_layout(rows, packed=True)
         found = call.operand("fprop.w", rows, rotation, layout=layout)[0].tensors()
-    return _together(found, plan, call.numerics.backend) if joins(plan) else found
+    return _join_mask(found, plan, call.numerics.backend) if joins_mask(plan) else found
 
 
 def _row_of_largest(rows: Tensor, mesh: DeviceMesh) -> Tensor:
@@ -199,12 +200,13 @@ def _row_of_largest(rows: Tensor, mesh: DeviceMesh) -> Tensor:
 
 # A mask is one bit for each element. Of four-bit codes it says something of the largest magnitude alone where whatever
 # it stops is as large: then an element is one of 18 symbols, the 16 fields of four bits and the two outermost codes
-# masked, and a pair of elements is one of 324. A pair travels in nine bits, in place of ten.
+# masked, and a pair of elements is one of 324 = 18 * 18: element a, then b, is the number a + 18 b, in nine bits
+# in place of ten.
 SYMBOLS = 18
 
 
 @cache
-def joins(plan: Plan) -> bool:
+def joins_mask(plan: Plan) -> bool:
     """Whether codes and mask travel in nine bits a pair."""
     if plan.mask is None or field_width(plan.element) != 4 or plan.sparsity or plan.rounding != "nearest":
         return False
@@ -217,7 +219,7 @@ def joins(plan: Plan) -> bool:
 def _travels(layout: Layout) -> list[tuple[tuple[int, ...], torch.dtype]]:
     """(shape, dtype) of what travels of a weight with this layout, over all ranks."""
     shapes = layout.shapes()
-    if layout.plan is not None and joins(layout.plan):
+    if layout.plan is not None and joins_mask(layout.plan):
         shapes[-1] = (math.prod(layout.shape) // 16,), torch.uint8  # in place of the mask
     return shapes
 
@@ -242,7 +244,7 @@ def _tables(plan: Plan, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         return parts[0].to(device), parts[1].to(device), joined.view(-1).to(device)
 
 
-def _together(parts: list[Tensor], plan: Plan, backend: str) -> list[Tensor]:
+def _join_mask(parts: list[Tensor], plan: Plan, backend: str) -> list[Tensor]:
     """[codes, ..., mask] -> [the low eight of each pair's nine bits, ..., the ninth bits, eight a byte]."""
     codes, mask = parts[0], parts[-1]
     device = codes.device.type
@@ -252,8 +254,8 @@ def _together(parts: list[Tensor], plan: Plan, backend: str) -> list[Tensor]:
     return [(nine & 255).to(torch.uint8).view(codes.shape), *parts[1:-1], ninth]
 
 
-def _apart(parts: list[Tensor], layout: Layout, backend: str) -> list[Tensor]:
-    """`_together` undone."""
+def _split_mask(parts: list[Tensor], layout: Layout, backend: str) -> list[Tensor]:
+    """`_join_mask` undone."""
     low, ninth = parts[0], parts[-1]
     assert layout.plan is not None
     device = low.device.type

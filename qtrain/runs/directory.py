@@ -9,6 +9,7 @@
         loss.png
         tokenizer/          as the Hugging Face libraries read it; not of bytes
         checkpoints/
+        profile/            traces, where callbacks.profile_steps asked for them
 
 Starting the same command again finds the same directory: it resumes an unfinished run and skips a finished one.
 """

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed._tools.mem_tracker import MemTracker
 
 from qtrain.config import Config
 from qtrain.errors import UserError
@@ -18,11 +17,6 @@ from qtrain.training.activations import checkpoint_activations
 from qtrain.training.build import build_model
 from qtrain.training.causal_lm import CausalLM
 from qtrain.training.parallel import blocks_of
-
-OUT = (
-    "shard it over more devices (trainer.strategy=fsdp2), lower trainer.micro_batch_size, or set "
-    "trainer.checkpoint_activations=full or trainer.chunked_loss=true"
-)
 
 
 @dataclass(frozen=True)
@@ -40,32 +34,48 @@ class Memory:
         held = ", ".join(f"{name} {describe_bytes(size)}" for name, size in parts.items())
         return f"about {describe_bytes(self.peak)} on each device at the peak of a step: {held}, the rest activations"
 
+    def excess(self, config: Config, device: torch.device) -> str | None:
+        """What to say where a device of this machine has less; None where it has enough."""
+        there = memory_of(config, device)
+        if self.peak <= there:
+            return None
+        return (
+            f"a step takes about {describe_bytes(self.peak)} on each device, and {device} has {describe_bytes(there)}: "
+            "shard the model over more devices (trainer.strategy=fsdp2), lower trainer.micro_batch_size, or set "
+            "trainer.checkpoint_activations=full or trainer.chunked_loss=true"
+        )
+
 
 def check_state_fits(config: Config, plan: RunPlan, device: torch.device) -> None:
     """UserError where parameters, gradients and optimiser alone take more memory than a device has."""
     state = (8 + config.optimizer.state_bytes) * plan.parameters // shards(config)
-    there = memory_of(device)
+    there = memory_of(config, device)
     if state > there:
         raise UserError(
             f"parameters, gradients and optimizer of {plan.parameters:,} parameters take {describe_bytes(state)} on "
-            f"each device, and {device} has {describe_bytes(there)}; {OUT}"
+            f"each device, and {device} has {describe_bytes(there)}; shard them over more devices "
+            "(trainer.strategy=fsdp2), or take a smaller model"
         )
 
 
-def measure_memory(config: Config, plan: RunPlan) -> Memory:
-    """Of a step with the settings of config: the forwards and backwards of at most two micro-batches are done on fake
-    tensors, layer by layer, as the run would do them on its device."""
+def measure_memory(config: Config, plan: RunPlan, device: torch.device) -> Memory:
+    """Of a step with the settings of config, on a type of device that this machine has: the forwards and backwards of
+    at most two micro-batches are done on fake tensors, layer by layer, as the run would do them without
+    trainer.compile."""
+    from torch.distributed._tools.mem_tracker import MemTracker  # private: a torch that moves it leaves runs alone
+
     if config.recipe.operands():
-        check_backend(config.backend, config.gemm, "cpu")  # which tries it out, on true tensors
-    with FakeTensorMode(allow_non_fake_inputs=True):
+        check_backend(config.backend, config.gemm, device.type)  # which tries it out, on true tensors
+    with FakeTensorMode(allow_non_fake_inputs=True), device:
         module = CausalLM(config, plan, build_model(config, plan.vocab_size))
         model = module.model
         checkpoint_activations(blocks_of(model), config.trainer.checkpoint_activations)
-        batch = torch.zeros(config.trainer.micro_batch_size, config.model.seq_len + 1, dtype=torch.int64)
+        shape = config.trainer.micro_batch_size, config.model.seq_len + 1
+        batch = torch.zeros(shape, dtype=torch.int64)
         tracker = MemTracker()
         tracker.track_external(model)
         mixed = config.trainer.precision == "bf16-mixed"
-        autocast = torch.autocast("cpu", torch.bfloat16, enabled=mixed, cache_enabled=False)
+        autocast = torch.autocast(device.type, torch.bfloat16, enabled=mixed, cache_enabled=False)
         with autocast:
             module.begin_step(0, batch)
         with tracker, module.weights_kept():
@@ -74,19 +84,25 @@ def measure_memory(config: Config, plan: RunPlan) -> Memory:
                 with autocast:
                     loss = module.micro_batch_loss(model, batch, 0, micro_batch, 0, 1)
                 loss.backward()
-    peak = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
-    total, outside = count_parameters(config.model, plan.vocab_size)
-    return _on_a_device(config, 4 * total, 4 * (total - outside), config.optimizer.state_bytes * total, peak, plan)
+    peaks = tracker.get_tracker_snapshot("peak")
+    return _on_each_device(config, plan, next(of["Total"] for at, of in peaks.items() if at.type == device.type))
 
 
-def _on_a_device(config: Config, weights: int, root: int, state: int, peak: int, plan: RunPlan) -> Memory:
-    """What a device of several holds of the memory of one. root: bytes of the parameters outside of blocks."""
-    count = shards(config)
-    kept = weights if plan.micro_batches > 1 else 0  # gradients of the micro-batches before
-    working = peak - weights - kept
-    gathered = 0 if count == 1 else root + 2 * (weights - root) // config.model.n_layers
-    most = max(kept // count + working + gathered, weights // count)
-    return Memory(weights // count, weights // count, state // count, weights // count + state // count + most)
+def _on_each_device(config: Config, plan: RunPlan, peak: int) -> Memory:
+    """What each of several devices holds of the memory that a step takes on one: its shards of parameters, gradients
+    and the optimiser's state, all activations of its own micro-batch, and what FSDP2 has gathered at a time: the
+    parameters outside of blocks, and those of the block at work and of the next. peak: of parameters, gradients and
+    activations, in bytes."""
+    count, layers = shards(config), config.model.n_layers
+    total, in_blocks = count_parameters(config.model, plan.vocab_size)
+    weights, state = 4 * total, config.optimizer.state_bytes * total
+    gradients_before = weights if plan.micro_batches > 1 else 0  # those of the micro-batches before are there too
+    activations = peak - weights - gradients_before
+    gathered = 0 if count == 1 else 4 * (total - in_blocks) + 2 * 4 * in_blocks // layers
+    while_training = gradients_before // count + activations + gathered
+    at_the_update = weights // count  # all gradients, and no activations
+    worst = max(while_training, at_the_update)
+    return Memory(weights // count, weights // count, state // count, (weights + state) // count + worst)
 
 
 def shards(config: Config) -> int:
@@ -96,8 +112,8 @@ def shards(config: Config) -> int:
     return trainer.devices * trainer.num_nodes // trainer.sharding_groups if fully else 1
 
 
-def memory_of(device: torch.device) -> int:
-    """Bytes that a device has."""
+def memory_of(config: Config, device: torch.device) -> int:
+    """Bytes that each device of a run has. Ranks on CPUs share those of their machine."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // config.trainer.devices

@@ -181,6 +181,8 @@ def _fabric(config: Config, world: World, device: torch.device) -> Fabric:
             plugins=[_environment(world)],
         )
     except RuntimeError as error:  # Lightning's checks of SLURM's variables
+        if world.launcher != "slurm":
+            raise
         raise UserError(f"cannot start {world.size} processes by {world.launcher}: {error}") from None
 
 

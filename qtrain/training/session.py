@@ -29,11 +29,11 @@ from qtrain.data.batches import TokenBatches
 from qtrain.data.corpus import Corpus, check_vocab
 from qtrain.data.order import describe_epochs, epochs, repetition_warning
 from qtrain.data.prepare import prepare, same_text
-from qtrain.data.tokenizer import keep_tokenizer
+from qtrain.data.tokenizer import tokenizer_files
 from qtrain.errors import DivergedError, LostRankError, RefusedError, StoppedError, UserError, first_line
 from qtrain.models.decoder import Decoder
 from qtrain.optim.groups import build_optimizer
-from qtrain.plan import RunPlan, budget_tokens, describe_bytes, make_plan
+from qtrain.plan import RunPlan, budget_tokens, make_plan
 from qtrain.quant import check_backend
 from qtrain.report.loss import plot_loss
 from qtrain.runs.directory import RunDirectory
@@ -47,7 +47,7 @@ from qtrain.training.causal_lm import CausalLM
 from qtrain.training.checkpoint import Saver, newest, refuse_earlier_format, tidy, whole_number
 from qtrain.training.divergence import MOST_IN_A_ROW, Guard, RewindError
 from qtrain.training.loop import Training, train
-from qtrain.training.memory import OUT, check_state_fits, measure_memory, memory_of
+from qtrain.training.memory import check_state_fits, measure_memory
 from qtrain.training.observers import Measure, Observer, Profile, Progress, Recorder, Telemetry, Validate
 from qtrain.training.observers.loggers import build_loggers, check_logger, close_loggers, mirror_summary
 from qtrain.training.parallel import Ranks, blocks_of, check_strategy, is_lost_rank, joined
@@ -93,12 +93,11 @@ def run(config: Config) -> float | None:
     if config.dry_run:
         directory.check(config)
         plan = make_plan(config)
-        check_state_fits(config, plan, device)
-        memory = measure_memory(config, plan)
+        memory = measure_memory(config, plan, device)
         about = {"memory": memory.describe(), "device": str(device), "run_directory": str(directory.path)}
         console.print(plan.table(config, **about))
-        if memory.peak > memory_of(device):
-            log.warning("%s has %s: %s", device, describe_bytes(memory_of(device)), OUT)
+        if (excess := memory.excess(config, device)) is not None:
+            log.warning("%s", excess)
         return None
     ended = _ended(config, directory) if world.alone else None  # before other processes are started
     if ended is None:
@@ -184,13 +183,8 @@ def _session(config: Config, fabric: Fabric, ranks: Ranks, console: Console) -> 
     check_state_fits(config, plan, fabric.device)
     model = build_model(config, plan.vocab_size)
     with RunDirectory.of(config) as directory:
-        ranks.decided(lambda: _open(directory, config, corpus))
+        ranks.decided(lambda: directory.open(config))
         yield Session(config, plan, corpus, model, directory, fabric, ranks, console)
-
-
-def _open(directory: RunDirectory, config: Config, corpus: Corpus) -> None:
-    directory.open(config)
-    keep_tokenizer(corpus.tokenizer, directory.tokenizer)
 
 
 class Session:
@@ -246,13 +240,16 @@ class Session:
         if repeated and self.ranks.is_zero:
             log.warning("%s", repeated)
         try:
-            self._write_summary(Status.RUNNING)
-            if self.ranks.is_zero:
-                self.loggers = build_loggers(self.config, self.directory)
+            self.ranks.decided(self._begin)
             self._fit(decision.checkpoint, stop or StopRequest())
-            return self._finish()
+            loss = self.ranks.decided(self._finish)
+            return loss if self.ranks.is_zero else None
         finally:
             close_loggers(self.loggers)
+
+    def _begin(self) -> None:
+        self._write_summary(Status.RUNNING)
+        self.loggers = build_loggers(self.config, self.directory)
 
     def _fit(self, checkpoint: Path | None, stop: StopRequest) -> None:
         try:
@@ -310,10 +307,12 @@ class Session:
                         observer.on_step_end(self.plan.steps)
             return asked
         finally:
-            self.data.close()
-            for observer in observers:
-                observer.on_end()
-            saver.close()
+            try:
+                self.data.close()
+                for observer in observers:
+                    observer.on_end()
+            finally:
+                saver.close()
 
     def _last_validation(self) -> dict[str, Any] | None:
         return self.directory.log.line_of(self.plan.steps, "val_loss")
@@ -354,6 +353,7 @@ class Session:
                 f"{self.corpus.data_hash}. Restore the data, or set force=true to start anew"
             )
         refuse_earlier_format(directory.checkpoints)
+        self._keep_tokenizer()
         tidy(directory.checkpoints)
         step, path = newest(directory.checkpoints, set_aside=True) or (0, None)
         dropped = directory.discard_metrics_after(step)
@@ -367,6 +367,12 @@ class Session:
         if dropped:
             log.info("%d later lines of metrics.jsonl are now in metrics.discarded.jsonl", dropped)
         return Decision(path, self.shared_steps) if path else self._start_of_trunk()
+
+    def _keep_tokenizer(self) -> None:
+        for name, text in tokenizer_files(self.corpus.tokenizer).items():
+            self.directory.tokenizer.mkdir(exist_ok=True)
+            if not (self.directory.tokenizer / name).exists():
+                write_atomically(self.directory.tokenizer / name, text)
 
     def _start_of_trunk(self) -> Decision:
         """From the checkpoint that another run left of this one's trunk, whose metrics become this run's."""
@@ -411,20 +417,17 @@ class Session:
 
     # -------------------------------------------------------------------------------------------------------------- end
 
-    def _finish(self) -> float | None:
-        """Summary, picture and the result. The last step's validation stands in metrics.jsonl."""
-        values: dict[str, float] = {}
-        if self.ranks.is_zero:
-            last = self._last_validation()
-            assert last is not None
-            values = {key: last[key] for key in ("val_loss", "val_bits_per_byte")}
-            speeds = [line["tokens_per_second"] for line in self.directory.lines("tokens_per_second")]
-            self._write_summary(Status.FINISHED, **values, tokens_per_second=median(speeds) if speeds else None)
-            _record(self.config, self.directory)
-            plot_loss(self.directory.path)
-        if values:
-            self._show_end(values["val_loss"], values["val_bits_per_byte"])
-        return values.get("val_loss")
+    def _finish(self) -> float:
+        """Summary, picture and the result. The last step's validation stands in metrics.jsonl. On rank 0."""
+        last = self._last_validation()
+        assert last is not None
+        values = {key: last[key] for key in ("val_loss", "val_bits_per_byte")}
+        speeds = [line["tokens_per_second"] for line in self.directory.lines("tokens_per_second")]
+        self._write_summary(Status.FINISHED, **values, tokens_per_second=median(speeds) if speeds else None)
+        _record(self.config, self.directory)
+        plot_loss(self.directory.path)
+        self._show_end(values["val_loss"], values["val_bits_per_byte"])
+        return values["val_loss"]
 
     def _write_summary(self, status: Status, **results: float | str | None) -> None:
         if not self.ranks.is_zero:

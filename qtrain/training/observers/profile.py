@@ -24,11 +24,13 @@ class Profile(Observer):
         self.activities = [ProfilerActivity.CPU]
         if device.type == "cuda":
             self.activities.append(ProfilerActivity.CUDA)
-        self.first = 0
+        self.first: int | None = None  # of the steps to record, once it is known
         self.profiler: profile | None = None
 
     def on_start(self, step: int) -> None:
-        self.first = step + UNSEEN
+        if self.first is None or self.profiler is not None:  # of a run that goes back, the steps after that
+            self._stop()
+            self.first = step + UNSEEN
 
     def on_step_start(self, step: int) -> None:
         if step == self.first:
@@ -36,20 +38,24 @@ class Profile(Observer):
             self.profiler.start()
 
     def on_step_end(self, step: int) -> None:
-        if step == self.first + self.count:
-            self._write(step)
+        if self.profiler is None or self.first is None or step < self.first + self.count:
+            return
+        profiler = self._stop()
+        assert profiler is not None
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            profiler.export_chrome_trace(str(self.path))
+        except OSError as error:
+            log.warning("the trace %s cannot be written: %s", self.path, error.strerror)
+        else:
+            log.info("steps %d to %d are profiled in %s: open it at ui.perfetto.dev", self.first + 1, step, self.path)
 
     def on_end(self) -> None:
-        self._write(None)
-
-    def _write(self, step: int | None) -> None:
-        profiler, self.profiler = self.profiler, None
-        if profiler is None:
-            return
-        profiler.stop()
-        if step is None:
+        if self._stop() is not None:
             log.warning("the run ended while steps were profiled: there is no trace")
-            return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        profiler.export_chrome_trace(str(self.path))
-        log.info("steps %d to %d are profiled in %s: open it at ui.perfetto.dev", self.first + 1, step, self.path)
+
+    def _stop(self) -> profile | None:
+        profiler, self.profiler = self.profiler, None
+        if profiler is not None:
+            profiler.stop()
+        return profiler

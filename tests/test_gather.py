@@ -21,7 +21,7 @@ from qtrain.config.settings import group_names
 from qtrain.errors import UserError
 from qtrain.quant import check_quantized_gather, quant_linears, quantize_gathers
 from qtrain.quant.functional import Numerics
-from qtrain.quant.gather import _apart, _together, joins, obstacle
+from qtrain.quant.gather import _join_mask, _split_mask, joins_mask, obstacle
 from qtrain.quant.quantizer import Quantizer
 from qtrain.train import compose
 from qtrain.training.parallel import check_strategy
@@ -54,15 +54,15 @@ def test_the_readme_says_which_recipes_gather_codes_and_why_others_do_not() -> N
 def test_codes_and_mask_of_a_pair_in_nine_bits(spec: dict[str, Any], backend: str) -> None:
     """Of real weights with every pair of symbols: what comes out is what went in, in 4.5 bits an element."""
     quantizer = Quantizer.build(QuantSpec(**spec, scale="std"), backend)  # pyright: ignore[reportArgumentType]
-    assert quantizer.plan is not None and joins(quantizer.plan)
+    assert quantizer.plan is not None and joins_mask(quantizer.plan)
     x = torch.randn(512, 256, generator=torch.Generator().manual_seed(0)) ** 3
     layout = quantizer.layout((512, 256), storage="packed")
     parts = qtensor.quantize(x, layout, backend=backend).tensors()
-    together = _together(parts, quantizer.plan, backend)
+    together = _join_mask(parts, quantizer.plan, backend)
     assert sum(part.nbytes for part in together) * 8 == x.numel() * (4.5 + 8 / 32)
     pairs = together[0].view(-1).int() | qtensor.bytes_of(together[-1], (512 * 128,)).int() << 8
     assert pairs.unique().numel() == 18**2 and int(pairs.max()) == 18**2 - 1
-    for ours, was in zip(_apart(together, layout, backend), parts, strict=True):
+    for ours, was in zip(_split_mask(together, layout, backend), parts, strict=True):
         assert torch.equal(ours, was)
 
 
@@ -75,7 +75,7 @@ def test_what_a_mask_stops_inside_the_grid_needs_all_its_bits() -> None:
         {"format": "mxfp8_e4m3", "estimator": "clip"},
     ):
         plan = Quantizer.build(QuantSpec(**spec)).plan  # pyright: ignore[reportArgumentType]
-        assert plan is not None and not joins(plan), spec
+        assert plan is not None and not joins_mask(plan), spec
 
 
 # ---------------------------------------------------------------------------------------------------- training the same
@@ -157,7 +157,7 @@ def test_layers_that_do_not_fit_the_shards_are_refused() -> None:
     check(64, 64, 2)
     for shape, message in (
         ((63, 64, 2), "0: its 63 rows do not divide among 2 devices; use trainer.all_gather=full"),
-        ((64, 63, 2), "0: its rows of 63 elements do not fill whole bytes"),
+        ((64, 63, 2), "0: its rows of 63 elements are not a multiple of 4"),
         ((64, 64, 1), "each device holds whole weights"),
         ((64, 64, 2, "mxfp8"), "dgrad quantises the master weight again"),
         ((64, 64, 2, "mxfp4_2d"), "tiles of 32 rows"),

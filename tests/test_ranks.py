@@ -122,6 +122,12 @@ class Ranks:
             assert all(process.is_alive() for process in self.processes), self.said()
             time.sleep(0.002)
 
+    def catches(self, rank: int, number: int) -> bool:
+        """Whether the process has a handler for a signal."""
+        status = Path(f"/proc/{self.processes[rank].pid}/status").read_text()
+        caught = next(line for line in status.splitlines() if line.startswith("SigCgt"))
+        return bool(int(caught.split()[1], 16) >> number - 1 & 1)
+
     def send(self, rank: int, number: int) -> None:
         pid = self.processes[rank].pid
         assert pid is not None
@@ -347,9 +353,9 @@ def test_ranks_that_never_meet_end_soon(corpus: Path, tmp_path: Path) -> None:
         assert ranks.ended(20) == [75], ranks.said()
         assert "2 processes did not meet within 2 s" in ranks.said()
     waiting = Ranks(tmp_path, impatient, 50.0, arguments, only=0)
-    while not waiting.shown[0].read_text():
+    while not waiting.catches(0, signal.SIGTERM):
         time.sleep(0.01)
-    time.sleep(1.0)
+    time.sleep(1.0)  # until it waits for the other
     waiting.send(0, signal.SIGTERM)
     assert waiting.ended(5) == [130], waiting.said()
     assert not (tmp_path / "run").exists()

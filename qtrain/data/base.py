@@ -9,6 +9,7 @@ from typing import Any, ClassVar, NamedTuple
 from pydantic import Field
 
 from qtrain.config.settings import Member
+from qtrain.config.settings import Names as Names
 
 
 class Document(NamedTuple):

@@ -14,8 +14,7 @@ from typing import Any, NamedTuple
 
 from pydantic import model_validator
 
-from qtrain.config.settings import Names
-from qtrain.data.base import DataSettings, Document, Source
+from qtrain.data.base import DataSettings, Document, Names, Source
 from qtrain.errors import UserError
 
 

@@ -7,8 +7,7 @@ from typing import Literal
 
 from pydantic import model_validator
 
-from qtrain.config.settings import Names
-from qtrain.data.base import DataSettings, Source
+from qtrain.data.base import DataSettings, Names, Source
 from qtrain.data.files import File, code_source
 from qtrain.errors import UserError
 

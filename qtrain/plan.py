@@ -203,7 +203,9 @@ def _micro_batches(config: Config, world_size: int) -> int:
         return batch // unit
     below, above = batch // unit * unit, (batch // unit + 1) * unit
     nearest = f"{below} or {above}" if below else f"{above}"
-    smaller = max((n for n in range(1, size) if batch % (n * config.model.seq_len * world_size) == 0), default=None)
+    sequences = batch // (config.model.seq_len * world_size)
+    fits = (n for n in range(1, min(size, sequences + 1)) if batch % (n * config.model.seq_len * world_size) == 0)
+    smaller = max(fits, default=None)
     same_batch = f"trainer.micro_batch_size={smaller}, which keeps the batch, or " if smaller else ""
     raise UserError(
         f"trainer.batch_tokens={batch:,} must be a multiple of {unit:,} = trainer.micro_batch_size={size} x "

@@ -154,6 +154,7 @@ def test_full_checkpointing_computes_products_again_and_selective_does_not() -> 
         "recipe=bf16",
         "recipe=quartet_v1 trainer.batch_tokens=256 model.n_layers=1",
         "recipe=quest trainer.batch_tokens=256 model.n_layers=1 trainer.checkpoint_activations=selective",
+        "recipe=quartet_v1 model.n_layers=11 trainer.checkpoint_activations=full",
         "recipe=lsq model.n_layers=1 trainer.precision=bf16-mixed",
         "recipe=bf16 model.tie_embeddings=true trainer.checkpoint_activations=full trainer.chunked_loss=true",
     ],

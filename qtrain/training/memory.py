@@ -18,6 +18,8 @@ from qtrain.training.build import build_model
 from qtrain.training.causal_lm import CausalLM
 from qtrain.training.parallel import blocks_of
 
+FEW, MORE = 4, 8  # blocks, of which the difference is what a block takes
+
 
 @dataclass(frozen=True)
 class Memory:
@@ -61,11 +63,24 @@ def check_state_fits(config: Config, plan: RunPlan, device: torch.device) -> Non
 def measure_memory(config: Config, plan: RunPlan, device: torch.device) -> Memory:
     """Of a step with the settings of config, on a type of device that this machine has: the forwards and backwards of
     at most two micro-batches are done on fake tensors, layer by layer, as the run would do them without
-    trainer.compile."""
+    trainer.compile. A deep model whose blocks are all alike takes for each block what the last of a few took."""
+    recipe, layers = config.recipe, config.model.n_layers
+    if recipe.operands():
+        check_backend(config.backend, config.gemm, device.type)  # which tries it out, on true tensors
+    alike = not (recipe.first_blocks or recipe.last_blocks or recipe.overrides)
+    if layers <= MORE or not alike:
+        return _on_each_device(config, plan, _peak(config, plan, device))
+    few, more = (
+        _peak(config.model_copy(update={"model": config.model.model_copy(update={"n_layers": count})}), plan, device)
+        for count in (FEW, MORE)
+    )
+    return _on_each_device(config, plan, more + (layers - MORE) * (more - few) // (MORE - FEW))
+
+
+def _peak(config: Config, plan: RunPlan, device: torch.device) -> int:
+    """Bytes of parameters, gradients and activations on one device that does all alone."""
     from torch.distributed._tools.mem_tracker import MemTracker  # private: a torch that moves it leaves runs alone
 
-    if config.recipe.operands():
-        check_backend(config.backend, config.gemm, device.type)  # which tries it out, on true tensors
     with FakeTensorMode(allow_non_fake_inputs=True), device:
         module = CausalLM(config, plan, build_model(config, plan.vocab_size))
         model = module.model
@@ -85,7 +100,7 @@ def measure_memory(config: Config, plan: RunPlan, device: torch.device) -> Memor
                     loss = module.micro_batch_loss(model, batch, 0, micro_batch, 0, 1)
                 loss.backward()
     peaks = tracker.get_tracker_snapshot("peak")
-    return _on_each_device(config, plan, next(of["Total"] for at, of in peaks.items() if at.type == device.type))
+    return next(of["Total"] for at, of in peaks.items() if at.type == device.type)
 
 
 def _on_each_device(config: Config, plan: RunPlan, peak: int) -> Memory:

@@ -116,7 +116,7 @@ def _describe_precision(config: Config) -> str:
 def _describe_devices(config: Config) -> str:
     """How many devices train, and what each holds."""
     trainer = config.trainer
-    count = trainer.devices * trainer.num_nodes
+    count = trainer.world_size
     nodes = f" on {trainer.num_nodes} nodes" if trainer.num_nodes > 1 else ""
     if trainer.strategy == "fsdp2":
         quantized = trainer.all_gather == "quantized"
@@ -133,7 +133,7 @@ def make_plan(config: Config, vocab_size: int | None = None) -> RunPlan:
     none of them says how large it is, or when batch_tokens is not whole micro-batches on every device.
     """
     trainer, callbacks = config.trainer, config.callbacks
-    world_size = trainer.devices * trainer.num_nodes
+    world_size = trainer.world_size
     vocab_size = config.model.vocab_size or vocab_size or _vocabulary(config.tokenizer)
     parameters, non_embedding = count_parameters(config.model, vocab_size)
     steps = max(1, budget_tokens(config) // trainer.batch_tokens)

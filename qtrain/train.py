@@ -163,9 +163,8 @@ def job(tree: DictConfig) -> float | None:
         return None if _stop.stopped or _stop.asked else _job(tree)
     except KeyboardInterrupt as stopped:
         if not parent_lives():
-            os._exit(
-                stopped.exit_code if isinstance(stopped, StoppedError) else 130
-            )  # joblib would wait for a next job
+            code = stopped.exit_code if isinstance(stopped, StoppedError) else 130
+            os._exit(code)  # joblib would wait for a next job
         _stop.stopped = stopped
         return None
 
@@ -184,9 +183,8 @@ def _job(tree: DictConfig) -> float | None:
         from qtrain.training.session import run
 
         loss = run(config)
-        if (
-            not several and loss is not None and RunDirectory.of(config).path.exists()
-        ):  # it is not where a row was found
+        was_trained = loss is not None and RunDirectory.of(config).path.exists()  # else a row was found
+        if was_trained and not several:
             print(next_commands(config))
         return loss
     except RefusedError:

@@ -128,7 +128,7 @@ def cost_of_saves(overrides: list[str], scratch: str, steps: int, blocks: int) -
 def cost_of_communication(overrides: list[str], scratch: str, steps: int, blocks: int) -> dict[str, Any] | None:
     """what gradients and agreements between ranks cost"""
     config = timed_config(overrides, scratch, steps * blocks)
-    if config.trainer.devices * config.trainer.num_nodes < 2:
+    if config.trainer.world_size < 2:
         raise SystemExit("error: --communication compares several processes; set trainer.devices=2")
     with open_session(config) as session:
         clock = Clock(session.device, Silence(session, steps))

@@ -52,7 +52,7 @@ def run_train(arguments: list[str], shown: Path, dies_while_saving: bool) -> Non
     be_a_command(shown)
     sys.argv = ["train.py", *arguments]
     if dies_while_saving:
-        checkpoint._write_synced = dying(checkpoint._write_synced)
+        checkpoint.write_synced = dying(checkpoint.write_synced)
     qtrain.train.main()
 
 

@@ -90,6 +90,16 @@ class TrainerConfig(Strict):
     compile: bool = False
     share_trunk: bool = False
 
+    @property
+    def world_size(self) -> int:
+        """Devices of all nodes together, each of which has a process."""
+        return self.devices * self.num_nodes
+
+    @property
+    def shards(self) -> int:
+        """Over how many devices the state of a model is split."""
+        return self.world_size // self.sharding_groups if self.strategy == "fsdp2" else 1
+
     @model_validator(mode="after")
     def _one_budget(self) -> TrainerConfig:
         if (self.tokens is None) == (self.tokens_per_parameter is None):

@@ -51,7 +51,7 @@ from qtrain.data.tokenizer import (
     train_bpe,
 )
 from qtrain.errors import UserError, first_line
-from qtrain.runs.files import naming, sync_folder
+from qtrain.runs.files import naming, sync_folder, write_synced
 
 CHUNK_CHARACTERS = 1 << 18
 BPE_TEXT_BYTES = 64 << 20  # BPE is trained on this much text, from the first training documents on
@@ -328,7 +328,7 @@ def _build(folder: Path, plan: Plan, bar: Progress) -> None:
     bar.phase("counting bigrams")
     manifest = _manifest(plan, tokenizer, writers, splits)
     manifest |= {"train_complete": complete, "dropped_from_train": dropped.n, "is_cut": assign.is_cut}
-    _write_json(folder / "manifest.json", manifest)
+    write_synced(folder / "manifest.json", json.dumps(manifest, indent=1))
 
 
 class _Counter:
@@ -444,10 +444,3 @@ def _manifest(
         "versions": {"python": platform.python_version()}
         | {n: version(n) for n in ("numpy", "tokenizers", "datasets")},
     }
-
-
-def _write_json(path: Path, tree: dict[str, Any]) -> None:
-    with path.open("w") as file:
-        json.dump(tree, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())

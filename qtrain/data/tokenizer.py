@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,6 +14,7 @@ import tokenizers
 
 from qtrain.config import TokenizerConfig
 from qtrain.errors import UserError, first_line
+from qtrain.runs.files import write_synced
 
 END = "<|endoftext|>"
 # Tried in this order when nothing names the end-of-document token of a tokenizer.json.
@@ -79,10 +79,7 @@ class FileTokenizer:
 
     def save(self, path: Path) -> None:
         """On disk when this returns. The library's own `save` raises no OSError."""
-        with path.open("w", encoding="utf-8") as file:
-            file.write(self.text)
-            file.flush()
-            os.fsync(file.fileno())
+        write_synced(path, self.text)
 
     @property
     def text(self) -> str:

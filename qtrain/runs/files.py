@@ -21,6 +21,14 @@ MAX_YAML_DEPTH = 50  # a run's settings are 5 deep
 _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # 500 settings files: under a second instead of ten
 
 
+def write_synced(path: Path, text: str) -> None:
+    """The text is on disk when this returns; a kill or a full disk may leave a part of it."""
+    with path.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Replace a file: it holds the old text or the new text at any moment, also after a crash or a power loss.
 
@@ -30,10 +38,7 @@ def write_atomically(path: Path, text: str) -> None:
     partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}{PARTIAL}")
     try:
         with naming(path):
-            with partial.open("w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
+            write_synced(partial, text)
             partial.replace(path)
     except BaseException:
         partial.unlink(missing_ok=True)

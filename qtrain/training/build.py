@@ -60,8 +60,7 @@ def check_model(config: Config) -> Report:
             "lm_head as a whole; add lm_head to recipe.skip, or set trainer.chunked_loss=false"
         )
     if config.trainer.all_gather == "quantized":
-        trainer = config.trainer
-        check_quantized_gather(model, trainer.devices * trainer.num_nodes // trainer.sharding_groups)
+        check_quantized_gather(model, config.trainer.shards)
     return report
 
 

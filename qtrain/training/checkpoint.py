@@ -22,7 +22,6 @@ import hashlib
 import json
 import logging
 import math
-import os
 import re
 import secrets
 import shutil
@@ -47,7 +46,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimi
 
 from qtrain.errors import UserError, first_line
 from qtrain.runs.environment import commit
-from qtrain.runs.files import sync_folder
+from qtrain.runs.files import sync_folder, write_synced
 
 log = logging.getLogger("qtrain")
 
@@ -179,13 +178,13 @@ def _begin(folder: Path) -> Path:
 
 
 def _finish(folder: Path, partial: Path, values: str, entries: list[dict[str, Any]], keep: int | None) -> None:
-    _write_synced(partial / VALUES, values)
+    write_synced(partial / VALUES, values)
     files = {name: entry for of_rank in entries for name, entry in of_rank.items()}
     elsewhere = [name for name in files if not (partial / name).exists()]
     if elsewhere:
         raise UserError(f"{partial.parent} is not one folder to all nodes ({elsewhere[0]} is missing): set run_root")
     files[VALUES] = _entry(partial / VALUES)
-    _write_synced(partial / MANIFEST, json.dumps({"files": files}, indent=2) + "\n")
+    write_synced(partial / MANIFEST, json.dumps({"files": files}, indent=2) + "\n")
     sync_folder(partial)
     if folder.exists() and damage(folder) is None:
         return
@@ -204,13 +203,6 @@ def _hidden(path: Path) -> Path:
 def _entry(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-
-
-def _write_synced(path: Path, text: str) -> None:
-    with path.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 # ---------------------------------------------------------------------------------------------------------------- read

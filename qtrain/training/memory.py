@@ -50,7 +50,7 @@ class Memory:
 
 def check_state_fits(config: Config, plan: RunPlan, device: torch.device) -> None:
     """UserError where parameters, gradients and optimiser alone take more memory than a device has."""
-    state = (8 + config.optimizer.state_bytes) * plan.parameters // shards(config)
+    state = (8 + config.optimizer.state_bytes) * plan.parameters // config.trainer.shards
     there = memory_of(config, device)
     if state > there:
         raise UserError(
@@ -108,7 +108,7 @@ def _on_each_device(config: Config, plan: RunPlan, peak: int) -> Memory:
     and the optimiser's state, all activations of its own micro-batch, and what FSDP2 has gathered at a time: the
     parameters outside of blocks, and those of the block at work and of the next. peak: of parameters, gradients and
     activations, in bytes."""
-    count, layers = shards(config), config.model.n_layers
+    count, layers = config.trainer.shards, config.model.n_layers
     total, in_blocks = count_parameters(config.model, plan.vocab_size)
     weights, state = 4 * total, config.optimizer.state_bytes * total
     gradients_before = weights if plan.micro_batches > 1 else 0  # those of the micro-batches before are there too
@@ -118,13 +118,6 @@ def _on_each_device(config: Config, plan: RunPlan, peak: int) -> Memory:
     at_the_update = weights // count  # all gradients, and no activations
     worst = max(while_training, at_the_update)
     return Memory(weights // count, weights // count, state // count, (weights + state) // count + worst)
-
-
-def shards(config: Config) -> int:
-    """Over how many devices the state of a model is split."""
-    trainer = config.trainer
-    fully = trainer.strategy == "fsdp2"
-    return trainer.devices * trainer.num_nodes // trainer.sharding_groups if fully else 1
 
 
 def memory_of(config: Config, device: torch.device) -> int:

@@ -249,7 +249,7 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
 
 def check_strategy(config: Config) -> None:
     """UserError for groups that do not divide the devices, and for what all_gather=quantized does not go with."""
-    trainer, size = config.trainer, config.trainer.devices * config.trainer.num_nodes
+    trainer, size = config.trainer, config.trainer.world_size
     if trainer.sharding_groups > 1 and (trainer.strategy != "fsdp2" or size % trainer.sharding_groups):
         raise UserError(
             f"trainer.sharding_groups={trainer.sharding_groups} needs trainer.strategy=fsdp2 and must divide "

@@ -44,7 +44,7 @@ class World:
 def find_world(trainer: TrainerConfig, environment: Mapping[str, str] = os.environ) -> World:
     """UserError when a launcher has started another number of processes than trainer.devices x trainer.num_nodes: each
     would train alone, in one and the same run directory."""
-    size = trainer.devices * trainer.num_nodes
+    size = trainer.world_size
     name = next((name for name in SIZES if name in environment), None)
     asked = f"trainer.devices={trainer.devices} x trainer.num_nodes={trainer.num_nodes}"
     if name is not None and environment[name] != str(size):

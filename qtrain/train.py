@@ -20,6 +20,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
+from string import Template
 from typing import NoReturn
 
 import hydra
@@ -34,12 +35,21 @@ from omegaconf.errors import OmegaConfBaseException
 
 from qtrain.config import Config, check_key
 from qtrain.config.settings import check_group_option, configs_dir, group_names, parse, shown
-from qtrain.errors import LostRankError, RefusedError, StoppedError, UserError, explain, first_line
+from qtrain.errors import (
+    LostRankError,
+    RefusedError,
+    StoppedError,
+    UserError,
+    explain,
+    explain_missing,
+    first_line,
+    need,
+)
 from qtrain.training.world import find_world, started_by_another
 
 
 def main() -> None:
-    """Entry point of train.py and of the command qtrain-train. Exit codes: 0 done, 2 a mistake in what was asked or a
+    """What train.py and `qtrain train` do. Exit codes: 0 done, 2 a mistake in what was asked or a
     run that could not go on, 130 stopped by Ctrl-C or SIGTERM, 75 stopped by SIGUSR1 or SIGUSR2, or since another
     process of the run ended. After 130 and 75 the same command continues; 75 (EX_TEMPFAIL) asks a scheduler to queue it
     again."""
@@ -192,6 +202,8 @@ def _job(tree: DictConfig) -> float | None:
             raise
     except (UserError, OmegaConfBaseException) as error:
         _report(error)
+    except ModuleNotFoundError as error:
+        _report(explain_missing(error))
     except Exception as error:
         if isinstance(error, OSError) and error.errno is not None:
             _report(explain(error))
@@ -209,17 +221,20 @@ def next_commands(config: Config) -> str:
     from qtrain.runs.directory import RunDirectory
 
     path = str(RunDirectory.of(config).path)
-    inspect = f'python -c "import qtrain; print(qtrain.load_run({path!r}))"'
-    compare = "-m +experiment=bf16,quartet,quest_2bit,halo_0_fp4 trainer.tokens=524_288"
-    commands = [(f"qtrain-train {compare}", "recipes whose losses differ"), (inspect, "the numerics of every layer")]
-    if Path(sys.argv[0]).name == "train.py":
-        report = f"{shlex.join(['python', 'scripts/report.py', path])} --out report.html"
-        commands = [
-            ("make compare", "recipes whose losses differ, and the page that shows it"),
-            (report, "this run on one page: loss, speed, how every layer's quantisers fare"),
-            (f"{shlex.join(['python', 'scripts/generate.py', path])} --prompt 'def '", "text of the model"),
-            (inspect, "the numerics of every layer"),
-        ]
+    in_repository = Path(sys.argv[0]).name == "train.py"
+    compare = "qtrain train -m +experiment=bf16,quartet,quest_2bit,halo_0_fp4 trainer.tokens=524_288"
+    report, generate = (
+        shlex.join([*(["python", f"scripts/{name}.py"] if in_repository else ["qtrain", name]), path])
+        for name in ("report", "generate")
+    )
+    commands = [
+        ("make compare", "recipes whose losses differ, and the page that shows it")
+        if in_repository
+        else (compare, "recipes whose losses differ"),
+        (f"{report} --out report.html", "this run on one page: loss, speed, how every layer's quantisers fare"),
+        (f"{generate} --prompt 'def '", "text of the model"),
+        (f'python -c "import qtrain; print(qtrain.load_run({path!r}))"', "the numerics of every layer"),
+    ]
     width = max(len(command) for command, _ in commands)
     return "\n".join(["", "next:", *(f"  {command:<{width}}   {purpose}" for command, purpose in commands)])
 
@@ -333,6 +348,8 @@ def _check_one_run(arguments: Iterable[str]) -> None:
 def _checked(argument: str, own_configs: bool) -> str:
     override = _parsed(argument)
     key = override.key_or_group
+    if key == "hydra/launcher":
+        _check_launcher(override)
     if key.split(".")[0].split("/")[0] == "hydra":
         return argument
     if not (configs_dir() / key).is_dir():
@@ -347,6 +364,15 @@ def _checked(argument: str, own_configs: bool) -> str:
         for option in _options(override):
             check_group_option(key, option)
     return argument
+
+
+def _check_launcher(override: Override) -> None:
+    """UserError where the package that starts the runs of a multirun is not installed."""
+    for option in _options(override):
+        if option in ("local", "joblib"):
+            need("hydra_plugins.hydra_joblib_launcher", f"hydra/launcher={option}")
+        elif option.startswith(("slurm", "submitit")):
+            need("hydra_plugins.hydra_submitit_launcher", f"hydra/launcher={option}")
 
 
 def _options(override: Override) -> list[str]:
@@ -369,3 +395,18 @@ def jobs_of(arguments: Sequence[str]) -> list[list[str]]:
     params = [f"{key}={value}" for key, value in (tree.hydra.sweeper.params or {}).items()]
     (jobs,) = BasicSweeper.split_arguments([parse(argument) for argument in [*params, *arguments]], None)
     return [[override for override in job if not override.startswith("hydra")] for job in jobs]
+
+
+def help_text(arguments: Sequence[str]) -> str:
+    """What --help prints: hydra.help of configs/train.yaml, with the options of each group, and every setting as the
+    arguments set it. Hydra's own reads each config group several times over, for most of a second."""
+    with _composing():
+        overrides = [argument for argument in checked_overrides(arguments) if _is_override(argument)]
+        tree = hydra.compose("train", overrides=overrides, return_hydra_config=True)
+    text = OmegaConf.select(tree, "hydra.help.template")
+    OmegaConf.set_struct(tree, False)
+    del tree["hydra"]
+    groups = sorted({str(path.parent.relative_to(configs_dir())) for path in configs_dir().rglob("*.yaml")} - {"."})
+    options = {group: [name for name in group_names(group) if "/" not in name] for group in groups}
+    parts = [f"{group}: {', '.join(names)}" for group, names in options.items() if not group.startswith("hydra")]
+    return Template(text).substitute(APP_CONFIG_GROUPS="\n".join(parts), CONFIG=OmegaConf.to_yaml(tree))

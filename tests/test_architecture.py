@@ -102,6 +102,15 @@ MAY_IMPORT = {
         "qtrain.training.build qtrain.training.checkpoint qtrain.training.losses qtrain.training.session "
         "qtrain.training.trunk"
     ),
+    "qtrain.cli": "(rich)",
+    "qtrain.cli.train": "(qtrain.train)",
+    "qtrain.cli.generate": "qtrain.cli (torch qtrain.models qtrain.runs qtrain.training.build)",
+    "qtrain.cli.report": "qtrain.cli (qtrain.report)",
+    "qtrain.cli.compare": "qtrain.cli (qtrain.report qtrain.runs)",
+    "qtrain.cli.fit": "qtrain.cli qtrain.scaling (qtrain.report qtrain.runs)",
+    "qtrain.cli.data": "qtrain.cli qtrain.config.settings (qtrain.data qtrain.plan qtrain.train)",
+    "qtrain.cli.sweep": "yaml qtrain.cli (rich qtrain.runs qtrain.sweep qtrain.train)",
+    "qtrain.cli.recipes": "qtrain.cli (rich qtrain.config qtrain.config.settings)",
     "qtrain.train": (
         "hydra omegaconf qtrain.config qtrain.config.settings "
         "qtrain.training.world (qtrain.plan qtrain.training.session qtrain.runs rich)"

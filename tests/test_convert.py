@@ -106,7 +106,7 @@ def test_an_encoder_is_quantised_in_evaluation_too(whole: bool) -> None:
 
 
 @pytest.mark.parametrize(("model", "recipe", "message"), [
-    (nn.Linear(64, 64), "quartet", r"the 1 linear layers .*\(Linear\):\s+the model itself: .* put it inside a"),
+    (nn.Linear(64, 64), "quartet", r"the 1 linear layers .*\(Linear\):\s+the model itself: .* torch.nn.Sequential"),
     (nn.ModuleDict({"lm_head": nn.Linear(64, 64)}), "quartet", r"lm_head: named by skip \(lm_head\)\s.*skip=\[\]"),
     (nn.MultiheadAttention(64, 2), "quest", r"out_proj: a NonDynamicallyQuantizableLinear"),
     (nn.Sequential(nn.Linear(64, 64)), {"name": "bf16", "overrides": {"0": "bf16"}}, None),

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
 import json
 import math
+import re
 import sys
 from pathlib import Path
 
@@ -13,6 +13,7 @@ import pytest
 from matplotlib.figure import Figure
 from report_runs import write_run
 
+from qtrain.cli import start
 from qtrain.errors import UserError
 from qtrain.report.gaps import plot_gaps
 from qtrain.report.summaries import compare, markdown, read_published, read_summaries
@@ -138,18 +139,13 @@ def test_a_summary_that_cannot_be_read_is_named(runs, content):
 
 def test_the_folder_of_the_table_must_exist(runs, tmp_path, monkeypatch, capsys):
     """Said before anything is read or printed; with it, the table is written as it was read."""
-    path = Path(__file__).parents[1] / "scripts" / "compare_runs.py"
-    spec = importlib.util.spec_from_file_location("compare_runs", path)
-    assert spec is not None and spec.loader is not None
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
     table = tmp_path / "tables" / "results.csv"
     monkeypatch.setattr(sys, "argv", ["compare_runs.py", str(runs), "--csv", str(table)])
-    with pytest.raises(SystemExit, match=r"there is no folder .*tables; make it"):
-        script.main()
-    assert capsys.readouterr().out == ""
+    assert start("compare") == 2
+    told = capsys.readouterr()
+    assert told.out == "" and re.search(r"there is no folder .*tables; make it", told.err)
     table.parent.mkdir()
-    script.main()
+    assert start("compare") == 0
     assert "| quartet | 1.1000 | 2.1200 | 3.1400 |" in capsys.readouterr().out
     assert len(table.read_text().splitlines()) == 8
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import runpy
 import shutil
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from conftest import write_corpus
 from run_state import last_weights, tensors_in
 
 import qtrain
+from qtrain.cli import start
 from qtrain.config.recipe import read_recipe
 from qtrain.errors import DivergedError, UserError
 from qtrain.quant import QuantLinear
@@ -121,11 +121,10 @@ def test_a_run_continues_a_prompt(small, tmp_path, monkeypatch, capsys, tokenize
     run(compose([*small, *tokenizer, "recipe=quartet_v1"]))
     capsys.readouterr()
     path = only_run(tmp_path).path
-    script = runpy.run_path(str(ROOT / "scripts" / "generate.py"))["main"]
 
     def text(*options: str) -> str:
         monkeypatch.setattr(sys, "argv", ["generate.py", str(path), "--prompt", "red gr", "--tokens", "12", *options])
-        script()
+        assert start("generate") == 0
         return capsys.readouterr().out
 
     assert text().startswith("red gr") and len(text()) > len("red gr\n")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import netrc
 import os
 from collections.abc import Iterable, Mapping
@@ -11,7 +10,7 @@ from typing import Any
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 
 from qtrain.config import Config
-from qtrain.errors import UserError
+from qtrain.errors import need
 from qtrain.runs.directory import RunDirectory
 
 SUMMARY = "run"  # the entry of a W&B summary that holds summary.json: metrics have their own, of the last line
@@ -20,8 +19,8 @@ SUMMARY = "run"  # the entry of a W&B summary that holds summary.json: metrics h
 def check_logger(config: Config) -> None:
     """UserError when the package that logger.kind needs is not installed."""
     kind = config.logger.kind
-    if kind != "none" and importlib.util.find_spec(kind) is None:
-        raise UserError(f"logger={kind} needs the package {kind}: pip install 'qtrain[{kind}]', or logger=none")
+    if kind != "none":
+        need(kind, f"logger={kind}", "logger=none")
 
 
 def build_loggers(config: Config, directory: RunDirectory) -> list[Logger]:

@@ -90,8 +90,8 @@ bench-gpu: ## the same on a GPU, at the sizes of large models; installs nothing 
 # The two stamps are written last, so an interrupted installation is taken up again.
 $(VENV)/.train: pyproject.toml constraints.txt
 	$(venv)
-	@echo "installing qtrain and 66 packages into $(VENV), a few minutes: 2.3 GB with torch for CPU, several more with torch for CUDA"
-	@$(INSTALL) -e .
+	@echo "installing qtrain and what training uses into $(VENV), a few minutes: 2.3 GB with torch for CPU, several more with torch for CUDA"
+	@$(INSTALL) -e '.[data]'
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml constraints.txt
@@ -107,7 +107,7 @@ $(OLDEST)/.dev: pyproject.toml constraints.txt
 	@grep -vE '^(torch|triton)==' constraints.txt >> $(OLDEST)/constraints.txt
 	@echo "installing the oldest torch and triton into $(OLDEST), several minutes: 5.3 GB with torch for CUDA"
 	@$(OLDEST)/bin/python -m pip --disable-pip-version-check --quiet install -c $(OLDEST)/constraints.txt \
-		-e . hypothesis pytest pytest-timeout
+		-e '.[data]' hypothesis pytest pytest-timeout
 	@touch $@
 
 define venv

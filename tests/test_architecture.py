@@ -37,6 +37,9 @@ MAY_IMPORT = {
     "qtrain.quant": (
         "torch qtrain.config qtrain.config.settings qtrain_kernels qtrain_kernels.formats qtrain_kernels.plans"
     ),
+    "qtrain.integrations": "torch qtrain.quant",
+    "qtrain.integrations.transformers": "torch transformers qtrain.quant",
+    "qtrain.integrations.accelerate": "torch (accelerate) qtrain.quant",
     "qtrain.models": "torch einops qtrain.models.base qtrain_kernels",
     "qtrain.models.base": "pydantic qtrain.config.settings (torch)",
     "qtrain.models.families": "pydantic qtrain.models.base (torch qtrain.models qtrain_kernels)",
@@ -110,6 +113,10 @@ MAY_IMPORT = {
     "qtrain.cli.fit": "qtrain.cli qtrain.scaling (qtrain.report qtrain.runs)",
     "qtrain.cli.data": "qtrain.cli qtrain.config.settings (qtrain.data qtrain.plan qtrain.train)",
     "qtrain.cli.sweep": "yaml qtrain.cli (rich qtrain.runs qtrain.sweep qtrain.train)",
+    "qtrain.cli.doctor": (
+        "qtrain.cli (torch rich qtrain qtrain.config qtrain.config.settings qtrain.data.base qtrain.quant qtrain.runs "
+        "qtrain_kernels)"
+    ),
     "qtrain.cli.recipes": "qtrain.cli (rich qtrain.config qtrain.config.settings)",
     "qtrain.train": (
         "hydra omegaconf qtrain.config qtrain.config.settings "
@@ -308,7 +315,7 @@ def test_every_package_that_is_imported_is_a_declared_dependency():
     """A package that only another one brings along goes away when that one drops it."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    requirements = project["dependencies"] + extras["hf"] + extras["wandb"]
+    requirements = [*project["dependencies"], *(line for lines in extras.values() for line in lines)]
     declared = {normal(re.match(r"[\w.-]+", line).group()) for line in requirements}  # type: ignore[union-attr]
     named = {name for key in MAY_IMPORT for names in allowed(key) for name in names if name.split(".")[0] not in LAYERS}
     owners = importlib.metadata.packages_distributions()

@@ -247,7 +247,7 @@ def _swap(
         problems += [problem for problem in [_misfit(name, module, recipe, numerics)] if problem]
     if problems:
         raise UserError("\n".join(problems))
-    if gemm in NEEDS and found and not any(_multiplies(numerics, gemm) for numerics in found):
+    if gemm in NEEDS and found and not any(multiplies(numerics, gemm) for numerics in found):
         raise UserError(
             f"gemm {gemm!r} needs {NEEDS[gemm][1]} codes on both sides of a GEMM, and recipe {report.recipe} has none "
             "such; ask for gemm 'auto'"
@@ -263,7 +263,7 @@ def _swap(
         setattr(model.get_submodule(parent), child, made[linears[name]])
 
 
-def _multiplies(numerics: Numerics, gemm: GemmKind) -> bool:
+def multiplies(numerics: Numerics, gemm: GemmKind) -> bool:
     """Whether the setting changes how one of the GEMMs is multiplied, on a device that has all of its products."""
     products = (numerics.product(name, "cuda", NEEDS[gemm][0]).name for name in OPERANDS)
     return not {"int8", "float"} >= set(products)

@@ -26,8 +26,8 @@ compare: $(VENV)/.train ## train four recipes on the same text and open the page
 	$(BIN)/python train.py -m +experiment=bf16,quartet,quest_2bit,halo_0_fp4 trainer.tokens=524_288 run_root=runs/compare \
 		$(ARGS)
 	@echo; echo "Validation loss in nats per token; the gap is the loss less that of bf16:"; echo
-	@$(BIN)/python scripts/compare_runs.py runs/compare
-	@$(BIN)/python scripts/report.py runs/compare --out runs/comparison.html --open
+	@$(BIN)/qtrain compare runs/compare
+	@$(BIN)/qtrain report runs/compare --out runs/comparison.html --open
 
 test: $(VENV)/.dev ## run the default test suite (ARGS="-k scale", ARGS="-m slow")
 	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal $(ARGS)

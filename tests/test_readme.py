@@ -27,7 +27,7 @@ def test_the_plain_pytorch_loop_learns(capsys, monkeypatch):
 
 def test_every_override_the_readme_shows_is_valid():
     text = (ROOT / "README.md").read_text()
-    script = r"(?:^|`)python (?:train|scripts/prepare_data|scripts/sweep)\.py([^`\n]*)"
+    script = r"(?:^|`)(?:python train\.py|qtrain (?:train|data|sweep))([^`\n]*)"
     commands = [command.split("#")[0] for command in re.findall(script, text, flags=re.MULTILINE)]
     composed = 0
     for command in commands:

@@ -258,7 +258,7 @@ def _folder(purpose: str, path: Path) -> dict[str, Any]:
 def show(found: dict[str, Any]) -> None:
     from rich.console import Console
 
-    console = Console(highlight=False, markup=False)
+    console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 120)
     for table in (machine(found), installed(found), places(found), *by_recipe(found)):
         console.print(table, "")
     for device, entry in found["devices"].items():

@@ -20,19 +20,13 @@ def main() -> None:
 
 
 def listed() -> str:
-    from rich.console import Console
-    from rich.table import Table
-
+    """A line each: its number formats and its source."""
     from qtrain.config.recipe import read_recipe
     from qtrain.config.settings import group_names
 
-    table = Table("recipe", "number formats and source", box=None, padding=(0, 2, 0, 0), header_style="bold")
-    for name in group_names("recipe"):
-        table.add_row(name, read_recipe(name).summary)
-    console = Console(highlight=False)
-    with console.capture() as captured:
-        console.print(table)
-    return captured.get().rstrip("\n")
+    names = group_names("recipe")
+    width = max(map(len, names))
+    return "\n".join(f"{name:<{width}}  {read_recipe(name).summary}" for name in names)
 
 
 def described(name: str) -> str:

@@ -5,7 +5,7 @@ qtrain sweep launch +sweep=ladder recipe=bf16,quartet     do it; the same comman
 qtrain sweep status +sweep=ladder recipe=bf16,quartet     done, running, failed, stopped, missing
 qtrain sweep launch experiments/recipes --only quartet    a study
 
-Settings are those of `train.py -m`. A study is a folder whose points.yaml has `settings`, those that all its points
+Settings are those of `qtrain train -m`. A study is a folder whose points.yaml has `settings`, those that all its points
 share, and `points`: name -> {seeds, settings}, seeds how many; its rows go into results.csv there, and a point that has
 a row is done, wherever it was trained. One point that fails ends nothing: it is reported with its reason, and run again
 with --retry.
@@ -95,7 +95,9 @@ def _mapping(tree: Any, where: str, required: set[str], optional: frozenset[str]
 
 def _settings(value: Any, where: str) -> Line:
     if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-        raise UserError(f"{where} is {_shown(value)}; give a list of overrides as train.py takes them: [model=nano]")
+        raise UserError(
+            f"{where} is {_shown(value)}; give a list of overrides as `qtrain train` takes them: [model=nano]"
+        )
     return value
 
 
@@ -186,7 +188,9 @@ def _run(line: Line, jobs: int, retry: bool) -> int:
 def main() -> int:
     parser = command_parser("sweep", __doc__)
     parser.add_argument("action", choices=("plan", "launch", "status"))
-    parser.add_argument("sweep", nargs="+", help="settings as train.py takes them, or a study and perhaps settings")
+    parser.add_argument(
+        "sweep", nargs="+", help="settings as `qtrain train` takes them, or a study and perhaps settings"
+    )
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these points of a study alone")
     parser.add_argument("--jobs", type=int, default=1, help="processes beside each other (default: 1)")
     parser.add_argument("--retry", action="store_true", help="run failed points again")

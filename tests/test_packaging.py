@@ -100,14 +100,19 @@ def brought_by_the_package_alone() -> set[str]:
 
 
 LIGHT = """
-import importlib.abc, importlib.metadata, sys
+import importlib.metadata, sys
 
-class Bare(importlib.abc.MetaPathFinder):
+class Bare:
+    def __init__(self, finder):
+        self.finder = finder
+
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in absent:
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+        return None if name.split(".")[0] in absent else self.finder.find_spec(name, path, target)
 
-sys.meta_path.insert(0, Bare())
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+
+sys.meta_path[:] = map(Bare, sys.meta_path)
 import qtrain, torch
 model = torch.nn.Sequential(torch.nn.Linear(64, 64))
 print(qtrain.convert(model, "quartet_v1", backend="reference"))

@@ -11,7 +11,9 @@ def main() -> None:
 
         text = help_text(sys.argv[1:])
         if Path(sys.argv[0]).name != "train.py":  # three letters shorter, which keeps the columns
-            text = re.sub(r"python train\.py(.*?)(?=  )", r"qtrain train\1   ", text)
+            text = re.sub(r"python train\.py(.*?)(?=  )", r"qtrain train\1   ", text).replace(
+                "python train.py", "qtrain train"
+            )
         print(text)
         return
     from qtrain.train import main as run  # here, so that processes which prepare data import none of it

@@ -39,7 +39,7 @@ MAY_IMPORT = {
     ),
     "qtrain.integrations": "torch qtrain.quant",
     "qtrain.integrations.transformers": "torch transformers qtrain.quant",
-    "qtrain.integrations.accelerate": "torch (accelerate) qtrain.quant",
+    "qtrain.integrations.accelerate": "torch qtrain.quant",
     "qtrain.models": "torch einops qtrain.models.base qtrain_kernels",
     "qtrain.models.base": "pydantic qtrain.config.settings (torch)",
     "qtrain.models.families": "pydantic qtrain.models.base (torch qtrain.models qtrain_kernels)",
@@ -319,7 +319,7 @@ def test_every_package_that_is_imported_is_a_declared_dependency():
     declared = {normal(re.match(r"[\w.-]+", line).group()) for line in requirements}  # type: ignore[union-attr]
     named = {name for key in MAY_IMPORT for names in allowed(key) for name in names if name.split(".")[0] not in LAYERS}
     owners = importlib.metadata.packages_distributions()
-    assert {name for name in named if not declared & set(map(normal, owners.get(name, [name])))} == set()
+    assert {name for name in named if not declared & set(map(normal, owners[name]))} == set()
 
 
 def normal(distribution: str) -> str:

@@ -90,15 +90,15 @@ def usage() -> str:
     )
 
 
-def command_parser(name: str, description: str) -> argparse.ArgumentParser:
+def command_parser(name: str, description: str | None) -> argparse.ArgumentParser:
     """Of a sub-command. description: what the module says of it, with examples."""
     text = as_called(name, description)
     return argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
-def as_called(name: str, text: str) -> str:
+def as_called(name: str, text: str | None) -> str:
     """A text in which the command is written as it was called now: by its script, or by `qtrain`."""
-    return text.replace(f"qtrain {name} ", f"{shlex.join(_called())} ")
+    return (text or "").replace(f"qtrain {name} ", f"{shlex.join(_called())} ")
 
 
 def this_command() -> str:

@@ -16,26 +16,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import Any
 
 from torch import nn
 
 from qtrain.errors import UserError
 from qtrain.quant import quant_linears, set_step
 
-if TYPE_CHECKING:
-    from accelerate import Accelerator
-
 
 class Steps:
     """Counts optimiser steps and their micro-batches, and calls `qtrain.set_step` before each forward.
 
-    model: what accelerator.prepare gave. step: of the next micro-batch, from 0. With R processes, micro-batch m of
+    accelerator: an accelerate.Accelerator. model: what its prepare gave. step: of the next micro-batch, from 0. With R processes, micro-batch m of
     process r has number m * R + r. accelerator.register_for_checkpointing(steps) saves the step and loads it again.
     UserError for a model that is not converted.
     """
 
-    def __init__(self, accelerator: Accelerator, model: nn.Module, step: int = 0) -> None:
+    def __init__(self, accelerator: Any, model: nn.Module, step: int = 0) -> None:
         if not quant_linears(model):
             raise UserError(
                 "Steps found no quantised layer in the model; call qtrain.convert before accelerator.prepare"

@@ -31,25 +31,26 @@ class StepCallback(TrainerCallback):
         self.micro_batch = 0
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """UserError for a model that is not converted: the callback would do nothing."""
+        model = kwargs["model"]
         if not quant_linears(model):
             raise UserError("StepCallback found no quantised layer in the model; call qtrain.convert before Trainer")
         set_seed(model, args.seed)
 
     def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.micro_batch = 0
-        self._set_step(args, state, model)
+        self._set_step(args, state, kwargs["model"])
 
     def on_substep_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """A micro-batch that ends no step is done; the next is of the same step."""
         self.micro_batch += 1
-        self._set_step(args, state, model)
+        self._set_step(args, state, kwargs["model"])
 
     def _set_step(self, args: TrainingArguments, state: TrainerState, model: nn.Module) -> None:
         set_step(model, state.global_step, self.micro_batch * args.world_size + args.process_index)

@@ -22,6 +22,7 @@ import qtrain  # noqa: F401  before torch: it sets how long torch's threads spin
 # isort: split
 
 from qtrain.errors import UserError
+from qtrain.runs.directory import RunDirectory
 from qtrain.runs.files import write_atomically
 from qtrain.runs.table import run_directories
 from qtrain.studies.stability import LearningRates, Sharpness, learning_rates, sharpness_of
@@ -80,12 +81,17 @@ def rates_table(rates: list[LearningRates]) -> str:
 
 
 def sharpness_table(found: dict[str, list[Sharpness]]) -> str:
-    lines = ["| run | step | loss of the last token | sharpness in % | 95% interval |", "|---|---|---|---|---|"]
-    lines += [
-        f"| {run} | {row.step} | {row.loss:.4f} | {row.value:.3f} | {row.low:.3f} to {row.high:.3f} |"
-        for run, rows in found.items()
-        for row in rows
+    lines = [
+        "| recipe | lr | seed | step | loss of the last token | sharpness in % | 95% interval | run |",
+        "|---|---|---|---|---|---|---|---|",
     ]
+    for run, rows in found.items():
+        config = RunDirectory(Path(run)).read_config()
+        about = f"{config.name} | {config.optimizer.lr:g} | {config.seed}"
+        lines += [
+            f"| {about} | {row.step} | {row.loss:.4f} | {row.value:.3f} | {row.low:.3f} to {row.high:.3f} | {run} |"
+            for row in rows
+        ]
     return "\n".join(lines)
 
 

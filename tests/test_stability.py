@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -15,7 +16,6 @@ from report_runs import write_run
 from scipy.optimize import minimize
 
 from qtrain.errors import UserError
-from qtrain.runs.directory import RunDirectory
 from qtrain.studies.stability import learning_rates, losses_at_and_around, sharpness, sharpness_of
 from qtrain.train import main as train
 
@@ -100,7 +100,7 @@ def test_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     runpy.run_path(str(SCRIPT), run_name="__main__")
     shown = capsys.readouterr().out
     assert "No recipe here was trained with several learning rates." in shown
-    assert f"| {RunDirectory(tmp_path / 'run').path} | 4 |" in shown
+    assert re.search(rf"\| quartet \| 0.002 \| 0 \| 4 \| .* \| {tmp_path}/run \|", shown)
     assert json.loads((tmp_path / "out.json").read_text())["sharpness"][str(tmp_path / "run")][0]["step"] == 2
 
 

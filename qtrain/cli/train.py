@@ -1,6 +1,8 @@
 """`qtrain train`: train a model, or several; see `qtrain.train`."""
 
+import os
 import re
+import signal
 import sys
 from pathlib import Path
 
@@ -16,6 +18,7 @@ def main() -> None:
             )
         print(text)
         return
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # Ctrl-C while the imports run; then qtrain.train listens
     from qtrain.train import main as run  # here, so that processes which prepare data import none of it
 
     run()

@@ -28,7 +28,8 @@ class Steps:
     """Counts optimiser steps and their micro-batches, and calls `qtrain.set_step` before each forward.
 
     accelerator: an accelerate.Accelerator. model: what its prepare gave. step: of the next micro-batch, from 0. With R
-    processes, micro-batch m of process r has number m * R + r. accelerator.register_for_checkpointing(steps) saves the step and loads it again.
+    processes, micro-batch m of process r has number m * R + r. accelerator.register_for_checkpointing(steps) saves the
+    step and loads it again.
     UserError for a model that is not converted.
     """
 

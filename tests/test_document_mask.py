@@ -16,7 +16,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
 
 import qtrain
-from qtrain.config import config_hash, parse_saved
+from qtrain.config import config_hash, hashed_keys, parse_saved
 from qtrain.config.settings import group_names
 from qtrain.data.batches import TokenBatches
 from qtrain.data.prepare import prepare
@@ -321,6 +321,7 @@ def test_a_run_trains_and_validates_within_documents(settings: list[str], tmp_pa
 def test_the_mask_is_in_the_name_of_a_run_and_older_runs_had_none(settings: list[str]) -> None:
     plain, masks = compose(settings), compose([*settings, "data.document_mask=true"])
     assert config_hash(plain) != config_hash(masks)
+    assert "document_mask" not in hashed_keys(plain)["data"], "names of runs without a mask stay"
     tree = plain.model_dump(mode="json")
     del tree["data"]["document_mask"]
     assert config_hash(parse_saved(tree)) == config_hash(plain)

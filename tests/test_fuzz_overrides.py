@@ -26,7 +26,7 @@ from qtrain.errors import UserError, explain
 from qtrain.train import compose
 from qtrain.training.session import run
 
-PARTS, EXAMPLES = 20, 250
+PARTS, EXAMPLES = 50, 100
 SECONDS = 60  # for one, on a busy machine
 # Beside what is drawn: a small model and one micro-batch, since the plan of memory follows a step of it.
 BASE = (

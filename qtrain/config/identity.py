@@ -57,7 +57,7 @@ INTRODUCED: dict[str, dict[str, Any]] = {
     "ModelSettings": {"tie_embeddings": False, "vocab_size": None, "init_std": 0.02, "nominal_parameters": None},
     "Transformer": {"n_kv_heads": None, "rope_theta": 10000.0, "norm_eps": 1e-5},
     "Llama": {"family": "llama"},
-    "DataSettings": {"streaming": False, "max_tokens": None, "val_fraction": 0.05},
+    "DataSettings": {"streaming": False, "document_mask": False, "max_tokens": None, "val_fraction": 0.05},
     "Stdlib": {},
     "PythonEnv": {"packages": ()},
     "Files": {"files": (), "val_files": ()},

@@ -28,27 +28,27 @@ class Composed(nn.Module):
         for name, part in parts.items():
             self.add_module(name, part)
 
-    def forward(self, *inputs: Tensor) -> Tensor:
+    def forward(self, *inputs: Tensor | None) -> Tensor:
         return self._function(self, *inputs)
 
 
 class Attention(nn.Module):
-    """Causal self-attention: n_heads queries share n_kv_heads keys and values. x (B, T, D) -> (B, T, D)"""
+    """Causal self-attention: n_heads queries share n_kv_heads keys and values. x (B, T, D) -> (B, T, D). With
+    cu_seqlens, within each document alone: see `qtrain.models.decoder`."""
 
     def __init__(self, config: Transformer) -> None:
         super().__init__()
         kv_dim = config.kv_heads * config.head_dim
         self.head_dim = config.head_dim
-        self.grouped = config.kv_heads != config.n_heads
         self.q = Linear(config.dim, config.dim, bias=False)
         self.k = Linear(config.dim, kv_dim, bias=False)
         self.v = Linear(config.dim, kv_dim, bias=False)
         self.o = Linear(config.dim, config.dim, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
         q, k, v = (rearrange(y, "B T (H d) -> B H T d", d=self.head_dim) for y in (self.q(x), self.k(x), self.v(x)))
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        y = causal_attention(q, k, v, enable_gqa=self.grouped)
+        y = causal_attention(q, k, v, cu_seqlens)
         return self.o(rearrange(y, "B H T d -> B T (H d)"))
 
 

@@ -58,6 +58,7 @@ MAY_IMPORT = {
     "qtrain.training.world": "qtrain.config",
     "qtrain.training.stop": "",
     "qtrain.training.losses": "torch",
+    "qtrain.training.initialize": "torch",
     "qtrain.training.activations": "torch qtrain.config.settings qtrain.quant",
     "qtrain.training.checkpoint": "torch safetensors qtrain.runs",
     "qtrain.training.causal_lm": (
@@ -65,13 +66,16 @@ MAY_IMPORT = {
     ),
     "qtrain.training.build": (
         "torch qtrain.config qtrain.data qtrain.plan qtrain.models qtrain.quant qtrain.runs qtrain.training.causal_lm "
-        "qtrain.training.checkpoint"
+        "qtrain.training.checkpoint qtrain.training.initialize"
     ),
     "qtrain.training.memory": (
         "torch qtrain.config qtrain.models qtrain.plan qtrain.quant qtrain.training.activations qtrain.training.build "
         "qtrain.training.causal_lm qtrain.training.parallel"
     ),
-    "qtrain.training.parallel": "torch lightning qtrain.config qtrain.quant qtrain.training.stop qtrain.training.world",
+    "qtrain.training.parallel": (
+        "torch lightning qtrain.config qtrain.quant qtrain.training.initialize qtrain.training.stop "
+        "qtrain.training.world"
+    ),
     "qtrain.training.trunk": ("qtrain.config qtrain.plan qtrain.training.causal_lm qtrain.training.checkpoint"),
     "qtrain.training.observers": (
         "torch lightning rich qtrain.config qtrain.metrics qtrain.quant qtrain.runs qtrain.training.causal_lm "

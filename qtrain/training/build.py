@@ -24,6 +24,7 @@ from qtrain.training.checkpoint import (
     values_of,
     whole_number,
 )
+from qtrain.training.initialize import DEFERRED, DeferredWeights
 
 
 def pick_device(config: Config) -> torch.device:
@@ -43,7 +44,20 @@ def build_model(config: Config, vocab_size: int) -> Decoder:
     was, the weights depend on config.seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        model = Decoder(config.model, vocab_size)
+        return _converted(config, vocab_size)
+
+
+def build_without_weights(config: Config, vocab_size: int) -> Decoder:
+    """`build_model`, whose matrices have no memory yet: `parallel.shard` gives each rank its part of them, so that no
+    process ever holds the whole model."""
+    with DeferredWeights(config.seed) as deferred:
+        model = _converted(config, vocab_size)
+    model.__dict__[DEFERRED] = deferred
+    return model
+
+
+def _converted(config: Config, vocab_size: int) -> Decoder:
+    model = Decoder(config.model, vocab_size)
     convert(model, config.recipe, seed=config.seed, backend=config.backend, gemm=config.gemm)
     return model
 

@@ -31,6 +31,7 @@ from torch.nn.parallel import DistributedDataParallel
 from qtrain.config import Config
 from qtrain.errors import RefusedError, UserError
 from qtrain.quant import quantize_gathers
+from qtrain.training.initialize import DEFERRED, draw_shards
 from qtrain.training.stop import StopRequest
 from qtrain.training.world import World
 
@@ -233,11 +234,16 @@ def shard(model: nn.Module, mesh: DeviceMesh, groups: int = 1, quantized: bool =
     """FSDP2: parameters, gradients and optimiser state sharded, block by block and in the root. No mixed-precision
     policy: weights and gradients travel in float32, so that each rank quantises the whole master weight, with the
     noise, masks and scales of one process. groups: how many groups of ranks hold a whole model each. quantized: weights
-    of quantised layers travel as codes, which are the same (`qtrain.quant.gather`)."""
+    of quantised layers travel as codes, which are the same (`qtrain.quant.gather`). A model of
+    `build.build_without_weights` gets its initial weights here, each rank its shard of them."""
     mesh = mesh if groups > 1 else mesh["tensor_parallel"]
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
     for block in blocks_of(model):
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
+    deferred = model.__dict__.pop(DEFERRED, None)
+    if deferred is not None:
+        draw_shards(model, deferred, names, torch.device(mesh.device_type))
     if quantized:
         quantize_gathers(model)
     return model

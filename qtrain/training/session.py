@@ -42,7 +42,7 @@ from qtrain.runs.files import write_atomically
 from qtrain.runs.status import FAILED, Status
 from qtrain.runs.table import read_run, record, recorded
 from qtrain.training.activations import checkpoint_activations
-from qtrain.training.build import build_model, check_model, pick_device
+from qtrain.training.build import build_model, build_without_weights, check_model, pick_device
 from qtrain.training.causal_lm import CausalLM
 from qtrain.training.checkpoint import Saver, newest, refuse_earlier_format, tidy, whole_number
 from qtrain.training.divergence import MOST_IN_A_ROW, Guard, RewindError
@@ -181,7 +181,8 @@ def _session(config: Config, fabric: Fabric, ranks: Ranks, console: Console) -> 
     plan = make_plan(config, vocab_size=corpus.vocab_size)
     check_vocab(corpus, plan.vocab_size)
     check_state_fits(config, plan, fabric.device)
-    model = build_model(config, plan.vocab_size)
+    build = build_without_weights if config.trainer.strategy == "fsdp2" else build_model
+    model = build(config, plan.vocab_size)
     with RunDirectory.of(config) as directory:
         ranks.decided(lambda: directory.open(config))
         yield Session(config, plan, corpus, model, directory, fabric, ranks, console)

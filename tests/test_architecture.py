@@ -76,6 +76,13 @@ MAY_IMPORT = {
         "torch lightning qtrain.config qtrain.quant qtrain.training.initialize qtrain.training.stop "
         "qtrain.training.world"
     ),
+    "qtrain.training.communication": (
+        "torch qtrain.config qtrain.plan qtrain.quant qtrain.training.build qtrain.training.parallel"
+    ),
+    "qtrain.training.speed": (
+        "torch qtrain.config qtrain.plan qtrain.quant qtrain.training.build qtrain.training.communication "
+        "qtrain.training.losses"
+    ),
     "qtrain.training.trunk": ("qtrain.config qtrain.plan qtrain.training.causal_lm qtrain.training.checkpoint"),
     "qtrain.training.observers": (
         "torch lightning rich qtrain.config qtrain.metrics qtrain.quant qtrain.runs qtrain.training.causal_lm "
@@ -93,17 +100,17 @@ MAY_IMPORT = {
     "qtrain.training.session": (
         "torch lightning rich qtrain.config qtrain.plan qtrain.optim.groups qtrain.models qtrain.quant qtrain.data "
         "qtrain.data.batches qtrain.report qtrain.runs qtrain.training.activations qtrain.training.build "
-        "qtrain.training.causal_lm "
+        "qtrain.training.causal_lm qtrain.training.communication "
         "qtrain.training.checkpoint qtrain.training.divergence qtrain.training.loop qtrain.training.memory "
         "qtrain.training.observers qtrain.training.parallel qtrain.training.saves qtrain.training.stop "
-        "qtrain.training.trunk "
+        "qtrain.training.speed qtrain.training.trunk "
         "qtrain.training.world"
     ),
     "qtrain.studies": "",
     "qtrain.studies.chaos": "torch lightning qtrain qtrain.train qtrain.runs qtrain.config qtrain.config.settings",
     "qtrain.sweep": (
-        "torch rich qtrain qtrain.config qtrain.data qtrain.data.base qtrain.plan qtrain.runs qtrain.report "
-        "qtrain.training.build qtrain.training.checkpoint qtrain.training.losses qtrain.training.session "
+        "rich qtrain.config qtrain.data qtrain.data.base qtrain.plan qtrain.runs qtrain.report "
+        "qtrain.training.build qtrain.training.checkpoint qtrain.training.speed qtrain.training.session "
         "qtrain.training.trunk"
     ),
     "qtrain.train": (

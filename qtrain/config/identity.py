@@ -41,6 +41,8 @@ NOT_IN_HASH = (
     "trainer.strategy",
     "trainer.sharding_groups",
     "trainer.all_gather",  # refused where it would change a bit
+    "trainer.device_tflops",
+    "trainer.device_gigabytes_per_second",
     "trainer.timeout_minutes",
     "trainer.checkpoint_activations",
     "trainer.share_trunk",

@@ -28,13 +28,13 @@ from qtrain.training.initialize import DEFERRED, DeferredWeights
 
 
 def pick_device(config: Config) -> torch.device:
-    """The device to train on. UserError when the one asked for is not there."""
+    """The device to train on. UserError when the one asked for is not there; a dry run needs but one of several."""
     asked, count = config.trainer.device, config.trainer.devices
     found = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if asked == "cuda" and found == 0:
         raise UserError(f"trainer.device=cuda: torch {torch.__version__} finds no CUDA device; use trainer.device=cpu")
     device = "cuda" if asked != "cpu" and found else "cpu"
-    if device == "cuda" and count > found:
+    if device == "cuda" and count > found and not config.dry_run:
         raise UserError(f"trainer.devices={count}: this machine has {found} CUDA devices; use trainer.devices={found}")
     return torch.device(device)
 

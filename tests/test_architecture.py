@@ -34,6 +34,8 @@ MAY_IMPORT = {
     "qtrain.config.settings": "pydantic",
     "qtrain.optim": "pydantic qtrain.config.settings (torch)",
     "qtrain.optim.groups": "torch qtrain.optim",
+    "qtrain.optim.optimizers.adamw8bit": "pydantic qtrain.optim.base (torch qtrain.optim.blockwise)",
+    "qtrain.optim.blockwise": "torch torchao",
     "qtrain.quant": (
         "torch qtrain.config qtrain.config.settings qtrain_kernels qtrain_kernels.formats qtrain_kernels.plans"
     ),

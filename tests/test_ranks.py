@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning
 import pytest
@@ -33,6 +33,7 @@ from qtrain.training.build import build_model
 from qtrain.training.causal_lm import CausalLM
 from qtrain.training.checkpoint import list_checkpoints
 from qtrain.training.communication import plan_communication
+from qtrain.training.observers import Observer
 from qtrain.training.world import World, find_world
 
 ROOT = Path(__file__).parents[1]
@@ -175,7 +176,7 @@ CASES += [(recipe, way) for recipe in ("quest", "quartet_v1") for way in GATHERE
 class Moved(TorchDispatchMode):
     """Adds up the whole tensors of torch.distributed's collectives within it, by kind."""
 
-    WHOLE = {  # where among its arguments a collective has the whole tensor
+    WHOLE: ClassVar = {  # where among its arguments a collective has the whole tensor
         torch.ops.c10d._allgather_base_.default: ("all-gather", 0),
         torch.ops.c10d._reduce_scatter_base_.default: ("reduce-scatter", 1),
         torch.ops.c10d.allreduce_.default: ("all-reduce", 0),
@@ -197,22 +198,36 @@ class Moved(TorchDispatchMode):
         return {kind: total / STEPS for kind, total in self.found.items() if total}
 
 
+class Watch(Observer):
+    """What collectives moved in the steps themselves, without validation and checkpoints."""
+
+    def __init__(self) -> None:
+        self.moved = Moved()
+
+    def on_step_start(self, step: int) -> None:
+        self.moved.__enter__()
+
+    def on_step_end(self, step: int) -> None:
+        self.moved.__exit__(None, None, None)
+
+
 def all_ways(corpus: Path, folder: Path) -> None:
     """Every recipe by every way, one run after the other; what this rank holds of the state, and what collectives of
     weights and gradients moved in a step, in bytes of the whole tensors."""
     port, held, moved = int(os.environ["MASTER_PORT"]), {}, {}
     exact = session.train
 
-    def counting(run: Any, *arguments: Any) -> int:
-        with Moved() as tensors_moved:
-            result = exact(run, *arguments)
-        moved[name] = tensors_moved.per_step()
+    def counted(run: Any, *arguments: Any) -> int:
+        counting = Watch()
+        run.observers = [run.observers[0], counting, *run.observers[1:]]  # before the one that validates
+        result = exact(run, *arguments)
+        moved[name] = counting.moved.per_step()
         moments = [value for state in run.optimizer.state.values() for value in state.values() if value.ndim]
         tensors = [*run.module.parameters(), *moments]
         held[name] = sum((x.to_local() if isinstance(x, DTensor) else x).nbytes for x in tensors)
         return result
 
-    session.train = counting
+    session.train = counted
     for number, (recipe, way) in enumerate(CASES):
         name = f"{recipe}-{way}"
         os.environ["MASTER_PORT"] = str(port + number)
@@ -332,9 +347,11 @@ def told_by_rank_0(arguments: list[str]) -> None:
 
 def test_a_signal_to_one_rank_stops_both_and_the_run_goes_on(corpus: Path, tmp_path: Path) -> None:
     """Twice: to rank 1, as from a person; to rank 0, as from a scheduler. Each time both save the same step. The run
-    goes on with other parts of the weights on a rank, and other bytes between the ranks."""
+    goes on with other parts of the weights on a rank, and other bytes between the ranks. Its optimiser has states in 8
+    bits, which both save by shards."""
     undisturbed, run_dir = tmp_path / "undisturbed", tmp_path / "stopped"
     two = [*LONG, "trainer.devices=2", "trainer.grad_clip=null"]  # a norm is a sum, which shards round otherwise
+    two += ["optimizer=adamw8bit", "optimizer.block_size=64"]
     ranks = Ranks(tmp_path, command, settings(corpus, undisturbed, *two))
     assert ranks.ended() == [0, 0], ranks.said()
     for rank, number, code, way in ((1, signal.SIGTERM, 130, QUANTIZED), (0, signal.SIGUSR2, 75, WAYS["fsdp2"])):

@@ -194,21 +194,24 @@ class Moved(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
     def per_step(self) -> dict[str, float]:
-        """Of STEPS steps; numbers of at most 64 bytes do not count."""
-        return {kind: total / STEPS for kind, total in self.found.items() if total}
+        """Of all steps but the first; numbers of at most 64 bytes do not count."""
+        return {kind: total / (STEPS - 1) for kind, total in self.found.items() if total}
 
 
 class Watch(Observer):
-    """What collectives moved in the steps themselves, without validation and checkpoints."""
+    """What collectives moved in the steps after the first, in which learned scales get their start; without validation
+    and checkpoints."""
 
     def __init__(self) -> None:
         self.moved = Moved()
 
     def on_step_start(self, step: int) -> None:
-        self.moved.__enter__()
+        if step > 0:
+            self.moved.__enter__()
 
-    def on_step_end(self, step: int) -> None:
-        self.moved.__exit__(None, None, None)
+    def on_step_end(self, step: int) -> None:  # so many steps are done
+        if step > 1:
+            self.moved.__exit__(None, None, None)
 
 
 def all_ways(corpus: Path, folder: Path) -> None:

@@ -33,6 +33,7 @@ SHARED = [
     "trainer.micro_batch_size=16",
 ]
 NODES = {2: (2, 1), 8: (8, 1), 64: (8, 8)}  # ranks: (devices of a node, nodes)
+WAYS = (("full", "full"), ("full", "quantized"), ("selective", "full"))  # what blocks keep, how weights are gathered
 COLUMNS = ("model", "ranks", "checkpointing", "all-gather")
 
 
@@ -42,13 +43,7 @@ def main() -> None:
         print(table(rows))
         return
     done = {tuple(row[name] for name in COLUMNS) for row in rows}
-    cases = [
-        (model, str(ranks), kept, gather)
-        for model in ("llama_1600m", "llama_7b")
-        for ranks in NODES
-        for kept in ("full", "selective")
-        for gather in ("full", "quantized")
-    ]
+    cases = [(model, ranks, *way) for way in WAYS for model in ("llama_1600m", "llama_7b") for ranks in map(str, NODES)]
     for case in cases:
         if case not in done:
             rows.append(dict(zip(COLUMNS, case, strict=True)) | planned(*case))
@@ -89,7 +84,7 @@ def table(rows: list[dict[str, str]]) -> str:
     names = ("parameters", "gradients", "optimizer", "peak", "forward", "backward", "reduced", "sent")
     head = [*COLUMNS, "micro-batches", *names, "hours of computing", "hours of traffic"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    for row in rows:
+    for row in sorted(rows, key=lambda row: (row["model"], int(row["ranks"]))):
         values = list(row.values())
         sizes = [f"{int(value) / 2**30:,.2f}" for value in values[6:14]]
         hours = [f"{float(value):,.0f}" for value in values[14:]]

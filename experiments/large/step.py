@@ -49,6 +49,7 @@ SHARED = [
     "model.seq_len=128",
 ]
 ONE, TWO = "trainer.batch_tokens=256", "trainer.batch_tokens=512"  # micro-batches of each rank
+ONE_SHORT = "trainer.batch_tokens=64"
 CASES = {  # name: (settings, whether each rank builds the whole model first, as it did before)
     "100M, whole model on each rank first": (["model=llama_100m", "recipe=bf16", ONE], True),
     "100M": (["model=llama_100m", "recipe=bf16", ONE], False),
@@ -59,8 +60,11 @@ CASES = {  # name: (settings, whether each rank builds the whole model first, as
         False,
     ),
     "100M, adamw8bit": (["model=llama_100m", "recipe=bf16", ONE, "optimizer=adamw8bit"], False),
-    "430M": (["model=llama_430m", "recipe=bf16", ONE], False),
-    "800M, adamw8bit": (["model=llama_800m", "recipe=bf16", ONE, "optimizer=adamw8bit"], False),
+    "430M, 32 tokens": (["model=llama_430m", "recipe=bf16", ONE_SHORT, "model.seq_len=32"], False),
+    "800M, 32 tokens, adamw8bit": (
+        ["model=llama_800m", "recipe=bf16", ONE_SHORT, "model.seq_len=32", "optimizer=adamw8bit"],
+        False,
+    ),
 }
 
 

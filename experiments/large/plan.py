@@ -81,7 +81,7 @@ def planned(model: str, ranks: str, kept: str, gather: str) -> dict[str, Any]:
 
 
 def table(rows: list[dict[str, str]]) -> str:
-    names = ("parameters", "gradients", "optimizer", "peak", "forward", "backward", "reduced", "sent")
+    names = ("parameters", "gradients", "optimizer", "peak", "gathered forward", "gathered backward", "reduced", "sent")
     head = [*COLUMNS, "micro-batches", *names, "hours of computing", "hours of traffic"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for row in sorted(rows, key=lambda row: (row["model"], int(row["ranks"]))):

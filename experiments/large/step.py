@@ -53,18 +53,13 @@ ONE_SHORT = "trainer.batch_tokens=64"
 CASES = {  # name: (settings, whether each rank builds the whole model first, as it did before)
     "100M, whole model on each rank first": (["model=llama_100m", "recipe=bf16", ONE], True),
     "100M": (["model=llama_100m", "recipe=bf16", ONE], False),
-    "100M, two micro-batches": (["model=llama_100m", "recipe=bf16", TWO], False),
-    "100M, quartet_v1": (["model=llama_100m", "recipe=quartet_v1", ONE], False),
+    "430M, 32 tokens": (["model=llama_430m", "recipe=bf16", ONE_SHORT, "model.seq_len=32"], False),
     "100M, quartet_v1, quantized": (
         ["model=llama_100m", "recipe=quartet_v1", ONE, "trainer.all_gather=quantized"],
         False,
     ),
+    "100M, two micro-batches": (["model=llama_100m", "recipe=bf16", TWO], False),
     "100M, adamw8bit": (["model=llama_100m", "recipe=bf16", ONE, "optimizer=adamw8bit"], False),
-    "430M, 32 tokens": (["model=llama_430m", "recipe=bf16", ONE_SHORT, "model.seq_len=32"], False),
-    "800M, 32 tokens, adamw8bit": (
-        ["model=llama_800m", "recipe=bf16", ONE_SHORT, "model.seq_len=32", "optimizer=adamw8bit"],
-        False,
-    ),
 }
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,10 +10,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from rich.table import Table
 
-import qtrain
 from qtrain.config import Config, TokenizerConfig, config_hash
 from qtrain.data.base import DataSettings
 from qtrain.data.prepare import same_text
@@ -24,14 +21,13 @@ from qtrain.report.loss import readable
 from qtrain.runs.directory import RunDirectory
 from qtrain.runs.status import FAILED
 from qtrain.runs.table import Row, read_run, record, recorded
-from qtrain.training.build import build_model, check_model
+from qtrain.training.build import check_model
 from qtrain.training.checkpoint import folder_of, list_checkpoints
-from qtrain.training.losses import next_token_loss
+from qtrain.training.speed import trial
 from qtrain.training.trunk import Trunk, common_steps, trunk_key
 
 State = Literal["done", "running", "failed", "stopped", "missing"]
 STATES: tuple[State, ...] = ("done", "running", "failed", "stopped", "missing")
-TRIAL_FLOPS = 2e11  # of one micro-batch: what a trial may cost, about a second a forward and backward on one core
 
 
 @dataclass(frozen=True)
@@ -184,27 +180,6 @@ def _flops_per_second(points: list[Point]) -> float | None:
 
 def recipe_and_size(point: Point) -> tuple[str, str]:
     return point.config.recipe.name, f"{point.plan.non_embedding_parameters / 1e6:.3g}M"
-
-
-def trial(config: Config, plan: RunPlan) -> float | None:
-    """FLOP per second of forward and backward on this process's CPU threads, the best of three micro-batches of zeros;
-    None where one costs more than TRIAL_FLOPS, or where training would be on another device."""
-    tokens = config.trainer.micro_batch_size * config.model.seq_len
-    flops = tokens * plan.flops_per_token
-    device = config.trainer.device
-    if flops > TRIAL_FLOPS or device == "cuda" or (device == "auto" and torch.cuda.is_available()):
-        return None
-    model = build_model(config, plan.vocab_size)
-    batch = torch.zeros(config.trainer.micro_batch_size, config.model.seq_len + 1, dtype=torch.long)
-    times = []
-    for step in range(3):
-        start = time.perf_counter()
-        qtrain.set_step(model, step)
-        with torch.autocast("cpu", torch.bfloat16, enabled=config.trainer.precision == "bf16-mixed"):
-            loss = next_token_loss(model, batch)
-        loss.backward()
-        times.append(time.perf_counter() - start)
-    return flops / min(times)
 
 
 # ------------------------------------------------------------------------------------------------- tables

@@ -184,7 +184,7 @@ def _job(tree: DictConfig) -> float | None:
     several = HydraConfig.get().mode == RunMode.MULTIRUN
     try:
         config = to_config(tree)
-        if several and find_world(config.trainer).starts_others:
+        if several and not config.dry_run and find_world(config.trainer).starts_others:
             raise UserError(
                 "the runs of one command (-m) cannot each start processes of their own; start it with torchrun or "
                 "srun, or one run at a time"

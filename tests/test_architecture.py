@@ -34,6 +34,8 @@ MAY_IMPORT = {
     "qtrain.config.settings": "pydantic",
     "qtrain.optim": "pydantic qtrain.config.settings (torch)",
     "qtrain.optim.groups": "torch qtrain.optim",
+    "qtrain.optim.optimizers.adamw8bit": "pydantic qtrain.optim.base (torch qtrain.optim.blockwise)",
+    "qtrain.optim.blockwise": "torch torchao",
     "qtrain.quant": (
         "torch qtrain.config qtrain.config.settings qtrain_kernels qtrain_kernels.formats qtrain_kernels.plans"
     ),
@@ -61,6 +63,7 @@ MAY_IMPORT = {
     "qtrain.training.world": "qtrain.config",
     "qtrain.training.stop": "",
     "qtrain.training.losses": "torch",
+    "qtrain.training.initialize": "torch",
     "qtrain.training.activations": "torch qtrain.config.settings qtrain.quant qtrain_kernels",
     "qtrain.training.checkpoint": "torch safetensors qtrain.runs",
     "qtrain.training.causal_lm": (
@@ -68,13 +71,23 @@ MAY_IMPORT = {
     ),
     "qtrain.training.build": (
         "torch qtrain.config qtrain.data qtrain.plan qtrain.models qtrain.quant qtrain.runs qtrain.training.causal_lm "
-        "qtrain.training.checkpoint"
+        "qtrain.training.checkpoint qtrain.training.initialize"
     ),
     "qtrain.training.memory": (
         "torch qtrain.config qtrain.models qtrain.plan qtrain.quant qtrain.training.activations qtrain.training.build "
         "qtrain.training.causal_lm qtrain.training.parallel"
     ),
-    "qtrain.training.parallel": "torch lightning qtrain.config qtrain.quant qtrain.training.stop qtrain.training.world",
+    "qtrain.training.parallel": (
+        "torch lightning qtrain.config qtrain.quant qtrain.training.initialize qtrain.training.stop "
+        "qtrain.training.world"
+    ),
+    "qtrain.training.communication": (
+        "torch qtrain.config qtrain.plan qtrain.quant qtrain.training.build qtrain.training.parallel"
+    ),
+    "qtrain.training.speed": (
+        "torch qtrain.config qtrain.plan qtrain.quant qtrain.training.build qtrain.training.communication "
+        "qtrain.training.losses"
+    ),
     "qtrain.training.trunk": ("qtrain.config qtrain.plan qtrain.training.causal_lm qtrain.training.checkpoint"),
     "qtrain.training.observers": (
         "torch lightning rich qtrain.config qtrain.metrics qtrain.quant qtrain.runs qtrain.training.causal_lm "
@@ -92,10 +105,10 @@ MAY_IMPORT = {
     "qtrain.training.session": (
         "torch lightning rich qtrain.config qtrain.plan qtrain.optim.groups qtrain.models qtrain.quant qtrain.data "
         "qtrain.data.batches qtrain.report qtrain.runs qtrain.training.activations qtrain.training.build "
-        "qtrain.training.causal_lm "
+        "qtrain.training.causal_lm qtrain.training.communication "
         "qtrain.training.checkpoint qtrain.training.divergence qtrain.training.loop qtrain.training.memory "
         "qtrain.training.observers qtrain.training.parallel qtrain.training.saves qtrain.training.stop "
-        "qtrain.training.trunk "
+        "qtrain.training.speed qtrain.training.trunk "
         "qtrain.training.world"
     ),
     "qtrain.studies": "",
@@ -105,8 +118,8 @@ MAY_IMPORT = {
         "qtrain.training.checkpoint"
     ),
     "qtrain.sweep": (
-        "torch rich qtrain qtrain.config qtrain.data qtrain.data.base qtrain.plan qtrain.runs qtrain.report "
-        "qtrain.training.build qtrain.training.checkpoint qtrain.training.losses qtrain.training.session "
+        "rich qtrain.config qtrain.data qtrain.data.base qtrain.plan qtrain.runs qtrain.report "
+        "qtrain.training.build qtrain.training.checkpoint qtrain.training.speed qtrain.training.session "
         "qtrain.training.trunk"
     ),
     "qtrain.cli": "",

@@ -21,14 +21,17 @@ ROOT = Path(__file__).parents[1]
 
 ADDED = {
     "qtrain/optim/optimizers/sgd.py": """
-from typing import ClassVar, Literal
+import math
+from typing import Literal
 from pydantic import Field
 from qtrain.optim.base import OptimizerSettings
 
 class SGD(OptimizerSettings):
-    state_bytes: ClassVar[int] = 4
     name: Literal["sgd"]
     momentum: float = Field(0.9, ge=0, lt=1)
+
+    def state_bytes(self, shape):
+        return 4 * math.prod(shape)
 
     def build(self, decay, no_decay):
         from torch.optim import SGD

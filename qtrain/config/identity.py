@@ -41,6 +41,8 @@ NOT_IN_HASH = (
     "trainer.strategy",
     "trainer.sharding_groups",
     "trainer.all_gather",  # refused where it would change a bit
+    "trainer.device_tflops",
+    "trainer.device_gigabytes_per_second",
     "trainer.timeout_minutes",
     "trainer.checkpoint_activations",
     "trainer.share_trunk",
@@ -69,6 +71,7 @@ INTRODUCED: dict[str, dict[str, Any]] = {
     "TokenizerConfig": {"vocab_size": None, "path": None, "eos_token": None},
     "OptimizerSettings": {"weight_decay": 0.1},
     "AdamW": {"beta1": 0.9, "beta2": 0.95, "eps": 1e-8},
+    "AdamW8bit": {"beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "block_size": 256},
     "Schedule": {"warmup_fraction": 0.1, "warmup_steps": None, "start_factor": 0.01, "final_factor": 0.1},
     "Cosine": {},
     "WSD": {"decay_fraction": 0.2},

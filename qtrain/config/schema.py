@@ -52,6 +52,9 @@ class TrainerConfig(Strict):
     sharding_groups: fsdp2 within each of so many groups of devices, which hold a whole model each (hybrid sharding).
     all_gather: what fsdp2 sends of a weight before it is used: full (float32) | quantized (its packed codes and scales:
         the same weights after every step, or a refusal of a recipe whose codes cannot be made of shards).
+    device_tflops, device_gigabytes_per_second: what a device computes (10^12 model FLOP per second that it reaches in
+        training, not its peak) and sends to others (10^9 bytes per second). dry_run takes its hours from them; nothing
+        else reads them.
     timeout_minutes: how long a rank waits for another in a collective before the job ends with exit code 75. What one
         rank does alone must fit into it, as reading a whole checkpoint when the run goes on does.
     checkpoint_activations: none | selective (each block keeps its matrix products and attention, and computes the rest
@@ -81,6 +84,8 @@ class TrainerConfig(Strict):
     strategy: Literal["auto", "ddp", "fsdp2"] = "auto"
     sharding_groups: int = Field(1, gt=0)
     all_gather: Literal["full", "quantized"] = "full"
+    device_tflops: float | None = Field(None, gt=0)
+    device_gigabytes_per_second: float | None = Field(None, gt=0)
     timeout_minutes: float = Field(10.0, gt=0)
     checkpoint_activations: Checkpointing = "none"
     chunked_loss: bool = False

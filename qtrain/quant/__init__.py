@@ -2,7 +2,7 @@
 
 from qtrain.quant.convert import Report, check_backend, convert, recipes, set_high_precision
 from qtrain.quant.functional import Observed, Observer
-from qtrain.quant.gather import check_quantized_gather, quantize_gathers
+from qtrain.quant.gather import check_quantized_gather, gathered_bytes, quantize_gathers
 from qtrain.quant.health import operand_health
 from qtrain.quant.linear import QuantLinear, keep_weights, quant_linears, set_seed, set_step
 from qtrain.quant.lsq import calibrate
@@ -20,6 +20,7 @@ __all__ = [
     "check_quantized_gather",
     "convert",
     "fake_quantize",
+    "gathered_bytes",
     "keep_weights",
     "operand_health",
     "quant_linears",

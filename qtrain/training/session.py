@@ -42,9 +42,10 @@ from qtrain.runs.files import write_atomically
 from qtrain.runs.status import FAILED, Status
 from qtrain.runs.table import read_run, record, recorded
 from qtrain.training.activations import checkpoint_activations
-from qtrain.training.build import build_model, check_model, pick_device
+from qtrain.training.build import build_model, build_without_weights, check_model, pick_device
 from qtrain.training.causal_lm import CausalLM
 from qtrain.training.checkpoint import Saver, newest, refuse_earlier_format, tidy, whole_number
+from qtrain.training.communication import plan_communication
 from qtrain.training.divergence import MOST_IN_A_ROW, Guard, RewindError
 from qtrain.training.loop import Training, train
 from qtrain.training.memory import check_state_fits, measure_memory
@@ -52,6 +53,7 @@ from qtrain.training.observers import Measure, Observer, Profile, Progress, Reco
 from qtrain.training.observers.loggers import build_loggers, check_logger, close_loggers, mirror_summary
 from qtrain.training.parallel import Ranks, blocks_of, check_strategy, is_lost_rank, joined
 from qtrain.training.saves import Saves
+from qtrain.training.speed import describe_hours
 from qtrain.training.stop import QUEUE_AGAIN, StopRequest
 from qtrain.training.trunk import Trunk, metrics_beside
 from qtrain.training.world import World, find_world
@@ -83,7 +85,7 @@ def run(config: Config) -> float | None:
     UserError before anything is trained for settings that cannot work here; DivergedError for a loss that is not
     finite; StoppedError, a KeyboardInterrupt, after a checkpoint when asked to stop.
     """
-    world = find_world(config.trainer)
+    world = World(1, 0, "nobody") if config.dry_run else find_world(config.trainer)  # of a dry run no rank is started
     console = Console(highlight=False, quiet=world.rank > 0, width=None if sys.stdout.isatty() else 120)
     speak_through(console)
     device = pick_device(config)
@@ -94,7 +96,14 @@ def run(config: Config) -> float | None:
         directory.check(config)
         plan = make_plan(config)
         memory = measure_memory(config, plan, device)
-        about = {"memory": memory.describe(), "device": str(device), "run_directory": str(directory.path)}
+        sent = plan_communication(config, plan)
+        about = {
+            "memory": memory.describe(),
+            "communication": sent.describe(),
+            "time": describe_hours(config, plan, sent),
+            "device": str(device),
+            "run_directory": str(directory.path),
+        }
         console.print(plan.table(config, **about))
         if (excess := memory.excess(config, device)) is not None:
             log.warning("%s", excess)
@@ -181,7 +190,8 @@ def _session(config: Config, fabric: Fabric, ranks: Ranks, console: Console) -> 
     plan = make_plan(config, vocab_size=corpus.vocab_size)
     check_vocab(corpus, plan.vocab_size)
     check_state_fits(config, plan, fabric.device)
-    model = build_model(config, plan.vocab_size)
+    build = build_without_weights if config.trainer.strategy == "fsdp2" else build_model
+    model = build(config, plan.vocab_size)
     with RunDirectory.of(config) as directory:
         ranks.decided(lambda: directory.open(config))
         yield Session(config, plan, corpus, model, directory, fabric, ranks, console)

@@ -1,5 +1,7 @@
 """Batches and weights of a run that is stopped and resumed equal those of one that never was, bit for bit."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -145,13 +147,13 @@ def test_validation_covers_every_window_once(corpus: Corpus, n_windows: int, wor
 def test_loading_leaves_the_global_generator_alone(corpus: Corpus) -> None:
     before = torch.get_rng_state()
     list(module(corpus).train(0, SAMPLES))
-    list(module(corpus).val())
+    list(module(corpus).validation[""].batches())
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def module(corpus: Corpus, **changes: object) -> TokenBatches:
-    options = {"seq_len": T, "seed": 3, "micro_batch_size": B, "val_tokens": 5 * T, "num_workers": 0}
-    return TokenBatches(corpus, **(options | changes))
+    options = {"seq_len": T, "seed": 3, "micro_batch_size": B, "num_workers": 0} | changes
+    return TokenBatches(replace(corpus, val_tokens=options.pop("val_tokens", 5 * T)), **options)
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,9 @@ worker count, number of ranks or micro-batch size goes on from the same number.
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -59,6 +60,15 @@ class ValBatches(Dataset[Tensor]):
 
     def __getitem__(self, index: int) -> Tensor:
         return _windows(self.split, np.array(self.batches[index]), self.seq_len)
+
+
+class ValidationSet(NamedTuple):
+    """Text that is validated on. batches: makes this rank's, (<= B, T + 1) int64 each. bytes_per_token: UTF-8 bytes of
+    text. share: of the run's own val_loss; 0 of a further source."""
+
+    batches: Callable[[], Iterable[Tensor]]
+    bytes_per_token: float
+    share: float
 
 
 def spread(total: int, wanted: int) -> np.ndarray:
@@ -114,8 +124,9 @@ class TokenBatches:
     """Batches of a corpus for one of `ranks` processes, (micro_batch_size, seq_len + 1) int64: inputs are [:, :-1],
     targets [:, 1:].
 
-    val_tokens: validation predicts so many tokens of the validation split, spread evenly over it, rounded down to whole
-    sequences. overfit: every batch is the first one. UserError if either split is too small.
+    Validation predicts corpus.val_tokens of the validation split, spread evenly over it, rounded down to whole
+    sequences; and so of each further corpus in `validation`. overfit: every batch is the first one. UserError if a
+    split is too small.
     """
 
     def __init__(
@@ -125,8 +136,8 @@ class TokenBatches:
         seq_len: int,
         seed: int,
         micro_batch_size: int,
-        val_tokens: int,
         num_workers: int,
+        validation: Mapping[str, Corpus] | None = None,
         overfit: bool = False,
         rank: int = 0,
         ranks: int = 1,
@@ -136,17 +147,17 @@ class TokenBatches:
         self._num_workers, self._pin_memory = num_workers, pin_memory
         order = WindowOrder(seed, _count_windows(corpus, "train", seq_len))
         self._train = TrainBatches(corpus.train, order, rank, ranks, micro_batch_size, seq_len, overfit)
-        windows = spread(_count_windows(corpus, "val", seq_len), val_tokens // seq_len)
-        if len(windows) == 0:
-            raise UserError(
-                f"data.val_tokens={val_tokens} is less than one sequence of {seq_len} (model.seq_len); raise it"
-            )
-        if len(windows) < ranks:
-            raise UserError(
-                f"{len(windows)} validation sequences are fewer than {ranks} devices; raise data.val_tokens"
-            )
         self._passes: list[BatchLoader] = []
-        self._val = ValBatches(corpus.val, windows, rank, ranks, micro_batch_size, seq_len)
+
+        def held_out(place: str, corpus: Corpus, share: float = 0.0) -> ValidationSet:
+            windows = _validation_windows(place, corpus, seq_len, ranks)
+            batches = ValBatches(corpus.val, windows, rank, ranks, micro_batch_size, seq_len)
+            # In this process: a split is small and read again and again; 16 x 257 tokens took 0.5 ms on a CPU core.
+            load = partial(BatchLoader, batches, range(batches.n_batches), pin_memory)
+            return ValidationSet(load, corpus.bytes_per_token, share)
+
+        further = {name: held_out(f"validation.{name}", each) for name, each in (validation or {}).items()}
+        self.validation = {"": held_out("data", corpus, share=1.0)} | further
 
     def train(self, first: int, last: int) -> BatchLoader:
         """This rank's batches of the samples `first` to `last` of the run. UserError where these are no whole batches
@@ -165,16 +176,24 @@ class TokenBatches:
         while self._passes:
             self._passes.pop().close()
 
-    def val(self) -> BatchLoader:
-        # In this process: the split is small and read again and again; 16 x 257 tokens took 0.5 ms on a CPU core.
-        return BatchLoader(self._val, range(self._val.n_batches), self._pin_memory)
+
+def _validation_windows(place: str, corpus: Corpus, seq_len: int, ranks: int) -> np.ndarray:
+    """The windows of the validation split that are read. UserError for too few, naming the setting."""
+    windows = spread(_count_windows(corpus, "val", seq_len), corpus.val_tokens // seq_len)
+    if len(windows) == 0:
+        raise UserError(
+            f"{place}.val_tokens={corpus.val_tokens} is less than one sequence of {seq_len} (model.seq_len); raise it"
+        )
+    if len(windows) < ranks:
+        raise UserError(f"{len(windows)} validation sequences are fewer than {ranks} devices; raise {place}.val_tokens")
+    return windows
 
 
 def _count_windows(corpus: Corpus, name: str, seq_len: int) -> int:
     split: Split = getattr(corpus, name)
     if split.n_tokens < seq_len + 1:
         raise UserError(
-            f"the {name} split of {corpus.manifest['source']} has {split.n_tokens} tokens, too few for one sequence of "
+            f"the {name} split of {corpus.name} has {split.n_tokens} tokens, too few for one sequence of "
             f"{seq_len + 1} (model.seq_len + 1); add text or shorten model.seq_len"
         )
     return (split.n_tokens - 1) // seq_len

@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 from pydantic import BaseModel, Field, ValidationError, model_validator
@@ -91,6 +91,14 @@ class Split:
         return {key: value for key, value in self.__dict__.items() if key not in ("documents", "_shards")}
 
 
+class Part(NamedTuple):
+    """A source of a mixture. weight: its share of the samples is this over the sum of all weights."""
+
+    name: str
+    weight: int
+    corpus: Corpus
+
+
 @dataclass(frozen=True)
 class Corpus:
     """Tokens of a training and a validation split that share no document, and what they were made of.
@@ -101,6 +109,8 @@ class Corpus:
     bigram_cross_entropy: nats per token on the validation split, see `qtrain.data.bigram`.
     fingerprint: of the sources that it was found or made for (`qtrain.data.prepare.fingerprint`); "" of a corpus that
         was opened by its folder.
+    val_tokens: a validation reads at most so many tokens of the validation split; 0 of a corpus that was opened by its
+        folder.
     """
 
     folder: Path
@@ -111,6 +121,16 @@ class Corpus:
     data_hash: str
     bigram_cross_entropy: float
     fingerprint: str = ""
+    val_tokens: int = 0
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """The sources that it is mixed of: itself alone."""
+        return (Part("", 1, self),)
+
+    @property
+    def name(self) -> str:
+        return self.manifest["source"]
 
     @property
     def vocab_size(self) -> int:
@@ -161,8 +181,8 @@ def open_corpus(folder: Path, train_tokens: int | None = None) -> Corpus:
 
 
 class _Counts(Strict):
-    n_tokens: int = Field(gt=0)
-    n_documents: int = Field(gt=0)
+    n_tokens: int = Field(ge=0)
+    n_documents: int = Field(ge=0)
     n_bytes: int = Field(ge=0)
 
 
@@ -199,6 +219,8 @@ class _Manifest(BaseModel):
     @model_validator(mode="after")
     def _files_hold_the_tokens(self) -> _Manifest:
         item = np.dtype(self.dtype).itemsize
+        if self.splits["val"].n_tokens == 0:
+            raise ValueError("it counts no token of val")
         for name, counts in self.splits.items():
             full, rest = divmod(counts.n_tokens, self.shard_tokens)
             if full > MAX_SHARDS:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from pydantic import model_validator
 
-from qtrain.data.base import DataSettings, Document, Names, Source
+from qtrain.data.base import Document, Names, Source, TextSettings
 from qtrain.errors import UserError
 
 
@@ -23,7 +23,7 @@ class File(NamedTuple):
     path: Path
 
 
-class Files(DataSettings):
+class Files(TextSettings):
     """Documents in files that the user names. files, val_files: paths or globs."""
 
     files: Names = ()

@@ -28,7 +28,7 @@ from qtrain.config import Config, config_hash
 from qtrain.data.batches import TokenBatches
 from qtrain.data.corpus import Corpus, check_vocab
 from qtrain.data.order import describe_epochs, epochs, repetition_warning
-from qtrain.data.prepare import prepare, same_text
+from qtrain.data.prepare import prepare, prepare_validation, same_text
 from qtrain.data.tokenizer import tokenizer_files
 from qtrain.errors import DivergedError, LostRankError, RefusedError, StoppedError, UserError, first_line
 from qtrain.models.decoder import Decoder
@@ -50,6 +50,7 @@ from qtrain.training.loop import Training, train
 from qtrain.training.memory import check_state_fits, measure_memory
 from qtrain.training.observers import Measure, Observer, Profile, Progress, Recorder, Telemetry, Validate
 from qtrain.training.observers.loggers import build_loggers, check_logger, close_loggers, mirror_summary
+from qtrain.training.observers.measure import by_source
 from qtrain.training.parallel import Ranks, blocks_of, check_strategy, is_lost_rank, joined
 from qtrain.training.saves import Saves
 from qtrain.training.stop import QUEUE_AGAIN, StopRequest
@@ -178,13 +179,14 @@ def _session(config: Config, fabric: Fabric, ranks: Ranks, console: Console) -> 
     if config.recipe.operands():
         check_backend(config.backend, config.gemm, fabric.device.type)
     corpus = prepare(config.data, config.tokenizer, budget_tokens=budget_tokens(config))
+    validation = prepare_validation(config.validation, config.data, config.tokenizer, corpus)
     plan = make_plan(config, vocab_size=corpus.vocab_size)
     check_vocab(corpus, plan.vocab_size)
     check_state_fits(config, plan, fabric.device)
     model = build_model(config, plan.vocab_size)
     with RunDirectory.of(config) as directory:
         ranks.decided(lambda: directory.open(config))
-        yield Session(config, plan, corpus, model, directory, fabric, ranks, console)
+        yield Session(config, plan, corpus, validation, model, directory, fabric, ranks, console)
 
 
 class Session:
@@ -195,6 +197,7 @@ class Session:
         config: Config,
         plan: RunPlan,
         corpus: Corpus,
+        validation: Mapping[str, Corpus],
         model: Decoder,
         directory: RunDirectory,
         fabric: Fabric,
@@ -209,7 +212,7 @@ class Session:
             seq_len=config.model.seq_len,
             seed=config.seed,
             micro_batch_size=config.trainer.micro_batch_size,
-            val_tokens=config.data.val_tokens,
+            validation=validation,
             num_workers=config.data.num_workers,
             overfit=config.debug.overfit,
             rank=ranks.rank,
@@ -336,7 +339,7 @@ class Session:
         return [
             Measure(recorder, config.callbacks.log_every_steps),
             Telemetry(recorder, plan.telemetry_every_steps, config.callbacks.telemetry_gradients),
-            Validate(recorder, plan.val_every_steps, self.data.val, self.corpus.bytes_per_token),
+            Validate(recorder, plan.val_every_steps, self.data.validation),
             progress,
             *([Profile(self.directory.path / "profile", self.ranks.rank, self.device, profiled)] if profiled else []),
         ]
@@ -422,14 +425,15 @@ class Session:
         last = self._last_validation()
         assert last is not None
         values = {key: last[key] for key in ("val_loss", "val_bits_per_byte")}
+        named = {"validation": found} if (found := by_source(last)) else {}
         speeds = [line["tokens_per_second"] for line in self.directory.lines("tokens_per_second")]
-        self._write_summary(Status.FINISHED, **values, tokens_per_second=median(speeds) if speeds else None)
+        self._write_summary(Status.FINISHED, **values, **named, tokens_per_second=median(speeds) if speeds else None)
         _record(self.config, self.directory)
         plot_loss(self.directory.path)
-        self._show_end(values["val_loss"], values["val_bits_per_byte"])
+        self._show_end(values["val_loss"], values["val_bits_per_byte"], named.get("validation", {}))
         return values["val_loss"]
 
-    def _write_summary(self, status: Status, **results: float | str | None) -> None:
+    def _write_summary(self, status: Status, **results: float | str | Mapping[str, Any] | None) -> None:
         if not self.ranks.is_zero:
             return
         plan, config = self.plan, self.config
@@ -456,10 +460,15 @@ class Session:
         self.directory.write_summary(summary | results)
         mirror_summary(self.loggers, summary | results)
 
-    def _show_end(self, val_loss: float, val_bits: float) -> None:
+    def _show_end(self, val_loss: float, val_bits: float, named: Mapping[str, Mapping[str, float]]) -> None:
         bigram = self.corpus.bigram_cross_entropy
         lines = [
             f"validation loss {val_loss:.4f} nats per token ({val_bits:.4f} bits per byte)",
+            *(
+                f"  of {name:<12} {found['loss']:.4f} nats per token ({found['bits_per_byte']:.4f} bits per byte), "
+                f"{found['tokens']:,} tokens"
+                for name, found in named.items()
+            ),
             f"bigram model    {bigram:.4f} nats per token: what the pair counts of the training text alone predict",
             f"run directory   {self.directory.path}  (loss.png, metrics.jsonl, summary.json, checkpoints/)",
         ]

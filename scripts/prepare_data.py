@@ -31,11 +31,15 @@ def main(arguments: Sequence[str]) -> int:
         config = compose([argument for argument in arguments if not argument.startswith("verify=")])
         corpus = prepare(config.data, config.tokenizer, budget_tokens=budget_tokens(config))
         if checked:
-            verify(corpus.folder)
+            for part in corpus.parts:
+                verify(part.corpus.folder)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    _show(corpus, checked)
+    for part in corpus.parts:
+        if part.name:
+            print(f"{part.place}, weight {part.weight}:")
+        _show(part.corpus, checked)
     return 0
 
 

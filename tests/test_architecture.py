@@ -44,7 +44,7 @@ MAY_IMPORT = {
     "qtrain.plan": ("torch rich qtrain.config qtrain.config.settings qtrain.models qtrain.metrics qtrain_kernels"),
     "qtrain.data": (
         "numpy torch pydantic tokenizers filelock rich (huggingface_hub transformers) qtrain.config "
-        "qtrain.config.settings qtrain.data.base qtrain.runs"
+        "qtrain.config.settings qtrain.data.base qtrain.data.files qtrain.data.sources qtrain.runs"
     ),
     "qtrain.data.batches": "numpy torch qtrain.data",
     "qtrain.data.base": "pydantic qtrain.config.settings",

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from qtrain.config import TokenizerConfig
 from qtrain.data.batches import TokenBatches, TrainBatches, ValBatches
 from qtrain.data.corpus import Corpus
-from qtrain.data.order import WindowOrder
+from qtrain.data.order import MixedOrder, WindowOrder
 from qtrain.data.prepare import prepare
 from qtrain.data.sources.text import Text
 from qtrain.errors import UserError
@@ -106,8 +106,8 @@ def test_resume_with_another_micro_batch(corpus: Corpus) -> None:
 
 def test_ranks_share_each_micro_batch(corpus: Corpus) -> None:
     def batches(world: int, micro_batch: int) -> list[torch.Tensor]:
-        order = WindowOrder(3, (corpus.train.n_tokens - 1) // T)
-        ranks = [TrainBatches(corpus.train, order, r, world, micro_batch, T, overfit=False) for r in range(world)]
+        order = MixedOrder(3, [1], [(corpus.train.n_tokens - 1) // T])
+        ranks = [TrainBatches([corpus.train], order, r, world, micro_batch, T, overfit=False) for r in range(world)]
         return [torch.cat([rank[i] for rank in ranks]) for i in range(SAMPLES // (world * micro_batch))]
 
     alone = torch.cat(batches(1, 8))

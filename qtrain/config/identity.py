@@ -21,7 +21,7 @@ from typing import Any
 
 from qtrain.config.recipe import OF_THE_WHOLE_MODEL, LinearRecipe
 from qtrain.config.schema import Config
-from qtrain.config.settings import Strict, classes_of, is_mapping, parse
+from qtrain.config.settings import Strict, classes_of, is_mapping, parse, proportions
 
 NOT_IN_HASH = (
     "name",  # stands beside the hash
@@ -57,6 +57,7 @@ INTRODUCED: dict[str, dict[str, Any]] = {
     "ModelSettings": {"tie_embeddings": False, "vocab_size": None, "init_std": 0.02, "nominal_parameters": None},
     "Transformer": {"n_kv_heads": None, "rope_theta": 10000.0, "norm_eps": 1e-5},
     "Llama": {"family": "llama"},
+    "Mixture": {"parts": {}, "weights": {}},
     "TextSettings": {"streaming": False, "max_tokens": None, "val_fraction": 0.05},
     "Stdlib": {},
     "PythonEnv": {"packages": ()},
@@ -252,6 +253,7 @@ def _normal(config: Config) -> dict[str, Callable[[Any], Any]]:
         "data.files": lambda files: tuple(map(_place, files)),
         "data.val_files": lambda files: tuple(map(_place, files)),
         "data.path": lambda path: _place(path) if path and os.path.isdir(_expanded(path)) else path,  # noqa: PTH112
+        "data.weights": proportions,
         "tokenizer.path": lambda path: _place(path) if path and os.path.exists(_expanded(path)) else path,  # noqa: PTH110
     }
     if not config.data.reads_to_the_budget:  # else the budget says how much text is read

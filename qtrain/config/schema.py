@@ -199,6 +199,10 @@ class Config(Strict):
     def _further_sources(self) -> Config:
         for name, source in self.validation.items():
             source.check_beside(f"validation.{name}")
+            if name in self.data.names:
+                raise ValueError(
+                    f"validation.{name} is a part of data too, which is validated on; give it another name"
+                )
         return self
 
     @model_validator(mode="after")

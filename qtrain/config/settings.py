@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import math
 import pkgutil
 import reprlib
 from collections.abc import Mapping, Sequence
+from fractions import Fraction
 from functools import reduce
 from operator import or_
 from pathlib import Path
@@ -150,6 +152,16 @@ def fields_at(kind: type[BaseModel], parents: Sequence[str], chosen: Sequence[in
     return list(dict.fromkeys(name for each in kinds for name in each.model_fields))
 
 
+def proportions(weights: Mapping[str, float]) -> dict[str, int]:
+    """Positive weights as the smallest whole numbers of the same proportion, by name in order: 0.75 and 0.25 are 3 and
+    1. A float counts as the decimal number that it is written as."""
+    exact = {name: Fraction(str(weights[name])) for name in sorted(weights)}
+    unit = Fraction(
+        math.gcd(*(each.numerator for each in exact.values())), math.lcm(*(each.denominator for each in exact.values()))
+    )
+    return {name: int(each / unit) for name, each in exact.items()}
+
+
 def shown(value: Any) -> str:
     """A value in a message: a foreign file may hold one of any size or depth."""
     try:
@@ -175,13 +187,15 @@ def classes_of(kind: type[BaseModel], name: str, value: Any = None) -> list[type
 def is_mapping_at(kind: type[BaseModel], place: Sequence[str]) -> bool:
     """Whether the names below a place in the settings are the user's own."""
     holders = _classes_at(kind, place[:-1]) if place else []
-    return any(is_mapping(each, place[-1]) for each in holders if place[-1] in each.model_fields)
+    fields = [each.model_fields[place[-1]] for each in holders if place[-1] in each.model_fields]
+    return any(get_origin(field.annotation) is dict for field in fields)
 
 
 def is_mapping(kind: type[BaseModel], name: str) -> bool:
     """Whether a field maps names of the user's own to members of a family."""
     annotation = kind.model_fields[name].annotation
-    return get_origin(annotation) is dict and get_origin(get_args(annotation)[1]) is Annotated
+    values = get_args(annotation)[1] if get_origin(annotation) is dict else None
+    return any(isinstance(each, Discriminator) for each in getattr(values, "__metadata__", ()))
 
 
 def nearest(name: str, valid: list[str], parents: list[str] | None = None) -> str:

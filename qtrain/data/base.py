@@ -54,6 +54,11 @@ class DataSettings(Member):
         """Whether the run's budget says how much text is read."""
         return False
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the sources that it is mixed of."""
+        return ()
+
     def beside(self, data: DataSettings) -> Self:
         """These settings of a further source of a run, with those that the run has for all."""
         return self.model_copy(update={name: getattr(data, name) for name in OF_THE_RUN})

@@ -1,7 +1,8 @@
 """Batches of a run, whose state is one number: how many samples all ranks together have been given.
 
-Sample g is window `WindowOrder(seed, n)(g)` of the training split, so nothing about the order is stored, and another
-worker count, number of ranks or micro-batch size goes on from the same number.
+Sample g is the window of the training split, or that of a part of a mixture, that `MixedOrder(seed, ...)(g)` tells.
+So nothing about the order is stored, and another worker count, number of ranks or micro-batch size goes on from the
+same number.
 """
 
 # B micro-batch, T seq_len, W world size
@@ -9,7 +10,7 @@ worker count, number of ranks or micro-batch size goes on from the same number.
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -19,7 +20,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from qtrain.data.corpus import Corpus, Split
-from qtrain.data.order import WindowOrder
+from qtrain.data.mixture import MixedCorpus
+from qtrain.data.order import MixedOrder
 from qtrain.errors import UserError
 
 
@@ -27,15 +29,23 @@ class TrainBatches(Dataset[Tensor]):
     """Item i: this rank's share of micro-batch i of the run, (B, T + 1) int64: samples (i W + rank) B onwards."""
 
     def __init__(
-        self, split: Split, order: WindowOrder, rank: int, world: int, micro_batch: int, seq_len: int, overfit: bool
+        self,
+        splits: Sequence[Split],
+        order: MixedOrder,
+        rank: int,
+        world: int,
+        micro_batch: int,
+        seq_len: int,
+        overfit: bool,
     ) -> None:
-        self.split, self.order, self.seq_len = split, order, seq_len
+        self.splits, self.order, self.seq_len = splits, order, seq_len
         self.rank, self.world, self.micro_batch, self.overfit = rank, world, micro_batch, overfit
 
     def __getitem__(self, index: int) -> Tensor:
         step = 0 if self.overfit else index
         first = (step * self.world + self.rank) * self.micro_batch
-        return _windows(self.split, self.order(np.arange(first, first + self.micro_batch)), self.seq_len)
+        parts, windows = self.order(np.arange(first, first + self.micro_batch))
+        return _windows([self.splits[part] for part in parts], windows, self.seq_len)
 
 
 class ValBatches(Dataset[Tensor]):
@@ -59,7 +69,8 @@ class ValBatches(Dataset[Tensor]):
             mine = mine[size:]
 
     def __getitem__(self, index: int) -> Tensor:
-        return _windows(self.split, np.array(self.batches[index]), self.seq_len)
+        windows = np.array(self.batches[index])
+        return _windows([self.split] * len(windows), windows, self.seq_len)
 
 
 class ValidationSet(NamedTuple):
@@ -77,8 +88,9 @@ def spread(total: int, wanted: int) -> np.ndarray:
     return np.arange(count) * total // max(1, count)
 
 
-def _windows(split: Split, windows: np.ndarray, seq_len: int) -> Tensor:
-    return torch.from_numpy(np.stack([split.window(int(i) * seq_len, seq_len + 1) for i in windows]))
+def _windows(splits: Sequence[Split], windows: np.ndarray, seq_len: int) -> Tensor:
+    pairs = zip(splits, windows, strict=True)
+    return torch.from_numpy(np.stack([split.window(int(i) * seq_len, seq_len + 1) for split, i in pairs]))
 
 
 class BatchLoader:
@@ -125,13 +137,13 @@ class TokenBatches:
     targets [:, 1:].
 
     Validation predicts corpus.val_tokens of the validation split, spread evenly over it, rounded down to whole
-    sequences; and so of each further corpus in `validation`. overfit: every batch is the first one. UserError if a
-    split is too small.
+    sequences; and so of each part of a mixture, and of each further corpus in `validation`. overfit: every batch is
+    the first one. UserError if a split is too small.
     """
 
     def __init__(
         self,
-        corpus: Corpus,
+        corpus: Corpus | MixedCorpus,
         *,
         seq_len: int,
         seed: int,
@@ -145,8 +157,11 @@ class TokenBatches:
     ) -> None:
         self.per_batch = micro_batch_size * ranks
         self._num_workers, self._pin_memory = num_workers, pin_memory
-        order = WindowOrder(seed, _count_windows(corpus, "train", seq_len))
-        self._train = TrainBatches(corpus.train, order, rank, ranks, micro_batch_size, seq_len, overfit)
+        parts = corpus.parts
+        weights, corpora = [part.weight for part in parts], [part.corpus for part in parts]
+        order = MixedOrder(seed, weights, [_count_windows(each, "train", seq_len) for each in corpora])
+        splits = [each.train for each in corpora]
+        self._train = TrainBatches(splits, order, rank, ranks, micro_batch_size, seq_len, overfit)
         self._passes: list[BatchLoader] = []
 
         def held_out(place: str, corpus: Corpus, share: float = 0.0) -> ValidationSet:
@@ -157,7 +172,8 @@ class TokenBatches:
             return ValidationSet(load, corpus.bytes_per_token, share)
 
         further = {name: held_out(f"validation.{name}", each) for name, each in (validation or {}).items()}
-        self.validation = {"": held_out("data", corpus, share=1.0)} | further
+        own = {part.name: held_out(part.place, part.corpus, share=part.weight / sum(weights)) for part in corpus.parts}
+        self.validation = own | further
 
     def train(self, first: int, last: int) -> BatchLoader:
         """This rank's batches of the samples `first` to `last` of the run. UserError where these are no whole batches

@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 from pydantic import BaseModel, Field, ValidationError, model_validator
@@ -91,12 +91,22 @@ class Split:
         return {key: value for key, value in self.__dict__.items() if key not in ("documents", "_shards")}
 
 
+class HasVocabulary(Protocol):
+    @property
+    def vocab_size(self) -> int: ...
+
+
 class Part(NamedTuple):
     """A source of a mixture. weight: its share of the samples is this over the sum of all weights."""
 
     name: str
     weight: int
     corpus: Corpus
+
+    @property
+    def place(self) -> str:
+        """Of its settings."""
+        return f"data.parts.{self.name}" if self.name else "data"
 
 
 @dataclass(frozen=True)
@@ -341,7 +351,7 @@ def _tokenizer(folder: Path, manifest: dict[str, Any]) -> Tokenizer:
     return tokenizer
 
 
-def check_vocab(corpus: Corpus, vocab_size: int) -> None:
+def check_vocab(corpus: HasVocabulary, vocab_size: int) -> None:
     """UserError if the model's vocabulary does not hold every token id of the corpus."""
     if vocab_size < corpus.vocab_size:
         raise UserError(

@@ -1,6 +1,6 @@
 """The corpus that a run's settings name: opened where it lies prepared, else made.
 
-How it is made is the plan's: `qtrain.data.tokenise` for text.
+How it is made is the plan's: `qtrain.data.tokenise` for text, `qtrain.data.mixture` for several sources.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ import numpy as np
 from qtrain.config import TokenizerConfig
 from qtrain.data.base import DataSettings, TextSettings
 from qtrain.data.corpus import Corpus, Split
-from qtrain.data.tokenise import plan_text
+from qtrain.data.mixture import MixedCorpus, plan_mixture
+from qtrain.data.sources.mixture import Mixture
+from qtrain.data.tokenise import TextPlan, plan_text
 from qtrain.data.tokenizer import FileTokenizer
 from qtrain.errors import UserError
 
@@ -28,20 +30,26 @@ class Plan(Protocol):
 
     @property
     def fingerprint(self) -> str: ...
-    def find(self) -> Corpus | None: ...
-    def make(self, progress: bool) -> Corpus: ...
+    def find(self) -> Corpus | MixedCorpus | None: ...
+    def make(self, progress: bool) -> Corpus | MixedCorpus: ...
 
 
-def _plan(
+def _plan(data: DataSettings, tokenizer: TokenizerConfig, budget_tokens: int | None) -> Plan:
+    if isinstance(data, Mixture):
+        return plan_mixture(data, tokenizer, budget_tokens, _part_plan)
+    return _part_plan(data, tokenizer, budget_tokens)
+
+
+def _part_plan(
     data: DataSettings, tokenizer: TokenizerConfig, budget_tokens: int | None = None, only_val: bool = False
-) -> Plan:
+) -> TextPlan:
     assert isinstance(data, TextSettings)
     return plan_text(data, tokenizer, budget_tokens, only_val)
 
 
 def prepare(
     data: DataSettings, tokenizer: TokenizerConfig, *, budget_tokens: int | None = None, progress: bool = True
-) -> Corpus:
+) -> Corpus | MixedCorpus:
     """The corpus of these settings: opened from data.cache_dir where it lies prepared, else made there.
 
     budget_tokens: training tokens that the run will read; the limit of a streamed source without data.max_tokens.
@@ -50,8 +58,11 @@ def prepare(
     """
     plan = _plan(data, tokenizer, budget_tokens)
     corpus = plan.find() or plan.make(progress)
-    if corpus.is_cut:
-        log.info("%s", describe_cut(corpus))
+    for part in corpus.parts:
+        if part.corpus.is_cut:
+            log.info("%s", describe_cut(part.corpus))
+        if len(corpus.parts) > 1:
+            _warn_of_training_text(part.place, part.corpus.val, corpus)
     wanted = tokenizer.vocab_size if tokenizer.kind == "bpe" else None
     if wanted is not None and corpus.vocab_size < wanted:
         log.warning(
@@ -65,7 +76,7 @@ def prepare_validation(
     validation: Mapping[str, DataSettings],
     data: DataSettings,
     tokenizer: TokenizerConfig,
-    corpus: Corpus,
+    corpus: Corpus | MixedCorpus,
     *,
     progress: bool = True,
 ) -> dict[str, Corpus]:
@@ -78,7 +89,7 @@ def prepare_validation(
     found = {}
     for name, settings in validation.items():
         try:
-            plan = _plan(settings.beside(data), shared, only_val=True)
+            plan = _part_plan(settings.beside(data), shared, only_val=True)
             found[name] = plan.find() or plan.make(progress)
         except UserError as error:
             raise UserError(f"validation.{name}: {error}") from None
@@ -86,7 +97,7 @@ def prepare_validation(
     return found
 
 
-def _shared_tokenizer(tokenizer: TokenizerConfig, corpus: Corpus) -> TokenizerConfig:
+def _shared_tokenizer(tokenizer: TokenizerConfig, corpus: Corpus | MixedCorpus) -> TokenizerConfig:
     """The settings of the tokenizer of `corpus`, for another source: one that was trained on a text is read from its
     file."""
     if tokenizer.kind != "bpe":
@@ -96,7 +107,7 @@ def _shared_tokenizer(tokenizer: TokenizerConfig, corpus: Corpus) -> TokenizerCo
     return TokenizerConfig(kind="huggingface", vocab_size=None, path=str(path), eos_token=corpus.tokenizer.eos_token)
 
 
-def _warn_of_training_text(place: str, val: Split, corpus: Corpus) -> None:
+def _warn_of_training_text(place: str, val: Split, corpus: Corpus | MixedCorpus) -> None:
     count = sum(count_shared(part.corpus.train, val) for part in corpus.parts)
     if count:
         log.warning(
@@ -121,6 +132,14 @@ def fingerprint(data: DataSettings, tokenizer: TokenizerConfig, *, budget_tokens
     """Twelve hex digits of the sources, what is held out of them, and the tokenizer, without reading any text: name,
     size and modification time of each file, or the name of a dataset on the hub. UserError as `prepare`."""
     return _plan(data, tokenizer, budget_tokens).fingerprint
+
+
+def find(data: DataSettings, tokenizer: TokenizerConfig, *, budget_tokens: int | None) -> Corpus | MixedCorpus | None:
+    """The corpus of these settings where it lies prepared; None where it does not, or its text is not here."""
+    try:
+        return _plan(data, tokenizer, budget_tokens).find()
+    except UserError:
+        return None
 
 
 def same_text(

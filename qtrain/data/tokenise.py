@@ -330,16 +330,20 @@ def _tokenizer(plan: TextPlan, assign: Assignment, bar: Progress) -> Tokenizer:
         return load_pretrained(plan.tokenizer)
     assert plan.tokenizer.vocab_size is not None, "TokenizerConfig requires it for bpe"
     bar.phase("training the tokenizer")
-    return train_bpe(_training_text(assign), plan.tokenizer.vocab_size)
+    return train_bpe(_training_text(assign, BPE_TEXT_BYTES), plan.tokenizer.vocab_size)
 
 
-def _training_text(assign: Assignment) -> Iterator[str]:
-    n_bytes = 0
+def training_text(plan: TextPlan, n_bytes: int) -> Iterator[str]:
+    """The first training documents of a source, until they have so many bytes."""
+    return _training_text(Assignment(plan), n_bytes)
+
+
+def _training_text(assign: Assignment, n_bytes: int) -> Iterator[str]:
     for item in assign.items():
-        if n_bytes >= BPE_TEXT_BYTES:
+        if n_bytes <= 0:
             return
         if item.split == "train":
-            n_bytes += len(item.text.encode())
+            n_bytes -= len(item.text.encode())
             yield item.text
 
 

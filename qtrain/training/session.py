@@ -27,8 +27,9 @@ from rich.logging import RichHandler
 from qtrain.config import Config, config_hash
 from qtrain.data.batches import TokenBatches
 from qtrain.data.corpus import Corpus, check_vocab
+from qtrain.data.mixture import MixedCorpus
 from qtrain.data.order import describe_epochs, epochs, repetition_warning
-from qtrain.data.prepare import prepare, prepare_validation, same_text
+from qtrain.data.prepare import find, prepare, prepare_validation, same_text
 from qtrain.data.tokenizer import tokenizer_files
 from qtrain.errors import DivergedError, LostRankError, RefusedError, StoppedError, UserError, first_line
 from qtrain.models.decoder import Decoder
@@ -95,7 +96,14 @@ def run(config: Config) -> float | None:
         directory.check(config)
         plan = make_plan(config)
         memory = measure_memory(config, plan, device)
-        about = {"memory": memory.describe(), "device": str(device), "run_directory": str(directory.path)}
+        corpus = find(config.data, config.tokenizer, budget_tokens=budget_tokens(config))
+        read = describe_epochs(_text_read(config, plan, corpus)) if corpus else "known when the text is prepared"
+        about = {
+            "text_read": read,
+            "memory": memory.describe(),
+            "device": str(device),
+            "run_directory": str(directory.path),
+        }
         console.print(plan.table(config, **about))
         if (excess := memory.excess(config, device)) is not None:
             log.warning("%s", excess)
@@ -196,7 +204,7 @@ class Session:
         self,
         config: Config,
         plan: RunPlan,
-        corpus: Corpus,
+        corpus: Corpus | MixedCorpus,
         validation: Mapping[str, Corpus],
         model: Decoder,
         directory: RunDirectory,
@@ -236,7 +244,7 @@ class Session:
         """Train and finish; the validation loss, on rank 0."""
         decision = self.ranks.decided(self._decide)
         self.shared_steps = decision.shared_steps
-        read = epochs(self.plan.tokens, self.corpus.train.n_tokens, self.config.model.seq_len)
+        read = _text_read(self.config, self.plan, self.corpus)
         about = {"text_read": describe_epochs(read), "device": _describe(self.device)}
         self.console.print(self.plan.table(self.config, **about, run_directory=str(self.directory.path)))
         repeated = repetition_warning(read)
@@ -473,6 +481,15 @@ class Session:
             f"run directory   {self.directory.path}  (loss.png, metrics.jsonl, summary.json, checkpoints/)",
         ]
         self.console.print("\n".join(lines), soft_wrap=True)
+
+
+def _text_read(config: Config, plan: RunPlan, corpus: Corpus | MixedCorpus) -> dict[str, float]:
+    """How often the run reads each part of its training text."""
+    total = sum(part.weight for part in corpus.parts)
+    return {
+        part.name: epochs(plan.tokens * part.weight / total, part.corpus.train.n_tokens, config.model.seq_len)
+        for part in corpus.parts
+    }
 
 
 def _describe(device: torch.device) -> str:

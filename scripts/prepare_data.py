@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 
 from qtrain.config.settings import group_names
-from qtrain.data.corpus import Corpus, verify
+from qtrain.data.corpus import Corpus
 from qtrain.data.prepare import describe_cut, prepare
 from qtrain.errors import UserError
 from qtrain.plan import budget_tokens
@@ -32,7 +32,7 @@ def main(arguments: Sequence[str]) -> int:
         corpus = prepare(config.data, config.tokenizer, budget_tokens=budget_tokens(config))
         if checked:
             for part in corpus.parts:
-                verify(part.corpus.folder)
+                part.corpus.verify()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -44,14 +44,14 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _show(corpus: Corpus, checked: bool) -> None:
-    for split in (corpus.train, corpus.val):
+    for name, split in (("train", corpus.train), ("val", corpus.val)):
         size = f"{split.n_bytes / 1e6:,.1f} MB"
-        print(f"{split.name:<6} {split.n_tokens:>15,} tokens {split.n_documents:>12,} documents {size:>14}")
+        print(f"{name:<6} {split.n_tokens:>15,} tokens {split.n_documents:>12,} documents {size:>14}")
     if corpus.is_cut:
         print(describe_cut(corpus))
     print(f"vocabulary {corpus.vocab_size:,}, {corpus.bytes_per_token:.3f} bytes per token in validation")
     print(f"bigram cross-entropy {corpus.bigram_cross_entropy:.4f} nats per token")
-    if dropped := corpus.manifest["dropped_from_train"]:
+    if dropped := corpus.manifest.get("dropped_from_train"):
         print(f"dropped from train, being in validation too: {dropped:,} documents")
     print(f"data_hash {corpus.data_hash[:16]}\nfolder {corpus.folder}{' (checksums verified)' if checked else ''}")
 

@@ -48,8 +48,10 @@ MAY_IMPORT = {
     ),
     "qtrain.data.batches": "numpy torch qtrain.data",
     "qtrain.data.base": "pydantic qtrain.config.settings",
-    "qtrain.data.files": "pydantic qtrain.data.base",
-    "qtrain.data.sources": "pydantic qtrain.data.base qtrain.data.files (datasets pyarrow)",
+    "qtrain.data.files": "pydantic qtrain.data.base (numpy)",
+    "qtrain.data.sources": (
+        "pydantic qtrain.config.settings qtrain.data.base qtrain.data.files (datasets numpy pyarrow)"
+    ),
     "qtrain.runs": "yaml pydantic (pyarrow) qtrain.config qtrain.config.settings",
     "qtrain.scaling": "numpy scipy yaml (pyarrow)",
     "qtrain.report": "numpy scipy matplotlib yaml (pyarrow) qtrain.config qtrain.runs qtrain.scaling",

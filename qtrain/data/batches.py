@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from qtrain.data.corpus import Corpus, Split
+from qtrain.data.corpus import Corpus, Stream
 from qtrain.data.mixture import MixedCorpus
 from qtrain.data.order import MixedOrder
 from qtrain.errors import UserError
@@ -30,7 +30,7 @@ class TrainBatches(Dataset[Tensor]):
 
     def __init__(
         self,
-        splits: Sequence[Split],
+        splits: Sequence[Stream],
         order: MixedOrder,
         rank: int,
         world: int,
@@ -56,7 +56,7 @@ class ValBatches(Dataset[Tensor]):
     """
 
     def __init__(
-        self, split: Split, windows: np.ndarray, rank: int, world: int, micro_batch: int, seq_len: int
+        self, split: Stream, windows: np.ndarray, rank: int, world: int, micro_batch: int, seq_len: int
     ) -> None:
         self.split, self.seq_len = split, seq_len
         shares = [share.tolist() for share in np.array_split(windows, world)]
@@ -88,7 +88,7 @@ def spread(total: int, wanted: int) -> np.ndarray:
     return np.arange(count) * total // max(1, count)
 
 
-def _windows(splits: Sequence[Split], windows: np.ndarray, seq_len: int) -> Tensor:
+def _windows(splits: Sequence[Stream], windows: np.ndarray, seq_len: int) -> Tensor:
     pairs = zip(splits, windows, strict=True)
     return torch.from_numpy(np.stack([split.window(int(i) * seq_len, seq_len + 1) for split, i in pairs]))
 
@@ -206,7 +206,7 @@ def _validation_windows(place: str, corpus: Corpus, seq_len: int, ranks: int) ->
 
 
 def _count_windows(corpus: Corpus, name: str, seq_len: int) -> int:
-    split: Split = getattr(corpus, name)
+    split: Stream = getattr(corpus, name)
     if split.n_tokens < seq_len + 1:
         raise UserError(
             f"the {name} split of {corpus.name} has {split.n_tokens} tokens, too few for one sequence of "

@@ -16,7 +16,7 @@ import contextlib
 import hashlib
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -91,6 +91,19 @@ class Split:
         return {key: value for key, value in self.__dict__.items() if key not in ("documents", "_shards")}
 
 
+class Stream(Protocol):
+    """A split's tokens, one after the other; see Split. digests: of the documents' text, where there is text."""
+
+    @property
+    def n_tokens(self) -> int: ...
+    @property
+    def n_documents(self) -> int: ...
+    @property
+    def n_bytes(self) -> int: ...
+    def window(self, start: int, length: int) -> np.ndarray: ...
+    def digests(self) -> Iterator[bytes]: ...
+
+
 class HasVocabulary(Protocol):
     @property
     def vocab_size(self) -> int: ...
@@ -121,17 +134,26 @@ class Corpus:
         was opened by its folder.
     val_tokens: a validation reads at most so many tokens of the validation split; 0 of a corpus that was opened by its
         folder.
+    reread: reads all of it again; UserError for what is not as it was. None: `verify` of its folder.
     """
 
     folder: Path
     manifest: dict[str, Any]
     tokenizer: Tokenizer
-    train: Split
-    val: Split
+    train: Stream
+    val: Stream
     data_hash: str
     bigram_cross_entropy: float
     fingerprint: str = ""
     val_tokens: int = 0
+    reread: Callable[[], object] | None = None
+
+    def verify(self) -> None:
+        """Reads everything. UserError naming the first file that is not what it was."""
+        if self.reread is None:
+            verify(self.folder)
+        else:
+            self.reread()
 
     @property
     def parts(self) -> tuple[Part, ...]:
@@ -277,7 +299,7 @@ def check_files(folder: Path, manifest: dict[str, Any]) -> None:
     and time of change. A disk that forgets bits without being written to is found by `verify` alone.
     """
     _check_sizes(folder, manifest)
-    stamps = {name: _stamp(folder / name) for name in manifest["files"]}
+    stamps = {name: stamp_of(folder / name) for name in manifest["files"]}
     known = _read_verified(folder)
     changed = [name for name, stamp in stamps.items() if known.get(name) != [stamp, manifest["files"][name]["sha256"]]]
     for name in changed:
@@ -305,7 +327,7 @@ def _check_sizes(folder: Path, manifest: dict[str, Any]) -> None:
             raise UserError(f"{path}: {found}, the manifest says {facts['bytes']} bytes; prepare the corpus again")
 
 
-def _stamp(path: Path) -> list[int]:
+def stamp_of(path: Path) -> list[int]:
     """What changes when a file is written to; nobody can set st_ctime."""
     found = path.stat()
     return [found.st_size, found.st_ino, found.st_ctime_ns]

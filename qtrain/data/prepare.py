@@ -1,6 +1,7 @@
 """The corpus that a run's settings name: opened where it lies prepared, else made.
 
-How it is made is the plan's: `qtrain.data.tokenise` for text, `qtrain.data.mixture` for several sources.
+How it is made is the plan's: `qtrain.data.tokenise` for text, `qtrain.data.token_files` for what is tokenised already,
+`qtrain.data.mixture` for several sources.
 """
 
 from __future__ import annotations
@@ -13,9 +14,11 @@ import numpy as np
 
 from qtrain.config import TokenizerConfig
 from qtrain.data.base import DataSettings, TextSettings
-from qtrain.data.corpus import Corpus, Split
+from qtrain.data.corpus import Corpus, Stream
+from qtrain.data.files import TokenFiles
 from qtrain.data.mixture import MixedCorpus, plan_mixture
 from qtrain.data.sources.mixture import Mixture
+from qtrain.data.token_files import TokenPlan, plan_tokens
 from qtrain.data.tokenise import TextPlan, plan_text
 from qtrain.data.tokenizer import FileTokenizer
 from qtrain.errors import UserError
@@ -42,7 +45,9 @@ def _plan(data: DataSettings, tokenizer: TokenizerConfig, budget_tokens: int | N
 
 def _part_plan(
     data: DataSettings, tokenizer: TokenizerConfig, budget_tokens: int | None = None, only_val: bool = False
-) -> TextPlan:
+) -> TextPlan | TokenPlan:
+    if isinstance(data, TokenFiles):
+        return plan_tokens(data, tokenizer, only_val)
     assert isinstance(data, TextSettings)
     return plan_text(data, tokenizer, budget_tokens, only_val)
 
@@ -107,7 +112,7 @@ def _shared_tokenizer(tokenizer: TokenizerConfig, corpus: Corpus | MixedCorpus) 
     return TokenizerConfig(kind="huggingface", vocab_size=None, path=str(path), eos_token=corpus.tokenizer.eos_token)
 
 
-def _warn_of_training_text(place: str, val: Split, corpus: Corpus | MixedCorpus) -> None:
+def _warn_of_training_text(place: str, val: Stream, corpus: Corpus | MixedCorpus) -> None:
     count = sum(count_shared(part.corpus.train, val) for part in corpus.parts)
     if count:
         log.warning(
@@ -116,9 +121,12 @@ def _warn_of_training_text(place: str, val: Split, corpus: Corpus | MixedCorpus)
         )  # fmt: skip
 
 
-def count_shared(train: Split, val: Split) -> int:
+def count_shared(train: Stream, val: Stream) -> int:
     """How many documents of the training split stand in the validation split too, by their digests."""
-    wanted = np.unique(np.frombuffer(b"".join(val.digests()), "<u8")[::2])
+    digests = b"".join(val.digests())
+    if not digests:
+        return 0
+    wanted = np.unique(np.frombuffer(digests, "<u8")[::2])
     return sum(int(np.isin(np.frombuffer(block, "<u8")[::2], wanted).sum()) for block in train.digests())
 
 

@@ -91,7 +91,7 @@ def _point(config: Config, rows: Mapping[tuple[str, str], list[Row]], agree: Cal
     summary = directory.summary
     ended = [summary] if directory.finished else rows.get((config.name, config_hash(config)), [])
     for found in ended:
-        budget = budget_tokens(config) if config.data.streaming else None
+        budget = budget_tokens(config) if config.data.reads_to_the_budget else None
         agrees = agree(config.data, config.tokenizer, budget, found.get("data_fingerprint"), found.get("data_hash"))
         if agrees is not False:
             note = f"loss {found['val_loss']:.4f}" + ("" if agrees else ", its text not compared with the one here")

@@ -334,7 +334,8 @@ def tokenising_speed(overrides: list[str]) -> float:
         config = compose([*overrides, f"data.cache_dir={scratch}", "data.prepare_workers=1", "tokenizer=bytes"])
         started = time.perf_counter()
         corpus = prepare(config.data, config.tokenizer, budget_tokens=config.trainer.tokens, progress=False)
-        return (corpus.train.n_bytes + corpus.val.n_bytes) / 1e6 / (time.perf_counter() - started)
+        (part,) = corpus.parts
+        return (part.corpus.train.n_bytes + part.corpus.val.n_bytes) / 1e6 / (time.perf_counter() - started)
 
 
 def now(device: torch.device) -> float:

@@ -41,6 +41,9 @@ def dashboard() -> tuple[Section, ...]:
         Panel("validation loss (nats per token)", ("val_loss",)),
         Panel("validation loss (bits per byte)", ("val_bits_per_byte",)),
         Panel("training loss (nats per token)", ("loss",)),
+        Panel("validation loss by source (nats per token)", pattern=r"val_loss/.*"),
+        Panel("validation loss by source (bits per byte)", pattern=r"val_bits_per_byte/.*"),
+        Panel("validation tokens by source", pattern=r"val_tokens/.*"),
     )
     optimisation = (
         Panel("gradient norm before clipping", ("grad_norm",), log_y=True),

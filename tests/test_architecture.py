@@ -49,12 +49,14 @@ MAY_IMPORT = {
     "qtrain.plan": ("torch rich qtrain.config qtrain.config.settings qtrain.models qtrain.metrics qtrain_kernels"),
     "qtrain.data": (
         "numpy torch pydantic tokenizers filelock rich (huggingface_hub transformers) qtrain.config "
-        "qtrain.config.settings qtrain.data.base qtrain.runs"
+        "qtrain.config.settings qtrain.data.base qtrain.data.files qtrain.data.sources qtrain.runs"
     ),
     "qtrain.data.batches": "numpy torch qtrain.data",
     "qtrain.data.base": "pydantic qtrain.config.settings",
-    "qtrain.data.files": "pydantic qtrain.data.base",
-    "qtrain.data.sources": "pydantic qtrain.data.base qtrain.data.files (datasets pyarrow)",
+    "qtrain.data.files": "pydantic qtrain.data.base (numpy)",
+    "qtrain.data.sources": (
+        "pydantic qtrain.config.settings qtrain.data.base qtrain.data.files (datasets numpy pyarrow)"
+    ),
     "qtrain.runs": "yaml pydantic (pyarrow) qtrain.config qtrain.config.settings",
     "qtrain.scaling": "numpy scipy yaml (pyarrow)",
     "qtrain.report": "numpy scipy matplotlib yaml (pyarrow) qtrain.config qtrain.runs qtrain.scaling",
@@ -90,8 +92,8 @@ MAY_IMPORT = {
     ),
     "qtrain.training.trunk": ("qtrain.config qtrain.plan qtrain.training.causal_lm qtrain.training.checkpoint"),
     "qtrain.training.observers": (
-        "torch lightning rich qtrain.config qtrain.metrics qtrain.quant qtrain.runs qtrain.training.causal_lm "
-        "qtrain.training.losses qtrain.training.parallel"
+        "torch lightning rich qtrain.config qtrain.data.batches qtrain.metrics qtrain.quant qtrain.runs "
+        "qtrain.training.causal_lm qtrain.training.losses qtrain.training.parallel"
     ),
     "qtrain.training.divergence": "qtrain.training.causal_lm qtrain.training.parallel",
     "qtrain.training.saves": (

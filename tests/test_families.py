@@ -201,7 +201,7 @@ def environment(folder: Path) -> dict[str, str]:
         ("data.source=[1]", r"data\.source=\[1\]: there is no such source; use huggingface"),
         ("data.source=null", r"data\.source=None: there is no such source; use huggingface"),
         ("model.family=lama", r"model\.family='lama': Input should be 'llama'"),
-        ("data.text_field=body", r"^unknown key 'data\.text_field' \(found 'body'\); keys of data: streaming, "),
+        ("data.text_field=body", r"^unknown key 'data\.text_field' \(found 'body'\); keys of data: cache_dir, "),
         ("data.files=x.txt", r"^unknown key 'data\.files' \(found 'x\.txt'\)"),
     ],
 )

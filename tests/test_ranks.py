@@ -270,9 +270,7 @@ def under_a_stock_trainer(corpus: Path, folder: Path) -> None:
     module = CausalLM(config, plan, build_model(config, 257))
     text = prepare(config.data, config.tokenizer, progress=False)
     rank = int(os.environ["RANK"])
-    data = TokenBatches(
-        text, seq_len=16, seed=config.seed, micro_batch_size=1, val_tokens=64, num_workers=0, rank=rank, ranks=2
-    )
+    data = TokenBatches(text, seq_len=16, seed=config.seed, micro_batch_size=1, num_workers=0, rank=rank, ranks=2)
     batches = list(data.train(0, STEPS * plan.micro_batches * data.per_batch))
     trainer = lightning.Trainer(
         accelerator="cpu", devices=2, strategy="ddp", max_steps=plan.steps, use_distributed_sampler=False,

@@ -39,7 +39,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
         "trainer.tokens=256", "trainer.batch_tokens=128", "trainer.micro_batch_size=4", "callbacks.log_every_steps=1",
         "callbacks.telemetry_every_steps=1", "callbacks.telemetry_gradients=true",
         "data.source=text", f"data.files={folder}/*.txt", "data.val_tokens=128", f"data.cache_dir={folder}/cache",
-        f"run_root={folder}/runs",
+        f"run_root={folder}/runs", "+data@validation.one=text", f"validation.one.files={folder}/1.txt",
     ]  # fmt: skip
     for recipe in (["recipe=quartet"], ["recipe=mxfp8", "gemm=fp8"]):
         run(compose([*small, *recipe]))

@@ -26,7 +26,6 @@ def main() -> None:
         print(as_called("data", __doc__))
         print(f"data: {', '.join(group_names('data'))}\ntokenizer: {', '.join(group_names('tokenizer'))}")
         return
-    from qtrain.data.corpus import verify
     from qtrain.data.prepare import prepare
     from qtrain.plan import budget_tokens
     from qtrain.train import compose
@@ -35,20 +34,24 @@ def main() -> None:
     config = compose([argument for argument in arguments if not argument.startswith("verify=")])
     corpus = prepare(config.data, config.tokenizer, budget_tokens=budget_tokens(config))
     if checked:
-        verify(corpus.folder)
-    _show(corpus, checked)
+        for part in corpus.parts:
+            part.corpus.verify()
+    for part in corpus.parts:
+        if part.name:
+            print(f"{part.place}, weight {part.weight}:")
+        _show(part.corpus, checked)
 
 
 def _show(corpus: Corpus, checked: bool) -> None:
     from qtrain.data.prepare import describe_cut
 
-    for split in (corpus.train, corpus.val):
+    for name, split in (("train", corpus.train), ("val", corpus.val)):
         size = f"{split.n_bytes / 1e6:,.1f} MB"
-        print(f"{split.name:<6} {split.n_tokens:>15,} tokens {split.n_documents:>12,} documents {size:>14}")
+        print(f"{name:<6} {split.n_tokens:>15,} tokens {split.n_documents:>12,} documents {size:>14}")
     if corpus.is_cut:
         print(describe_cut(corpus))
     print(f"vocabulary {corpus.vocab_size:,}, {corpus.bytes_per_token:.3f} bytes per token in validation")
     print(f"bigram cross-entropy {corpus.bigram_cross_entropy:.4f} nats per token")
-    if dropped := corpus.manifest["dropped_from_train"]:
+    if dropped := corpus.manifest.get("dropped_from_train"):
         print(f"dropped from train, being in validation too: {dropped:,} documents")
     print(f"data_hash {corpus.data_hash[:16]}\nfolder {corpus.folder}{' (checksums verified)' if checked else ''}")

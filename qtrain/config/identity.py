@@ -21,7 +21,7 @@ from typing import Any
 
 from qtrain.config.recipe import OF_THE_WHOLE_MODEL, LinearRecipe
 from qtrain.config.schema import Config
-from qtrain.config.settings import Strict, classes_of, parse
+from qtrain.config.settings import Strict, classes_of, is_mapping, parse, proportions
 
 NOT_IN_HASH = (
     "name",  # stands beside the hash
@@ -55,14 +55,17 @@ NOT_IN_HASH = (
 # The value of each setting when it was introduced, or for those of the first version their default then, by the class
 # that has it. NEVER change a value here, whatever becomes of the default in the class.
 INTRODUCED: dict[str, dict[str, Any]] = {
-    "Config": {"seed": 0, "gemm": "auto"},
+    "Config": {"seed": 0, "gemm": "auto", "validation": {}},
     "ModelSettings": {"tie_embeddings": False, "vocab_size": None, "init_std": 0.02, "nominal_parameters": None},
     "Transformer": {"n_kv_heads": None, "rope_theta": 10000.0, "norm_eps": 1e-5},
     "Llama": {"family": "llama"},
-    "DataSettings": {"streaming": False, "document_mask": False, "max_tokens": None, "val_fraction": 0.05},
+    "DataSettings": {"document_mask": False},
+    "Mixture": {"parts": {}, "weights": {}},
+    "TextSettings": {"streaming": False, "max_tokens": None, "val_fraction": 0.05},
     "Stdlib": {},
     "PythonEnv": {"packages": ()},
-    "Files": {"files": (), "val_files": ()},
+    "NamedFiles": {"files": (), "val_files": ()},
+    "TokenFiles": {"val_fraction": 0.05},
     "Text": {},
     "RowFiles": {"text_field": "text"},
     "Jsonl": {},
@@ -176,6 +179,8 @@ def _tree(config: Config, settings: Strict, is_left_out: Callable[[Strict, str, 
             found[name] = [[pattern, _override(config, other, is_left_out)] for pattern, other in value.items()]
         elif isinstance(value, Strict):
             found[name] = _tree(config, value, is_left_out, f"{key}.")
+        elif is_mapping(type(settings), name):  # of sources: what is said of the settings of `data` is said of them too
+            found[name] = {other: _tree(config, each, is_left_out, "data.") for other, each in value.items()}
         else:
             found[name] = list(value) if isinstance(value, tuple) else value
     return found
@@ -205,12 +210,21 @@ def _completed(kind: type[Strict], tree: Mapping[str, Any]) -> dict[str, Any]:
     found = introduced(kind) | dict(tree)
     for name in kind.model_fields:
         value = found.get(name)
-        classes = classes_of(kind, name, value)
-        if isinstance(value, Mapping) and len(classes) == 1:
-            others = {key for each in classes_of(kind, name) for key in each.model_fields}
-            idle = others - set(classes[0].model_fields) | REMOVED.get(classes[0].__name__, set())
-            found[name] = _completed(classes[0], {key: each for key, each in value.items() if key not in idle})
+        if is_mapping(kind, name) and isinstance(value, Mapping):
+            found[name] = {other: _completed_at(kind, name, each) for other, each in value.items()}
+        else:
+            found[name] = _completed_at(kind, name, value)
     return found
+
+
+def _completed_at(kind: type[Strict], name: str, value: Any) -> Any:
+    """A value that a setting may have, completed where it is settings."""
+    classes = classes_of(kind, name, value)
+    if not isinstance(value, Mapping) or len(classes) != 1:
+        return value
+    others = {key for each in classes_of(kind, name) for key in each.model_fields}
+    idle = others - set(classes[0].model_fields) | REMOVED.get(classes[0].__name__, set())
+    return _completed(classes[0], {key: each for key, each in value.items() if key not in idle})
 
 
 # ------------------------------------------------------------------------------------------------- what changes nothing
@@ -244,9 +258,10 @@ def _normal(config: Config) -> dict[str, Callable[[Any], Any]]:
         "data.files": lambda files: tuple(map(_place, files)),
         "data.val_files": lambda files: tuple(map(_place, files)),
         "data.path": lambda path: _place(path) if path and os.path.isdir(_expanded(path)) else path,  # noqa: PTH112
+        "data.weights": proportions,
         "tokenizer.path": lambda path: _place(path) if path and os.path.exists(_expanded(path)) else path,  # noqa: PTH110
     }
-    if not config.data.streaming or config.data.max_tokens is not None:  # else the budget says how much text is read
+    if not config.data.reads_to_the_budget:  # else the budget says how much text is read
         batch = config.trainer.batch_tokens
         normal["trainer.tokens"] = lambda tokens: tokens and max(batch, tokens // batch * batch)
     return normal

@@ -11,15 +11,27 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field, model_validator
 
 from qtrain.config.recipe import LinearRecipe
-from qtrain.config.settings import BFLOAT16_GEMMS, Backend, Checkpointing, GemmKind, Strict, family, fields_at, nearest
+from qtrain.config.settings import (
+    BFLOAT16_GEMMS,
+    Backend,
+    Checkpointing,
+    GemmKind,
+    Strict,
+    family,
+    fields_at,
+    is_mapping_at,
+    nearest,
+)
 from qtrain.errors import UserError
 
 if TYPE_CHECKING:
     from qtrain.data.base import DataSettings
+    from qtrain.data.base import DataSettings as Source
     from qtrain.models.base import ModelSettings
     from qtrain.optim.base import OptimizerSettings, Schedule
 else:
     ModelSettings, DataSettings = family("qtrain.models.families"), family("qtrain.data.sources")
+    Source = family("qtrain.data.sources", without="mixture")
     OptimizerSettings, Schedule = family("qtrain.optim.optimizers"), family("qtrain.optim.schedules")
 
 
@@ -160,6 +172,8 @@ class DebugConfig(Strict):
 class Config(Strict):
     """One run. Keys that cannot change the result (`qtrain.config.identity.NOT_IN_HASH`) are not in the run's hash.
 
+    validation: further sources of text to validate on, by name, each with a loss of its own: on the validation split
+        that the source names, else on all of its text. val_loss stays that of `data`.
     results: a CSV file: a run whose row it has is done; a run that ends adds its row.
     retry_failed: false leaves runs alone that ended in an error or diverged.
     """
@@ -176,6 +190,7 @@ class Config(Strict):
     gemm: GemmKind = "auto"
     model: ModelSettings
     data: DataSettings
+    validation: dict[str, Source] = Field(default_factory=dict)
     tokenizer: TokenizerConfig
     recipe: LinearRecipe
     optimizer: OptimizerSettings
@@ -184,6 +199,16 @@ class Config(Strict):
     callbacks: CallbacksConfig
     logger: LoggerConfig
     debug: DebugConfig
+
+    @model_validator(mode="after")
+    def _further_sources(self) -> Config:
+        for name, source in self.validation.items():
+            source.check_beside(f"validation.{name}")
+            if name in self.data.names:
+                raise ValueError(
+                    f"validation.{name} is a part of data too, which is validated on; give it another name"
+                )
+        return self
 
     @model_validator(mode="after")
     def _fp8_gives_bfloat16(self) -> Config:
@@ -201,7 +226,7 @@ class Config(Strict):
                 f"trainer.share_trunk=true needs scheduler=wsd, whose learning rate is the same for every budget until "
                 f"its decay; scheduler is {self.scheduler}"
             )
-        if self.trainer.share_trunk and self.data.streaming and self.data.max_tokens is None:
+        if self.trainer.share_trunk and self.data.reads_to_the_budget:
             raise ValueError(
                 "trainer.share_trunk=true needs the same data for every budget, but a streamed source is read to the "
                 "budget's end; set data.max_tokens to the largest one"
@@ -215,7 +240,7 @@ def check_key(key: str) -> None:
     for depth, name in enumerate(parts):
         parents = parts[:depth]
         valid = fields_at(Config, parents)
-        if name in valid:
+        if name in valid or is_mapping_at(Config, parents):
             continue
         if not valid:
             raise UserError(f"unknown key {key!r}: {'.'.join(parents)} is a value, it has no keys")

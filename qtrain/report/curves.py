@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from statistics import mean, median
 from typing import Any
 
@@ -55,6 +57,13 @@ def validation_loss(run: Run, over: str = "tokens") -> Series:
     return thin(*series(run, "val_loss", over))
 
 
+def sources(runs: Iterable[Run]) -> list[str]:
+    """The names of the further sources that runs validated on."""
+    keys = {key for run in runs for line in run.lines for key in line if key.startswith("val_loss/")}
+    names = (key.removeprefix("val_loss/") for key in keys)
+    return sorted(name for name in names if re.fullmatch(r"[A-Za-z0-9_-]+", name))  # it names a file
+
+
 def loss_over_seconds(run: Run) -> Series:
     """Seconds of training alone, without validation and checkpoints: tokens over the speed of each interval, summed."""
     tokens, speed = series(run, "tokens_per_second")
@@ -63,6 +72,10 @@ def loss_over_seconds(run: Run) -> Series:
         return np.empty(0), np.empty(0)
     seconds = np.cumsum(np.diff(tokens, prepend=0) / np.maximum(speed, 1e-9))
     return thin(np.interp(at, [0, *tokens], [0, *seconds]), loss)
+
+
+def loss_on(source: str, run: Run) -> Series:
+    return thin(*series(run, f"val_loss/{source}"))
 
 
 def by_largest(runs: Iterable[Run], key: Callable[[Run], Any]) -> dict[Any, list[Run]]:
@@ -77,7 +90,8 @@ def by_largest(runs: Iterable[Run], key: Callable[[Run], Any]) -> dict[Any, list
 
 
 def loss_pictures(corpus: Corpus, baseline: str) -> list[Picture]:
-    """Training and validation loss over tokens, validation loss over FLOPs and over time."""
+    """Training and validation loss over tokens, validation loss over FLOPs and over time, and over tokens the loss on
+    each further source."""
     look = styles((run.recipe for run in corpus.runs), baseline)
     time = "Training time alone, from the speed that each run logged; it compares between runs of one machine."
     kinds: list[tuple[str, str, str, Callable[[Run], Series], str]] = [
@@ -85,6 +99,10 @@ def loss_pictures(corpus: Corpus, baseline: str) -> list[Picture]:
         ("loss-tokens", "Validation loss", "tokens", validation_loss, ""),
         ("loss-flops", "Validation loss", "FLOPs", lambda run: validation_loss(run, "flops"), ""),
         ("loss-time", "Validation loss", "seconds", loss_over_seconds, time),
+        *(
+            (f"loss-on-{name}", f"Validation loss on {name}", "tokens", partial(loss_on, name), "")
+            for name in sources(corpus.runs)
+        ),
     ]
     pictures = []
     for name, what, over, curve, note in kinds:

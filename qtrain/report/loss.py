@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ def plot_loss(run_dir: str | Path) -> Path:
     run_dir = Path(run_dir)
     lines = read_metrics(run_dir / "metrics.jsonl")
     train, validation, lr = (curve(lines, key) for key in ("loss", "val_loss", "lr"))
+    keys = dict.fromkeys(key for line in lines for key in line if key.startswith("val_loss/"))
     if not len(train.values) and not len(validation.values):
         raise UserError(f"{run_dir / 'metrics.jsonl'} holds no loss yet; let the run log at least one step")
     config, summary = read_settings(run_dir), read_json(run_dir / "summary.json")
@@ -46,6 +48,10 @@ def plot_loss(run_dir: str | Path) -> Path:
     figure = Figure(figsize=(7.2, 4.8), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(2, 1, sharex=True, height_ratios=(5, 1))
+    for key, style in zip(keys, cycle((":", "-.", (0, (5, 1)), (0, (1, 1, 5, 1)))), strict=False):
+        one = curve(lines, key)
+        label = key.replace("val_loss/", "validation on ")
+        panels[0].plot(one.tokens, one.values, color=ORANGE, linestyle=style, linewidth=1, label=label)
     _draw_losses(panels[0], train, validation, summary.get("bigram_cross_entropy"))
     _draw_learning_rate(panels[1], lr)
     figure.align_ylabels()

@@ -70,7 +70,7 @@ def write_report(places: Sequence[Path], out: Path, laws: Sequence[Path], baseli
             runs, problems = read_runs(places)
             found = corpora(runs, problems)
             sections = [*_run_sections(found, baseline, command), _law_section(read_laws)]
-        sections = [_problems(problems), _overview(runs), *sections]
+        sections = [_problems(problems), _overview(runs), *_sources(runs), *sections]
         template = Template(TEMPLATE.read_text(encoding="utf-8"))
         with _os_error_told("write", out, "give another --out"):
             folder = own_folder(out.with_suffix(""))
@@ -196,6 +196,22 @@ def _overview(runs: list[Run]) -> Section:
     rows = [[shown(run.row[column], form) for column, (_, form) in filled.items()] for run in runs]
     head = [title for title, _ in filled.values()]
     return Section("overview", "Runs", "", html=[table_html(head, rows, "All runs")])
+
+
+def _sources(runs: list[Run]) -> list[Section]:
+    """The last loss on each further source; no section where there is none."""
+    rows = []
+    for run in runs:
+        for name in curves.sources([run]):
+            keys = (f"val_loss/{name}", f"val_bits_per_byte/{name}", f"val_tokens/{name}")
+            last = [line for line in run.lines if line.get(keys[0]) is not None][-1:]
+            values = [last[0].get(key) if last else None for key in keys]
+            cells = [shown(value, form) for value, form in zip(values, (".4f", ".4f", "count"), strict=True)]
+            rows.append([str(run.row["name"]), shown(run.row["seed"], "d"), name, *cells])
+    if not rows:
+        return []
+    head = ["run", "seed", "source", "loss", "bits per byte", "tokens"]
+    return [Section("sources", "Validation sources", "", html=[table_html(head, rows, "Loss on each source")])]
 
 
 def _run_sections(found: list[Corpus], baseline: str, command: str) -> list[Section]:

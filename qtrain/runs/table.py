@@ -172,11 +172,17 @@ def _settings_columns(config: Mapping[str, Any], path: Path) -> Row:
             "name": config["name"], "recipe": config["recipe"]["name"], "seed": config["seed"],
             "model": config["model"]["name"], "n_layers": config["model"]["n_layers"], "dim": config["model"]["dim"],
             "lr": config["optimizer"]["lr"], "schedule": config["scheduler"]["name"],
-            "batch_tokens": config["trainer"]["batch_tokens"], "data": config["data"]["source"],
-            "tokenizer": "-".join(str(part) for part in parts if part), "val_tokens": config["data"]["val_tokens"],
+            "batch_tokens": config["trainer"]["batch_tokens"],
+            "tokenizer": "-".join(str(part) for part in parts if part),
+            "data": config["data"]["source"], "val_tokens": _validation_tokens(config["data"]),
         }  # fmt: skip
     except (KeyError, TypeError) as error:
         raise UserError(f"{path} does not read as the settings of a run: {error}") from None
+
+
+def _validation_tokens(data: Mapping[str, Any]) -> int:
+    """Of a mixture those of all its parts."""
+    return sum(part["val_tokens"] for part in data["parts"].values()) if "parts" in data else data["val_tokens"]
 
 
 # ------------------------------------------------------------------------------------------------- results files

@@ -29,7 +29,7 @@ from qtrain.training.initialize import DEFERRED, DeferredWeights
 
 
 def pick_device(config: Config) -> torch.device:
-    """The device to train on. UserError when the one asked for is not there, or cannot do what is asked; a dry run needs
+    """The device to train on. UserError when the one asked for is not there, or cannot do what is asked. A dry run needs
     but one of several."""
     asked, count = config.trainer.device, config.trainer.devices
     found = torch.cuda.device_count() if torch.cuda.is_available() else 0

@@ -27,8 +27,9 @@ from rich.logging import RichHandler
 from qtrain.config import Config, config_hash
 from qtrain.data.batches import TokenBatches
 from qtrain.data.corpus import Corpus, check_vocab
+from qtrain.data.mixture import MixedCorpus
 from qtrain.data.order import describe_epochs, epochs, repetition_warning
-from qtrain.data.prepare import prepare, same_text
+from qtrain.data.prepare import find, prepare, prepare_validation, same_text
 from qtrain.data.tokenizer import tokenizer_files
 from qtrain.errors import DivergedError, LostRankError, RefusedError, StoppedError, UserError, first_line
 from qtrain.models.decoder import Decoder
@@ -51,6 +52,7 @@ from qtrain.training.loop import Training, train
 from qtrain.training.memory import check_state_fits, measure_memory
 from qtrain.training.observers import Measure, Observer, Profile, Progress, Recorder, Telemetry, Validate
 from qtrain.training.observers.loggers import build_loggers, check_logger, close_loggers, mirror_summary
+from qtrain.training.observers.measure import by_source
 from qtrain.training.parallel import Ranks, blocks_of, check_strategy, is_lost_rank, joined
 from qtrain.training.saves import Saves
 from qtrain.training.speed import describe_hours
@@ -97,7 +99,10 @@ def run(config: Config) -> float | None:
         plan = make_plan(config)
         memory = measure_memory(config, plan, device)
         sent = plan_communication(config, plan)
+        corpus = find(config.data, config.tokenizer, budget_tokens=budget_tokens(config))
+        read = describe_epochs(_text_read(config, plan, corpus)) if corpus else "known when the text is prepared"
         about = {
+            "text_read": read,
             "memory": memory.describe(),
             "communication": sent.describe(),
             "time": describe_hours(config, plan, sent),
@@ -187,6 +192,7 @@ def _session(config: Config, fabric: Fabric, ranks: Ranks, console: Console) -> 
     if config.recipe.operands():
         check_backend(config.backend, config.gemm, fabric.device.type)
     corpus = prepare(config.data, config.tokenizer, budget_tokens=budget_tokens(config))
+    validation = prepare_validation(config.validation, config.data, config.tokenizer, corpus)
     plan = make_plan(config, vocab_size=corpus.vocab_size)
     check_vocab(corpus, plan.vocab_size)
     check_state_fits(config, plan, fabric.device)
@@ -194,7 +200,7 @@ def _session(config: Config, fabric: Fabric, ranks: Ranks, console: Console) -> 
     model = build(config, plan.vocab_size)
     with RunDirectory.of(config) as directory:
         ranks.decided(lambda: directory.open(config))
-        yield Session(config, plan, corpus, model, directory, fabric, ranks, console)
+        yield Session(config, plan, corpus, validation, model, directory, fabric, ranks, console)
 
 
 class Session:
@@ -204,7 +210,8 @@ class Session:
         self,
         config: Config,
         plan: RunPlan,
-        corpus: Corpus,
+        corpus: Corpus | MixedCorpus,
+        validation: Mapping[str, Corpus],
         model: Decoder,
         directory: RunDirectory,
         fabric: Fabric,
@@ -219,7 +226,7 @@ class Session:
             seq_len=config.model.seq_len,
             seed=config.seed,
             micro_batch_size=config.trainer.micro_batch_size,
-            val_tokens=config.data.val_tokens,
+            validation=validation,
             num_workers=config.data.num_workers,
             overfit=config.debug.overfit,
             rank=ranks.rank,
@@ -243,7 +250,7 @@ class Session:
         """Train and finish; the validation loss, on rank 0."""
         decision = self.ranks.decided(self._decide)
         self.shared_steps = decision.shared_steps
-        read = epochs(self.plan.tokens, self.corpus.train.n_tokens, self.config.model.seq_len)
+        read = _text_read(self.config, self.plan, self.corpus)
         about = {"text_read": describe_epochs(read), "device": _describe(self.device)}
         self.console.print(self.plan.table(self.config, **about, run_directory=str(self.directory.path)))
         repeated = repetition_warning(read)
@@ -346,7 +353,7 @@ class Session:
         return [
             Measure(recorder, config.callbacks.log_every_steps),
             Telemetry(recorder, plan.telemetry_every_steps, config.callbacks.telemetry_gradients),
-            Validate(recorder, plan.val_every_steps, self.data.val, self.corpus.bytes_per_token),
+            Validate(recorder, plan.val_every_steps, self.data.validation),
             progress,
             *([Profile(self.directory.path / "profile", self.ranks.rank, self.device, profiled)] if profiled else []),
         ]
@@ -432,14 +439,15 @@ class Session:
         last = self._last_validation()
         assert last is not None
         values = {key: last[key] for key in ("val_loss", "val_bits_per_byte")}
+        named = {"validation": found} if (found := by_source(last)) else {}
         speeds = [line["tokens_per_second"] for line in self.directory.lines("tokens_per_second")]
-        self._write_summary(Status.FINISHED, **values, tokens_per_second=median(speeds) if speeds else None)
+        self._write_summary(Status.FINISHED, **values, **named, tokens_per_second=median(speeds) if speeds else None)
         _record(self.config, self.directory)
         plot_loss(self.directory.path)
-        self._show_end(values["val_loss"], values["val_bits_per_byte"])
+        self._show_end(values["val_loss"], values["val_bits_per_byte"], named.get("validation", {}))
         return values["val_loss"]
 
-    def _write_summary(self, status: Status, **results: float | str | None) -> None:
+    def _write_summary(self, status: Status, **results: float | str | Mapping[str, Any] | None) -> None:
         if not self.ranks.is_zero:
             return
         plan, config = self.plan, self.config
@@ -466,14 +474,28 @@ class Session:
         self.directory.write_summary(summary | results)
         mirror_summary(self.loggers, summary | results)
 
-    def _show_end(self, val_loss: float, val_bits: float) -> None:
+    def _show_end(self, val_loss: float, val_bits: float, named: Mapping[str, Mapping[str, float]]) -> None:
         bigram = self.corpus.bigram_cross_entropy
         lines = [
             f"validation loss {val_loss:.4f} nats per token ({val_bits:.4f} bits per byte)",
+            *(
+                f"  of {name:<12} {found['loss']:.4f} nats per token ({found['bits_per_byte']:.4f} bits per byte), "
+                f"{found['tokens']:,} tokens"
+                for name, found in named.items()
+            ),
             f"bigram model    {bigram:.4f} nats per token: what the pair counts of the training text alone predict",
             f"run directory   {self.directory.path}  (loss.png, metrics.jsonl, summary.json, checkpoints/)",
         ]
         self.console.print("\n".join(lines), soft_wrap=True)
+
+
+def _text_read(config: Config, plan: RunPlan, corpus: Corpus | MixedCorpus) -> dict[str, float]:
+    """How often the run reads each part of its training text."""
+    total = sum(part.weight for part in corpus.parts)
+    return {
+        part.name: epochs(plan.tokens * part.weight / total, part.corpus.train.n_tokens, config.model.seq_len)
+        for part in corpus.parts
+    }
 
 
 def _describe(device: torch.device) -> str:

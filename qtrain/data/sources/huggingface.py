@@ -7,12 +7,12 @@ from typing import Any, Literal
 
 from pydantic import model_validator
 
-from qtrain.data.base import DataSettings, Document, Source
+from qtrain.data.base import Document, Source, TextSettings
 from qtrain.data.files import File, cell_text, stat
 from qtrain.errors import UserError, first_line
 
 
-class HuggingFace(DataSettings):
+class HuggingFace(TextSettings):
     """A dataset of the Hugging Face hub, or a local folder of one.
 
     path, subset, split, val_split (and streaming): of `datasets.load_dataset`.

@@ -35,16 +35,20 @@ class Source:
     documents: Callable[[], Iterator[Document]]
 
 
-OF_THE_RUN = ("cache_dir", "num_workers", "prepare_workers")  # those of `data` hold for every source of a run
+# Those of `data` hold for every source of a run.
+OF_THE_RUN = ("document_mask", "cache_dir", "num_workers", "prepare_workers")
 
 
 class DataSettings(Member):
     """Where the tokens come from.
 
+    document_mask: a token attends to those of its own document alone, in training and in validation. The token that
+        ends a document belongs to it, and predicts the first token of the next.
     cache_dir: where token shards are kept, one folder per (source, tokenizer).
     """
 
     CHOSEN_BY: ClassVar[str] = "source"
+    document_mask: bool = False
     cache_dir: str = ".cache/qtrain"
     num_workers: int = Field(0, ge=0, description="loader processes; 0 loads in the training process")
     prepare_workers: int | None = Field(None, gt=0, description="tokenising processes; None: one per core")
@@ -78,15 +82,12 @@ class TextSettings(DataSettings):
     """Text that is tokenised before the training.
 
     streaming: read the source only as far as the limits ask, and hold documents out by a range of their content hash.
-    document_mask: a token attends to those of its own document alone, in training and in validation. The token that
-        ends a document belongs to it, and predicts the first token of the next.
     max_tokens: stop the training split there; None takes the whole source, or, when streaming, the run's budget.
     val_fraction: where the source has no validation split of its own, whole documents are held out by their content
         hash until about so much is. Of a source that is one text, the end is held out.
     """
 
     streaming: bool = False
-    document_mask: bool = False
     max_tokens: int | None = Field(None, gt=0)
     val_fraction: float = Field(0.05, gt=0, lt=1)
     val_tokens: int = Field(gt=0, description="validation reads at most this many tokens, spread over its split")

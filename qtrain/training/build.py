@@ -29,8 +29,8 @@ from qtrain.training.initialize import DEFERRED, DeferredWeights
 
 
 def pick_device(config: Config) -> torch.device:
-    """The device to train on. UserError when the one asked for is not there, or cannot do what is asked. A dry run needs
-    but one of several."""
+    """The device to train on; a dry run needs but one of several. UserError when the one asked for is not there, or
+    cannot do what is asked."""
     asked, count = config.trainer.device, config.trainer.devices
     found = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if asked == "cuda" and found == 0:

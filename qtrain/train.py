@@ -35,12 +35,13 @@ from omegaconf.errors import OmegaConfBaseException
 from qtrain.config import Config, check_key
 from qtrain.config.settings import check_group_option, configs_dir, group_names, parse, shown
 from qtrain.errors import LostRankError, RefusedError, StoppedError, UserError, explain, first_line
+from qtrain.training.stop import CODES, STOPPED, end_now, heard, leave_lost_terminal
 from qtrain.training.world import find_world, started_by_another
 
 
 def main() -> None:
     """Entry point of train.py and of the command qtrain-train. Exit codes: 0 done, 2 a mistake in what was asked or a
-    run that could not go on, 130 stopped by Ctrl-C or SIGTERM, 75 stopped by SIGUSR1 or SIGUSR2, or since another
+    run that could not go on, 130 stopped by Ctrl-C, SIGTERM or SIGHUP, 75 stopped by SIGUSR1 or SIGUSR2, or since another
     process of the run ended. After 130 and 75 the same command continues; 75 (EX_TEMPFAIL) asks a scheduler to queue it
     again."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands exceptions on: what they look like is decided here
@@ -73,6 +74,8 @@ def main() -> None:
         sys.exit(2)
 
 
+GOES_ON = "the same command continues from the last checkpoint"
+
 _failures: list[Exception] = []
 
 
@@ -82,7 +85,7 @@ def _end_stopped(stopped: KeyboardInterrupt) -> NoReturn:
     why = f"another process of this run is lost ({stopped.how})" if isinstance(stopped, LostRankError) else "stopped"
     if started_by_another() and why == "stopped":
         sys.exit(0)
-    print(f"{why}; the same command continues from the last checkpoint", file=sys.stderr)
+    print(f"{why}; {GOES_ON}", file=sys.stderr)
     sys.exit(stopped.exit_code if isinstance(stopped, StoppedError) else 130)
 
 
@@ -92,22 +95,27 @@ class JobFailedError(Exception):
 
 
 class _Stop:
-    """Ctrl-C reaches the processes of hydra/launcher=local as well, and joblib kills them all at the first exception,
-    its own or a job's: so their parent waits until each has saved, and a job that was stopped ends without one. SIGTERM
-    reaches the parent alone, who hands it on."""
+    """Being asked to stop while no run listens for itself (`qtrain.training.stop`): there is nothing to save, so the
+    process ends at once. An exception would pass through imports, and some code there would catch it.
+
+    The parent of hydra/launcher=local has runs in other processes. Ctrl-C reaches these as well, SIGTERM the parent
+    alone, who hands it on. joblib kills them all at the first exception, its own or a job's: so the parent waits until
+    each has saved, and a job that was stopped ends without one.
+    """
 
     def __init__(self) -> None:
         self.asked = False
-        self.jobs_are_here = False
         self.stopped: KeyboardInterrupt | None = None  # how a job ended
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """KeyboardInterrupt when asked to stop: at once where jobs run in this process, else at the end or when asked
-        again."""
-        before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        """KeyboardInterrupt when asked to stop while other processes have runs: at the end, or when asked again."""
+        before = {number: signal.signal(number, self._note) for number in heard() if CODES[number] == STOPPED}
         try:
             yield
+        except Exception:
+            if not self.asked:  # else joblib's, of a process that Ctrl-C ended before it had a job
+                raise
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
@@ -115,12 +123,18 @@ class _Stop:
             raise self.stopped or KeyboardInterrupt
 
     def _note(self, number: int, _: object) -> None:
-        if self.asked or self.jobs_are_here:
+        if number == signal.SIGHUP:
+            leave_lost_terminal()
+        others = multiprocessing.active_children()
+        if not others:
+            os.write(2, f"stopped; {GOES_ON}\n".encode())
+            end_now(STOPPED)
+        if self.asked:
             raise KeyboardInterrupt
         self.asked = True
-        if number == signal.SIGTERM:
-            for process in multiprocessing.active_children():
-                os.kill(process.pid, signal.SIGINT)  # pyright: ignore[reportArgumentType]
+        if number != signal.SIGINT:
+            for process in others:
+                os.kill(process.pid, signal.SIGINT if number == signal.SIGTERM else number)  # pyright: ignore[reportArgumentType]
         print("waiting until all jobs have saved; again to stop at once", file=sys.stderr)
 
 
@@ -154,11 +168,12 @@ def _hydra_main(tree: DictConfig) -> float | None:
 def job(tree: DictConfig) -> float | None:
     """One job, unless its process was asked to stop."""
     if multiprocessing.parent_process() is None:
-        _stop.jobs_are_here = True
         return _job(tree)
     from qtrain.runs.processes import end_with_parent
 
     parent_lives = end_with_parent(signal.SIGTERM)  # which saves first
+    for number in heard():  # as Ctrl-C: a run that listens takes them over
+        signal.signal(number, signal.default_int_handler)
     try:  # a process of hydra/launcher=local
         return None if _stop.stopped or _stop.asked else _job(tree)
     except KeyboardInterrupt as stopped:

@@ -41,9 +41,9 @@ from qtrain.training.world import find_world, started_by_another
 
 def main() -> None:
     """Entry point of train.py and of the command qtrain-train. Exit codes: 0 done, 2 a mistake in what was asked or a
-    run that could not go on, 130 stopped by Ctrl-C, SIGTERM or SIGHUP, 75 stopped by SIGUSR1 or SIGUSR2, or since another
-    process of the run ended. After 130 and 75 the same command continues; 75 (EX_TEMPFAIL) asks a scheduler to queue it
-    again."""
+    run that could not go on, 130 stopped by Ctrl-C, SIGTERM or SIGHUP, 75 stopped by SIGUSR1 or SIGUSR2, or since
+    another process of the run ended. After 130 and 75 the same command continues; 75 (EX_TEMPFAIL) asks a scheduler to
+    queue it again."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands exceptions on: what they look like is decided here
     if sys.argv[1:] == ["--version"]:
         print(f"qtrain {version('qtrain')}")

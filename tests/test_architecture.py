@@ -104,7 +104,7 @@ MAY_IMPORT = {
     ),
     "qtrain.train": (
         "hydra omegaconf qtrain.config qtrain.config.settings "
-        "qtrain.training.world (qtrain.plan qtrain.training.session qtrain.runs rich)"
+        "qtrain.training.stop qtrain.training.world (qtrain.plan qtrain.training.session qtrain.runs rich)"
     ),
 }
 NOBODY_IMPORTS = {

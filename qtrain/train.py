@@ -51,7 +51,13 @@ def main() -> None:
     try:
         sys.argv[1:] = checked_overrides(sys.argv[1:])
         with _stop.listening():
-            _hydra_main()
+            jobs = _jobs_asked_for(sys.argv[1:])
+            _jobs.extend(jobs)
+            try:
+                _hydra_main()
+            finally:
+                if jobs and not (_stop.asked or isinstance(sys.exception(), KeyboardInterrupt)):
+                    _show_outcomes(jobs)
     except RefusedError as error:  # rank 0 has said why
         _failures.append(error)
         if started_by_another():
@@ -77,6 +83,8 @@ def main() -> None:
 GOES_ON = "the same command continues from the last checkpoint"
 
 _failures: list[Exception] = []
+_jobs: list[list[str]] = []  # of a multirun, in their order
+_failed_jobs: dict[frozenset[str], str] = {}  # those that failed in this process, with their reason in one line
 
 
 def _end_stopped(stopped: KeyboardInterrupt) -> NoReturn:
@@ -90,8 +98,8 @@ def _end_stopped(stopped: KeyboardInterrupt) -> NoReturn:
 
 
 class JobFailedError(Exception):
-    """A job of a multirun failed, here or in a process of its own, and has said why. Hydra hands it on when all jobs of
-    the multirun have ended."""
+    """A job of a multirun failed in a process of its own, and has said why. Hydra hands it on when all jobs of the
+    multirun have ended."""
 
 
 class _Stop:
@@ -165,6 +173,39 @@ def _hydra_main(tree: DictConfig) -> float | None:
     return job(tree)
 
 
+def _jobs_asked_for(arguments: Sequence[str]) -> list[list[str]]:
+    """The jobs of a multirun; none where one run is asked for."""
+    several = ("-m", "--multirun", "hydra.mode=MULTIRUN")
+    if not any(argument in several or argument.lstrip("+").startswith("sweep=") for argument in arguments):
+        return []
+    return [] if {"--help", "-h", "--cfg", "-c", "--info", "-i"} & {*arguments} else jobs_of(arguments)
+
+
+def _show_outcomes(jobs: Sequence[Sequence[str]]) -> None:
+    """The table that a multirun ends with; of a dry run none."""
+    from rich.console import Console
+
+    from qtrain.multirun import closing_lines, outcome_table, outcomes
+
+    configs: list[Config | UserError] = []
+    for job in jobs:
+        try:
+            configs += compose_all([job])
+        except UserError as error:
+            configs.append(error)
+    if any(isinstance(config, Config) and config.dry_run for config in configs):
+        return
+    try:
+        found = outcomes(jobs, configs, _failed_jobs)
+    except UserError as error:
+        _report(error)
+        return
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+    console.print()
+    console.print(outcome_table(found))
+    console.print("\n".join(closing_lines(found)), soft_wrap=True, markup=False)
+
+
 def job(tree: DictConfig) -> float | None:
     """One job, unless its process was asked to stop."""
     if multiprocessing.parent_process() is None:
@@ -175,7 +216,12 @@ def job(tree: DictConfig) -> float | None:
     for number in heard():  # as Ctrl-C: a run that listens takes them over
         signal.signal(number, signal.default_int_handler)
     try:  # a process of hydra/launcher=local
-        return None if _stop.stopped or _stop.asked else _job(tree)
+        if _stop.stopped or _stop.asked:
+            return None
+        from qtrain.multirun import labelled
+
+        with labelled(f"job {int(HydraConfig.get().job.num) + 1}"):  # the lines of others come between
+            return _job(tree)
     except KeyboardInterrupt as stopped:
         if not parent_lives():
             code = stopped.exit_code if isinstance(stopped, StoppedError) else 130
@@ -187,6 +233,11 @@ def job(tree: DictConfig) -> float | None:
 def _job(tree: DictConfig) -> float | None:
     """A mistake is reported, and so is whatever ends one job of a multirun: the next ones go on."""
     several = HydraConfig.get().mode == RunMode.MULTIRUN
+    if several and _jobs:
+        from qtrain.multirun import labels
+
+        number = int(HydraConfig.get().job.num)
+        print(f"\njob {number + 1} of {len(_jobs)}: {labels(_jobs)[number]}", flush=True)
     try:
         config = to_config(tree)
         if several and find_world(config.trainer).starts_others:
@@ -202,21 +253,31 @@ def _job(tree: DictConfig) -> float | None:
         if was_trained and not several:
             print(next_commands(config))
         return loss
-    except RefusedError:
+    except RefusedError as error:
         if not several:
             raise
+        _note_failure(error, several)
     except (UserError, OmegaConfBaseException) as error:
+        _note_failure(error, several)
         _report(error)
     except Exception as error:
+        _note_failure(error, several)
         if isinstance(error, OSError) and error.errno is not None:
             _report(explain(error))
         elif not several:
             raise
         else:
             traceback.print_exc()
-    if several:
+    if several and multiprocessing.parent_process() is not None:
         raise JobFailedError
     return None
+
+
+def _note_failure(error: Exception, several: bool) -> None:
+    if several:
+        _failures.append(error)
+        told = str(error) if isinstance(error, UserError) else first_line(error)
+        _failed_jobs[frozenset(override.lstrip("+") for override in HydraConfig.get().overrides.task)] = told
 
 
 def next_commands(config: Config) -> str:

@@ -27,11 +27,22 @@ from rich.console import Console
 
 from qtrain.errors import UserError, first_line
 from qtrain.runs.directory import RunDirectory
-from qtrain.sweep import Point, add_rows, describe, find_points, mark_killed, plan_table, status_table
+from qtrain.sweep import (
+    Point,
+    Tally,
+    add_rows,
+    describe,
+    find_points,
+    loss_table,
+    mark_killed,
+    plan_table,
+    status_table,
+)
 from qtrain.train import compose_all, jobs_of
 
 TRAIN = Path(__file__).parents[1] / "train.py"
 ENDED = (0, 2)  # of train.py: it has tried each point; those that it could not do it has named, with the reason
+SECONDS_BETWEEN_LOOKS = 2.0
 NOT_DONE = ("running", "failed", "stopped", "missing")
 Line = list[str]  # the arguments of one `train.py -m`
 
@@ -122,7 +133,7 @@ def launch(line: Line, jobs: int, retry: bool) -> None:
     points = points_of([line])
     first = before = starts_of(points)
     while any(point.state in open_states(retry) or not point.is_certain for point in points):
-        status = _run(line, jobs, retry)
+        status = _run(line, jobs, retry, Tally(points))
         points = points_of([line])
         starts = starts_of(points)
         if status in ENDED:
@@ -146,7 +157,7 @@ def open_states(retry: bool) -> tuple[str, ...]:
     return ("missing", "stopped", "failed") if retry else ("missing", "stopped")
 
 
-def _run(line: Line, jobs: int, retry: bool) -> int:
+def _run(line: Line, jobs: int, retry: bool, tally: Tally) -> int:
     launcher = [] if jobs == 1 else ["hydra/launcher=local", f"hydra.launcher.n_jobs={jobs}"]
     own = [f"retry_failed={str(retry).lower()}", "callbacks.progress_bar=false", *launcher]
     threads = str(max(1, (os.cpu_count() or 1) // jobs))
@@ -160,7 +171,7 @@ def _run(line: Line, jobs: int, retry: bool) -> int:
 
     before = signal.signal(signal.SIGTERM, hand_on)
     try:
-        status = process.wait()
+        status = _told_until_its_end(process, tally)
     except KeyboardInterrupt:
         process.wait()  # Ctrl-C has asked it to stop too, and it saves first
         raise
@@ -169,6 +180,19 @@ def _run(line: Line, jobs: int, retry: bool) -> int:
     if status == 130 or terminated.is_set():
         raise KeyboardInterrupt
     return status
+
+
+def _told_until_its_end(process: subprocess.Popen[bytes], tally: Tally) -> int:
+    """Its exit status; meanwhile says how many points are done."""
+    while True:
+        try:
+            status = process.wait(SECONDS_BETWEEN_LOOKS)
+        except subprocess.TimeoutExpired:
+            status = None
+        if (told := tally.told()) is not None:
+            print(told, flush=True)
+        if status is not None:
+            return status
 
 
 # ------------------------------------------------------------------------------------------------- main
@@ -196,6 +220,8 @@ def main() -> int:
                 launch(line, arguments.jobs, arguments.retry)
             points = points_of(lines)
             add_rows(points)
+            if len(lines) > 1:  # of one line, train.py has shown it
+                print(loss_table(points))
         return show_status(points, console, ("failed",) if arguments.action == "status" else NOT_DONE)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

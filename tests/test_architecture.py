@@ -95,6 +95,7 @@ MAY_IMPORT = {
         "qtrain.training.trunk "
         "qtrain.training.world"
     ),
+    "qtrain.multirun": "rich qtrain.config qtrain.runs",
     "qtrain.studies": "",
     "qtrain.studies.chaos": "torch lightning qtrain qtrain.train qtrain.runs qtrain.config qtrain.config.settings",
     "qtrain.sweep": (
@@ -104,7 +105,8 @@ MAY_IMPORT = {
     ),
     "qtrain.train": (
         "hydra omegaconf qtrain.config qtrain.config.settings "
-        "qtrain.training.stop qtrain.training.world (qtrain.plan qtrain.training.session qtrain.runs rich)"
+        "qtrain.training.stop qtrain.training.world "
+        "(qtrain.plan qtrain.training.session qtrain.multirun qtrain.runs rich)"
     ),
 }
 NOBODY_IMPORTS = {

@@ -25,8 +25,11 @@ def read_summaries(*places: Path) -> list[Row]:
     results file of `write_table`. UserError where there is none, where two agree in all four, or where they were
     trained or validated on different data, whose losses do not compare."""
     rows = [row for place in places for row in (read_table(place) if is_table(place) else _some_finished(place))]
-    rows = [row for row in rows if row["status"] == "finished"]
-    where = " and ".join(map(str, places))
+    return check_rows([row for row in rows if row["status"] == "finished"], " and ".join(map(str, places)))
+
+
+def check_rows(rows: list[Row], where: str) -> list[Row]:
+    """`read_summaries` of these rows. where: what they are called in an error."""
     if not rows:
         raise UserError(f"{where} holds no finished run: there is nothing to compare")
     _check_same_data(rows, where)

@@ -49,6 +49,8 @@ def main() -> None:
         print(f"qtrain {version('qtrain')}")
         return
     try:
+        if not _asks_for_several(sys.argv[1:]):
+            _check_one_run(sys.argv[1:])
         sys.argv[1:] = checked_overrides(sys.argv[1:])
         with _stop.listening():
             jobs = _jobs_asked_for(sys.argv[1:])
@@ -173,10 +175,15 @@ def _hydra_main(tree: DictConfig) -> float | None:
     return job(tree)
 
 
+def _asks_for_several(arguments: Sequence[str]) -> bool:
+    """Whether several values of a setting are several runs: asked for, or said by a file of configs/sweep."""
+    several = ("-m", "--multirun", "hydra.mode=MULTIRUN")
+    return any(argument in several or argument.lstrip("+").startswith("sweep=") for argument in arguments)
+
+
 def _jobs_asked_for(arguments: Sequence[str]) -> list[list[str]]:
     """The jobs of a multirun; none where one run is asked for."""
-    several = ("-m", "--multirun", "hydra.mode=MULTIRUN")
-    if not any(argument in several or argument.lstrip("+").startswith("sweep=") for argument in arguments):
+    if not _asks_for_several(arguments):
         return []
     return [] if {"--help", "-h", "--cfg", "-c", "--info", "-i"} & {*arguments} else jobs_of(arguments)
 
@@ -400,7 +407,7 @@ def _check_one_run(arguments: Iterable[str]) -> None:
         key, value = override.key_or_group, argument.partition("=")[2]
         if not override.is_sweep_override():
             continue
-        advice = "several values are several runs (train.py -m), and this is one"
+        advice = "several values are several runs, and one is asked for: add -m"
         if not (configs_dir() / key).is_dir() and "(" not in value:
             advice += f"; one list is {key}=[{value}], one text {_quoted(key, value)}"
         raise UserError(f"{argument}: {advice}")

@@ -72,9 +72,12 @@ MAY_IMPORT = {
         "qtrain.training.causal_lm qtrain.training.parallel"
     ),
     "qtrain.training.parallel": "torch lightning qtrain.config qtrain.quant qtrain.training.stop qtrain.training.world",
-    "qtrain.training.trunk": ("qtrain.config qtrain.plan qtrain.training.causal_lm qtrain.training.checkpoint"),
+    "qtrain.training.trunk": (
+        "qtrain.config qtrain.plan qtrain.runs qtrain.training.causal_lm qtrain.training.checkpoint"
+    ),
     "qtrain.training.observers": (
-        "torch lightning rich qtrain.config qtrain.metrics qtrain.quant qtrain.runs qtrain.training.causal_lm "
+        "torch lightning safetensors rich qtrain.config qtrain.metrics qtrain.quant qtrain.runs "
+        "qtrain.training.causal_lm "
         "qtrain.training.losses qtrain.training.parallel"
     ),
     "qtrain.training.divergence": "qtrain.training.causal_lm qtrain.training.parallel",

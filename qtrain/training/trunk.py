@@ -24,6 +24,8 @@ from qtrain.training.checkpoint import newest
 
 log = logging.getLogger("qtrain")
 
+MOST_LOOKED_AT = 30  # runs of one name: reading the settings of one takes a hundredth of a second
+
 # What a run does with its budget. Warm-up counts as the number of steps that it comes to. What it validates on is not
 # here: the lines of metrics.jsonl that come with a trunk tell of it.
 AFTER_THE_TRUNK = {
@@ -53,10 +55,11 @@ def metrics_beside(checkpoint: Path) -> Path:
 def tell_of_shorter(config: Config, directory: Path) -> None:
     """Say of a run that begins at step 0, where a finished one differs from it in the budget alone, why it does not go
     on from that one."""
-    for path in sorted(directory.parent.glob(f"{config.name}-*/summary.json")):
+    for path in sorted(directory.parent.glob(f"{config.name}-*/summary.json"))[:MOST_LOOKED_AT]:
         other = RunDirectory(path.parent)
         try:
-            differing = differences(other.read_config(), config) if other.path != directory and other.finished else []
+            is_other = other.path != directory and other.finished
+            differing = differences(other.read_config(), config) if is_other else []
         except UserError:  # its own command tells what is wrong with it
             continue
         if {line.split()[0] for line in differing} in ({"trainer.tokens"}, {"trainer.tokens_per_parameter"}):

@@ -33,8 +33,14 @@ class Best(Observer):
         self.lowest, self.waited, self.kept = math.inf, 0, math.inf
         self.enough_at: int | None = None  # the step after which the run has had enough
 
+    @property
+    def idle(self) -> bool:
+        return self.file is None and self.patience is None
+
     def on_start(self, step: int) -> None:
         self.lowest, self.waited, self.enough_at = math.inf, 0, None
+        if self.idle:
+            return
         before = self.ranks.decided(lambda: self._before(step))
         for at, loss in before:
             self._take(at, loss)
@@ -47,7 +53,7 @@ class Best(Observer):
         return [(line["step"], line["val_loss"]) for line in lines if line["step"] <= step]
 
     def on_step_end(self, step: int) -> None:
-        if self.recorder.validated is None or self.recorder.validated[0] != step:
+        if self.idle or self.recorder.validated is None or self.recorder.validated[0] != step:
             return
         loss = self.ranks.decided(lambda: self.recorder.validated[1])  # pyright: ignore[reportOptionalSubscript]
         self._take(step, loss)

@@ -9,6 +9,7 @@ import torch
 from rich.table import Table
 
 from qtrain.config import Config, TokenizerConfig
+from qtrain.config.naming import model_title
 from qtrain.config.recipe import LinearRecipe, QuantSpec
 from qtrain.config.settings import BFLOAT16_GEMMS
 from qtrain.errors import UserError
@@ -64,7 +65,7 @@ class RunPlan:
         schedule = f"{config.scheduler} after {self.warmup_steps:,} steps of warm-up"
         decay = f"weight decay {optimizer.weight_decay:g}, clip {trainer.grad_clip or 'off'}"
         return {
-            "model": f"{model.name}: {model}, {model.shape()}",
+            "model": f"{model_title(model.model_dump())}: {model}, {model.shape()}",
             "parameters": f"{self.parameters:,} ({self.non_embedding_parameters:,} non-embedding{tied})",
             "recipe": describe_recipe(config.recipe),
             "tokens": f"{self.tokens:,} of {config.data}, {ratio:.3g} per {kind} parameter{masked}",

@@ -18,6 +18,7 @@ from qtrain.data.prepare import same_text
 from qtrain.errors import UserError
 from qtrain.plan import RunPlan, budget_tokens, make_plan
 from qtrain.report.loss import readable
+from qtrain.report.summaries import check_rows, comparison_table
 from qtrain.runs.directory import RunDirectory
 from qtrain.runs.status import FAILED
 from qtrain.runs.table import Row, read_run, record, recorded
@@ -195,6 +196,7 @@ def plan_table(points: Sequence[Point], processes: int = 1) -> Table:
         members = [point for point in points if recipe_and_size(point) == key]
         table.add_row(*key, *_sums(members), _hours(seconds[key]))
     known = [value for value in seconds.values() if value is not None]
+    table.caption, table.caption_justify = what_hours_rest_on(points), "left"
     total = _hours(sum(known) / processes) if len(known) == len(seconds) else "unknown"
     table.add_section()
     table.add_row("all", "", *_sums(points), total + (f" on {processes} processes" if processes > 1 else ""))
@@ -211,6 +213,55 @@ def _sums(points: Sequence[Point]) -> tuple[str, ...]:
 
 def _hours(seconds: float | None) -> str:
     return "unknown" if seconds is None else f"{seconds / 3600:.2f}"
+
+
+def what_hours_rest_on(points: Sequence[Point]) -> str:
+    """In words, for each recipe that has something left to do."""
+    told: dict[str, list[str]] = defaultdict(list)
+    for name, members in _grouped(points, lambda point: point.config.recipe.name):
+        if any(point.state != "done" for point in members):
+            runs = sum(bool(point.rate) for point in members)
+            told[f"the speed of finished runs ({runs})" if runs else "a trial of three micro-batches here"].append(name)
+    parts = [f"{basis}: {', '.join(names)}" for basis, names in told.items()]
+    load, cores = os.getloadavg()[0], os.cpu_count() or 1
+    if any("trial" in basis for basis in told) and load > cores:
+        parts.append(f"other work slows a trial: the load is {load:.1f} on {cores} cores")
+    return f"Hours are FLOP left over FLOP per second, by {'; '.join(parts)}." if parts else ""
+
+
+class Tally:
+    """How many of these points are finished, told when that has changed."""
+
+    def __init__(self, points: Sequence[Point]):
+        self.total, self.open = len(points), [point for point in points if point.state != "done"]
+
+    def told(self) -> str | None:
+        left = [point for point in self.open if not _is_finished(point)]
+        if len(left) == len(self.open):
+            return None
+        self.open = left
+        return f"{self.total - len(left)} of {self.total} done"
+
+
+def _is_finished(point: Point) -> bool:
+    try:
+        return RunDirectory(point.directory).finished
+    except UserError:  # damaged: the sweep tells of it at its end
+        return False
+
+
+def loss_table(points: Sequence[Point]) -> str:
+    """The losses of what is done, and its gaps to bf16 where the sweep has that."""
+    rows = [read_run(point.directory) for point in points if RunDirectory(point.directory).finished]
+    named = {(row["name"], row["config_hash"]) for row in rows}
+    for point in points:
+        key = point.config.name, config_hash(point.config)
+        if point.state == "done" and key not in named:
+            rows += recorded(Path(str(point.config.results))).get(key, [])[:1]
+    try:
+        return comparison_table(check_rows(rows, "this sweep"), "bf16")
+    except UserError:
+        return "\n".join(describe(point) for point in points if point.state == "done")
 
 
 def status_table(points: Sequence[Point]) -> Table:

@@ -45,22 +45,30 @@ from qtrain.errors import (
     first_line,
     need,
 )
+from qtrain.training.stop import CODES, STOPPED, end_now, heard, leave_lost_terminal
 from qtrain.training.world import find_world, started_by_another
 
 
 def main() -> None:
-    """What train.py and `qtrain train` do. Exit codes: 0 done, 2 a mistake in what was asked or a
-    run that could not go on, 130 stopped by Ctrl-C or SIGTERM, 75 stopped by SIGUSR1 or SIGUSR2, or since another
-    process of the run ended. After 130 and 75 the same command continues; 75 (EX_TEMPFAIL) asks a scheduler to queue it
-    again."""
+    """What train.py and `qtrain train` do. Exit codes: 0 done, 2 a mistake in what was asked or a run that could not go
+    on, 130 stopped by Ctrl-C, SIGTERM or SIGHUP, 75 stopped by SIGUSR1 or SIGUSR2, or since another process of the run
+    ended. After 130 and 75 the same command continues; 75 (EX_TEMPFAIL) asks a scheduler to queue it again."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands exceptions on: what they look like is decided here
     if sys.argv[1:] == ["--version"]:
         print(f"qtrain {version('qtrain')}")
         return
     try:
+        if not _asks_for_several(sys.argv[1:]):
+            _check_one_run(sys.argv[1:])
         sys.argv[1:] = checked_overrides(sys.argv[1:])
         with _stop.listening():
-            _hydra_main()
+            jobs = _jobs_asked_for(sys.argv[1:])
+            _jobs.extend(jobs)
+            try:
+                _hydra_main()
+            finally:
+                if jobs and not (_stop.asked or isinstance(sys.exception(), KeyboardInterrupt)):
+                    _show_outcomes(jobs)
     except RefusedError as error:  # rank 0 has said why
         _failures.append(error)
         if started_by_another():
@@ -83,7 +91,11 @@ def main() -> None:
         sys.exit(2)
 
 
+GOES_ON = "the same command continues from the last checkpoint"
+
 _failures: list[Exception] = []
+_jobs: list[list[str]] = []  # of a multirun, in their order
+_failed_jobs: dict[frozenset[str], str] = {}  # those that failed in this process, with their reason in one line
 
 
 def _end_stopped(stopped: KeyboardInterrupt) -> NoReturn:
@@ -92,32 +104,37 @@ def _end_stopped(stopped: KeyboardInterrupt) -> NoReturn:
     why = f"another process of this run is lost ({stopped.how})" if isinstance(stopped, LostRankError) else "stopped"
     if started_by_another() and why == "stopped":
         sys.exit(0)
-    print(f"{why}; the same command continues from the last checkpoint", file=sys.stderr)
+    print(f"{why}; {GOES_ON}", file=sys.stderr)
     sys.exit(stopped.exit_code if isinstance(stopped, StoppedError) else 130)
 
 
 class JobFailedError(Exception):
-    """A job of a multirun failed, here or in a process of its own, and has said why. Hydra hands it on when all jobs of
-    the multirun have ended."""
+    """A job of a multirun failed in a process of its own, and has said why. Hydra hands it on when all jobs of the
+    multirun have ended."""
 
 
 class _Stop:
-    """Ctrl-C reaches the processes of hydra/launcher=local as well, and joblib kills them all at the first exception,
-    its own or a job's: so their parent waits until each has saved, and a job that was stopped ends without one. SIGTERM
-    reaches the parent alone, who hands it on."""
+    """Being asked to stop while no run listens for itself (`qtrain.training.stop`): there is nothing to save, so the
+    process ends at once. An exception would pass through imports, and some code there would catch it.
+
+    The parent of hydra/launcher=local has runs in other processes. Ctrl-C reaches these as well, SIGTERM the parent
+    alone, who hands it on. joblib kills them all at the first exception, its own or a job's: so the parent waits until
+    each has saved, and a job that was stopped ends without one.
+    """
 
     def __init__(self) -> None:
         self.asked = False
-        self.jobs_are_here = False
         self.stopped: KeyboardInterrupt | None = None  # how a job ended
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """KeyboardInterrupt when asked to stop: at once where jobs run in this process, else at the end or when asked
-        again."""
-        before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        """KeyboardInterrupt when asked to stop while other processes have runs: at the end, or when asked again."""
+        before = {number: signal.signal(number, self._note) for number in heard() if CODES[number] == STOPPED}
         try:
             yield
+        except Exception:
+            if not self.asked:  # else joblib's, of a process that Ctrl-C ended before it had a job
+                raise
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
@@ -125,12 +142,18 @@ class _Stop:
             raise self.stopped or KeyboardInterrupt
 
     def _note(self, number: int, _: object) -> None:
-        if self.asked or self.jobs_are_here:
+        if number == signal.SIGHUP:
+            leave_lost_terminal()
+        others = multiprocessing.active_children()
+        if not others:
+            os.write(2, f"stopped; {GOES_ON}\n".encode())
+            end_now(STOPPED)
+        if self.asked:
             raise KeyboardInterrupt
         self.asked = True
-        if number == signal.SIGTERM:
-            for process in multiprocessing.active_children():
-                os.kill(process.pid, signal.SIGINT)  # pyright: ignore[reportArgumentType]
+        if number != signal.SIGINT:
+            for process in others:
+                os.kill(process.pid, signal.SIGINT if number == signal.SIGTERM else number)  # pyright: ignore[reportArgumentType]
         print("waiting until all jobs have saved; again to stop at once", file=sys.stderr)
 
 
@@ -161,16 +184,60 @@ def _hydra_main(tree: DictConfig) -> float | None:
     return job(tree)
 
 
+def _asks_for_several(arguments: Sequence[str]) -> bool:
+    """Whether several values of a setting are several runs: asked for, or said by a file of configs/sweep."""
+    several = ("-m", "--multirun", "hydra.mode=MULTIRUN")
+    return any(argument in several or argument.lstrip("+").startswith("sweep=") for argument in arguments)
+
+
+def _jobs_asked_for(arguments: Sequence[str]) -> list[list[str]]:
+    """The jobs of a multirun; none where one run is asked for."""
+    if not _asks_for_several(arguments):
+        return []
+    return [] if {"--help", "-h", "--cfg", "-c", "--info", "-i"} & {*arguments} else jobs_of(arguments)
+
+
+def _show_outcomes(jobs: Sequence[Sequence[str]]) -> None:
+    """The table that a multirun ends with; of a dry run none."""
+    from rich.console import Console
+
+    from qtrain.multirun import closing_lines, outcome_table, outcomes
+
+    configs: list[Config | UserError] = []
+    for job in jobs:
+        try:
+            configs += compose_all([job])
+        except UserError as error:
+            configs.append(error)
+    if any(isinstance(config, Config) and config.dry_run for config in configs):
+        return
+    try:
+        found = outcomes(jobs, configs, _failed_jobs)
+    except UserError as error:
+        _report(error)
+        return
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+    console.print()
+    console.print(outcome_table(found))
+    console.print("\n".join(closing_lines(found)), soft_wrap=True, markup=False)
+
+
 def job(tree: DictConfig) -> float | None:
     """One job, unless its process was asked to stop."""
     if multiprocessing.parent_process() is None:
-        _stop.jobs_are_here = True
         return _job(tree)
     from qtrain.runs.processes import end_with_parent
 
     parent_lives = end_with_parent(signal.SIGTERM)  # which saves first
+    for number in heard():  # as Ctrl-C: a run that listens takes them over
+        signal.signal(number, signal.default_int_handler)
     try:  # a process of hydra/launcher=local
-        return None if _stop.stopped or _stop.asked else _job(tree)
+        if _stop.stopped or _stop.asked:
+            return None
+        from qtrain.multirun import labelled
+
+        with labelled(f"job {int(HydraConfig.get().job.num) + 1}"):  # the lines of others come between
+            return _job(tree)
     except KeyboardInterrupt as stopped:
         if not parent_lives():
             code = stopped.exit_code if isinstance(stopped, StoppedError) else 130
@@ -182,6 +249,11 @@ def job(tree: DictConfig) -> float | None:
 def _job(tree: DictConfig) -> float | None:
     """A mistake is reported, and so is whatever ends one job of a multirun: the next ones go on."""
     several = HydraConfig.get().mode == RunMode.MULTIRUN
+    if several and _jobs:
+        from qtrain.multirun import labels
+
+        number = int(HydraConfig.get().job.num)
+        print(f"\njob {number + 1} of {len(_jobs)}: {labels(_jobs)[number]}", flush=True)
     try:
         config = to_config(tree)
         if several and not config.dry_run and find_world(config.trainer).starts_others:
@@ -197,23 +269,34 @@ def _job(tree: DictConfig) -> float | None:
         if was_trained and not several:
             print(next_commands(config))
         return loss
-    except RefusedError:
+    except RefusedError as error:
         if not several:
             raise
+        _note_failure(error, several)
     except (UserError, OmegaConfBaseException) as error:
+        _note_failure(error, several)
         _report(error)
     except ModuleNotFoundError as error:
+        _note_failure(error, several)
         _report(explain_missing(error))
     except Exception as error:
+        _note_failure(error, several)
         if isinstance(error, OSError) and error.errno is not None:
             _report(explain(error))
         elif not several:
             raise
         else:
             traceback.print_exc()
-    if several:
+    if several and multiprocessing.parent_process() is not None:
         raise JobFailedError
     return None
+
+
+def _note_failure(error: Exception, several: bool) -> None:
+    if several:
+        _failures.append(error)
+        told = str(error) if isinstance(error, UserError) else first_line(error)
+        _failed_jobs[frozenset(override.lstrip("+") for override in HydraConfig.get().overrides.task)] = told
 
 
 def next_commands(config: Config) -> str:
@@ -339,7 +422,7 @@ def _check_one_run(arguments: Iterable[str]) -> None:
         key, value = override.key_or_group, argument.partition("=")[2]
         if not override.is_sweep_override():
             continue
-        advice = "several values are several runs (train.py -m), and this is one"
+        advice = "several values are several runs, and one is asked for: add -m"
         if not (configs_dir() / key).is_dir() and "(" not in value:
             advice += f"; one list is {key}=[{value}], one text {_quoted(key, value)}"
         raise UserError(f"{argument}: {advice}")

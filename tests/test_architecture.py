@@ -90,9 +90,11 @@ MAY_IMPORT = {
         "torch qtrain.config qtrain.plan qtrain.quant qtrain.training.build qtrain.training.communication "
         "qtrain.training.losses"
     ),
-    "qtrain.training.trunk": ("qtrain.config qtrain.plan qtrain.training.causal_lm qtrain.training.checkpoint"),
+    "qtrain.training.trunk": (
+        "qtrain.config qtrain.plan qtrain.runs qtrain.training.causal_lm qtrain.training.checkpoint"
+    ),
     "qtrain.training.observers": (
-        "torch lightning rich qtrain.config qtrain.data.batches qtrain.metrics qtrain.quant qtrain.runs "
+        "torch lightning safetensors rich qtrain.config qtrain.data.batches qtrain.metrics qtrain.quant qtrain.runs "
         "qtrain.training.causal_lm qtrain.training.losses qtrain.training.parallel"
     ),
     "qtrain.training.divergence": "qtrain.training.causal_lm qtrain.training.parallel",
@@ -113,6 +115,7 @@ MAY_IMPORT = {
         "qtrain.training.speed qtrain.training.trunk "
         "qtrain.training.world"
     ),
+    "qtrain.multirun": "rich qtrain.config qtrain.runs",
     "qtrain.studies": "",
     "qtrain.studies.chaos": "torch lightning qtrain qtrain.train qtrain.runs qtrain.config qtrain.config.settings",
     "qtrain.studies.stability": (
@@ -139,7 +142,8 @@ MAY_IMPORT = {
     "qtrain.cli.recipes": "qtrain.cli (qtrain.config qtrain.config.settings)",
     "qtrain.train": (
         "hydra omegaconf qtrain.config qtrain.config.settings "
-        "qtrain.training.world (qtrain.plan qtrain.training.session qtrain.runs rich)"
+        "qtrain.training.stop qtrain.training.world "
+        "(qtrain.plan qtrain.training.session qtrain.multirun qtrain.runs rich)"
     ),
 }
 NOBODY_IMPORTS = {

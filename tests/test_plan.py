@@ -150,7 +150,7 @@ def test_the_table_tells_the_numbers() -> None:
     console.print(plan.table(settings, device="cpu", run_directory="runs/test-1234"))
     text = console.export_text()
     for part in (
-        "nano: llama, 2 layers, dim 128, 4 heads on 2, ffn 384, context 256",
+        "nano (tie_embeddings=True, n_heads=4, n_kv_heads=2): llama, 2 layers, dim 128, 4 heads on 2, ffn 384",
         f"{plan.parameters:,} ({plan.non_embedding_parameters:,} non-embedding; tied embeddings)",
         "98,304 of stdlib, 0.25 per non-embedding parameter",
         "24 of 4,096 tokens (2 x 2 sequences of 256 on 4 devices)",

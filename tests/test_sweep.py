@@ -167,7 +167,7 @@ def test_a_point_whose_process_dies_twice_counts_as_failed(
     folder = study(tmp_path / "s", corpus, "  a: {seeds: 3, settings: [trainer.tokens=640]}\n")
     starts = []
 
-    def dies_in_the_second(line: list[str], jobs: int, retry: bool) -> int:
+    def dies_in_the_second(line: list[str], *_: object) -> int:
         points = script.points_of([line])
         starts.append([point.state for point in points])
         for point in points:
@@ -194,7 +194,7 @@ def test_a_point_that_did_not_die_is_not_called_killed(
     leave(configs[2], "interrupted")
     calls = []
 
-    def dies(line: list[str], jobs: int, retry: bool) -> int:
+    def dies(line: list[str], jobs: int, *_: object) -> int:
         calls.append((jobs, [point.state for point in script.points_of([line])]))
         if len(calls) == 3:
             for config in configs[1:]:

@@ -1,4 +1,5 @@
-"""Compare finished runs: validation losses, and gaps to a baseline paired by seed.
+"""Compare finished runs: validation losses, and gaps to a baseline paired by seed. Runs of several sizes and budgets
+stand in one table, each compared with the baseline of its own.
 
 qtrain compare runs/ --baseline bf16 --csv results.csv
 qtrain compare experiments/recipes/results.csv --plot gaps.png
@@ -23,15 +24,14 @@ def main() -> None:
     for path in (arguments.csv, arguments.plot):
         if path and not path.parent.is_dir():
             raise UserError(f"cannot write {path}: there is no folder {path.parent}; make it")
-    from qtrain.report.gaps import plot_gaps
-    from qtrain.report.summaries import compare, markdown, read_published, read_summaries
+    from qtrain.report.curves import plot_comparisons
+    from qtrain.report.summaries import compare_all, comparison_table, read_published, read_summaries
     from qtrain.runs.table import write_csv
 
     rows = read_summaries(*arguments.runs)
-    comparisons = compare(rows, arguments.baseline)
     published = read_published(arguments.published) if arguments.published else {}
-    print(markdown(comparisons, published))
+    print(comparison_table(rows, arguments.baseline, published))
     if arguments.plot:
-        plot_gaps(comparisons, arguments.plot, published)
+        plot_comparisons(compare_all(rows, arguments.baseline), arguments.plot, published)
     if arguments.csv:
         write_csv(rows, arguments.csv)

@@ -25,15 +25,20 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="the page, an .html file")
     parser.add_argument("--law", type=Path, nargs="+", default=[], help="law.json of `qtrain fit`")
     parser.add_argument("--baseline", default="bf16", help="the recipe to compare with (default: bf16)")
+    parser.add_argument("--figure", metavar="NAME", help="draw this figure alone, into the folder beside the page")
     parser.add_argument("--open", action="store_true", help="show the page in a browser, where there is a screen")
     arguments = parser.parse_args()
     if arguments.out.suffix != ".html":
         raise UserError(f"--out {arguments.out} is no name of a page; give one that ends in .html")
     from qtrain.report.page import write_report
 
-    problems = write_report(arguments.runs, arguments.out, arguments.law, arguments.baseline, this_command())
+    places, command = (arguments.runs, arguments.out, arguments.law), this_command()
+    problems = write_report(*places, arguments.baseline, command, arguments.figure)
     for problem in problems:
         print(f"problem: {problem}", file=sys.stderr)
+    if arguments.figure:
+        print(f"{arguments.out.with_suffix('') / arguments.figure}.pdf and .png")
+        return
     print(f"{arguments.out}, and single figures and tables in {arguments.out.with_suffix('')}/")
     if arguments.open:
         show(arguments.out)

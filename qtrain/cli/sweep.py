@@ -29,11 +29,12 @@ from qtrain.errors import UserError, first_line
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from qtrain.sweep import Point
+    from qtrain.sweep import Point, Tally
 
 # -P: a module of the folder where one works does not hide ours.
 TRAIN = sys.executable, "-P", "-m", "qtrain.cli.train"
 ENDED = (0, 2)  # of train.py: it has tried each point; those that it could not do it has named, with the reason
+SECONDS_BETWEEN_LOOKS = 2.0
 NOT_DONE = ("running", "failed", "stopped", "missing")
 Line = list[str]  # the arguments of one `train.py -m`
 
@@ -126,12 +127,12 @@ def launch(line: Line, jobs: int, retry: bool) -> None:
     """Run what a line lacks. A process that dies takes the sweep down with it, so the sweep is started again, until
     nothing is left; a point that was started twice and ended by neither counts as failed. KeyboardInterrupt when asked
     to stop."""
-    from qtrain.sweep import mark_killed
+    from qtrain.sweep import Tally, mark_killed
 
     points = points_of([line])
     first = before = starts_of(points)
     while any(point.state in open_states(retry) or not point.is_certain for point in points):
-        status = _run(line, jobs, retry)
+        status = _run(line, jobs, retry, Tally(points))
         points = points_of([line])
         starts = starts_of(points)
         if status in ENDED:
@@ -157,7 +158,7 @@ def open_states(retry: bool) -> tuple[str, ...]:
     return ("missing", "stopped", "failed") if retry else ("missing", "stopped")
 
 
-def _run(line: Line, jobs: int, retry: bool) -> int:
+def _run(line: Line, jobs: int, retry: bool, tally: Tally) -> int:
     launcher = [] if jobs == 1 else ["hydra/launcher=local", f"hydra.launcher.n_jobs={jobs}"]
     own = [f"retry_failed={str(retry).lower()}", "callbacks.progress_bar=false", *launcher]
     threads = str(max(1, (os.cpu_count() or 1) // jobs))
@@ -171,7 +172,7 @@ def _run(line: Line, jobs: int, retry: bool) -> int:
 
     before = signal.signal(signal.SIGTERM, hand_on)
     try:
-        status = process.wait()
+        status = _told_until_its_end(process, tally)
     except KeyboardInterrupt:
         process.wait()  # Ctrl-C has asked it to stop too, and it saves first
         raise
@@ -180,6 +181,19 @@ def _run(line: Line, jobs: int, retry: bool) -> int:
     if status == 130 or terminated.is_set():
         raise KeyboardInterrupt
     return status
+
+
+def _told_until_its_end(process: subprocess.Popen[bytes], tally: Tally) -> int:
+    """Its exit status; meanwhile says how many points are done."""
+    while True:
+        try:
+            status = process.wait(SECONDS_BETWEEN_LOOKS)
+        except subprocess.TimeoutExpired:
+            status = None
+        if (told := tally.told()) is not None:
+            print(told, flush=True)
+        if status is not None:
+            return status
 
 
 # ------------------------------------------------------------------------------------------------- main
@@ -199,7 +213,7 @@ def main() -> int:
         raise UserError(f"--jobs {arguments.jobs}: give at least 1")
     from rich.console import Console
 
-    from qtrain.sweep import add_rows, plan_table
+    from qtrain.sweep import add_rows, loss_table, plan_table
 
     lines = lines_of(arguments.sweep, arguments.only)
     points = points_of(lines)
@@ -212,6 +226,8 @@ def main() -> int:
             launch(line, arguments.jobs, arguments.retry)
         points = points_of(lines)
         add_rows(points)
+        if len(lines) > 1:  # of one line, the multirun has shown it
+            print(loss_table(points))
     return show_status(points, console, ("failed",) if arguments.action == "status" else NOT_DONE)
 
 

@@ -87,6 +87,7 @@ INTRODUCED: dict[str, dict[str, Any]] = {
         "chunked_loss": False,
         "on_divergence": "stop",
         "on_spike": "ignore",
+        "early_stop": None,
     },
     "DebugConfig": {"max_steps": None, "overfit": False},
     "LinearRecipe": {

@@ -80,6 +80,8 @@ class TrainerConfig(Strict):
     precision: bf16-mixed | 32-true | auto, which is bf16-mixed where the device has units for bfloat16, or where
         gemm=fp8 needs it, and 32-true elsewhere. The settings of a run hold what auto came to: see
         `qtrain.plan.resolve_precision`.
+    early_stop: end the run, as finished, after so many validations in a row of which none was better than the best
+        before; None trains the whole budget. The learning rate is then what the schedule had there.
     share_trunk: wsd runs that differ in their budget alone compute what they have in common once. Each leaves its state
         before its decay in run_root/trunks, and starts from the longest that another left there: the same result, bit
         for bit.
@@ -105,6 +107,7 @@ class TrainerConfig(Strict):
     on_spike: Literal["ignore", "log", "skip", "rewind"] = "ignore"
     precision: Literal["auto", "bf16-mixed", "32-true"] = "auto"
     compile: bool = False
+    early_stop: int | None = Field(None, gt=0)
     share_trunk: bool = False
 
     @property
@@ -135,6 +138,7 @@ class CallbacksConfig(Strict):
         no fewer than 40 steps, which costs at most 3% of its time; 0 is never.
     telemetry_gradients: compare weight gradients with those without quantisers there, for one more forward and
         backward.
+    keep_best: write the weights of the lowest validation loss to run_dir/best.safetensors, beside the checkpoints.
     profile_steps: record so many steps by torch's profiler, soon after the start: run_dir/profile holds a trace of each
         rank, for ui.perfetto.dev.
     """
@@ -147,6 +151,7 @@ class CallbacksConfig(Strict):
     telemetry_gradients: bool = False
     profile_steps: int = Field(0, ge=0)
     keep_checkpoints: int = Field(2, ge=1)
+    keep_best: bool = False
     progress_bar: bool = True
 
 
@@ -244,7 +249,8 @@ def check_key(key: str) -> None:
             continue
         if not valid:
             raise UserError(f"unknown key {key!r}: {'.'.join(parents)} is a value, it has no keys")
-        hint = nearest(name, valid, parents) or _nearest_leaf(name)
+        groups = [each for each in valid if fields_at(Config, [*parents, each])]
+        hint = nearest(name, valid if depth + 1 == len(parts) else groups, parents) or _nearest_leaf(name)
         where = f"keys of {'.'.join(parents)}" if parents else "keys"
         raise UserError(f"unknown key {key!r}{hint}; {where}: {', '.join(valid)}")
 

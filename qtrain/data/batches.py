@@ -128,7 +128,7 @@ class BatchLoader:
 def _ignore_signals(_worker: int) -> None:
     """Signals reach the whole process group; the training process decides what they mean."""
     signal.set_wakeup_fd(-1)
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
 
 

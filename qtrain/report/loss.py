@@ -13,6 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
+from qtrain.config.naming import model_title
 from qtrain.errors import UserError
 from qtrain.runs.files import read_json
 from qtrain.runs.metrics_log import read_metrics
@@ -88,7 +89,7 @@ def readable(count: float) -> str:
 
 
 def _title(config: dict[str, Any], summary: dict[str, Any]) -> str:
-    recipe, model = config["recipe"]["name"], config["model"]["name"]
+    recipe, model = config["recipe"]["name"], model_title(config["model"])
     name = "" if config["name"] == recipe else f"{config['name']}: "
     size = f" ({readable(summary['parameters'])} parameters)" if summary.get("parameters") else ""
     return f"{name}{recipe} on {model}{size}"

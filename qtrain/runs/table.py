@@ -19,6 +19,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from qtrain.config.naming import model_title
 from qtrain.errors import UserError
 from qtrain.runs.files import read_json, read_yaml, write_atomically
 from qtrain.runs.metrics_log import last_line
@@ -77,6 +78,8 @@ _KINDS: tuple[tuple[tuple[str, ...], Callable[[Any], Any], str], ...] = (
     (NUMBERS, float, "a number"),
 )
 MAY_BE_EMPTY = {*COLUMNS} - {*REQUIRED} | {"bigram_cross_entropy"}  # in the row of a finished run
+
+MODEL = {"name": "model", "n_layers": "n_layers", "dim": "dim"}  # settings of a model, and their columns
 
 log = logging.getLogger("qtrain")
 
@@ -170,7 +173,8 @@ def _settings_columns(config: Mapping[str, Any], path: Path) -> Row:
         parts = [tokenizer["kind"], tokenizer.get("path") or tokenizer.get("vocab_size")]
         return {
             "name": config["name"], "recipe": config["recipe"]["name"], "seed": config["seed"],
-            "model": config["model"]["name"], "n_layers": config["model"]["n_layers"], "dim": config["model"]["dim"],
+            "model": model_title(config["model"]), "n_layers": config["model"]["n_layers"],
+            "dim": config["model"]["dim"],
             "lr": config["optimizer"]["lr"], "schedule": config["scheduler"]["name"],
             "batch_tokens": config["trainer"]["batch_tokens"],
             "tokenizer": "-".join(str(part) for part in parts if part),
@@ -269,7 +273,10 @@ def _parsed(row: Row, where: str) -> Row:
     if status == "finished" and not _is_finite(parsed["val_loss"]):
         raise UserError(f"{where}: val_loss is {row['val_loss']!r}, which no finished run has")
     empty = {column: None for column in COLUMNS if parsed[column] == ""}
-    return parsed | empty | {"status": status}
+    parsed |= empty | {"status": status}
+    if parsed["model"]:  # rows of older files have its name alone
+        parsed["model"] = model_title({key: parsed[column] for key, column in MODEL.items()})
+    return parsed
 
 
 def write_table(rows: Iterable[Row], path: Path) -> None:

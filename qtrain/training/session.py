@@ -50,14 +50,14 @@ from qtrain.training.communication import plan_communication
 from qtrain.training.divergence import MOST_IN_A_ROW, Guard, RewindError
 from qtrain.training.loop import Training, train
 from qtrain.training.memory import check_state_fits, measure_memory
-from qtrain.training.observers import Measure, Observer, Profile, Progress, Recorder, Telemetry, Validate
+from qtrain.training.observers import Best, Measure, Observer, Profile, Progress, Recorder, Telemetry, Validate
 from qtrain.training.observers.loggers import build_loggers, check_logger, close_loggers, mirror_summary
 from qtrain.training.observers.measure import by_source
 from qtrain.training.parallel import Ranks, blocks_of, check_strategy, is_lost_rank, joined
 from qtrain.training.saves import Saves
 from qtrain.training.speed import describe_hours
 from qtrain.training.stop import QUEUE_AGAIN, StopRequest
-from qtrain.training.trunk import Trunk, metrics_beside
+from qtrain.training.trunk import Trunk, metrics_beside, tell_of_shorter
 from qtrain.training.world import World, find_world
 
 log = logging.getLogger("qtrain")
@@ -236,6 +236,7 @@ class Session:
         self.trunk = Trunk(config, plan, corpus.data_hash) if config.trainer.share_trunk else None
         self.shared_steps = directory.summary.get("shared_steps", 0) if ranks.is_zero else 0
         self.loggers: list[Logger] = []
+        self.last_step = plan.steps  # of the run, which may end before its plan
         self._rewinds, self._rewound_to = 0, -1
 
     @property
@@ -298,10 +299,11 @@ class Session:
         observers = self.observers()
         measure = observers[0]
         assert isinstance(measure, Measure)
+        best = next(observer for observer in observers if isinstance(observer, Best))
         saves = Saves(self.directory, saver, self.module, optimizer, measure, self.ranks, self.trunk)
         training = Training(
             self.fabric, self.ranks, self.module, forward, optimizer, self.data, measure, observers,
-            Guard(self.module, self.ranks), saves, stop or StopRequest(),
+            Guard(self.module, self.ranks), saves, stop or StopRequest(), best,
         )  # fmt: skip
         per_step = self.plan.micro_batches * self.data.per_batch
         step, samples = 0, 0
@@ -318,6 +320,7 @@ class Session:
                     saver.wait()
                     step = self._rewind(wrong, saver, optimizer, measure)
                     samples = seen
+            self.last_step = self.plan.steps if best.enough_at is None else best.enough_at
             if not asked and self.ranks.decided(lambda: self._last_validation() is None):
                 for observer in observers:  # the line was lost with the machine's power
                     if isinstance(observer, Validate):
@@ -332,7 +335,7 @@ class Session:
                 saver.close()
 
     def _last_validation(self) -> dict[str, Any] | None:
-        return self.directory.log.line_of(self.plan.steps, "val_loss")
+        return self.directory.log.line_of(self.last_step, "val_loss")
 
     def _set_up(self) -> _FabricModule:
         """The model on its device, as the strategy wraps it."""
@@ -354,6 +357,7 @@ class Session:
             Measure(recorder, config.callbacks.log_every_steps),
             Telemetry(recorder, plan.telemetry_every_steps, config.callbacks.telemetry_gradients),
             Validate(recorder, plan.val_every_steps, self.data.validation),
+            Best(recorder, self.directory.best if config.callbacks.keep_best else None, config.trainer.early_stop),
             progress,
             *([Profile(self.directory.path / "profile", self.ranks.rank, self.device, profiled)] if profiled else []),
         ]
@@ -395,6 +399,7 @@ class Session:
         """From the checkpoint that another run left of this one's trunk, whose metrics become this run's."""
         found = self.trunk.start() if self.trunk else None
         if found is None:
+            tell_of_shorter(self.config, self.directory.path)
             return Decision(None, 0)
         step, path = found
         write_atomically(self.directory.metrics, metrics_beside(path).read_text())
@@ -440,8 +445,11 @@ class Session:
         assert last is not None
         values = {key: last[key] for key in ("val_loss", "val_bits_per_byte")}
         named = {"validation": found} if (found := by_source(last)) else {}
+        lowest = min(self.directory.lines("val_loss"), key=lambda line: line["val_loss"])
+        best = {"best_val_loss": lowest["val_loss"], "best_step": lowest["step"]}
         speeds = [line["tokens_per_second"] for line in self.directory.lines("tokens_per_second")]
-        self._write_summary(Status.FINISHED, **values, **named, tokens_per_second=median(speeds) if speeds else None)
+        speed = median(speeds) if speeds else None
+        self._write_summary(Status.FINISHED, **values, **best, **named, tokens_per_second=speed)
         _record(self.config, self.directory)
         plot_loss(self.directory.path)
         self._show_end(values["val_loss"], values["val_bits_per_byte"], named.get("validation", {}))
@@ -451,6 +459,7 @@ class Session:
         if not self.ranks.is_zero:
             return
         plan, config = self.plan, self.config
+        tokens = self.last_step * plan.batch_tokens
         summary = {
             "status": status.value,  # W&B would write the name of an enum
             "name": config.name,
@@ -458,9 +467,9 @@ class Session:
             "seed": config.seed,
             "parameters": plan.parameters,
             "non_embedding_parameters": plan.non_embedding_parameters,
-            "tokens": plan.tokens,
-            "steps": plan.steps,
-            "flops": plan.flops,
+            "tokens": tokens,
+            "steps": self.last_step,
+            "flops": tokens * plan.flops_per_token,
             "val_loss": None,
             "val_bits_per_byte": None,
             "tokens_per_second": None,

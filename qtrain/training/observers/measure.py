@@ -38,12 +38,15 @@ class Recorder:
     ):
         self.directory, self.module, self.ranks = directory, module, ranks
         self.loggers, self.listeners = list(loggers), list(listeners)
+        self.validated: tuple[int, float] | None = None  # step and loss of the last validation, on every rank
 
     @property
     def device(self) -> torch.device:
         return next(self.module.parameters()).device
 
     def write(self, step: int, values: Line) -> None:
+        if "val_loss" in values:
+            self.validated = step, values["val_loss"]
         if not self.ranks.is_zero:
             return
         plan = self.module.plan

@@ -38,7 +38,11 @@ MAY_IMPORT = {
         "torch qtrain.config qtrain.config.settings qtrain_kernels qtrain_kernels.formats qtrain_kernels.plans"
     ),
     "qtrain.models": "torch einops qtrain.models.base qtrain_kernels",
-    "qtrain.models.base": "pydantic qtrain.config.settings (torch)",
+    "qtrain.models.hf_config": "pydantic (huggingface_hub)",
+    "qtrain.models.base": "pydantic qtrain.config.settings (torch qtrain.models.hf_config)",
+    "qtrain.models.hf": (
+        "torch safetensors huggingface_hub qtrain.models qtrain.models.base qtrain.models.hf_config qtrain.runs"
+    ),
     "qtrain.models.families": "pydantic qtrain.models.base (torch qtrain.models qtrain_kernels)",
     "qtrain.metrics": "qtrain.models qtrain.models.base",
     "qtrain.plan": ("torch rich qtrain.config qtrain.config.settings qtrain.models qtrain.metrics qtrain_kernels"),
@@ -87,8 +91,9 @@ MAY_IMPORT = {
         "qtrain.training.observers qtrain.training.parallel qtrain.training.saves qtrain.training.stop"
     ),
     "qtrain.training.session": (
-        "torch lightning rich qtrain.config qtrain.plan qtrain.optim.groups qtrain.models qtrain.quant qtrain.data "
-        "qtrain.data.batches qtrain.report qtrain.runs qtrain.training.activations qtrain.training.build "
+        "torch lightning rich qtrain.config qtrain.plan qtrain.optim.groups qtrain.models qtrain.models.hf "
+        "qtrain.quant qtrain.data qtrain.data.batches qtrain.report qtrain.runs qtrain.training.activations "
+        "qtrain.training.build "
         "qtrain.training.causal_lm "
         "qtrain.training.checkpoint qtrain.training.divergence qtrain.training.loop qtrain.training.memory "
         "qtrain.training.observers qtrain.training.parallel qtrain.training.saves qtrain.training.stop "

@@ -133,7 +133,7 @@ def test_the_ladder_is_the_published_one(size: str) -> None:
     layers, width, heads, nominal = {**LADDER, **LARGER}[size][:4]
     config = model_config(f"llama_{size}")
     assert (config.n_layers, config.dim, config.n_heads, config.nominal_parameters) == (layers, width, heads, nominal)
-    assert (config.kv_heads, config.head_dim, config.seq_len, config.vocab_size) == (heads, 128, 512, 32_000)
+    assert (config.kv_heads, config.head_width, config.seq_len, config.vocab_size) == (heads, 128, 512, 32_000)
     assert (config.tie_embeddings, config.norm_eps, config.init_std, config.rope_theta) == (False, 1e-5, 0.02, 10_000)
     assert config.ffn_dim % 256 == 0
     assert 0 <= config.ffn_dim - int(8 * width / 3) < 256

@@ -32,6 +32,7 @@ NOT_IN_HASH = (
     "results",
     "retry_failed",
     "backend",  # every backend equals the reference
+    "model.init_from",  # a place; model.init_hash is what lies there
     "data.cache_dir",
     "data.num_workers",
     "data.prepare_workers",
@@ -55,7 +56,18 @@ NOT_IN_HASH = (
 INTRODUCED: dict[str, dict[str, Any]] = {
     "Config": {"seed": 0, "gemm": "auto"},
     "ModelSettings": {"tie_embeddings": False, "vocab_size": None, "init_std": 0.02, "nominal_parameters": None},
-    "Transformer": {"n_kv_heads": None, "rope_theta": 10000.0, "norm_eps": 1e-5},
+    "Transformer": {
+        "n_kv_heads": None,
+        "rope_theta": 10000.0,
+        "norm_eps": 1e-5,
+        "head_dim": None,
+        "qkv_bias": False,
+        "o_bias": False,
+        "mlp_bias": False,
+        "qk_norm": False,
+        "rope_scaling": None,
+        "init_hash": None,
+    },
     "Llama": {"family": "llama"},
     "DataSettings": {"streaming": False, "max_tokens": None, "val_fraction": 0.05},
     "Stdlib": {},

@@ -100,6 +100,9 @@ MAY_IMPORT = {
         "qtrain.training.trunk "
         "qtrain.training.world"
     ),
+    "qtrain.export": (
+        "qtrain.data qtrain.models.hf qtrain.models.base qtrain.runs qtrain.training.build qtrain.training.checkpoint"
+    ),
     "qtrain.studies": "",
     "qtrain.studies.chaos": "torch lightning qtrain qtrain.train qtrain.runs qtrain.config qtrain.config.settings",
     "qtrain.studies.stability": (

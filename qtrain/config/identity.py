@@ -74,7 +74,7 @@ INTRODUCED: dict[str, dict[str, Any]] = {
         "rope_scaling": None,
     },
     "Llama": {"family": "llama"},
-    "DataSettings": {"streaming": False, "max_tokens": None, "val_fraction": 0.05},
+    "DataSettings": {"streaming": False, "document_mask": False, "max_tokens": None, "val_fraction": 0.05},
     "Stdlib": {},
     "PythonEnv": {"packages": ()},
     "Files": {"files": (), "val_files": ()},

@@ -53,7 +53,8 @@ class ModelSettings(Member):
         return tree
 
     def block(self) -> nn.Module:
-        """A new block: x (B, T, D), and the first T rows of each of `tables` -> (B, T, D)."""
+        """A new block: x (B, T, D), the first T rows of each of `tables`, and cu_seqlens (N + 1,) int32 or None ->
+        (B, T, D). Where cu_seqlens is given, no token may see one of another document."""
         raise NotImplementedError
 
     def norm(self) -> nn.Module:

@@ -8,7 +8,7 @@ Weights start as the Quartet and QuEST code starts them: normal(0, init_std), an
 where they write to the residual stream. Biases start at zero.
 """
 
-# B batch, T tokens, V vocabulary
+# B batch, T tokens, V vocabulary, N documents
 
 from __future__ import annotations
 
@@ -26,6 +26,10 @@ from qtrain_kernels.precision import Linear
 class Decoder(nn.Module):
     """tokens (B, T) int64 -> logits (B, T, V), in the dtype of the last matmul (float32, or bfloat16 under autocast).
     With targets (B, T) int64: their cross-entropy in nats, () float32, for which the logits never exist as a whole.
+
+    With cu_seqlens (N + 1,) int32, the cumulative lengths of the documents that the rows are packed of, a token sees
+    its own document alone. Rows are read one after the other, and each begins a document. Positions count on from the
+    beginning of the row: rotary positions are relative, so that a document's own place does not matter.
 
     UserError when T exceeds config.seq_len.
     """
@@ -55,7 +59,13 @@ class Decoder(nn.Module):
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
 
-    def forward(self, tokens: Tensor, targets: Tensor | None = None, reduction: str = "mean") -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor,
+        targets: Tensor | None = None,
+        reduction: str = "mean",
+        cu_seqlens: Tensor | None = None,
+    ) -> Tensor:
         n_tokens = tokens.shape[1]
         if n_tokens > self.config.seq_len:
             raise UserError(
@@ -65,7 +75,7 @@ class Decoder(nn.Module):
         tables = [getattr(self, name)[:n_tokens] for name in self._tables]
         x = self.embed(tokens)
         for layer in self.layers:
-            x = layer(x, *tables)
+            x = layer(x, *tables, cu_seqlens)
         x = self.norm(x)
         return self.lm_head(x) if targets is None else chunked_cross_entropy(x, self.lm_head, targets, reduction)
 

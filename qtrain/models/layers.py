@@ -29,18 +29,18 @@ class Composed(nn.Module):
         for name, part in parts.items():
             self.add_module(name, part)
 
-    def forward(self, *inputs: Tensor) -> Tensor:
+    def forward(self, *inputs: Tensor | None) -> Tensor:
         return self._function(self, *inputs)
 
 
 class Attention(nn.Module):
-    """Causal self-attention: n_heads queries share n_kv_heads keys and values. x (B, T, D) -> (B, T, D)"""
+    """Causal self-attention: n_heads queries share n_kv_heads keys and values. x (B, T, D) -> (B, T, D). With
+    cu_seqlens, within each document alone: see `qtrain.models.decoder`."""
 
     def __init__(self, config: Transformer) -> None:
         super().__init__()
         width, kv_width = config.attention_width(), config.kv_heads * config.head_width
         self.head_dim = config.head_width
-        self.grouped = config.kv_heads != config.n_heads
         self.q = Linear(config.dim, width, bias=config.qkv_bias)
         self.k = Linear(config.dim, kv_width, bias=config.qkv_bias)
         self.v = Linear(config.dim, kv_width, bias=config.qkv_bias)
@@ -49,10 +49,10 @@ class Attention(nn.Module):
             nn.RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity() for _ in "qk"
         )
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
         q, k, v = (rearrange(y, "B T (H d) -> B H T d", d=self.head_dim) for y in (self.q(x), self.k(x), self.v(x)))
         q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
-        y = causal_attention(q, k, v, enable_gqa=self.grouped)
+        y = causal_attention(q, k, v, cu_seqlens)
         return self.o(rearrange(y, "B H T d -> B T (H d)"))
 
 

@@ -9,12 +9,13 @@ import shlex
 import sys
 from pathlib import Path
 
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")  # all but tab and newline
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")  # not tab, newline
 
 
 def visible(text: str) -> str:
     """Text with its control characters written out (ESC as \\x1b): what a file or a model says must not reach a
-    terminal as commands, nor reverse the direction of what is read."""
+    terminal as commands, nor reverse the direction of what is read. Halves of surrogate pairs are written out too:
+    no terminal takes them."""
     return _CONTROL.sub(lambda found: repr(found[0])[1:-1], text)
 
 

@@ -48,6 +48,8 @@ from qtrain.errors import (
 from qtrain.training.stop import CODES, STOPPED, end_now, heard, leave_lost_terminal
 from qtrain.training.world import find_world, started_by_another
 
+FROM_CHECKPOINT = "model=hf:"
+
 
 def main() -> None:
     """What train.py and `qtrain train` do. Exit codes: 0 done, 2 a mistake in what was asked or a run that could not go
@@ -379,10 +381,24 @@ def checked_overrides(arguments: Iterable[str]) -> list[str]:
     is set like any other. Left to itself, Hydra would advise a + before an unknown key, ask for one before a known
     key that the file does not mention, and meet a wrong option of a sweep only when that job's turn comes.
     """
-    arguments = list(arguments)
+    arguments = from_checkpoint(list(arguments))
     own_configs = any(argument.split("=")[0] in ("--config-dir", "-cd", "hydra.searchpath") for argument in arguments)
     flags = [argument for argument in arguments if not _is_override(argument)]  # first: Hydra takes them in one piece
     return flags + [_checked(argument, own_configs) for argument in arguments if _is_override(argument)]
+
+
+def from_checkpoint(arguments: list[str]) -> list[str]:
+    """model=hf:NAME written out: settings and weights of that checkpoint, and its tokenizer where no other is asked
+    for."""
+    found = next((argument for argument in arguments if argument.startswith(FROM_CHECKPOINT)), None)
+    if found is None:
+        return arguments
+    name = "'" + found.removeprefix(FROM_CHECKPOINT).replace("'", "\\'") + "'"
+    parts = ["model=hf", f"model.init_from={name}"]
+    if not any(argument.startswith("tokenizer") for argument in arguments):
+        parts += ["tokenizer=huggingface", f"tokenizer.path={name}"]
+    at = arguments.index(found)
+    return [*arguments[:at], *parts, *arguments[at + 1 :]]
 
 
 def _is_override(argument: str) -> bool:

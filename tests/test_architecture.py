@@ -43,7 +43,11 @@ MAY_IMPORT = {
     "qtrain.integrations.transformers": "torch transformers qtrain.quant",
     "qtrain.integrations.accelerate": "torch qtrain.quant",
     "qtrain.models": "torch einops qtrain.models.base qtrain_kernels",
-    "qtrain.models.base": "pydantic qtrain.config.settings (torch)",
+    "qtrain.models.hf_config": "pydantic (huggingface_hub)",
+    "qtrain.models.base": "pydantic qtrain.config.settings (torch qtrain.models.hf_config)",
+    "qtrain.models.hf": (
+        "torch safetensors qtrain.models qtrain.models.base qtrain.models.hf_config qtrain.runs (huggingface_hub)"
+    ),
     "qtrain.models.families": "pydantic qtrain.models.base (torch qtrain.models qtrain_kernels)",
     "qtrain.metrics": "qtrain.models qtrain.models.base",
     "qtrain.plan": ("torch rich qtrain.config qtrain.config.settings qtrain.models qtrain.metrics qtrain_kernels"),
@@ -107,8 +111,9 @@ MAY_IMPORT = {
         "qtrain.training.observers qtrain.training.parallel qtrain.training.saves qtrain.training.stop"
     ),
     "qtrain.training.session": (
-        "torch lightning rich qtrain.config qtrain.plan qtrain.optim.groups qtrain.models qtrain.quant qtrain.data "
-        "qtrain.data.batches qtrain.report qtrain.runs qtrain.training.activations qtrain.training.build "
+        "torch lightning rich qtrain.config qtrain.plan qtrain.optim.groups qtrain.models qtrain.models.hf "
+        "qtrain.quant qtrain.data qtrain.data.batches qtrain.report qtrain.runs qtrain.training.activations "
+        "qtrain.training.build "
         "qtrain.training.causal_lm qtrain.training.communication "
         "qtrain.training.checkpoint qtrain.training.divergence qtrain.training.loop qtrain.training.memory "
         "qtrain.training.observers qtrain.training.parallel qtrain.training.saves qtrain.training.stop "
@@ -116,6 +121,9 @@ MAY_IMPORT = {
         "qtrain.training.world"
     ),
     "qtrain.multirun": "rich qtrain.config qtrain.runs",
+    "qtrain.export": (
+        "qtrain.data qtrain.models.hf qtrain.models.base qtrain.runs qtrain.training.build qtrain.training.checkpoint"
+    ),
     "qtrain.studies": "",
     "qtrain.studies.chaos": "torch lightning qtrain qtrain.train qtrain.runs qtrain.config qtrain.config.settings",
     "qtrain.studies.stability": (
@@ -129,7 +137,8 @@ MAY_IMPORT = {
     ),
     "qtrain.cli": "",
     "qtrain.cli.train": "(qtrain.train)",
-    "qtrain.cli.generate": "qtrain.cli (torch qtrain.models qtrain.runs qtrain.training.build)",
+    "qtrain.cli.export": "qtrain.cli (qtrain.export)",
+    "qtrain.cli.generate": "qtrain.cli (torch qtrain.models qtrain.quant qtrain.runs qtrain.training.build)",
     "qtrain.cli.report": "qtrain.cli (qtrain.report)",
     "qtrain.cli.compare": "qtrain.cli (qtrain.report qtrain.runs)",
     "qtrain.cli.fit": "qtrain.cli qtrain.scaling (qtrain.report qtrain.runs)",

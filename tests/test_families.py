@@ -83,7 +83,7 @@ class NeoX(Transformer):
     def tables(self):
         from qtrain.models.layers import rope_tables
 
-        cos, sin = rope_tables(self.seq_len, self.head_dim, self.rope_theta)
+        cos, sin = rope_tables(self.seq_len, self.head_width, self.rope_theta)
         return {"cos": cos, "sin": sin}
 
 def parallel(block, x, cos, sin, cu_seqlens):

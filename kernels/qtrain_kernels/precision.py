@@ -76,7 +76,8 @@ class Linear(nn.Linear):
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
     """Causal F.scaled_dot_product_attention, in the autocast dtype where autocast is on. q (B, H, T, d); k, v
-    (B, H, T, d), or fewer heads that divide H. Where bfloat16 is multiplied in float32, scores and weights stay in
+    (B, H, T, d), or fewer heads that divide H. A single query is the last of its sequence and sees all keys, however
+    many there are. Where bfloat16 is multiplied in float32, scores and weights stay in
     float32: only the operands, the result and the gradients are rounded.
 
     cu_seqlens (N + 1,) int32: a token attends to those of its own document alone; see `qtrain_kernels.attention`."""
@@ -88,7 +89,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     if cu_seqlens is None:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=k.shape[1] != q.shape[1])
+        return F.scaled_dot_product_attention(q, k, v, is_causal=q.shape[2] > 1, enable_gqa=k.shape[1] != q.shape[1])
     dtype = _dtype_of_products(q)  # autocast does not know the operators of documents
     return document_attention(q.to(dtype), k.to(dtype), v.to(dtype), cu_seqlens)
 

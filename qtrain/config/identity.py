@@ -32,6 +32,7 @@ NOT_IN_HASH = (
     "results",
     "retry_failed",
     "backend",  # every backend equals the reference
+    "model.init_from",  # a place; model.init_hash is what lies there
     "data.cache_dir",
     "data.num_workers",
     "data.prepare_workers",
@@ -56,8 +57,24 @@ NOT_IN_HASH = (
 # that has it. NEVER change a value here, whatever becomes of the default in the class.
 INTRODUCED: dict[str, dict[str, Any]] = {
     "Config": {"seed": 0, "gemm": "auto", "validation": {}},
-    "ModelSettings": {"tie_embeddings": False, "vocab_size": None, "init_std": 0.02, "nominal_parameters": None},
-    "Transformer": {"n_kv_heads": None, "rope_theta": 10000.0, "norm_eps": 1e-5},
+    "ModelSettings": {
+        "tie_embeddings": False,
+        "vocab_size": None,
+        "init_std": 0.02,
+        "nominal_parameters": None,
+        "init_hash": None,
+    },
+    "Transformer": {
+        "n_kv_heads": None,
+        "rope_theta": 10000.0,
+        "norm_eps": 1e-5,
+        "head_dim": None,
+        "qkv_bias": False,
+        "o_bias": False,
+        "mlp_bias": False,
+        "qk_norm": False,
+        "rope_scaling": None,
+    },
     "Llama": {"family": "llama"},
     "DataSettings": {"document_mask": False},
     "Mixture": {"parts": {}, "weights": {}},

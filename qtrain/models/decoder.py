@@ -31,7 +31,9 @@ class Decoder(nn.Module):
     its own document alone. Rows are read one after the other, and each begins a document. Positions count on from the
     beginning of the row: rotary positions are relative, so that a document's own place does not matter.
 
-    UserError when T exceeds config.seq_len.
+    start: the position of the first token, where the attention's caches hold those before it.
+
+    UserError when start + T exceeds config.seq_len.
     """
 
     def __init__(self, config: ModelSettings, vocab_size: int) -> None:
@@ -65,14 +67,15 @@ class Decoder(nn.Module):
         targets: Tensor | None = None,
         reduction: str = "mean",
         cu_seqlens: Tensor | None = None,
+        start: int = 0,
     ) -> Tensor:
-        n_tokens = tokens.shape[1]
+        n_tokens = start + tokens.shape[1]
         if n_tokens > self.config.seq_len:
             raise UserError(
                 f"the model {self.config.name} reads at most model.seq_len={self.config.seq_len} tokens at once, found "
                 f"sequences of {n_tokens}; shorten them or raise model.seq_len"
             )
-        tables = [getattr(self, name)[:n_tokens] for name in self._tables]
+        tables = [getattr(self, name)[start:n_tokens] for name in self._tables]
         x = self.embed(tokens)
         for layer in self.layers:
             x = layer(x, *tables, cu_seqlens)

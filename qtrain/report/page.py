@@ -327,17 +327,17 @@ LAW_KEYS: dict[str, type] = {
 
 
 def read_law(path: Path) -> dict[str, Any]:
-    """A law.json of scripts/fit_scaling_law.py. UserError where it is none."""
+    """A law.json of `qtrain fit`. UserError where it is none."""
     try:
         law = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"cannot read {path}: {error}") from None
     lacking = [key for key in LAW_KEYS if not isinstance(law, dict) or key not in law]
     if lacking:
-        raise UserError(f"{path} lacks {', '.join(lacking)}; it is no law.json of scripts/fit_scaling_law.py")
+        raise UserError(f"{path} lacks {', '.join(lacking)}; it is no law.json of `qtrain fit`")
     parts = [*law["constants"].values(), *law["efficiencies"].values(), *law["points"]] if _have_kinds(law) else [None]
     if not all(isinstance(part, dict) for part in parts):
-        raise UserError(f"{path} has values of other kinds than a law.json of scripts/fit_scaling_law.py")
+        raise UserError(f"{path} has values of other kinds than a law.json of `qtrain fit`")
     return law
 
 
@@ -346,7 +346,7 @@ def _have_kinds(law: dict[str, Any]) -> bool:
 
 
 def _law_section(laws: list[tuple[Path, dict[str, Any]]]) -> Section:
-    absent = "No law was given: python scripts/fit_scaling_law.py RUNS --law quartet --out LAW makes LAW/law.json, and "
+    absent = "No law was given: qtrain fit RUNS --law quartet --out LAW makes LAW/law.json, and "
     section = Section("law", "Scaling law", absent + "--law LAW/law.json shows it here.")
     if not laws:
         return section

@@ -212,7 +212,7 @@ def read_csv(path: Path) -> list[Row]:
 def _checked(path: Path, columns: list[str], rows: list[Row]) -> list[Row]:
     missing = [column for column in REQUIRED if column not in columns]
     if missing:
-        raise UserError(f"{path} lacks {', '.join(missing)}; it is no results file of scripts/compare_runs.py")
+        raise UserError(f"{path} lacks {', '.join(missing)}; it is no results file of `qtrain compare`")
     return [_parsed(row, f"{path}, row {number}") for number, row in enumerate(rows, 2)]
 
 
@@ -223,7 +223,7 @@ def _read_text(path: Path) -> str:
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     except UnicodeDecodeError:
-        raise UserError(f"{path} is no text; a results file is what scripts/compare_runs.py writes") from None
+        raise UserError(f"{path} is no text; a results file is what `qtrain compare --csv` writes") from None
 
 
 def _parse_csv(path: Path, text: str) -> tuple[list[str], list[Row]]:
@@ -231,7 +231,7 @@ def _parse_csv(path: Path, text: str) -> tuple[list[str], list[Row]]:
         reader = csv.DictReader(io.StringIO(text, newline=""))
         columns, rows = list(reader.fieldnames or ()), list(reader)
     except csv.Error:
-        raise UserError(f"{path} is no text; a results file is what scripts/compare_runs.py writes") from None
+        raise UserError(f"{path} is no text; a results file is what `qtrain compare --csv` writes") from None
     if not columns:
         raise UserError(f"{path} is empty, not even a header; delete it")
     for number, row in enumerate(rows, 2):

@@ -313,6 +313,23 @@ def weights(folder: Path) -> dict[str, Tensor]:
     return {name.removeprefix(MODEL): tensor for name, tensor in tensors.items()}
 
 
+def shapes(folder: Path) -> dict[str, torch.Size]:
+    """Of the weights of a checkpoint, by the names of the model's state dict."""
+    with _readable(folder):
+        saved = _saved(HuggingFaceStorageReader(str(folder)))
+    return {name.removeprefix(MODEL): of.size for name, of in saved.items() if name.startswith(MODEL)}
+
+
+def weight(folder: Path, name: str) -> Tensor:
+    """One of the weights of a checkpoint, whole, on the CPU. Nothing else is read."""
+    with _readable(folder):
+        of = _saved(HuggingFaceStorageReader(str(folder)))[MODEL + name]
+        tensor = torch.empty(of.size, dtype=of.properties.dtype)
+        reader = HuggingFaceStorageReader(str(folder))
+        _quietly(dcp.load)({MODEL + name: tensor}, storage_reader=reader, no_dist=True)
+    return tensor
+
+
 def export(folder: Path, path: Path) -> None:
     """Write the weights of a checkpoint as one safetensors file, for other programs."""
     partial = _hidden(path)

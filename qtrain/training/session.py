@@ -32,6 +32,7 @@ from qtrain.data.order import describe_epochs, epochs, repetition_warning
 from qtrain.data.prepare import find, prepare, prepare_validation, same_text
 from qtrain.data.tokenizer import tokenizer_files
 from qtrain.errors import DivergedError, LostRankError, RefusedError, StoppedError, UserError, first_line
+from qtrain.models import hf
 from qtrain.models.decoder import Decoder
 from qtrain.optim.groups import build_optimizer
 from qtrain.plan import RunPlan, budget_tokens, make_plan
@@ -294,6 +295,8 @@ class Session:
     def train(self, checkpoint: Path | None = None, stop: StopRequest | None = None) -> int:
         """The exit code that was asked for while training; 0 when it has come to its end."""
         forward = self._set_up()
+        if checkpoint is None and (pretrained := self.config.model.init_from):
+            hf.load(self.model, pretrained)
         optimizer = build_optimizer(self.model, self.config.optimizer)
         saver = Saver()
         observers = self.observers()

@@ -58,7 +58,7 @@ class HuggingFace(TextSettings):
         except Exception as error:  # whatever the network, the hub or a loading script raises, the user must hear of it
             raise UserError(
                 f"dataset {path}{f' ({self.subset})' if self.subset else ''}, split {split}, could not be read: "
-                f"{first_line(error)}\nWithout a network, prepare it elsewhere (python scripts/prepare_data.py ...) "
+                f"{first_line(error)}\nWithout a network, prepare it elsewhere (qtrain data ...) "
                 "and copy data.cache_dir, or point HF_HOME at a filled Hugging Face cache."
             ) from error
 

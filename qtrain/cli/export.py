@@ -25,6 +25,6 @@ def main() -> None:
     print(f"{done.folder}: step {done.step}, {done.parameters:,} parameters, {bits:g} bits each")
     if done.recipe:
         print(
-            f"note: these are the weights before recipe {done.recipe} quantises them. A program that multiplies them in "
-            "bfloat16 computes another model than the run did, as a rule a little better or worse."
+            f"note: these are the weights before recipe {done.recipe} quantises them. A program that multiplies them "
+            "in bfloat16 computes another model than the run did."
         )

@@ -372,10 +372,5 @@ def test_importing_qtrain_costs_nothing():
     assert loaded_by("import qtrain") & heavy == set()
 
 
-def test_quantising_brings_in_torch_and_nothing_of_the_training():
-    heavy = {"lightning", "hydra", "datasets", "tokenizers", "transformers", "wandb", "matplotlib", "scipy"}
-    assert loaded_by("import qtrain; qtrain.convert") & (heavy | {"torch"}) == {"torch"}
-
-
 def test_help_and_mistakes_are_answered_without_torch():
     assert loaded_by("import qtrain.train") & {"torch", "lightning", "datasets", "matplotlib"} == set()

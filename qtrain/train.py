@@ -68,17 +68,16 @@ def main() -> None:
             _jobs.extend(jobs)
             try:
                 _hydra_main()
-            finally:
-                if jobs and not (_stop.asked or isinstance(sys.exception(), KeyboardInterrupt)):
-                    _show_outcomes(jobs)
+            except JobFailedError as error:
+                _failures.append(error)
+            if jobs and not _stop.asked:
+                _show_outcomes(jobs)
     except RefusedError as error:  # rank 0 has said why
         _failures.append(error)
         if started_by_another():
             _failures.clear()
     except (UserError, HydraException, OmegaConfBaseException) as error:
         _report(error)
-    except JobFailedError as error:
-        _failures.append(error)
     except ValueError as error:
         if not _is_of_hydra(error):
             raise

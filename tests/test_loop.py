@@ -446,7 +446,7 @@ def test_a_second_interrupt_stops_at_once() -> None:
 def ended(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The codes with which this process would have ended at once."""
     codes: list[int] = []
-    monkeypatch.setattr("qtrain.training.stop._end_now", codes.append)
+    monkeypatch.setattr("qtrain.training.stop.end_now", codes.append)
     return codes
 
 

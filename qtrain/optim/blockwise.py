@@ -69,11 +69,17 @@ class BlockwiseAdamW(AdamW8bit):
             state["exp_avg_sq"] = self._new_buffer(parameter, False)
         state["step"] += 1
         tensors = parameter.detach(), parameter.grad, state["exp_avg"], state["exp_avg_sq"]
-        weight, grad, first, second = (x._local_tensor if isinstance(x, DTensor) else x for x in tensors)
+        weight, grad, first, second = (_local(x) for x in tensors)
+        beta1, beta2 = group["betas"]
         rows = max(1, ELEMENTS // max(1, weight[:1].numel()))
         for start in range(0, len(weight), rows):
             end = min(start + rows, len(weight))
             single_param_adam(
                 weight[start:end], grad[start:end], state["step"], first[start:end], second[start:end], None, lr,
-                *group["betas"], group["weight_decay"], group["eps"], True, False,
+                beta1, beta2, group["weight_decay"], group["eps"], IS_ADAMW=True, BF16_STOCHASTIC_ROUND=False,
             )  # fmt: skip
+
+
+def _local(x: Tensor | None) -> Tensor:
+    assert x is not None
+    return x._local_tensor if isinstance(x, DTensor) else x

@@ -140,7 +140,8 @@ class GatheredWeight(Tensor):
 
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
         names = [f"part{number}" for number in range(len(self.gathered))]
-        self.__dict__ |= dict(zip(names, self.gathered, strict=True))
+        for name, part in zip(names, self.gathered, strict=True):
+            setattr(self, name, part)
         return names, (self.layer, self.dtype)
 
     @classmethod

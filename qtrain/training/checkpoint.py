@@ -71,7 +71,7 @@ def tensors_of(model: nn.Module, optimizer: torch.optim.Optimizer | None = None)
         prefix = "state."  # what is under "param_groups." comes from the settings
         for name, value in flat.items():
             if name.startswith(prefix):
-                named |= _parts(OPTIMIZER + name[len(prefix) :], value)
+                named |= _parts(OPTIMIZER + name[len(prefix) :], cast(Tensor, value))
     return named
 
 

@@ -99,6 +99,10 @@ MAY_IMPORT = {
     ),
     "qtrain.studies": "",
     "qtrain.studies.chaos": "torch lightning qtrain qtrain.train qtrain.runs qtrain.config qtrain.config.settings",
+    "qtrain.studies.stability": (
+        "numpy scipy torch qtrain.data qtrain.data.batches qtrain.plan qtrain.runs qtrain.training.build "
+        "qtrain.training.checkpoint"
+    ),
     "qtrain.sweep": (
         "torch rich qtrain qtrain.config qtrain.data qtrain.data.base qtrain.plan qtrain.runs qtrain.report "
         "qtrain.training.build qtrain.training.checkpoint qtrain.training.losses qtrain.training.session "

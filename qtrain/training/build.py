@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import torch
@@ -70,15 +71,18 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     return load_kept(directory.read_config().tokenizer, directory.tokenizer)
 
 
-def load_run(path: str | Path) -> nn.Module:
-    """The model of a run directory, converted as it was trained, with the weights of its newest good checkpoint, in
-    eval mode on the CPU. UserError when the directory holds no run or no checkpoint."""
+def load_run(path: str | Path, step: int | None = None) -> nn.Module:
+    """The model of a run directory, converted as it was trained, with the weights of its newest good checkpoint, or of
+    the newest up to and with `step`, in eval mode on the CPU. UserError when the directory holds no run or no such
+    checkpoint."""
     directory = RunDirectory(Path(path).expanduser())
     config = directory.read_config()
-    found = newest(directory.checkpoints)
+    found = newest(directory.checkpoints, math.inf if step is None else step)
     if found is None:
         refuse_earlier_format(directory.checkpoints)
-        raise UserError(f"{directory.path} has no checkpoint yet")
+        raise UserError(
+            f"{directory.path} has no checkpoint " + ("yet" if step is None else f"of step {step} or before")
+        )
     step, folder = found
     vocab_size = whole_number(folder, values_of(folder), "vocab_size")
     with torch.device("meta"):  # settings may ask for any size: the memory is taken for what the checkpoint holds

@@ -16,10 +16,14 @@ NAME = r"[A-Za-z0-9][A-Za-z0-9_-]*"  # of a source among several
 
 
 class Document(NamedTuple):
-    """A text, and a name that errors can point at: a file, a line of a JSONL file, a row of a table."""
+    """A text, and a name that errors can point at: a file, a line of a JSONL file, a row of a table.
+
+    place: tells, before the next document is asked for, where a later pass goes on after this one, as plain data.
+    """
 
     name: str
     text: str
+    place: Callable[[], Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -27,12 +31,12 @@ class Source:
     """name: readable, for the cache folder. identity: plain data that changes when the content may have changed; the
     cache is keyed by it (files by relative path, size and modification time; datasets by name). n_bytes: size of the
     files, None where unknown. documents: starts a new pass over all documents, in an order that is the same on every
-    machine."""
+    machine; with the place of a document, over those after it."""
 
     name: str
     identity: Any
     n_bytes: int | None
-    documents: Callable[[], Iterator[Document]]
+    documents: Callable[..., Iterator[Document]]
 
 
 # Those of `data` hold for every source of a run.

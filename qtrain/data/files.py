@@ -8,8 +8,9 @@ from __future__ import annotations
 import difflib
 import glob
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 
@@ -116,9 +117,12 @@ class Files(NamedFiles, TextSettings):
 
     def _source(self, files: list[File]) -> Source:
 
-        def documents() -> Iterator[Document]:
-            for file in files:
-                yield from (document for document in self.read(file.path) if document.text)
+        def documents(place: Sequence[int] = (0, 0)) -> Iterator[Document]:
+            first, read = place
+            for number in range(first, len(files)):
+                for count, document in enumerate(self.read(files[number].path), 1):
+                    if document.text and (number > first or count > read):
+                        yield document._replace(place=partial(list, (number, count)))
 
         facts, n_bytes = stat(files)
         return Source(f"{self}-{files[0].path.stem}", [str(self), self.options(), facts], n_bytes, documents)
@@ -136,14 +140,14 @@ class RowFiles(Files):
 def code_source(name: str, files: list[File]) -> Source:
     """One file of Python code is one document."""
 
-    def documents() -> Iterator[Document]:
-        for file in files:
+    def documents(place: int = 0) -> Iterator[Document]:
+        for number, file in enumerate(files[place:], place + 1):
             try:
                 text = file.path.read_bytes().decode()
             except UnicodeDecodeError:  # a handful of files in older encodings, which no user chose
                 continue
             if text:
-                yield Document(file.name, text)
+                yield Document(file.name, text, partial(int, number))
 
     return Source(name, *stat(files), documents)
 

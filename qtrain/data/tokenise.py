@@ -15,7 +15,8 @@ validation split more than data.val_tokens. Documents stay whole. A corpus prepa
 smaller one as a view that equals, hash included, what the smaller preparation would have made.
 
 The folder is built beside its final place under a file lock and renamed when everything is on disk, so what has the
-final name is whole; what a killed preparation left is removed by the next one.
+final name is whole. Now and then PROGRESS says how far it is: up to which document of the source, and what the files
+have. The next preparation of the same goes on from there, to the same tokens; what was left without it is removed.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ import os
 import platform
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -39,21 +40,24 @@ from qtrain.config import TokenizerConfig
 from qtrain.data.base import Document, Source, TextSettings
 from qtrain.data.bigram import MAX_TRAIN_TOKENS, MAX_VAL_TOKENS, bigram_cross_entropy
 from qtrain.data.corpus import FORMAT_VERSION, Corpus, Split, data_hash, open_corpus, read_manifest
-from qtrain.data.encode import Chunk, encode_all
+from qtrain.data.encode import Chunk, Encoded, Mark, encode_all
 from qtrain.data.progress import Progress
-from qtrain.data.shards import SplitWriter
+from qtrain.data.shards import NotAsWrittenError, SplitWriter
 from qtrain.data.tokenizer import (
     ByteTokenizer,
     FileTokenizer,
     Tokenizer,
     load_pretrained,
+    load_saved,
     tokenizer_identity,
     train_bpe,
 )
 from qtrain.errors import UserError, first_line
-from qtrain.runs.files import naming, sync_folder, write_synced
+from qtrain.runs.files import naming, read_json, sync_folder, write_atomically, write_synced
 
 CHUNK_CHARACTERS = 1 << 18
+MARK_CHARACTERS = 1 << 26  # PROGRESS is written after so much text: half a minute on a core, or less
+PROGRESS = "progress.json"
 BPE_TEXT_BYTES = 64 << 20  # BPE is trained on this much text, from the first training documents on
 
 log = logging.getLogger(__name__)
@@ -125,7 +129,7 @@ def plan_text(
     train_limit = data.max_tokens
     if only_val:
         val, train_limit = val or train, None
-        train = replace(val, documents=lambda: iter(()))
+        train = replace(val, documents=lambda *_: iter(()))
     elif data.streaming and train_limit is None:
         train_limit = budget_tokens
         if train_limit is None:
@@ -144,13 +148,17 @@ def plan_text(
 
 def _build_and_rename(plan: TextPlan, progress: bool) -> None:
     building = plan.folder.with_name(f".{plan.folder.name}.building")
-    shutil.rmtree(building, ignore_errors=True)
-    building.mkdir()
+    if not (building / PROGRESS).exists():
+        shutil.rmtree(building, ignore_errors=True)
+        building.mkdir()
     with Progress(plan.train.name, plan.folder, plan.train.n_bytes, plan.train_limit, shown=progress) as bar:
         try:
             _build(building, plan, bar)
         except BaseException:
-            shutil.rmtree(building, ignore_errors=True)
+            if (building / PROGRESS).exists():
+                log.warning("%s has what was prepared; the same command goes on from there. Or delete it", building)
+            else:
+                shutil.rmtree(building, ignore_errors=True)
             raise
     sync_folder(building)
     if plan.folder.exists():  # damaged, or _find would have returned it
@@ -164,11 +172,12 @@ def _build_and_rename(plan: TextPlan, progress: bool) -> None:
 
 @dataclass(frozen=True)
 class Item:
-    """A document on its way: its side, and the digest that decided it."""
+    """A document on its way: its side, the digest that decided it, and its place in the source."""
 
     split: str
     text: str
     digest: bytes
+    place: Callable[[], Any] | None = None
 
 
 def _digest(text: str) -> bytes:
@@ -204,7 +213,7 @@ def _held_out(sizes: dict[int, int], fraction: float) -> set[int]:
 
 def _cut(document: Document, fraction: float) -> tuple[Document, Document]:
     """The part to train on and the last `fraction` of the characters, which is held out; see the module's text."""
-    name, text = document
+    name, text = document.name, document.text
     if len(text) < 2:
         raise UserError(f"{name} holds all the text there is, one character, which cannot be cut; name more files")
     start = min(max(1, round(len(text) * (1 - fraction))), len(text) - 1)
@@ -237,38 +246,69 @@ class Assignment:
         else:
             self._held_out = _held_out(sizes, fraction)
 
-    def items(self) -> Iterator[Item]:
-        """A pass over the documents, in the order of their source."""
-        for document in self._documents():
+    def items(self, *place: Any) -> Iterator[Item]:
+        """A pass over the documents, in the order of their source; of those after a place, where one is given."""
+        for document in self._documents(*place):
             digest = _digest(document.text)
             rank = _rank(digest)
             held_out = rank in self._held_out if self._held_out is not None else rank < self._limit
-            yield Item("val" if held_out else "train", document.text, digest)
+            yield Item("val" if held_out else "train", document.text, digest, document.place)
 
 
 # --------------------------------------------------------------------------------------------------------- the building
 
 
 def _build(folder: Path, plan: TextPlan, bar: Progress) -> None:
-    """Writes every file of the corpus into an existing empty folder."""
+    """Writes every file of the corpus into an existing folder, which is empty or has PROGRESS of the same plan."""
     bar.phase("reading")
     assign = Assignment(plan)
-    tokenizer = _tokenizer(plan, assign, bar)
-    if isinstance(tokenizer, FileTokenizer):
+    kept = _read_progress(folder)
+    tokenizer = _tokenizer(plan, assign, bar, folder if kept else None)
+    if isinstance(tokenizer, FileTokenizer) and not kept:
         tokenizer.save(folder / "tokenizer.json")
     limits = {"train": plan.train_limit, "val": plan.val_limit}
-    writers = {name: SplitWriter(folder, name, tokenizer.vocab_size, limit) for name, limit in limits.items()}
+    writers: dict[str, SplitWriter] = {}
+    try:
+        for name, limit in limits.items():
+            state = kept["writers"][name] if kept else None
+            writers[name] = SplitWriter(folder, name, tokenizer.vocab_size, limit, state)
+        _fill(folder, plan, bar, assign, tokenizer, writers, kept)
+    except NotAsWrittenError as error:
+        _begin_anew(folder, error)
+        _build(folder, plan, bar)
+    finally:
+        for writer in writers.values():
+            writer.abandon()
+
+
+def _fill(
+    folder: Path, plan: TextPlan, bar: Progress, assign: Assignment, tokenizer: Tokenizer,
+    writers: dict[str, SplitWriter], kept: dict[str, Any] | None,
+) -> None:  # fmt: skip
+    """All documents to the writers, those after what is kept, and the manifest."""
     bar.phase("tokenising")
     workers = plan.data.prepare_workers or (1 if isinstance(tokenizer, ByteTokenizer) else os.cpu_count() or 1)
     excluded: set[bytes] = set()
-    if plan.val is not None:
+    if plan.val is not None and not kept:
         items = (Item("val", document.text, _digest(document.text)) for document in plan.val.documents())
-        _write(_unfilled(items, [writers["val"]]), writers, tokenizer, workers, bar)
+        for encoded in encode_all(_chunks(_unfilled(items, [writers["val"]])), tokenizer, workers):
+            assert isinstance(encoded, Encoded), "these items have no place"
+            writers["val"].add(encoded)
+            bar.advance(encoded, 0)
+    if plan.val is not None:
         excluded = writers["val"].digests()
-    dropped = _Counter()
-    items = dropped.without(assign.items(), excluded)
+    dropped = _Counter(kept["dropped"] if kept else 0)
+    items = dropped.without(assign.items(*([kept["place"]] if kept else [])), excluded)
     fed = [writers["train"]] if plan.val else list(writers.values())
-    _write(_unfilled(items, fed), writers, tokenizer, workers, bar)
+    if kept:
+        bar.resume(sum(writer.n_bytes for writer in writers.values()))
+        log.info("going on after %s documents", f"{sum(writer.n_documents for writer in writers.values()):,}")
+    for encoded in encode_all(_chunks(_unfilled(items, fed), dropped), tokenizer, workers):
+        if isinstance(encoded, Mark):
+            _write_progress(folder, encoded, writers, tokenizer)
+        else:
+            writers[encoded.split].add(encoded)
+            bar.advance(encoded, writers["train"].n_tokens)
     complete = not writers["train"].full
     splits = {name: writer.close() for name, writer in writers.items()}
     _check_not_empty(plan, splits)
@@ -276,13 +316,56 @@ def _build(folder: Path, plan: TextPlan, bar: Progress) -> None:
     manifest = _manifest(plan, tokenizer, writers, splits)
     manifest |= {"train_complete": complete, "dropped_from_train": dropped.n, "is_cut": assign.is_cut}
     write_synced(folder / "manifest.json", json.dumps(manifest, indent=1))
+    (folder / PROGRESS).unlink(missing_ok=True)
+
+
+def _write_progress(folder: Path, mark: Mark, writers: Mapping[str, SplitWriter], tokenizer: Tokenizer) -> None:
+    facts = {
+        "versions": _versions(),
+        "place": mark.place,
+        "dropped": mark.dropped,
+        "eos_id": tokenizer.eos_id,
+        "writers": {name: writer.state() for name, writer in writers.items()},
+    }
+    write_atomically(folder / PROGRESS, json.dumps(facts))
+
+
+def _read_progress(folder: Path) -> dict[str, Any] | None:
+    """How far the preparation in a folder is; None where it begins. The folder is emptied where another version of the
+    libraries was at work, or a file is not what was written."""
+    path = folder / PROGRESS
+    if not path.exists():
+        return None
+    try:
+        facts = read_json(path)
+        if facts["versions"] != _versions():
+            raise UserError(f"{path} is of other versions of the libraries")
+        for name, state in facts["writers"].items():
+            shards = {shard: state["files"][shard] for shard in state["files"]}
+            for file, kept in {**shards, f"{name}-documents.bin": state["documents"]}.items():
+                if (folder / file).stat().st_size < kept["bytes"]:
+                    raise UserError(f"{folder / file} is cut")
+    except (UserError, OSError, KeyError, TypeError, AttributeError) as error:
+        _begin_anew(folder, error)
+        return None
+    return facts
+
+
+def _begin_anew(folder: Path, why: Exception) -> None:
+    log.warning("%s; the preparation begins anew", why if isinstance(why, UserError) else first_line(why))
+    shutil.rmtree(folder)
+    folder.mkdir()
+
+
+def _versions() -> dict[str, str]:
+    return {"format": str(FORMAT_VERSION)} | {name: version(name) for name in ("tokenizers", "datasets")}
 
 
 class _Counter:
     """Counts the training documents that are dropped because the validation split has them."""
 
-    def __init__(self) -> None:
-        self.n = 0
+    def __init__(self, n: int) -> None:
+        self.n = n
 
     def without(self, items: Iterable[Item], excluded: set[bytes]) -> Iterator[Item]:
         for item in items:
@@ -290,14 +373,6 @@ class _Counter:
                 self.n += 1
             else:
                 yield item
-
-
-def _write(
-    items: Iterable[Item], writers: dict[str, SplitWriter], tokenizer: Tokenizer, workers: int, bar: Progress
-) -> None:
-    for encoded in encode_all(_chunks(items), tokenizer, workers):
-        writers[encoded.split].add(encoded)
-        bar.advance(encoded, writers["train"].n_tokens)
 
 
 def _unfilled(items: Iterable[Item], fed: list[SplitWriter]) -> Iterator[Item]:
@@ -310,9 +385,11 @@ def _unfilled(items: Iterable[Item], fed: list[SplitWriter]) -> Iterator[Item]:
             return
 
 
-def _chunks(items: Iterable[Item]) -> Iterator[Chunk]:
-    """Documents of one side, about CHUNK_CHARACTERS of them, in order within each side."""
+def _chunks(items: Iterable[Item], dropped: _Counter | None = None) -> Iterator[Chunk | Mark]:
+    """Documents of one side, about CHUNK_CHARACTERS of them, in order within each side; and a Mark after
+    MARK_CHARACTERS, where the items have a place."""
     open_chunks: dict[str, Chunk] = {}
+    unmarked = 0
     for item in items:
         chunk = open_chunks.setdefault(item.split, Chunk(item.split, [], []))
         chunk.texts.append(item.text)
@@ -320,12 +397,22 @@ def _chunks(items: Iterable[Item]) -> Iterator[Chunk]:
         chunk.n_characters += len(item.text)
         if chunk.n_characters >= CHUNK_CHARACTERS:
             yield open_chunks.pop(item.split)
+        unmarked += len(item.text)
+        if unmarked >= MARK_CHARACTERS and item.place is not None and dropped is not None:
+            mark = Mark(item.place(), dropped.n)
+            yield from open_chunks.values()
+            yield mark
+            open_chunks.clear()
+            unmarked = 0
     yield from open_chunks.values()
 
 
-def _tokenizer(plan: TextPlan, assign: Assignment, bar: Progress) -> Tokenizer:
+def _tokenizer(plan: TextPlan, assign: Assignment, bar: Progress, kept: Path | None) -> Tokenizer:
+    """kept: the folder of a preparation that goes on."""
     if plan.tokenizer.kind == "bytes":
         return ByteTokenizer()
+    if kept is not None:
+        return load_saved(kept / "tokenizer.json", read_json(kept / PROGRESS)["eos_id"])
     if plan.tokenizer.kind == "huggingface":
         return load_pretrained(plan.tokenizer)
     assert plan.tokenizer.vocab_size is not None, "TokenizerConfig requires it for bpe"

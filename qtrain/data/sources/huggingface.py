@@ -44,15 +44,27 @@ class HuggingFace(TextSettings):
             files = (file for file in sorted(folder.rglob("*")) if file.is_file())
             identity.append(stat([File(file.relative_to(folder).as_posix(), file) for file in files])[0])
         name = "-".join([Path(path).name, *([self.subset] if self.subset else [])])
-        return Source(name, identity, None, lambda: (row for row in self._rows(path, split) if row.text))
 
-    def _rows(self, path: str, split: str) -> Iterator[Document]:
+        def documents(place: Any = None) -> Iterator[Document]:
+            return (row for row in self._rows(path, split, place) if row.text)
+
+        return Source(name, identity, None, documents)
+
+    def _rows(self, path: str, split: str, place: Any) -> Iterator[Document]:
+        """place: [number, state] of the last row that was read; the state of a stream, with which it opens the file of
+        that row and none before it."""
         import datasets
 
         try:
-            rows = datasets.load_dataset(path, name=self.subset, split=split, streaming=self.streaming)
-            for number, row in enumerate(rows):
-                yield self._document(f"{path} ({split}), row {number}", row)
+            rows: Any = datasets.load_dataset(path, name=self.subset, split=split, streaming=self.streaming)
+            first = 0
+            if place is not None:
+                first = place[0] + 1
+                rows.load_state_dict(place[1]) if self.streaming else (rows := rows.skip(first))
+            for number, row in enumerate(rows, first):
+                document = self._document(f"{path} ({split}), row {number}", row)
+                state = rows.state_dict if self.streaming else int
+                yield document._replace(place=lambda number=number, state=state: [number, state()])
         except UserError:
             raise
         except Exception as error:  # whatever the network, the hub or a loading script raises, the user must hear of it

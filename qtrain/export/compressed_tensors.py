@@ -43,7 +43,7 @@ from qtrain.quant import QuantLinear
 from qtrain.quant.functional import Numerics
 from qtrain.quant.quantizer import Quantizer
 from qtrain.runs.files import write_synced
-from qtrain_kernels.formats import ELEMENTS, E4M3, Element, get_format
+from qtrain_kernels.formats import E4M3, ELEMENTS, Element, get_format
 from qtrain_kernels.qtensor import Layout
 
 MX_BLOCK, NV_BLOCK = 32, 16
@@ -128,7 +128,7 @@ def _theirs(name: str) -> str:
     return found
 
 
-# ------------------------------------------------------------------------------------------------- which format holds what
+# ---------------------------------------------------------------------------------------------- which format holds what
 
 
 def scheme_of(numerics: Numerics, in_features: int | None = None) -> Scheme:
@@ -205,7 +205,7 @@ def _inputs(quantizer: Quantizer) -> tuple[dict[str, Any] | None, str | None]:
     return None, f"the format does not say how the inputs are quantised ({quantizer}): a reader leaves them as they are"
 
 
-# --------------------------------------------------------------------------------------------------------------- tensors
+# -------------------------------------------------------------------------------------------------------------- tensors
 
 
 def pack(weight: Codes, scheme: Scheme) -> dict[str, Tensor]:
@@ -269,7 +269,7 @@ def _reciprocal(scale: Tensor | None) -> Tensor:
 
 
 def _float32_scale(weight: Codes, strategy: str) -> Tensor:
-    """The scale as the strategy lays it out, that of the row multiplied in: exact, since the other is a power of two."""
+    """As the strategy lays it out, the row's scale multiplied in: exact, since the other is a power of two."""
     blocks = weight.block_scale if strategy == "block" else weight.row_scales()
     if blocks is None:
         assert weight.line_scale is not None
@@ -283,7 +283,7 @@ def _element(layout: Layout) -> Element:
     return layout.plan.element
 
 
-# ------------------------------------------------------------------------------------------------------------ config.json
+# ---------------------------------------------------------------------------------------------------------- config.json
 
 
 def _config(layers: dict[str, QuantLinear], schemes: dict[str, Scheme], sizes: dict[str, torch.Size]) -> dict[str, Any]:

@@ -44,7 +44,7 @@ from qtrain.export.trained import (
 from qtrain.models import hf
 from qtrain.models.base import Transformer
 from qtrain.quant.functional import Numerics
-from qtrain_kernels.formats import ELEMENTS, E4M3
+from qtrain_kernels.formats import E4M3, ELEMENTS
 from qtrain_kernels.plans import Plan
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ def export(run: Path, out: Path, kind: Kind | None = None) -> Exported:
     )
 
 
-# --------------------------------------------------------------------------------------------------- which type holds what
+# ------------------------------------------------------------------------------------------------ which type holds what
 
 
 def kind_of(numerics: Numerics, in_features: int | None = None, wanted: Kind | None = None) -> Kind:
@@ -168,7 +168,7 @@ def _lacks_integers(plan: Plan) -> str | None:
     return None if plan.block is None and bits <= 8 else "holds whole numbers up to 127 under one scale"
 
 
-# ---------------------------------------------------------------------------------------------------------------- blocks
+# --------------------------------------------------------------------------------------------------------------- blocks
 
 
 def blocks_of(weight: Codes, kind: Kind) -> tuple[np.ndarray, float]:
@@ -338,6 +338,8 @@ def _vocabulary(trained: TrainedRun) -> dict[str, Any]:
     special = {token["id"]: token["content"] for token in found["added_tokens"]}
     by_id = {number: token for token, number in found["model"]["vocab"].items()} | special
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in found["model"]["merges"]]
+    end = by_id[trained.tokenizer.eos_id]
+    merges = merges or [f"{end} {end}"]  # llama.cpp wants one; this one joins symbols that no text is split into
     tokens = [by_id.get(number, f"[PAD{number}]") for number in range(trained.vocab_size)]
     kinds = [
         TokenType.CONTROL if number in special else TokenType.NORMAL if number in by_id else TokenType.UNUSED

@@ -47,8 +47,8 @@ class Refused(ValueError):  # noqa: N818  a reason, of which `export` makes a Us
 @dataclass(frozen=True)
 class Exported:
     """step: of the checkpoint. recipe: of the run; None where it quantised nothing. parameters: that are stored.
-    weight_bytes: of all weights. bits_per_weight: those that the file spends on a weight of the quantised layers, their
-    scales included. kinds: format -> how many layers are in it. notes: what a reader does otherwise than the training."""
+    weight_bytes: of all weights. bits_per_weight: what the file spends on a weight of the quantised layers, scales
+    included. kinds: format -> how many layers are in it. notes: what a reader does otherwise than the training."""
 
     folder: Path
     step: int
@@ -153,7 +153,7 @@ def new_folder(out: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-# ------------------------------------------------------------------------------------------------------- codes of a layer
+# ----------------------------------------------------------------------------------------------------- codes of a layer
 
 
 @dataclass(frozen=True)

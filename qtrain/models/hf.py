@@ -166,18 +166,23 @@ def _files(folder: Path) -> list[str]:
 
 
 def save(folder: Path, config: Mapping[str, Any], shapes: Mapping[str, Any], read: Callable[[str], Tensor]) -> int:
-    """Write a checkpoint into an empty folder: config.json and bfloat16 weights, in files of at most SHARD_BYTES, of
-    which one at a time is in memory. shapes: of the tensors, by their names in a qtrain state dict; read: gives one.
-    The bytes of the weights. UserError where the disk is full."""
-    import huggingface_hub
-    import safetensors.torch
-
+    """Write a checkpoint of bfloat16 weights into an empty folder, as `write` does. shapes: of the tensors, by their
+    names in a qtrain state dict; read: gives one."""
     own = {theirs: name for name in shapes if (theirs := their_name(name)) is not None}
     sizes = {theirs: torch.empty(shapes[name], dtype=torch.bfloat16, device="meta") for theirs, name in own.items()}
-    plan = huggingface_hub.split_torch_state_dict_into_shards(sizes, max_shard_size=SHARD_BYTES)
+    return write(folder, config, sizes, lambda theirs: read(own[theirs]).to(torch.bfloat16))
+
+
+def write(folder: Path, config: Mapping[str, Any], sizes: Mapping[str, Tensor], read: Callable[[str], Tensor]) -> int:
+    """Write a checkpoint into an empty folder: config.json and weights, in files of at most SHARD_BYTES, of which one
+    at a time is in memory. sizes: tensors with the shapes and dtypes of what is written, by their names there; read:
+    gives one. The bytes of the weights. UserError where the disk is full."""
+    import huggingface_hub
+
+    plan = huggingface_hub.split_torch_state_dict_into_shards(dict(sizes), max_shard_size=SHARD_BYTES)
     try:
         for file, names in plan.filename_to_tensors.items():
-            tensors = {theirs: read(own[theirs]).to(torch.bfloat16).contiguous() for theirs in names}
+            tensors = {theirs: read(theirs).contiguous() for theirs in names}
             safetensors.torch.save_file(tensors, folder / file, metadata={"format": "pt"})
     except (OSError, safetensors.SafetensorError) as error:
         raise UserError(f"cannot write {folder}: {first_line(error)}") from error

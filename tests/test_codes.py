@@ -162,7 +162,7 @@ def test_inputs_of_another_rule_are_not_said() -> None:
     assert not torch.equal(of_the_package(x, said | {"dynamic": True}), ours)
 
 
-# ------------------------------------------------------------------------------------------------------------------ GGUF
+# ------------------------------------------------------------------------------------------------------------- GGUF
 
 
 @pytest.mark.parametrize("kind", ggml.KINDS)
@@ -183,7 +183,7 @@ def test_gguf_gives_the_trained_values(kind: ggml.Kind) -> None:
     assert rows.nbytes == N * K * size // block
 
 
-# ------------------------------------------------------------------------------------------------------------------ runs
+# ------------------------------------------------------------------------------------------------------------- runs
 
 
 def train(folder: Path, recipe: str) -> Path:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -77,7 +78,7 @@ class Best(Observer):
         self.ranks.decided(lambda: _save(file, state, {"format": "pt", "step": str(step), "val_loss": repr(loss)}))
 
 
-def _save(file: Path, state: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+def _save(file: Path, state: Mapping[str, Any], metadata: dict[str, str]) -> None:
     partial = file.with_name(f".{file.name}")
     seen: set[int] = set()
     once = {}

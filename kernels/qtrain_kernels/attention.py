@@ -6,9 +6,12 @@ of the batch read row by row. Every row begins a document, so that none lies in 
 
 On CUDA the kernel is torch's varlen_attn (flash attention, bfloat16 or float16). torch has none for a CPU. There each
 document is a call of the kernel that scaled_dot_product_attention uses: the result of a document has the bits that it
-has alone. A mask of (T, T) instead costs what no border saves: on one core of an EPYC (8 x 4 heads x 512 tokens x 64,
-float32, forward and backward) causal attention took 148 ms, one with such a mask 213 to 257 ms, and one call for each
-document 120 ms at two documents a sequence, 105 at four and 61 at eight.
+has alone.
+
+A mask of (T, T) instead computes what causal attention leaves out, and no border saves anything. On one core of a busy
+machine (8 x 4 heads x 512 tokens x 64, float32, forward and backward, best of seven) causal attention took 148 ms, and
+with such a mask 213 to 257 ms at two to eight documents a sequence. A first version of one call for each document,
+which also copied its operands, took 185 ms at one document a sequence, 120 at two, 105 at four and 61 at eight.
 """
 
 # B batch, T tokens of a sequence, H heads, d head dim, N documents

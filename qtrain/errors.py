@@ -99,6 +99,7 @@ EXTRAS = {
     "wandb_workspaces": "dashboard",
     "tensorboard": "tensorboard",
     "transformers": "hf",
+    "torchao": "adamw8bit",
     "accelerate": "hf",
 }
 

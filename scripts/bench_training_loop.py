@@ -42,6 +42,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from qtrain.config import Config
+from qtrain.data.corpus import Corpus
 from qtrain.data.prepare import prepare
 from qtrain.optim.groups import build_optimizer
 from qtrain.plan import make_plan
@@ -168,6 +169,7 @@ def cost_of_mask(overrides: list[str], scratch: str, steps: int, blocks: int) ->
     """what attention within documents costs, against plain causal attention"""
     config = timed_config([*overrides, "data.document_mask=true"], scratch, steps * blocks)
     with open_session(config) as session:
+        assert isinstance(session.corpus, Corpus)
         documents = Documents(session, steps)
         clock = Clock(session.device, documents)
         train(session, clock)

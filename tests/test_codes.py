@@ -190,7 +190,8 @@ def train(folder: Path, recipe: str) -> Path:
     settings = (
         f"recipe={recipe} trainer.batch_tokens=256 trainer.micro_batch_size=8 trainer.precision=32-true "
         "trainer.device=cpu trainer.tokens=2048 optimizer.lr=0.01 data=text data.val_tokens=256 "
-        f"callbacks.progress_bar=false data.files={folder}/a.txt data.cache_dir={folder}/cache run_dir={folder}/{recipe} "
+        f"callbacks.progress_bar=false data.files={folder}/a.txt data.cache_dir={folder}/cache "
+        f"run_dir={folder}/{recipe} "
         "model.dim=256 model.ffn_dim=256 model.n_layers=1 model.n_heads=4 model.n_kv_heads=2 model.seq_len=32"
     )
     with pytest.MonkeyPatch.context() as patch:

@@ -182,7 +182,6 @@ def pickled(folder: Path) -> None:
         (cut, "cannot read the weights in .*; download them again"),
         (pickled, "holds no safetensors files and no model.safetensors.index.json; save the model again"),
     ],
-    ids=str,
 )
 def test_what_cannot_be_read_is_named(damage: Callable[[Path], None], said: str, tmp_path: Path) -> None:
     build("Llama 2").save_pretrained(tmp_path, max_shard_size=40_000)

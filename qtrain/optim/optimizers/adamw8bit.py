@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from qtrain.errors import UserError
+from qtrain.errors import need
 from qtrain.optim.base import OptimizerSettings
 
 if TYPE_CHECKING:
@@ -40,10 +40,9 @@ class AdamW8bit(OptimizerSettings):
 
     def build(self, decay: Mapping[str, nn.Parameter], no_decay: Mapping[str, nn.Parameter]) -> Optimizer:
         """Group 0 has weight decay, group 1 has none. UserError without torchao."""
-        try:
-            from qtrain.optim.blockwise import BlockwiseAdamW
-        except ImportError as error:
-            raise UserError(f"optimizer=adamw8bit needs torchao ({error}): pip install 'torchao>=0.18'") from None
+        need("torchao", "optimizer=adamw8bit")
+        from qtrain.optim.blockwise import BlockwiseAdamW
+
         groups = [
             {"params": list(decay.values()), "weight_decay": self.weight_decay},
             {"params": list(no_decay.values()), "weight_decay": 0.0},

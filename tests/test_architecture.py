@@ -101,7 +101,9 @@ MAY_IMPORT = {
         "qtrain.training.world"
     ),
     "qtrain.export": (
-        "qtrain.data qtrain.models.hf qtrain.models.base qtrain.runs qtrain.training.build qtrain.training.checkpoint"
+        "numpy torch safetensors (compressed_tensors gguf) qtrain.config qtrain.data qtrain.models.hf "
+        "qtrain.models.base qtrain.plan qtrain.quant qtrain.runs qtrain.training.build qtrain.training.causal_lm "
+        "qtrain.training.checkpoint qtrain_kernels qtrain_kernels.formats qtrain_kernels.plans"
     ),
     "qtrain.studies": "",
     "qtrain.studies.chaos": "torch lightning qtrain qtrain.train qtrain.runs qtrain.config qtrain.config.settings",

@@ -173,12 +173,10 @@ def _weights(numerics: Numerics) -> tuple[str, dict[str, Any]]:
         if rows > 1 and not lined:
             return "float-quantized", _float(plan.element, "block", block_structure=[rows, size])
         return "float-quantized", _float(plan.element, "group", group_size=size)
-    try:
-        _, bits = integer_grid(plan.element)
-    except Refused as reason:
-        raise Refused(f"no format has the codes of {quantizer.spec.format}, and {reason}") from None
+    _, bits = integer_grid(plan.element)
     if bits > 8:
-        raise Refused(f"as whole numbers the codes of {quantizer.spec.format} take {bits} bits, more than 8")
+        codes = quantizer.spec.format
+        raise Refused(f"no format has the codes of {codes}, and as whole numbers they take {bits} bits, more than 8")
     whole = {"num_bits": bits, "type": "int", "symmetric": True}
     if plan.block is None:
         return "pack-quantized", whole | {"strategy": "channel"}

@@ -153,19 +153,12 @@ def _lacks(plan: Plan, size: int, kind: Kind, in_features: int | None) -> str | 
         fits = (element.levels(), plan.scale_element, size) == (E2M1, E4M3, 16)
         return None if fits else "holds E2M1 in blocks of 16 under E4M3"
     if kind == "Q8_0":
-        return _lacks_integers(plan)
+        whole = plan.block is None and integer_grid(element)[1] <= 8
+        return None if whole else "holds whole numbers up to 127 under one scale"
     if kind == "BF16":
         return None if plan.exact_in_bfloat16 else "has 8 significant bits"
     # Powers of two of blocks reach beyond its exponents.
     return None if plan.block is None and max(element.levels()) <= 65504 else "has 5 bits of exponent"
-
-
-def _lacks_integers(plan: Plan) -> str | None:
-    try:
-        _, bits = integer_grid(plan.element)
-    except Refused as reason:
-        return f"holds whole numbers, and {reason}"
-    return None if plan.block is None and bits <= 8 else "holds whole numbers up to 127 under one scale"
 
 
 # --------------------------------------------------------------------------------------------------------------- blocks

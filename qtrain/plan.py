@@ -59,6 +59,7 @@ class RunPlan:
         model, optimizer, trainer = config.model, config.optimizer, config.trainer
         tied = "; tied embeddings" if model.tie_embeddings else ""
         kind = "nominal" if model.nominal_parameters else "non-embedding"
+        masked = "; attention within documents" if config.data.document_mask else ""
         ratio = self.tokens / (model.nominal_parameters or self.non_embedding_parameters)
         schedule = f"{config.scheduler} after {self.warmup_steps:,} steps of warm-up"
         decay = f"weight decay {optimizer.weight_decay:g}, clip {trainer.grad_clip or 'off'}"
@@ -66,7 +67,7 @@ class RunPlan:
             "model": f"{model.name}: {model}, {model.shape()}",
             "parameters": f"{self.parameters:,} ({self.non_embedding_parameters:,} non-embedding{tied})",
             "recipe": describe_recipe(config.recipe),
-            "tokens": f"{self.tokens:,} of {config.data}, {ratio:.3g} per {kind} parameter",
+            "tokens": f"{self.tokens:,} of {config.data}, {ratio:.3g} per {kind} parameter{masked}",
             "steps": f"{self.steps:,} of {self.batch_tokens:,} tokens ({self._split(config)})",
             "optimizer": f"{optimizer}, lr {optimizer.lr:g}, {schedule}, {decay}",
             "compute": f"{self.flops:.3g} FLOP",

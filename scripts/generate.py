@@ -48,13 +48,15 @@ def continued(arguments: argparse.Namespace) -> str:
     model = load_run(arguments.run).to(device)
     prompt = [int(token) for token in tokenizer.encode(arguments.prompt)]
     with torch.autocast(device.type, torch.bfloat16, enabled=config.trainer.precision == "bf16-mixed"):
-        ids = generate(
-            model,  # pyright: ignore[reportArgumentType]
-            prompt,
-            arguments.tokens,
-            temperature=arguments.temperature,
-            top_k=arguments.top_k,
-            seed=arguments.seed,
+        ids = prompt + list(
+            generate(
+                model,  # pyright: ignore[reportArgumentType]
+                prompt,
+                arguments.tokens,
+                temperature=arguments.temperature,
+                top_k=arguments.top_k,
+                seed=arguments.seed,
+            )
         )
     return visible(tokenizer.decode(ids))
 

@@ -62,7 +62,7 @@ MAY_IMPORT = {
     "qtrain.training.world": "qtrain.config",
     "qtrain.training.stop": "",
     "qtrain.training.losses": "torch",
-    "qtrain.training.activations": "torch qtrain.config.settings qtrain.quant",
+    "qtrain.training.activations": "torch qtrain.config.settings qtrain.quant qtrain_kernels",
     "qtrain.training.checkpoint": "torch safetensors qtrain.runs",
     "qtrain.training.causal_lm": (
         "torch lightning qtrain.config qtrain.plan qtrain.optim.groups qtrain.quant qtrain.training.losses"

@@ -38,6 +38,11 @@ ONLY_THE_USER_KNOWS = {
     "data=jsonl": ["data.files=corpus/*"],
     "data=parquet": ["data.files=corpus/*"],
     "tokenizer=huggingface": ["tokenizer.path=tokenizer.json"],
+    # As a run keeps it, which needs the checkpoint no more.
+    "model=hf": [
+        *("model.init_from=llama", "model.init_hash=abc", "model.name=hf", "model.dim=64", "model.ffn_dim=64"),
+        *("model.n_layers=1", "model.n_heads=1", "model.seq_len=8"),
+    ],
 }
 GROUPS = sorted(
     path.name for path in configs_dir().iterdir() if path.is_dir() and path.name not in ("hydra", "experiment")

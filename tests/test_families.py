@@ -83,8 +83,8 @@ class NeoX(Transformer):
         cos, sin = rope_tables(self.seq_len, self.head_width, self.rope_theta)
         return {"cos": cos, "sin": sin}
 
-def parallel(block, x, cos, sin):
-    return x + block.attention(block.attention_norm(x), cos, sin) + block.mlp(block.mlp_norm(x))
+def parallel(block, x, cos, sin, cu_seqlens):
+    return x + block.attention(block.attention_norm(x), cos, sin, cu_seqlens) + block.mlp(block.mlp_norm(x))
 
 def feed_forward(mlp, x):
     from torch.nn.functional import gelu

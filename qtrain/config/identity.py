@@ -55,7 +55,13 @@ NOT_IN_HASH = (
 # that has it. NEVER change a value here, whatever becomes of the default in the class.
 INTRODUCED: dict[str, dict[str, Any]] = {
     "Config": {"seed": 0, "gemm": "auto"},
-    "ModelSettings": {"tie_embeddings": False, "vocab_size": None, "init_std": 0.02, "nominal_parameters": None},
+    "ModelSettings": {
+        "tie_embeddings": False,
+        "vocab_size": None,
+        "init_std": 0.02,
+        "nominal_parameters": None,
+        "init_hash": None,
+    },
     "Transformer": {
         "n_kv_heads": None,
         "rope_theta": 10000.0,
@@ -66,10 +72,9 @@ INTRODUCED: dict[str, dict[str, Any]] = {
         "mlp_bias": False,
         "qk_norm": False,
         "rope_scaling": None,
-        "init_hash": None,
     },
     "Llama": {"family": "llama"},
-    "DataSettings": {"streaming": False, "max_tokens": None, "val_fraction": 0.05},
+    "DataSettings": {"streaming": False, "document_mask": False, "max_tokens": None, "val_fraction": 0.05},
     "Stdlib": {},
     "PythonEnv": {"packages": ()},
     "Files": {"files": (), "val_files": ()},

@@ -36,6 +36,8 @@ class DataSettings(Member):
     """Where the text comes from.
 
     streaming: read the source only as far as the limits ask, and hold documents out by a range of their content hash.
+    document_mask: a token attends to those of its own document alone, in training and in validation. The token that
+        ends a document belongs to it, and predicts the first token of the next.
     max_tokens: stop the training split there; None takes the whole source, or, when streaming, the run's budget.
     val_fraction: where the source has no validation split of its own, whole documents are held out by their content
         hash until about so much is. Of a source that is one text, the end is held out.
@@ -44,6 +46,7 @@ class DataSettings(Member):
 
     CHOSEN_BY: ClassVar[str] = "source"
     streaming: bool = False
+    document_mask: bool = False
     max_tokens: int | None = Field(None, gt=0)
     val_fraction: float = Field(0.05, gt=0, lt=1)
     val_tokens: int = Field(gt=0, description="validation reads at most this many tokens, spread over its split")

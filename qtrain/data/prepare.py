@@ -425,7 +425,9 @@ def _manifest(
     return {
         "format_version": FORMAT_VERSION,
         "source": plan.train.name,
-        "options": plan.data.model_dump(mode="json", exclude={"cache_dir", "num_workers", "prepare_workers"}),
+        "options": plan.data.model_dump(
+            mode="json", exclude={"cache_dir", "num_workers", "prepare_workers", "document_mask"}
+        ),
         "tokenizer": {
             **plan.tokenizer.model_dump(mode="json"),
             "hash": tokenizer.hash,

@@ -23,6 +23,8 @@ class ModelSettings(Member):
     init_std: of the normal distribution that weights start from.
     to_residual: names of the linear layers of a block that write to the residual stream; theirs start from a smaller
         one, init_std / sqrt(2 n_layers).
+    init_from: a Hugging Face checkpoint, a folder or a name on the hub, whose settings hold where no others are given,
+        and whose weights the model starts from. init_hash: of its settings and weights, found out when it is read.
     """
 
     CHOSEN_BY: ClassVar[str] = "family"
@@ -35,9 +37,24 @@ class ModelSettings(Member):
     vocab_size: int | None = Field(None, gt=0, le=2**31)
     init_std: float = Field(0.02, gt=0)
     nominal_parameters: int | None = Field(None, gt=0)
+    init_from: str | None = None
+    init_hash: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_checkpoint(cls, tree: Any) -> Any:
+        """Settings that were read once have the hash, and need the checkpoint no more."""
+        if isinstance(tree, Mapping) and tree.get("init_from") is not None and tree.get("init_hash") is None:
+            from qtrain.models.hf_config import settings_of
+
+            return settings_of(str(tree["init_from"])) | {
+                key: value for key, value in tree.items() if value is not None
+            }
+        return tree
 
     def block(self) -> nn.Module:
-        """A new block: x (B, T, D), and the first T rows of each of `tables` -> (B, T, D)."""
+        """A new block: x (B, T, D), the first T rows of each of `tables`, and cu_seqlens (N + 1,) int32 or None ->
+        (B, T, D). Where cu_seqlens is given, no token may see one of another document."""
         raise NotImplementedError
 
     def norm(self) -> nn.Module:
@@ -85,8 +102,6 @@ class Transformer(ModelSettings):
     qkv_bias, o_bias, mlp_bias: whether the linear layers of queries, keys and values, of the attention's output, and of
         the feed-forward network have a bias (Qwen2: qkv_bias; Llama's attention_bias: the first two).
     qk_norm: an RMSNorm of each head's queries and keys before they are rotated (Qwen3).
-    init_from: a Hugging Face checkpoint, a folder or a name on the hub, whose settings hold where no others are given,
-        and whose weights the model starts from. init_hash: of its settings and weights, found out when it is read.
     """
 
     n_heads: int = Field(gt=0)
@@ -100,20 +115,6 @@ class Transformer(ModelSettings):
     mlp_bias: bool = False
     qk_norm: bool = False
     rope_scaling: RopeScaling | None = None
-    init_from: str | None = None
-    init_hash: str | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _of_checkpoint(cls, tree: Any) -> Any:
-        """Settings that were read once have the hash, and need the checkpoint no more."""
-        if isinstance(tree, Mapping) and tree.get("init_from") is not None and tree.get("init_hash") is None:
-            from qtrain.models.hf_config import settings_of
-
-            return settings_of(str(tree["init_from"])) | {
-                key: value for key, value in tree.items() if value is not None
-            }
-        return tree
 
     @model_validator(mode="after")
     def _divides(self) -> Transformer:

@@ -32,9 +32,9 @@ _KINDS: dict[str, dict[str, Any]] = {
 def find(name: str) -> Path:
     """The folder of a checkpoint: a local one, or that of a name on the hub, downloaded. UserError for neither."""
     folder, shown = Path(os.path.expanduser(name)), visible(name)  # noqa: PTH111  a name may be none of a path
-    if os.path.isdir(folder):  # noqa: PTH112
+    if name and os.path.isdir(folder):  # noqa: PTH112
         return folder
-    if name.startswith((".", "/", "~")) or name.count("/") > 1 or os.path.isfile(folder):  # noqa: PTH113
+    if not name or name.startswith((".", "/", "~")) or name.count("/") > 1 or os.path.isfile(folder):  # noqa: PTH113
         raise UserError(f"model=hf:{shown} is no folder; give the one that holds config.json")
     import huggingface_hub
 
@@ -89,7 +89,10 @@ class _Config(BaseModel):
     tie_word_embeddings: bool = False
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
-    rope: _Rope = Field(_Rope(), validation_alias=AliasChoices("rope_parameters", "rope_scaling"))
+    rope: _Rope = Field(
+        default_factory=lambda: _Rope.model_validate({}),
+        validation_alias=AliasChoices("rope_parameters", "rope_scaling"),
+    )
     attention_bias: bool = False
     mlp_bias: bool = False
     hidden_act: str = "silu"

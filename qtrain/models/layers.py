@@ -29,18 +29,38 @@ class Composed(nn.Module):
         for name, part in parts.items():
             self.add_module(name, part)
 
-    def forward(self, *inputs: Tensor) -> Tensor:
+    def forward(self, *inputs: Tensor | None) -> Tensor:
         return self._function(self, *inputs)
 
 
+class KVCache:
+    """The keys and values of the tokens that a layer has seen. length: how many there are."""
+
+    def __init__(self, heads: int, n_tokens: int, head_dim: int) -> None:
+        self._shape = (heads, n_tokens, head_dim)
+        self._kept: Tensor | None = None
+        self.length = 0
+
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Keep k, v (B, G, T, d) of the next T tokens; those of all tokens so far, (B, G, length, d)."""
+        if self._kept is None:
+            self._kept = k.new_empty(2, k.shape[0], *self._shape)
+        start, self.length = self.length, self.length + k.shape[2]
+        self._kept[0, :, :, start : self.length], self._kept[1, :, :, start : self.length] = k, v
+        k, v = self._kept[:, :, :, : self.length]
+        return k, v
+
+
 class Attention(nn.Module):
-    """Causal self-attention: n_heads queries share n_kv_heads keys and values. x (B, T, D) -> (B, T, D)"""
+    """Causal self-attention: n_heads queries share n_kv_heads keys and values. x (B, T, D) -> (B, T, D). With
+    cu_seqlens, within each document alone: see `qtrain.models.decoder`. cache: where one is set, x is what follows the
+    tokens that it holds: the first tokens of a sequence, then one at a time."""
 
     def __init__(self, config: Transformer) -> None:
         super().__init__()
         width, kv_width = config.attention_width(), config.kv_heads * config.head_width
-        self.head_dim = config.head_width
-        self.grouped = config.kv_heads != config.n_heads
+        self.head_dim, self.kv_heads = config.head_width, config.kv_heads
+        self.cache: KVCache | None = None
         self.q = Linear(config.dim, width, bias=config.qkv_bias)
         self.k = Linear(config.dim, kv_width, bias=config.qkv_bias)
         self.v = Linear(config.dim, kv_width, bias=config.qkv_bias)
@@ -49,10 +69,12 @@ class Attention(nn.Module):
             nn.RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity() for _ in "qk"
         )
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
         q, k, v = (rearrange(y, "B T (H d) -> B H T d", d=self.head_dim) for y in (self.q(x), self.k(x), self.v(x)))
         q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
-        y = causal_attention(q, k, v, enable_gqa=self.grouped)
+        if self.cache is not None:
+            k, v = self.cache.append(k, v)
+        y = causal_attention(q, k, v, cu_seqlens)
         return self.o(rearrange(y, "B H T d -> B T (H d)"))
 
 

@@ -4,7 +4,7 @@ from qtrain.quant.convert import Report, check_backend, convert, recipes, set_hi
 from qtrain.quant.functional import Observed, Observer
 from qtrain.quant.gather import check_quantized_gather, quantize_gathers
 from qtrain.quant.health import operand_health
-from qtrain.quant.linear import QuantLinear, keep_weights, quant_linears, set_step
+from qtrain.quant.linear import QuantLinear, keep_weights, quant_linears, sees_tokens_apart, set_step
 from qtrain.quant.lsq import calibrate
 from qtrain.quant.quantizer import QuantizedTensor, Quantizer, fake_quantize
 
@@ -25,6 +25,7 @@ __all__ = [
     "quant_linears",
     "quantize_gathers",
     "recipes",
+    "sees_tokens_apart",
     "set_high_precision",
     "set_step",
 ]

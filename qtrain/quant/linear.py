@@ -232,6 +232,19 @@ def set_step(model: nn.Module, step: SupportsIndex, micro_batch: SupportsIndex =
 _keepers: WeakSet[QuantLinear] = WeakSet()
 
 
+def sees_tokens_apart(model: nn.Module) -> bool:
+    """Whether each token is quantised by itself in a forward: no scale of a tensor or a tile of rows, no rotation over
+    rows, and no random bits, which are those of a token's place in the batch. Then a token's output is the same
+    whichever others are computed with it."""
+    sides = [layer.numerics.fprop.left for layer in quant_linears(model)]
+    return not any(
+        side.draws
+        or side.spec.row_rotation is not None
+        or (side.plan is not None and (side.plan.per_tensor or side.plan.scale_kind == "minifloat" or side.tile[0] > 1))
+        for side in sides
+    )
+
+
 @contextmanager
 def keep_weights(model: nn.Module) -> Iterator[None]:
     """Within it, a weight is quantised once for all micro-batches of an optimiser step, in the bits of its format.

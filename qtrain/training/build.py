@@ -28,7 +28,7 @@ from qtrain.training.checkpoint import (
 
 
 def pick_device(config: Config) -> torch.device:
-    """The device to train on. UserError when the one asked for is not there."""
+    """The device to train on. UserError when the one asked for is not there, or cannot do what is asked."""
     asked, count = config.trainer.device, config.trainer.devices
     found = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if asked == "cuda" and found == 0:
@@ -36,6 +36,11 @@ def pick_device(config: Config) -> torch.device:
     device = "cuda" if asked != "cpu" and found else "cpu"
     if device == "cuda" and count > found:
         raise UserError(f"trainer.devices={count}: this machine has {found} CUDA devices; use trainer.devices={found}")
+    if device == "cuda" and config.data.document_mask and config.trainer.precision == "32-true":
+        raise UserError(
+            "data.document_mask=true on CUDA is torch's attention of variable lengths, which has no float32, and "
+            "trainer.precision is 32-true; set trainer.precision=bf16-mixed or data.document_mask=false"
+        )
     return torch.device(device)
 
 

@@ -36,6 +36,6 @@ class Llama(Transformer):
         return {"cos": cos, "sin": sin}
 
 
-def pre_norm(block: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    x = x + block.attention(block.attention_norm(x), cos, sin)
+def pre_norm(block: Any, x: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    x = x + block.attention(block.attention_norm(x), cos, sin, cu_seqlens)
     return x + block.mlp(block.mlp_norm(x))

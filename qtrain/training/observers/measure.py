@@ -147,10 +147,8 @@ class Validate(Observer):
         module, ranks = self.recorder.module, self.recorder.ranks
         if step % self.every and step != module.plan.steps:
             return
-        trainer = module.config.trainer
-        here = evaluate(
-            module.model, self.batches(), self.recorder.device, trainer.precision, chunked=trainer.chunked_loss
-        )
+        precision = module.config.trainer.precision
+        here = evaluate(module.model, self.batches(), self.recorder.device, precision, **module.loss_options)
         total, count = ranks.total(*here)
         values = validation_values(total, count, self.bytes_per_token)
         if not math.isfinite(values["val_loss"]):

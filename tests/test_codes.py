@@ -19,6 +19,7 @@ import qtrain
 from qtrain.config.recipe import read_recipe
 from qtrain.errors import UserError
 from qtrain.models import hf
+from qtrain.models.families.llama import Llama
 from qtrain.quant import QuantLinear, recipes
 from qtrain.quant.functional import Call, Numerics
 from qtrain.quant.linear import quant_linears
@@ -37,7 +38,7 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from compressed_tensors.quantization.lifecycle.forward import fake_quantize  # noqa: E402
 from compressed_tensors.quantization.utils.helpers import compute_dynamic_scales_and_zp  # noqa: E402
 from compressed_tensors.transform import TransformConfig, apply_transform_config  # noqa: E402
-from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint  # noqa: E402
+from transformers.modeling_gguf_pytorch_utils import LlamaTensorProcessor, load_gguf_checkpoint  # noqa: E402
 
 from qtrain.export import compressed_tensors as packed  # noqa: E402
 from qtrain.export import gguf as ggml  # noqa: E402
@@ -189,7 +190,7 @@ def test_gguf_gives_the_trained_values(kind: ggml.Kind) -> None:
 # ----------------------------------------------------------------------------------------------------------------- runs
 
 
-def train(folder: Path, recipe: str) -> Path:
+def train(folder: Path, recipe: str, setting: str | None) -> Path:
     settings = (
         f"recipe={recipe} trainer.batch_tokens=256 trainer.micro_batch_size=8 trainer.precision=32-true "
         "trainer.device=cpu trainer.tokens=1024 optimizer.lr=0.01 data=text data.val_tokens=256 "
@@ -198,7 +199,7 @@ def train(folder: Path, recipe: str) -> Path:
         "model.dim=256 model.ffn_dim=256 model.n_layers=1 model.n_heads=4 model.n_kv_heads=2 model.seq_len=32"
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["train.py", *settings.split()])
+        patch.setattr(sys, "argv", ["train.py", *settings.split(), *([setting] if setting else [])])
         main()
     return folder / recipe
 
@@ -207,7 +208,8 @@ def train(folder: Path, recipe: str) -> Path:
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("runs")
     (folder / "a.txt").write_text("the cat sat on the mat. " * 400)
-    return {recipe: train(folder, recipe) for recipe in ("quest", "quartet_ii", "mxfp8")}
+    of_qwen2 = {"mxfp8": "model.qkv_bias=true"}
+    return {recipe: train(folder, recipe, of_qwen2.get(recipe)) for recipe in ("quest", "quartet_ii", "mxfp8")}
 
 
 def reference(run: Path) -> nn.Module:
@@ -263,7 +265,7 @@ def test_transformers_continues_a_packed_checkpoint_as_trained(
 
 @torch.no_grad()
 def test_transformers_reads_a_gguf_file(runs: dict[str, Path], tmp_path: Path) -> None:
-    """Names, sizes, the order of queries and keys, and the tokenizer."""
+    """Names, sizes, biases and the tokenizer, of Qwen2, whose queries and keys lie as in a checkpoint."""
     exported = ggml.export(runs["mxfp8"], tmp_path / "out")
     assert (exported.bits_per_weight, exported.kinds) == (16.0, {"BF16": 7})
     file = str(tmp_path / "out" / "model.gguf")
@@ -289,10 +291,23 @@ def test_a_scale_of_the_matrix_lies_beside_its_codes(runs: dict[str, Path], tmp_
     assert exported.kinds == {"NVFP4": 7}
     assert exported.bits_per_weight == pytest.approx(4 + 8 / 16 + 8 * 4 * 7 / (6 * 256 * 256), rel=1e-9)
     tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "out" / "model.gguf").tensors}
-    layer = next(layer for layer in quant_linears(load_run(runs["quartet_ii"])) if layer.name.endswith("attention.k"))
-    stored = tensors["blk.0.attn_k.weight"]
-    values = gguf.dequantize(stored.data, stored.tensor_type) * tensors["blk.0.attn_k.scale"].data
-    assert np.array_equal(values, ggml.interleaved(trained(layer).dequantize().numpy(), 2))
+    order = LlamaTensorProcessor({"num_attention_heads": 4, "num_key_value_heads": 2})
+    layers = {layer.name: layer for layer in quant_linears(load_run(runs["quartet_ii"]))}
+    for name, there in {"attention.q": "attn_q", "attention.k": "attn_k", "mlp.down": "ffn_down"}.items():
+        stored = tensors[f"blk.0.{there}.weight"]
+        values = gguf.dequantize(stored.data, stored.tensor_type) * tensors[f"blk.0.{there}.scale"].data
+        read = order.process(values, f"blk.0.{there}.weight").weights
+        assert np.array_equal(read, trained(layers[f"layers.0.{name}"]).dequantize().numpy()), name
+
+
+def test_rotary_factors_of_llama_3_are_those_of_the_model() -> None:
+    scaling = {"factor": 8, "low_freq_factor": 1, "high_freq_factor": 4, "original_seq_len": 256}
+    sizes = {"name": "m", "dim": 64, "n_heads": 1, "n_layers": 1, "ffn_dim": 8, "seq_len": 64, "rope_theta": 500000.0}
+    plain, scaled = Llama(**sizes), Llama(**sizes, rope_scaling=scaling)
+    factors = torch.from_numpy(ggml.rope_factors(scaled))
+    angles = [torch.atan2(model.tables()["sin"][1], model.tables()["cos"][1])[:32] for model in (plain, scaled)]
+    assert len(factors.unique()) > 3 and factors.max() == 8
+    torch.testing.assert_close(angles[0] / factors, angles[1], rtol=1e-5, atol=0.0)
 
 
 def test_what_a_format_cannot_hold_is_named_and_nothing_is_written(runs: dict[str, Path], tmp_path: Path) -> None:

@@ -34,6 +34,7 @@ from qtrain.export.trained import (
     Refused,
     has_line_scale,
     integer_grid,
+    need,
     new_folder,
     open_run,
     unsettled,
@@ -72,6 +73,7 @@ def export(run: Path, out: Path) -> Exported:
     """Write the newest good checkpoint of a run directory into the new folder `out`: the codes of the quantised layers,
     all else in bfloat16. What is written is held in memory whole, and one layer beside it. UserError when the format
     cannot hold what the recipe trains, with the reason; then nothing is written."""
+    need("compressed_tensors")
     trained = open_run(run)
     theirs = hf.config_of(trained.model, trained.vocab_size, trained.tokenizer.eos_id)
     if not trained.layers:

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -118,6 +119,12 @@ class TrainedRun:
                 f"{self.folder}: {layer.name} holds values that are not finite; export an earlier checkpoint"
             )
         return found
+
+
+def need(package: str) -> None:
+    """UserError where a package of the extra `export` is missing."""
+    if find_spec(package) is None:
+        raise UserError(f"this export needs the package {package}; install qtrain[export]")
 
 
 def open_run(run: Path) -> TrainedRun:

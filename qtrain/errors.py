@@ -100,6 +100,8 @@ EXTRAS = {
     "tensorboard": "tensorboard",
     "transformers": "hf",
     "torchao": "adamw8bit",
+    "compressed_tensors": "export",
+    "gguf": "export",
     "accelerate": "hf",
 }
 

@@ -17,16 +17,16 @@ from torch import Tensor, nn
 
 import qtrain
 from qtrain.config.recipe import read_recipe
-from qtrain.data.tokenizer import ByteTokenizer
 from qtrain.errors import UserError
 from qtrain.models import hf
+from qtrain.models.families.llama import Llama
 from qtrain.quant import QuantLinear, recipes
 from qtrain.quant.functional import Call, Numerics
 from qtrain.quant.linear import quant_linears
-from qtrain.quant.quantizer import unrotate
+from qtrain.quant.quantizer import rotate, unrotate
 from qtrain.runs.directory import RunDirectory
 from qtrain.train import main
-from qtrain.training.build import load_run
+from qtrain.training.build import load_run, load_tokenizer
 from qtrain_kernels.qtensor import QTensor
 
 transformers = pytest.importorskip("transformers", reason="the extra hf is not installed")
@@ -38,14 +38,14 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from compressed_tensors.quantization.lifecycle.forward import fake_quantize  # noqa: E402
 from compressed_tensors.quantization.utils.helpers import compute_dynamic_scales_and_zp  # noqa: E402
 from compressed_tensors.transform import TransformConfig, apply_transform_config  # noqa: E402
-from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint  # noqa: E402
+from transformers.modeling_gguf_pytorch_utils import LlamaTensorProcessor, load_gguf_checkpoint  # noqa: E402
 
 from qtrain.export import compressed_tensors as packed  # noqa: E402
 from qtrain.export import gguf as ggml  # noqa: E402
 from qtrain.export import table  # noqa: E402
 from qtrain.export.trained import codes_of  # noqa: E402
 
-N, K = 48, 512
+N, K = 48, 256
 
 
 def layer_of(recipe: Any) -> QuantLinear:
@@ -66,7 +66,8 @@ def layer_of(recipe: Any) -> QuantLinear:
 def trained(layer: QuantLinear) -> QTensor:
     """The operand as the layer's product takes it, in rotated space."""
     call = Call(layer.numerics, layer.keys, torch.float32, None)
-    return call.weight(layer.weight.detach(), layer.weight_scale, [])
+    scale = None if layer.weight_scale is None else layer.weight_scale.detach()
+    return call.weight(layer.weight.detach(), scale, [])
 
 
 def held(find: Callable[[Numerics, int], Any]) -> list[str]:
@@ -141,24 +142,27 @@ def test_inputs_that_the_format_says_are_quantised_to_the_same_bits(recipe: str)
     rotation = call.rotation("fprop", K)
     ours = call.operand("fprop.x", x, rotation)[0].dequantize()
     if rotation is not None:
-        x = qtrain.quant.quantizer.rotate(x, rotation, "reference")
+        x = rotate(x, rotation, "reference")
     theirs = of_the_package(x, packed.scheme_of(layer.numerics, K).inputs)
     assert torch.equal(theirs, ours)
 
 
 def of_the_package(x: Tensor, settings: Any) -> Tensor:
+    """x (T, K), as one sequence."""
     args = QuantizationArgs(**settings)
-    scale, zero = compute_dynamic_scales_and_zp(x, args, nn.Module())
-    with torch.compiler.set_stance("force_eager"):
-        return fake_quantize(x, scale, zero, args)
+    scale, zero = compute_dynamic_scales_and_zp(x[None], args, nn.Module())
+    return fake_quantize(x[None], scale, zero, args)[0]
 
 
 def test_inputs_of_another_rule_are_not_said() -> None:
-    """MXFP8's scale, rounded up in the recipe, is another in the package."""
-    layer, x = layer_of("mxfp8"), torch.randn(40, K)
+    """MXFP8's scale, rounded up in the recipe, is another in the package where the largest magnitude is the largest
+    code times a power of two."""
+    layer, x = layer_of("mxfp8"), torch.zeros(1, K)
+    x[0, 0], x[0, 1] = 1.75, 2.0**-17
     assert packed.scheme_of(layer.numerics, K).inputs is None
     ours = Call(layer.numerics, layer.keys, torch.float32, None).operand("fprop.x", x, None)[0].dequantize()
     said = {"num_bits": 8, "type": "float", "strategy": "group", "group_size": 32, "scale_dtype": "torch.uint8"}
+    assert torch.equal(ours, x)
     assert not torch.equal(of_the_package(x, said | {"dynamic": True}), ours)
 
 
@@ -186,16 +190,16 @@ def test_gguf_gives_the_trained_values(kind: ggml.Kind) -> None:
 # ------------------------------------------------------------------------------------------------------------- runs
 
 
-def train(folder: Path, recipe: str) -> Path:
+def train(folder: Path, recipe: str, setting: str | None) -> Path:
     settings = (
         f"recipe={recipe} trainer.batch_tokens=256 trainer.micro_batch_size=8 trainer.precision=32-true "
-        "trainer.device=cpu trainer.tokens=2048 optimizer.lr=0.01 data=text data.val_tokens=256 "
-        f"callbacks.progress_bar=false data.files={folder}/a.txt data.cache_dir={folder}/cache "
-        f"run_dir={folder}/{recipe} "
+        "trainer.device=cpu trainer.tokens=1024 optimizer.lr=0.01 data=text data.val_tokens=256 "
+        f"tokenizer=bpe tokenizer.vocab_size=300 data.files={folder}/a.txt data.cache_dir={folder}/cache "
+        f"run_dir={folder}/{recipe} callbacks.progress_bar=false "
         "model.dim=256 model.ffn_dim=256 model.n_layers=1 model.n_heads=4 model.n_kv_heads=2 model.seq_len=32"
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["train.py", *settings.split()])
+        patch.setattr(sys, "argv", ["train.py", *settings.split(), *([setting] if setting else [])])
         main()
     return folder / recipe
 
@@ -204,7 +208,8 @@ def train(folder: Path, recipe: str) -> Path:
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("runs")
     (folder / "a.txt").write_text("the cat sat on the mat. " * 400)
-    return {recipe: train(folder, recipe) for recipe in ("quest", "quartet_ii", "mxfp8")}
+    of_qwen2 = {"mxfp8": "model.qkv_bias=true"}
+    return {recipe: train(folder, recipe, of_qwen2.get(recipe)) for recipe in ("quest", "quartet_ii", "mxfp8")}
 
 
 def reference(run: Path) -> nn.Module:
@@ -222,11 +227,11 @@ def reference(run: Path) -> nn.Module:
     return model
 
 
-PROMPT = torch.tensor([[*b"the cat sat on"]])
+def prompt(run: Path) -> Tensor:
+    return torch.from_numpy(load_tokenizer(run).encode("the cat sat on the mat").astype(np.int64))[None]
 
 
-def continued(logits: Callable[[Tensor], Tensor], tokens: int = 16) -> list[int]:
-    ids = PROMPT
+def continued(logits: Callable[[Tensor], Tensor], ids: Tensor, tokens: int = 16) -> list[int]:
     for _ in range(tokens):
         ids = torch.cat([ids, logits(ids)[:, -1:].argmax(-1)], 1)
     return ids[0].tolist()
@@ -247,19 +252,20 @@ def test_transformers_continues_a_packed_checkpoint_as_trained(
     exported = packed.export(runs[recipe], tmp_path / "out")
     assert exported.bits_per_weight == pytest.approx(bits, rel=1e-9)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    theirs(PROMPT)  # on the first forward the package unpacks
+    ids = prompt(runs[recipe])
+    theirs(ids)  # on the first forward the package unpacks
     transform = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["transform_config"]
     assert bool(transform) == (recipe == "quest") == any("rotated" in note for note in exported.notes)
     if transform:
         apply_transform_config(theirs, TransformConfig.model_validate(transform))
     ours = reference(runs[recipe])
-    torch.testing.assert_close(theirs(PROMPT).logits.float(), ours(PROMPT), rtol=bound, atol=bound)
-    assert continued(lambda ids: theirs(ids).logits) == continued(ours)
+    torch.testing.assert_close(theirs(ids).logits.float(), ours(ids), rtol=bound, atol=bound)
+    assert continued(lambda tokens: theirs(tokens).logits, ids) == continued(ours, ids)
 
 
 @torch.no_grad()
 def test_transformers_reads_a_gguf_file(runs: dict[str, Path], tmp_path: Path) -> None:
-    """Names, sizes, the order of queries and keys, and the tokenizer."""
+    """Names, sizes, biases and the tokenizer, of Qwen2, whose queries and keys lie as in a checkpoint."""
     exported = ggml.export(runs["mxfp8"], tmp_path / "out")
     assert (exported.bits_per_weight, exported.kinds) == (16.0, {"BF16": 7})
     file = str(tmp_path / "out" / "model.gguf")
@@ -269,10 +275,15 @@ def test_transformers_reads_a_gguf_file(runs: dict[str, Path], tmp_path: Path) -
     ours = reference(runs["mxfp8"])
     for name, value in ours.state_dict().items():
         assert torch.equal(theirs.state_dict()[hf.their_name(name)], value), name
-    torch.testing.assert_close(theirs(PROMPT).logits, ours(PROMPT), rtol=1e-4, atol=1e-4)
-    tokenizer, text = transformers.AutoTokenizer.from_pretrained(tmp_path / "out", gguf_file="model.gguf"), "Grüße! \n"
-    assert tokenizer(text)["input_ids"] == ByteTokenizer().encode(text).tolist()
-    assert tokenizer.eos_token_id == ByteTokenizer.eos_id
+    ids = prompt(runs["mxfp8"])
+    torch.testing.assert_close(theirs(ids).logits, ours(ids), rtol=1e-4, atol=1e-4)
+    tokenizer, own = (
+        transformers.AutoTokenizer.from_pretrained(tmp_path / "out", gguf_file="model.gguf"),
+        load_tokenizer(runs["mxfp8"]),
+    )
+    text = "the cat's mat. Grüße 12! \n"
+    assert tokenizer(text)["input_ids"] == own.encode(text).tolist()
+    assert tokenizer.eos_token_id == own.eos_id
 
 
 def test_a_scale_of_the_matrix_lies_beside_its_codes(runs: dict[str, Path], tmp_path: Path) -> None:
@@ -280,10 +291,23 @@ def test_a_scale_of_the_matrix_lies_beside_its_codes(runs: dict[str, Path], tmp_
     assert exported.kinds == {"NVFP4": 7}
     assert exported.bits_per_weight == pytest.approx(4 + 8 / 16 + 8 * 4 * 7 / (6 * 256 * 256), rel=1e-9)
     tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "out" / "model.gguf").tensors}
-    layer = next(layer for layer in quant_linears(load_run(runs["quartet_ii"])) if layer.name.endswith("attention.k"))
-    stored = tensors["blk.0.attn_k.weight"]
-    values = gguf.dequantize(stored.data, stored.tensor_type) * tensors["blk.0.attn_k.scale"].data
-    assert np.array_equal(values, ggml.interleaved(trained(layer).dequantize().numpy(), 2))
+    order = LlamaTensorProcessor({"num_attention_heads": 4, "num_key_value_heads": 2})
+    layers = {layer.name: layer for layer in quant_linears(load_run(runs["quartet_ii"]))}
+    for name, there in {"attention.q": "attn_q", "attention.k": "attn_k", "mlp.down": "ffn_down"}.items():
+        stored = tensors[f"blk.0.{there}.weight"]
+        values = gguf.dequantize(stored.data, stored.tensor_type) * tensors[f"blk.0.{there}.scale"].data
+        read = order.process(values, f"blk.0.{there}.weight").weights
+        assert np.array_equal(read, trained(layers[f"layers.0.{name}"]).dequantize().numpy()), name
+
+
+def test_rotary_factors_of_llama_3_are_those_of_the_model() -> None:
+    scaling = {"factor": 8, "low_freq_factor": 1, "high_freq_factor": 4, "original_seq_len": 256}
+    sizes = {"name": "m", "dim": 64, "n_heads": 1, "n_layers": 1, "ffn_dim": 8, "seq_len": 64, "rope_theta": 500000.0}
+    plain, scaled = Llama(**sizes), Llama(**sizes, rope_scaling=scaling)
+    factors = torch.from_numpy(ggml.rope_factors(scaled))
+    angles = [torch.atan2(model.tables()["sin"][1], model.tables()["cos"][1])[:32] for model in (plain, scaled)]
+    assert len(factors.unique()) > 3 and factors.max() == 8
+    torch.testing.assert_close(angles[0] / factors, angles[1], rtol=1e-5, atol=0.0)
 
 
 def test_what_a_format_cannot_hold_is_named_and_nothing_is_written(runs: dict[str, Path], tmp_path: Path) -> None:

@@ -1,30 +1,36 @@
-"""Write a run for other programs: a Hugging Face checkpoint that transformers, vLLM and others read.
+"""Write a run for other programs.
 
-qtrain export runs/quartet-1a2b3c4d --out quartet
+qtrain export runs/quartet-1a2b3c4d --to hf --out quartet
+qtrain export runs/quest-1a2b3c4d --to compressed-tensors --out quest-packed
 
-The folder gets config.json, the weights of the newest good checkpoint in bfloat16, and the tokenizer.
-`qtrain train model=hf:quartet` starts a run from it.
+hf: bfloat16 weights, for transformers and all that reads its checkpoints; `qtrain train model=hf:quartet` starts a run
+from it. compressed-tensors: the codes that were trained, packed, for vLLM and transformers. gguf: the same in a
+model.gguf, for llama.cpp. What a format cannot hold is refused with the reason. Each folder gets the newest good
+checkpoint of the run, and its tokenizer.
 """
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
 
 from qtrain.cli import command_parser
+
+FORMATS = {"hf": "huggingface", "compressed-tensors": "compressed_tensors", "gguf": "gguf"}
 
 
 def main() -> None:
     parser = command_parser("export", __doc__)
     parser.add_argument("run", type=Path, help="a run directory")
+    parser.add_argument("--to", choices=FORMATS, required=True, help="the format")
     parser.add_argument("--out", type=Path, required=True, help="the folder to write, which must not exist")
     arguments = parser.parse_args()
-    from qtrain.export.huggingface import export
-
-    done = export(arguments.run, arguments.out)
-    bits = 8 * done.weight_bytes / done.parameters
-    print(f"{done.folder}: step {done.step}, {done.parameters:,} parameters, {bits:g} bits each")
-    if done.recipe:
-        print(
-            f"note: these are the weights before recipe {done.recipe} quantises them. A program that multiplies them "
-            "in bfloat16 computes another model than the run did."
-        )
+    done = import_module(f"qtrain.export.{FORMATS[arguments.to]}").export(arguments.run, arguments.out)
+    print(
+        f"{done.folder}: step {done.step}, {done.parameters:,} parameters in {done.weight_bytes:,} bytes, "
+        f"{done.bits_per_weight:.4g} bits a weight"
+    )
+    for kind, layers in (done.kinds or {}).items():
+        print(f"  {layers} layers as {kind}")
+    for note in done.notes:
+        print(f"note: {note}")

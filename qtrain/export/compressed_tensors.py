@@ -27,7 +27,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from qtrain.data.tokenizer import tokenizer_files
-from qtrain.errors import UserError
+from qtrain.errors import UserError, need
 from qtrain.export.trained import (
     Codes,
     Exported,
@@ -72,6 +72,7 @@ def export(run: Path, out: Path) -> Exported:
     """Write the newest good checkpoint of a run directory into the new folder `out`: the codes of the quantised layers,
     all else in bfloat16. What is written is held in memory whole, and one layer beside it. UserError when the format
     cannot hold what the recipe trains, with the reason; then nothing is written."""
+    need("compressed_tensors", "an export to compressed-tensors")
     trained = open_run(run)
     theirs = hf.config_of(trained.model, trained.vocab_size, trained.tokenizer.eos_id)
     if not trained.layers:
@@ -173,12 +174,10 @@ def _weights(numerics: Numerics) -> tuple[str, dict[str, Any]]:
         if rows > 1 and not lined:
             return "float-quantized", _float(plan.element, "block", block_structure=[rows, size])
         return "float-quantized", _float(plan.element, "group", group_size=size)
-    try:
-        _, bits = integer_grid(plan.element)
-    except Refused as reason:
-        raise Refused(f"no format has the codes of {quantizer.spec.format}, and {reason}") from None
+    _, bits = integer_grid(plan.element)
     if bits > 8:
-        raise Refused(f"as whole numbers the codes of {quantizer.spec.format} take {bits} bits, more than 8")
+        codes = quantizer.spec.format
+        raise Refused(f"no format has the codes of {codes}, and as whole numbers they take {bits} bits, more than 8")
     whole = {"num_bits": bits, "type": "int", "symmetric": True}
     if plan.block is None:
         return "pack-quantized", whole | {"strategy": "channel"}

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from qtrain.data.tokenizer import tokenizer_files
-from qtrain.errors import UserError, first_line
+from qtrain.errors import UserError, first_line, need
 from qtrain.export.trained import (
     Codes,
     Exported,
@@ -66,6 +66,7 @@ def export(run: Path, out: Path, kind: Kind | None = None) -> Exported:
     quantised layers; None takes for each the first of KINDS that holds it. One tensor at a time is in memory beside
     the file. UserError when no type, or not this one, holds what the recipe trains, with the reason; for a tokenizer
     that llama.cpp has no name for; then nothing is written."""
+    need("gguf", "an export to GGUF")
     trained = open_run(run)
     if kind is not None and not trained.layers:
         raise UserError(
@@ -119,7 +120,7 @@ def kind_of(numerics: Numerics, in_features: int | None = None, wanted: Kind | N
     plan = numerics.fprop.right.plan
     assert plan is not None
     reasons = {each: _lacks(plan, numerics.fprop.right.tile[1], each, in_features) for each in KINDS}
-    fitting = [each for each in KINDS if reasons[each] is None and wanted in (None, each)]
+    fitting: list[Kind] = [each for each in KINDS if reasons[each] is None and wanted in (None, each)]
     if not fitting:
         raise Refused("; ".join(f"{each} {reasons[each]}" for each in KINDS if wanted in (None, each)))
     return fitting[0]
@@ -153,19 +154,12 @@ def _lacks(plan: Plan, size: int, kind: Kind, in_features: int | None) -> str | 
         fits = (element.levels(), plan.scale_element, size) == (E2M1, E4M3, 16)
         return None if fits else "holds E2M1 in blocks of 16 under E4M3"
     if kind == "Q8_0":
-        return _lacks_integers(plan)
+        whole = plan.block is None and integer_grid(element)[1] <= 8
+        return None if whole else "holds whole numbers up to 127 under one scale"
     if kind == "BF16":
         return None if plan.exact_in_bfloat16 else "has 8 significant bits"
     # Powers of two of blocks reach beyond its exponents.
     return None if plan.block is None and max(element.levels()) <= 65504 else "has 5 bits of exponent"
-
-
-def _lacks_integers(plan: Plan) -> str | None:
-    try:
-        _, bits = integer_grid(plan.element)
-    except Refused as reason:
-        return f"holds whole numbers, and {reason}"
-    return None if plan.block is None and bits <= 8 else "holds whole numbers up to 127 under one scale"
 
 
 # --------------------------------------------------------------------------------------------------------------- blocks
@@ -314,14 +308,11 @@ def rope_factors(model: Transformer) -> np.ndarray:
     """(head / 2,) float32: by what the rotary frequencies are divided (Llama 3.1)."""
     scaling, width = model.rope_scaling, model.head_width
     assert scaling is not None
-    wavelengths = 2 * np.pi * model.rope_theta ** (np.arange(0, width, 2, dtype=np.float64) / width)
-    low, high = (scaling.original_seq_len / factor for factor in (scaling.low_freq_factor, scaling.high_freq_factor))
-    smooth = (scaling.original_seq_len / wavelengths - scaling.low_freq_factor) / (
-        scaling.high_freq_factor - scaling.low_freq_factor
-    )
-    between = 1 / ((1 - smooth) / scaling.factor + smooth)
-    factors = np.where(wavelengths < high, 1.0, np.where(wavelengths > low, scaling.factor, between))
-    return factors.astype(np.float32)
+    frequencies = model.rope_theta ** -(np.arange(0, width, 2) / width)
+    turns = scaling.original_seq_len * frequencies / (2 * np.pi)  # of a pair, over the original length
+    kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    kept = np.clip(kept, 0.0, 1.0)
+    return (1.0 / (kept + (1.0 - kept) / scaling.factor)).astype(np.float32)
 
 
 def _vocabulary(trained: TrainedRun) -> dict[str, Any]:

@@ -20,4 +20,6 @@ def export(run: Path, out: Path) -> Exported:
         weight_bytes = hf.save(partial, theirs, trained.sizes, trained.weight)
         for name, text in tokenizer_files(trained.tokenizer).items():
             write_synced(partial / name, text)
-    return Exported(out, trained.step, trained.parameters, weight_bytes, trained.recipe)
+    before = f"these are the weights before recipe {trained.recipe} quantises them: other products than in training"
+    notes = (before,) if trained.recipe else ()
+    return Exported(out, trained.step, trained.parameters, weight_bytes, trained.recipe, notes=notes)

@@ -191,7 +191,7 @@ def codes_of(layer: QuantLinear, weight: Tensor, scale: Tensor | None = None) ->
     quantizer = layer.numerics.fprop.right
     call = Call(layer.numerics, key_table([layer.keyed_by], 0, 0)[0], torch.float32, None)
     layout = quantizer.layout((weight.shape[0], weight.shape[1]), blocks=True)
-    learned = None if scale is None else scale.float().view(())
+    learned = None if scale is None else scale.detach().float().view(())
     operand, _ = call.operand(
         "fprop.w", weight, call.rotation("fprop", weight.shape[1]), learned=learned, layout=layout
     )
@@ -222,9 +222,6 @@ def has_line_scale(numerics: Numerics) -> bool:
 
 def integer_grid(element: Element) -> tuple[float, int]:
     """(unit, bits): all codes are whole multiples of unit, which fit into so many bits of two's complement. A grid
-    without zero needs one bit more than its codes: k + 1/2 is 2k + 1 halves. Refused where there is no such unit."""
+    without zero needs one bit more than its codes: k + 1/2 is 2k + 1 halves."""
     unit = min(abs(code) for code in element.levels() if code)
-    multiples = [code / unit for code in element.levels()]
-    if not all(multiple.is_integer() for multiple in multiples):
-        raise Refused("its codes are no multiples of one step")
-    return unit, int(max(multiples)).bit_length() + 1
+    return unit, int(element.max / unit).bit_length() + 1

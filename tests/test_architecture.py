@@ -34,7 +34,7 @@ MAY_IMPORT = {
     "qtrain.config.settings": "pydantic",
     "qtrain.optim": "pydantic qtrain.config.settings (torch)",
     "qtrain.optim.groups": "torch qtrain.optim",
-    "qtrain.optim.optimizers.adamw8bit": "pydantic qtrain.optim.base (torch qtrain.optim.blockwise)",
+    "qtrain.optim.optimizers.adamw8bit": "pydantic qtrain.optim qtrain.optim.base (torch qtrain.optim.blockwise)",
     "qtrain.optim.blockwise": "torch torchao",
     "qtrain.quant": (
         "torch qtrain.config qtrain.config.settings qtrain_kernels qtrain_kernels.formats qtrain_kernels.plans"
@@ -140,7 +140,7 @@ MAY_IMPORT = {
     "qtrain.cli": "",
     "qtrain.cli.train": "(qtrain.train)",
     "qtrain.cli.export": "qtrain.cli (qtrain.export)",
-    "qtrain.cli.generate": "qtrain.cli (torch qtrain.models qtrain.quant qtrain.runs qtrain.training.build)",
+    "qtrain.cli.generate": "qtrain.cli qtrain.data (torch qtrain.models qtrain.quant qtrain.runs qtrain.training.build)",
     "qtrain.cli.report": "qtrain.cli (qtrain.report)",
     "qtrain.cli.compare": "qtrain.cli (qtrain.report qtrain.runs)",
     "qtrain.cli.fit": "qtrain.cli qtrain.scaling (qtrain.report qtrain.runs)",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import logging
 import re
 import subprocess
 import sys
@@ -137,6 +138,7 @@ def test_the_doctor_says_what_each_recipe_runs_on(
 ) -> None:
     """As the dispatcher and the table of products decide; the slow way where there is no compiler, with the reason."""
     monkeypatch.setattr("qtrain_kernels.dispatch._cpp_obstacle", lambda: "no C++ compiler was found; install g++")
+    monkeypatch.setattr(logging.getLogger("qtrain"), "handlers", [])  # those of a run in this process show on stdout
     dispatch.resolve.cache_clear()
     try:
         assert called(monkeypatch, "doctor", "--json") == 0

@@ -140,7 +140,9 @@ MAY_IMPORT = {
     "qtrain.cli": "",
     "qtrain.cli.train": "(qtrain.train)",
     "qtrain.cli.export": "qtrain.cli (qtrain.export)",
-    "qtrain.cli.generate": "qtrain.cli qtrain.data (torch qtrain.models qtrain.quant qtrain.runs qtrain.training.build)",
+    "qtrain.cli.generate": (
+        "qtrain.cli qtrain.data (torch qtrain.models qtrain.quant qtrain.runs qtrain.training.build)"
+    ),
     "qtrain.cli.report": "qtrain.cli (qtrain.report)",
     "qtrain.cli.compare": "qtrain.cli (qtrain.report qtrain.runs)",
     "qtrain.cli.fit": "qtrain.cli qtrain.scaling (qtrain.report qtrain.runs)",

@@ -114,7 +114,7 @@ def test_a_batch_that_does_not_split_is_refused(trainer: dict[str, int], devices
         make_plan(config(trainer=trainer | {"devices": devices}))
 
 
-@pytest.mark.parametrize("model", group_names("model"))
+@pytest.mark.parametrize("model", [name for name in group_names("model") if name != "hf"])  # its own checkpoint says
 def test_each_listed_model_has_a_plan_or_says_what_to_set(model: str) -> None:
     overrides = [f"model={model}"]
     try:

@@ -32,7 +32,7 @@ def test_every_override_the_readme_shows_is_valid():
     composed = 0
     for command in commands:
         words = [word.replace("'", "") for word in command.split() if "=" in word]
-        words = ["model=nano" if word.startswith("model=hf:") else word for word in words]  # the reader's own checkpoint
+        words = ["model=nano" if word.startswith("model=hf:") else word for word in words]  # his own
         for config in compose_all(jobs_of(words)[:4]):
             assert config.name
             composed += 1

@@ -77,7 +77,7 @@ MAY_IMPORT = {
     ),
     "qtrain.training.build": (
         "torch qtrain.config qtrain.data qtrain.plan qtrain.models qtrain.quant qtrain.runs qtrain.training.causal_lm "
-        "qtrain.training.checkpoint qtrain.training.initialize"
+        "qtrain.training.checkpoint qtrain.training.initialize qtrain_kernels"
     ),
     "qtrain.training.memory": (
         "torch qtrain.config qtrain.models qtrain.plan qtrain.quant qtrain.training.activations qtrain.training.build "

@@ -14,6 +14,8 @@ import pytest
 import torch
 from conftest import write_corpus
 from run_state import last_weights, tensors_in
+from torch._inductor import config as inductor
+from torch._inductor import cpp_builder
 
 import qtrain
 from qtrain.cli import start
@@ -22,7 +24,7 @@ from qtrain.errors import DivergedError, UserError
 from qtrain.quant import QuantLinear
 from qtrain.runs.directory import RunDirectory
 from qtrain.train import checked_overrides, compose
-from qtrain.training.build import load_tokenizer
+from qtrain.training.build import load_tokenizer, pick_device
 from qtrain.training.checkpoint import list_checkpoints, save, tensors_of
 from qtrain.training.session import run
 
@@ -362,3 +364,16 @@ def test_the_last_part_of_a_run_can_be_in_high_precision(small, tmp_path, monkey
     save(directory.checkpoints, 6, tensors_of(model), {"vocab_size": 257})
     model = qtrain.load_run(directory.path)
     assert not any(layer.high_precision for layer in model.modules() if isinstance(layer, QuantLinear))
+
+
+@pytest.mark.parametrize("found", ["", "/no/such/compiler"])
+def test_compiling_without_a_compiler_is_refused_before_anything_is_prepared(
+    found: str,
+) -> None:
+    cpp_builder.cpp_compiler_search.cache_clear()
+    said = r"trainer.compile=true: no C\+\+ compiler was found; .* or leave trainer"
+    try:
+        with inductor.patch("cpp.cxx", (found,)), pytest.raises(UserError, match=said):
+            pick_device(compose(["trainer.compile=true", "trainer.device=cpu"]))
+    finally:
+        cpp_builder.cpp_compiler_search.cache_clear()

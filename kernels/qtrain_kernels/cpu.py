@@ -505,7 +505,7 @@ def compiler() -> str:
 
     try:
         return cpp_builder.get_cpp_compiler()
-    except exc.InvalidCxxCompiler:
+    except (exc.InvalidCxxCompiler, OSError):  # OSError: CXX names what cannot be run
         raise RuntimeError("no C++ compiler was found; install g++ or set CXX") from None
 
 

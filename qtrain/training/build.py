@@ -26,6 +26,7 @@ from qtrain.training.checkpoint import (
     whole_number,
 )
 from qtrain.training.initialize import DEFERRED, DeferredWeights
+from qtrain_kernels.cpu import compiler
 
 
 def pick_device(config: Config) -> torch.device:
@@ -43,6 +44,11 @@ def pick_device(config: Config) -> torch.device:
             "data.document_mask=true on CUDA is torch's attention of variable lengths, which has no float32, and "
             "trainer.precision is 32-true; set trainer.precision=bf16-mixed or data.document_mask=false"
         )
+    if device == "cpu" and config.trainer.compile:
+        try:
+            compiler()
+        except RuntimeError as error:
+            raise UserError(f"trainer.compile=true: {error}, or leave trainer.compile at false") from None
     return torch.device(device)
 
 

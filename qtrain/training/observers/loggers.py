@@ -10,17 +10,23 @@ from typing import Any
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 
 from qtrain.config import Config
-from qtrain.errors import need
+from qtrain.errors import UserError, need
 from qtrain.runs.directory import RunDirectory
 
 SUMMARY = "run"  # the entry of a W&B summary that holds summary.json: metrics have their own, of the last line
 
 
 def check_logger(config: Config) -> None:
-    """UserError when the package that logger.kind needs is not installed."""
+    """UserError when the package that logger.kind needs is not installed, and where W&B has no key but must be
+    reached."""
     kind = config.logger.kind
     if kind != "none":
         need(kind, f"logger={kind}", "logger=none")
+    if kind == "wandb" and config.logger.offline is False and not has_wandb_key():
+        raise UserError(
+            "logger.offline=false needs a W&B key, and none was found; run `wandb login` or set WANDB_API_KEY, or "
+            "leave logger.offline at null, which writes offline until there is a key"
+        )
 
 
 def build_loggers(config: Config, directory: RunDirectory) -> list[Logger]:

@@ -158,7 +158,8 @@ class Validate(Observer):
         values = validation_values(self.sets, sums)
         for key, value in values.items():
             if not math.isfinite(value):
-                raise DivergedError(f"the validation loss is not finite at step {step} ({key} = {value})")
+                which = "" if key == "val_loss" else f" ({key})"
+                raise DivergedError(f"the validation loss is {value} at step {step}{which}")
         self.recorder.write(step, values)
 
 

@@ -17,7 +17,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from string import Template
@@ -237,7 +237,8 @@ def job(tree: DictConfig) -> float | None:
             return None
         from qtrain.multirun import labelled
 
-        with labelled(f"job {int(HydraConfig.get().job.num) + 1}"):  # the lines of others come between
+        number = _number()
+        with nullcontext() if number is None else labelled(f"job {number + 1}"):  # the lines of others come between
             return _job(tree)
     except KeyboardInterrupt as stopped:
         if not parent_lives():
@@ -245,6 +246,12 @@ def job(tree: DictConfig) -> float | None:
             os._exit(code)  # joblib would wait for a next job
         _stop.stopped = stopped
         return None
+
+
+def _number() -> int | None:
+    """Of the job of a multirun, from 0."""
+    is_one_of_several = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+    return int(HydraConfig.get().job.num) if is_one_of_several else None
 
 
 def _job(tree: DictConfig) -> float | None:
@@ -288,7 +295,7 @@ def _job(tree: DictConfig) -> float | None:
             raise
         else:
             traceback.print_exc()
-    if several and multiprocessing.parent_process() is not None:
+    if several and (multiprocessing.parent_process() is not None or not _jobs):  # in a process of its own
         raise JobFailedError
     return None
 

@@ -303,7 +303,7 @@ def test_a_run_trains_and_validates_within_documents(settings: list[str], tmp_pa
     config = compose([*settings, "data.document_mask=true"])
     loss = run(config)
     corpus = prepare(config.data, config.tokenizer, budget_tokens=budget_tokens(config))
-    batches = TokenBatches(corpus, seq_len=1500, seed=0, micro_batch_size=2, val_tokens=2_000, num_workers=0)
+    batches = TokenBatches(corpus, seq_len=1500, seed=0, micro_batch_size=2, num_workers=0)
     model = build.build_model(config, 257)
     first = [next_token_loss(model, each, end_of_document=256).item() for each in batches.train(0, 4)]
     assert [line["loss"] for line in RunDirectory.of(config).lines("loss")] == [pytest.approx(sum(first) / 2, abs=1e-6)]

@@ -57,13 +57,24 @@ def test_a_signal_before_a_run_listens_ends_the_process(name: str, tmp_path: Pat
     assert not (tmp_path / "ran").exists()
 
 
-def test_ctrl_c_while_train_py_imports_is_silent() -> None:
-    """Its first lines alone, with a module in place of the package that interrupts its own import."""
-    train = (Path(__file__).parents[1] / "train.py").read_text()
-    own_import = "os.kill(os.getpid(), signal.SIGINT); import time; time.sleep(60)"
-    assert "from qtrain.train import main  # noqa: E402" in train
-    code = train.replace("from qtrain.train import main  # noqa: E402", own_import)
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=50)
+IMPORTING = """
+import os, signal, sys, time
+
+class Interrupts:
+    def find_spec(self, name, path=None, target=None):
+        if name == "qtrain.train":
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(60)
+
+sys.meta_path.insert(0, Interrupts())
+sys.argv = ["train.py"]
+from qtrain.cli import start
+start("train")
+"""
+
+
+def test_ctrl_c_while_the_command_imports_is_silent() -> None:
+    ended = subprocess.run([sys.executable, "-c", IMPORTING], capture_output=True, text=True, timeout=50)
     assert (ended.returncode, ended.stderr) == (STOPPED, "")
 
 

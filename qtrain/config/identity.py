@@ -226,8 +226,8 @@ def _differences(there: Any, here: Any, path: str = "") -> Iterator[str]:
 def _completed(kind: type[Strict], tree: Mapping[str, Any]) -> dict[str, Any]:
     """A saved tree with the settings that it lacks."""
     found = introduced(kind) | dict(tree)
-    for name in kind.model_fields:
-        value = found.get(name)
+    for name in found.keys() & kind.model_fields.keys():
+        value = found[name]
         if is_mapping(kind, name) and isinstance(value, Mapping):
             found[name] = {other: _completed_at(kind, name, each) for other, each in value.items()}
         else:

@@ -31,7 +31,7 @@ MAY_IMPORT = {
         "yaml pydantic qtrain.config.settings qtrain_kernels.formats qtrain_kernels.plans "
         "(qtrain.optim qtrain.models.base qtrain.data.base)"
     ),
-    "qtrain.config.settings": "pydantic",
+    "qtrain.config.settings": "pydantic (qtrain_kernels.formats)",
     "qtrain.optim": "pydantic qtrain.config.settings (torch)",
     "qtrain.optim.groups": "torch qtrain.optim",
     "qtrain.optim.optimizers.adamw8bit": "pydantic qtrain.optim qtrain.optim.base (torch qtrain.optim.blockwise)",

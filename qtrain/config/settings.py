@@ -230,7 +230,11 @@ def check_group_option(group: str, option: str) -> None:
         raise UserError(f"unknown {group} {shown(option)}{nearest(option, known)}; there are: {', '.join(known)}")
     those = _recipes_in(number_format)
     also = "" if option == number_format else f", {number_format}"
-    listed = f"recipes in it: {', '.join(those)}" if those else f"no recipe is in it by itself; there are: {', '.join(known)}"
+    listed = (
+        f"recipes in it: {', '.join(those)}"
+        if those
+        else f"no recipe is in it by itself; there are: {', '.join(known)}"
+    )
     raise UserError(f"unknown recipe {shown(option)}: that is a number format{also}; {listed}")
 
 

@@ -137,6 +137,7 @@ MAY_IMPORT = {
         "qtrain.training.build qtrain.training.checkpoint qtrain.training.speed qtrain.training.session "
         "qtrain.training.trunk"
     ),
+    "qtrain.__main__": "qtrain.cli",
     "qtrain.cli": "",
     "qtrain.cli.train": "(qtrain.train)",
     "qtrain.cli.export": "qtrain.cli (qtrain.export)",

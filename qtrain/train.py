@@ -19,7 +19,6 @@ import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
-from pathlib import Path
 from string import Template
 from typing import NoReturn
 
@@ -304,18 +303,15 @@ def _note_failure(error: Exception, several: bool) -> None:
 
 def next_commands(config: Config) -> str:
     """What a newcomer wants after a run. The commands that need the repository are named only there."""
+    from qtrain.multirun import command_words, in_repository
     from qtrain.runs.directory import RunDirectory
 
     path = str(RunDirectory.of(config).path)
-    in_repository = Path(sys.argv[0]).name == "train.py"
     compare = "qtrain train -m +experiment=bf16,quartet,quest_2bit,halo_0_fp4 trainer.tokens=524_288"
-    report, generate = (
-        shlex.join([*(["python", f"scripts/{name}.py"] if in_repository else ["qtrain", name]), path])
-        for name in ("report", "generate")
-    )
+    report, generate = (shlex.join([*command_words(name), path]) for name in ("report", "generate"))
     commands = [
         ("make compare", "recipes whose losses differ, and the page that shows it")
-        if in_repository
+        if in_repository()
         else (compare, "recipes whose losses differ"),
         (f"{report} --out report.html", "this run on one page: loss, speed, how every layer's quantisers fare"),
         (f"{generate} --prompt 'def '", "text of the model"),

@@ -120,7 +120,7 @@ MAY_IMPORT = {
         "qtrain.training.speed qtrain.training.trunk "
         "qtrain.training.world"
     ),
-    "qtrain.multirun": "rich qtrain.config qtrain.runs",
+    "qtrain.multirun": "rich qtrain.config qtrain.config.settings qtrain.runs",
     "qtrain.export": (
         "numpy torch safetensors (compressed_tensors gguf) qtrain.config qtrain.data qtrain.models.hf "
         "qtrain.models.base qtrain.plan qtrain.quant qtrain.runs qtrain.training.build qtrain.training.causal_lm "

@@ -13,6 +13,7 @@ from typing import Any, TextIO
 from rich.table import Table
 
 from qtrain.config import Config, config_hash
+from qtrain.config.settings import configs_dir
 from qtrain.errors import UserError
 from qtrain.runs.directory import RunDirectory
 from qtrain.runs.status import FAILED, Status
@@ -117,9 +118,21 @@ def closing_lines(found: Sequence[Outcome]) -> list[str]:
 
 def report_command(places: Sequence[str]) -> str:
     """As it is started from where this process was."""
-    script = Path(sys.argv[0]).name in ("train.py", "sweep.py")
-    command = ["python", "scripts/report.py"] if script else ["qtrain", "report"]
-    return shlex.join([*command, *places, "--out", "report.html"])
+    return shlex.join([*command_words("report"), *places, "--out", "report.html"])
+
+
+def command_words(name: str) -> list[str]:
+    """How to start a sub-command from the current folder: by its script where this process was started by one too."""
+    return ["python", f"scripts/{name}.py"] if in_repository() else ["qtrain", name]
+
+
+def in_repository() -> bool:
+    """Whether a script of the repository started this process, and from the repository's root: from elsewhere,
+    scripts/report.py would not be found, and `make` would read another Makefile."""
+    if Path(sys.argv[0]).name not in ("train.py", "sweep.py"):
+        return False
+    script, ours = Path("scripts/report.py"), configs_dir().parent / "scripts" / "report.py"
+    return script.is_file() and script.resolve() == ours.resolve()
 
 
 # ------------------------------------------------------------------------------------------------- side by side

@@ -19,12 +19,12 @@ import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from importlib.metadata import version
-from pathlib import Path
 from string import Template
 from typing import NoReturn
 
 import hydra
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
@@ -49,6 +49,7 @@ from qtrain.training.stop import CODES, STOPPED, end_now, heard, leave_lost_term
 from qtrain.training.world import find_world, started_by_another
 
 FROM_CHECKPOINT = "model=hf:"
+SWEEP_FLAGS = ("--jobs", "--only", "--retry")
 
 
 def main() -> None:
@@ -309,18 +310,15 @@ def _note_failure(error: Exception, several: bool) -> None:
 
 def next_commands(config: Config) -> str:
     """What a newcomer wants after a run. The commands that need the repository are named only there."""
+    from qtrain.multirun import command_words, in_repository
     from qtrain.runs.directory import RunDirectory
 
     path = str(RunDirectory.of(config).path)
-    in_repository = Path(sys.argv[0]).name == "train.py"
     compare = "qtrain train -m +experiment=bf16,quartet,quest_2bit,halo_0_fp4 trainer.tokens=524_288"
-    report, generate = (
-        shlex.join([*(["python", f"scripts/{name}.py"] if in_repository else ["qtrain", name]), path])
-        for name in ("report", "generate")
-    )
+    report, generate = (shlex.join([*command_words(name), path]) for name in ("report", "generate"))
     commands = [
         ("make compare", "recipes whose losses differ, and the page that shows it")
-        if in_repository
+        if in_repository()
         else (compare, "recipes whose losses differ"),
         (f"{report} --out report.html", "this run on one page: loss, speed, how every layer's quantisers fare"),
         (f"{generate} --prompt 'def '", "text of the model"),
@@ -381,16 +379,49 @@ def _composing() -> Iterator[None]:
 
 
 def checked_overrides(arguments: Iterable[str]) -> list[str]:
-    """The arguments for Hydra. UserError for a key or a group option that does not exist, with the nearest one.
+    """The arguments for Hydra. UserError for a key or a group option that does not exist, with the nearest one, and for
+    a flag that Hydra does not have.
 
     A known key gets Hydra's add-or-override prefix (++), so that a setting which the chosen file leaves at its default
     is set like any other. Left to itself, Hydra would advise a + before an unknown key, ask for one before a known
     key that the file does not mention, and meet a wrong option of a sweep only when that job's turn comes.
     """
     arguments = from_checkpoint(list(arguments))
+    _check_flags(arguments)
     own_configs = any(argument.split("=")[0] in ("--config-dir", "-cd", "hydra.searchpath") for argument in arguments)
     flags = [argument for argument in arguments if not _is_override(argument)]  # first: Hydra takes them in one piece
     return flags + [_checked(argument, own_configs) for argument in arguments if _is_override(argument)]
+
+
+def _check_flags(arguments: Sequence[str]) -> None:
+    """UserError for a flag that Hydra's parser does not have: a setting written as one, or a flag of `qtrain sweep`."""
+    known = [option for action in get_args_parser()._actions for option in action.option_strings]
+    for flag, after in zip(arguments, [*arguments[1:], ""], strict=True):
+        word, equals, value = flag.partition("=")
+        short = not flag.startswith("--")
+        if not flag.startswith("-") or word in known:  # in full: --experiment would be short for --experimental-rerun
+            continue
+        if short and any(word.startswith(option) for option in known):  # -cjob for -c job
+            continue
+        if word in SWEEP_FLAGS:
+            raise UserError(
+                f"unknown flag {shown(word)}: {word} is `qtrain sweep`'s; `qtrain sweep --help` explains it"
+            )
+        key = word.lstrip("-").replace("-", "_")
+        if not equals:
+            is_switch = key in Config.model_fields and Config.model_fields[key].annotation is bool
+            value = "true" if is_switch else "..." if after.startswith("-") or "=" in after else after or "..."
+        plus = "+" if key in ("experiment", "sweep") else ""  # what configs/train.yaml does not list
+        raise UserError(f"unknown flag {shown(word)}: settings have no dashes{_as_setting(f'{plus}{key}={value}')}")
+
+
+def _as_setting(argument: str) -> str:
+    """The advice to write this instead, or what is wrong with it too."""
+    try:
+        _checked(argument, own_configs=False)
+    except UserError as error:
+        return f", as {shown(argument)}: {error}"
+    return f": {argument}"
 
 
 def from_checkpoint(arguments: list[str]) -> list[str]:

@@ -31,7 +31,7 @@ MAY_IMPORT = {
         "yaml pydantic qtrain.config.settings qtrain_kernels.formats qtrain_kernels.plans "
         "(qtrain.optim qtrain.models.base qtrain.data.base)"
     ),
-    "qtrain.config.settings": "pydantic",
+    "qtrain.config.settings": "pydantic (qtrain_kernels.formats)",
     "qtrain.optim": "pydantic qtrain.config.settings (torch)",
     "qtrain.optim.groups": "torch qtrain.optim",
     "qtrain.optim.optimizers.adamw8bit": "pydantic qtrain.optim qtrain.optim.base (torch qtrain.optim.blockwise)",
@@ -120,7 +120,7 @@ MAY_IMPORT = {
         "qtrain.training.speed qtrain.training.trunk "
         "qtrain.training.world"
     ),
-    "qtrain.multirun": "rich qtrain.config qtrain.runs",
+    "qtrain.multirun": "rich qtrain.config qtrain.config.settings qtrain.runs",
     "qtrain.export": (
         "numpy torch safetensors (compressed_tensors gguf) qtrain.config qtrain.data qtrain.models.hf "
         "qtrain.models.base qtrain.plan qtrain.quant qtrain.runs qtrain.training.build qtrain.training.causal_lm "
@@ -137,6 +137,7 @@ MAY_IMPORT = {
         "qtrain.training.build qtrain.training.checkpoint qtrain.training.speed qtrain.training.session "
         "qtrain.training.trunk"
     ),
+    "qtrain.__main__": "qtrain.cli",
     "qtrain.cli": "",
     "qtrain.cli.train": "(qtrain.train)",
     "qtrain.cli.export": "qtrain.cli (qtrain.export)",

@@ -74,6 +74,19 @@ def test_a_command_is_told_as_one_would_type_it_again(monkeypatch: pytest.Monkey
     assert this_command() == "python scripts/report.py runs"
 
 
+@pytest.mark.parametrize("module", ["qtrain", "qtrain.cli"])
+def test_python_m_is_the_command(module: str) -> None:
+    code = f"""
+import runpy
+sys.argv = ["-m", "compare", "--help"]
+try:
+    runpy.run_module({module!r}, run_name="__main__", alter_sys=True)
+except SystemExit as end:
+    assert not end.code
+"""
+    assert in_a_process(code).startswith("usage: qtrain compare ")
+
+
 def test_processes_of_other_devices_start_the_same_command() -> None:
     """Lightning starts `python -m` what __main__ says that it is, with the arguments."""
     code = """

@@ -14,7 +14,7 @@ from rich.console import Console
 from qtrain.errors import UserError
 from qtrain.multirun import closing_lines, labelled, labels, outcome_table, outcomes, typed_job
 from qtrain.runs.directory import RunDirectory
-from qtrain.train import compose_all
+from qtrain.train import compose_all, next_commands
 
 SHARED = ["++model.dim=64", "++trainer.precision=32-true"]
 
@@ -50,6 +50,9 @@ def test_a_multirun_ends_with_its_losses_gaps_and_failures(tmp_path: Path, monke
         "2 of 6 failed:", "  recipe=halo_0 seed=0: step 2 is not finite", "  recipe=quest seed=0: what is wrong",
     ]  # fmt: skip
     assert closing[3] == "next:" and closing[4].startswith(f"  python scripts/report.py {tmp_path}/bf16-")
+    monkeypatch.chdir(tmp_path)
+    assert closing_lines(found)[4].startswith(f"  qtrain report {tmp_path}/bf16-"), "here are no scripts"
+    assert next_commands(configs[0]).split("next:\n")[1].startswith("  qtrain train -m "), "and no Makefile of ours"
     seen = outcomes(jobs, configs, {typed_job(jobs[0]): "it failed here"})
     assert (seen[0].loss, seen[0].reason) == (None, "it failed here"), "though an earlier run of it had ended"
 

@@ -141,6 +141,14 @@ def test_where_the_vocabulary_comes_from() -> None:
         make_plan(config(tokenizer=hub))
 
 
+def test_the_table_names_a_data_set_of_the_hub() -> None:
+    data = {"source": "huggingface", "path": "allenai/c4", "subset": "en", "val_tokens": 4096}
+    console = Console(width=200, file=io.StringIO(), record=True)
+    settings = config(data=data)
+    console.print(make_plan(settings).table(settings))
+    assert " of allenai/c4 (en), " in console.export_text()
+
+
 def test_the_table_tells_the_numbers() -> None:
     settings = config(
         model={"n_heads": 4, "n_kv_heads": 2, "tie_embeddings": True}, trainer={"micro_batch_size": 2, "devices": 4}

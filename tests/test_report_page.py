@@ -582,6 +582,7 @@ def test_the_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
     told = capsys.readouterr()
     assert out in told.out and told.err.count("problem: ") == 2
     command = f"python ../scripts/report.py {runs} --out &#x27;{out}&#x27;"
+    assert "<title>qtrain: 2 runs</title>" in Path(out).read_text()
     assert command in Path(out).read_text(), "as it was started, a line for the shell"
     written = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.p*") if "my report" in str(path)}
     monkeypatch.setattr(sys, "argv", ["../scripts/report.py", runs, "--out", out, "--figure", "loss-flops"])
@@ -592,6 +593,7 @@ def test_the_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
     for arguments, message in (
         ([runs, "--out", "a.txt"], "ends in .html"),
         ([runs, "--out", out, "--figure", "loss"], "no such figure; there are: loss-training, .*loss-flops"),
+        ([runs, "--out", out, "--baseline", "foo"], r"--baseline foo: no run has this name .*; there are: bf16, quest"),
         ([runs, "--out", f"{out}/a.html"], r"cannot write .*my report.html.*Not a directory; give another --out"),
         ([unreadable, "--out", out], r"cannot read .*metrics.jsonl: Is a directory; mend it, or leave it out"),
     ):

@@ -74,6 +74,8 @@ def test_mistakes(runs, tmp_path):
     with pytest.raises(UserError, match=r"no run named 'fp32'.*bf16, quartet, quest"):
         compare(read_summaries(runs), "fp32")
     (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="nowhere is no folder and no results file"):
+        read_summaries(tmp_path / "nowhere")
     with pytest.raises(UserError, match="holds 0 runs"):
         read_summaries(tmp_path / "empty")
     write(runs, "other", 0, 1.0, data_hash="e")

@@ -244,6 +244,17 @@ MISTAKES = [
     (["+experiment=bf16,quartt"], r"did you mean 'quartet'\?"),
     (["model=nanno"], r"unknown model 'nanno'; did you mean 'nano'\?"),
     (["recipe=quartett"], r"did you mean 'quartet'\?"),
+    (["recipe=mxfp4"], r"unknown recipe 'mxfp4': that is a number format; recipes in it: amd_mxfp4, .*quartet,"),
+    (["recipe=ternary"], r"that is a number format, int1\.585; recipes in it: bitnet_b158, trilm$"),
+    (["recipe=int7"], r"that is a number format; no recipe is in it by itself; there are: amd_mxfp4"),
+    (["--experiment=quartet"], r"unknown flag '--experiment': settings have no dashes: \+experiment=quartet$"),
+    (["--dry-run", "seed=3"], r"unknown flag '--dry-run': settings have no dashes: dry_run=true$"),
+    (["--seed", "3"], r"settings have no dashes: seed=3$"),
+    (
+        ["--tokens", "5"],
+        r"settings have no dashes, as 'tokens=5': unknown key 'tokens'; did you mean 'trainer\.tokens'\?",
+    ),
+    (["-m", "--jobs", "2"], r"unknown flag '--jobs': --jobs is `qtrain sweep`'s"),
     (["model.dim.size=3"], r"model\.dim is a value"),
     (["trainer.tokens=many"], r"trainer\.tokens='many'.*integer"),
     (["trainer.tokens_per_parameter=20"], r"exactly one of trainer\.tokens.*set the other to null"),
@@ -263,6 +274,11 @@ def test_mistakes_are_named(overrides, message):
             checked_overrides(overrides)
         else:
             compose(overrides)
+
+
+def test_the_flags_of_hydra_go_on():
+    flags = ["-m", "--multirun", "--cfg", "job", "-cjob", "-c", "all", "--config-dir=mine", "-cd", "mine", "--info"]
+    assert checked_overrides([*flags, "--hydra-help", "--resolve", "--package", "model"])[: len(flags)] == flags
 
 
 def test_a_device_that_is_not_there(small):

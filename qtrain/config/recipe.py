@@ -15,7 +15,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from qtrain.config.settings import Names, Redraw, Strict, configs_dir, group_names, nearest, parse
+from qtrain.config.settings import Names, Redraw, Strict, check_group_option, configs_dir, nearest, parse
 from qtrain.errors import UserError, first_line
 from qtrain_kernels.formats import Format, get_format
 from qtrain_kernels.plans import ROUNDINGS, RoundingName, check_scale
@@ -358,9 +358,7 @@ def read_recipe(recipe: str | os.PathLike[str] | Mapping[str, Any] | LinearRecip
         if "name" not in tree:
             raise UserError("a recipe needs a name ({name: quest, bits: 2}), or fprop, dgrad and wgrad written out")
         name = str(tree["name"])
-        known = group_names("recipe")
-        if name not in known:
-            raise UserError(f"unknown recipe {name!r}{nearest(name, known)}; recipes: {', '.join(known)}")
+        check_group_option("recipe", name)
         tree = yaml.safe_load((configs_dir() / "recipe" / f"{name}.yaml").read_text()) | tree
     return parse(LinearRecipe, tree)
 

@@ -250,13 +250,14 @@ def check_key(key: str) -> None:
         if not valid:
             raise UserError(f"unknown key {key!r}: {'.'.join(parents)} is a value, it has no keys")
         groups = [each for each in valid if fields_at(Config, [*parents, each])]
-        hint = nearest(name, valid if depth + 1 == len(parts) else groups, parents) or _nearest_leaf(name)
+        exact = _nearest_leaf(name, 1.0) if len(parts) == 1 else ""
+        hint = exact or nearest(name, valid if depth + 1 == len(parts) else groups, parents) or _nearest_leaf(name)
         where = f"keys of {'.'.join(parents)}" if parents else "keys"
         raise UserError(f"unknown key {key!r}{hint}; {where}: {', '.join(valid)}")
 
 
-def _nearest_leaf(name: str) -> str:
+def _nearest_leaf(name: str, cutoff: float = 0.6) -> str:
     """A hint at a key of any group: lrr -> optimizer.lr."""
     leaves = {leaf: f"{group}.{leaf}" for group in Config.model_fields for leaf in fields_at(Config, [group])}
-    match = difflib.get_close_matches(name, leaves, n=1, cutoff=0.6)
+    match = difflib.get_close_matches(name, leaves, n=1, cutoff=cutoff)
     return f"; did you mean {leaves[match[0]]!r}?" if match else ""

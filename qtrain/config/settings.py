@@ -10,6 +10,7 @@ import difflib
 import importlib
 import math
 import pkgutil
+import re
 import reprlib
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
@@ -219,7 +220,37 @@ def group_names(group: str) -> list[str]:
 
 
 def check_group_option(group: str, option: str) -> None:
-    """UserError when configs/<group>/ has no such option, with the nearest one that it has."""
+    """UserError when configs/<group>/ has no such option, with the nearest one that it has. Of a recipe that is called
+    as a number format, with the recipes in that format instead: the nearest name may be of another precision."""
     known = group_names(group)
-    if option not in known:
+    if option in known:
+        return
+    number_format = _number_format(option) if group == "recipe" else None
+    if number_format is None:
         raise UserError(f"unknown {group} {shown(option)}{nearest(option, known)}; there are: {', '.join(known)}")
+    those = _recipes_in(number_format)
+    also = "" if option == number_format else f", {number_format}"
+    listed = (
+        f"recipes in it: {', '.join(those)}"
+        if those
+        else f"no recipe is in it by itself; there are: {', '.join(known)}"
+    )
+    raise UserError(f"unknown recipe {shown(option)}: that is a number format{also}; {listed}")
+
+
+def _number_format(name: str) -> str | None:
+    """The number format that a name is one of; None where it is none."""
+    from qtrain_kernels.formats import CALLED_OTHERWISE, get_format
+
+    name = CALLED_OTHERWISE.get(name.lower(), name.lower())
+    try:
+        return get_format(name).name
+    except ValueError:
+        return None
+
+
+def _recipes_in(number_format: str) -> list[str]:
+    """The recipes whose files name a format for an operand, by itself or with a block and a scale of its own."""
+    named = re.compile(rf"\bformat: {re.escape(number_format)}(?![\w.])")
+    root = configs_dir() / "recipe"
+    return [name for name in group_names("recipe") if named.search((root / f"{name}.yaml").read_text(encoding="utf-8"))]

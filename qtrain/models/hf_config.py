@@ -32,9 +32,11 @@ _KINDS: dict[str, dict[str, Any]] = {
 def find(name: str) -> Path:
     """The folder of a checkpoint: a local one, or that of a name on the hub, downloaded. UserError for neither."""
     folder, shown = Path(os.path.expanduser(name)), visible(name)  # noqa: PTH111  a name may be none of a path
-    if name and os.path.isdir(folder):  # noqa: PTH112
+    if not name:
+        raise UserError("model=hf:FOLDER needs the folder or name of a checkpoint, after the colon")
+    if os.path.isdir(folder):  # noqa: PTH112
         return folder
-    if not name or name.startswith((".", "/", "~")) or name.count("/") > 1 or os.path.isfile(folder):  # noqa: PTH113
+    if name.startswith((".", "/", "~")) or name.count("/") > 1 or os.path.isfile(folder):  # noqa: PTH113
         raise UserError(f"model=hf:{shown} is no folder; give the one that holds config.json")
     import huggingface_hub
 

@@ -27,6 +27,7 @@ from qtrain.runs.table import write_table
 
 TEMPLATE = Path(__file__).with_name("page.html")
 _NUMBER = re.compile(r"baseline|[-+]?[\d.,e+]*[kMBT]?( GiB| ± [\d.]+)?")
+BASELINE = "bf16"  # where none is named
 WIDE = 6.0  # inches, from which on letters are too small on a telephone when the whole width is shown
 DPI = 200  # of the pictures in the page and the folder
 
@@ -65,7 +66,8 @@ def write_report(
     places: Sequence[Path], out: Path, laws: Sequence[Path], baseline: str, command: str, figure: str | None = None
 ) -> list[str]:
     """Makes out, an .html file, and the folder of the same name without the suffix. Returns what is wrong with the
-    runs, which the page says too. UserError where a place holds no run, a file cannot be read, or one not written.
+    runs, which the page says too. UserError where a place holds no run, no run is the baseline that was named, a file
+    cannot be read, or one not written.
 
     figure: draw the picture of this name alone, into the folder; the page stays as it is.
     """
@@ -73,6 +75,7 @@ def write_report(
     with rc_context(FONTS):
         with _os_error_told("read", places[0], "mend it, or leave it out"):
             runs, problems = read_runs(places)
+            _check_baseline(baseline, runs)
             found = corpora(runs, problems)
             sections = [*_run_sections(found, baseline, command), _law_section(read_laws)]
         sections = [_problems(problems), _overview(runs), *_sources(runs), *sections]
@@ -87,13 +90,21 @@ def write_report(
                 write_table((run.row for run in runs), folder / f"runs.{suffix}")
             images = save_all(pictures, folder)
             page = Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
-                title=escape(f"qtrain: {len(runs)} runs"),
+                title=escape(f"qtrain: {len(runs)} run{'s' * (len(runs) != 1)}"),
                 intro=_intro(runs, found, command, folder.name),
                 nav="".join(f'<a href="#{section.anchor}">{escape(section.title)}</a>' for section in sections),
                 sections="\n".join(section.render(images) for section in sections),
             )
             out.write_text(page, encoding="utf-8")
     return problems
+
+
+def _check_baseline(baseline: str, runs: Sequence[Run]) -> None:
+    """UserError where no run has this name or recipe. A page without one of the default is a page without gaps."""
+    names = {str(run.row[column]) for run in runs for column in ("name", "recipe") if run.row[column]}
+    if baseline not in {BASELINE, *names}:
+        listed = ", ".join(sorted(names))
+        raise UserError(f"--baseline {baseline}: no run has this name or recipe; there are: {listed}")
 
 
 def _named(name: str, pictures: Sequence[tuple[Picture, str]]) -> Picture:

@@ -60,6 +60,8 @@ def _check_same_data(rows: list[Row], where: str) -> None:
 
 
 def _some_finished(root: Path) -> list[Row]:
+    if not root.is_dir():
+        raise UserError(f"{root} is no folder and no results file (.csv, .parquet); name a folder of runs")
     rows = finished_runs(root)
     if not rows:
         raise UserError(f"{root} holds {len(run_directories(root))} runs, none of them finished")

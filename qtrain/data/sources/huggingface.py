@@ -32,6 +32,9 @@ class HuggingFace(TextSettings):
             raise ValueError("data.source=huggingface needs data.path, the dataset's name or a local folder")
         return self
 
+    def __str__(self) -> str:
+        return f"{self.path} ({self.subset})" if self.subset else str(self.path)
+
     def open(self) -> tuple[Source, Source | None]:
         return self._split(self.split), self._split(self.val_split) if self.val_split else None
 

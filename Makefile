@@ -26,8 +26,8 @@ compare: $(VENV)/.train ## train four recipes on the same text and open the page
 	$(BIN)/python train.py -m +experiment=bf16,quartet,quest_2bit,halo_0_fp4 trainer.tokens=524_288 run_root=runs/compare \
 		$(ARGS)
 	@echo; echo "Validation loss in nats per token; the gap is the loss less that of bf16:"; echo
-	@$(BIN)/python scripts/compare_runs.py runs/compare
-	@$(BIN)/python scripts/report.py runs/compare --out runs/comparison.html --open
+	@$(BIN)/qtrain compare runs/compare
+	@$(BIN)/qtrain report runs/compare --out runs/comparison.html --open
 
 test: $(VENV)/.dev ## run the default test suite (ARGS="-k scale", ARGS="-m slow")
 	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal $(ARGS)
@@ -90,8 +90,8 @@ bench-gpu: ## the same on a GPU, at the sizes of large models; installs nothing 
 # The two stamps are written last, so an interrupted installation is taken up again.
 $(VENV)/.train: pyproject.toml constraints.txt
 	$(venv)
-	@echo "installing qtrain and 66 packages into $(VENV), a few minutes: 2.3 GB with torch for CPU, several more with torch for CUDA"
-	@$(INSTALL) -e .
+	@echo "installing qtrain and what training uses into $(VENV), a few minutes: 2.3 GB with torch for CPU, several more with torch for CUDA"
+	@$(INSTALL) -e '.[data]'
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml constraints.txt
@@ -107,7 +107,7 @@ $(OLDEST)/.dev: pyproject.toml constraints.txt
 	@grep -vE '^(torch|triton)==' constraints.txt >> $(OLDEST)/constraints.txt
 	@echo "installing the oldest torch and triton into $(OLDEST), several minutes: 5.3 GB with torch for CUDA"
 	@$(OLDEST)/bin/python -m pip --disable-pip-version-check --quiet install -c $(OLDEST)/constraints.txt \
-		-e . hypothesis pytest pytest-timeout
+		-e '.[data]' hypothesis pytest pytest-timeout
 	@touch $@
 
 define venv

@@ -1,4 +1,6 @@
-from qtrain.train import main
+import sys
+
+from qtrain.cli import start
 
 if __name__ == "__main__":
-    main()
+    sys.exit(start("train"))

@@ -11,6 +11,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import qtrain_kernels  # noqa: F401  before torch: it sets how long torch's threads spin
+from qtrain.errors import explain_missing
 
 if TYPE_CHECKING:
     __version__: str
@@ -27,7 +28,10 @@ def __getattr__(name: str) -> Any:
     if name == "__version__":
         return version("qtrain")
     if name in _HOME:
-        return getattr(import_module(_HOME[name]), name)
+        try:
+            return getattr(import_module(_HOME[name]), name)
+        except ModuleNotFoundError as error:  # load_run needs what trains
+            raise explain_missing(error) from None
     raise AttributeError(f"module 'qtrain' has no attribute {name!r}")
 
 

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import errno
+import importlib.util
 import re
+import shlex
+import sys
+from pathlib import Path
 
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")  # all but tab and newline
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")  # not tab, newline
 
 
 def visible(text: str) -> str:
     """Text with its control characters written out (ESC as \\x1b): what a file or a model says must not reach a
-    terminal as commands, nor reverse the direction of what is read."""
+    terminal as commands, nor reverse the direction of what is read. Halves of surrogate pairs are written out too:
+    no terminal takes them."""
     return _CONTROL.sub(lambda found: repr(found[0])[1:-1], text)
 
 
@@ -74,3 +79,57 @@ def explain(error: OSError) -> UserError:
     remedy = REMEDIES.get(error.errno or 0, "see that the place can be read and written")
     where = f" {error.filename}" if error.filename else ""
     return UserError(f"the file system refused{where}: {error.strerror or first_line(error)}; {remedy}")
+
+
+# What `convert` does without -> the extra of pyproject.toml that brings it.
+EXTRAS = {
+    "lightning": "train",
+    "hydra": "train",
+    "omegaconf": "train",
+    "tokenizers": "train",
+    "safetensors": "train",
+    "matplotlib": "report",
+    "scipy": "report",
+    "pyarrow": "report",
+    "datasets": "data",
+    "huggingface_hub": "data",
+    "hydra_plugins.hydra_joblib_launcher": "sweep",
+    "hydra_plugins.hydra_submitit_launcher": "sweep",
+    "wandb": "wandb",
+    "wandb_workspaces": "dashboard",
+    "tensorboard": "tensorboard",
+    "transformers": "hf",
+    "torchao": "adamw8bit",
+    "compressed_tensors": "export",
+    "gguf": "export",
+    "accelerate": "hf",
+}
+
+
+def install(extra: str) -> str:
+    """The command that adds an extra to this installation: to a checkout, or else to the package that is installed."""
+    root = Path(__file__).parents[1]
+    is_checkout = (root / "pyproject.toml").is_file()
+    what = ["-e", f"{root}[{extra}]"] if is_checkout else [f"qtrain[{extra}]"]
+    return shlex.join([sys.executable, "-m", "pip", "install", *what])
+
+
+def need(module: str, purpose: str, instead: str = "") -> None:
+    """UserError where a package of an extra is not installed. purpose: what it is for, as the subject of a sentence;
+    instead: what does without."""
+    try:
+        found = importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # of its parent
+        found = False
+    if not found:
+        raise UserError(
+            f"{purpose} needs the package {module}: {install(EXTRAS[module])}{instead and f', or {instead}'}"
+        )
+
+
+def explain_missing(error: ModuleNotFoundError) -> UserError:
+    """A package that is not installed, as a message. Raises the error itself where no extra of qtrain brings it."""
+    module = (error.name or "").split(".")[0]
+    if module not in EXTRAS:
+        raise error
+    return UserError(f"this needs the package {module}: {install(EXTRAS[module])}")

@@ -9,6 +9,7 @@ import torch
 from rich.table import Table
 
 from qtrain.config import Config, TokenizerConfig
+from qtrain.config.naming import model_title
 from qtrain.config.recipe import LinearRecipe, QuantSpec
 from qtrain.config.settings import BFLOAT16_GEMMS
 from qtrain.errors import UserError
@@ -59,14 +60,15 @@ class RunPlan:
         model, optimizer, trainer = config.model, config.optimizer, config.trainer
         tied = "; tied embeddings" if model.tie_embeddings else ""
         kind = "nominal" if model.nominal_parameters else "non-embedding"
+        masked = "; attention within documents" if config.data.document_mask else ""
         ratio = self.tokens / (model.nominal_parameters or self.non_embedding_parameters)
         schedule = f"{config.scheduler} after {self.warmup_steps:,} steps of warm-up"
         decay = f"weight decay {optimizer.weight_decay:g}, clip {trainer.grad_clip or 'off'}"
         return {
-            "model": f"{model.name}: {model}, {model.shape()}",
+            "model": f"{model_title(model.model_dump())}: {model}, {model.shape()}",
             "parameters": f"{self.parameters:,} ({self.non_embedding_parameters:,} non-embedding{tied})",
             "recipe": describe_recipe(config.recipe),
-            "tokens": f"{self.tokens:,} of {config.data}, {ratio:.3g} per {kind} parameter",
+            "tokens": f"{self.tokens:,} of {config.data}, {ratio:.3g} per {kind} parameter{masked}",
             "steps": f"{self.steps:,} of {self.batch_tokens:,} tokens ({self._split(config)})",
             "optimizer": f"{optimizer}, lr {optimizer.lr:g}, {schedule}, {decay}",
             "compute": f"{self.flops:.3g} FLOP",

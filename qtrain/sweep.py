@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import time
+import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,27 +11,25 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from rich.table import Table
 
-import qtrain
 from qtrain.config import Config, TokenizerConfig, config_hash
 from qtrain.data.base import DataSettings
 from qtrain.data.prepare import same_text
 from qtrain.errors import UserError
 from qtrain.plan import RunPlan, budget_tokens, make_plan
 from qtrain.report.loss import readable
+from qtrain.report.summaries import check_rows, comparison_table
 from qtrain.runs.directory import RunDirectory
 from qtrain.runs.status import FAILED
 from qtrain.runs.table import Row, read_run, record, recorded
-from qtrain.training.build import build_model, check_model
+from qtrain.training.build import check_model
 from qtrain.training.checkpoint import folder_of, list_checkpoints
-from qtrain.training.losses import next_token_loss
+from qtrain.training.speed import trial
 from qtrain.training.trunk import Trunk, common_steps, trunk_key
 
 State = Literal["done", "running", "failed", "stopped", "missing"]
 STATES: tuple[State, ...] = ("done", "running", "failed", "stopped", "missing")
-TRIAL_FLOPS = 2e11  # of one micro-batch: what a trial may cost, about a second a forward and backward on one core
 
 
 @dataclass(frozen=True)
@@ -95,7 +93,7 @@ def _point(config: Config, rows: Mapping[tuple[str, str], list[Row]], agree: Cal
     summary = directory.summary
     ended = [summary] if directory.finished else rows.get((config.name, config_hash(config)), [])
     for found in ended:
-        budget = budget_tokens(config) if config.data.streaming else None
+        budget = budget_tokens(config) if config.data.reads_to_the_budget else None
         agrees = agree(config.data, config.tokenizer, budget, found.get("data_fingerprint"), found.get("data_hash"))
         if agrees is not False:
             note = f"loss {found['val_loss']:.4f}" + ("" if agrees else ", its text not compared with the one here")
@@ -186,27 +184,6 @@ def recipe_and_size(point: Point) -> tuple[str, str]:
     return point.config.recipe.name, f"{point.plan.non_embedding_parameters / 1e6:.3g}M"
 
 
-def trial(config: Config, plan: RunPlan) -> float | None:
-    """FLOP per second of forward and backward on this process's CPU threads, the best of three micro-batches of zeros;
-    None where one costs more than TRIAL_FLOPS, or where training would be on another device."""
-    tokens = config.trainer.micro_batch_size * config.model.seq_len
-    flops = tokens * plan.flops_per_token
-    device = config.trainer.device
-    if flops > TRIAL_FLOPS or device == "cuda" or (device == "auto" and torch.cuda.is_available()):
-        return None
-    model = build_model(config, plan.vocab_size)
-    batch = torch.zeros(config.trainer.micro_batch_size, config.model.seq_len + 1, dtype=torch.long)
-    times = []
-    for step in range(3):
-        start = time.perf_counter()
-        qtrain.set_step(model, step)
-        with torch.autocast("cpu", torch.bfloat16, enabled=config.trainer.precision == "bf16-mixed"):
-            loss = next_token_loss(model, batch)
-        loss.backward()
-        times.append(time.perf_counter() - start)
-    return flops / min(times)
-
-
 # ------------------------------------------------------------------------------------------------- tables
 
 
@@ -220,6 +197,7 @@ def plan_table(points: Sequence[Point], processes: int = 1) -> Table:
         members = [point for point in points if recipe_and_size(point) == key]
         table.add_row(*key, *_sums(members), _hours(seconds[key]))
     known = [value for value in seconds.values() if value is not None]
+    table.caption, table.caption_justify = what_hours_rest_on(points), "left"
     total = _hours(sum(known) / processes) if len(known) == len(seconds) else "unknown"
     table.add_section()
     table.add_row("all", "", *_sums(points), total + (f" on {processes} processes" if processes > 1 else ""))
@@ -236,6 +214,55 @@ def _sums(points: Sequence[Point]) -> tuple[str, ...]:
 
 def _hours(seconds: float | None) -> str:
     return "unknown" if seconds is None else f"{seconds / 3600:.2f}"
+
+
+def what_hours_rest_on(points: Sequence[Point]) -> str:
+    """In words, for each recipe that has something left to do."""
+    told: dict[str, list[str]] = defaultdict(list)
+    for name, members in _grouped(points, lambda point: point.config.recipe.name):
+        if any(point.state != "done" for point in members):
+            runs = sum(bool(point.rate) for point in members)
+            told[f"the speed of finished runs ({runs})" if runs else "a trial of three micro-batches here"].append(name)
+    parts = [f"{basis}: {', '.join(names)}" for basis, names in told.items()]
+    load, cores = os.getloadavg()[0], os.cpu_count() or 1
+    if any("trial" in basis for basis in told) and load > cores:
+        parts.append(f"other work slows a trial: the load is {load:.1f} on {cores} cores")
+    return f"Hours are FLOP left over FLOP per second, by {'; '.join(parts)}." if parts else ""
+
+
+class Tally:
+    """How many of these points are finished, told when that has changed."""
+
+    def __init__(self, points: Sequence[Point]):
+        self.total, self.open = len(points), [point for point in points if point.state != "done"]
+
+    def told(self) -> str | None:
+        left = [point for point in self.open if not _is_finished(point)]
+        if len(left) == len(self.open):
+            return None
+        self.open = left
+        return f"{self.total - len(left)} of {self.total} done"
+
+
+def _is_finished(point: Point) -> bool:
+    try:
+        return RunDirectory(point.directory).finished
+    except UserError:  # damaged: the sweep tells of it at its end
+        return False
+
+
+def loss_table(points: Sequence[Point]) -> str:
+    """The losses of what is done, and its gaps to bf16 where the sweep has that."""
+    rows = [read_run(point.directory) for point in points if RunDirectory(point.directory).finished]
+    named = {(row["name"], row["config_hash"]) for row in rows}
+    for point in points:
+        key = point.config.name, config_hash(point.config)
+        if point.state == "done" and key not in named:
+            rows += recorded(Path(str(point.config.results))).get(key, [])[:1]
+    try:
+        return comparison_table(check_rows(rows, "this sweep"), "bf16")
+    except UserError:
+        return "\n".join(describe(point) for point in points if point.state == "done")
 
 
 def status_table(points: Sequence[Point]) -> Table:

@@ -17,13 +17,14 @@ import signal
 import sys
 import traceback
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from importlib.metadata import version
-from pathlib import Path
+from string import Template
 from typing import NoReturn
 
 import hydra
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
@@ -34,31 +35,50 @@ from omegaconf.errors import OmegaConfBaseException
 
 from qtrain.config import Config, check_key
 from qtrain.config.settings import check_group_option, configs_dir, group_names, parse, shown
-from qtrain.errors import LostRankError, RefusedError, StoppedError, UserError, explain, first_line
+from qtrain.errors import (
+    LostRankError,
+    RefusedError,
+    StoppedError,
+    UserError,
+    explain,
+    explain_missing,
+    first_line,
+    need,
+)
+from qtrain.training.stop import CODES, STOPPED, end_now, heard, leave_lost_terminal
 from qtrain.training.world import find_world, started_by_another
+
+FROM_CHECKPOINT = "model=hf:"
+SWEEP_FLAGS = ("--jobs", "--only", "--retry")
 
 
 def main() -> None:
-    """Entry point of train.py and of the command qtrain-train. Exit codes: 0 done, 2 a mistake in what was asked or a
-    run that could not go on, 130 stopped by Ctrl-C or SIGTERM, 75 stopped by SIGUSR1 or SIGUSR2, or since another
-    process of the run ended. After 130 and 75 the same command continues; 75 (EX_TEMPFAIL) asks a scheduler to queue it
-    again."""
+    """What train.py and `qtrain train` do. Exit codes: 0 done, 2 a mistake in what was asked or a run that could not go
+    on, 130 stopped by Ctrl-C, SIGTERM or SIGHUP, 75 stopped by SIGUSR1 or SIGUSR2, or since another process of the run
+    ended. After 130 and 75 the same command continues; 75 (EX_TEMPFAIL) asks a scheduler to queue it again."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands exceptions on: what they look like is decided here
     if sys.argv[1:] == ["--version"]:
         print(f"qtrain {version('qtrain')}")
         return
     try:
+        if not _asks_for_several(sys.argv[1:]):
+            _check_one_run(sys.argv[1:])
         sys.argv[1:] = checked_overrides(sys.argv[1:])
         with _stop.listening():
-            _hydra_main()
+            jobs = _jobs_asked_for(sys.argv[1:])
+            _jobs.extend(jobs)
+            try:
+                _hydra_main()
+            except JobFailedError as error:
+                _failures.append(error)
+            if jobs and not _stop.asked:
+                _show_outcomes(jobs)
     except RefusedError as error:  # rank 0 has said why
         _failures.append(error)
         if started_by_another():
             _failures.clear()
     except (UserError, HydraException, OmegaConfBaseException) as error:
         _report(error)
-    except JobFailedError as error:
-        _failures.append(error)
     except ValueError as error:
         if not _is_of_hydra(error):
             raise
@@ -73,7 +93,11 @@ def main() -> None:
         sys.exit(2)
 
 
+GOES_ON = "the same command continues from the last checkpoint"
+
 _failures: list[Exception] = []
+_jobs: list[list[str]] = []  # of a multirun, in their order
+_failed_jobs: dict[frozenset[str], str] = {}  # those that failed in this process, with their reason in one line
 
 
 def _end_stopped(stopped: KeyboardInterrupt) -> NoReturn:
@@ -82,32 +106,37 @@ def _end_stopped(stopped: KeyboardInterrupt) -> NoReturn:
     why = f"another process of this run is lost ({stopped.how})" if isinstance(stopped, LostRankError) else "stopped"
     if started_by_another() and why == "stopped":
         sys.exit(0)
-    print(f"{why}; the same command continues from the last checkpoint", file=sys.stderr)
+    print(f"{why}; {GOES_ON}", file=sys.stderr)
     sys.exit(stopped.exit_code if isinstance(stopped, StoppedError) else 130)
 
 
 class JobFailedError(Exception):
-    """A job of a multirun failed, here or in a process of its own, and has said why. Hydra hands it on when all jobs of
-    the multirun have ended."""
+    """A job of a multirun failed in a process of its own, and has said why. Hydra hands it on when all jobs of the
+    multirun have ended."""
 
 
 class _Stop:
-    """Ctrl-C reaches the processes of hydra/launcher=local as well, and joblib kills them all at the first exception,
-    its own or a job's: so their parent waits until each has saved, and a job that was stopped ends without one. SIGTERM
-    reaches the parent alone, who hands it on."""
+    """Being asked to stop while no run listens for itself (`qtrain.training.stop`): there is nothing to save, so the
+    process ends at once. An exception would pass through imports, and some code there would catch it.
+
+    The parent of hydra/launcher=local has runs in other processes. Ctrl-C reaches these as well, SIGTERM the parent
+    alone, who hands it on. joblib kills them all at the first exception, its own or a job's: so the parent waits until
+    each has saved, and a job that was stopped ends without one.
+    """
 
     def __init__(self) -> None:
         self.asked = False
-        self.jobs_are_here = False
         self.stopped: KeyboardInterrupt | None = None  # how a job ended
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """KeyboardInterrupt when asked to stop: at once where jobs run in this process, else at the end or when asked
-        again."""
-        before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        """KeyboardInterrupt when asked to stop while other processes have runs: at the end, or when asked again."""
+        before = {number: signal.signal(number, self._note) for number in heard() if CODES[number] == STOPPED}
         try:
             yield
+        except Exception:
+            if not self.asked:  # else joblib's, of a process that Ctrl-C ended before it had a job
+                raise
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
@@ -115,12 +144,18 @@ class _Stop:
             raise self.stopped or KeyboardInterrupt
 
     def _note(self, number: int, _: object) -> None:
-        if self.asked or self.jobs_are_here:
+        if number == signal.SIGHUP:
+            leave_lost_terminal()
+        others = multiprocessing.active_children()
+        if not others:
+            os.write(2, f"stopped; {GOES_ON}\n".encode())
+            end_now(STOPPED)
+        if self.asked:
             raise KeyboardInterrupt
         self.asked = True
-        if number == signal.SIGTERM:
-            for process in multiprocessing.active_children():
-                os.kill(process.pid, signal.SIGINT)  # pyright: ignore[reportArgumentType]
+        if number != signal.SIGINT:
+            for process in others:
+                os.kill(process.pid, signal.SIGINT if number == signal.SIGTERM else number)  # pyright: ignore[reportArgumentType]
         print("waiting until all jobs have saved; again to stop at once", file=sys.stderr)
 
 
@@ -151,16 +186,61 @@ def _hydra_main(tree: DictConfig) -> float | None:
     return job(tree)
 
 
+def _asks_for_several(arguments: Sequence[str]) -> bool:
+    """Whether several values of a setting are several runs: asked for, or said by a file of configs/sweep."""
+    several = ("-m", "--multirun", "hydra.mode=MULTIRUN")
+    return any(argument in several or argument.lstrip("+").startswith("sweep=") for argument in arguments)
+
+
+def _jobs_asked_for(arguments: Sequence[str]) -> list[list[str]]:
+    """The jobs of a multirun; none where one run is asked for."""
+    if not _asks_for_several(arguments):
+        return []
+    return [] if {"--help", "-h", "--cfg", "-c", "--info", "-i"} & {*arguments} else jobs_of(arguments)
+
+
+def _show_outcomes(jobs: Sequence[Sequence[str]]) -> None:
+    """The table that a multirun ends with; of a dry run none."""
+    from rich.console import Console
+
+    from qtrain.multirun import closing_lines, outcome_table, outcomes
+
+    configs: list[Config | UserError] = []
+    for job in jobs:
+        try:
+            configs += compose_all([job])
+        except UserError as error:
+            configs.append(error)
+    if any(isinstance(config, Config) and config.dry_run for config in configs):
+        return
+    try:
+        found = outcomes(jobs, configs, _failed_jobs)
+    except UserError as error:
+        _report(error)
+        return
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+    console.print()
+    console.print(outcome_table(found))
+    console.print("\n".join(closing_lines(found)), soft_wrap=True, markup=False)
+
+
 def job(tree: DictConfig) -> float | None:
     """One job, unless its process was asked to stop."""
     if multiprocessing.parent_process() is None:
-        _stop.jobs_are_here = True
         return _job(tree)
     from qtrain.runs.processes import end_with_parent
 
     parent_lives = end_with_parent(signal.SIGTERM)  # which saves first
+    for number in heard():  # as Ctrl-C: a run that listens takes them over
+        signal.signal(number, signal.default_int_handler)
     try:  # a process of hydra/launcher=local
-        return None if _stop.stopped or _stop.asked else _job(tree)
+        if _stop.stopped or _stop.asked:
+            return None
+        from qtrain.multirun import labelled
+
+        number = _number()
+        with nullcontext() if number is None else labelled(f"job {number + 1}"):  # the lines of others come between
+            return _job(tree)
     except KeyboardInterrupt as stopped:
         if not parent_lives():
             code = stopped.exit_code if isinstance(stopped, StoppedError) else 130
@@ -169,12 +249,23 @@ def job(tree: DictConfig) -> float | None:
         return None
 
 
+def _number() -> int | None:
+    """Of the job of a multirun, from 0."""
+    is_one_of_several = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+    return int(HydraConfig.get().job.num) if is_one_of_several else None
+
+
 def _job(tree: DictConfig) -> float | None:
     """A mistake is reported, and so is whatever ends one job of a multirun: the next ones go on."""
     several = HydraConfig.get().mode == RunMode.MULTIRUN
+    if several and _jobs:
+        from qtrain.multirun import labels
+
+        number = int(HydraConfig.get().job.num)
+        print(f"\njob {number + 1} of {len(_jobs)}: {labels(_jobs)[number]}", flush=True)
     try:
         config = to_config(tree)
-        if several and find_world(config.trainer).starts_others:
+        if several and not config.dry_run and find_world(config.trainer).starts_others:
             raise UserError(
                 "the runs of one command (-m) cannot each start processes of their own; start it with torchrun or "
                 "srun, or one run at a time"
@@ -187,39 +278,52 @@ def _job(tree: DictConfig) -> float | None:
         if was_trained and not several:
             print(next_commands(config))
         return loss
-    except RefusedError:
+    except RefusedError as error:
         if not several:
             raise
+        _note_failure(error, several)
     except (UserError, OmegaConfBaseException) as error:
+        _note_failure(error, several)
         _report(error)
+    except ModuleNotFoundError as error:
+        _note_failure(error, several)
+        _report(explain_missing(error))
     except Exception as error:
+        _note_failure(error, several)
         if isinstance(error, OSError) and error.errno is not None:
             _report(explain(error))
         elif not several:
             raise
         else:
             traceback.print_exc()
-    if several:
+    if several and (multiprocessing.parent_process() is not None or not _jobs):  # in a process of its own
         raise JobFailedError
     return None
 
 
+def _note_failure(error: Exception, several: bool) -> None:
+    if several:
+        _failures.append(error)
+        told = str(error) if isinstance(error, UserError) else first_line(error)
+        _failed_jobs[frozenset(override.lstrip("+") for override in HydraConfig.get().overrides.task)] = told
+
+
 def next_commands(config: Config) -> str:
     """What a newcomer wants after a run. The commands that need the repository are named only there."""
+    from qtrain.multirun import command_words, in_repository
     from qtrain.runs.directory import RunDirectory
 
     path = str(RunDirectory.of(config).path)
-    inspect = f'python -c "import qtrain; print(qtrain.load_run({path!r}))"'
-    compare = "-m +experiment=bf16,quartet,quest_2bit,halo_0_fp4 trainer.tokens=524_288"
-    commands = [(f"qtrain-train {compare}", "recipes whose losses differ"), (inspect, "the numerics of every layer")]
-    if Path(sys.argv[0]).name == "train.py":
-        report = f"{shlex.join(['python', 'scripts/report.py', path])} --out report.html"
-        commands = [
-            ("make compare", "recipes whose losses differ, and the page that shows it"),
-            (report, "this run on one page: loss, speed, how every layer's quantisers fare"),
-            (f"{shlex.join(['python', 'scripts/generate.py', path])} --prompt 'def '", "text of the model"),
-            (inspect, "the numerics of every layer"),
-        ]
+    compare = "qtrain train -m +experiment=bf16,quartet,quest_2bit,halo_0_fp4 trainer.tokens=524_288"
+    report, generate = (shlex.join([*command_words(name), path]) for name in ("report", "generate"))
+    commands = [
+        ("make compare", "recipes whose losses differ, and the page that shows it")
+        if in_repository()
+        else (compare, "recipes whose losses differ"),
+        (f"{report} --out report.html", "this run on one page: loss, speed, how every layer's quantisers fare"),
+        (f"{generate} --prompt 'def '", "text of the model"),
+        (f'python -c "import qtrain; print(qtrain.load_run({path!r}))"', "the numerics of every layer"),
+    ]
     width = max(len(command) for command, _ in commands)
     return "\n".join(["", "next:", *(f"  {command:<{width}}   {purpose}" for command, purpose in commands)])
 
@@ -275,16 +379,63 @@ def _composing() -> Iterator[None]:
 
 
 def checked_overrides(arguments: Iterable[str]) -> list[str]:
-    """The arguments for Hydra. UserError for a key or a group option that does not exist, with the nearest one.
+    """The arguments for Hydra. UserError for a key or a group option that does not exist, with the nearest one, and for
+    a flag that Hydra does not have.
 
     A known key gets Hydra's add-or-override prefix (++), so that a setting which the chosen file leaves at its default
     is set like any other. Left to itself, Hydra would advise a + before an unknown key, ask for one before a known
     key that the file does not mention, and meet a wrong option of a sweep only when that job's turn comes.
     """
-    arguments = list(arguments)
+    arguments = from_checkpoint(list(arguments))
+    _check_flags(arguments)
     own_configs = any(argument.split("=")[0] in ("--config-dir", "-cd", "hydra.searchpath") for argument in arguments)
     flags = [argument for argument in arguments if not _is_override(argument)]  # first: Hydra takes them in one piece
     return flags + [_checked(argument, own_configs) for argument in arguments if _is_override(argument)]
+
+
+def _check_flags(arguments: Sequence[str]) -> None:
+    """UserError for a flag that Hydra's parser does not have: a setting written as one, or a flag of `qtrain sweep`."""
+    known = [option for action in get_args_parser()._actions for option in action.option_strings]
+    for flag, after in zip(arguments, [*arguments[1:], ""], strict=True):
+        word, equals, value = flag.partition("=")
+        short = not flag.startswith("--")
+        if not flag.startswith("-") or word in known:  # in full: --experiment would be short for --experimental-rerun
+            continue
+        if short and any(word.startswith(option) for option in known):  # -cjob for -c job
+            continue
+        if word in SWEEP_FLAGS:
+            raise UserError(
+                f"unknown flag {shown(word)}: {word} is `qtrain sweep`'s; `qtrain sweep --help` explains it"
+            )
+        key = word.lstrip("-").replace("-", "_")
+        if not equals:
+            is_switch = key in Config.model_fields and Config.model_fields[key].annotation is bool
+            value = "true" if is_switch else "..." if after.startswith("-") or "=" in after else after or "..."
+        plus = "+" if key in ("experiment", "sweep") else ""  # what configs/train.yaml does not list
+        raise UserError(f"unknown flag {shown(word)}: settings have no dashes{_as_setting(f'{plus}{key}={value}')}")
+
+
+def _as_setting(argument: str) -> str:
+    """The advice to write this instead, or what is wrong with it too."""
+    try:
+        _checked(argument, own_configs=False)
+    except UserError as error:
+        return f", as {shown(argument)}: {error}"
+    return f": {argument}"
+
+
+def from_checkpoint(arguments: list[str]) -> list[str]:
+    """model=hf:NAME written out: settings and weights of that checkpoint, and its tokenizer where no other is asked
+    for."""
+    found = next((argument for argument in arguments if argument.startswith(FROM_CHECKPOINT)), None)
+    if found is None:
+        return arguments
+    name = "'" + found.removeprefix(FROM_CHECKPOINT).replace("'", "\\'") + "'"
+    parts = ["model=hf", f"model.init_from={name}"]
+    if not any(argument.startswith("tokenizer") for argument in arguments):
+        parts += ["tokenizer=huggingface", f"tokenizer.path={name}"]
+    at = arguments.index(found)
+    return [*arguments[:at], *parts, *arguments[at + 1 :]]
 
 
 def _is_override(argument: str) -> bool:
@@ -324,7 +475,7 @@ def _check_one_run(arguments: Iterable[str]) -> None:
         key, value = override.key_or_group, argument.partition("=")[2]
         if not override.is_sweep_override():
             continue
-        advice = "several values are several runs (train.py -m), and this is one"
+        advice = "several values are several runs, and one is asked for: add -m"
         if not (configs_dir() / key).is_dir() and "(" not in value:
             advice += f"; one list is {key}=[{value}], one text {_quoted(key, value)}"
         raise UserError(f"{argument}: {advice}")
@@ -333,6 +484,8 @@ def _check_one_run(arguments: Iterable[str]) -> None:
 def _checked(argument: str, own_configs: bool) -> str:
     override = _parsed(argument)
     key = override.key_or_group
+    if key == "hydra/launcher":
+        _check_launcher(override)
     if key.split(".")[0].split("/")[0] == "hydra":
         return argument
     if not (configs_dir() / key).is_dir():
@@ -347,6 +500,15 @@ def _checked(argument: str, own_configs: bool) -> str:
         for option in _options(override):
             check_group_option(key, option)
     return argument
+
+
+def _check_launcher(override: Override) -> None:
+    """UserError where the package that starts the runs of a multirun is not installed."""
+    for option in _options(override):
+        if option in ("local", "joblib"):
+            need("hydra_plugins.hydra_joblib_launcher", f"hydra/launcher={option}")
+        elif option.startswith(("slurm", "submitit")):
+            need("hydra_plugins.hydra_submitit_launcher", f"hydra/launcher={option}")
 
 
 def _options(override: Override) -> list[str]:
@@ -369,3 +531,18 @@ def jobs_of(arguments: Sequence[str]) -> list[list[str]]:
     params = [f"{key}={value}" for key, value in (tree.hydra.sweeper.params or {}).items()]
     (jobs,) = BasicSweeper.split_arguments([parse(argument) for argument in [*params, *arguments]], None)
     return [[override for override in job if not override.startswith("hydra")] for job in jobs]
+
+
+def help_text(arguments: Sequence[str]) -> str:
+    """What --help prints: hydra.help of configs/train.yaml, with the options of each group, and every setting as the
+    arguments set it. Hydra's own reads each config group several times over, for most of a second."""
+    with _composing():
+        overrides = [argument for argument in checked_overrides(arguments) if _is_override(argument)]
+        tree = hydra.compose("train", overrides=overrides, return_hydra_config=True)
+    text = OmegaConf.select(tree, "hydra.help.template")
+    OmegaConf.set_struct(tree, False)
+    del tree["hydra"]
+    groups = sorted({str(path.parent.relative_to(configs_dir())) for path in configs_dir().rglob("*.yaml")} - {"."})
+    options = {group: [name for name in group_names(group) if "/" not in name] for group in groups}
+    parts = [f"{group}: {', '.join(names)}" for group, names in options.items() if not group.startswith("hydra")]
+    return Template(text).substitute(APP_CONFIG_GROUPS="\n".join(parts), CONFIG=OmegaConf.to_yaml(tree))

@@ -5,6 +5,7 @@
     python scripts/bench_training_loop.py --saves --steps 20 --blocks 12 +experiment=quartet model=mini
     python scripts/bench_training_loop.py --communication trainer.devices=2
     python scripts/bench_training_loop.py --telemetry           # what taking the quantisers' health costs
+    python scripts/bench_training_loop.py --mask --steps 1 model=mini model.seq_len=512    # what document masks cost
 
 The default: after each step of the loop, with the observers of a real run (metrics every 10 steps), a bare loop does
 the same step on a copy of the model. Time goes by blocks of --steps steps, and the figure is the median over --blocks
@@ -14,7 +15,8 @@ Also measured: the share of step time spent waiting for data, and the speed of t
 --saves: blocks that begin with a checkpoint, in turns with blocks that do not; the extra time of one checkpoint as a
 share of a minute. --communication: blocks in which the ranks exchange gradients and agree, in turns with blocks in
 which they do not. --telemetry: steps that take the quantisers' health, in turns with steps that do not, and the share
-of a run's time that it makes up at the default interval.
+of a run's time that it makes up at the default interval. --mask: blocks whose attention is within documents, in turns
+with blocks of plain causal attention, and the mean of (time of a plain block / time of the masked one before it).
 """
 
 from __future__ import annotations
@@ -40,13 +42,14 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from qtrain.config import Config
+from qtrain.data.corpus import Corpus
 from qtrain.data.prepare import prepare
 from qtrain.optim.groups import build_optimizer
 from qtrain.plan import make_plan
 from qtrain.quant import set_step
 from qtrain.runs.directory import environment
 from qtrain.train import compose
-from qtrain.training.losses import next_token_loss
+from qtrain.training.losses import documents_in, next_token_loss
 from qtrain.training.observers import Observer
 from qtrain.training.session import Session, open_session, speak_through
 
@@ -162,10 +165,33 @@ def cost_of_telemetry(overrides: list[str], scratch: str, steps: int, blocks: in
     }
 
 
+def cost_of_mask(overrides: list[str], scratch: str, steps: int, blocks: int) -> dict[str, Any]:
+    """what attention within documents costs, against plain causal attention"""
+    config = timed_config([*overrides, "data.document_mask=true"], scratch, steps * blocks)
+    with open_session(config) as session:
+        assert isinstance(session.corpus, Corpus)
+        documents = Documents(session, steps)
+        clock = Clock(session.device, documents)
+        train(session, clock)
+        seconds = in_blocks(clock.seconds, steps)
+        ratios = [plain / masked for masked, plain in zip(seconds[::2], seconds[1::2], strict=False)]
+        error = stdev(ratios) / len(ratios) ** 0.5
+        return {
+            "tokens_per_document": round(session.corpus.train.n_tokens / session.corpus.train.n_documents, 1),
+            "tokens_attended_together": round(documents.tokens / documents.count, 1),
+            "masked_tokens_per_second": round(steps * session.plan.batch_tokens / median(seconds[::2])),
+            "causal_tokens_per_second": round(steps * session.plan.batch_tokens / median(seconds[1::2])),
+            "masked_over_causal": round(mean(ratios), 4),
+            "interval_95": [round(mean(ratios) + side * 1.96 * error, 4) for side in (-1, 1)],
+            "quartiles": quartiles(ratios),
+        }
+
+
 MEASURES: dict[str, Callable[[list[str], str, int, int], dict[str, Any] | None]] = {
     "saves": cost_of_saves,
     "communication": cost_of_communication,
     "telemetry": cost_of_telemetry,
+    "mask": cost_of_mask,
 }
 
 
@@ -261,6 +287,26 @@ class Silence:
             self.fabric.no_backward_sync, self.ranks.maximum = self.no_backward_sync, self.maximum
 
 
+class Documents:
+    """Turns the mask of documents off for every other block of steps. tokens, count: of the first micro-batch of each
+    masked block, its tokens and the documents that they are attended to in."""
+
+    def __init__(self, session: Session, steps: int):
+        self.session, self.steps = session, steps
+        self.end = session.module.loss_options["end_of_document"]
+        self.tokens = self.count = 0
+
+    def __call__(self, step: int) -> None:
+        timed = step - WARM_UP
+        masked = timed < 0 or timed // self.steps % 2 == 0
+        self.session.module.loss_options["end_of_document"] = self.end if masked else None
+        if masked and timed % self.steps == 0:
+            each = self.session.data.per_batch
+            (batch,) = self.session.data.train(step * each, (step + 1) * each)
+            self.tokens += batch[:, :-1].numel()
+            self.count += len(documents_in(batch[:, :-1], self.end)["cu_seqlens"]) - 1
+
+
 def train(session: Session, clock: Clock) -> None:
     """The whole training of a session, watched by the clock after all other observers."""
     build = session.observers
@@ -290,7 +336,8 @@ def tokenising_speed(overrides: list[str]) -> float:
         config = compose([*overrides, f"data.cache_dir={scratch}", "data.prepare_workers=1", "tokenizer=bytes"])
         started = time.perf_counter()
         corpus = prepare(config.data, config.tokenizer, budget_tokens=config.trainer.tokens, progress=False)
-        return (corpus.train.n_bytes + corpus.val.n_bytes) / 1e6 / (time.perf_counter() - started)
+        (part,) = corpus.parts
+        return (part.corpus.train.n_bytes + part.corpus.val.n_bytes) / 1e6 / (time.perf_counter() - started)
 
 
 def now(device: torch.device) -> float:

@@ -1,44 +1,8 @@
-"""Compare finished runs: validation losses, and gaps to a baseline paired by seed.
+"""`qtrain compare`, for those who have the repository."""
 
-python scripts/compare_runs.py runs/ --baseline bf16 --csv results.csv
-python scripts/compare_runs.py experiments/recipes/results.csv --plot gaps.png
-"""
-
-from __future__ import annotations
-
-import argparse
 import sys
-from pathlib import Path
 
-from qtrain.errors import UserError
-from qtrain.report.gaps import plot_gaps
-from qtrain.report.summaries import compare, markdown, read_published, read_summaries
-from qtrain.runs.table import write_csv
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", type=Path, nargs="+", help="folders of run directories, or results files")
-    parser.add_argument("--baseline", default="bf16", help="the name of the runs to compare with (default: bf16)")
-    parser.add_argument("--csv", type=Path, help="write one row a run to this file")
-    parser.add_argument("--plot", type=Path, help="draw the gaps into this file (png, pdf, svg)")
-    parser.add_argument("--published", type=Path, help="a file of name,gap,source to show beside ours")
-    arguments = parser.parse_args()
-    try:
-        for path in (arguments.csv, arguments.plot):
-            if path and not path.parent.is_dir():
-                raise UserError(f"cannot write {path}: there is no folder {path.parent}; make it")
-        rows = read_summaries(*arguments.runs)
-        comparisons = compare(rows, arguments.baseline)
-        published = read_published(arguments.published) if arguments.published else {}
-        print(markdown(comparisons, published))
-        if arguments.plot:
-            plot_gaps(comparisons, arguments.plot, published)
-    except UserError as error:
-        sys.exit(f"error: {error}")
-    if arguments.csv:
-        write_csv(rows, arguments.csv)
-
+from qtrain.cli import start
 
 if __name__ == "__main__":
-    main()
+    sys.exit(start("compare"))

@@ -1,56 +1,8 @@
-"""Prepare a corpus ahead of time: tokenise it once into the cache that training reads.
-
-    python scripts/prepare_data.py data=c4 tokenizer=bpe data.max_tokens=1_000_000_000
-    python scripts/prepare_data.py data=text data.files='corpus/*.txt' tokenizer.vocab_size=8192 tokenizer=bpe
-    python scripts/prepare_data.py data=stdlib verify=true
-
-Every key of the groups `data` and `tokenizer` can be set. What is there already is opened, not made again.
-verify=true then reads every file and compares its checksum with the manifest.
-"""
-
-from __future__ import annotations
+"""`qtrain data`, for those who have the repository."""
 
 import sys
-from collections.abc import Sequence
 
-from qtrain.config.settings import group_names
-from qtrain.data.corpus import Corpus, verify
-from qtrain.data.prepare import describe_cut, prepare
-from qtrain.errors import UserError
-from qtrain.plan import budget_tokens
-from qtrain.train import compose
-
-
-def main(arguments: Sequence[str]) -> int:
-    if {"-h", "--help"} & set(arguments):
-        print(__doc__)
-        print(f"data: {', '.join(group_names('data'))}\ntokenizer: {', '.join(group_names('tokenizer'))}")
-        return 0
-    checked = "verify=true" in arguments
-    try:
-        config = compose([argument for argument in arguments if not argument.startswith("verify=")])
-        corpus = prepare(config.data, config.tokenizer, budget_tokens=budget_tokens(config))
-        if checked:
-            verify(corpus.folder)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    _show(corpus, checked)
-    return 0
-
-
-def _show(corpus: Corpus, checked: bool) -> None:
-    for split in (corpus.train, corpus.val):
-        size = f"{split.n_bytes / 1e6:,.1f} MB"
-        print(f"{split.name:<6} {split.n_tokens:>15,} tokens {split.n_documents:>12,} documents {size:>14}")
-    if corpus.is_cut:
-        print(describe_cut(corpus))
-    print(f"vocabulary {corpus.vocab_size:,}, {corpus.bytes_per_token:.3f} bytes per token in validation")
-    print(f"bigram cross-entropy {corpus.bigram_cross_entropy:.4f} nats per token")
-    if dropped := corpus.manifest["dropped_from_train"]:
-        print(f"dropped from train, being in validation too: {dropped:,} documents")
-    print(f"data_hash {corpus.data_hash[:16]}\nfolder {corpus.folder}{' (checksums verified)' if checked else ''}")
-
+from qtrain.cli import start
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(start("data"))

@@ -1,56 +1,8 @@
-"""Make one page of runs: table, curves, comparisons, laws, quantisation by layer, speed; it opens offline from disk.
+"""`qtrain report`, for those who have the repository."""
 
-python scripts/report.py runs/ --out report.html
-python scripts/report.py runs/ experiments/recipes/results.csv --law law/law.json --out report.html
-
-Beside report.html the folder report/ gets every figure as PDF and PNG, and the table of all runs as CSV and Parquet.
-"""
-
-from __future__ import annotations
-
-import argparse
-import os
-import shlex
 import sys
-import webbrowser
-from pathlib import Path
 
-from qtrain.errors import UserError
-from qtrain.report.page import write_report
-
-SCREENS = ("DISPLAY", "WAYLAND_DISPLAY")  # of these variables, graphical sessions on Linux set at least one
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", type=Path, nargs="+", help="folders of run directories, or results files")
-    parser.add_argument("--out", type=Path, required=True, help="the page, an .html file")
-    parser.add_argument("--law", type=Path, nargs="+", default=[], help="law.json of scripts/fit_scaling_law.py")
-    parser.add_argument("--baseline", default="bf16", help="the recipe to compare with (default: bf16)")
-    parser.add_argument("--open", action="store_true", help="show the page in a browser, where there is a screen")
-    arguments = parser.parse_args()
-    command = shlex.join(["python", *sys.argv])
-    try:
-        if arguments.out.suffix != ".html":
-            raise UserError(f"--out {arguments.out} is no name of a page; give one that ends in .html")
-        problems = write_report(arguments.runs, arguments.out, arguments.law, arguments.baseline, command)
-    except UserError as error:
-        sys.exit(f"error: {error}")
-    for problem in problems:
-        print(f"problem: {problem}", file=sys.stderr)
-    print(f"{arguments.out}, and single figures and tables in {arguments.out.with_suffix('')}/")
-    if arguments.open:
-        show(arguments.out)
-
-
-def show(page: Path) -> None:
-    """Opens a page in the browser. Without a screen it only says how: a browser for terminals would take the terminal
-    over."""
-    address = page.resolve().as_uri()
-    has_screen = sys.platform in ("darwin", "win32") or any(os.environ.get(name) for name in SCREENS)
-    if not has_screen or not webbrowser.open(address):
-        print(f"open it in a browser: {address}")
-
+from qtrain.cli import start
 
 if __name__ == "__main__":
-    main()
+    sys.exit(start("report"))

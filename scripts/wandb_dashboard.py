@@ -1,6 +1,6 @@
 """A W&B workspace and a report of qtrain's runs: every metric that a run writes, in named panels over tokens.
 
-python scripts/wandb_dashboard.py entity/project            # needs an API key and pip install 'qtrain[dashboard]'
+python scripts/wandb_dashboard.py entity/project            # needs an API key and the extra dashboard
 python scripts/wandb_dashboard.py entity/project --dry-run  # print what it would hold
 """
 
@@ -9,10 +9,9 @@ from __future__ import annotations
 import argparse
 import sys
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import Any
 
-from qtrain.errors import UserError
+from qtrain.errors import UserError, need
 from qtrain.training.observers.loggers import has_wandb_key
 
 X_AXIS = "tokens"
@@ -42,6 +41,9 @@ def dashboard() -> tuple[Section, ...]:
         Panel("validation loss (nats per token)", ("val_loss",)),
         Panel("validation loss (bits per byte)", ("val_bits_per_byte",)),
         Panel("training loss (nats per token)", ("loss",)),
+        Panel("validation loss by source (nats per token)", pattern=r"val_loss/.*"),
+        Panel("validation loss by source (bits per byte)", pattern=r"val_bits_per_byte/.*"),
+        Panel("validation tokens by source", pattern=r"val_tokens/.*"),
     )
     optimisation = (
         Panel("gradient norm before clipping", ("grad_norm",), log_y=True),
@@ -143,8 +145,7 @@ def _panels(section: Section) -> list:
 
 def publish(entity: str, project: str, sections: tuple[Section, ...]) -> list[str]:
     """Both, saved; their addresses. UserError without the packages, without an API key, or when the server refuses."""
-    if find_spec("wandb_workspaces") is None:
-        raise UserError("this needs the package wandb-workspaces: pip install 'qtrain[dashboard]', or --dry-run")
+    need("wandb_workspaces", "writing to W&B", "--dry-run")
     if not has_wandb_key():
         raise UserError(
             f"found no API key of W&B to write to {entity}/{project} with; run `wandb login` or set WANDB_API_KEY, or "

@@ -37,7 +37,15 @@ ONLY_THE_USER_KNOWS = {
     "data=text": ["data.files=corpus/*"],
     "data=jsonl": ["data.files=corpus/*"],
     "data=parquet": ["data.files=corpus/*"],
+    "data=datatrove": ["data.files=corpus/*"],
+    "data=megatron": ["data.files=corpus/*"],
+    "data=mixture": ["+data@data.parts.own=stdlib", "data.weights={own: 1}"],
     "tokenizer=huggingface": ["tokenizer.path=tokenizer.json"],
+    # As a run keeps it, which needs the checkpoint no more.
+    "model=hf": [
+        *("model.init_from=llama", "model.init_hash=abc", "model.name=hf", "model.dim=64", "model.ffn_dim=64"),
+        *("model.n_layers=1", "model.n_heads=1", "model.seq_len=8"),
+    ],
 }
 GROUPS = sorted(
     path.name for path in configs_dir().iterdir() if path.is_dir() and path.name not in ("hydra", "experiment")
@@ -133,7 +141,7 @@ def test_the_ladder_is_the_published_one(size: str) -> None:
     layers, width, heads, nominal = {**LADDER, **LARGER}[size][:4]
     config = model_config(f"llama_{size}")
     assert (config.n_layers, config.dim, config.n_heads, config.nominal_parameters) == (layers, width, heads, nominal)
-    assert (config.kv_heads, config.head_dim, config.seq_len, config.vocab_size) == (heads, 128, 512, 32_000)
+    assert (config.kv_heads, config.head_width, config.seq_len, config.vocab_size) == (heads, 128, 512, 32_000)
     assert (config.tie_embeddings, config.norm_eps, config.init_std, config.rope_theta) == (False, 1e-5, 0.02, 10_000)
     assert config.ffn_dim % 256 == 0
     assert 0 <= config.ffn_dim - int(8 * width / 3) < 256

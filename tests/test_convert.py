@@ -1,5 +1,6 @@
 """What convert changes, what it leaves, and what it refuses before touching anything."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ from torch import nn
 
 import qtrain
 from qtrain.config.recipe import LinearRecipe, read_recipe
+from qtrain.config.settings import configs_dir, group_names
 from qtrain.errors import UserError
 from qtrain.quant import QuantLinear, check_backend
 from qtrain_kernels import dispatch
@@ -106,7 +108,7 @@ def test_an_encoder_is_quantised_in_evaluation_too(whole: bool) -> None:
 
 
 @pytest.mark.parametrize(("model", "recipe", "message"), [
-    (nn.Linear(64, 64), "quartet", r"the 1 linear layers .*\(Linear\):\s+the model itself: .* put it inside a"),
+    (nn.Linear(64, 64), "quartet", r"the 1 linear layers .*\(Linear\):\s+the model itself: .* torch.nn.Sequential"),
     (nn.ModuleDict({"lm_head": nn.Linear(64, 64)}), "quartet", r"lm_head: named by skip \(lm_head\)\s.*skip=\[\]"),
     (nn.MultiheadAttention(64, 2), "quest", r"out_proj: a NonDynamicallyQuantizableLinear"),
     (nn.Sequential(nn.Linear(64, 64)), {"name": "bf16", "overrides": {"0": "bf16"}}, None),
@@ -327,3 +329,42 @@ def test_a_spec_that_does_not_fit_its_place_is_refused(
     tree[gemm] = {**tree[gemm], operand: change}  # pyright: ignore[reportGeneralTypeIssues]
     with pytest.raises(UserError, match=message):
         read_recipe(tree)
+
+
+def test_a_recipe_may_be_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text((configs_dir() / "recipe" / "quartet_v1.yaml").read_text().replace("name: quartet_v1\n", ""))
+    for given in (path, str(path)):
+        model = nn.Sequential(nn.Linear(64, 64))
+        report = qtrain.convert(model, given, backend="reference")
+        assert report.recipe == "mine" and report.numerics["0"] == numerics_of("quartet_v1")
+    path.write_text("name: quest\nbits: 3\n")  # as the mapping of the same words
+    assert "x:int3/" in qtrain.convert(nn.Sequential(nn.Linear(128, 64)), path, backend="reference").numerics["0"]
+
+
+def numerics_of(recipe: str) -> str:
+    return qtrain.convert(nn.Sequential(nn.Linear(64, 64)), recipe, backend="reference").numerics["0"]
+
+
+@pytest.mark.parametrize(("name", "text", "message"), [
+    ("mine.yaml", "name: quartett", r"recipe file .*mine.yaml: unknown recipe 'quartett'; did you mean 'quartet'"),
+    ("mine.yaml", "a: [", r"cannot read the recipe file .*mine.yaml line 1: ParserError"),
+    ("mine.yaml", "- 1", r"mine.yaml holds list, not a mapping"),
+    ("mine.yaml", "name: quest\nbit: 3", r"recipe file .*mine.yaml: unknown key 'bit' .*did you mean 'bits'"),
+    ("mien.yaml", "", r"there is no recipe file .*mine.yaml; did you mean 'mien.yaml'"),
+])  # fmt: skip
+def test_an_error_of_a_recipe_file_names_it(tmp_path: Path, name: str, text: str, message: str) -> None:
+    (tmp_path / name).write_text(text)
+    model = nn.Sequential(nn.Linear(64, 64))
+    with pytest.raises(UserError, match=message):
+        qtrain.convert(model, tmp_path / "mine.yaml")
+    assert type(model[0]) is nn.Linear
+
+
+def test_each_recipe_is_told_in_a_line() -> None:
+    told = qtrain.recipes()
+    assert list(told) == group_names("recipe") and not any("\n" in line for line in told.values())
+    assert told["quartet"].startswith("mxfp4 forward and backward. Quartet, arXiv 2505.14669")
+    assert told["quest"].startswith("int4 forward, 16-bit x int4 backward. QuEST")
+    assert told["mxfp4_backward"].startswith("16-bit forward, mxfp4 backward. ")
+    assert told["trilm"].startswith("16-bit x int1.585/tensor/float32 forward, ")

@@ -65,6 +65,10 @@ def test_a_run_says_how_often_it_reads_its_text() -> None:
         read = epochs(samples * seq_len, n_tokens, seq_len)
         assert read == samples / 100
         seen = np.bincount(WindowOrder(3, 100)(np.arange(samples)), minlength=100)
-        assert (seen.max() > 1) == (repetition_warning(read) is not None)
-    assert describe_epochs(0.3) == "30.0% of it, each part once" and describe_epochs(2.5) == "2.5 times"
-    assert "read 2.5 times" in str(repetition_warning(2.5))
+        assert (seen.max() > 1) == (repetition_warning({"": read}) is not None)
+    assert describe_epochs({"": 0.3}) == "30.0% of it, each part once" and describe_epochs({"": 2.5}) == "2.5 times"
+    assert "the training text is read 2.5 times: " in str(repetition_warning({"": 2.5}))
+    mixed = {"code": 2.5, "web": 0.5, "wiki": 4.0}
+    assert describe_epochs(mixed) == "code: 2.5 times; web: 50.0% of it, each part once; wiki: 4 times"
+    told = "the training text of code is read 2.5 times, and that of wiki is read 4 times: "
+    assert told in str(repetition_warning(mixed))

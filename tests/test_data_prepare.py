@@ -19,6 +19,7 @@ import pytest
 from conftest import data_settings
 
 import qtrain.data.corpus
+import qtrain.data.tokenise
 from qtrain.config import TokenizerConfig
 from qtrain.data import shards
 from qtrain.data.base import DataSettings
@@ -98,7 +99,7 @@ def test_every_document_is_there_once_with_its_end(files: Path, tokenizer: Token
 def test_result_does_not_depend_on_workers_or_place(
     files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sys.modules[prepare.__module__], "CHUNK_CHARACTERS", 200)
+    monkeypatch.setattr(qtrain.data.tokenise, "CHUNK_CHARACTERS", 200)
     alone = quiet(config(files, cache_dir=str(tmp_path / "one")), BPE)
     many = quiet(config(files, cache_dir=str(tmp_path / "many"), prepare_workers=3), BPE)
     moved = files.rename(tmp_path / "elsewhere")
@@ -410,7 +411,7 @@ def test_a_full_disk_is_told_with_the_place(files: Path, monkeypatch: pytest.Mon
     def no_room(*_: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # as of an open file: without its name
 
-    monkeypatch.setattr(sys.modules[prepare.__module__], "_build", no_room)
+    monkeypatch.setattr(qtrain.data.tokenise, "_build", no_room)
     with pytest.raises(OSError, match="No space left") as told:
         quiet(config(files))
     assert f"refused {files.parent}/cache/text-00-bytes-" in str(explain(told.value))

@@ -1,5 +1,7 @@
 """Batches and weights of a run that is stopped and resumed equal those of one that never was, bit for bit."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,7 @@ from torch.nn import functional as F
 from qtrain.config import TokenizerConfig
 from qtrain.data.batches import TokenBatches, TrainBatches, ValBatches
 from qtrain.data.corpus import Corpus
-from qtrain.data.order import WindowOrder
+from qtrain.data.order import MixedOrder, WindowOrder
 from qtrain.data.prepare import prepare
 from qtrain.data.sources.text import Text
 from qtrain.errors import UserError
@@ -104,8 +106,8 @@ def test_resume_with_another_micro_batch(corpus: Corpus) -> None:
 
 def test_ranks_share_each_micro_batch(corpus: Corpus) -> None:
     def batches(world: int, micro_batch: int) -> list[torch.Tensor]:
-        order = WindowOrder(3, (corpus.train.n_tokens - 1) // T)
-        ranks = [TrainBatches(corpus.train, order, r, world, micro_batch, T, overfit=False) for r in range(world)]
+        order = MixedOrder(3, [1], [(corpus.train.n_tokens - 1) // T])
+        ranks = [TrainBatches([corpus.train], order, r, world, micro_batch, T, overfit=False) for r in range(world)]
         return [torch.cat([rank[i] for rank in ranks]) for i in range(SAMPLES // (world * micro_batch))]
 
     alone = torch.cat(batches(1, 8))
@@ -145,13 +147,13 @@ def test_validation_covers_every_window_once(corpus: Corpus, n_windows: int, wor
 def test_loading_leaves_the_global_generator_alone(corpus: Corpus) -> None:
     before = torch.get_rng_state()
     list(module(corpus).train(0, SAMPLES))
-    list(module(corpus).val())
+    list(module(corpus).validation[""].batches())
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def module(corpus: Corpus, **changes: object) -> TokenBatches:
-    options = {"seq_len": T, "seed": 3, "micro_batch_size": B, "val_tokens": 5 * T, "num_workers": 0}
-    return TokenBatches(corpus, **(options | changes))
+    options = {"seq_len": T, "seed": 3, "micro_batch_size": B, "num_workers": 0} | changes
+    return TokenBatches(replace(corpus, val_tokens=options.pop("val_tokens", 5 * T)), **options)
 
 
 @pytest.mark.parametrize(

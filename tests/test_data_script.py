@@ -1,21 +1,21 @@
-"""scripts/prepare_data.py prints what it made, verifies on request, and explains a mistake without a traceback."""
+"""`qtrain data` prints what it made, verifies on request, and explains a mistake without a traceback."""
 
-import importlib.util
 import json
+import sys
 from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parents[1] / "scripts" / "prepare_data.py"
+from qtrain.cli import start
 
 
 @pytest.fixture
-def main():
-    spec = importlib.util.spec_from_file_location("prepare_data", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
+def main(monkeypatch: pytest.MonkeyPatch):
+    def call(arguments: list[str]) -> int:
+        monkeypatch.setattr(sys, "argv", ["qtrain data", *arguments])
+        return start("data")
+
+    return call
 
 
 def test_prepares_shows_and_verifies(

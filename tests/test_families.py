@@ -21,14 +21,17 @@ ROOT = Path(__file__).parents[1]
 
 ADDED = {
     "qtrain/optim/optimizers/sgd.py": """
-from typing import ClassVar, Literal
+import math
+from typing import Literal
 from pydantic import Field
 from qtrain.optim.base import OptimizerSettings
 
 class SGD(OptimizerSettings):
-    state_bytes: ClassVar[int] = 4
     name: Literal["sgd"]
     momentum: float = Field(0.9, ge=0, lt=1)
+
+    def state_bytes(self, shape):
+        return 4 * math.prod(shape)
 
     def build(self, decay, no_decay):
         from torch.optim import SGD
@@ -80,11 +83,11 @@ class NeoX(Transformer):
     def tables(self):
         from qtrain.models.layers import rope_tables
 
-        cos, sin = rope_tables(self.seq_len, self.head_dim, self.rope_theta)
+        cos, sin = rope_tables(self.seq_len, self.head_width, self.rope_theta)
         return {"cos": cos, "sin": sin}
 
-def parallel(block, x, cos, sin):
-    return x + block.attention(block.attention_norm(x), cos, sin) + block.mlp(block.mlp_norm(x))
+def parallel(block, x, cos, sin, cu_seqlens):
+    return x + block.attention(block.attention_norm(x), cos, sin, cu_seqlens) + block.mlp(block.mlp_norm(x))
 
 def feed_forward(mlp, x):
     from torch.nn.functional import gelu
@@ -176,7 +179,7 @@ def test_one_module_adds_each(copied: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     for told in (
         "model.family='neo': there is no such family; did you mean 'neox'?; use llama, neox",
-        "data.source='tsv': there is no such source; did you mean 'csv'?; use csv, huggingface, ",
+        "data.source='tsv': there is no such source; did you mean 'csv'?; use csv, datatrove, huggingface, ",
         "unknown key 'data.packages' (found ['torch']); keys of data: ",
         "unknown key 'model.n_experts'",
         "unknown key 'optimizer.beta1' (found 0.5); keys of optimizer: ",
@@ -193,12 +196,15 @@ def environment(folder: Path) -> dict[str, str]:
     [
         (
             "data.source=jsnl",
-            r"data\.source='jsnl': there is no such source; did you mean 'jsonl'\?; use huggingface, js",
+            r"data\.source='jsnl': there is no such source; did you mean 'jsonl'\?; use datatrove, huggingface, js",
         ),
-        ("data.source=[1]", r"data\.source=\[1\]: there is no such source; use huggingface"),
-        ("data.source=null", r"data\.source=None: there is no such source; use huggingface"),
+        ("data.source=[1]", r"data\.source=\[1\]: there is no such source; use datatrove, huggingface"),
+        ("data.source=null", r"data\.source=None: there is no such source; use datatrove, huggingface"),
         ("model.family=lama", r"model\.family='lama': Input should be 'llama'"),
-        ("data.text_field=body", r"^unknown key 'data\.text_field' \(found 'body'\); keys of data: streaming, "),
+        (
+            "data.text_field=body",
+            r"^unknown key 'data\.text_field' \(found 'body'\); keys of data: document_mask, cache_dir, ",
+        ),
         ("data.files=x.txt", r"^unknown key 'data\.files' \(found 'x\.txt'\)"),
     ],
 )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -11,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import qtrain.cli.fit
+from qtrain.cli import start
 from qtrain.report.law_figures import law_figures, predicted
 
 ROOT = Path(__file__).parents[1]
@@ -19,18 +20,14 @@ PUBLISHED = ROOT / "experiments" / "published"
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("fit_scaling_law", ROOT / "scripts" / "fit_scaling_law.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return qtrain.cli.fit
 
 
 @pytest.fixture
 def command(script, monkeypatch, tmp_path):
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["fit_scaling_law.py", *map(str, arguments), "--out", str(tmp_path / "law")])
-        script.main()
+        assert start("fit") == 0
         return json.loads((tmp_path / "law" / "law.json").read_text())
 
     return run
@@ -154,11 +151,11 @@ def test_a_folder_of_run_directories_is_fitted_as_its_table_is(law_only, tmp_pat
     ([PUBLISHED / "quartet.csv", PUBLISHED / "quartet.csv"], "several runs of recipe 'quest_fwd'"),
     ([PUBLISHED / "speed_quartet.json"], "lacks recipe"),
 ])  # fmt: skip
-def test_mistakes_end_the_command_with_one_line(command, monkeypatch, tmp_path, arguments, message):
+def test_mistakes_end_the_command_with_one_line(monkeypatch, tmp_path, capsys, arguments, message):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as raised:
-        command(*arguments)
-    assert message in str(raised.value) and not (tmp_path / "law").exists()
+    monkeypatch.setattr(sys, "argv", ["qtrain fit", *map(str, arguments), "--out", str(tmp_path / "law")])
+    assert start("fit") == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "law").exists()
 
 
 @pytest.fixture(scope="module")

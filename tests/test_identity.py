@@ -13,7 +13,7 @@ from pydantic import Field
 from qtrain.config import Config, TokenizerConfig, config_hash, differences, parse_saved
 from qtrain.config.identity import INTRODUCED, NOT_IN_HASH, introduced
 from qtrain.config.recipe import QuantSpec
-from qtrain.config.settings import Strict, classes_of, parse
+from qtrain.config.settings import Strict, classes_of, is_mapping, parse
 from qtrain.data.prepare import prepare, same_text
 from qtrain.data.sources.parquet import Parquet
 from qtrain.errors import UserError
@@ -48,7 +48,8 @@ def settings_of(kind: type[Strict], at: str = "") -> dict[type[Strict], set[str]
             found.setdefault(kind, set()).add(name)
         for part in classes_of(kind, name):
             if part is not kind:
-                for each, names in settings_of(part, f"{at}{name}.").items():
+                below = "data." if is_mapping(kind, name) else f"{at}{name}."
+                for each, names in settings_of(part, below).items():
                     found.setdefault(each, set()).update(names)
     return found
 

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 import qtrain
 from qtrain.config.recipe import LinearRecipe, QuantSpec, read_recipe
 from qtrain.errors import UserError
-from qtrain.quant import QuantLinear, rotation, set_high_precision
+from qtrain.quant import QuantLinear, rotation, sees_tokens_apart, set_high_precision
 from qtrain.quant.functional import Call
 from qtrain.quant.quantizer import Quantizer
 from qtrain.quant.random import USES, key_words
@@ -644,3 +644,22 @@ def test_rows_that_fill_a_rotation_up_are_gone_before_the_mask() -> None:
     found, wanted = (run(module, *each)[1] for each in (short, long))
     assert torch.equal(found, wanted[: block + 8])
     assert not torch.equal(found, run(layer("halo_2"), *short)[1]), "the mask stops some of it"
+
+
+@pytest.mark.parametrize("name", qtrain.recipes())
+def test_what_sees_tokens_apart_gives_a_token_alone_what_it_gives_it_among_others(name: str) -> None:
+    """Among others is one that is a hundred times larger, which moves every scale that it shares."""
+    model = nn.Sequential(nn.Linear(256, 256, bias=False))
+    qtrain.convert(model, name, skip=(), backend="reference")
+    qtrain.set_step(model, 0)
+    x = torch.randn(8, 256, generator=torch.Generator().manual_seed(0))
+    x[7] *= 100
+    qtrain.calibrate(model, x)
+    with torch.no_grad():
+        among, alone = model.eval()(x)[:1], model(x[:1])
+    is_equal = torch.allclose(among, alone, rtol=1e-5, atol=1e-5)
+    assert is_equal or not sees_tokens_apart(model)
+    if name in ("quartet", "quest", "mxfp8", "bf16"):
+        assert sees_tokens_apart(model)
+    if name == "nvidia_nvfp4":
+        assert not is_equal

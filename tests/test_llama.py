@@ -9,7 +9,7 @@ from qtrain.errors import UserError
 from qtrain.models.decoder import Decoder, count_parameters
 from qtrain.models.families.llama import Llama
 from qtrain.models.generate import generate
-from qtrain.models.layers import rope_tables, rotate
+from qtrain.models.layers import KVCache, rope_tables, rotate
 
 VOCABULARY = 97
 
@@ -180,12 +180,11 @@ def test_count_parameters(changes: dict[str, Any]) -> None:
 def test_generation_depends_on_its_seed_alone() -> None:
     model = llama(std=0.05)
     torch.manual_seed(5)
-    first, state = generate(model, [1, 2, 3], 20, seed=7), torch.get_rng_state()
+    first, state = [*generate(model, [1, 2, 3], 20, seed=7)], torch.get_rng_state()
     torch.manual_seed(6)
-    assert generate(model, [1, 2, 3], 20, seed=7) == first
-    assert generate(model, [1, 2, 3], 20, seed=8) != first
-    assert first[:3] == [1, 2, 3]
-    assert len(first) == 23
+    assert [*generate(model, [1, 2, 3], 20, seed=7)] == first
+    assert [*generate(model, [1, 2, 3], 20, seed=8)] != first
+    assert len(first) == 20
     torch.manual_seed(5)
     assert torch.equal(torch.get_rng_state(), state), "the global random state was touched"
 
@@ -196,8 +195,30 @@ def test_generation_without_temperature_takes_the_likeliest_token() -> None:
     with torch.no_grad():
         for _ in range(40):  # beyond seq_len: the window moves
             expected.append(int(model(torch.tensor([expected[-32:]]))[0, -1].argmax()))
-    assert generate(model, [4, 9], 40, temperature=0) == expected
-    assert generate(model, [4, 9], 40, top_k=1, seed=3) == expected
+    assert [4, 9, *generate(model, [4, 9], 40, temperature=0)] == expected
+    assert [4, 9, *generate(model, [4, 9], 40, top_k=1, seed=3)] == expected
+
+
+@pytest.mark.parametrize("changes", [{}, {"n_kv_heads": 2, "qk_norm": True, "head_dim": 24, "qkv_bias": True}], ids=str)
+def test_generation_with_a_cache_computes_each_token_once_and_is_the_same(changes: dict[str, Any]) -> None:
+    model, lengths = llama(**changes), []
+    model.embed.register_forward_hook(lambda _, inputs, __: lengths.append(inputs[0].shape[1]))
+    cached = [*generate(model, [4, 9, 3], 40, temperature=0)]
+    assert lengths == [3] + [1] * 29 + [32] * 10
+    lengths.clear()
+    assert [*generate(model, [4, 9, 3], 40, temperature=0, cached=False)] == cached
+    assert lengths == [*range(3, 32), *[32] * 11]
+
+
+def test_a_cache_gives_the_logits_of_the_whole_sequence() -> None:
+    model, batch = llama(n_kv_heads=2), tokens(2, 20)
+    for layer in model.layers:
+        layer.attention.cache = KVCache(2, 32, 16)
+    with torch.no_grad():
+        parts = [model(batch[:, :7])] + [model(batch[:, i : i + 1], start=i) for i in range(7, 20)]
+        for layer in model.layers:
+            layer.attention.cache = None
+        torch.testing.assert_close(torch.cat(parts, dim=1), model(batch), rtol=1e-4, atol=1e-4)
 
 
 def test_generation_draws_in_proportion_among_the_top_k() -> None:
@@ -209,7 +230,7 @@ def test_generation_draws_in_proportion_among_the_top_k() -> None:
     logits[10], logits[20], logits[30] = 2.0, 1.0, 0.0
     with torch.no_grad():
         model.lm_head.bias.copy_(logits)
-    drawn = generate(model, [0], 2000, temperature=0.5, top_k=2, seed=1)[1:]
+    drawn = [*generate(model, [0], 2000, temperature=0.5, top_k=2, seed=1)]
     assert set(drawn) == {10, 20}
     probability = 1 / (1 + math.exp(-(2.0 - 1.0) / 0.5))
     assert drawn.count(10) / 2000 == pytest.approx(
@@ -223,7 +244,7 @@ def test_generation_runs_in_eval_mode_and_restores_each_module() -> None:
     seen = []
     model.layers[0].register_forward_hook(lambda module, *_: seen.append(module.training))
     modes = [module.training for module in model.modules()]
-    generate(model, [1], 2)
+    assert len([*generate(model, [1], 2)]) == 2
     assert seen == [False, False]
     assert [module.training for module in model.modules()] == modes
 

@@ -76,9 +76,7 @@ def settings(corpus: Path, run_dir: Path, *more: str) -> Config:
 def batches(config: Config) -> list[Tensor]:
     """The micro-batches of the whole run."""
     corpus = prepare(config.data, config.tokenizer, progress=False)
-    data = TokenBatches(
-        corpus, seq_len=16, seed=config.seed, micro_batch_size=2, val_tokens=config.data.val_tokens, num_workers=0
-    )
+    data = TokenBatches(corpus, seq_len=16, seed=config.seed, micro_batch_size=2, num_workers=0)
     return list(data.train(0, STEPS * 4))
 
 
@@ -448,7 +446,7 @@ def test_a_second_interrupt_stops_at_once() -> None:
 def ended(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The codes with which this process would have ended at once."""
     codes: list[int] = []
-    monkeypatch.setattr("qtrain.training.stop._end_now", codes.append)
+    monkeypatch.setattr("qtrain.training.stop.end_now", codes.append)
     return codes
 
 

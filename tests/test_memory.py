@@ -22,10 +22,12 @@ from qtrain.train import compose
 from qtrain.training.activations import checkpoint_activations
 from qtrain.training.build import build_model, check_model
 from qtrain.training.causal_lm import CausalLM
+from qtrain.training.communication import Communication, plan_communication
 from qtrain.training.losses import next_token_loss
 from qtrain.training.memory import measure_memory
 from qtrain.training.parallel import blocks_of
 from qtrain.training.session import run
+from qtrain.training.speed import describe_hours
 from qtrain_kernels.precision import Linear
 
 CPU = torch.device("cpu")
@@ -216,3 +218,62 @@ def test_what_a_device_cannot_hold_is_said_by_the_plan_and_refused_by_the_run(
 def test_a_quantised_head_is_not_taken_by_chunks() -> None:
     with pytest.raises(UserError, match=r"recipe quest quantises lm_head.*add lm_head to recipe.skip"):
         check_model(compose([*TINY, "recipe=quest", "recipe.skip=[]", "trainer.chunked_loss=true"]))
+
+
+# ----------------------------------------------------------------------------------------------------- sent and waited
+
+
+def dry(*more: str) -> tuple[Communication, str]:
+    config = compose([*TINY, "trainer.strategy=fsdp2", "trainer.batch_tokens=1024", "trainer.tokens=10240", *more])
+    plan = make_plan(config)
+    found = plan_communication(config, plan)
+    return found, describe_hours(config, plan, found)
+
+
+def test_what_ranks_send_by_hand() -> None:
+    """dim 128, ffn 256, two layers, a vocabulary of 97, which 4 shards fill up to 100."""
+    block, root = 4 * (4 * 128 * 128 + 3 * 128 * 256 + 2 * 128), 4 * (2 * 100 * 128 + 128)
+    found, _ = dry("recipe=bf16", "trainer.devices=4", "trainer.num_nodes=2", "trainer.sharding_groups=2")
+    kinds = [(each.times, each.payload, each.ranks, each.rounds) for each in found.collectives]
+    whole = 2 * block + root
+    assert kinds == [(1, whole, 4, 1), (1, 2 * block, 4, 1), (1, whole, 4, 1), (1, whole // 4, 2, 2)]
+    assert found.sent == (2 * whole + 2 * block) * 3 // 4 + whole // 4
+    four, _ = dry("recipe=bf16", "trainer.devices=2")  # four micro-batches: gradients are reduced after the last alone
+    assert [each.times for each in four.collectives] == [4, 4, 1]
+    ddp, _ = dry("recipe=bf16", "trainer.devices=2", "trainer.strategy=ddp")
+    assert ddp.sent == 2 * 4 * make_plan(compose([*TINY, "recipe=bf16"])).parameters // 2
+    assert dry("recipe=bf16", "trainer.strategy=auto")[0].sent == 0
+
+
+def test_hours_follow_from_stated_speeds_alone() -> None:
+    eight = ["recipe=bf16", "trainer.devices=8"]
+    assert "unknown: state trainer.device_tflops" in dry(*eight)[1]
+    sent, told = dry(*eight, "trainer.device_tflops=1e-6", "trainer.device_gigabytes_per_second=1e-6")
+    flops = make_plan(compose([*TINY, "recipe=bf16"])).flops_per_token * 10240
+    computing, traffic = flops / 8 / 1e6 / 3600, 10 * sent.sent / 1e3 / 3600
+    assert f"{computing:,.3g} hours of computing" in told and f"{traffic:,.3g} hours of traffic" in told
+    assert told.startswith(f"{max(computing, traffic):,.3g} hours if one hides")
+
+
+def test_a_dry_run_plans_for_devices_that_are_not_here(
+    caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whole gradients stay between the micro-batches of FSDP2; codes take less memory than weights."""
+    monkeypatch.setattr("qtrain.training.session.speak_through", lambda _: None)
+    many = [
+        "trainer.strategy=fsdp2",
+        "trainer.devices=8",
+        "trainer.num_nodes=8",
+        "recipe=quartet_v1",
+        "model.n_layers=1",
+    ]
+    one_each, two_each = [*TINY, *many, "trainer.batch_tokens=8192"], [*TINY, *many, "trainer.batch_tokens=16384"]
+    assert run(compose([*two_each, "dry_run=true"])) is None
+    told = " ".join(capsys.readouterr().out.split())
+    assert "64 on 8 nodes" in told and "x 63/64 =" in told and "whole gradients" in told
+    one, two = (measure_memory(config, make_plan(config), CPU) for config in map(compose, (one_each, two_each)))
+    weights = 4 * make_plan(compose(one_each)).parameters
+    assert 0.5 * weights < two.peak - one.peak < 1.01 * weights
+    codes = compose([*one_each, "trainer.all_gather=quantized"])
+    assert measure_memory(codes, make_plan(codes), CPU).peak < one.peak
+    assert not torch.distributed.is_initialized()

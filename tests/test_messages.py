@@ -49,8 +49,8 @@ from qtrain.train import compose, main
     ("data.files=/x/ünï*.txt", r"""; if the value is text, quote it: "data.files='/x/ünï\*.txt'"$"""),
     ("trainer.tokens =5", "write key=value, without spaces around the =$"),
     ("=", "cannot read '=': there is no key before the =; write key=value, without spaces around the =$"),
-    ("seed=0,1", r"""several runs \(train.py -m\), .*; one list is seed=\[0,1\], one text "seed='0,1'"$"""),
-    ("+experiment=bf16,quest", r"bf16,quest: several values are several runs \(train.py -m\), and this is one$"),
+    ("seed=0,1", r"""several runs, .*: add -m; one list is seed=\[0,1\], one text "seed='0,1'"$"""),
+    ("+experiment=bf16,quest", r"bf16,quest: several values are several runs, and one is asked for: add -m$"),
 ])  # fmt: skip
 def test_overrides(override: str, told: str) -> None:
     with pytest.raises(UserError, match=told) as error:

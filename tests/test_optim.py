@@ -1,20 +1,24 @@
 import math
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.optim import Optimizer
 
 import qtrain
 from qtrain.models.decoder import Decoder
 from qtrain.models.families.llama import Llama
-from qtrain.optim.base import Schedule
+from qtrain.optim.base import OptimizerSettings, Schedule
 from qtrain.optim.groups import build_optimizer, parameter_groups
 from qtrain.optim.optimizers.adamw import AdamW
+from qtrain.optim.optimizers.adamw8bit import AdamW8bit
 from qtrain.optim.schedules.cosine import Cosine
 from qtrain.optim.schedules.wsd import WSD
+from qtrain.training import checkpoint
 
 
 def llama(**changes: Any) -> Decoder:
@@ -87,6 +91,60 @@ def test_two_steps_follow_adamw_by_hand() -> None:
         direction = (first / (1 - 0.8**step)) / ((second / (1 - 0.9**step)).sqrt() + 0.05)
         x = x * (1 - 0.01 * 0.3) - 0.01 * direction
     torch.testing.assert_close(weight.detach().double(), x, rtol=1e-5, atol=1e-7)
+
+
+# --------------------------------------------------------------------------------------------------------------- 8 bits
+
+
+def trained_in_8_bits(steps: int, settings: OptimizerSettings, saved: Path | None = None) -> tuple[Decoder, Optimizer]:
+    """A model after so many steps on gradients that are a function of the step. saved: the checkpoint to begin from,
+    of step 2."""
+    model = llama(dim=64)  # rows of 64, and of 24 in mlp.down, which are no whole blocks
+    optimizer = build_optimizer(model, settings)
+    first = 0
+    if saved is not None:
+        first = checkpoint.restore(saved, model, optimizer)["step"]
+    for step in range(first, steps):
+        generator = torch.Generator().manual_seed(step)
+        for parameter in model.parameters():
+            parameter.grad = torch.randn(parameter.shape, generator=generator) * parameter.detach().std().add(0.01)
+        for group in optimizer.param_groups:
+            group["lr"] = 0.01 / (1 + step)  # a float, as the loop sets it
+        optimizer.step()
+        optimizer.zero_grad()
+    return model, optimizer
+
+
+def test_8_bit_states_resume_to_the_same_bits(tmp_path: Path) -> None:
+    settings = AdamW8bit(name="adamw8bit", lr=0.01, block_size=32)
+    undisturbed, _ = trained_in_8_bits(4, settings)
+    model, optimizer = trained_in_8_bits(2, settings)
+    tensors = checkpoint.tensors_of(model, optimizer)
+    name = "optimizer.layers.0.mlp.up.weight.exp_avg"
+    codes, scale, table = (tensors[f"{name}.{part}"] for part in ("codes", "scale", "qmap"))
+    assert (codes.dtype, codes.shape, scale.shape, table.shape) == (torch.uint8, (24, 64), (24, 2), (256,))
+    assert tensors["optimizer.layers.0.mlp.down.weight.exp_avg"].dtype == torch.float32
+    held = sum(x.nbytes for name, x in tensors.items() if name.startswith("optimizer.") and not name.endswith("step"))
+    assert held == sum(settings.state_bytes(parameter.shape) for parameter in model.parameters())
+    folder = checkpoint.save(tmp_path, 2, tensors, {})
+    resumed, _ = trained_in_8_bits(4, settings, saved=folder)
+    for name, weight in resumed.named_parameters():
+        assert torch.equal(weight, undisturbed.get_parameter(name)), name
+
+
+def test_8_bit_states_are_near_those_of_32_and_independent_of_how_many_rows_are_taken(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A code is within 6% of what it stands for, give or take the smallest of a block; the update follows."""
+    start, in_8 = llama(dim=64), trained_in_8_bits(4, AdamW8bit(name="adamw8bit", lr=0.01, block_size=32))[0]
+    in_32, _ = trained_in_8_bits(4, AdamW(name="adamw", lr=0.01))
+    monkeypatch.setattr("qtrain.optim.blockwise.ELEMENTS", 64)
+    by_row, _ = trained_in_8_bits(4, AdamW8bit(name="adamw8bit", lr=0.01, block_size=32))
+    for name, weight in in_8.named_parameters():
+        exact, before = in_32.get_parameter(name), start.get_parameter(name)
+        off = ((weight - exact).norm() / (exact - before).norm()).item()
+        assert off < (0.05 if weight.ndim == 2 and weight.shape[1] == 64 else 1e-5), (name, off)
+        assert torch.equal(weight, by_row.get_parameter(name)), name
 
 
 # ------------------------------------------------------------------------------------------------------------- schedule

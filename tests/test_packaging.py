@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import re
 import subprocess
 import sys
 import tarfile
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -69,13 +71,83 @@ def test_the_installed_package_finds_its_configs(site, tmp_path):
 
 
 def test_the_installed_command_explains_itself(site, tmp_path):
-    shown = run(site / "bin" / "qtrain-train", "--help", cwd=tmp_path, pythonpath=[site])
+    shown = run(site / "bin" / "qtrain", "train", "--help", cwd=tmp_path, pythonpath=[site])
     assert all(path.stem in shown for path in (ROOT / "configs" / "recipe").glob("*.yaml"))
+    assert "qtrain train +experiment=quartet " in shown and "train.py" not in shown
 
 
 def test_the_installed_command_plans_a_run(site, tmp_path):
-    run(site / "bin" / "qtrain-train", "+experiment=quartet", "dry_run=true", cwd=tmp_path, pythonpath=[site])
+    run(site / "bin" / "qtrain", "train", "+experiment=quartet", "dry_run=true", cwd=tmp_path, pythonpath=[site])
     assert list(tmp_path.iterdir()) == []
+
+
+def brought_by_the_package_alone() -> set[str]:
+    """The top-level modules of the distributions that `pip install qtrain` brings, without extras."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    todo, found = [re.split(r"[^\w.-]", line)[0] for line in project["dependencies"]], set()
+    while todo:
+        name = re.sub(r"[-_.]+", "-", todo.pop()).lower()
+        if name in found:
+            continue
+        try:
+            lines = importlib.metadata.requires(name) or []
+        except importlib.metadata.PackageNotFoundError:  # for another platform
+            continue
+        found.add(name)
+        todo += [re.split(r"[^\w.-]", line)[0] for line in lines if "extra ==" not in line]
+    owners = importlib.metadata.packages_distributions()
+    return {top for top, names in owners.items() if {re.sub(r"[-_.]+", "-", name).lower() for name in names} & found}
+
+
+LIGHT = """
+import importlib.metadata, sys
+
+class Bare:
+    def __init__(self, finder):
+        self.finder = finder
+
+    def find_spec(self, name, path=None, target=None):
+        return None if name.split(".")[0] in absent else self.finder.find_spec(name, path, target)
+
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+
+sys.meta_path[:] = map(Bare, sys.meta_path)
+import qtrain, torch
+model = torch.nn.Sequential(torch.nn.Linear(64, 64))
+print(qtrain.convert(model, "quartet_v1", backend="reference"))
+qtrain.set_step(model, 0)
+model(torch.ones(32, 64)).sum().backward()
+assert model[0].weight.grad.norm() > 0 and qtrain.recipes()
+qtrain.fake_quantize(torch.ones(4, 32), "mxfp4", backend="reference")
+try:
+    qtrain.load_run("runs/x")
+except qtrain.errors.UserError as error:
+    print(error)
+assert not absent & {name.split(".")[0] for name in sys.modules}
+from qtrain.cli import main
+for words in (["recipes"], ["doctor", "--json"], ["train", "dry_run=true"], ["report", "runs", "--out", "a.html"]):
+    sys.argv = ["qtrain", *words]
+    print(words[0], "->", main())
+"""
+
+
+def test_the_package_alone_converts_and_names_the_extra_for_all_else(tmp_path):
+    """All that only extras bring is hidden, as in an environment without them."""
+    brought = brought_by_the_package_alone()
+    assert {"torch", "pydantic", "yaml", "rich", "numpy"} <= brought
+    absent = set(importlib.metadata.packages_distributions()) - brought - {"qtrain", "qtrain_kernels"}
+    assert {"lightning", "hydra", "datasets", "matplotlib", "scipy", "pyarrow", "transformers"} <= absent
+    code = f"absent = {set(absent)}\n{LIGHT}"
+    command = [sys.executable, "-c", code]
+    environ = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "CXX": "no-compiler"}
+    done = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "1 of 1 linear layers converted" in done.stdout and re.search(r"the package \w+: .*\[train\]", done.stdout)
+    codes = dict(re.findall(r"(?m)^(\w+) -> (\d)$", done.stdout))
+    assert codes == {"recipes": "0", "doctor": "0", "train": "2", "report": "2"}
+    told = re.findall(r"error: this needs the package (\w+): .*\[(\w+)\]", done.stderr)
+    assert told == [("hydra", "train"), ("matplotlib", "report")], done.stderr
 
 
 def test_the_name_kernels_is_left_to_the_package_that_owns_it(tmp_path):

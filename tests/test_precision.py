@@ -190,7 +190,7 @@ def test_attention_rounds_its_operands_its_output_and_its_gradients(kv_heads: in
     grad = torch.randn(2, 4, 19, 8, generator=generator).bfloat16()
     with RefuseBfloat16(), watched(refuse_bfloat16):
         with torch.autocast("cpu", torch.bfloat16):
-            y = causal_attention(q, k, v, enable_gqa=kv_heads != 4)
+            y = causal_attention(q, k, v)
         y.backward(grad)
     exact = [each.detach().bfloat16().double().requires_grad_() for each in (q, k, v)]
     scores = exact[0] @ exact[1].repeat_interleave(4 // kv_heads, 1).transpose(-1, -2) / 8**0.5

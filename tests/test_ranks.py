@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning
 import pytest
@@ -20,6 +20,7 @@ import torch
 from conftest import be_a_command, write_corpus
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import qtrain.train
 from qtrain.data.batches import TokenBatches
@@ -31,6 +32,8 @@ from qtrain.training import checkpoint, parallel, session
 from qtrain.training.build import build_model
 from qtrain.training.causal_lm import CausalLM
 from qtrain.training.checkpoint import list_checkpoints
+from qtrain.training.communication import plan_communication
+from qtrain.training.observers import Observer
 from qtrain.training.world import World, find_world
 
 ROOT = Path(__file__).parents[1]
@@ -170,25 +173,70 @@ CASES = [(recipe, way) for recipe in RECIPES for way in WAYS]
 CASES += [(recipe, way) for recipe in ("quest", "quartet_v1") for way in GATHERED]  # test_gather has all recipes
 
 
+class Moved(TorchDispatchMode):
+    """Adds up the whole tensors of torch.distributed's collectives within it, by kind."""
+
+    WHOLE: ClassVar = {  # where among its arguments a collective has the whole tensor
+        torch.ops.c10d._allgather_base_.default: ("all-gather", 0),
+        torch.ops.c10d._reduce_scatter_base_.default: ("reduce-scatter", 1),
+        torch.ops.c10d.allreduce_.default: ("all-reduce", 0),
+    }
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: dict[str, int] = {}
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function in self.WHOLE:
+            kind, at = self.WHOLE[function]
+            tensors = args[at] if isinstance(args[at], list) else [args[at]]
+            self.found[kind] = self.found.get(kind, 0) + sum(x.nbytes for x in tensors if x.nbytes > 64)
+        return function(*args, **(kwargs or {}))
+
+    def per_step(self) -> dict[str, float]:
+        """Of all steps but the first; numbers of at most 64 bytes do not count."""
+        return {kind: total / (STEPS - 1) for kind, total in self.found.items() if total}
+
+
+class Watch(Observer):
+    """What collectives moved in the steps after the first, in which learned scales get their start; without validation
+    and checkpoints."""
+
+    def __init__(self) -> None:
+        self.moved = Moved()
+
+    def on_step_start(self, step: int) -> None:
+        if step > 0:
+            self.moved.__enter__()
+
+    def on_step_end(self, step: int) -> None:  # so many steps are done
+        if step > 1:
+            self.moved.__exit__(None, None, None)
+
+
 def all_ways(corpus: Path, folder: Path) -> None:
-    """Every recipe by every way, one run after the other; and what this rank holds of the state, in bytes."""
-    port, held = int(os.environ["MASTER_PORT"]), {}
+    """Every recipe by every way, one run after the other; what this rank holds of the state, and what collectives of
+    weights and gradients moved in a step, in bytes of the whole tensors."""
+    port, held, moved = int(os.environ["MASTER_PORT"]), {}, {}
     exact = session.train
 
-    def counting(run: Any, *arguments: Any) -> int:
+    def counted(run: Any, *arguments: Any) -> int:
+        counting = Watch()
+        run.observers = [run.observers[0], counting, *run.observers[1:]]  # before the one that validates
         result = exact(run, *arguments)
+        moved[name] = counting.moved.per_step()
         moments = [value for state in run.optimizer.state.values() for value in state.values() if value.ndim]
         tensors = [*run.module.parameters(), *moments]
         held[name] = sum((x.to_local() if isinstance(x, DTensor) else x).nbytes for x in tensors)
         return result
 
-    session.train = counting
+    session.train = counted
     for number, (recipe, way) in enumerate(CASES):
         name = f"{recipe}-{way}"
         os.environ["MASTER_PORT"] = str(port + number)
         more = ["trainer.devices=2", "trainer.grad_clip=null", f"recipe={recipe}", *(WAYS | GATHERED)[way]]
         session.run(compose(settings(corpus, folder / name, *more)))
-    (folder / f"held{os.environ['RANK']}.json").write_text(json.dumps(held))
+    (folder / f"held{os.environ['RANK']}.json").write_text(json.dumps({"held": held, "moved": moved}))
 
 
 @pytest.fixture(scope="module")
@@ -222,9 +270,7 @@ def under_a_stock_trainer(corpus: Path, folder: Path) -> None:
     module = CausalLM(config, plan, build_model(config, 257))
     text = prepare(config.data, config.tokenizer, progress=False)
     rank = int(os.environ["RANK"])
-    data = TokenBatches(
-        text, seq_len=16, seed=config.seed, micro_batch_size=1, val_tokens=64, num_workers=0, rank=rank, ranks=2
-    )
+    data = TokenBatches(text, seq_len=16, seed=config.seed, micro_batch_size=1, num_workers=0, rank=rank, ranks=2)
     batches = list(data.train(0, STEPS * plan.micro_batches * data.per_batch))
     trainer = lightning.Trainer(
         accelerator="cpu", devices=2, strategy="ddp", max_steps=plan.steps, use_distributed_sampler=False,
@@ -246,9 +292,20 @@ def test_a_stock_trainer_on_two_ranks_trains_the_same(trained: Path, corpus: Pat
 
 def test_a_rank_holds_half_of_what_is_sharded(trained: Path) -> None:
     for rank in range(2):
-        held = json.loads((trained / f"held{rank}.json").read_text())
+        held = json.loads((trained / f"held{rank}.json").read_text())["held"]
         for recipe in RECIPES:
             assert held[f"{recipe}-fsdp2"] <= 0.55 * held[f"{recipe}-ddp"]
+
+
+@pytest.mark.parametrize(("recipe", "way"), CASES)
+def test_ranks_send_what_the_plan_says(trained: Path, corpus: Path, recipe: str, way: str) -> None:
+    more = ["trainer.devices=2", f"recipe={recipe}", "model.vocab_size=257", *(WAYS | GATHERED)[way]]
+    config = compose(settings(corpus, trained / "planned", *more))
+    planned: dict[str, int] = {}
+    for each in plan_communication(config, make_plan(config)).collectives:
+        kind = each.kind.split(", ")[1].split()[0]
+        planned[kind] = planned.get(kind, 0) + each.times * each.payload
+    assert json.loads((trained / "held0.json").read_text())["moved"][f"{recipe}-{way}"] == planned
 
 
 def test_micro_batches_and_clipping_on_two_ranks(corpus: Path, tmp_path: Path) -> None:
@@ -291,9 +348,11 @@ def told_by_rank_0(arguments: list[str]) -> None:
 
 def test_a_signal_to_one_rank_stops_both_and_the_run_goes_on(corpus: Path, tmp_path: Path) -> None:
     """Twice: to rank 1, as from a person; to rank 0, as from a scheduler. Each time both save the same step. The run
-    goes on with other parts of the weights on a rank, and other bytes between the ranks."""
+    goes on with other parts of the weights on a rank, and other bytes between the ranks. Its optimiser has states in 8
+    bits, which both save by shards."""
     undisturbed, run_dir = tmp_path / "undisturbed", tmp_path / "stopped"
     two = [*LONG, "trainer.devices=2", "trainer.grad_clip=null"]  # a norm is a sum, which shards round otherwise
+    two += ["optimizer=adamw8bit", "optimizer.block_size=64"]
     ranks = Ranks(tmp_path, command, settings(corpus, undisturbed, *two))
     assert ranks.ended() == [0, 0], ranks.said()
     for rank, number, code, way in ((1, signal.SIGTERM, 130, QUANTIZED), (0, signal.SIGUSR2, 75, WAYS["fsdp2"])):

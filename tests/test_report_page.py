@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
 import json
 import re
 import runpy
@@ -11,6 +10,7 @@ import sys
 import types
 from collections.abc import Sequence
 from html import unescape
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +19,17 @@ import pytest
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from matplotlib.text import Text
+from matplotlib.ticker import MultipleLocator
 from PIL import Image
 from pyarrow import parquet
 from report_runs import LAYERS, OPERANDS, quant_values, write_run, write_sweep
 
+from qtrain.cli import start
 from qtrain.errors import UserError
 from qtrain.report.curves import (
     comparisons,
     gap_curves,
+    gap_pictures,
     label_styles,
     loss_over_seconds,
     loss_pictures,
@@ -36,7 +39,7 @@ from qtrain.report.curves import (
 from qtrain.report.health import MOST_RUNS, Telemetry, health_pictures
 from qtrain.report.law_figures import law_figures, predicted
 from qtrain.report.page import save_all, write_report
-from qtrain.report.picture import MOST_POINTS, Picture, thin
+from qtrain.report.picture import MOST_POINTS, Picture, flops, part_labels, thin
 from qtrain.report.runs import Corpus, Run, corpora, read_runs
 from qtrain.report.wandb_runs import project_runs
 from qtrain.runs.table import read_run, record, write_csv
@@ -86,6 +89,55 @@ def test_gaps_are_those_of_one_size_budget_and_seed(tmp_path: Path) -> None:
     assert small[0].name == "bf16 lr 0.002", "of three learning rates of the baseline the best"
     assert {one.name: one.gap for one in small}["quartet lr 0.002"] == pytest.approx(0.1)
     assert all(seed in (0, 1) for one in small for seed in one.losses), "nor diverged nor running ones"
+
+
+def write_ladder(root: Path) -> None:
+    """Three sizes at two ratios, the budgets whole steps; the gap grows with both, by 0.01."""
+    for rung, (parameters, layers) in enumerate(((100_300, 1), (200_000, 2), (400_200, 3))):
+        for ratio in (1, 2):
+            for name in ("bf16", "quest"):
+                gap = 0.0 if name == "bf16" else 0.05 + 0.01 * rung + 0.01 * (ratio - 1)
+                steps = round(ratio * parameters / 1000)
+                directory = write_run(root, name, parameters=parameters, steps=steps, loss=3.0 - 0.1 * rung + gap)
+                config = directory / "config.yaml"
+                config.write_text(config.read_text().replace("n_layers: 2", f"n_layers: {layers}"))
+
+
+def test_a_ladder_shows_its_gaps_over_size_and_over_tokens_per_parameter(tmp_path: Path) -> None:
+    write_ladder(tmp_path / "runs")
+    (corpus,), problems = gather(tmp_path / "runs")
+    pictures = {picture.name: picture for picture in gap_pictures(corpus, "bf16")}
+    assert [*pictures] == ["gaps-size", "gaps-ratio"] and problems == []
+    drawn = {}
+    for name, picture in pictures.items():
+        lines = [line for line in picture.figure.axes[0].lines if len(line.get_xdata()) > 1 and line.get_marker()]
+        drawn[name] = [(list(line.get_xdata()), list(line.get_ydata())) for line in lines if line.get_marker() != "_"]
+    sizes = [100_300, 200_000, 400_200]
+    low, high = pytest.approx([0.05, 0.06, 0.07]), pytest.approx([0.06, 0.07, 0.08])
+    assert [line for line in drawn["gaps-size"] if line[0] == sizes] == [(sizes, low), (sizes, high)]
+    ratios = [line for line in drawn["gaps-ratio"] if line[0] == [1.0, 2.0]]
+    assert [gaps for _, gaps in ratios] == [pytest.approx([0.05 + rung, 0.06 + rung]) for rung in (0, 0.01, 0.02)]
+    write_report([tmp_path / "runs"], tmp_path / "page.html", [], "bf16", COMMAND)
+    page = (tmp_path / "page.html").read_text()
+    assert "Not shown: the gaps while each trained" in page and page.count('<figure id="gap') == 2
+    assert "<td>nano (n_layers=3)</td>" in page, "another model than nano"
+    assert "<th>recipe</th><th" not in page.split("Loss</h2>")[0], "a column that is equal to another"
+    assert "the table scrolls" in page
+
+
+def test_labels_of_an_axis_do_not_touch_and_are_rounded_rightly(tmp_path: Path) -> None:
+    """Of 2.3e11 FLOP the ticks were 1.2e+11 for 1.25e11, and ran into each other."""
+    write_run(tmp_path, "bf16", parameters=760_000, steps=50)
+    (corpus,), _ = gather(tmp_path)
+    picture = next(picture for picture in loss_pictures(corpus, "bf16") if picture.name == "loss-flops")
+    (axes,) = picture.figure.axes
+    axes.xaxis.set_major_locator(MultipleLocator(2.5e10))
+    part_labels(picture.figure)
+    shown = [(label.get_position()[0], label) for label in axes.get_xticklabels() if label.get_text()]
+    assert len(shown) >= 3 and all(float(label.get_text()) == pytest.approx(at, rel=1e-9) for at, label in shown)
+    boxes = [label.get_window_extent() for _, label in shown]
+    assert all(left.x1 + 3 < right.x0 for left, right in pairwise(boxes))
+    assert [flops(value) for value in (1.25e11, 6e9, 999e9)] == ["1.25e11", "6e9", "9.99e11"]
 
 
 def test_the_gap_over_tokens_is_the_mean_over_paired_seeds(tmp_path: Path) -> None:
@@ -335,10 +387,11 @@ def test_every_figure_is_a_file_too_and_says_how_it_is_made(report: Path) -> Non
     assert {path.name for path in folder.iterdir()} == files
     for name in names:
         with Image.open(folder / f"{name}.png") as image:
-            assert image.info["Description"] == COMMAND
+            command = image.info["Description"]
+        assert command == f"{COMMAND} --figure {name}"
         content = (folder / f"{name}.pdf").read_bytes()
-        assert content.startswith(b"%PDF") and f"/Subject ({COMMAND})".encode() in content
-        assert f"<code>{COMMAND}</code></figcaption>" in page.split(f'<figure id="{name}">')[1].split("</figure>")[0]
+        assert content.startswith(b"%PDF") and f"/Subject ({command})".encode() in content
+        assert f"<code>{command}</code></figcaption>" in page.split(f'<figure id="{name}">')[1].split("</figure>")[0]
     rows = list(csv.DictReader((folder / "runs.csv").read_text().splitlines()))
     assert len(rows) == parquet.read_table(folder / "runs.parquet").num_rows == 20
 
@@ -518,10 +571,6 @@ def test_a_file_that_is_no_law_is_named(report: Path, tmp_path: Path, text: str,
 
 
 def test_the_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    spec = importlib.util.spec_from_file_location("report", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
     for name in ("quest", "bf16"):
         write_run(tmp_path / "runs", name, status="running")
     runs, out, unreadable = (str(tmp_path / name) for name in ("runs", "my report.html", "unreadable"))
@@ -529,19 +578,27 @@ def test_the_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
     metrics.unlink()
     metrics.mkdir()
     monkeypatch.setattr(sys, "argv", ["../scripts/report.py", runs, "--out", out])
-    script.main()
+    assert start("report") == 0
     told = capsys.readouterr()
     assert out in told.out and told.err.count("problem: ") == 2
     command = f"python ../scripts/report.py {runs} --out &#x27;{out}&#x27;"
+    assert "<title>qtrain: 2 runs</title>" in Path(out).read_text()
     assert command in Path(out).read_text(), "as it was started, a line for the shell"
+    written = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.p*") if "my report" in str(path)}
+    monkeypatch.setattr(sys, "argv", ["../scripts/report.py", runs, "--out", out, "--figure", "loss-flops"])
+    assert start("report") == 0
+    made = {path.name for path, when in written.items() if path.stat().st_mtime_ns != when}
+    assert made == {"loss-flops.pdf", "loss-flops.png"}, "what stands under a figure makes that figure"
+    assert "loss-flops.pdf" in capsys.readouterr().out
     for arguments, message in (
         ([runs, "--out", "a.txt"], "ends in .html"),
+        ([runs, "--out", out, "--figure", "loss"], "no such figure; there are: loss-training, .*loss-flops"),
+        ([runs, "--out", out, "--baseline", "foo"], r"--baseline foo: no run has this name .*; there are: bf16, quest"),
         ([runs, "--out", f"{out}/a.html"], r"cannot write .*my report.html.*Not a directory; give another --out"),
         ([unreadable, "--out", out], r"cannot read .*metrics.jsonl: Is a directory; mend it, or leave it out"),
     ):
         monkeypatch.setattr(sys, "argv", ["scripts/report.py", *arguments])
-        with pytest.raises(SystemExit, match=message):
-            script.main()
+        assert start("report") == 2 and re.search(message, capsys.readouterr().err)
 
 
 def test_the_law_of_the_same_runs_stands_on_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -554,7 +611,8 @@ def test_the_law_of_the_same_runs_stands_on_the_page(tmp_path: Path, monkeypatch
     script = SCRIPT.with_name("fit_scaling_law.py")
     arguments = [runs, "--law", "chinchilla", "--draws", "20", "--out", tmp_path]
     monkeypatch.setattr(sys, "argv", [str(script), *map(str, arguments)])
-    runpy.run_path(str(script), run_name="__main__")
+    with pytest.raises(SystemExit, match="0"):
+        runpy.run_path(str(script), run_name="__main__")
     law = json.loads((tmp_path / "law.json").read_text())
     assert law["constants"]["alpha"]["value"] == pytest.approx(0.3, rel=0.05)  # of the law that write_run follows
     assert law["constants"]["E"]["value"] == pytest.approx(1.5, rel=0.05)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
 import json
 import math
+import re
 import sys
 from pathlib import Path
 
@@ -13,9 +13,11 @@ import pytest
 from matplotlib.figure import Figure
 from report_runs import write_run
 
+from qtrain.cli import start
 from qtrain.errors import UserError
+from qtrain.report.curves import plot_comparisons
 from qtrain.report.gaps import plot_gaps
-from qtrain.report.summaries import compare, markdown, read_published, read_summaries
+from qtrain.report.summaries import compare, compare_all, comparison_table, markdown, read_published, read_summaries
 from qtrain.runs.table import (
     COLUMNS,
     INTEGERS,
@@ -34,7 +36,7 @@ from qtrain.runs.table import (
 
 def write(root, name, seed, loss, **more):
     folder = root / f"{name}-{seed}"
-    folder.mkdir()
+    folder.mkdir(parents=True)
     row = {"status": "finished", "name": name, "recipe": name, "seed": seed, "val_loss": loss, "data_hash": "d",
            "tokens": 2000, "non_embedding_parameters": 100, **more}  # fmt: skip
     (folder / "summary.json").write_text(json.dumps(row))
@@ -72,6 +74,8 @@ def test_mistakes(runs, tmp_path):
     with pytest.raises(UserError, match=r"no run named 'fp32'.*bf16, quartet, quest"):
         compare(read_summaries(runs), "fp32")
     (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="nowhere is no folder and no results file"):
+        read_summaries(tmp_path / "nowhere")
     with pytest.raises(UserError, match="holds 0 runs"):
         read_summaries(tmp_path / "empty")
     write(runs, "other", 0, 1.0, data_hash="e")
@@ -138,18 +142,13 @@ def test_a_summary_that_cannot_be_read_is_named(runs, content):
 
 def test_the_folder_of_the_table_must_exist(runs, tmp_path, monkeypatch, capsys):
     """Said before anything is read or printed; with it, the table is written as it was read."""
-    path = Path(__file__).parents[1] / "scripts" / "compare_runs.py"
-    spec = importlib.util.spec_from_file_location("compare_runs", path)
-    assert spec is not None and spec.loader is not None
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
     table = tmp_path / "tables" / "results.csv"
     monkeypatch.setattr(sys, "argv", ["compare_runs.py", str(runs), "--csv", str(table)])
-    with pytest.raises(SystemExit, match=r"there is no folder .*tables; make it"):
-        script.main()
-    assert capsys.readouterr().out == ""
+    assert start("compare") == 2
+    told = capsys.readouterr()
+    assert told.out == "" and re.search(r"there is no folder .*tables; make it", told.err)
     table.parent.mkdir()
-    script.main()
+    assert start("compare") == 0
     assert "| quartet | 1.1000 | 2.1200 | 3.1400 |" in capsys.readouterr().out
     assert len(table.read_text().splitlines()) == 8
 
@@ -163,6 +162,23 @@ def test_published_gaps_stand_beside_ours(runs, tmp_path):
     path.write_text("name,gap\nquartet,small\n")
     with pytest.raises(UserError, match=r"published\.csv, row 2: needs the columns name and gap, a number"):
         read_published(path)
+
+
+def test_a_ladder_is_one_table_of_its_sizes_and_budgets(runs, tmp_path):
+    for name, gap in (("bf16", 0.0), ("quartet", 0.3)):
+        write(runs / "large", name, 0, 0.5 + gap, non_embedding_parameters=400, tokens=8000)
+    write(runs / "alone", "quartet", 0, 0.5, non_embedding_parameters=800)
+    rows = read_summaries(runs)
+    lines = comparison_table(rows, "bf16").splitlines()
+    assert lines[0] == "| run | model | parameters | tokens | per parameter | seeds | mean | gap to bf16 |"
+    assert sum("| quartet |" in line for line in lines) == 2
+    assert any("| 400 |" in line and "+0.3000" in line for line in lines)
+    assert any("+0.1200 ± 0.0497" in line for line in lines), "each with the baseline of its own size"
+    assert lines[-1] == "Left out, without a run of bf16: 800 parameters on 2k tokens."
+    plot_comparisons(compare_all(rows, "bf16"), tmp_path / "gaps.png", {})
+    assert (tmp_path / "gaps.png").stat().st_size > 1000
+    with pytest.raises(UserError, match=r"no run named 'fp32'"):
+        comparison_table(rows, "fp32")
 
 
 def test_the_picture_holds_every_gap_at_its_place(runs, tmp_path, monkeypatch):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import json
 import os
@@ -19,6 +18,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+import qtrain.cli.sweep
+from qtrain.cli import start
 from qtrain.config import Config, config_hash
 from qtrain.data.prepare import fingerprint, prepare
 from qtrain.errors import UserError
@@ -31,7 +32,7 @@ from qtrain.training.checkpoint import folder_of, list_checkpoints
 from qtrain.training.trunk import Trunk
 
 ROOT = Path(__file__).parents[1]
-SCRIPT = ROOT / "scripts" / "sweep.py"
+SCRIPT = ROOT / "scripts" / "sweep.py"  # as a person starts it who has the repository
 TINY = [
     "data=text", "data.val_tokens=512", "model.seq_len=32", "trainer.micro_batch_size=2", "trainer.batch_tokens=64",
     "scheduler=wsd", "scheduler.warmup_steps=2", "trainer.share_trunk=true",
@@ -51,21 +52,17 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("sweep_script", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return qtrain.cli.sweep
 
 
 @pytest.fixture
-def main(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+def main(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
     monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{ROOT / 'kernels'}")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
     def call(*arguments: object) -> int:
         monkeypatch.setattr(sys, "argv", ["sweep.py", *map(str, arguments)])
-        return script.main()
+        return start("sweep")
 
     return call
 
@@ -170,7 +167,7 @@ def test_a_point_whose_process_dies_twice_counts_as_failed(
     folder = study(tmp_path / "s", corpus, "  a: {seeds: 3, settings: [trainer.tokens=640]}\n")
     starts = []
 
-    def dies_in_the_second(line: list[str], jobs: int, retry: bool) -> int:
+    def dies_in_the_second(line: list[str], *_: object) -> int:
         points = script.points_of([line])
         starts.append([point.state for point in points])
         for point in points:
@@ -197,7 +194,7 @@ def test_a_point_that_did_not_die_is_not_called_killed(
     leave(configs[2], "interrupted")
     calls = []
 
-    def dies(line: list[str], jobs: int, retry: bool) -> int:
+    def dies(line: list[str], jobs: int, *_: object) -> int:
         calls.append((jobs, [point.state for point in script.points_of([line])]))
         if len(calls) == 3:
             for config in configs[1:]:

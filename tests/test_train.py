@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import runpy
 import shutil
 import subprocess
 import sys
@@ -15,14 +14,17 @@ import pytest
 import torch
 from conftest import write_corpus
 from run_state import last_weights, tensors_in
+from torch._inductor import config as inductor
+from torch._inductor import cpp_builder
 
 import qtrain
+from qtrain.cli import start
 from qtrain.config.recipe import read_recipe
 from qtrain.errors import DivergedError, UserError
 from qtrain.quant import QuantLinear
 from qtrain.runs.directory import RunDirectory
 from qtrain.train import checked_overrides, compose
-from qtrain.training.build import load_tokenizer
+from qtrain.training.build import load_tokenizer, pick_device
 from qtrain.training.checkpoint import list_checkpoints, save, tensors_of
 from qtrain.training.session import run
 
@@ -121,11 +123,10 @@ def test_a_run_continues_a_prompt(small, tmp_path, monkeypatch, capsys, tokenize
     run(compose([*small, *tokenizer, "recipe=quartet_v1"]))
     capsys.readouterr()
     path = only_run(tmp_path).path
-    script = runpy.run_path(str(ROOT / "scripts" / "generate.py"))["main"]
 
     def text(*options: str) -> str:
         monkeypatch.setattr(sys, "argv", ["generate.py", str(path), "--prompt", "red gr", "--tokens", "12", *options])
-        script()
+        assert start("generate") == 0
         return capsys.readouterr().out
 
     assert text().startswith("red gr") and len(text()) > len("red gr\n")
@@ -243,6 +244,17 @@ MISTAKES = [
     (["+experiment=bf16,quartt"], r"did you mean 'quartet'\?"),
     (["model=nanno"], r"unknown model 'nanno'; did you mean 'nano'\?"),
     (["recipe=quartett"], r"did you mean 'quartet'\?"),
+    (["recipe=mxfp4"], r"unknown recipe 'mxfp4': that is a number format; recipes in it: amd_mxfp4, .*quartet,"),
+    (["recipe=ternary"], r"that is a number format, int1\.585; recipes in it: bitnet_b158, trilm$"),
+    (["recipe=int7"], r"that is a number format; no recipe is in it by itself; there are: amd_mxfp4"),
+    (["--experiment=quartet"], r"unknown flag '--experiment': settings have no dashes: \+experiment=quartet$"),
+    (["--dry-run", "seed=3"], r"unknown flag '--dry-run': settings have no dashes: dry_run=true$"),
+    (["--seed", "3"], r"settings have no dashes: seed=3$"),
+    (
+        ["--tokens", "5"],
+        r"settings have no dashes, as 'tokens=5': unknown key 'tokens'; did you mean 'trainer\.tokens'\?",
+    ),
+    (["-m", "--jobs", "2"], r"unknown flag '--jobs': --jobs is `qtrain sweep`'s"),
     (["model.dim.size=3"], r"model\.dim is a value"),
     (["trainer.tokens=many"], r"trainer\.tokens='many'.*integer"),
     (["trainer.tokens_per_parameter=20"], r"exactly one of trainer\.tokens.*set the other to null"),
@@ -262,6 +274,11 @@ def test_mistakes_are_named(overrides, message):
             checked_overrides(overrides)
         else:
             compose(overrides)
+
+
+def test_the_flags_of_hydra_go_on():
+    flags = ["-m", "--multirun", "--cfg", "job", "-cjob", "-c", "all", "--config-dir=mine", "-cd", "mine", "--info"]
+    assert checked_overrides([*flags, "--hydra-help", "--resolve", "--package", "model"])[: len(flags)] == flags
 
 
 def test_a_device_that_is_not_there(small):
@@ -335,7 +352,7 @@ def test_a_multirun_leaves_comparable_runs_and_outlives_a_failing_one(small, tmp
     summaries = [json.loads(path.read_text()) for path in (tmp_path / "runs").glob("*/summary.json")]
     assert sorted(summary["recipe"] for summary in summaries) == ["bf16", "bf16", "quartet", "quartet"]
     assert len({summary["data_hash"] for summary in summaries}) == 1
-    assert "next:" not in done.stdout
+    assert done.stdout.count("next:") == 1, "of all runs, not of each"
 
 
 def test_the_last_part_of_a_run_can_be_in_high_precision(small, tmp_path, monkeypatch):
@@ -363,3 +380,16 @@ def test_the_last_part_of_a_run_can_be_in_high_precision(small, tmp_path, monkey
     save(directory.checkpoints, 6, tensors_of(model), {"vocab_size": 257})
     model = qtrain.load_run(directory.path)
     assert not any(layer.high_precision for layer in model.modules() if isinstance(layer, QuantLinear))
+
+
+@pytest.mark.parametrize("found", ["", "/no/such/compiler"])
+def test_compiling_without_a_compiler_is_refused_before_anything_is_prepared(
+    found: str,
+) -> None:
+    cpp_builder.cpp_compiler_search.cache_clear()
+    said = r"trainer.compile=true: no C\+\+ compiler was found; .* or leave trainer"
+    try:
+        with inductor.patch("cpp.cxx", (found,)), pytest.raises(UserError, match=said):
+            pick_device(compose(["trainer.compile=true", "trainer.device=cpu"]))
+    finally:
+        cpp_builder.cpp_compiler_search.cache_clear()

@@ -39,7 +39,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
         "trainer.tokens=256", "trainer.batch_tokens=128", "trainer.micro_batch_size=4", "callbacks.log_every_steps=1",
         "callbacks.telemetry_every_steps=1", "callbacks.telemetry_gradients=true",
         "data.source=text", f"data.files={folder}/*.txt", "data.val_tokens=128", f"data.cache_dir={folder}/cache",
-        f"run_root={folder}/runs",
+        f"run_root={folder}/runs", "+data@validation.one=text", f"validation.one.files={folder}/1.txt",
     ]  # fmt: skip
     for recipe in (["recipe=quartet"], ["recipe=mxfp8", "gemm=fp8"]):
         run(compose([*small, *recipe]))
@@ -94,7 +94,7 @@ def call(script: ModuleType, monkeypatch: pytest.MonkeyPatch, *arguments: str) -
 def test_dry_run_needs_nothing(
     script: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    monkeypatch.setattr(script, "find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     call(script, monkeypatch, "team/qtrain", "--dry-run")
     printed = capsys.readouterr().out
     assert "Loss (open)\n  validation loss (nats per token): val_loss over tokens\n" in printed
@@ -108,9 +108,9 @@ def test_what_is_missing_is_said(script: ModuleType, tmp_path: Path, monkeypatch
             call(script, monkeypatch, project)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    monkeypatch.setattr(script, "find_spec", lambda name: object())
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
     with pytest.raises(UserError, match=r"no API key of W&B to write to team/qtrain with; run `wandb login` or set"):
         script.publish("team", "qtrain", script.dashboard())
-    monkeypatch.setattr(script, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"wandb-workspaces: pip install 'qtrain\[dashboard\]', or --dry-run"):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"the package wandb_workspaces: .*\[dashboard\]'?, or --dry-run"):
         script.publish("team", "qtrain", script.dashboard())

@@ -40,6 +40,11 @@ WAYS = {
     "chunked loss": ["trainer.chunked_loss=true"],
     "selective, chunked loss": ["trainer.checkpoint_activations=selective", "trainer.chunked_loss=true"],
     "full, chunked loss": ["trainer.checkpoint_activations=full", "trainer.chunked_loss=true"],
+    "full, chunked loss, 8-bit states": [
+        "trainer.checkpoint_activations=full",
+        "trainer.chunked_loss=true",
+        "optimizer=adamw8bit",
+    ],
 }
 SHARED = [
     "trainer.precision=32-true",

@@ -42,7 +42,9 @@ def check() -> None:
 def missing() -> list[str]:
     """The dependencies in pyproject.toml that this interpreter lacks, whether the benchmarks need them or not."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    names = [re.split(r"[^\w.-]", line)[0] for line in project["dependencies"]]
+    extras = project["optional-dependencies"]
+    lines = [*project["dependencies"], *extras["train"], *extras["report"]]
+    names = [re.split(r"[^\w.-]", line)[0] for line in lines]
     return [name for name in names if version(name) is None]
 
 

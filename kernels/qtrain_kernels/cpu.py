@@ -471,7 +471,9 @@ def _library(defines: str) -> ctypes.CDLL:
     """The compiled code of these constants; made, or found in the cache."""
     source = defines + SOURCE.read_text()
     command = [compiler(), *flags()]
-    key = hashlib.sha256("\0".join((source, *command, _version(command[0]), _processor())).encode()).hexdigest()[:32]
+    key = hashlib.sha256(
+        "\0".join((source, *command, compiler_version(command[0]), _processor())).encode()
+    ).hexdigest()[:32]
     path = kernel_cache.find_or_make(key, lambda: _compiled(source, command))
     try:
         return ctypes.CDLL(str(path))
@@ -503,14 +505,14 @@ def compiler() -> str:
 
     try:
         return cpp_builder.get_cpp_compiler()
-    except exc.InvalidCxxCompiler:
+    except (exc.InvalidCxxCompiler, OSError):  # OSError: CXX names what cannot be run
         raise RuntimeError("no C++ compiler was found; install g++ or set CXX") from None
 
 
 def flags() -> tuple[str, ...]:
     """Of GCC, or of clang. No vector instructions that torch may not use either, so that ATEN_CPU_CAPABILITY=avx2
     shows on any x86 processor what one with AVX2 alone does."""
-    own = () if "clang" in _version(compiler()) else GCC_FLAGS
+    own = () if "clang" in compiler_version(compiler()) else GCC_FLAGS
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return FLAGS + own
     without = WITHOUT.get(torch.backends.cpu.get_cpu_capability())
@@ -518,7 +520,7 @@ def flags() -> tuple[str, ...]:
 
 
 @cache
-def _version(compiler: str) -> str:
+def compiler_version(compiler: str) -> str:
     return subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
 
 

@@ -53,13 +53,13 @@ def resolve(backend: str, device_type: str) -> str:
         raise ValueError(f"unknown backend {backend!r}; backends: {', '.join(BACKENDS)}")
     if backend == "auto":
         fastest = FASTEST.get(device_type, "reference")
-        obstacle = _obstacle(fastest, device_type)
-        chosen, why = ("reference", f": {obstacle}") if obstacle else (fastest, "")
+        reason = obstacle(fastest, device_type)
+        chosen, why = ("reference", f": {reason}") if reason else (fastest, "")
         log.info("quantisers on %s run on backend %s%s", device_type, chosen, why)
         return chosen
-    obstacle = _obstacle(backend, device_type)
-    if obstacle:
-        raise ValueError(f"backend {backend!r} cannot run on {device_type}: {obstacle}; or ask for backend 'reference'")
+    reason = obstacle(backend, device_type)
+    if reason:
+        raise ValueError(f"backend {backend!r} cannot run on {device_type}: {reason}; or ask for backend 'reference'")
     return backend
 
 
@@ -72,7 +72,7 @@ def _lacks_kernel(plan: Plan | None, size: int | None) -> bool:
     return reason is not None
 
 
-def _obstacle(backend: str, device_type: str) -> str | None:
+def obstacle(backend: str, device_type: str) -> str | None:
     """Why a backend cannot work on a device, with the remedy; None if it can."""
     if backend == "triton":
         return gpu.obstacle(device_type)

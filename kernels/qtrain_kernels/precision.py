@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from qtrain_kernels.attention import document_attention
+
 _SETTINGS: dict[str, Any] = {
     "cuda": torch.backends.cuda.matmul,
     "cpu": torch.backends.mkldnn.matmul,  # pyright: ignore[reportAttributeAccessIssue]
@@ -72,15 +74,24 @@ class Linear(nn.Linear):
         return linear(input, self.weight, self.bias)
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, enable_gqa: bool = False) -> Tensor:
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
     """Causal F.scaled_dot_product_attention, in the autocast dtype where autocast is on. q (B, H, T, d); k, v
-    (B, H, T, d), or fewer heads that divide H with enable_gqa. Where bfloat16 is multiplied in float32, scores and
-    weights stay in float32: only the operands, the result and the gradients are rounded."""
+    (B, H, T, d), or fewer heads that divide H. A single query is the last of its sequence and sees all keys, however
+    many there are. Where bfloat16 is multiplied in float32, scores and weights stay in
+    float32: only the operands, the result and the gradients are rounded.
+
+    cu_seqlens (N + 1,) int32: a token attends to those of its own document alone; see `qtrain_kernels.attention`."""
     if not (_multiplies_in_float32(q) and _dtype_of_products(q) == torch.bfloat16):
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=enable_gqa)
+        return _attention(q, k, v, cu_seqlens)
     with torch.autocast("cpu", enabled=False):
-        q, k, v = _rounded(q), _rounded(k), _rounded(v)
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=enable_gqa).bfloat16()
+        return _attention(_rounded(q), _rounded(k), _rounded(v), cu_seqlens).bfloat16()
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    if cu_seqlens is None:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=q.shape[2] > 1, enable_gqa=k.shape[1] != q.shape[1])
+    dtype = _dtype_of_products(q)  # autocast does not know the operators of documents
+    return document_attention(q.to(dtype), k.to(dtype), v.to(dtype), cu_seqlens)
 
 
 def _multiplies_in_float32(x: Tensor) -> bool:
@@ -88,7 +99,8 @@ def _multiplies_in_float32(x: Tensor) -> bool:
 
 
 def _dtype_of_products(x: Tensor) -> torch.dtype:
-    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 def _rounded(x: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from typing import Any
 
 from qtrain.config.recipe import OF_THE_WHOLE_MODEL, LinearRecipe
 from qtrain.config.schema import Config
-from qtrain.config.settings import Strict, classes_of, parse
+from qtrain.config.settings import Strict, classes_of, is_mapping, parse, proportions
 
 NOT_IN_HASH = (
     "name",  # stands beside the hash
@@ -32,6 +32,7 @@ NOT_IN_HASH = (
     "results",
     "retry_failed",
     "backend",  # every backend equals the reference
+    "model.init_from",  # a place; model.init_hash is what lies there
     "data.cache_dir",
     "data.num_workers",
     "data.prepare_workers",
@@ -41,6 +42,8 @@ NOT_IN_HASH = (
     "trainer.strategy",
     "trainer.sharding_groups",
     "trainer.all_gather",  # refused where it would change a bit
+    "trainer.device_tflops",
+    "trainer.device_gigabytes_per_second",
     "trainer.timeout_minutes",
     "trainer.checkpoint_activations",
     "trainer.share_trunk",
@@ -53,14 +56,33 @@ NOT_IN_HASH = (
 # The value of each setting when it was introduced, or for those of the first version their default then, by the class
 # that has it. NEVER change a value here, whatever becomes of the default in the class.
 INTRODUCED: dict[str, dict[str, Any]] = {
-    "Config": {"seed": 0, "gemm": "auto"},
-    "ModelSettings": {"tie_embeddings": False, "vocab_size": None, "init_std": 0.02, "nominal_parameters": None},
-    "Transformer": {"n_kv_heads": None, "rope_theta": 10000.0, "norm_eps": 1e-5},
+    "Config": {"seed": 0, "gemm": "auto", "validation": {}},
+    "ModelSettings": {
+        "tie_embeddings": False,
+        "vocab_size": None,
+        "init_std": 0.02,
+        "nominal_parameters": None,
+        "init_hash": None,
+    },
+    "Transformer": {
+        "n_kv_heads": None,
+        "rope_theta": 10000.0,
+        "norm_eps": 1e-5,
+        "head_dim": None,
+        "qkv_bias": False,
+        "o_bias": False,
+        "mlp_bias": False,
+        "qk_norm": False,
+        "rope_scaling": None,
+    },
     "Llama": {"family": "llama"},
-    "DataSettings": {"streaming": False, "max_tokens": None, "val_fraction": 0.05},
+    "DataSettings": {"document_mask": False},
+    "Mixture": {"parts": {}, "weights": {}},
+    "TextSettings": {"streaming": False, "max_tokens": None, "val_fraction": 0.05},
     "Stdlib": {},
     "PythonEnv": {"packages": ()},
-    "Files": {"files": (), "val_files": ()},
+    "NamedFiles": {"files": (), "val_files": ()},
+    "TokenFiles": {"val_fraction": 0.05},
     "Text": {},
     "RowFiles": {"text_field": "text"},
     "Jsonl": {},
@@ -69,6 +91,7 @@ INTRODUCED: dict[str, dict[str, Any]] = {
     "TokenizerConfig": {"vocab_size": None, "path": None, "eos_token": None},
     "OptimizerSettings": {"weight_decay": 0.1},
     "AdamW": {"beta1": 0.9, "beta2": 0.95, "eps": 1e-8},
+    "AdamW8bit": {"beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "block_size": 256},
     "Schedule": {"warmup_fraction": 0.1, "warmup_steps": None, "start_factor": 0.01, "final_factor": 0.1},
     "Cosine": {},
     "WSD": {"decay_fraction": 0.2},
@@ -81,6 +104,7 @@ INTRODUCED: dict[str, dict[str, Any]] = {
         "chunked_loss": False,
         "on_divergence": "stop",
         "on_spike": "ignore",
+        "early_stop": None,
     },
     "DebugConfig": {"max_steps": None, "overfit": False},
     "LinearRecipe": {
@@ -173,6 +197,8 @@ def _tree(config: Config, settings: Strict, is_left_out: Callable[[Strict, str, 
             found[name] = [[pattern, _override(config, other, is_left_out)] for pattern, other in value.items()]
         elif isinstance(value, Strict):
             found[name] = _tree(config, value, is_left_out, f"{key}.")
+        elif is_mapping(type(settings), name):  # of sources: what is said of the settings of `data` is said of them too
+            found[name] = {other: _tree(config, each, is_left_out, "data.") for other, each in value.items()}
         else:
             found[name] = list(value) if isinstance(value, tuple) else value
     return found
@@ -200,14 +226,23 @@ def _differences(there: Any, here: Any, path: str = "") -> Iterator[str]:
 def _completed(kind: type[Strict], tree: Mapping[str, Any]) -> dict[str, Any]:
     """A saved tree with the settings that it lacks."""
     found = introduced(kind) | dict(tree)
-    for name in kind.model_fields:
-        value = found.get(name)
-        classes = classes_of(kind, name, value)
-        if isinstance(value, Mapping) and len(classes) == 1:
-            others = {key for each in classes_of(kind, name) for key in each.model_fields}
-            idle = others - set(classes[0].model_fields) | REMOVED.get(classes[0].__name__, set())
-            found[name] = _completed(classes[0], {key: each for key, each in value.items() if key not in idle})
+    for name in found.keys() & kind.model_fields.keys():
+        value = found[name]
+        if is_mapping(kind, name) and isinstance(value, Mapping):
+            found[name] = {other: _completed_at(kind, name, each) for other, each in value.items()}
+        else:
+            found[name] = _completed_at(kind, name, value)
     return found
+
+
+def _completed_at(kind: type[Strict], name: str, value: Any) -> Any:
+    """A value that a setting may have, completed where it is settings."""
+    classes = classes_of(kind, name, value)
+    if not isinstance(value, Mapping) or len(classes) != 1:
+        return value
+    others = {key for each in classes_of(kind, name) for key in each.model_fields}
+    idle = others - set(classes[0].model_fields) | REMOVED.get(classes[0].__name__, set())
+    return _completed(classes[0], {key: each for key, each in value.items() if key not in idle})
 
 
 # ------------------------------------------------------------------------------------------------- what changes nothing
@@ -241,9 +276,10 @@ def _normal(config: Config) -> dict[str, Callable[[Any], Any]]:
         "data.files": lambda files: tuple(map(_place, files)),
         "data.val_files": lambda files: tuple(map(_place, files)),
         "data.path": lambda path: _place(path) if path and os.path.isdir(_expanded(path)) else path,  # noqa: PTH112
+        "data.weights": proportions,
         "tokenizer.path": lambda path: _place(path) if path and os.path.exists(_expanded(path)) else path,  # noqa: PTH110
     }
-    if not config.data.streaming or config.data.max_tokens is not None:  # else the budget says how much text is read
+    if not config.data.reads_to_the_budget:  # else the budget says how much text is read
         batch = config.trainer.batch_tokens
         normal["trainer.tokens"] = lambda tokens: tokens and max(batch, tokens // batch * batch)
     return normal

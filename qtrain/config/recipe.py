@@ -6,15 +6,17 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from qtrain.config.settings import Names, Redraw, Strict, configs_dir, group_names, nearest, parse
-from qtrain.errors import UserError
+from qtrain.config.settings import Names, Redraw, Strict, check_group_option, configs_dir, nearest, parse
+from qtrain.errors import UserError, first_line
 from qtrain_kernels.formats import Format, get_format
 from qtrain_kernels.plans import ROUNDINGS, RoundingName, check_scale
 
@@ -228,6 +230,32 @@ class LinearRecipe(Strict):
         return list(dict.fromkeys(lines))
 
     @property
+    def summary(self) -> str:
+        """A line: the number formats of its GEMMs, and its source."""
+        forward, *backward = (self._formats(name) for name in ("fprop", "dgrad", "wgrad"))
+        parts = [
+            f"{forward} forward",
+            *(f"{text} {name}" for text, name in zip(backward, ("dgrad", "wgrad"), strict=True)),
+        ]
+        if backward[0] == backward[1]:
+            parts = [f"{forward} forward", f"{backward[0]} backward"]
+        if {forward} == set(backward):
+            parts = [f"{forward} forward and backward"]
+        return f"{', '.join(parts)}. {self.source}".strip()
+
+    def _formats(self, gemm: str) -> str:
+        """mxfp4, or int4 x 16-bit: of the two operands of one GEMM."""
+        gemms = self.operands()
+        if not gemms:
+            return "16-bit"
+        own = [
+            gemms["fprop"][operand] if spec.source == "forward" and not spec.quantised else spec
+            for operand, spec in gemms[gemm].items()
+        ]
+        names = [str(spec.format) if spec.quantised else "16-bit" for spec in own]
+        return names[0] if names[0] == names[1] else " x ".join(names)
+
+    @property
     def redraws(self) -> bool:
         """Whether `redraw` changes anything where a step has several micro-batches, here or in an override."""
         gemms = self.operands()
@@ -311,13 +339,16 @@ def check_spec(spec: QuantSpec, fmt: Format) -> str:
     return rule
 
 
-def read_recipe(recipe: str | Mapping[str, Any] | LinearRecipe) -> LinearRecipe:
-    """A recipe by name ("quartet"), as a mapping, or as itself. UserError for an unknown name or key.
+def read_recipe(recipe: str | os.PathLike[str] | Mapping[str, Any] | LinearRecipe) -> LinearRecipe:
+    """A recipe by name ("quartet"), by the path of a YAML file, as a mapping, or as itself. UserError for an unknown
+    name or key, and for a file that cannot be read.
 
     A mapping {"name": "quest", "bits": 2} whose name is a shipped recipe and that brings no GEMMs overrides it.
     """
     if isinstance(recipe, LinearRecipe):
         return recipe
+    if isinstance(recipe, os.PathLike) or (isinstance(recipe, str) and recipe.endswith((".yaml", ".yml"))):
+        return _read_file(Path(recipe))
     if isinstance(recipe, str):
         recipe = {"name": recipe}
     if not isinstance(recipe, Mapping):
@@ -327,8 +358,27 @@ def read_recipe(recipe: str | Mapping[str, Any] | LinearRecipe) -> LinearRecipe:
         if "name" not in tree:
             raise UserError("a recipe needs a name ({name: quest, bits: 2}), or fprop, dgrad and wgrad written out")
         name = str(tree["name"])
-        known = group_names("recipe")
-        if name not in known:
-            raise UserError(f"unknown recipe {name!r}{nearest(name, known)}; recipes: {', '.join(known)}")
+        check_group_option("recipe", name)
         tree = yaml.safe_load((configs_dir() / "recipe" / f"{name}.yaml").read_text()) | tree
     return parse(LinearRecipe, tree)
+
+
+def _read_file(path: Path) -> LinearRecipe:
+    """A file as configs/recipe/ has them; one without a name is called as the file."""
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        there = sorted(each.name for suffix in ("yaml", "yml") for each in path.parent.glob(f"*.{suffix}"))
+        raise UserError(f"there is no recipe file {path}{nearest(path.name, there)}") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f" line {mark.line + 1}" if mark else ""
+        raise UserError(f"cannot read the recipe file {path}{place}: {first_line(error)}") from None
+    if not isinstance(tree, Mapping):
+        raise UserError(
+            f"the recipe file {path} holds {type(tree).__name__}, not a mapping of name, fprop, dgrad, wgrad"
+        )
+    try:
+        return read_recipe({"name": path.stem, **tree})
+    except UserError as error:
+        raise UserError(f"recipe file {path}: {error}") from None

@@ -11,15 +11,27 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field, model_validator
 
 from qtrain.config.recipe import LinearRecipe
-from qtrain.config.settings import BFLOAT16_GEMMS, Backend, Checkpointing, GemmKind, Strict, family, fields_at, nearest
+from qtrain.config.settings import (
+    BFLOAT16_GEMMS,
+    Backend,
+    Checkpointing,
+    GemmKind,
+    Strict,
+    family,
+    fields_at,
+    is_mapping_at,
+    nearest,
+)
 from qtrain.errors import UserError
 
 if TYPE_CHECKING:
     from qtrain.data.base import DataSettings
+    from qtrain.data.base import DataSettings as Source
     from qtrain.models.base import ModelSettings
     from qtrain.optim.base import OptimizerSettings, Schedule
 else:
     ModelSettings, DataSettings = family("qtrain.models.families"), family("qtrain.data.sources")
+    Source = family("qtrain.data.sources", without="mixture")
     OptimizerSettings, Schedule = family("qtrain.optim.optimizers"), family("qtrain.optim.schedules")
 
 
@@ -52,6 +64,9 @@ class TrainerConfig(Strict):
     sharding_groups: fsdp2 within each of so many groups of devices, which hold a whole model each (hybrid sharding).
     all_gather: what fsdp2 sends of a weight before it is used: full (float32) | quantized (its packed codes and scales:
         the same weights after every step, or a refusal of a recipe whose codes cannot be made of shards).
+    device_tflops, device_gigabytes_per_second: what a device computes (10^12 model FLOP per second that it reaches in
+        training, not its peak) and sends to others (10^9 bytes per second). dry_run takes its hours from them; nothing
+        else reads them.
     timeout_minutes: how long a rank waits for another in a collective before the job ends with exit code 75. What one
         rank does alone must fit into it, as reading a whole checkpoint when the run goes on does.
     checkpoint_activations: none | selective (each block keeps its matrix products and attention, and computes the rest
@@ -65,6 +80,8 @@ class TrainerConfig(Strict):
     precision: bf16-mixed | 32-true | auto, which is bf16-mixed where the device has units for bfloat16, or where
         gemm=fp8 needs it, and 32-true elsewhere. The settings of a run hold what auto came to: see
         `qtrain.plan.resolve_precision`.
+    early_stop: end the run, as finished, after so many validations in a row of which none was better than the best
+        before; None trains the whole budget. The learning rate is then what the schedule had there.
     share_trunk: wsd runs that differ in their budget alone compute what they have in common once. Each leaves its state
         before its decay in run_root/trunks, and starts from the longest that another left there: the same result, bit
         for bit.
@@ -81,6 +98,8 @@ class TrainerConfig(Strict):
     strategy: Literal["auto", "ddp", "fsdp2"] = "auto"
     sharding_groups: int = Field(1, gt=0)
     all_gather: Literal["full", "quantized"] = "full"
+    device_tflops: float | None = Field(None, gt=0)
+    device_gigabytes_per_second: float | None = Field(None, gt=0)
     timeout_minutes: float = Field(10.0, gt=0)
     checkpoint_activations: Checkpointing = "none"
     chunked_loss: bool = False
@@ -88,6 +107,7 @@ class TrainerConfig(Strict):
     on_spike: Literal["ignore", "log", "skip", "rewind"] = "ignore"
     precision: Literal["auto", "bf16-mixed", "32-true"] = "auto"
     compile: bool = False
+    early_stop: int | None = Field(None, gt=0)
     share_trunk: bool = False
 
     @property
@@ -118,6 +138,7 @@ class CallbacksConfig(Strict):
         no fewer than 40 steps, which costs at most 3% of its time; 0 is never.
     telemetry_gradients: compare weight gradients with those without quantisers there, for one more forward and
         backward.
+    keep_best: write the weights of the lowest validation loss to run_dir/best.safetensors, beside the checkpoints.
     profile_steps: record so many steps by torch's profiler, soon after the start: run_dir/profile holds a trace of each
         rank, for ui.perfetto.dev.
     """
@@ -130,6 +151,7 @@ class CallbacksConfig(Strict):
     telemetry_gradients: bool = False
     profile_steps: int = Field(0, ge=0)
     keep_checkpoints: int = Field(2, ge=1)
+    keep_best: bool = False
     progress_bar: bool = True
 
 
@@ -155,6 +177,8 @@ class DebugConfig(Strict):
 class Config(Strict):
     """One run. Keys that cannot change the result (`qtrain.config.identity.NOT_IN_HASH`) are not in the run's hash.
 
+    validation: further sources of text to validate on, by name, each with a loss of its own: on the validation split
+        that the source names, else on all of its text. val_loss stays that of `data`.
     results: a CSV file: a run whose row it has is done; a run that ends adds its row.
     retry_failed: false leaves runs alone that ended in an error or diverged.
     """
@@ -171,6 +195,7 @@ class Config(Strict):
     gemm: GemmKind = "auto"
     model: ModelSettings
     data: DataSettings
+    validation: dict[str, Source] = Field(default_factory=dict)
     tokenizer: TokenizerConfig
     recipe: LinearRecipe
     optimizer: OptimizerSettings
@@ -179,6 +204,16 @@ class Config(Strict):
     callbacks: CallbacksConfig
     logger: LoggerConfig
     debug: DebugConfig
+
+    @model_validator(mode="after")
+    def _further_sources(self) -> Config:
+        for name, source in self.validation.items():
+            source.check_beside(f"validation.{name}")
+            if name in self.data.names:
+                raise ValueError(
+                    f"validation.{name} is a part of data too, which is validated on; give it another name"
+                )
+        return self
 
     @model_validator(mode="after")
     def _fp8_gives_bfloat16(self) -> Config:
@@ -196,7 +231,7 @@ class Config(Strict):
                 f"trainer.share_trunk=true needs scheduler=wsd, whose learning rate is the same for every budget until "
                 f"its decay; scheduler is {self.scheduler}"
             )
-        if self.trainer.share_trunk and self.data.streaming and self.data.max_tokens is None:
+        if self.trainer.share_trunk and self.data.reads_to_the_budget:
             raise ValueError(
                 "trainer.share_trunk=true needs the same data for every budget, but a streamed source is read to the "
                 "budget's end; set data.max_tokens to the largest one"
@@ -210,17 +245,19 @@ def check_key(key: str) -> None:
     for depth, name in enumerate(parts):
         parents = parts[:depth]
         valid = fields_at(Config, parents)
-        if name in valid:
+        if name in valid or is_mapping_at(Config, parents):
             continue
         if not valid:
             raise UserError(f"unknown key {key!r}: {'.'.join(parents)} is a value, it has no keys")
-        hint = nearest(name, valid, parents) or _nearest_leaf(name)
+        groups = [each for each in valid if fields_at(Config, [*parents, each])]
+        exact = _nearest_leaf(name, 1.0) if len(parts) == 1 else ""
+        hint = exact or nearest(name, valid if depth + 1 == len(parts) else groups, parents) or _nearest_leaf(name)
         where = f"keys of {'.'.join(parents)}" if parents else "keys"
         raise UserError(f"unknown key {key!r}{hint}; {where}: {', '.join(valid)}")
 
 
-def _nearest_leaf(name: str) -> str:
+def _nearest_leaf(name: str, cutoff: float = 0.6) -> str:
     """A hint at a key of any group: lrr -> optimizer.lr."""
     leaves = {leaf: f"{group}.{leaf}" for group in Config.model_fields for leaf in fields_at(Config, [group])}
-    match = difflib.get_close_matches(name, leaves, n=1, cutoff=0.6)
+    match = difflib.get_close_matches(name, leaves, n=1, cutoff=cutoff)
     return f"; did you mean {leaves[match[0]]!r}?" if match else ""

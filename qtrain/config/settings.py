@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import math
 import pkgutil
+import re
 import reprlib
 from collections.abc import Mapping, Sequence
+from fractions import Fraction
 from functools import reduce
 from operator import or_
 from pathlib import Path
@@ -59,11 +62,12 @@ class Member(Strict):
         return self.choice()
 
 
-def family(package: str) -> Any:
+def family(package: str, without: str = "") -> Any:
     """The type of a setting that is one of a package's Members: one in each module, so that a module that is added is
-    one more choice."""
+    one more choice. without: a module whose own settings hold members of its package."""
     folder = importlib.import_module(package).__path__
-    modules = [importlib.import_module(f"{package}.{found.name}") for found in pkgutil.iter_modules(folder)]
+    names = [found.name for found in pkgutil.iter_modules(folder) if found.name != without]
+    modules = [importlib.import_module(f"{package}.{name}") for name in names]
     members = [
         kind
         for module in modules
@@ -127,8 +131,12 @@ def _keys(kind: type[BaseModel], place: Sequence[int | str]) -> list[str]:
 def _classes_at(kind: type[BaseModel], parents: Sequence[str]) -> list[type[BaseModel]]:
     """The class of the settings there; several of a family."""
     kinds: list[type[BaseModel]] = [kind]
-    for name in parents:
-        kinds = [found for each in kinds if name in each.model_fields for found in classes_of(each, name)]
+    names = iter(parents)
+    for name in names:
+        holders = [each for each in kinds if name in each.model_fields]
+        kinds = [found for each in holders for found in classes_of(each, name)]
+        if any(is_mapping(each, name) for each in holders) and next(names, None) is None:
+            return []  # the names in a mapping are the user's own
     return kinds
 
 
@@ -145,6 +153,16 @@ def fields_at(kind: type[BaseModel], parents: Sequence[str], chosen: Sequence[in
     return list(dict.fromkeys(name for each in kinds for name in each.model_fields))
 
 
+def proportions(weights: Mapping[str, float]) -> dict[str, int]:
+    """Positive weights as the smallest whole numbers of the same proportion, by name in order: 0.75 and 0.25 are 3 and
+    1. A float counts as the decimal number that it is written as."""
+    exact = {name: Fraction(str(weights[name])) for name in sorted(weights)}
+    unit = Fraction(
+        math.gcd(*(each.numerator for each in exact.values())), math.lcm(*(each.denominator for each in exact.values()))
+    )
+    return {name: int(each / unit) for name, each in exact.items()}
+
+
 def shown(value: Any) -> str:
     """A value in a message: a foreign file may hold one of any size or depth."""
     try:
@@ -154,14 +172,31 @@ def shown(value: Any) -> str:
 
 
 def classes_of(kind: type[BaseModel], name: str, value: Any = None) -> list[type[Strict]]:
-    """The classes of settings that a field may hold; of a family's those that the value chooses."""
+    """The classes of settings that a field may hold, or each value of a mapping from names to members of a family; of
+    a family's those that the value chooses."""
     annotation = kind.model_fields[name].annotation
+    if is_mapping(kind, name):
+        annotation = get_args(get_args(annotation)[1])[0]
     options = [annotation] if get_origin(annotation) is dict else [annotation, *get_args(annotation)]
     options = [get_args(option)[0] if get_origin(option) is Annotated else option for option in options]
     classes = [option for option in options if isinstance(option, type) and issubclass(option, Strict)]
     if len(classes) < 2 or not isinstance(value, Mapping):
         return classes
     return [each for each in classes if issubclass(each, Member) and each.is_chosen(value)]
+
+
+def is_mapping_at(kind: type[BaseModel], place: Sequence[str]) -> bool:
+    """Whether the names below a place in the settings are the user's own."""
+    holders = _classes_at(kind, place[:-1]) if place else []
+    fields = [each.model_fields[place[-1]] for each in holders if place[-1] in each.model_fields]
+    return any(get_origin(field.annotation) is dict for field in fields)
+
+
+def is_mapping(kind: type[BaseModel], name: str) -> bool:
+    """Whether a field maps names of the user's own to members of a family."""
+    annotation = kind.model_fields[name].annotation
+    values = get_args(annotation)[1] if get_origin(annotation) is dict else None
+    return any(isinstance(each, Discriminator) for each in getattr(values, "__metadata__", ()))
 
 
 def nearest(name: str, valid: list[str], parents: list[str] | None = None) -> str:
@@ -185,7 +220,37 @@ def group_names(group: str) -> list[str]:
 
 
 def check_group_option(group: str, option: str) -> None:
-    """UserError when configs/<group>/ has no such option, with the nearest one that it has."""
+    """UserError when configs/<group>/ has no such option, with the nearest one that it has. Of a recipe that is called
+    as a number format, with the recipes in that format instead: the nearest name may be of another precision."""
     known = group_names(group)
-    if option not in known:
+    if option in known:
+        return
+    number_format = _number_format(option) if group == "recipe" else None
+    if number_format is None:
         raise UserError(f"unknown {group} {shown(option)}{nearest(option, known)}; there are: {', '.join(known)}")
+    those = _recipes_in(number_format)
+    also = "" if option == number_format else f", {number_format}"
+    listed = (
+        f"recipes in it: {', '.join(those)}"
+        if those
+        else f"no recipe is in it by itself; there are: {', '.join(known)}"
+    )
+    raise UserError(f"unknown recipe {shown(option)}: that is a number format{also}; {listed}")
+
+
+def _number_format(name: str) -> str | None:
+    """The number format that a name is one of; None where it is none."""
+    from qtrain_kernels.formats import CALLED_OTHERWISE, get_format
+
+    name = CALLED_OTHERWISE.get(name.lower(), name.lower())
+    try:
+        return get_format(name).name
+    except ValueError:
+        return None
+
+
+def _recipes_in(number_format: str) -> list[str]:
+    """The recipes whose files name a format for an operand, by itself or with a block and a scale of its own."""
+    named = re.compile(rf"\bformat: {re.escape(number_format)}(?![\w.])")
+    root = configs_dir() / "recipe"
+    return [name for name in group_names("recipe") if named.search((root / f"{name}.yaml").read_text(encoding="utf-8"))]

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Self
 
 from pydantic import Field
 
 from qtrain.config.settings import Member
 from qtrain.config.settings import Names as Names
 
+NAME = r"[A-Za-z0-9][A-Za-z0-9_-]*"  # of a source among several
+
 
 class Document(NamedTuple):
-    """A text, and a name that errors can point at: a file, a line of a JSONL file, a row of a table."""
+    """A text, and a name that errors can point at: a file, a line of a JSONL file, a row of a table.
+
+    place: tells, before the next document is asked for, where a later pass goes on after this one, as plain data.
+    """
 
     name: str
     text: str
+    place: Callable[[], Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -24,32 +31,74 @@ class Source:
     """name: readable, for the cache folder. identity: plain data that changes when the content may have changed; the
     cache is keyed by it (files by relative path, size and modification time; datasets by name). n_bytes: size of the
     files, None where unknown. documents: starts a new pass over all documents, in an order that is the same on every
-    machine."""
+    machine; with the place of a document, over those after it."""
 
     name: str
     identity: Any
     n_bytes: int | None
-    documents: Callable[[], Iterator[Document]]
+    documents: Callable[..., Iterator[Document]]
+
+
+# Those of `data` hold for every source of a run.
+OF_THE_RUN = ("document_mask", "cache_dir", "num_workers", "prepare_workers")
 
 
 class DataSettings(Member):
-    """Where the text comes from.
+    """Where the tokens come from.
+
+    document_mask: a token attends to those of its own document alone, in training and in validation. The token that
+        ends a document belongs to it, and predicts the first token of the next.
+    cache_dir: where token shards are kept, one folder per (source, tokenizer).
+    """
+
+    CHOSEN_BY: ClassVar[str] = "source"
+    document_mask: bool = False
+    cache_dir: str = ".cache/qtrain"
+    num_workers: int = Field(0, ge=0, description="loader processes; 0 loads in the training process")
+    prepare_workers: int | None = Field(None, gt=0, description="tokenising processes; None: one per core")
+
+    @property
+    def reads_to_the_budget(self) -> bool:
+        """Whether the run's budget says how much text is read."""
+        return False
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the sources that it is mixed of."""
+        return ()
+
+    def beside(self, data: DataSettings) -> Self:
+        """These settings of a further source of a run, with those that the run has for all."""
+        return self.model_copy(update={name: getattr(data, name) for name in OF_THE_RUN})
+
+    def check_beside(self, place: str) -> None:
+        """ValueError where the settings of a further source say what the run says for all, and for a place whose last
+        part is a name that no table, file or key can hold."""
+        name = place.rpartition(".")[2]
+        if not re.fullmatch(NAME, name):
+            raise ValueError(f"{name!r} cannot name a source: {place}; use letters, digits, _ and -")
+        for key in OF_THE_RUN:
+            if getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(f"{place}.{key}: all sources of a run have one; set data.{key}")
+
+
+class TextSettings(DataSettings):
+    """Text that is tokenised before the training.
 
     streaming: read the source only as far as the limits ask, and hold documents out by a range of their content hash.
     max_tokens: stop the training split there; None takes the whole source, or, when streaming, the run's budget.
     val_fraction: where the source has no validation split of its own, whole documents are held out by their content
         hash until about so much is. Of a source that is one text, the end is held out.
-    cache_dir: where token shards are kept, one folder per (source, tokenizer).
     """
 
-    CHOSEN_BY: ClassVar[str] = "source"
     streaming: bool = False
     max_tokens: int | None = Field(None, gt=0)
     val_fraction: float = Field(0.05, gt=0, lt=1)
     val_tokens: int = Field(gt=0, description="validation reads at most this many tokens, spread over its split")
-    cache_dir: str = ".cache/qtrain"
-    num_workers: int = Field(0, ge=0, description="loader processes; 0 loads in the training process")
-    prepare_workers: int | None = Field(None, gt=0, description="tokenising processes; None: one per core")
+
+    @property
+    def reads_to_the_budget(self) -> bool:
+        return self.streaming and self.max_tokens is None
 
     def open(self) -> tuple[Source, Source | None]:
         """The training source and, where the settings name one, the validation source. Empty documents are left out,

@@ -1,7 +1,8 @@
 """Batches of a run, whose state is one number: how many samples all ranks together have been given.
 
-Sample g is window `WindowOrder(seed, n)(g)` of the training split, so nothing about the order is stored, and another
-worker count, number of ranks or micro-batch size goes on from the same number.
+Sample g is the window of the training split, or that of a part of a mixture, that `MixedOrder(seed, ...)(g)` tells.
+So nothing about the order is stored, and another worker count, number of ranks or micro-batch size goes on from the
+same number.
 """
 
 # B micro-batch, T seq_len, W world size
@@ -9,16 +10,18 @@ worker count, number of ranks or micro-batch size goes on from the same number.
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from qtrain.data.corpus import Corpus, Split
-from qtrain.data.order import WindowOrder
+from qtrain.data.corpus import Corpus, Stream
+from qtrain.data.mixture import MixedCorpus
+from qtrain.data.order import MixedOrder
 from qtrain.errors import UserError
 
 
@@ -26,15 +29,23 @@ class TrainBatches(Dataset[Tensor]):
     """Item i: this rank's share of micro-batch i of the run, (B, T + 1) int64: samples (i W + rank) B onwards."""
 
     def __init__(
-        self, split: Split, order: WindowOrder, rank: int, world: int, micro_batch: int, seq_len: int, overfit: bool
+        self,
+        splits: Sequence[Stream],
+        order: MixedOrder,
+        rank: int,
+        world: int,
+        micro_batch: int,
+        seq_len: int,
+        overfit: bool,
     ) -> None:
-        self.split, self.order, self.seq_len = split, order, seq_len
+        self.splits, self.order, self.seq_len = splits, order, seq_len
         self.rank, self.world, self.micro_batch, self.overfit = rank, world, micro_batch, overfit
 
     def __getitem__(self, index: int) -> Tensor:
         step = 0 if self.overfit else index
         first = (step * self.world + self.rank) * self.micro_batch
-        return _windows(self.split, self.order(np.arange(first, first + self.micro_batch)), self.seq_len)
+        parts, windows = self.order(np.arange(first, first + self.micro_batch))
+        return _windows([self.splits[part] for part in parts], windows, self.seq_len)
 
 
 class ValBatches(Dataset[Tensor]):
@@ -45,7 +56,7 @@ class ValBatches(Dataset[Tensor]):
     """
 
     def __init__(
-        self, split: Split, windows: np.ndarray, rank: int, world: int, micro_batch: int, seq_len: int
+        self, split: Stream, windows: np.ndarray, rank: int, world: int, micro_batch: int, seq_len: int
     ) -> None:
         self.split, self.seq_len = split, seq_len
         shares = [share.tolist() for share in np.array_split(windows, world)]
@@ -58,7 +69,17 @@ class ValBatches(Dataset[Tensor]):
             mine = mine[size:]
 
     def __getitem__(self, index: int) -> Tensor:
-        return _windows(self.split, np.array(self.batches[index]), self.seq_len)
+        windows = np.array(self.batches[index])
+        return _windows([self.split] * len(windows), windows, self.seq_len)
+
+
+class ValidationSet(NamedTuple):
+    """Text that is validated on. batches: makes this rank's, (<= B, T + 1) int64 each. bytes_per_token: UTF-8 bytes of
+    text. share: of the run's own val_loss; 0 of a further source."""
+
+    batches: Callable[[], Iterable[Tensor]]
+    bytes_per_token: float
+    share: float
 
 
 def spread(total: int, wanted: int) -> np.ndarray:
@@ -67,8 +88,9 @@ def spread(total: int, wanted: int) -> np.ndarray:
     return np.arange(count) * total // max(1, count)
 
 
-def _windows(split: Split, windows: np.ndarray, seq_len: int) -> Tensor:
-    return torch.from_numpy(np.stack([split.window(int(i) * seq_len, seq_len + 1) for i in windows]))
+def _windows(splits: Sequence[Stream], windows: np.ndarray, seq_len: int) -> Tensor:
+    pairs = zip(splits, windows, strict=True)
+    return torch.from_numpy(np.stack([split.window(int(i) * seq_len, seq_len + 1) for split, i in pairs]))
 
 
 class BatchLoader:
@@ -106,7 +128,7 @@ class BatchLoader:
 def _ignore_signals(_worker: int) -> None:
     """Signals reach the whole process group; the training process decides what they mean."""
     signal.set_wakeup_fd(-1)
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
 
 
@@ -114,19 +136,20 @@ class TokenBatches:
     """Batches of a corpus for one of `ranks` processes, (micro_batch_size, seq_len + 1) int64: inputs are [:, :-1],
     targets [:, 1:].
 
-    val_tokens: validation predicts so many tokens of the validation split, spread evenly over it, rounded down to whole
-    sequences. overfit: every batch is the first one. UserError if either split is too small.
+    Validation predicts corpus.val_tokens of the validation split, spread evenly over it, rounded down to whole
+    sequences; and so of each part of a mixture, and of each further corpus in `validation`. overfit: every batch is
+    the first one. UserError if a split is too small.
     """
 
     def __init__(
         self,
-        corpus: Corpus,
+        corpus: Corpus | MixedCorpus,
         *,
         seq_len: int,
         seed: int,
         micro_batch_size: int,
-        val_tokens: int,
         num_workers: int,
+        validation: Mapping[str, Corpus] | None = None,
         overfit: bool = False,
         rank: int = 0,
         ranks: int = 1,
@@ -134,19 +157,23 @@ class TokenBatches:
     ) -> None:
         self.per_batch = micro_batch_size * ranks
         self._num_workers, self._pin_memory = num_workers, pin_memory
-        order = WindowOrder(seed, _count_windows(corpus, "train", seq_len))
-        self._train = TrainBatches(corpus.train, order, rank, ranks, micro_batch_size, seq_len, overfit)
-        windows = spread(_count_windows(corpus, "val", seq_len), val_tokens // seq_len)
-        if len(windows) == 0:
-            raise UserError(
-                f"data.val_tokens={val_tokens} is less than one sequence of {seq_len} (model.seq_len); raise it"
-            )
-        if len(windows) < ranks:
-            raise UserError(
-                f"{len(windows)} validation sequences are fewer than {ranks} devices; raise data.val_tokens"
-            )
+        parts = corpus.parts
+        weights, corpora = [part.weight for part in parts], [part.corpus for part in parts]
+        order = MixedOrder(seed, weights, [_count_windows(each, "train", seq_len) for each in corpora])
+        splits = [each.train for each in corpora]
+        self._train = TrainBatches(splits, order, rank, ranks, micro_batch_size, seq_len, overfit)
         self._passes: list[BatchLoader] = []
-        self._val = ValBatches(corpus.val, windows, rank, ranks, micro_batch_size, seq_len)
+
+        def held_out(place: str, corpus: Corpus, share: float = 0.0) -> ValidationSet:
+            windows = _validation_windows(place, corpus, seq_len, ranks)
+            batches = ValBatches(corpus.val, windows, rank, ranks, micro_batch_size, seq_len)
+            # In this process: a split is small and read again and again; 16 x 257 tokens took 0.5 ms on a CPU core.
+            load = partial(BatchLoader, batches, range(batches.n_batches), pin_memory)
+            return ValidationSet(load, corpus.bytes_per_token, share)
+
+        further = {name: held_out(f"validation.{name}", each) for name, each in (validation or {}).items()}
+        own = {part.name: held_out(part.place, part.corpus, share=part.weight / sum(weights)) for part in corpus.parts}
+        self.validation = own | further
 
     def train(self, first: int, last: int) -> BatchLoader:
         """This rank's batches of the samples `first` to `last` of the run. UserError where these are no whole batches
@@ -165,16 +192,24 @@ class TokenBatches:
         while self._passes:
             self._passes.pop().close()
 
-    def val(self) -> BatchLoader:
-        # In this process: the split is small and read again and again; 16 x 257 tokens took 0.5 ms on a CPU core.
-        return BatchLoader(self._val, range(self._val.n_batches), self._pin_memory)
+
+def _validation_windows(place: str, corpus: Corpus, seq_len: int, ranks: int) -> np.ndarray:
+    """The windows of the validation split that are read. UserError for too few, naming the setting."""
+    windows = spread(_count_windows(corpus, "val", seq_len), corpus.val_tokens // seq_len)
+    if len(windows) == 0:
+        raise UserError(
+            f"{place}.val_tokens={corpus.val_tokens} is less than one sequence of {seq_len} (model.seq_len); raise it"
+        )
+    if len(windows) < ranks:
+        raise UserError(f"{len(windows)} validation sequences are fewer than {ranks} devices; raise {place}.val_tokens")
+    return windows
 
 
 def _count_windows(corpus: Corpus, name: str, seq_len: int) -> int:
-    split: Split = getattr(corpus, name)
+    split: Stream = getattr(corpus, name)
     if split.n_tokens < seq_len + 1:
         raise UserError(
-            f"the {name} split of {corpus.manifest['source']} has {split.n_tokens} tokens, too few for one sequence of "
+            f"the {name} split of {corpus.name} has {split.n_tokens} tokens, too few for one sequence of "
             f"{seq_len + 1} (model.seq_len + 1); add text or shorten model.seq_len"
         )
     return (split.n_tokens - 1) // seq_len

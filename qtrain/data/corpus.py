@@ -16,11 +16,11 @@ import contextlib
 import hashlib
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 from pydantic import BaseModel, Field, ValidationError, model_validator
@@ -91,6 +91,37 @@ class Split:
         return {key: value for key, value in self.__dict__.items() if key not in ("documents", "_shards")}
 
 
+class Stream(Protocol):
+    """A split's tokens, one after the other; see Split. digests: of the documents' text, where there is text."""
+
+    @property
+    def n_tokens(self) -> int: ...
+    @property
+    def n_documents(self) -> int: ...
+    @property
+    def n_bytes(self) -> int: ...
+    def window(self, start: int, length: int) -> np.ndarray: ...
+    def digests(self) -> Iterator[bytes]: ...
+
+
+class HasVocabulary(Protocol):
+    @property
+    def vocab_size(self) -> int: ...
+
+
+class Part(NamedTuple):
+    """A source of a mixture. weight: its share of the samples is this over the sum of all weights."""
+
+    name: str
+    weight: int
+    corpus: Corpus
+
+    @property
+    def place(self) -> str:
+        """Of its settings."""
+        return f"data.parts.{self.name}" if self.name else "data"
+
+
 @dataclass(frozen=True)
 class Corpus:
     """Tokens of a training and a validation split that share no document, and what they were made of.
@@ -101,16 +132,37 @@ class Corpus:
     bigram_cross_entropy: nats per token on the validation split, see `qtrain.data.bigram`.
     fingerprint: of the sources that it was found or made for (`qtrain.data.prepare.fingerprint`); "" of a corpus that
         was opened by its folder.
+    val_tokens: a validation reads at most so many tokens of the validation split; 0 of a corpus that was opened by its
+        folder.
+    reread: reads all of it again; UserError for what is not as it was. None: `verify` of its folder.
     """
 
     folder: Path
     manifest: dict[str, Any]
     tokenizer: Tokenizer
-    train: Split
-    val: Split
+    train: Stream
+    val: Stream
     data_hash: str
     bigram_cross_entropy: float
     fingerprint: str = ""
+    val_tokens: int = 0
+    reread: Callable[[], object] | None = None
+
+    def verify(self) -> None:
+        """Reads everything. UserError naming the first file that is not what it was."""
+        if self.reread is None:
+            verify(self.folder)
+        else:
+            self.reread()
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """The sources that it is mixed of: itself alone."""
+        return (Part("", 1, self),)
+
+    @property
+    def name(self) -> str:
+        return self.manifest["source"]
 
     @property
     def vocab_size(self) -> int:
@@ -161,8 +213,8 @@ def open_corpus(folder: Path, train_tokens: int | None = None) -> Corpus:
 
 
 class _Counts(Strict):
-    n_tokens: int = Field(gt=0)
-    n_documents: int = Field(gt=0)
+    n_tokens: int = Field(ge=0)
+    n_documents: int = Field(ge=0)
     n_bytes: int = Field(ge=0)
 
 
@@ -199,6 +251,8 @@ class _Manifest(BaseModel):
     @model_validator(mode="after")
     def _files_hold_the_tokens(self) -> _Manifest:
         item = np.dtype(self.dtype).itemsize
+        if self.splits["val"].n_tokens == 0:
+            raise ValueError("it counts no token of val")
         for name, counts in self.splits.items():
             full, rest = divmod(counts.n_tokens, self.shard_tokens)
             if full > MAX_SHARDS:
@@ -245,7 +299,7 @@ def check_files(folder: Path, manifest: dict[str, Any]) -> None:
     and time of change. A disk that forgets bits without being written to is found by `verify` alone.
     """
     _check_sizes(folder, manifest)
-    stamps = {name: _stamp(folder / name) for name in manifest["files"]}
+    stamps = {name: stamp_of(folder / name) for name in manifest["files"]}
     known = _read_verified(folder)
     changed = [name for name, stamp in stamps.items() if known.get(name) != [stamp, manifest["files"][name]["sha256"]]]
     for name in changed:
@@ -273,7 +327,7 @@ def _check_sizes(folder: Path, manifest: dict[str, Any]) -> None:
             raise UserError(f"{path}: {found}, the manifest says {facts['bytes']} bytes; prepare the corpus again")
 
 
-def _stamp(path: Path) -> list[int]:
+def stamp_of(path: Path) -> list[int]:
     """What changes when a file is written to; nobody can set st_ctime."""
     found = path.stat()
     return [found.st_size, found.st_ino, found.st_ctime_ns]
@@ -319,7 +373,7 @@ def _tokenizer(folder: Path, manifest: dict[str, Any]) -> Tokenizer:
     return tokenizer
 
 
-def check_vocab(corpus: Corpus, vocab_size: int) -> None:
+def check_vocab(corpus: HasVocabulary, vocab_size: int) -> None:
     """UserError if the model's vocabulary does not hold every token id of the corpus."""
     if vocab_size < corpus.vocab_size:
         raise UserError(

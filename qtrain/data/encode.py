@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -29,6 +30,15 @@ class Chunk:
 
 
 @dataclass(frozen=True)
+class Mark:
+    """Stands among the chunks where all documents read so far are in those before it. place: of the last one, see
+    `qtrain.data.base.Document`; dropped: how many were left out so far."""
+
+    place: Any
+    dropped: int
+
+
+@dataclass(frozen=True)
 class Encoded:
     """tokens: all documents of the chunk, each with its end token, concatenated. lengths, n_bytes: (documents,) int64,
     tokens (with the end token) and UTF-8 bytes of each."""
@@ -40,25 +50,30 @@ class Encoded:
     digests: list[bytes]
 
 
-def encode_all(chunks: Iterable[Chunk], tokenizer: Tokenizer, workers: int) -> Iterator[Encoded]:
-    """One Encoded per Chunk, in order, whatever the number of workers. At most 2 chunks per worker are in flight, so
-    that memory stays bounded and a consumer that stops early wastes little."""
+def encode_all(chunks: Iterable[Chunk | Mark], tokenizer: Tokenizer, workers: int) -> Iterator[Encoded | Mark]:
+    """One Encoded per Chunk, and each Mark as it is, in order, whatever the number of workers. At most 2 chunks per
+    worker are in flight, so that memory stays bounded and a consumer that stops early wastes little."""
     if workers == 1:
         for chunk in chunks:
-            yield encode_chunk(chunk, tokenizer)
+            yield chunk if isinstance(chunk, Mark) else encode_chunk(chunk, tokenizer)
         return
     # fork where there is one: a spawned worker would import the program again, seconds for a text of megabytes
     method = "fork" if "fork" in multiprocessing.get_all_start_methods() else None
     context = multiprocessing.get_context(method)
     with ProcessPoolExecutor(workers, context, _start_worker, (tokenizer,)) as pool:
-        waiting: deque[Future[Encoded]] = deque()
+        waiting: deque[Future[Encoded] | Mark] = deque()
+
+        def first() -> Encoded | Mark:
+            found = waiting.popleft()
+            return found if isinstance(found, Mark) else found.result()
+
         try:
             for chunk in chunks:
-                waiting.append(pool.submit(_encode_in_worker, chunk))
+                waiting.append(chunk if isinstance(chunk, Mark) else pool.submit(_encode_in_worker, chunk))
                 if len(waiting) >= 2 * workers:
-                    yield waiting.popleft().result()
+                    yield first()
             while waiting:
-                yield waiting.popleft().result()
+                yield first()
         finally:
             pool.shutdown(cancel_futures=True)
 

@@ -8,14 +8,19 @@ from __future__ import annotations
 import difflib
 import glob
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
-from qtrain.data.base import DataSettings, Document, Names, Source
+from qtrain.data.base import DataSettings, Document, Names, Source, TextSettings
 from qtrain.errors import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 class File(NamedTuple):
@@ -23,17 +28,81 @@ class File(NamedTuple):
     path: Path
 
 
-class Files(DataSettings):
-    """Documents in files that the user names. files, val_files: paths or globs."""
+class NamedFiles(DataSettings):
+    """Files that the user names. files, val_files: paths or globs."""
 
     files: Names = ()
     val_files: Names = ()
 
     @model_validator(mode="after")
-    def _complete(self) -> Files:
+    def _complete(self) -> Self:
         if not self.files:
             raise ValueError(f"data.source={self} needs data.files, a path or a glob: data.files='corpus/*.txt'")
         return self
+
+    def found(self, key: Literal["files", "val_files"]) -> list[File]:
+        """The files, each once, in their order. UserError for a pattern that matches none."""
+        paths = [path for pattern in getattr(self, key) for path in _expand(f"data.{key}", pattern)]
+        paths = list(dict.fromkeys(paths))
+        root = Path(os.path.commonpath([path.parent for path in paths])) if paths else Path()
+        return [File(path.relative_to(root).as_posix(), path) for path in paths]
+
+
+@dataclass(frozen=True)
+class TokenFile:
+    """One file of token ids and the file that says where its documents end.
+
+    ends: the ends of documents first to last - 1, in tokens from the start of the file. check: UserError for an index
+    that is not what it should be, where `ends` cannot tell.
+    """
+
+    path: Path
+    index: Path
+    dtype: str
+    n_tokens: int
+    n_documents: int
+    ends: Callable[[int, int], np.ndarray]
+    check: Callable[[], None] = lambda: None
+
+    def tokens(self) -> np.ndarray:
+        import numpy as np
+
+        return np.memmap(self.path, dtype=self.dtype, mode="r", shape=(self.n_tokens,))
+
+    def end(self, document: int) -> int:
+        """UserError where the index leads out of the file."""
+        found = int(self.ends(document, document + 1)[0])
+        if not 0 <= found <= self.n_tokens:
+            raise UserError(
+                f"{self.index} is damaged: a document ends at {found} of {self.n_tokens} tokens; copy it anew"
+            )
+        return found
+
+    def border(self, wanted: int) -> tuple[int, int]:
+        """(documents, tokens) up to and with the first document that ends at `wanted` tokens or later."""
+        low, high = 0, self.n_documents - 1
+        while low < high:
+            middle = (low + high) // 2
+            if self.end(middle) < wanted:
+                low = middle + 1
+            else:
+                high = middle
+        return low + 1, self.end(low)
+
+
+class TokenFiles(NamedFiles):
+    """Files of tokens, which are read where they lie. Without val_files their end is held out, about val_fraction."""
+
+    val_fraction: float = Field(0.05, gt=0, lt=1)
+    val_tokens: int = Field(gt=0, description="validation reads at most this many tokens, spread over its split")
+
+    def token_file(self, path: Path) -> TokenFile:
+        """What a file and its index say, without reading the tokens. UserError where they are no such files, or cut."""
+        raise NotImplementedError
+
+
+class Files(NamedFiles, TextSettings):
+    """Documents in files."""
 
     def read(self, path: Path) -> Iterator[Document]:
         """The documents of a file, in their order; empty ones may be among them."""
@@ -44,20 +113,19 @@ class Files(DataSettings):
         return ""
 
     def open(self) -> tuple[Source, Source | None]:
-        return self._source("files", self.files), self._source("val_files", self.val_files) if self.val_files else None
+        return self._source(self.found("files")), self._source(self.found("val_files")) if self.val_files else None
 
-    def _source(self, key: str, patterns: Sequence[str]) -> Source:
-        paths = [path for pattern in patterns for path in _expand(f"data.{key}", pattern)]
-        paths = list(dict.fromkeys(paths))
-        root = Path(os.path.commonpath([path.parent for path in paths]))
-        files = [File(path.relative_to(root).as_posix(), path) for path in paths]
+    def _source(self, files: list[File]) -> Source:
 
-        def documents() -> Iterator[Document]:
-            for file in files:
-                yield from (document for document in self.read(file.path) if document.text)
+        def documents(place: Sequence[int] = (0, 0)) -> Iterator[Document]:
+            first, read = place
+            for number in range(first, len(files)):
+                for count, document in enumerate(self.read(files[number].path), 1):
+                    if document.text and (number > first or count > read):
+                        yield document._replace(place=partial(list, (number, count)))
 
         facts, n_bytes = stat(files)
-        return Source(f"{self}-{paths[0].stem}", [str(self), self.options(), facts], n_bytes, documents)
+        return Source(f"{self}-{files[0].path.stem}", [str(self), self.options(), facts], n_bytes, documents)
 
 
 class RowFiles(Files):
@@ -72,14 +140,14 @@ class RowFiles(Files):
 def code_source(name: str, files: list[File]) -> Source:
     """One file of Python code is one document."""
 
-    def documents() -> Iterator[Document]:
-        for file in files:
+    def documents(place: int = 0) -> Iterator[Document]:
+        for number, file in enumerate(files[place:], place + 1):
             try:
                 text = file.path.read_bytes().decode()
             except UnicodeDecodeError:  # a handful of files in older encodings, which no user chose
                 continue
             if text:
-                yield Document(file.name, text)
+                yield Document(file.name, text, partial(int, number))
 
     return Source(name, *stat(files), documents)
 

@@ -9,6 +9,7 @@ every version of numpy; no generator state has to be saved, and any sample can b
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -48,27 +49,66 @@ class WindowOrder:
         return result.astype(np.int64)
 
 
+class MixedOrder:
+    """Maps sample numbers of a run to a part and to a window of it.
+
+    The parts take turns as evenly as their weights allow: after n samples a part has given its share of them, to half a
+    sample for it and for each part before it. So every batch has nearly the same mixture, which a draw would not give,
+    and the place of a sample is arithmetic of its number alone. Each part is read in its own WindowOrder of the same
+    seed, epoch after epoch; a single part is read as if there were no mixture.
+
+    weights: whole numbers, at least 1, and n_windows: of each part.
+    """
+
+    def __init__(self, seed: int, weights: Sequence[int], n_windows: Sequence[int]) -> None:
+        self.weights = list(weights)
+        self.orders = [WindowOrder(seed, count) for count in n_windows]
+        self.remaining = [sum(self.weights[number:]) for number in range(len(self.weights))]
+
+    def __call__(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """samples: (n,) int64, each >= 0. Returns the parts, (n,) int64, and the windows, (n,) int64."""
+        places = [self._place(int(sample)) for sample in np.asarray(samples)]
+        parts, numbers = (np.array(column, dtype=np.int64) for column in zip(*places, strict=True))
+        windows = np.empty_like(numbers)
+        for part, order in enumerate(self.orders):
+            windows[parts == part] = order(numbers[parts == part])
+        return parts, windows
+
+    def _place(self, sample: int) -> tuple[int, int]:
+        """(part, how many samples it has given before this one). The first part takes the sample where its share of
+        those so far, rounded, grows; else it is the others', among which the same is asked."""
+        number = sample
+        for part, (weight, total) in enumerate(zip(self.weights, self.remaining, strict=True)):
+            given, then = ((2 * count * weight + total) // (2 * total) for count in (number, number + 1))
+            if then > given:
+                return part, given
+            number -= given
+        raise AssertionError("the last part takes what is left")
+
+
 def count_windows(n_tokens: int, seq_len: int) -> int:
     """Windows of seq_len tokens and the target of the last one that a split of n_tokens holds."""
     return (n_tokens - 1) // seq_len
 
 
-def epochs(run_tokens: int, n_tokens: int, seq_len: int) -> float:
+def epochs(run_tokens: float, n_tokens: int, seq_len: int) -> float:
     """How often a run of run_tokens reads each window of a training split of n_tokens."""
     return run_tokens / seq_len / max(1, count_windows(n_tokens, seq_len))
 
 
-def describe_epochs(read: float) -> str:
-    """A row of a plan: how often the training text is read."""
-    return f"{read:.3g} times" if read > 1 else f"{read:.1%} of it, each part once"
+def describe_epochs(read: Mapping[str, float]) -> str:
+    """A row of a plan: how often each training text is read. It has no name where there is one."""
+    told = {name: f"{n:.3g} times" if n > 1 else f"{n:.1%} of it, each part once" for name, n in read.items()}
+    return "; ".join(f"{name}: {text}" if name else text for name, text in told.items())
 
 
-def repetition_warning(read: float) -> str | None:
-    """What to say of a run that reads its text more than once; None of any other."""
-    if read <= 1:
+def repetition_warning(read: Mapping[str, float]) -> str | None:
+    """What to say of a run that reads a text more than once; None of any other."""
+    more = [f"{f' of {name}' if name else ''} is read {n:.3g} times" for name, n in read.items() if n > 1]
+    if not more:
         return None
     return (
-        f"the training text is read {read:.3g} times: repeated tokens teach less than new ones, and a scaling law that "
+        f"the training text{', and that'.join(more)}: repeated tokens teach less than new ones, and a scaling law that "
         "counts them as new is off; give more text, or lower trainer.tokens"
     )
 

@@ -49,6 +49,10 @@ class Progress:
             megabytes = self._done_bytes / 1e6
             print(f"Prepared {self._name}: {megabytes:.1f} MB of text in {seconds:.1f} s", file=sys.stderr, flush=True)
 
+    def resume(self, n_bytes: int) -> None:
+        """So much text was prepared before."""
+        self._done_bytes = n_bytes
+
     def phase(self, name: str) -> None:
         if self._bar is not None:
             self._bar.update(self._task, description=f"Preparing {self._name}: {name}")

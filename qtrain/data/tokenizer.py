@@ -130,11 +130,31 @@ def load_pretrained(config: TokenizerConfig) -> FileTokenizer:
 
 def tokenizer_files(tokenizer: Tokenizer) -> dict[str, str]:
     """Name -> text of the files by which the Hugging Face libraries read a tokenizer: tokenizer.json, and
-    tokenizer_config.json with the token that ends a document. Bytes need none."""
+    tokenizer_config.json with the token that ends a document."""
     if not isinstance(tokenizer, FileTokenizer):
-        return {}
+        tokenizer = _bytes_in_a_file()
     about = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": tokenizer.eos_token}
     return {"tokenizer.json": tokenizer.text, "tokenizer_config.json": json.dumps(about, indent=2) + "\n"}
+
+
+def _bytes_in_a_file() -> FileTokenizer:
+    """ByteTokenizer in the terms of the `tokenizers` library: byte-level BPE without a merge, whose symbols have the
+    ids of their bytes."""
+    symbol = {byte: _byte_symbol(byte) for byte in range(256)}
+    bpe = tokenizers.models.BPE({text: byte for byte, text in symbol.items()}, [])
+    tokenizer = tokenizers.Tokenizer(bpe)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    tokenizer.add_special_tokens([END])
+    return FileTokenizer(tokenizer, ByteTokenizer.eos_id)
+
+
+def _byte_symbol(byte: int) -> str:
+    """The character that byte-level BPE writes for a byte: itself where it can be seen in Latin-1, else one of those
+    from U+0100 on, in the order of the bytes. Source: the encoder of GPT-2."""
+    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    hidden = [value for value in range(256) if value not in visible]
+    return chr(byte if byte in visible else 0x100 + hidden.index(byte))
 
 
 def load_kept(config: TokenizerConfig, folder: Path) -> Tokenizer:

@@ -4,11 +4,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field, model_validator
 
-from qtrain.config.settings import Member
+from qtrain.config.settings import Member, Strict
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -22,6 +23,8 @@ class ModelSettings(Member):
     init_std: of the normal distribution that weights start from.
     to_residual: names of the linear layers of a block that write to the residual stream; theirs start from a smaller
         one, init_std / sqrt(2 n_layers).
+    init_from: a Hugging Face checkpoint, a folder or a name on the hub, whose settings hold where no others are given,
+        and whose weights the model starts from. init_hash: of its settings and weights, found out when it is read.
     """
 
     CHOSEN_BY: ClassVar[str] = "family"
@@ -34,9 +37,24 @@ class ModelSettings(Member):
     vocab_size: int | None = Field(None, gt=0, le=2**31)
     init_std: float = Field(0.02, gt=0)
     nominal_parameters: int | None = Field(None, gt=0)
+    init_from: str | None = None
+    init_hash: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_checkpoint(cls, tree: Any) -> Any:
+        """Settings that were read once have the hash, and need the checkpoint no more."""
+        if isinstance(tree, Mapping) and tree.get("init_from") is not None and tree.get("init_hash") is None:
+            from qtrain.models.hf_config import settings_of
+
+            return settings_of(str(tree["init_from"])) | {
+                key: value for key, value in tree.items() if value is not None
+            }
+        return tree
 
     def block(self) -> nn.Module:
-        """A new block: x (B, T, D), and the first T rows of each of `tables` -> (B, T, D)."""
+        """A new block: x (B, T, D), the first T rows of each of `tables`, and cu_seqlens (N + 1,) int32 or None ->
+        (B, T, D). Where cu_seqlens is given, no token may see one of another document."""
         raise NotImplementedError
 
     def norm(self) -> nn.Module:
@@ -56,10 +74,34 @@ class ModelSettings(Member):
         raise NotImplementedError
 
 
+class RopeScaling(Strict):
+    """Llama 3.1's change of the rotary frequencies (its release, and transformers' rope_type llama3). Wavelengths above
+    original_seq_len / low_freq_factor grow by `factor`, those below original_seq_len / high_freq_factor stay, and
+    between the two the change is linear in original_seq_len over the wavelength."""
+
+    factor: float = Field(gt=0)
+    low_freq_factor: float = Field(gt=0)
+    high_freq_factor: float = Field(gt=0)
+    original_seq_len: int = Field(gt=0)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> RopeScaling:
+        if self.high_freq_factor <= self.low_freq_factor:
+            raise ValueError(
+                f"model.rope_scaling: high_freq_factor={self.high_freq_factor:g} must exceed "
+                f"low_freq_factor={self.low_freq_factor:g}"
+            )
+        return self
+
+
 class Transformer(ModelSettings):
     """Settings of blocks of grouped-query attention with rotary positions, and a gated feed-forward network.
 
     n_kv_heads: heads of keys and values, which groups of the n_heads queries share; None is one for each.
+    head_dim: elements of a head; None is dim / n_heads.
+    qkv_bias, o_bias, mlp_bias: whether the linear layers of queries, keys and values, of the attention's output, and of
+        the feed-forward network have a bias (Qwen2: qkv_bias; Llama's attention_bias: the first two).
+    qk_norm: an RMSNorm of each head's queries and keys before they are rotated (Qwen3).
     """
 
     n_heads: int = Field(gt=0)
@@ -67,12 +109,25 @@ class Transformer(ModelSettings):
     ffn_dim: int = Field(gt=0, le=2**24)
     rope_theta: float = Field(10000.0, gt=0)
     norm_eps: float = Field(1e-5, gt=0)
+    head_dim: int | None = Field(None, gt=0, le=2**16)
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    rope_scaling: RopeScaling | None = None
 
     @model_validator(mode="after")
     def _divides(self) -> Transformer:
-        if self.dim % self.n_heads or (self.dim // self.n_heads) % 2:
+        if self.head_dim is None and self.dim % self.n_heads:
             raise ValueError(
-                f"model.dim={self.dim} must split into n_heads={self.n_heads} heads of even size: RoPE pairs elements"
+                f"model.dim={self.dim} must split into n_heads={self.n_heads} heads, or set model.head_dim"
+            )
+        if self.head_width % 2:
+            raise ValueError(
+                f"model.dim={self.dim} in n_heads={self.n_heads} heads gives heads of {self.head_width} elements; RoPE "
+                "pairs elements: heads must be of even size"
+                if self.head_dim is None
+                else f"model.head_dim={self.head_dim} must be even: RoPE pairs elements"
             )
         if self.n_heads % self.kv_heads:
             raise ValueError(f"model.n_heads={self.n_heads} must be a multiple of n_kv_heads={self.kv_heads}")
@@ -83,12 +138,13 @@ class Transformer(ModelSettings):
         return self.n_kv_heads or self.n_heads
 
     @property
-    def head_dim(self) -> int:
-        return self.dim // self.n_heads
+    def head_width(self) -> int:
+        """Elements of a head."""
+        return self.head_dim or self.dim // self.n_heads
 
     def shape(self) -> str:
         heads = f"{self.n_heads} heads" + (f" on {self.kv_heads}" if self.kv_heads != self.n_heads else "")
         return f"{self.n_layers} layers, dim {self.dim}, {heads}, ffn {self.ffn_dim}, context {self.seq_len}"
 
     def attention_width(self) -> int:
-        return self.dim
+        return self.n_heads * self.head_width

@@ -8,7 +8,7 @@ Weights start as the Quartet and QuEST code starts them: normal(0, init_std), an
 where they write to the residual stream. Biases start at zero.
 """
 
-# B batch, T tokens, V vocabulary
+# B batch, T tokens, V vocabulary, N documents
 
 from __future__ import annotations
 
@@ -27,7 +27,13 @@ class Decoder(nn.Module):
     """tokens (B, T) int64 -> logits (B, T, V), in the dtype of the last matmul (float32, or bfloat16 under autocast).
     With targets (B, T) int64: their cross-entropy in nats, () float32, for which the logits never exist as a whole.
 
-    UserError when T exceeds config.seq_len.
+    With cu_seqlens (N + 1,) int32, the cumulative lengths of the documents that the rows are packed of, a token sees
+    its own document alone. Rows are read one after the other, and each begins a document. Positions count on from the
+    beginning of the row: rotary positions are relative, so that a document's own place does not matter.
+
+    start: the position of the first token, where the attention's caches hold those before it.
+
+    UserError when start + T exceeds config.seq_len.
     """
 
     def __init__(self, config: ModelSettings, vocab_size: int) -> None:
@@ -55,17 +61,24 @@ class Decoder(nn.Module):
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
 
-    def forward(self, tokens: Tensor, targets: Tensor | None = None, reduction: str = "mean") -> Tensor:
-        n_tokens = tokens.shape[1]
+    def forward(
+        self,
+        tokens: Tensor,
+        targets: Tensor | None = None,
+        reduction: str = "mean",
+        cu_seqlens: Tensor | None = None,
+        start: int = 0,
+    ) -> Tensor:
+        n_tokens = start + tokens.shape[1]
         if n_tokens > self.config.seq_len:
             raise UserError(
                 f"the model {self.config.name} reads at most model.seq_len={self.config.seq_len} tokens at once, found "
                 f"sequences of {n_tokens}; shorten them or raise model.seq_len"
             )
-        tables = [getattr(self, name)[:n_tokens] for name in self._tables]
+        tables = [getattr(self, name)[start:n_tokens] for name in self._tables]
         x = self.embed(tokens)
         for layer in self.layers:
-            x = layer(x, *tables)
+            x = layer(x, *tables, cu_seqlens)
         x = self.norm(x)
         return self.lm_head(x) if targets is None else chunked_cross_entropy(x, self.lm_head, targets, reduction)
 

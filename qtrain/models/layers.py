@@ -7,6 +7,7 @@ Rotary positions pair element i of a head with element i + d/2, as transformers 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from qtrain.models.base import Transformer
+from qtrain.models.base import RopeScaling, Transformer
 from qtrain_kernels.precision import Linear, causal_attention
 
 
@@ -28,27 +29,52 @@ class Composed(nn.Module):
         for name, part in parts.items():
             self.add_module(name, part)
 
-    def forward(self, *inputs: Tensor) -> Tensor:
+    def forward(self, *inputs: Tensor | None) -> Tensor:
         return self._function(self, *inputs)
 
 
+class KVCache:
+    """The keys and values of the tokens that a layer has seen. length: how many there are."""
+
+    def __init__(self, heads: int, n_tokens: int, head_dim: int) -> None:
+        self._shape = (heads, n_tokens, head_dim)
+        self._kept: Tensor | None = None
+        self.length = 0
+
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Keep k, v (B, G, T, d) of the next T tokens; those of all tokens so far, (B, G, length, d)."""
+        if self._kept is None:
+            self._kept = k.new_empty(2, k.shape[0], *self._shape)
+        start, self.length = self.length, self.length + k.shape[2]
+        self._kept[0, :, :, start : self.length], self._kept[1, :, :, start : self.length] = k, v
+        k, v = self._kept[:, :, :, : self.length]
+        return k, v
+
+
 class Attention(nn.Module):
-    """Causal self-attention: n_heads queries share n_kv_heads keys and values. x (B, T, D) -> (B, T, D)"""
+    """Causal self-attention: n_heads queries share n_kv_heads keys and values. x (B, T, D) -> (B, T, D). With
+    cu_seqlens, within each document alone: see `qtrain.models.decoder`. cache: where one is set, x is what follows the
+    tokens that it holds: the first tokens of a sequence, then one at a time."""
 
     def __init__(self, config: Transformer) -> None:
         super().__init__()
-        kv_dim = config.kv_heads * config.head_dim
-        self.head_dim = config.head_dim
-        self.grouped = config.kv_heads != config.n_heads
-        self.q = Linear(config.dim, config.dim, bias=False)
-        self.k = Linear(config.dim, kv_dim, bias=False)
-        self.v = Linear(config.dim, kv_dim, bias=False)
-        self.o = Linear(config.dim, config.dim, bias=False)
+        width, kv_width = config.attention_width(), config.kv_heads * config.head_width
+        self.head_dim, self.kv_heads = config.head_width, config.kv_heads
+        self.cache: KVCache | None = None
+        self.q = Linear(config.dim, width, bias=config.qkv_bias)
+        self.k = Linear(config.dim, kv_width, bias=config.qkv_bias)
+        self.v = Linear(config.dim, kv_width, bias=config.qkv_bias)
+        self.o = Linear(width, config.dim, bias=config.o_bias)
+        self.q_norm, self.k_norm = (
+            nn.RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity() for _ in "qk"
+        )
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
         q, k, v = (rearrange(y, "B T (H d) -> B H T d", d=self.head_dim) for y in (self.q(x), self.k(x), self.v(x)))
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        y = causal_attention(q, k, v, enable_gqa=self.grouped)
+        q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
+        if self.cache is not None:
+            k, v = self.cache.append(k, v)
+        y = causal_attention(q, k, v, cu_seqlens)
         return self.o(rearrange(y, "B H T d -> B T (H d)"))
 
 
@@ -57,19 +83,29 @@ class MLP(nn.Module):
 
     def __init__(self, config: Transformer) -> None:
         super().__init__()
-        self.gate = Linear(config.dim, config.ffn_dim, bias=False)
-        self.up = Linear(config.dim, config.ffn_dim, bias=False)
-        self.down = Linear(config.ffn_dim, config.dim, bias=False)
+        self.gate = Linear(config.dim, config.ffn_dim, bias=config.mlp_bias)
+        self.up = Linear(config.dim, config.ffn_dim, bias=config.mlp_bias)
+        self.down = Linear(config.ffn_dim, config.dim, bias=config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(F.silu(self.gate(x)) * self.up(x))
 
 
-def rope_tables(seq_len: int, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+def rope_tables(seq_len: int, head_dim: int, theta: float, scaling: RopeScaling | None = None) -> tuple[Tensor, Tensor]:
     """cos and sin (T, d/2) float32 of the angles position * theta^(-2i/d). Source: RoFormer, arXiv 2104.09864."""
     inv_freq = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+    if scaling is not None:
+        inv_freq = _scaled(inv_freq, scaling)
     angles = torch.outer(torch.arange(seq_len, dtype=torch.float32), inv_freq)
     return angles.cos(), angles.sin()
+
+
+def _scaled(inv_freq: Tensor, scaling: RopeScaling) -> Tensor:
+    """1 / wavelength times 2 pi, as `RopeScaling` changes it."""
+    turns = scaling.original_seq_len * inv_freq / (2 * math.pi)  # of a pair, over the original length
+    kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    kept = kept.clamp(0, 1)
+    return kept * inv_freq + (1 - kept) * inv_freq / scaling.factor
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, ClassVar
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from pydantic import Field
 
@@ -16,14 +16,14 @@ if TYPE_CHECKING:
 
 
 class OptimizerSettings(Member):
-    """Settings of an optimiser.
+    """Settings of an optimiser."""
 
-    state_bytes: that it keeps for each parameter.
-    """
-
-    state_bytes: ClassVar[int]
     lr: float = Field(gt=0, allow_inf_nan=False)
     weight_decay: float = Field(0.1, ge=0)
+
+    def state_bytes(self, shape: Sequence[int]) -> int:
+        """Bytes of the state that it keeps for a float32 parameter of this shape."""
+        raise NotImplementedError
 
     def build(self, decay: Mapping[str, nn.Parameter], no_decay: Mapping[str, nn.Parameter]) -> Optimizer:
         """At the full learning rate, which the schedule scales; parameters by name, with weight decay and without."""

@@ -2,9 +2,9 @@
 
 from qtrain.quant.convert import Report, check_backend, convert, recipes, set_high_precision
 from qtrain.quant.functional import Observed, Observer
-from qtrain.quant.gather import check_quantized_gather, quantize_gathers
+from qtrain.quant.gather import check_quantized_gather, gathered_bytes, quantize_gathers
 from qtrain.quant.health import operand_health
-from qtrain.quant.linear import QuantLinear, keep_weights, quant_linears, set_step
+from qtrain.quant.linear import QuantLinear, keep_weights, quant_linears, sees_tokens_apart, set_seed, set_step
 from qtrain.quant.lsq import calibrate
 from qtrain.quant.quantizer import QuantizedTensor, Quantizer, fake_quantize
 
@@ -20,11 +20,14 @@ __all__ = [
     "check_quantized_gather",
     "convert",
     "fake_quantize",
+    "gathered_bytes",
     "keep_weights",
     "operand_health",
     "quant_linears",
     "quantize_gathers",
     "recipes",
+    "sees_tokens_apart",
     "set_high_precision",
+    "set_seed",
     "set_step",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import logging
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -62,7 +63,7 @@ def _listed(kinds: Mapping[str, str], kind: str) -> str:
 
 def convert(
     model: nn.Module,
-    recipe: str | Mapping[str, Any] | LinearRecipe,
+    recipe: str | os.PathLike[str] | Mapping[str, Any] | LinearRecipe,
     *,
     skip: Sequence[str] | None = None,
     seed: int = 0,
@@ -71,12 +72,12 @@ def convert(
 ) -> Report:
     """Replace every nn.Linear inside model by a QuantLinear that shares its parameters.
 
-    recipe: a name ({name: quest, bits: 2} for its options), a mapping, or a LinearRecipe. skip: layers that stay as
-    they are, by full name, last component or pattern ("layers.0.*"); None takes the recipe's own. seed keys random
-    bits, together with each layer's qualified name. backend, which quantises: auto | reference | compiled | triton.
-    gemm, which multiplies: auto (integer codes as INT8, exactly, all else in the compute dtype) | float (all in the
-    compute dtype) | fp8 (as auto, and MXFP4, FP8 and the like on FP8 units; fp8_fast: summed in fewer bits) | fp4 (as
-    auto, and MXFP4, NVFP4 and MXFP8 on the units of Blackwell).
+    recipe: a name ({name: quest, bits: 2} for its options), the path of a YAML file, a mapping, or a LinearRecipe.
+    skip: layers that stay as they are, by full name, last component or pattern ("layers.0.*"); None takes the recipe's
+    own. seed keys random bits, together with each layer's qualified name. backend, which quantises: auto | reference |
+    compiled | triton. gemm, which multiplies: auto (integer codes as INT8, exactly, all else in the compute dtype) |
+    float (all in the compute dtype) | fp8 (as auto, and MXFP4, FP8 and the like on FP8 units; fp8_fast: summed in
+    fewer bits) | fp4 (as auto, and MXFP4, NVFP4 and MXFP8 on the units of Blackwell).
     UserError, with the model untouched, for a width that the recipe's blocks do not divide, a skip name that matches
     nothing (lm_head in the recipe's own may), a pattern of recipe.overrides that does, a model that has no linear layer
     or is already converted, or a recipe that quantises but would convert none of the model's linear layers.
@@ -132,9 +133,9 @@ def check_backend(backend: Backend, gemm: GemmKind, device_type: str) -> None:
         raise UserError(str(error)) from None
 
 
-def recipes() -> list[str]:
-    """The names of the recipes that `convert` knows."""
-    return group_names("recipe")
+def recipes() -> dict[str, str]:
+    """The recipes that `convert` knows by name, each with a line that says its number formats and its source."""
+    return {name: read_recipe(name).summary for name in group_names("recipe")}
 
 
 def _is_linear(module: nn.Module) -> bool:
@@ -143,7 +144,7 @@ def _is_linear(module: nn.Module) -> bool:
 
 def _reason_to_skip(name: str, recipe: LinearRecipe, skip: Sequence[str]) -> str | None:
     if not name:
-        return "it is the model itself; put it inside a module to convert it"
+        return "it is a bare nn.Linear, and layers are replaced inside a module; wrap it: torch.nn.Sequential(model)"
     if recipe.fprop is None:
         return f"recipe {recipe.name} quantises nothing"
     entry = next((entry for entry in skip if _matches(entry, name)), None)
@@ -246,7 +247,7 @@ def _swap(
         problems += [problem for problem in [_misfit(name, module, recipe, numerics)] if problem]
     if problems:
         raise UserError("\n".join(problems))
-    if gemm in NEEDS and found and not any(_multiplies(numerics, gemm) for numerics in found):
+    if gemm in NEEDS and found and not any(multiplies(numerics, gemm) for numerics in found):
         raise UserError(
             f"gemm {gemm!r} needs {NEEDS[gemm][1]} codes on both sides of a GEMM, and recipe {report.recipe} has none "
             "such; ask for gemm 'auto'"
@@ -262,7 +263,7 @@ def _swap(
         setattr(model.get_submodule(parent), child, made[linears[name]])
 
 
-def _multiplies(numerics: Numerics, gemm: GemmKind) -> bool:
+def multiplies(numerics: Numerics, gemm: GemmKind) -> bool:
     """Whether the setting changes how one of the GEMMs is multiplied, on a device that has all of its products."""
     products = (numerics.product(name, "cuda", NEEDS[gemm][0]).name for name in OPERANDS)
     return not {"int8", "float"} >= set(products)

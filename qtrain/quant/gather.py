@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves
@@ -82,6 +83,12 @@ def _misfit(layer: QuantLinear, shards: int) -> str | None:
     return None
 
 
+def gathered_bytes(layer: QuantLinear, shards: int) -> int:
+    """Bytes of a layer's weight as it travels, of all shards together."""
+    rows = torch.empty(layer.out_features // shards, layer.in_features, device="meta")
+    return shards * sum(math.prod(shape) * dtype.itemsize for shape, dtype in sent_of(layer, rows))
+
+
 # ------------------------------------------------------------------------------------------------------- around FSDP2's
 
 
@@ -129,6 +136,19 @@ class GatheredWeight(Tensor):
     def __repr__(self, **_: Any) -> str:
         return f"GatheredWeight({self.layer.name}, {tuple(self.shape)})"
 
+    # What memory is behind the weight, for torch's memory tracker.
+
+    def __tensor_flatten__(self) -> tuple[list[str], Any]:
+        names = [f"part{number}" for number in range(len(self.gathered))]
+        for name, part in zip(names, self.gathered, strict=True):
+            setattr(self, name, part)
+        return names, (self.layer, self.dtype)
+
+    @classmethod
+    def __tensor_unflatten__(cls, parts: dict[str, Tensor], told: Any, *_: Any) -> GatheredWeight:
+        layer, dtype = told
+        return cls(layer, tuple(parts.values()), dtype)
+
     def packed_weight(self) -> list[Tensor]:
         """The weight as `functional.quantize_weight` gives it, packed."""
         call = _call(self.layer, self.device)
@@ -170,10 +190,17 @@ def _call(layer: QuantLinear, device: torch.device) -> Call:
 # --------------------------------------------------------------------------------------------------------- what travels
 
 
+def sent_of(layer: QuantLinear, rows: Tensor) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    """(shape, dtype) of what a rank sends of its rows (n, K) of a layer's weight. rows may be without memory."""
+    return _travels(_call(layer, rows.device).weight_layout(rows, packed=True))
+
+
 def _packed_rows(layer: QuantLinear, rows: Tensor, mesh: DeviceMesh) -> list[Tensor]:
     """rows (n, K) float32 of a weight -> what travels of them. Collective, where one scale is the whole weight's."""
     call, plan = _call(layer, rows.device), layer.numerics.fprop.right.plan
     assert plan is not None
+    if isinstance(rows, FakeTensor):  # of a plan, which wants sizes
+        return [rows.new_empty(shape, dtype=dtype) for shape, dtype in sent_of(layer, rows)]
     rotation = call.rotation("fprop", rows.shape[1])
     if plan.whole and plan.line_rule is not None:
         turned = rows if rotation is None else rotate(rows, rotation, call.numerics.backend)
@@ -258,6 +285,8 @@ def _split_mask(parts: list[Tensor], layout: Layout, backend: str) -> list[Tenso
     """`_join_mask` undone."""
     low, ninth = parts[0], parts[-1]
     assert layout.plan is not None
+    if isinstance(low, FakeTensor):
+        return [low.new_empty(shape, dtype=dtype) for shape, dtype in layout.shapes()]
     device = low.device.type
     high = dispatch.get("split", backend, device)(ninth, 1, low.numel()).to(torch.int32)
     nine = low.view(-1).to(torch.int32) | high << 8

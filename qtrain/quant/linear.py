@@ -21,7 +21,7 @@ from qtrain.config.settings import BFLOAT16_GEMMS, Backend, GemmKind
 from qtrain.errors import UserError
 from qtrain.quant import functional
 from qtrain.quant.functional import OPERANDS, Numerics, Observer, read_numerics, text_of_own
-from qtrain.quant.random import key_table
+from qtrain.quant.random import checked_seed, key_table
 from qtrain_kernels.precision import Linear
 
 REMEMBERED = 64  # steps or micro-batches whose forwards can still be recomputed
@@ -229,7 +229,28 @@ def set_step(model: nn.Module, step: SupportsIndex, micro_batch: SupportsIndex =
             layer.keep(step)
 
 
+def set_seed(model: nn.Module, seed: SupportsIndex) -> None:
+    """Another seed than that of `qtrain.convert` for the random bits of every QuantLinear in model, from the next
+    `set_step` on. UserError for what is no seed."""
+    seed = checked_seed(seed)
+    for layer in quant_linears(model):
+        layer.seed, layer.keyed_by = seed, (seed, *layer.keyed_by[1:])
+
+
 _keepers: WeakSet[QuantLinear] = WeakSet()
+
+
+def sees_tokens_apart(model: nn.Module) -> bool:
+    """Whether each token is quantised by itself in a forward: no scale of a tensor or a tile of rows, no rotation over
+    rows, and no random bits, which are those of a token's place in the batch. Then a token's output is the same
+    whichever others are computed with it."""
+    sides = [layer.numerics.fprop.left for layer in quant_linears(model)]
+    return not any(
+        side.draws
+        or side.spec.row_rotation is not None
+        or (side.plan is not None and (side.plan.per_tensor or side.plan.scale_kind == "minifloat" or side.tile[0] > 1))
+        for side in sides
+    )
 
 
 @contextmanager

@@ -14,8 +14,8 @@ from qtrain.quant.quantizer import Quantizer
 
 
 @torch.no_grad()
-def calibrate(model: nn.Module, *inputs: Any) -> None:
-    """Set every learned scale in model to LSQ's start, 2 E|x| / sqrt(q_max), by a forward of model(*inputs).
+def calibrate(model: nn.Module, *inputs: Any, **named: Any) -> None:
+    """Set every learned scale in model to LSQ's start, 2 E|x| / sqrt(q_max), by a forward of model(*inputs, **named).
 
     A layer's input is what the layers before it give with their own scales set. Where torch.distributed is initialised,
     every rank must call this; E|x| of the inputs is then the mean over all ranks. A model without learned scales is
@@ -43,7 +43,7 @@ def calibrate(model: nn.Module, *inputs: Any) -> None:
     hooks = [layer.register_forward_pre_hook(start) for layer in layers]
     try:
         if layers:
-            model(*inputs)
+            model(*inputs, **named)
     finally:
         for hook in hooks:
             hook.remove()

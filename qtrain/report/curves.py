@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
@@ -12,15 +15,18 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
-from qtrain.report.gaps import gaps_figure
+from qtrain.errors import UserError
+from qtrain.report.gaps import gaps_figure, plot_gaps
 from qtrain.report.loss import GREY, SMOOTHING, readable, smooth, tidy
 from qtrain.report.picture import (
+    MARKERS,
     WIDTH,
     Picture,
     Style,
     count_axis,
+    flops,
     legend_below,
     legend_height,
     new_figure,
@@ -35,7 +41,24 @@ from qtrain.report.summaries import Comparison, compare
 MOST_PANELS = 6  # sizes or budgets with a panel of their own, the largest by FLOPs; the tables have all of them
 FEW = 12  # a panel of so few runs, of so few points, has the points marked
 
+LADDER = 3  # so many sizes and budgets are seen in one picture, over both
+
 Series = tuple[np.ndarray, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A way in which the points of a ladder differ. line: what a line of one value is called."""
+
+    name: str
+    value: Callable[[Point], float]
+    shown: Callable[[float], str]
+    line: str
+
+
+SIZE = Axis("non-embedding parameters", lambda point: point[0], readable, "{} parameters")
+# To two digits: budgets are whole steps, so that ratios of one rung differ by a little
+RATIO = Axis("tokens per parameter", lambda point: float(f"{point[2] / point[0]:.2g}"), "{:g}".format, "{} a parameter")
 
 
 def series(run: Run, key: str, over: str = "tokens") -> Series:
@@ -55,6 +78,13 @@ def validation_loss(run: Run, over: str = "tokens") -> Series:
     return thin(*series(run, "val_loss", over))
 
 
+def sources(runs: Iterable[Run]) -> list[str]:
+    """The names of the further sources that runs validated on."""
+    keys = {key for run in runs for line in run.lines for key in line if key.startswith("val_loss/")}
+    names = (key.removeprefix("val_loss/") for key in keys)
+    return sorted(name for name in names if re.fullmatch(r"[A-Za-z0-9_-]+", name))  # it names a file
+
+
 def loss_over_seconds(run: Run) -> Series:
     """Seconds of training alone, without validation and checkpoints: tokens over the speed of each interval, summed."""
     tokens, speed = series(run, "tokens_per_second")
@@ -63,6 +93,10 @@ def loss_over_seconds(run: Run) -> Series:
         return np.empty(0), np.empty(0)
     seconds = np.cumsum(np.diff(tokens, prepend=0) / np.maximum(speed, 1e-9))
     return thin(np.interp(at, [0, *tokens], [0, *seconds]), loss)
+
+
+def loss_on(source: str, run: Run) -> Series:
+    return thin(*series(run, f"val_loss/{source}"))
 
 
 def by_largest(runs: Iterable[Run], key: Callable[[Run], Any]) -> dict[Any, list[Run]]:
@@ -77,7 +111,8 @@ def by_largest(runs: Iterable[Run], key: Callable[[Run], Any]) -> dict[Any, list
 
 
 def loss_pictures(corpus: Corpus, baseline: str) -> list[Picture]:
-    """Training and validation loss over tokens, validation loss over FLOPs and over time."""
+    """Training and validation loss over tokens, validation loss over FLOPs and over time, and over tokens the loss on
+    each further source."""
     look = styles((run.recipe for run in corpus.runs), baseline)
     time = "Training time alone, from the speed that each run logged; it compares between runs of one machine."
     kinds: list[tuple[str, str, str, Callable[[Run], Series], str]] = [
@@ -85,6 +120,10 @@ def loss_pictures(corpus: Corpus, baseline: str) -> list[Picture]:
         ("loss-tokens", "Validation loss", "tokens", validation_loss, ""),
         ("loss-flops", "Validation loss", "FLOPs", lambda run: validation_loss(run, "flops"), ""),
         ("loss-time", "Validation loss", "seconds", loss_over_seconds, time),
+        *(
+            (f"loss-on-{name}", f"Validation loss on {name}", "tokens", partial(loss_on, name), "")
+            for name in sources(corpus.runs)
+        ),
     ]
     pictures = []
     for name, what, over, curve, note in kinds:
@@ -160,7 +199,7 @@ def _loss_axes(axes: Axes, over: str, xs: list[np.ndarray], ys: list[np.ndarray]
         axes.xaxis.set_major_locator(LogLocator(subs=(1.0,) if decades else (1.0, 2.0, 5.0), numticks=7))
         axes.xaxis.set_minor_formatter(NullFormatter())
     if over == "FLOPs":
-        axes.xaxis.set_major_formatter("{x:.2g}")
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: flops(value)))
     else:
         count_axis(axes.xaxis)
     later = np.concatenate([y[len(y) // 10 :] for y in ys])
@@ -221,19 +260,97 @@ def _variants(look: Mapping[str, Style], named: Iterable[tuple[str, str]]) -> di
 
 
 def gap_pictures(corpus: Corpus, baseline: str) -> list[Picture]:
-    """For each of the largest sizes and budgets the gaps at the end and over the tokens seen. Those without any gap
-    come last, with a picture that says so."""
+    """Of a ladder (`is_ladder`) the gaps at the end over size and over tokens per parameter; else for each size and
+    budget those at the end and over the tokens seen. Those without any gap come last, with a picture that says so."""
     at = by_largest(corpus.compared, key=lambda run: run.point)
-    ordered = sorted(comparisons(corpus, baseline).items(), key=lambda item: not _paired(item[1]))
+    found = comparisons(corpus, baseline)
     look = label_styles(corpus, baseline)
+    if is_ladder(found):
+        return ladder_pictures(found, baseline)
     pictures = []
-    for number, (point, found) in enumerate(ordered[:MOST_PANELS], 1):
-        pictures.append(_gaps_picture(f"gaps-{number}", point, found))
-        curves = gap_curves(at[point], found[0].name)
+    for number, (point, compared) in enumerate(sorted(found.items(), key=lambda item: not _paired(item[1])), 1):
+        pictures.append(_gaps_picture(f"gaps-{number}", point, compared))
+        curves = gap_curves(at[point], compared[0].name)
         if any(len(tokens) > 1 for tokens, _ in curves.values()):
             figure = _gap_curves_figure(curves, look)
-            pictures.append(_gap_tokens_picture(f"gap-tokens-{number}", figure, point, found, at[point]))
+            pictures.append(_gap_tokens_picture(f"gap-tokens-{number}", figure, point, compared, at[point]))
     return pictures
+
+
+def is_ladder(found: Mapping[Point, list[Comparison]]) -> bool:
+    """Whether there are so many sizes and budgets with a gap that one is to be seen over them."""
+    return sum(bool(_paired(compared)) for compared in found.values()) >= LADDER
+
+
+def plot_comparisons(found: Mapping[Point, list[Comparison]], path: Path, published: Mapping[str, float]) -> None:
+    """Gaps of one size and budget as `gaps_figure`, of several over size, or over tokens per parameter where all have
+    one size; written into path (png, pdf, svg). UserError where no two of them lie on a line."""
+    if len(found) == 1:
+        plot_gaps(next(iter(found.values())), path, published)
+        return
+    pictures = ladder_pictures(found, next(iter(found.values()))[0].name)
+    if not pictures:
+        raise UserError(f"no recipe has gaps at two of these {len(found)} sizes and budgets: there is no line to plot")
+    pictures[0].figure.savefig(path, dpi=150)
+
+
+def ladder_pictures(found: Mapping[Point, list[Comparison]], baseline: str) -> list[Picture]:
+    """Gap over size, a line for each ratio of tokens to parameters, and the other way round; a panel for each of the
+    labels with the most gaps. The captions name the labels for which there is no room."""
+    pictures = []
+    for name, over, by in (("gaps-size", SIZE, RATIO), ("gaps-ratio", RATIO, SIZE)):
+        lines = ladder_lines(found, over, by)
+        if any(len(line) > 1 for of_label in lines.values() for line in of_label.values()):
+            pictures.append(_ladder_picture(name, lines, over, by, baseline))
+    return pictures
+
+
+Lines = dict[str, dict[float, list[tuple[float, Comparison]]]]
+
+
+def ladder_lines(found: Mapping[Point, list[Comparison]], over: Axis, by: Axis) -> Lines:
+    """label -> value of a line -> (place, gap), those labels first that have the most."""
+    lines: Lines = defaultdict(lambda: defaultdict(list))
+    for point, compared in sorted(found.items(), key=lambda item: over.value(item[0])):
+        for one in _paired(compared):
+            lines[one.name][by.value(point)].append((over.value(point), one))
+    return dict(sorted(lines.items(), key=lambda item: (-sum(map(len, item[1].values())), item[0])))
+
+
+def _ladder_picture(name: str, lines: Lines, over: Axis, by: Axis, baseline: str) -> Picture:
+    shown = dict(list(lines.items())[:MOST_PANELS])
+    values = sorted({value for of_label in shown.values() for value in of_label})
+    names = {value: by.line.format(by.shown(value)) for value in values}
+    shades = colormaps["viridis"](np.linspace(0, 0.85, len(values)))
+    look: dict[str, Style] = {
+        names[value]: {"color": shade, "marker": MARKERS[number % len(MARKERS)]}
+        for number, (value, shade) in enumerate(zip(values, shades, strict=True))
+    }
+    figure, panels = new_figure(0.6 + 1.8 * len(shown) + legend_height(look), len(shown))
+    told = []
+    for axes, (label, of_label) in zip(panels, shown.items(), strict=True):
+        for value, line in sorted(of_label.items()):
+            places, gaps = zip(*((place, found.gap) for place, found in line), strict=True)
+            half_widths = [float(np.nan_to_num(found.half_width)) for _, found in line]
+            axes.errorbar(places, gaps, yerr=half_widths, **look[names[value]], markersize=4, linewidth=1.2, capsize=2)
+        axes.axhline(0, color=GREY, linewidth=1)
+        axes.set_title(label, loc="left")
+        axes.set_ylabel("nats per token")
+        axes.set_xscale("log")
+        places = sorted({place for line in of_label.values() for place, _ in line})
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.set_xticks(places, [over.shown(place) for place in places])
+        tidy(axes)
+        gaps = [found.gap for line in of_label.values() for _, found in line]
+        told.append(f"{label} {min(gaps):+.4f} to {max(gaps):+.4f}")
+    panels[-1].set_xlabel(over.name)
+    legend_below(figure, look, look)
+    caption = (
+        f"Gap to {baseline} in validation loss at the end over {over.name}, paired by seed; a line for each value of "
+        f"{by.name}. Bars are 95% intervals, where there are several seeds."
+    )
+    alt = f"Gaps to {baseline} over {over.name}, in nats per token: {'; '.join(told)}. The table has all of them"
+    return Picture(name, figure, caption, alt).without([*lines][MOST_PANELS:])
 
 
 def _paired(found: list[Comparison]) -> list[Comparison]:

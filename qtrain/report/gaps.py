@@ -11,12 +11,15 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
 from qtrain.report.loss import BLUE, GREY, ORANGE, tidy
+from qtrain.report.picture import part_labels
 from qtrain.report.summaries import Comparison
 
 
 def plot_gaps(comparisons: list[Comparison], path: Path, published: Mapping[str, float] | None = None) -> None:
     """`gaps_figure`, written into path (png, pdf, svg)."""
-    gaps_figure(comparisons, published).savefig(path, dpi=150)
+    figure = gaps_figure(comparisons, published)
+    part_labels(figure)
+    figure.savefig(path, dpi=150)
 
 
 def gaps_figure(

@@ -34,7 +34,7 @@ FLOPS_PER_PARAMETER_AND_TOKEN = 6
 @rc_context({"text.parse_math": False})  # names come from files: "4$x$" is a recipe's, and no formula
 def law_figures(law: Law) -> dict[str, Figure]:
     """name -> figure: loss_by_tokens, loss_by_parameters, residuals; isoflop, efficiencies and precision_map where the
-    law has them. law: what `scripts/fit_scaling_law.py` writes to law.json."""
+    law has them. law: what `qtrain fit` writes to law.json."""
     figures = {
         "loss_by_tokens": _small_multiples(law, "D", "training tokens", "N", "parameters"),
         "loss_by_parameters": _small_multiples(law, "N", "non-embedding parameters", "D/N", "tokens per parameter"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
+from qtrain.config.naming import model_title
 from qtrain.errors import UserError
 from qtrain.runs.files import read_json
 from qtrain.runs.metrics_log import read_metrics
@@ -39,6 +41,7 @@ def plot_loss(run_dir: str | Path) -> Path:
     run_dir = Path(run_dir)
     lines = read_metrics(run_dir / "metrics.jsonl")
     train, validation, lr = (curve(lines, key) for key in ("loss", "val_loss", "lr"))
+    keys = dict.fromkeys(key for line in lines for key in line if key.startswith("val_loss/"))
     if not len(train.values) and not len(validation.values):
         raise UserError(f"{run_dir / 'metrics.jsonl'} holds no loss yet; let the run log at least one step")
     config, summary = read_settings(run_dir), read_json(run_dir / "summary.json")
@@ -46,6 +49,10 @@ def plot_loss(run_dir: str | Path) -> Path:
     figure = Figure(figsize=(7.2, 4.8), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(2, 1, sharex=True, height_ratios=(5, 1))
+    for key, style in zip(keys, cycle((":", "-.", (0, (5, 1)), (0, (1, 1, 5, 1)))), strict=False):
+        one = curve(lines, key)
+        label = key.replace("val_loss/", "validation on ")
+        panels[0].plot(one.tokens, one.values, color=ORANGE, linestyle=style, linewidth=1, label=label)
     _draw_losses(panels[0], train, validation, summary.get("bigram_cross_entropy"))
     _draw_learning_rate(panels[1], lr)
     figure.align_ylabels()
@@ -82,7 +89,7 @@ def readable(count: float) -> str:
 
 
 def _title(config: dict[str, Any], summary: dict[str, Any]) -> str:
-    recipe, model = config["recipe"]["name"], config["model"]["name"]
+    recipe, model = config["recipe"]["name"], model_title(config["model"])
     name = "" if config["name"] == recipe else f"{config['name']}: "
     size = f" ({readable(summary['parameters'])} parameters)" if summary.get("parameters") else ""
     return f"{name}{recipe} on {model}{size}"

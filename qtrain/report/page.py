@@ -21,12 +21,13 @@ from matplotlib import rc_context
 from qtrain.errors import UserError
 from qtrain.report import curves, health
 from qtrain.report.loss import readable
-from qtrain.report.picture import FONTS, Picture, plain_numbers
-from qtrain.report.runs import Corpus, Run, corpora, point_title, read_runs
+from qtrain.report.picture import FONTS, Picture, flops, part_labels, plain_numbers
+from qtrain.report.runs import Corpus, Run, corpora, read_runs
 from qtrain.runs.table import write_table
 
 TEMPLATE = Path(__file__).with_name("page.html")
 _NUMBER = re.compile(r"baseline|[-+]?[\d.,e+]*[kMBT]?( GiB| ± [\d.]+)?")
+BASELINE = "bf16"  # where none is named
 WIDE = 6.0  # inches, from which on letters are too small on a telephone when the whole width is shown
 DPI = 200  # of the pictures in the page and the folder
 
@@ -35,7 +36,7 @@ OVERVIEW: dict[str, tuple[str, str]] = {
     "name": ("run", ""), "recipe": ("recipe", ""), "seed": ("seed", "d"), "status": ("status", ""),
     "model": ("model", ""), "non_embedding_parameters": ("parameters", "count"), "tokens": ("tokens", "count"),
     "tokens_per_parameter": ("per parameter", ".3g"), "lr": ("lr", "g"), "batch_tokens": ("batch", "count"),
-    "schedule": ("schedule", ""), "flops": ("FLOPs", ".3g"), "val_loss": ("loss", ".4f"),
+    "schedule": ("schedule", ""), "flops": ("FLOPs", "flops"), "val_loss": ("loss", ".4f"),
     "val_bits_per_byte": ("bits per byte", ".4f"), "tokens_per_second": ("tokens/s", "count"),
     "memory_bytes": ("memory", "bytes"), "config_hash": ("settings", ""), "commit": ("commit", "short"),
     "directory": ("directory", ""),
@@ -61,30 +62,56 @@ class Section:
         return f'<section id="{self.anchor}"><h2>{escape(self.title)}</h2>\n' + "\n".join(body) + "</section>"
 
 
-def write_report(places: Sequence[Path], out: Path, laws: Sequence[Path], baseline: str, command: str) -> list[str]:
+def write_report(
+    places: Sequence[Path], out: Path, laws: Sequence[Path], baseline: str, command: str, figure: str | None = None
+) -> list[str]:
     """Makes out, an .html file, and the folder of the same name without the suffix. Returns what is wrong with the
-    runs, which the page says too. UserError where a place holds no run, a file cannot be read, or one not written."""
+    runs, which the page says too. UserError where a place holds no run, no run is the baseline that was named, a file
+    cannot be read, or one not written.
+
+    figure: draw the picture of this name alone, into the folder; the page stays as it is.
+    """
     read_laws = [(path, read_law(path)) for path in laws]
     with rc_context(FONTS):
         with _os_error_told("read", places[0], "mend it, or leave it out"):
             runs, problems = read_runs(places)
+            _check_baseline(baseline, runs)
             found = corpora(runs, problems)
             sections = [*_run_sections(found, baseline, command), _law_section(read_laws)]
-        sections = [_problems(problems), _overview(runs), *sections]
-        template = Template(TEMPLATE.read_text(encoding="utf-8"))
+        sections = [_problems(problems), _overview(runs), *_sources(runs), *sections]
+        pictures = [pair for section in sections for pair in section.pictures]
         with _os_error_told("write", out, "give another --out"):
-            folder = own_folder(out.with_suffix(""))
+            if figure is not None:
+                picture = _named(figure, pictures)
+                save(picture, command, own_folder(out.with_suffix("")))
+                return problems
+            folder = own_folder(out.with_suffix(""), emptied=True)
             for suffix in ("parquet", "csv"):  # the first of all: by it a later call knows the folder as its own
                 write_table((run.row for run in runs), folder / f"runs.{suffix}")
-            images = save_all([pair for section in sections for pair in section.pictures], folder)
-            page = template.substitute(
-                title=escape(f"qtrain: {len(runs)} runs"),
+            images = save_all(pictures, folder)
+            page = Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
+                title=escape(f"qtrain: {len(runs)} run{'s' * (len(runs) != 1)}"),
                 intro=_intro(runs, found, command, folder.name),
                 nav="".join(f'<a href="#{section.anchor}">{escape(section.title)}</a>' for section in sections),
                 sections="\n".join(section.render(images) for section in sections),
             )
             out.write_text(page, encoding="utf-8")
     return problems
+
+
+def _check_baseline(baseline: str, runs: Sequence[Run]) -> None:
+    """UserError where no run has this name or recipe. A page without one of the default is a page without gaps."""
+    names = {str(run.row[column]) for run in runs for column in ("name", "recipe") if run.row[column]}
+    if baseline not in {BASELINE, *names}:
+        listed = ", ".join(sorted(names))
+        raise UserError(f"--baseline {baseline}: no run has this name or recipe; there are: {listed}")
+
+
+def _named(name: str, pictures: Sequence[tuple[Picture, str]]) -> Picture:
+    names = {picture.name: picture for picture, _ in pictures}
+    if name not in names:
+        raise UserError(f"--figure {name}: these runs have no such figure; there are: {', '.join(names)}")
+    return names[name]
 
 
 @contextmanager
@@ -97,14 +124,16 @@ def _os_error_told(doing: str, place: Path, advice: str) -> Iterator[None]:
         raise UserError(told) from None
 
 
-def own_folder(folder: Path) -> Path:
-    """The folder of the single figures, without the figures that it holds: those of an earlier page may be others than
-    this one's. UserError when no earlier page made it: it may be the runs themselves."""
-    if folder.exists() and any(folder.iterdir()) and not (folder / "runs.parquet").exists():
+def own_folder(folder: Path, emptied: bool = False) -> Path:
+    """The folder of the single figures; emptied: without the figures that it holds, since those of an earlier page may
+    be others than this one's. UserError when no page made it: it may be the runs themselves."""
+    ours = folder / "runs.parquet"
+    if folder.exists() and any(path.suffix not in (".pdf", ".png") for path in folder.iterdir()) and not ours.exists():
         raise UserError(f"the figures would go to {folder}, which holds something else; give --out another name")
     folder.mkdir(parents=True, exist_ok=True)
     for path in (*folder.glob("*.pdf"), *folder.glob("*.png")):
-        path.unlink()
+        if emptied and ours.exists():
+            path.unlink()
     return folder
 
 
@@ -121,8 +150,9 @@ def save_all(pictures: Sequence[tuple[Picture, str]], folder: Path) -> dict[str,
 def save(picture: Picture, command: str, folder: Path) -> str:
     """Writes the figure as PDF and PNG, the command in both; the PNG as the data URL of an image."""
     plain_numbers(picture.figure)
-    picture.figure.savefig(folder / f"{picture.name}.pdf", metadata={"Subject": command, "CreationDate": None})
+    part_labels(picture.figure)
     picture.figure.set_layout_engine("none")  # it stays as it was laid out; the search costs a third of the time
+    picture.figure.savefig(folder / f"{picture.name}.pdf", metadata={"Subject": command, "CreationDate": None})
     file = io.BytesIO()
     picture.figure.savefig(file, format="png", dpi=DPI, metadata={"Description": command})
     content = file.getvalue()
@@ -158,11 +188,13 @@ def table_html(head: Sequence[str], rows: Iterable[Sequence[str]], label: str) -
 
 
 def shown(value: Any, form: str) -> str:
-    """A cell: nothing for None; form is a format, or count, bytes, short."""
+    """A cell: nothing for None; form is a format, or count, flops, bytes, short."""
     if value is None:
         return ""
     if form == "count":
         return readable(value)
+    if form == "flops":
+        return flops(value)
     if form == "bytes":
         return f"{value / 2**30:.2f} GiB"
     return str(value)[:8] if form == "short" else format(value, form)
@@ -191,11 +223,31 @@ def _problems(problems: list[str]) -> Section:
 
 
 def _overview(runs: list[Run]) -> Section:
-    """Without the columns that no run fills, as those of older results files."""
-    filled = {column: how for column, how in OVERVIEW.items() if any(run.row[column] is not None for run in runs)}
-    rows = [[shown(run.row[column], form) for column, (_, form) in filled.items()] for run in runs]
-    head = [title for title, _ in filled.values()]
-    return Section("overview", "Runs", "", html=[table_html(head, rows, "All runs")])
+    """Without the columns that no run fills, as those of older results files, and those that repeat an earlier one."""
+    columns: dict[str, list[str]] = {}
+    for column, (title, form) in OVERVIEW.items():
+        cells = [shown(run.row[column], form) for run in runs]
+        if any(cells) and cells not in columns.values():
+            columns[title] = cells
+    hint = f'<p class="hint">{len(columns)} columns: the table scrolls to the side.</p>'
+    table = table_html([*columns], zip(*columns.values(), strict=True), "All runs")
+    return Section("overview", "Runs", "", html=[hint, table])
+
+
+def _sources(runs: list[Run]) -> list[Section]:
+    """The last loss on each further source; no section where there is none."""
+    rows = []
+    for run in runs:
+        for name in curves.sources([run]):
+            keys = (f"val_loss/{name}", f"val_bits_per_byte/{name}", f"val_tokens/{name}")
+            last = [line for line in run.lines if line.get(keys[0]) is not None][-1:]
+            values = [last[0].get(key) if last else None for key in keys]
+            cells = [shown(value, form) for value, form in zip(values, (".4f", ".4f", "count"), strict=True)]
+            rows.append([str(run.row["name"]), shown(run.row["seed"], "d"), name, *cells])
+    if not rows:
+        return []
+    head = ["run", "seed", "source", "loss", "bits per byte", "tokens"]
+    return [Section("sources", "Validation sources", "", html=[table_html(head, rows, "Loss on each source")])]
 
 
 def _run_sections(found: list[Corpus], baseline: str, command: str) -> list[Section]:
@@ -224,24 +276,43 @@ def _run_sections(found: list[Corpus], baseline: str, command: str) -> list[Sect
         for anchor, pictures in made.items():
             for picture in curves.with_prefix(pictures, prefix):
                 picture = picture if not prefix else picture.said_of(corpus.title)
-                sections[anchor].pictures.append((picture, command))
+                sections[anchor].pictures.append((picture, f"{command} --figure {picture.name}"))
     return list(sections.values())
 
 
 def _gap_tables(corpus: Corpus, baseline: str, titled: bool) -> list[str]:
     """One table of every comparison: sizes and budgets, the largest first."""
     rows = []
-    for point, found in curves.comparisons(corpus, baseline).items():
+    cost = {run.point: shown(run.row["flops"], "flops") for run in corpus.compared}
+    compared = curves.comparisons(corpus, baseline)
+    for point, found in compared.items():
         for one in found:
             mean = sum(one.losses.values()) / len(one.losses)
             spread = f" ± {one.half_width:.4f}" if one.half_width == one.half_width else ""
             gap = "baseline" if one is found[0] else f"{one.gap:+.4f}{spread}" if one.gap == one.gap else ""
-            rows.append([one.name, str(len(one.losses)), f"{mean:.4f}", gap, point_title(point)])
+            parameters, model, tokens = point
+            size = [str(model or ""), readable(parameters), readable(tokens), f"{tokens / parameters:.3g}"]
+            rows.append([one.name, str(len(one.losses)), f"{mean:.4f}", gap, *size, cost[point]])
     if not rows:
         return []
-    head = ["recipe", "seeds", "mean loss", f"gap to {baseline}", "size and tokens"]
+    head = [
+        "recipe",
+        "seeds",
+        "mean loss",
+        f"gap to {baseline}",
+        "model",
+        "parameters",
+        "tokens",
+        "per parameter",
+        "FLOPs",
+    ]
     title = f" on {corpus.title}" if titled else ""
     text = "A gap is the mean over the seeds that the baseline has too, ± its 95% interval by Student's t."
+    if curves.is_ladder(compared):
+        text += (
+            f" The figures show the gaps at the end, of all {len(compared)} sizes and budgets. Not shown: the gaps "
+            "while each trained, which the page of the runs of one size and budget has."
+        )
     return [f"<h3>Gaps{escape(title)}</h3><p>{escape(text)}</p>", table_html(head, rows, "Gaps to the baseline")]
 
 
@@ -267,17 +338,17 @@ LAW_KEYS: dict[str, type] = {
 
 
 def read_law(path: Path) -> dict[str, Any]:
-    """A law.json of scripts/fit_scaling_law.py. UserError where it is none."""
+    """A law.json of `qtrain fit`. UserError where it is none."""
     try:
         law = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"cannot read {path}: {error}") from None
     lacking = [key for key in LAW_KEYS if not isinstance(law, dict) or key not in law]
     if lacking:
-        raise UserError(f"{path} lacks {', '.join(lacking)}; it is no law.json of scripts/fit_scaling_law.py")
+        raise UserError(f"{path} lacks {', '.join(lacking)}; it is no law.json of `qtrain fit`")
     parts = [*law["constants"].values(), *law["efficiencies"].values(), *law["points"]] if _have_kinds(law) else [None]
     if not all(isinstance(part, dict) for part in parts):
-        raise UserError(f"{path} has values of other kinds than a law.json of scripts/fit_scaling_law.py")
+        raise UserError(f"{path} has values of other kinds than a law.json of `qtrain fit`")
     return law
 
 
@@ -286,7 +357,7 @@ def _have_kinds(law: dict[str, Any]) -> bool:
 
 
 def _law_section(laws: list[tuple[Path, dict[str, Any]]]) -> Section:
-    absent = "No law was given: python scripts/fit_scaling_law.py RUNS --law quartet --out LAW makes LAW/law.json, and "
+    absent = "No law was given: qtrain fit RUNS --law quartet --out LAW makes LAW/law.json, and "
     section = Section("law", "Scaling law", absent + "--law LAW/law.json shows it here.")
     if not laws:
         return section

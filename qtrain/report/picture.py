@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogFormatter, LogFormatterMathtext
+from matplotlib.ticker import (
+    FixedLocator,
+    FuncFormatter,
+    LogFormatter,
+    LogFormatterMathtext,
+    LogLocator,
+    MaxNLocator,
+    NullFormatter,
+)
 
 from qtrain.report.loss import readable
 
@@ -99,6 +109,40 @@ def legend_height(labels: Iterable[str]) -> float:
     labels = [*labels]
     columns = max(1, min(4, len(labels), 64 // (max(map(len, labels), default=1) + 6)))
     return 0.17 * -(-len(labels) // columns) + 0.1
+
+
+def part_labels(figure: Figure) -> None:
+    """Lays the figure out. Where labels of a horizontal axis would touch, there are fewer ticks, or, where the ticks
+    are the values themselves, their labels are turned."""
+    figure.draw_without_rendering()
+    for most in (5, 4, 3):
+        crowded = [axes for axes in figure.axes if _touch(axes)]
+        if not crowded:
+            return
+        for axes in crowded:
+            axes.xaxis.set_minor_formatter(NullFormatter())
+            if isinstance(axes.xaxis.get_major_locator(), FixedLocator):
+                axes.tick_params(axis="x", rotation=60)
+            elif axes.get_xscale() == "log":
+                axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 3.0) if most == 5 else (1.0,), numticks=most))
+            else:
+                axes.xaxis.set_major_locator(MaxNLocator(nbins=most - 1))
+        figure.draw_without_rendering()
+
+
+def _touch(axes: Axes) -> bool:
+    """Whether two labels of the horizontal axis are less than half a letter's height apart."""
+    axis = axes.xaxis
+    labels = [label for label in (*axis.get_ticklabels(), *axis.get_ticklabels(minor=True)) if label.get_text()]
+    low, high = sorted(axis.get_view_interval())
+    boxes = [label.get_window_extent() for label in labels if low <= label.get_position()[0] <= high]
+    boxes = sorted((box for box in boxes if box.width > 0), key=lambda box: box.x0)
+    return any(left.x1 + 0.5 * left.height > right.x0 for left, right in pairwise(boxes))
+
+
+def flops(value: float) -> str:
+    """1.25e+09 -> 1.25e9, with three digits."""
+    return re.sub(r"e\+0*", "e", f"{value:.3g}")
 
 
 def count_axis(axis: Any) -> None:

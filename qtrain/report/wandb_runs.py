@@ -16,13 +16,12 @@ import struct
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from qtrain.errors import UserError, first_line
+from qtrain.errors import UserError, first_line, need
 from qtrain.runs.files import write_atomically
 from qtrain.runs.metrics_log import MetricsLog
 
@@ -53,8 +52,7 @@ def fetch_runs(place: str, into: Path) -> list[Path]:
     A run without the summary that qtrain writes (it was killed, or is another program's) is left out, with its name in
     the log. UserError without the package wandb, where no run is found, or where a file is damaged before its end.
     """
-    if find_spec("wandb") is None:
-        raise UserError("reading W&B runs needs the package wandb: pip install 'qtrain[wandb]'")
+    need("wandb", "reading W&B runs")
     offline = Path(place).expanduser()
     runs = list(offline_runs(offline) if offline.is_dir() else project_runs(place))
     if not runs:

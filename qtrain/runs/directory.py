@@ -9,6 +9,7 @@
         loss.png
         tokenizer/          as the Hugging Face libraries read it; not of bytes
         checkpoints/
+        best.safetensors    where callbacks.keep_best asked for it
         profile/            traces, where callbacks.profile_steps asked for them
 
 Starting the same command again finds the same directory: it resumes an unfinished run and skips a finished one.
@@ -178,6 +179,11 @@ class RunDirectory:
     @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
+
+    @property
+    def best(self) -> Path:
+        """The weights of the lowest validation loss, where callbacks.keep_best asked for them."""
+        return self.path / "best.safetensors"
 
     @property
     def metrics(self) -> Path:

@@ -19,6 +19,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from qtrain.config.naming import model_title
 from qtrain.errors import UserError
 from qtrain.runs.files import read_json, read_yaml, write_atomically
 from qtrain.runs.metrics_log import last_line
@@ -77,6 +78,8 @@ _KINDS: tuple[tuple[tuple[str, ...], Callable[[Any], Any], str], ...] = (
     (NUMBERS, float, "a number"),
 )
 MAY_BE_EMPTY = {*COLUMNS} - {*REQUIRED} | {"bigram_cross_entropy"}  # in the row of a finished run
+
+MODEL = {"name": "model", "n_layers": "n_layers", "dim": "dim"}  # settings of a model, and their columns
 
 log = logging.getLogger("qtrain")
 
@@ -170,13 +173,20 @@ def _settings_columns(config: Mapping[str, Any], path: Path) -> Row:
         parts = [tokenizer["kind"], tokenizer.get("path") or tokenizer.get("vocab_size")]
         return {
             "name": config["name"], "recipe": config["recipe"]["name"], "seed": config["seed"],
-            "model": config["model"]["name"], "n_layers": config["model"]["n_layers"], "dim": config["model"]["dim"],
+            "model": model_title(config["model"]), "n_layers": config["model"]["n_layers"],
+            "dim": config["model"]["dim"],
             "lr": config["optimizer"]["lr"], "schedule": config["scheduler"]["name"],
-            "batch_tokens": config["trainer"]["batch_tokens"], "data": config["data"]["source"],
-            "tokenizer": "-".join(str(part) for part in parts if part), "val_tokens": config["data"]["val_tokens"],
+            "batch_tokens": config["trainer"]["batch_tokens"],
+            "tokenizer": "-".join(str(part) for part in parts if part),
+            "data": config["data"]["source"], "val_tokens": _validation_tokens(config["data"]),
         }  # fmt: skip
     except (KeyError, TypeError) as error:
         raise UserError(f"{path} does not read as the settings of a run: {error}") from None
+
+
+def _validation_tokens(data: Mapping[str, Any]) -> int:
+    """Of a mixture those of all its parts."""
+    return sum(part["val_tokens"] for part in data["parts"].values()) if "parts" in data else data["val_tokens"]
 
 
 # ------------------------------------------------------------------------------------------------- results files
@@ -202,7 +212,7 @@ def read_csv(path: Path) -> list[Row]:
 def _checked(path: Path, columns: list[str], rows: list[Row]) -> list[Row]:
     missing = [column for column in REQUIRED if column not in columns]
     if missing:
-        raise UserError(f"{path} lacks {', '.join(missing)}; it is no results file of scripts/compare_runs.py")
+        raise UserError(f"{path} lacks {', '.join(missing)}; it is no results file of `qtrain compare`")
     return [_parsed(row, f"{path}, row {number}") for number, row in enumerate(rows, 2)]
 
 
@@ -213,7 +223,7 @@ def _read_text(path: Path) -> str:
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     except UnicodeDecodeError:
-        raise UserError(f"{path} is no text; a results file is what scripts/compare_runs.py writes") from None
+        raise UserError(f"{path} is no text; a results file is what `qtrain compare --csv` writes") from None
 
 
 def _parse_csv(path: Path, text: str) -> tuple[list[str], list[Row]]:
@@ -221,7 +231,7 @@ def _parse_csv(path: Path, text: str) -> tuple[list[str], list[Row]]:
         reader = csv.DictReader(io.StringIO(text, newline=""))
         columns, rows = list(reader.fieldnames or ()), list(reader)
     except csv.Error:
-        raise UserError(f"{path} is no text; a results file is what scripts/compare_runs.py writes") from None
+        raise UserError(f"{path} is no text; a results file is what `qtrain compare --csv` writes") from None
     if not columns:
         raise UserError(f"{path} is empty, not even a header; delete it")
     for number, row in enumerate(rows, 2):
@@ -263,7 +273,10 @@ def _parsed(row: Row, where: str) -> Row:
     if status == "finished" and not _is_finite(parsed["val_loss"]):
         raise UserError(f"{where}: val_loss is {row['val_loss']!r}, which no finished run has")
     empty = {column: None for column in COLUMNS if parsed[column] == ""}
-    return parsed | empty | {"status": status}
+    parsed |= empty | {"status": status}
+    if parsed["model"]:  # rows of older files have its name alone
+        parsed["model"] = model_title({key: parsed[column] for key, column in MODEL.items()})
+    return parsed
 
 
 def write_table(rows: Iterable[Row], path: Path) -> None:

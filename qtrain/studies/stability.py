@@ -21,7 +21,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -80,12 +80,16 @@ def sharpness_of(run: Path, epsilon: float, sequences: int) -> list[Sharpness]:
 
 def _validation(run: Path, sequences: int) -> list[Tensor]:
     config = RunDirectory(run).read_config()
-    corpus = prepare(config.data, config.tokenizer, budget_tokens=budget_tokens(config))
-    data = TokenBatches(
-        corpus, seq_len=config.model.seq_len, seed=config.seed, micro_batch_size=config.trainer.micro_batch_size,
-        val_tokens=sequences * config.model.seq_len, num_workers=0,
-    )  # fmt: skip
-    return list(data.val())
+    parts = prepare(config.data, config.tokenizer, budget_tokens=budget_tokens(config)).parts
+    tokens = -(-sequences // len(parts)) * config.model.seq_len  # of each part of a mixture
+    batches: list[Tensor] = []
+    for part in parts:
+        data = TokenBatches(
+            replace(part.corpus, val_tokens=tokens), seq_len=config.model.seq_len, seed=config.seed,
+            micro_batch_size=config.trainer.micro_batch_size, num_workers=0,
+        )  # fmt: skip
+        batches += data.validation[""].batches()
+    return batches
 
 
 @torch.no_grad()

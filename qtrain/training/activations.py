@@ -14,11 +14,13 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.attention.varlen  # defines its operator
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from qtrain.config.settings import Checkpointing
 from qtrain.quant import functional
+from qtrain_kernels.attention import DOCUMENT_ATTENTION
 
 aten = torch.ops.aten
 PRODUCTS = {
@@ -29,6 +31,8 @@ PRODUCTS = {
     aten._scaled_dot_product_flash_attention_for_cpu.default,
     aten._scaled_dot_product_efficient_attention.default,
     aten._scaled_dot_product_cudnn_attention.default,
+    DOCUMENT_ATTENTION,
+    torch.ops.torch_attn._varlen_attn.default,
 }
 
 

@@ -25,17 +25,30 @@ from qtrain.training.checkpoint import (
     values_of,
     whole_number,
 )
+from qtrain.training.initialize import DEFERRED, DeferredWeights
+from qtrain_kernels.cpu import compiler
 
 
 def pick_device(config: Config) -> torch.device:
-    """The device to train on. UserError when the one asked for is not there."""
+    """The device to train on; a dry run needs but one of several. UserError when the one asked for is not there, or
+    cannot do what is asked."""
     asked, count = config.trainer.device, config.trainer.devices
     found = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if asked == "cuda" and found == 0:
         raise UserError(f"trainer.device=cuda: torch {torch.__version__} finds no CUDA device; use trainer.device=cpu")
     device = "cuda" if asked != "cpu" and found else "cpu"
-    if device == "cuda" and count > found:
+    if device == "cuda" and count > found and not config.dry_run:
         raise UserError(f"trainer.devices={count}: this machine has {found} CUDA devices; use trainer.devices={found}")
+    if device == "cuda" and config.data.document_mask and config.trainer.precision == "32-true":
+        raise UserError(
+            "data.document_mask=true on CUDA is torch's attention of variable lengths, which has no float32, and "
+            "trainer.precision is 32-true; set trainer.precision=bf16-mixed or data.document_mask=false"
+        )
+    if device == "cpu" and config.trainer.compile:
+        try:
+            compiler()
+        except RuntimeError as error:
+            raise UserError(f"trainer.compile=true: {error}, or leave trainer.compile at false") from None
     return torch.device(device)
 
 
@@ -44,7 +57,20 @@ def build_model(config: Config, vocab_size: int) -> Decoder:
     was, the weights depend on config.seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        model = Decoder(config.model, vocab_size)
+        return _converted(config, vocab_size)
+
+
+def build_without_weights(config: Config, vocab_size: int) -> Decoder:
+    """`build_model`, whose matrices have no memory yet: `parallel.shard` gives each rank its part of them, so that no
+    process ever holds the whole model."""
+    with DeferredWeights(config.seed) as deferred:
+        model = _converted(config, vocab_size)
+    model.__dict__[DEFERRED] = deferred
+    return model
+
+
+def _converted(config: Config, vocab_size: int) -> Decoder:
+    model = Decoder(config.model, vocab_size)
     convert(model, config.recipe, seed=config.seed, backend=config.backend, gemm=config.gemm)
     return model
 

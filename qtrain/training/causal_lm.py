@@ -16,7 +16,7 @@ from qtrain.config import Config
 from qtrain.optim.groups import build_optimizer
 from qtrain.plan import RunPlan
 from qtrain.quant import calibrate, keep_weights, set_high_precision, set_step
-from qtrain.training.losses import next_token_loss
+from qtrain.training.losses import documents_in, next_token_loss
 
 
 def computes_in_high_precision(config: Config, plan: RunPlan, step: int) -> bool:
@@ -32,15 +32,21 @@ class CausalLM(lightning.LightningModule):
     step_loss and grad_norm hold the last optimiser step's mean loss on this device (nats per token) and gradient norm
     before clipping, as 0-dim tensors there: reading them waits for the device.
 
+    end_of_document: the tokenizer's token that ends a document. data.document_mask=true needs it (ValueError).
+
     Under lightning.Trainer: Trainer(accumulate_grad_batches=plan.micro_batches, max_steps=plan.steps,
     use_distributed_sampler=False), over batches in the order of `qtrain.data.batches.TokenBatches`.
     """
 
-    def __init__(self, config: Config, plan: RunPlan, model: nn.Module):
+    def __init__(self, config: Config, plan: RunPlan, model: nn.Module, end_of_document: int | None = None):
         super().__init__()
         self.model = model
         self.config = config
         self.plan = plan
+        if config.data.document_mask and end_of_document is None:
+            raise ValueError("data.document_mask=true needs the token that ends a document, found None")
+        masked = end_of_document if config.data.document_mask else None
+        self.loss_options = {"chunked": config.trainer.chunked_loss, "end_of_document": masked}
         self.step_loss = torch.zeros(())
         self.grad_norm = torch.zeros(())
         self._kept = ExitStack()  # closed before the weights change
@@ -52,7 +58,8 @@ class CausalLM(lightning.LightningModule):
         it in the autocast context of the training, on every rank."""
         set_high_precision(self.model, computes_in_high_precision(self.config, self.plan, step))
         if step == 0:
-            calibrate(self.model, of_rank_zero(batch)[:, :-1])
+            tokens = of_rank_zero(batch)[:, :-1]
+            calibrate(self.model, tokens, **documents_in(tokens, self.loss_options["end_of_document"]))
 
     def weights_kept(self) -> ExitStack:
         """A context for all micro-batches of one step: what they share is quantised once."""
@@ -67,7 +74,7 @@ class CausalLM(lightning.LightningModule):
         """The loss of this rank's micro-batch `micro_batch` (from 0). model: self.model, or what wraps it."""
         # Numbered over all ranks, as the data is: the same samples draw the same bits on any number of them.
         set_step(self.model, step, micro_batch * ranks + rank)
-        loss = next_token_loss(model, batch, chunked=self.config.trainer.chunked_loss)
+        loss = next_token_loss(model, batch, **self.loss_options)
         share = loss.detach() / self.plan.micro_batches
         self.step_loss = share if micro_batch == 0 else self.step_loss + share
         return loss

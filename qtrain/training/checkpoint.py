@@ -9,7 +9,8 @@ read without running code. One format serves one rank and many.
         manifest.json    size and SHA-256 of every other file; written last
 
 The tensors are written and read by torch.distributed.checkpoint in its safetensors storage, so that any number of ranks
-and any sharding reads what any other wrote. A tensor is called model.<parameter>, or optimizer.<parameter>.<state>.
+and any sharding reads what any other wrote. A tensor is called model.<parameter>, or optimizer.<parameter>.<state>;
+an 8-bit state is several, with .codes, .scale and .qmap after its name.
 A checkpoint holds no random state: noise is a function of (seed, step, micro-batch, layer, operand, element).
 
 A folder is written under a hidden name of its own, synced to disk, and renamed: what has the name step-<step> was once
@@ -43,6 +44,8 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, Hu
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from qtrain.errors import UserError, first_line
 from qtrain.runs.environment import commit
@@ -66,8 +69,29 @@ def tensors_of(model: nn.Module, optimizer: torch.optim.Optimizer | None = None)
     if optimizer is not None:
         flat = get_optimizer_state_dict(model, optimizer, options=StateDictOptions(flatten_optimizer_state_dict=True))
         prefix = "state."  # what is under "param_groups." comes from the settings
-        named |= {OPTIMIZER + name[len(prefix) :]: value for name, value in flat.items() if name.startswith(prefix)}
+        for name, value in flat.items():
+            if name.startswith(prefix):
+                named |= _parts(OPTIMIZER + name[len(prefix) :], cast(Tensor, value))
     return named
+
+
+def _parts(name: str, tensor: Tensor) -> dict[str, Tensor]:
+    """A tensor by its name; one of torchao's 8-bit states as its parts: codes (N, K) uint8, scale (N, blocks of a row)
+    and qmap (256,), the values that codes stand for. They are the same memory, sharded by rows as the state is."""
+    local = tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+    if not is_traceable_wrapper_subclass(local):
+        return {name: tensor}
+    state: Any = local
+    by_rows = {"codes": state.codes, "scale": state.scale.view(len(state.codes), -1)}
+    if isinstance(tensor, DTensor):
+        mesh, placements, rows = tensor.device_mesh, tensor.placements, tensor.shape[0]
+        by_rows = {
+            part: DTensor.from_local(
+                x, mesh, placements, run_check=False, shape=torch.Size((rows, x.shape[1])), stride=x.stride()
+            )
+            for part, x in by_rows.items()
+        }
+    return {f"{name}.{part}": x for part, x in (by_rows | {"qmap": state.qmap}).items()}
 
 
 # --------------------------------------------------------------------------------------------------------------- write
@@ -287,6 +311,23 @@ def weights(folder: Path) -> dict[str, Tensor]:
     }
     load(folder, tensors, alone=True)
     return {name.removeprefix(MODEL): tensor for name, tensor in tensors.items()}
+
+
+def shapes(folder: Path) -> dict[str, torch.Size]:
+    """Of the weights of a checkpoint, by the names of the model's state dict."""
+    with _readable(folder):
+        saved = _saved(HuggingFaceStorageReader(str(folder)))
+    return {name.removeprefix(MODEL): of.size for name, of in saved.items() if name.startswith(MODEL)}
+
+
+def weight(folder: Path, name: str) -> Tensor:
+    """One of the weights of a checkpoint, whole, on the CPU. Nothing else is read."""
+    with _readable(folder):
+        of = _saved(HuggingFaceStorageReader(str(folder)))[MODEL + name]
+        tensor = torch.empty(of.size, dtype=of.properties.dtype)
+        reader = HuggingFaceStorageReader(str(folder))
+        _quietly(dcp.load)({MODEL + name: tensor}, storage_reader=reader, no_dist=True)
+    return tensor
 
 
 def export(folder: Path, path: Path) -> None:

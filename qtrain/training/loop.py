@@ -12,7 +12,7 @@ from lightning.fabric.wrappers import _FabricModule
 from qtrain.data.batches import TokenBatches
 from qtrain.training.causal_lm import CausalLM
 from qtrain.training.divergence import Guard
-from qtrain.training.observers import Measure, Observer
+from qtrain.training.observers import Best, Measure, Observer
 from qtrain.training.parallel import Ranks
 from qtrain.training.saves import Saves
 from qtrain.training.stop import StopRequest
@@ -20,7 +20,8 @@ from qtrain.training.stop import StopRequest
 
 @dataclass
 class Training:
-    """All that the loop works with. forward: module.model, as the strategy wraps it. observers: `measure` first."""
+    """All that the loop works with. forward: module.model, as the strategy wraps it. observers: `measure` first,
+    `best` among them."""
 
     fabric: Fabric
     ranks: Ranks
@@ -33,11 +34,12 @@ class Training:
     guard: Guard
     saves: Saves
     stop: StopRequest
+    best: Best
 
 
 def train(run: Training, step: int, samples: int) -> int:
-    """Train on from optimiser step `step`, after so many samples of the data. 0 when all steps are done, else the exit
-    code that a rank was asked to stop with; either way the last state is saved.
+    """Train on from optimiser step `step`, after so many samples of the data. 0 when all steps are done, or enough of
+    them (`Best`), else the exit code that a rank was asked to stop with; either way the last state is saved.
 
     DivergedError for a loss that is not finite, RewindError to go back to the last checkpoint, on all ranks.
     """
@@ -46,7 +48,7 @@ def train(run: Training, step: int, samples: int) -> int:
     batches = run.measure.timed(run.data.train(samples, samples + (plan.steps - step) * per_step))
     for observer in run.observers:
         observer.on_start(step)
-    while step < plan.steps:
+    while step < plan.steps and run.best.enough_at is None:
         for observer in run.observers:
             observer.on_step_start(step)
         with module.weights_kept():
@@ -72,8 +74,9 @@ def train(run: Training, step: int, samples: int) -> int:
         for observer in run.observers:
             observer.on_step_end(step)
         asked, due = ranks.maximum(run.stop.asked, run.saves.due(step))
-        if asked or due:
+        enough = run.best.enough_at is not None
+        if asked or due or enough:
             run.saves.save(step, samples)
-        if asked and step < plan.steps:
+        if asked and step < plan.steps and not enough:
             return int(asked)
     return 0

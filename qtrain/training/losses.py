@@ -3,35 +3,64 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-# B sequences, T tokens
+# B sequences, T tokens, N documents
 
 
-def next_token_loss(model: nn.Module, tokens: Tensor, reduction: str = "mean", *, chunked: bool = False) -> Tensor:
+def next_token_loss(
+    model: nn.Module,
+    tokens: Tensor,
+    reduction: str = "mean",
+    *,
+    chunked: bool = False,
+    end_of_document: int | None = None,
+) -> Tensor:
     """Cross-entropy in nats of each next token. tokens: (B, T+1) int64; the loss is float32 whatever the logits are.
-    chunked: see `qtrain.models.chunked_loss`."""
+
+    chunked: see `qtrain.models.chunked_loss`. end_of_document: the token after which another document begins, for a
+    model whose tokens see their own document alone. The first token of a document is predicted by the end of the one
+    before all the same: with and without it the loss is a mean over the same tokens.
+    """
+    inputs, targets = tokens[:, :-1], tokens[:, 1:]
+    documents = documents_in(inputs, end_of_document)
     if chunked:
-        return model(tokens[:, :-1], tokens[:, 1:], reduction)
-    logits = model(tokens[:, :-1])
-    return F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten(), reduction=reduction)
+        return model(inputs, targets, reduction, **documents)
+    logits = model(inputs, **documents)
+    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction=reduction)
+
+
+def documents_in(tokens: Tensor, end_of_document: int | None) -> dict[str, Tensor]:
+    """What tells a model the documents of tokens (B, T): {"cu_seqlens": (N + 1,) int32}, where each begins among the
+    B T tokens, and B T. Nothing where end_of_document is None.
+
+    A document begins with every row and after every end_of_document, which belongs to the document that it ends. This
+    waits for the device: how many documents there are is the size of a tensor.
+    """
+    if end_of_document is None:
+        return {}
+    begins = torch.ones_like(tokens, dtype=torch.bool)
+    begins[:, 1:] = tokens[:, :-1] == end_of_document
+    return {"cu_seqlens": F.pad(begins.flatten().nonzero().flatten(), (0, 1), value=tokens.numel()).int()}
 
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, batches: Iterable[Tensor], device: torch.device, precision: str, *, chunked: bool = False
+    model: nn.Module, batches: Iterable[Tensor], device: torch.device, precision: str, **options: Any
 ) -> tuple[float, int]:
-    """(summed loss in nats, predicted tokens) over batches of (B, T+1) int64 tokens. The model's mode is restored."""
+    """(summed loss in nats, predicted tokens) over batches of (B, T+1) int64 tokens. options: of `next_token_loss`. The
+    model's mode is restored."""
     training = model.training
     model.eval()
     total = torch.zeros((), dtype=torch.float64, device=device)
     count = 0
     with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16-mixed"):
         for tokens in batches:
-            total += next_token_loss(model, tokens.to(device), reduction="sum", chunked=chunked).double()
+            total += next_token_loss(model, tokens.to(device), reduction="sum", **options).double()
             count += tokens[:, 1:].numel()
     model.train(training)
     return total.item(), count

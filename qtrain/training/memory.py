@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import os
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.fsdp import FSDPModule
 
 from qtrain.config import Config
 from qtrain.errors import UserError
-from qtrain.models.decoder import count_parameters
+from qtrain.models.decoder import Decoder
 from qtrain.plan import RunPlan, describe_bytes
 from qtrain.quant import check_backend
 from qtrain.training.activations import checkpoint_activations
 from qtrain.training.build import build_model
 from qtrain.training.causal_lm import CausalLM
-from qtrain.training.parallel import blocks_of
+from qtrain.training.parallel import blocks_of, imagined_mesh, shard
 
 FEW, MORE = 4, 8  # blocks, of which the difference is what a block takes
 
@@ -24,17 +26,21 @@ FEW, MORE = 4, 8  # blocks, of which the difference is what a block takes
 @dataclass(frozen=True)
 class Memory:
     """Bytes on one device. peak: of all that is alive at once at the worst moment of a step, parameters, gradients and
-    the optimiser's state included. The allocator's slack and the workspaces of libraries come on top."""
+    the optimiser's state included. The allocator's slack and the workspaces of libraries come on top.
+
+    parameters, gradients, optimizer: of the device's shards, where there are several. rest: what else there is.
+    """
 
     parameters: int
     gradients: int
     optimizer: int
     peak: int
+    rest: str = "activations"
 
     def describe(self) -> str:
         parts = {"parameters": self.parameters, "gradients": self.gradients, "optimizer": self.optimizer}
         held = ", ".join(f"{name} {describe_bytes(size)}" for name, size in parts.items())
-        return f"about {describe_bytes(self.peak)} on each device at the peak of a step: {held}, the rest activations"
+        return f"about {describe_bytes(self.peak)} on each device at the peak of a step: {held}, the rest {self.rest}"
 
     def excess(self, config: Config, device: torch.device) -> str | None:
         """What to say where a device of this machine has less; None where it has enough."""
@@ -50,7 +56,7 @@ class Memory:
 
 def check_state_fits(config: Config, plan: RunPlan, device: torch.device) -> None:
     """UserError where parameters, gradients and optimiser alone take more memory than a device has."""
-    state = (8 + config.optimizer.state_bytes) * plan.parameters // config.trainer.shards
+    state = (8 * plan.parameters + _optimizer_bytes(config, plan)) // config.trainer.shards
     there = memory_of(config, device)
     if state > there:
         raise UserError(
@@ -63,39 +69,52 @@ def check_state_fits(config: Config, plan: RunPlan, device: torch.device) -> Non
 def measure_memory(config: Config, plan: RunPlan, device: torch.device) -> Memory:
     """Of a step with the settings of config, on a type of device that this machine has: the forwards and backwards of
     at most two micro-batches are done on fake tensors, layer by layer, as the run would do them without
-    trainer.compile. A deep model whose blocks are all alike takes for each block what the last of a few took."""
+    trainer.compile. FSDP2 shards them over ranks that are not started. A deep model whose blocks are all alike takes
+    for each block what the last of a few took."""
     recipe, layers = config.recipe, config.model.n_layers
     if recipe.operands():
         check_backend(config.backend, config.gemm, device.type)  # which tries it out, on true tensors
     alike = not (recipe.first_blocks or recipe.last_blocks or recipe.overrides)
     if layers <= MORE or not alike:
-        return _on_each_device(config, plan, _peak(config, plan, device))
+        return _with_optimizer(config, plan, _peak(config, plan, device))
     few, more = (
         _peak(config.model_copy(update={"model": config.model.model_copy(update={"n_layers": count})}), plan, device)
         for count in (FEW, MORE)
     )
-    return _on_each_device(config, plan, more + (layers - MORE) * (more - few) // (MORE - FEW))
+    return _with_optimizer(config, plan, more + (layers - MORE) * (more - few) // (MORE - FEW))
 
 
 def _peak(config: Config, plan: RunPlan, device: torch.device) -> int:
-    """Bytes of parameters, gradients and activations on one device that does all alone."""
+    """Bytes of parameters, gradients and activations on one device while forwards and backwards are done."""
     from torch.distributed._tools.mem_tracker import MemTracker  # private: a torch that moves it leaves runs alone
 
-    with FakeTensorMode(allow_non_fake_inputs=True), device:
+    # A mask of documents takes no memory, and fake tokens have no borders.
+    config = config.model_copy(update={"data": config.data.model_copy(update={"document_mask": False})})
+    trainer = config.trainer
+    passes = min(plan.micro_batches, 2)
+    if trainer.strategy != "fsdp2" and trainer.world_size > 1:
+        passes = 2  # DDP's gradients lie in buckets that are there before the first backward
+    with ExitStack() as stack:
+        mesh = stack.enter_context(imagined_mesh(trainer, device)) if trainer.strategy == "fsdp2" else None
+        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        stack.enter_context(device)
         module = CausalLM(config, plan, build_model(config, plan.vocab_size))
         model = module.model
-        checkpoint_activations(blocks_of(model), config.trainer.checkpoint_activations)
-        shape = config.trainer.micro_batch_size, config.model.seq_len + 1
-        batch = torch.zeros(shape, dtype=torch.int64)
+        checkpoint_activations(blocks_of(model), trainer.checkpoint_activations)
+        if mesh is not None:
+            shard(model, mesh, trainer.sharding_groups, trainer.all_gather == "quantized")
+        batch = torch.zeros(trainer.micro_batch_size, config.model.seq_len + 1, dtype=torch.int64)
         tracker = MemTracker()
         tracker.track_external(model)
-        mixed = config.trainer.precision == "bf16-mixed"
+        mixed = trainer.precision == "bf16-mixed"
         autocast = torch.autocast(device.type, torch.bfloat16, enabled=mixed, cache_enabled=False)
         with autocast:
             module.begin_step(0, batch)
         with tracker, module.weights_kept():
-            for micro_batch in range(min(plan.micro_batches, 2)):
+            for micro_batch in range(passes):
                 tracker.reset_mod_stats()
+                if isinstance(model, FSDPModule):
+                    model.set_requires_gradient_sync(micro_batch + 1 == passes)
                 with autocast:
                     loss = module.micro_batch_loss(model, batch, 0, micro_batch, 0, 1)
                 loss.backward()
@@ -103,21 +122,25 @@ def _peak(config: Config, plan: RunPlan, device: torch.device) -> int:
     return next(of["Total"] for at, of in peaks.items() if at.type == device.type)
 
 
-def _on_each_device(config: Config, plan: RunPlan, peak: int) -> Memory:
-    """What each of several devices holds of the memory that a step takes on one: its shards of parameters, gradients
-    and the optimiser's state, all activations of its own micro-batch, and what FSDP2 has gathered at a time: the
-    parameters outside of blocks, and those of the block at work and of the next. peak: of parameters, gradients and
-    activations, in bytes."""
-    count, layers = config.trainer.shards, config.model.n_layers
-    total, in_blocks = count_parameters(config.model, plan.vocab_size)
-    weights, state = 4 * total, config.optimizer.state_bytes * total
-    gradients_before = weights if plan.micro_batches > 1 else 0  # those of the micro-batches before are there too
-    activations = peak - weights - gradients_before
-    gathered = 0 if count == 1 else 4 * (total - in_blocks) + 2 * 4 * in_blocks // layers
-    while_training = gradients_before // count + activations + gathered
-    at_the_update = weights // count  # all gradients, and no activations
-    worst = max(while_training, at_the_update)
-    return Memory(weights // count, weights // count, state // count, (weights + state) // count + worst)
+def _with_optimizer(config: Config, plan: RunPlan, peak: int) -> Memory:
+    """peak: as `_peak` gives it."""
+    shards = config.trainer.shards
+    weights, state = 4 * plan.parameters // shards, _optimizer_bytes(config, plan) // shards
+    at_the_update = 2 * weights  # all gradients, and no activations
+    rest = "activations"
+    if config.trainer.strategy == "fsdp2":
+        rest = "activations and gathered weights"
+        if plan.micro_batches > 1:
+            whole = describe_bytes(4 * plan.parameters)
+            rest += f" and, until the last micro-batch, the whole gradients ({whole}), which FSDP2 then reduces"
+    return Memory(weights, weights, state, state + max(peak, at_the_update), rest)
+
+
+def _optimizer_bytes(config: Config, plan: RunPlan) -> int:
+    """Of the whole model's state."""
+    with torch.device("meta"):
+        model = Decoder(config.model, plan.vocab_size)
+    return sum(config.optimizer.state_bytes(tuple(parameter.shape)) for parameter in model.parameters())
 
 
 def memory_of(config: Config, device: torch.device) -> int:

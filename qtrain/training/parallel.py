@@ -24,13 +24,14 @@ from lightning.fabric.plugins.environments import (
 )
 from lightning.fabric.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy, Strategy
 from torch import distributed, nn
-from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from qtrain.config import Config
+from qtrain.config import Config, TrainerConfig
 from qtrain.errors import RefusedError, UserError
 from qtrain.quant import quantize_gathers
+from qtrain.training.initialize import DEFERRED, draw_shards
 from qtrain.training.stop import StopRequest
 from qtrain.training.world import World
 
@@ -233,14 +234,36 @@ def shard(model: nn.Module, mesh: DeviceMesh, groups: int = 1, quantized: bool =
     """FSDP2: parameters, gradients and optimiser state sharded, block by block and in the root. No mixed-precision
     policy: weights and gradients travel in float32, so that each rank quantises the whole master weight, with the
     noise, masks and scales of one process. groups: how many groups of ranks hold a whole model each. quantized: weights
-    of quantised layers travel as codes, which are the same (`qtrain.quant.gather`)."""
+    of quantised layers travel as codes, which are the same (`qtrain.quant.gather`). A model of
+    `build.build_without_weights` gets its initial weights here, each rank its shard of them."""
     mesh = mesh if groups > 1 else mesh["tensor_parallel"]
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
     for block in blocks_of(model):
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
+    deferred = model.__dict__.pop(DEFERRED, None)
+    if deferred is not None:
+        draw_shards(model, deferred, names, torch.device(mesh.device_type))
     if quantized:
         quantize_gathers(model)
     return model
+
+
+@contextmanager
+def imagined_mesh(trainer: TrainerConfig, device: torch.device) -> Iterator[DeviceMesh]:
+    """The mesh that `shard` takes, of a run whose ranks are not started: a collective returns at once and gives any
+    values. This process is rank 0."""
+    from torch.testing._internal.distributed.fake_pg import (
+        FakeStore,
+    )  # private: a torch that moves it leaves runs alone
+
+    groups = trainer.sharding_groups
+    distributed.init_process_group("fake", rank=0, world_size=trainer.world_size, store=FakeStore())
+    try:
+        shape, names = (groups, trainer.world_size // groups), ("data_parallel", "tensor_parallel")
+        yield init_device_mesh(device.type, shape, mesh_dim_names=names)
+    finally:
+        distributed.destroy_process_group()
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:

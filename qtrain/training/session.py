@@ -27,10 +27,12 @@ from rich.logging import RichHandler
 from qtrain.config import Config, config_hash
 from qtrain.data.batches import TokenBatches
 from qtrain.data.corpus import Corpus, check_vocab
+from qtrain.data.mixture import MixedCorpus
 from qtrain.data.order import describe_epochs, epochs, repetition_warning
-from qtrain.data.prepare import prepare, same_text
+from qtrain.data.prepare import find, prepare, prepare_validation, same_text
 from qtrain.data.tokenizer import tokenizer_files
 from qtrain.errors import DivergedError, LostRankError, RefusedError, StoppedError, UserError, first_line
+from qtrain.models import hf
 from qtrain.models.decoder import Decoder
 from qtrain.optim.groups import build_optimizer
 from qtrain.plan import RunPlan, budget_tokens, make_plan
@@ -42,18 +44,21 @@ from qtrain.runs.files import write_atomically
 from qtrain.runs.status import FAILED, Status
 from qtrain.runs.table import read_run, record, recorded
 from qtrain.training.activations import checkpoint_activations
-from qtrain.training.build import build_model, check_model, pick_device
+from qtrain.training.build import build_model, build_without_weights, check_model, pick_device
 from qtrain.training.causal_lm import CausalLM
 from qtrain.training.checkpoint import Saver, newest, refuse_earlier_format, tidy, whole_number
+from qtrain.training.communication import plan_communication
 from qtrain.training.divergence import MOST_IN_A_ROW, Guard, RewindError
 from qtrain.training.loop import Training, train
 from qtrain.training.memory import check_state_fits, measure_memory
-from qtrain.training.observers import Measure, Observer, Profile, Progress, Recorder, Telemetry, Validate
+from qtrain.training.observers import Best, Measure, Observer, Profile, Progress, Recorder, Telemetry, Validate
 from qtrain.training.observers.loggers import build_loggers, check_logger, close_loggers, mirror_summary
+from qtrain.training.observers.measure import by_source
 from qtrain.training.parallel import Ranks, blocks_of, check_strategy, is_lost_rank, joined
 from qtrain.training.saves import Saves
+from qtrain.training.speed import describe_hours
 from qtrain.training.stop import QUEUE_AGAIN, StopRequest
-from qtrain.training.trunk import Trunk, metrics_beside
+from qtrain.training.trunk import Trunk, metrics_beside, tell_of_shorter
 from qtrain.training.world import World, find_world
 
 log = logging.getLogger("qtrain")
@@ -83,7 +88,7 @@ def run(config: Config) -> float | None:
     UserError before anything is trained for settings that cannot work here; DivergedError for a loss that is not
     finite; StoppedError, a KeyboardInterrupt, after a checkpoint when asked to stop.
     """
-    world = find_world(config.trainer)
+    world = World(1, 0, "nobody") if config.dry_run else find_world(config.trainer)  # of a dry run no rank is started
     console = Console(highlight=False, quiet=world.rank > 0, width=None if sys.stdout.isatty() else 120)
     speak_through(console)
     device = pick_device(config)
@@ -94,7 +99,17 @@ def run(config: Config) -> float | None:
         directory.check(config)
         plan = make_plan(config)
         memory = measure_memory(config, plan, device)
-        about = {"memory": memory.describe(), "device": str(device), "run_directory": str(directory.path)}
+        sent = plan_communication(config, plan)
+        corpus = find(config.data, config.tokenizer, budget_tokens=budget_tokens(config))
+        read = describe_epochs(_text_read(config, plan, corpus)) if corpus else "known when the text is prepared"
+        about = {
+            "text_read": read,
+            "memory": memory.describe(),
+            "communication": sent.describe(),
+            "time": describe_hours(config, plan, sent),
+            "device": str(device),
+            "run_directory": str(directory.path),
+        }
         console.print(plan.table(config, **about))
         if (excess := memory.excess(config, device)) is not None:
             log.warning("%s", excess)
@@ -178,13 +193,15 @@ def _session(config: Config, fabric: Fabric, ranks: Ranks, console: Console) -> 
     if config.recipe.operands():
         check_backend(config.backend, config.gemm, fabric.device.type)
     corpus = prepare(config.data, config.tokenizer, budget_tokens=budget_tokens(config))
+    validation = prepare_validation(config.validation, config.data, config.tokenizer, corpus)
     plan = make_plan(config, vocab_size=corpus.vocab_size)
     check_vocab(corpus, plan.vocab_size)
     check_state_fits(config, plan, fabric.device)
-    model = build_model(config, plan.vocab_size)
+    build = build_without_weights if config.trainer.strategy == "fsdp2" else build_model
+    model = build(config, plan.vocab_size)
     with RunDirectory.of(config) as directory:
         ranks.decided(lambda: directory.open(config))
-        yield Session(config, plan, corpus, model, directory, fabric, ranks, console)
+        yield Session(config, plan, corpus, validation, model, directory, fabric, ranks, console)
 
 
 class Session:
@@ -194,7 +211,8 @@ class Session:
         self,
         config: Config,
         plan: RunPlan,
-        corpus: Corpus,
+        corpus: Corpus | MixedCorpus,
+        validation: Mapping[str, Corpus],
         model: Decoder,
         directory: RunDirectory,
         fabric: Fabric,
@@ -203,13 +221,13 @@ class Session:
     ):
         self.config, self.plan, self.corpus, self.directory = config, plan, corpus, directory
         self.fabric, self.ranks, self.console = fabric, ranks, console
-        self.module = CausalLM(config, plan, model)
+        self.module = CausalLM(config, plan, model, corpus.tokenizer.eos_id)
         self.data = TokenBatches(
             corpus,
             seq_len=config.model.seq_len,
             seed=config.seed,
             micro_batch_size=config.trainer.micro_batch_size,
-            val_tokens=config.data.val_tokens,
+            validation=validation,
             num_workers=config.data.num_workers,
             overfit=config.debug.overfit,
             rank=ranks.rank,
@@ -219,6 +237,7 @@ class Session:
         self.trunk = Trunk(config, plan, corpus.data_hash) if config.trainer.share_trunk else None
         self.shared_steps = directory.summary.get("shared_steps", 0) if ranks.is_zero else 0
         self.loggers: list[Logger] = []
+        self.last_step = plan.steps  # of the run, which may end before its plan
         self._rewinds, self._rewound_to = 0, -1
 
     @property
@@ -233,7 +252,7 @@ class Session:
         """Train and finish; the validation loss, on rank 0."""
         decision = self.ranks.decided(self._decide)
         self.shared_steps = decision.shared_steps
-        read = epochs(self.plan.tokens, self.corpus.train.n_tokens, self.config.model.seq_len)
+        read = _text_read(self.config, self.plan, self.corpus)
         about = {"text_read": describe_epochs(read), "device": _describe(self.device)}
         self.console.print(self.plan.table(self.config, **about, run_directory=str(self.directory.path)))
         repeated = repetition_warning(read)
@@ -276,15 +295,18 @@ class Session:
     def train(self, checkpoint: Path | None = None, stop: StopRequest | None = None) -> int:
         """The exit code that was asked for while training; 0 when it has come to its end."""
         forward = self._set_up()
+        if checkpoint is None and (pretrained := self.config.model.init_from):
+            hf.load(self.model, pretrained)
         optimizer = build_optimizer(self.model, self.config.optimizer)
         saver = Saver()
         observers = self.observers()
         measure = observers[0]
         assert isinstance(measure, Measure)
+        best = next(observer for observer in observers if isinstance(observer, Best))
         saves = Saves(self.directory, saver, self.module, optimizer, measure, self.ranks, self.trunk)
         training = Training(
             self.fabric, self.ranks, self.module, forward, optimizer, self.data, measure, observers,
-            Guard(self.module, self.ranks), saves, stop or StopRequest(),
+            Guard(self.module, self.ranks), saves, stop or StopRequest(), best,
         )  # fmt: skip
         per_step = self.plan.micro_batches * self.data.per_batch
         step, samples = 0, 0
@@ -301,6 +323,7 @@ class Session:
                     saver.wait()
                     step = self._rewind(wrong, saver, optimizer, measure)
                     samples = seen
+            self.last_step = self.plan.steps if best.enough_at is None else best.enough_at
             if not asked and self.ranks.decided(lambda: self._last_validation() is None):
                 for observer in observers:  # the line was lost with the machine's power
                     if isinstance(observer, Validate):
@@ -315,7 +338,7 @@ class Session:
                 saver.close()
 
     def _last_validation(self) -> dict[str, Any] | None:
-        return self.directory.log.line_of(self.plan.steps, "val_loss")
+        return self.directory.log.line_of(self.last_step, "val_loss")
 
     def _set_up(self) -> _FabricModule:
         """The model on its device, as the strategy wraps it."""
@@ -336,7 +359,8 @@ class Session:
         return [
             Measure(recorder, config.callbacks.log_every_steps),
             Telemetry(recorder, plan.telemetry_every_steps, config.callbacks.telemetry_gradients),
-            Validate(recorder, plan.val_every_steps, self.data.val, self.corpus.bytes_per_token),
+            Validate(recorder, plan.val_every_steps, self.data.validation),
+            Best(recorder, self.directory.best if config.callbacks.keep_best else None, config.trainer.early_stop),
             progress,
             *([Profile(self.directory.path / "profile", self.ranks.rank, self.device, profiled)] if profiled else []),
         ]
@@ -378,6 +402,7 @@ class Session:
         """From the checkpoint that another run left of this one's trunk, whose metrics become this run's."""
         found = self.trunk.start() if self.trunk else None
         if found is None:
+            tell_of_shorter(self.config, self.directory.path)
             return Decision(None, 0)
         step, path = found
         write_atomically(self.directory.metrics, metrics_beside(path).read_text())
@@ -422,17 +447,22 @@ class Session:
         last = self._last_validation()
         assert last is not None
         values = {key: last[key] for key in ("val_loss", "val_bits_per_byte")}
+        named = {"validation": found} if (found := by_source(last)) else {}
+        lowest = min(self.directory.lines("val_loss"), key=lambda line: line["val_loss"])
+        best = {"best_val_loss": lowest["val_loss"], "best_step": lowest["step"]}
         speeds = [line["tokens_per_second"] for line in self.directory.lines("tokens_per_second")]
-        self._write_summary(Status.FINISHED, **values, tokens_per_second=median(speeds) if speeds else None)
+        speed = median(speeds) if speeds else None
+        self._write_summary(Status.FINISHED, **values, **best, **named, tokens_per_second=speed)
         _record(self.config, self.directory)
         plot_loss(self.directory.path)
-        self._show_end(values["val_loss"], values["val_bits_per_byte"])
+        self._show_end(values["val_loss"], values["val_bits_per_byte"], named.get("validation", {}))
         return values["val_loss"]
 
-    def _write_summary(self, status: Status, **results: float | str | None) -> None:
+    def _write_summary(self, status: Status, **results: float | str | Mapping[str, Any] | None) -> None:
         if not self.ranks.is_zero:
             return
         plan, config = self.plan, self.config
+        tokens = self.last_step * plan.batch_tokens
         summary = {
             "status": status.value,  # W&B would write the name of an enum
             "name": config.name,
@@ -440,9 +470,9 @@ class Session:
             "seed": config.seed,
             "parameters": plan.parameters,
             "non_embedding_parameters": plan.non_embedding_parameters,
-            "tokens": plan.tokens,
-            "steps": plan.steps,
-            "flops": plan.flops,
+            "tokens": tokens,
+            "steps": self.last_step,
+            "flops": tokens * plan.flops_per_token,
             "val_loss": None,
             "val_bits_per_byte": None,
             "tokens_per_second": None,
@@ -456,14 +486,28 @@ class Session:
         self.directory.write_summary(summary | results)
         mirror_summary(self.loggers, summary | results)
 
-    def _show_end(self, val_loss: float, val_bits: float) -> None:
+    def _show_end(self, val_loss: float, val_bits: float, named: Mapping[str, Mapping[str, float]]) -> None:
         bigram = self.corpus.bigram_cross_entropy
         lines = [
             f"validation loss {val_loss:.4f} nats per token ({val_bits:.4f} bits per byte)",
+            *(
+                f"  of {name:<12} {found['loss']:.4f} nats per token ({found['bits_per_byte']:.4f} bits per byte), "
+                f"{found['tokens']:,} tokens"
+                for name, found in named.items()
+            ),
             f"bigram model    {bigram:.4f} nats per token: what the pair counts of the training text alone predict",
             f"run directory   {self.directory.path}  (loss.png, metrics.jsonl, summary.json, checkpoints/)",
         ]
         self.console.print("\n".join(lines), soft_wrap=True)
+
+
+def _text_read(config: Config, plan: RunPlan, corpus: Corpus | MixedCorpus) -> dict[str, float]:
+    """How often the run reads each part of its training text."""
+    total = sum(part.weight for part in corpus.parts)
+    return {
+        part.name: epochs(plan.tokens * part.weight / total, part.corpus.train.n_tokens, config.model.seq_len)
+        for part in corpus.parts
+    }
 
 
 def _describe(device: torch.device) -> str:

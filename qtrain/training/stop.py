@@ -1,24 +1,28 @@
 """Being asked to stop.
 
-    SIGINT (Ctrl-C), SIGTERM      exit code 130: the same command continues from the last checkpoint
+    SIGINT (Ctrl-C), SIGTERM,     exit code 130: the same command continues from the last checkpoint
+    SIGHUP (closed terminal)
     SIGUSR1, SIGUSR2              exit code 75 (EX_TEMPFAIL of sysexits.h): queue it again; schedulers send these before
                                   a job's time is up
 
 A signal to any process of a run reaches all of them at the end of a step: they agree, save and end. A second SIGINT
 ends the process at once, without saving. Exit code 75 is also that of a process that has lost another of its run.
+SIGHUP stays ignored in a process that was started so, as by nohup.
 """
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import signal
 import sys
+import termios
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 from qtrain.errors import StoppedError
 
@@ -29,6 +33,7 @@ END = 0  # no signal has this number
 CODES = {
     signal.SIGINT: STOPPED,
     signal.SIGTERM: STOPPED,
+    signal.SIGHUP: STOPPED,
     signal.SIGUSR1: QUEUE_AGAIN,
     signal.SIGUSR2: QUEUE_AGAIN,
 }
@@ -48,7 +53,7 @@ class StopRequest:
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._note) for number in CODES}
+            self._before = {number: signal.signal(number, self._note) for number in heard()}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -60,7 +65,10 @@ class StopRequest:
 
     @contextmanager
     def noting(self) -> Iterator[None]:
-        """Within it, a signal is noted for the loop to see."""
+        """Within it, a signal is noted for the loop to see. One that came before ends the run here at the latest: code
+        of a library that it interrupted may have caught its exception."""
+        if self.asked:
+            raise StoppedError(self.asked)
         self._noting = True
         try:
             yield
@@ -74,13 +82,13 @@ class StopRequest:
 
         def too_long() -> None:
             print(f"error: {otherwise} within {seconds:.0f} s; start the same command again", file=sys.stderr)
-            _end_now(QUEUE_AGAIN)
+            end_now(QUEUE_AGAIN)
 
         timer = threading.Timer(seconds, too_long)
         timer.daemon = True
         timer.start()
         try:
-            with _woken(lambda number: _end_now(CODES[signal.Signals(number)])):
+            with _woken(lambda number: end_now(CODES[signal.Signals(number)])):
                 yield
         finally:
             timer.cancel()
@@ -93,7 +101,7 @@ class StopRequest:
         def interrupted(number: int) -> None:
             count[0] += number == signal.SIGINT
             if count[0] > 1:
-                _end_now(STOPPED)
+                end_now(STOPPED)
 
         with _woken(interrupted):
             yield
@@ -103,15 +111,33 @@ class StopRequest:
         if self._noting:
             self.asked = self.asked or QUEUE_AGAIN
         else:
-            _end_now(QUEUE_AGAIN)
+            end_now(QUEUE_AGAIN)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         code = CODES[signal.Signals(number)]
         self._seen.append(number)
-        if not self._noting or (self.asked and number == signal.SIGINT):
-            raise StoppedError(code)
+        if number == signal.SIGHUP:
+            leave_lost_terminal()
+        again = self.asked and number == signal.SIGINT
         self.asked = max(self.asked, code)
+        if not self._noting or again:
+            raise StoppedError(code)
         log.warning("%s: finishing this step and saving; Ctrl-C to stop at once", signal.Signals(number).name)
+
+
+def heard() -> list[signal.Signals]:
+    """The signals that stop a run of this process."""
+    return [number for number in CODES if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN]
+
+
+def leave_lost_terminal() -> None:
+    """Sends to nowhere what is written to a terminal that was closed: each word to it would be an error."""
+    for descriptor in (1, 2):
+        try:
+            termios.tcgetattr(descriptor)
+        except termios.error as error:
+            if error.args[0] == errno.EIO:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
 
 
 @contextmanager
@@ -143,6 +169,9 @@ def _woken(called: Callable[[int], None]) -> Iterator[None]:
         os.close(reading)
 
 
-def _end_now(code: int) -> None:
-    sys.stderr.flush()
+def end_now(code: int) -> NoReturn:
+    """Ends the process without its cleaning up, from any thread or signal handler."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(RuntimeError, OSError, ValueError):  # it was being written to, is no longer there, or is closed
+            stream.flush()
     os._exit(code)

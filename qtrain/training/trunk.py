@@ -12,12 +12,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from pathlib import Path
 
-from qtrain.config import Config, hashed_keys
+from qtrain.config import Config, differences, hashed_keys
+from qtrain.errors import UserError
 from qtrain.plan import RunPlan
+from qtrain.runs.directory import RunDirectory
 from qtrain.training.causal_lm import computes_in_high_precision
 from qtrain.training.checkpoint import newest
+
+log = logging.getLogger("qtrain")
+
+MOST_LOOKED_AT = 30  # runs of one name: reading the settings of one takes a hundredth of a second
 
 # What a run does with its budget. Warm-up counts as the number of steps that it comes to. What it validates on is not
 # here: the lines of metrics.jsonl that come with a trunk tell of it.
@@ -43,6 +50,28 @@ class Trunk:
 
 def metrics_beside(checkpoint: Path) -> Path:
     return checkpoint.with_name(f"{checkpoint.name}.metrics.jsonl")
+
+
+def tell_of_shorter(config: Config, directory: Path) -> None:
+    """Say of a run that begins at step 0, where a finished one differs from it in the budget alone, why it does not go
+    on from that one."""
+    for path in sorted(directory.parent.glob(f"{config.name}-*/summary.json"))[:MOST_LOOKED_AT]:
+        other = RunDirectory(path.parent)
+        try:
+            is_other = other.path != directory and other.finished
+            differing = differences(other.read_config(), config) if is_other else []
+        except UserError:  # its own command tells what is wrong with it
+            continue
+        if {line.split()[0] for line in differing} in ({"trainer.tokens"}, {"trainer.tokens_per_parameter"}):
+            why = (
+                "it left no trunk: with trainer.share_trunk=true longer runs go on from where its decay began"
+                if config.scheduler.shared_until(1) is not None
+                else f"under scheduler={config.scheduler} its learning rate was another at each step; a run of "
+                "scheduler=wsd trainer.share_trunk=true can be extended"
+            )
+            told = "%s is this run on another budget (%s). This one does not go on from it, since %s"
+            log.info(told, path.parent, differing[0], why)
+            return
 
 
 def common_steps(config: Config, plan: RunPlan) -> int:

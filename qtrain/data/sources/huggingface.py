@@ -7,12 +7,12 @@ from typing import Any, Literal
 
 from pydantic import model_validator
 
-from qtrain.data.base import DataSettings, Document, Source
+from qtrain.data.base import Document, Source, TextSettings
 from qtrain.data.files import File, cell_text, stat
 from qtrain.errors import UserError, first_line
 
 
-class HuggingFace(DataSettings):
+class HuggingFace(TextSettings):
     """A dataset of the Hugging Face hub, or a local folder of one.
 
     path, subset, split, val_split (and streaming): of `datasets.load_dataset`.
@@ -32,6 +32,9 @@ class HuggingFace(DataSettings):
             raise ValueError("data.source=huggingface needs data.path, the dataset's name or a local folder")
         return self
 
+    def __str__(self) -> str:
+        return f"{self.path} ({self.subset})" if self.subset else str(self.path)
+
     def open(self) -> tuple[Source, Source | None]:
         return self._split(self.split), self._split(self.val_split) if self.val_split else None
 
@@ -44,21 +47,33 @@ class HuggingFace(DataSettings):
             files = (file for file in sorted(folder.rglob("*")) if file.is_file())
             identity.append(stat([File(file.relative_to(folder).as_posix(), file) for file in files])[0])
         name = "-".join([Path(path).name, *([self.subset] if self.subset else [])])
-        return Source(name, identity, None, lambda: (row for row in self._rows(path, split) if row.text))
 
-    def _rows(self, path: str, split: str) -> Iterator[Document]:
+        def documents(place: Any = None) -> Iterator[Document]:
+            return (row for row in self._rows(path, split, place) if row.text)
+
+        return Source(name, identity, None, documents)
+
+    def _rows(self, path: str, split: str, place: Any) -> Iterator[Document]:
+        """place: [number, state] of the last row that was read; the state of a stream, with which it opens the file of
+        that row and none before it."""
         import datasets
 
         try:
-            rows = datasets.load_dataset(path, name=self.subset, split=split, streaming=self.streaming)
-            for number, row in enumerate(rows):
-                yield self._document(f"{path} ({split}), row {number}", row)
+            rows: Any = datasets.load_dataset(path, name=self.subset, split=split, streaming=self.streaming)
+            first = 0
+            if place is not None:
+                first = place[0] + 1
+                rows.load_state_dict(place[1]) if self.streaming else (rows := rows.skip(first))
+            for number, row in enumerate(rows, first):
+                document = self._document(f"{path} ({split}), row {number}", row)
+                state = rows.state_dict if self.streaming else int
+                yield document._replace(place=lambda number=number, state=state: [number, state()])
         except UserError:
             raise
         except Exception as error:  # whatever the network, the hub or a loading script raises, the user must hear of it
             raise UserError(
                 f"dataset {path}{f' ({self.subset})' if self.subset else ''}, split {split}, could not be read: "
-                f"{first_line(error)}\nWithout a network, prepare it elsewhere (python scripts/prepare_data.py ...) "
+                f"{first_line(error)}\nWithout a network, prepare it elsewhere (qtrain data ...) "
                 "and copy data.cache_dir, or point HF_HOME at a filled Hugging Face cache."
             ) from error
 

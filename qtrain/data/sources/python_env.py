@@ -7,12 +7,12 @@ from typing import Literal
 
 from pydantic import model_validator
 
-from qtrain.data.base import DataSettings, Names, Source
+from qtrain.data.base import Names, Source, TextSettings
 from qtrain.data.files import File, code_source
 from qtrain.errors import UserError
 
 
-class PythonEnv(DataSettings):
+class PythonEnv(TextSettings):
     """The code of installed distributions: packages names them."""
 
     source: Literal["python_env"]

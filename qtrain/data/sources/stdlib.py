@@ -5,7 +5,7 @@ import sysconfig
 from pathlib import Path
 from typing import Literal
 
-from qtrain.data.base import DataSettings, Source
+from qtrain.data.base import Source, TextSettings
 from qtrain.data.files import File, code_source
 from qtrain.errors import UserError
 
@@ -14,7 +14,7 @@ NOT_STDLIB = {"test", "tests", "idle_test", "idlelib", "site-packages", "dist-pa
 BUILD_DEPENDENT = "_sysconfigdata"
 
 
-class Stdlib(DataSettings):
+class Stdlib(TextSettings):
     """The code of Python's own standard library."""
 
     source: Literal["stdlib"]

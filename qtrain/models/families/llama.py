@@ -9,10 +9,10 @@ if TYPE_CHECKING:
 
 
 class Llama(Transformer):
-    """RMSNorm, rotary positions, SwiGLU, grouped-query attention. Weights of transformers' LlamaForCausalLM transfer as
-    they are. The Quartet and QuEST code fuses q, k, v (and gate, up) into one linear; here they are separate. Parameter
-    counts are the same, and so are the numerics of a recipe whose weight scales belong to rows or to blocks within
-    rows."""
+    """RMSNorm, rotary positions, SwiGLU, grouped-query attention. With other settings it is Mistral, Qwen2 or Qwen3;
+    `qtrain.models.hf` reads and writes their Hugging Face checkpoints. The Quartet and QuEST code fuses q, k, v (and
+    gate, up) into one linear; here they are separate. Parameter counts are the same, and so are the numerics of a
+    recipe whose weight scales belong to rows or to blocks within rows."""
 
     to_residual: ClassVar[tuple[str, ...]] = ("attention.o", "mlp.down")
     family: Literal["llama"] = "llama"
@@ -32,10 +32,10 @@ class Llama(Transformer):
     def tables(self) -> dict[str, Tensor]:
         from qtrain.models.layers import rope_tables
 
-        cos, sin = rope_tables(self.seq_len, self.head_dim, self.rope_theta)
+        cos, sin = rope_tables(self.seq_len, self.head_width, self.rope_theta, self.rope_scaling)
         return {"cos": cos, "sin": sin}
 
 
-def pre_norm(block: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    x = x + block.attention(block.attention_norm(x), cos, sin)
+def pre_norm(block: Any, x: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    x = x + block.attention(block.attention_norm(x), cos, sin, cu_seqlens)
     return x + block.mlp(block.mlp_norm(x))

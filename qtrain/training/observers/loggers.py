@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import netrc
 import os
 from collections.abc import Iterable, Mapping
@@ -11,17 +10,23 @@ from typing import Any
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 
 from qtrain.config import Config
-from qtrain.errors import UserError
+from qtrain.errors import UserError, need
 from qtrain.runs.directory import RunDirectory
 
 SUMMARY = "run"  # the entry of a W&B summary that holds summary.json: metrics have their own, of the last line
 
 
 def check_logger(config: Config) -> None:
-    """UserError when the package that logger.kind needs is not installed."""
+    """UserError when the package that logger.kind needs is not installed, and where W&B has no key but must be
+    reached."""
     kind = config.logger.kind
-    if kind != "none" and importlib.util.find_spec(kind) is None:
-        raise UserError(f"logger={kind} needs the package {kind}: pip install 'qtrain[{kind}]', or logger=none")
+    if kind != "none":
+        need(kind, f"logger={kind}", "logger=none")
+    if kind == "wandb" and config.logger.offline is False and not has_wandb_key():
+        raise UserError(
+            "logger.offline=false needs a W&B key, and none was found; run `wandb login` or set WANDB_API_KEY, or "
+            "leave logger.offline at null, which writes offline until there is a key"
+        )
 
 
 def build_loggers(config: Config, directory: RunDirectory) -> list[Logger]:

@@ -6,13 +6,14 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from lightning.pytorch.loggers import Logger
 from torch import Tensor
 
+from qtrain.data.batches import ValidationSet
 from qtrain.errors import DivergedError
 from qtrain.metrics import bits_per_byte
 from qtrain.runs.directory import RunDirectory
@@ -37,12 +38,15 @@ class Recorder:
     ):
         self.directory, self.module, self.ranks = directory, module, ranks
         self.loggers, self.listeners = list(loggers), list(listeners)
+        self.validated: tuple[int, float] | None = None  # step and loss of the last validation, on every rank
 
     @property
     def device(self) -> torch.device:
         return next(self.module.parameters()).device
 
     def write(self, step: int, values: Line) -> None:
+        if "val_loss" in values:
+            self.validated = step, values["val_loss"]
         if not self.ranks.is_zero:
             return
         plan = self.module.plan
@@ -136,32 +140,51 @@ class Measure(Observer):
 
 
 class Validate(Observer):
-    """Every `every` steps and after the last: loss and bits per byte on the validation split, whose windows the ranks
-    share. batches: makes this rank's."""
+    """Every `every` steps and after the last: loss and bits per byte on each of the sets, by name, whose windows the
+    ranks share."""
 
-    def __init__(self, recorder: Recorder, every: int, batches: Callable[[], Iterable[Tensor]], bytes_per_token: float):
-        self.recorder, self.every, self.batches = recorder, every, batches
-        self.bytes_per_token = bytes_per_token
+    def __init__(self, recorder: Recorder, every: int, sets: Mapping[str, ValidationSet]):
+        self.recorder, self.every, self.sets = recorder, every, sets
 
     def on_step_end(self, step: int) -> None:
         module, ranks = self.recorder.module, self.recorder.ranks
         if step % self.every and step != module.plan.steps:
             return
-        trainer = module.config.trainer
-        here = evaluate(
-            module.model, self.batches(), self.recorder.device, trainer.precision, chunked=trainer.chunked_loss
-        )
-        total, count = ranks.total(*here)
-        values = validation_values(total, count, self.bytes_per_token)
-        if not math.isfinite(values["val_loss"]):
-            raise DivergedError(f"the validation loss is {values['val_loss']} at step {step}")
+        trainer, device = module.config.trainer, self.recorder.device
+        sums = {}
+        for name, each in self.sets.items():
+            here = evaluate(module.model, each.batches(), device, trainer.precision, **module.loss_options)
+            sums[name] = ranks.total(*here)
+        values = validation_values(self.sets, sums)
+        for key, value in values.items():
+            if not math.isfinite(value):
+                which = "" if key == "val_loss" else f" ({key})"
+                raise DivergedError(f"the validation loss is {value} at step {step}{which}")
         self.recorder.write(step, values)
 
 
-def validation_values(total: float, count: float, bytes_per_token: float) -> dict[str, float]:
-    """val_loss in nats per token and val_bits_per_byte from a summed loss over `count` tokens."""
-    loss = total / count
-    return {"val_loss": loss, "val_bits_per_byte": bits_per_byte(loss, 1, bytes_per_token)}
+def validation_values(sets: Mapping[str, ValidationSet], sums: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """val_loss in nats per token and val_bits_per_byte of the run's own text, and of each set that has a name these
+    with its name and val_tokens: how many were predicted. sums: (summed loss, tokens) of each set."""
+    losses = {name: total / count for name, (total, count) in sums.items()}
+    loss = sum(each.share * losses[name] for name, each in sets.items() if each.share)
+    bytes_per_token = sum(each.share * each.bytes_per_token for each in sets.values())
+    values: dict[str, float] = {"val_loss": loss, "val_bits_per_byte": bits_per_byte(loss, 1, bytes_per_token)}
+    for name in filter(None, sets):
+        values[f"val_loss/{name}"] = losses[name]
+        values[f"val_bits_per_byte/{name}"] = bits_per_byte(losses[name], 1, sets[name].bytes_per_token)
+        values[f"val_tokens/{name}"] = int(sums[name][1])
+    return values
+
+
+def by_source(line: Line) -> dict[str, dict[str, float]]:
+    """Of a validation line: loss, bits_per_byte and tokens of each set that has a name."""
+    found: dict[str, dict[str, float]] = {}
+    for key, value in line.items():
+        kind, _, name = key.partition("/")
+        if name and kind in ("val_loss", "val_bits_per_byte", "val_tokens"):
+            found.setdefault(name, {})[kind.removeprefix("val_")] = value
+    return found
 
 
 def memory_bytes(device: torch.device) -> int:

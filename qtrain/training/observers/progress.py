@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
-from qtrain.training.observers.measure import Line
+from qtrain.training.observers.measure import Line, by_source
 from qtrain.training.observers.observer import Observer
 
 
@@ -47,6 +47,11 @@ class Progress(Observer):
                 f"{line['val_bits_per_byte']:.4f} bits per byte",
                 highlight=False,
             )
+            for name, found in by_source(line).items():
+                self.console.print(
+                    f"{'':11}  {name}: validation loss {found['loss']:.4f}  {found['bits_per_byte']:.4f} bits per byte",
+                    highlight=False,
+                )
             return
         if "loss" not in line:
             return

@@ -98,7 +98,7 @@ def exact_gradients(module: CausalLM, batch: Tensor, layers: list[QuantLinear]) 
     set_high_precision(module.model)
     try:
         with torch.enable_grad(), torch.autocast(batch.device.type, torch.bfloat16, enabled=mixed):
-            loss = next_token_loss(module.model, batch, chunked=module.config.trainer.chunked_loss)
+            loss = next_token_loss(module.model, batch, **module.loss_options)
         return list(torch.autograd.grad(loss, [weights[layer] for layer in layers]))
     finally:
         set_high_precision(module.model, False)

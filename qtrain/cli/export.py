@@ -1,0 +1,36 @@
+"""Write a run for other programs.
+
+qtrain export runs/quartet-1a2b3c4d --to hf --out quartet
+qtrain export runs/quest-1a2b3c4d --to compressed-tensors --out quest-packed
+
+hf: bfloat16 weights, for transformers and all that reads its checkpoints; `qtrain train model=hf:quartet` starts a run
+from it. compressed-tensors: the codes that were trained, packed, for vLLM and transformers. gguf: the same in a
+model.gguf, for llama.cpp. What a format cannot hold is refused with the reason. Each folder gets the newest good
+checkpoint of the run, and its tokenizer.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pathlib import Path
+
+from qtrain.cli import command_parser
+
+FORMATS = {"hf": "huggingface", "compressed-tensors": "compressed_tensors", "gguf": "gguf"}
+
+
+def main() -> None:
+    parser = command_parser("export", __doc__)
+    parser.add_argument("run", type=Path, help="a run directory")
+    parser.add_argument("--to", choices=FORMATS, required=True, help="the format")
+    parser.add_argument("--out", type=Path, required=True, help="the folder to write, which must not exist")
+    arguments = parser.parse_args()
+    done = import_module(f"qtrain.export.{FORMATS[arguments.to]}").export(arguments.run, arguments.out)
+    print(
+        f"{done.folder}: step {done.step}, {done.parameters:,} parameters in {done.weight_bytes:,} bytes, "
+        f"{done.bits_per_weight:.4g} bits a weight"
+    )
+    for kind, layers in (done.kinds or {}).items():
+        print(f"  {layers} layers as {kind}")
+    for note in done.notes:
+        print(f"note: {note}")

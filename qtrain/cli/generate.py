@@ -1,0 +1,78 @@
+"""Continue a prompt with the model of a run, as it was trained: quantised by the run's recipe.
+
+qtrain generate runs/quartet-1a2b3c4d --prompt "def "
+qtrain generate runs/quartet-1a2b3c4d --prompt "Once upon" --tokens 400 --temperature 0
+
+The newest good checkpoint is used, also while the run trains. The same seed gives the same text.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qtrain.cli import command_parser
+from qtrain.errors import visible
+
+if TYPE_CHECKING:
+    from qtrain.data.tokenizer import Tokenizer
+
+INCOMPLETE = "\ufffd"  # what decoding gives for the first bytes of a character
+
+
+def main() -> None:
+    parser = command_parser("generate", __doc__)
+    parser.add_argument("run", type=Path, help="a run directory")
+    parser.add_argument("--prompt", default="\n", help="text to continue (default: a new line)")
+    parser.add_argument("--tokens", type=int, default=200, help="how many to add (default: 200)")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token (default: 0.8)")
+    parser.add_argument("--top-k", type=int, help="choose among so many tokens (default: all)")
+    parser.add_argument("--seed", type=int, default=0, help="of the draws (default: 0)")
+    for text in continued(parser.parse_args()):
+        print(text, end="", flush=True)
+    print()
+
+
+def continued(arguments: argparse.Namespace) -> Iterator[str]:
+    """The prompt and what comes after it, as it comes, without escape sequences."""
+    import torch
+
+    from qtrain.models.generate import generate
+    from qtrain.quant import keep_weights, sees_tokens_apart, set_step
+    from qtrain.runs.directory import RunDirectory
+    from qtrain.training.build import load_run, load_tokenizer
+
+    config = RunDirectory(arguments.run).read_config()
+    tokenizer = load_tokenizer(arguments.run)
+    on_gpu = torch.cuda.is_available() and config.trainer.device != "cpu"
+    device = torch.device("cuda" if on_gpu else "cpu")
+    model = load_run(arguments.run).to(device)
+    ids = [int(token) for token in tokenizer.encode(arguments.prompt)]
+    tokens = generate(
+        model,  # pyright: ignore[reportArgumentType]
+        ids,
+        arguments.tokens,
+        temperature=arguments.temperature,
+        top_k=arguments.top_k,
+        seed=arguments.seed,
+        cached=sees_tokens_apart(model),
+    )
+    mixed = torch.autocast(device.type, torch.bfloat16, enabled=config.trainer.precision == "bf16-mixed")
+    with mixed, torch.no_grad(), keep_weights(model):
+        set_step(model, 0)  # quantises the weights, once for all tokens
+        yield from shown(tokenizer, ids, tokens)
+
+
+def shown(tokenizer: Tokenizer, ids: Sequence[int], tokens: Iterable[int]) -> Iterator[str]:
+    """The text of ids and of the tokens that follow, in pieces: a character that is not whole waits for its rest."""
+    ids, text = [*ids], ""
+    for new in chain(([],), ([token] for token in tokens)):
+        ids += new
+        whole = tokenizer.decode(ids).rstrip(INCOMPLETE)
+        if whole.startswith(text):
+            yield visible(whole[len(text) :])
+            text = whole
+    yield visible(tokenizer.decode(ids)[len(text) :])

@@ -1,0 +1,227 @@
+"""What every export starts from: the run, and the weights of its quantised layers as codes and scales.
+
+The codes are those of the forward: of the QTensor that the layer multiplies, made by the layer's own quantiser from the
+checkpoint's weights. No export quantises on its own.
+"""
+
+# N out features, K in features
+
+from __future__ import annotations
+
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from qtrain.config import Config
+from qtrain.data.tokenizer import Tokenizer
+from qtrain.errors import UserError, first_line
+from qtrain.models import hf
+from qtrain.models.base import Transformer
+from qtrain.plan import make_plan
+from qtrain.quant import QuantLinear
+from qtrain.quant.functional import Call, Numerics
+from qtrain.quant.linear import quant_linears
+from qtrain.quant.quantizer import QuantizedTensor
+from qtrain.quant.random import key_table
+from qtrain.runs.directory import RunDirectory
+from qtrain.runs.files import sync_folder
+from qtrain.training.build import build_model, load_tokenizer
+from qtrain.training.causal_lm import computes_in_high_precision
+from qtrain.training.checkpoint import newest, shapes, values_of, weight, whole_number
+from qtrain_kernels.formats import Element
+from qtrain_kernels.qtensor import Layout
+from qtrain_kernels.reference import constant_scale
+
+
+class Refused(ValueError):  # noqa: N818  a reason, of which `export` makes a UserError
+    """Why a format cannot hold what a recipe trains."""
+
+
+@dataclass(frozen=True)
+class Exported:
+    """step: of the checkpoint. recipe: of the run; None where it quantised nothing. parameters: that are stored.
+    weight_bytes: of all weights. bits_per_weight: what the file spends on a weight of the quantised layers, scales
+    included. kinds: format -> how many layers are in it. notes: what a reader does otherwise than the training."""
+
+    folder: Path
+    step: int
+    parameters: int
+    weight_bytes: int
+    recipe: str | None
+    bits_per_weight: float = 16.0
+    kinds: Mapping[str, int] | None = None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class TrainedRun:
+    """The newest good checkpoint of a run. folder: of the checkpoint; sizes: of the tensors that other programs have a
+    name for, by their names in a qtrain state dict."""
+
+    path: Path
+    config: Config
+    model: Transformer
+    step: int
+    folder: Path
+    vocab_size: int
+    tokenizer: Tokenizer
+    sizes: dict[str, torch.Size]
+
+    def weight(self, name: str) -> Tensor:
+        return weight(self.folder, name)
+
+    @property
+    def recipe(self) -> str | None:
+        """None for one that quantises nothing."""
+        return self.config.recipe.name if self.config.recipe.operands() else None
+
+    @property
+    def parameters(self) -> int:
+        return sum(size.numel() for size in self.sizes.values())
+
+    @cached_property
+    def layers(self) -> dict[str, QuantLinear]:
+        """The quantised layers by name, without their weights. UserError where the last steps ran without quantisers,
+        and where a quantised lm_head shares its weight with the embedding."""
+        if self.recipe is None:
+            return {}
+        with torch.device("meta"):
+            found = {layer.name: layer for layer in quant_linears(build_model(self.config, self.vocab_size))}
+        plan = make_plan(self.config, vocab_size=self.vocab_size)
+        if computes_in_high_precision(self.config, plan, self.step - 1):
+            raise UserError(
+                f"{self.path}: its last steps computed without quantisers (recipe.high_precision_after), so there are "
+                "no trained codes; export it as a Hugging Face checkpoint"
+            )
+        if self.model.tie_embeddings and "lm_head" in found:
+            raise UserError(
+                f"{self.path}: lm_head is quantised and shares its weight with the embedding, which is not; no format "
+                "stores both; export it as a Hugging Face checkpoint"
+            )
+        return found
+
+    def codes(self, layer: QuantLinear) -> Codes:
+        """Of one layer, from the checkpoint. UserError where the weight is not finite."""
+        scale = None if layer.weight_scale is None else self.weight(f"{layer.name}.weight_scale")
+        found = codes_of(layer, self.weight(f"{layer.name}.weight"), scale)
+        if not all(
+            part.isfinite().all() for part in (found.codes, found.block_scale, found.line_scale) if part is not None
+        ):
+            raise UserError(
+                f"{self.folder}: {layer.name} holds values that are not finite; export an earlier checkpoint"
+            )
+        return found
+
+
+def open_run(run: Path) -> TrainedRun:
+    """UserError when the run has no checkpoint, or its model no class in transformers."""
+    directory = RunDirectory(run)
+    config = directory.read_config()
+    if not isinstance(config.model, Transformer):
+        raise UserError(f"{run}: transformers has no class for models of family {config.model.choice()}")
+    found = newest(directory.checkpoints)
+    if found is None:
+        raise UserError(f"{run} has no checkpoint yet")
+    step, folder = found
+    vocab_size = whole_number(folder, values_of(folder), "vocab_size")
+    sizes = {name: size for name, size in shapes(folder).items() if hf.their_name(name)}
+    return TrainedRun(run, config, config.model, step, folder, vocab_size, load_tokenizer(run), sizes)
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """A folder that takes its name when it is whole. UserError when the name is taken or cannot be written."""
+    if out.exists():
+        raise UserError(f"{out} exists; give a new folder")
+    partial = out.with_name(f".{out.name}.{secrets.token_hex(6)}")
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        sync_folder(partial)
+        partial.rename(out)
+        sync_folder(out.parent)
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {first_line(error)}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+# ----------------------------------------------------------------------------------------------------- codes of a layer
+
+
+@dataclass(frozen=True)
+class Codes:
+    """A weight as its forward multiplies it, after the rotation of its rows: codes * block_scale * line_scale.
+
+    codes: (N, K) float32, on the grid of the layout's element. block_scale: float32, one for each tile, (N / rows,
+    K / size) rounded up; None without blocks. line_scale: float32, () or one for each row, (N, 1); None where it is 1.
+    """
+
+    codes: Tensor
+    block_scale: Tensor | None
+    line_scale: Tensor | None
+    layout: Layout
+
+    def row_scales(self) -> Tensor | None:
+        """The block scales with one for each row, (N, K / size)."""
+        if self.block_scale is None:
+            return None
+        return self.block_scale.repeat_interleave(self.layout.rows, 0)[: self.layout.shape[0]]
+
+    def integers(self) -> Tensor:
+        """(N, K) int8: the codes in units of `integer_grid`."""
+        assert self.layout.plan is not None
+        unit, _ = integer_grid(self.layout.plan.element)
+        return (self.codes / unit).to(torch.int8)
+
+
+def codes_of(layer: QuantLinear, weight: Tensor, scale: Tensor | None = None) -> Codes:
+    """The operand fprop.w of a layer. weight (N, K) master; scale: a learned one, (1,). The layer's own weight is not
+    read. Refused where the forward has no codes that stay."""
+    reason = unsettled(layer.numerics)
+    if reason is not None:
+        raise Refused(reason)
+    quantizer = layer.numerics.fprop.right
+    call = Call(layer.numerics, key_table([layer.keyed_by], 0, 0)[0], torch.float32, None)
+    layout = quantizer.layout((weight.shape[0], weight.shape[1]), blocks=True)
+    learned = None if scale is None else scale.detach().float().view(())
+    operand, _ = call.operand(
+        "fprop.w", weight, call.rotation("fprop", weight.shape[1]), learned=learned, layout=layout
+    )
+    line = operand.tensor_scale
+    if line is None and layout.constant != 1.0:
+        line = torch.tensor(layout.constant)
+    return Codes(QuantizedTensor.of(operand).codes, operand.block_scale, line, layout)
+
+
+def unsettled(numerics: Numerics) -> str | None:
+    """Why the forward of a recipe has no codes of its weights that stay; None if it has."""
+    quantizer = numerics.fprop.right
+    if quantizer.plan is None:
+        return "its forward multiplies the weights without quantising them"
+    if quantizer.draws:
+        return f"its weights are rounded by {quantizer.plan.rounding}, anew in every step"
+    if quantizer.spec.signs == "step":
+        return "its weights are rotated by signs that change each step"
+    return None
+
+
+def has_line_scale(numerics: Numerics) -> bool:
+    """Whether a scale lies above those of the blocks, or beside the codes where there are no blocks."""
+    plan = numerics.fprop.right.plan
+    assert plan is not None
+    return plan.rule == "learned" or constant_scale(plan) != 1.0
+
+
+def integer_grid(element: Element) -> tuple[float, int]:
+    """(unit, bits): all codes are whole multiples of unit, which fit into so many bits of two's complement. A grid
+    without zero needs one bit more than its codes: k + 1/2 is 2k + 1 halves."""
+    unit = min(abs(code) for code in element.levels() if code)
+    return unit, int(element.max / unit).bit_length() + 1

@@ -1,0 +1,1 @@
+"""Converted models in the training loops of other libraries."""

@@ -1,0 +1,106 @@
+"""The best state of a run by its validation loss: kept as a file, and the reason to end where none better comes."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+from qtrain.errors import UserError
+from qtrain.training.observers.measure import Recorder
+from qtrain.training.observers.observer import Observer
+
+log = logging.getLogger("qtrain")
+
+
+class Best(Observer):
+    """After each validation: has the loss fallen below all before? Stands behind Validate in the list of observers.
+
+    file: the weights of the best state are written there, by the names of the model's state dict, with step and
+    val_loss as its metadata; None for no file. patience: the run has had enough after so many validations in a row that
+    were no better; None for never. What came before a resumed run's start is read from metrics.jsonl, so that a run
+    that was stopped ends where it would have ended. Rank 0 decides for all.
+    """
+
+    def __init__(self, recorder: Recorder, file: Path | None, patience: int | None):
+        self.recorder, self.ranks = recorder, recorder.ranks
+        self.file, self.patience = file, patience
+        self.lowest, self.waited, self.kept = math.inf, 0, math.inf
+        self.enough_at: int | None = None  # the step after which the run has had enough
+
+    @property
+    def idle(self) -> bool:
+        return self.file is None and self.patience is None
+
+    def on_start(self, step: int) -> None:
+        self.lowest, self.waited, self.enough_at = math.inf, 0, None
+        if self.idle:
+            return
+        before = self.ranks.decided(lambda: self._before(step))
+        for at, loss in before:
+            self._take(at, loss)
+        if self.enough_at is not None:
+            self.enough_at = step
+        self.kept = self.ranks.decided(lambda: kept_loss(self.file) if self.file else math.inf)
+
+    def _before(self, step: int) -> list[tuple[int, float]]:
+        lines = self.recorder.directory.lines("val_loss")
+        return [(line["step"], line["val_loss"]) for line in lines if line["step"] <= step]
+
+    def on_step_end(self, step: int) -> None:
+        if self.idle or self.recorder.validated is None or self.recorder.validated[0] != step:
+            return
+        loss = self.ranks.decided(lambda: self.recorder.validated[1])  # pyright: ignore[reportOptionalSubscript]
+        self._take(step, loss)
+        if self.file is not None and loss < self.kept:
+            self.kept = loss
+            self._write(self.file, step, loss)
+        if self.enough_at == step and step < self.recorder.module.plan.steps:
+            log.info("step %d: %d validations in a row were no better than %.4f", step, self.waited, self.lowest)
+
+    def _take(self, step: int, loss: float) -> None:
+        self.waited = 0 if loss < self.lowest else self.waited + 1
+        self.lowest = min(self.lowest, loss)
+        if self.patience is not None and self.waited >= self.patience and self.enough_at is None:
+            self.enough_at = step
+
+    def _write(self, file: Path, step: int, loss: float) -> None:
+        """Every rank must call it: sharded weights are gathered."""
+        model = self.recorder.module.model
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        state = get_model_state_dict(model, options=options) if self.ranks.size > 1 else model.state_dict()
+        self.ranks.decided(lambda: _save(file, state, {"format": "pt", "step": str(step), "val_loss": repr(loss)}))
+
+
+def _save(file: Path, state: Mapping[str, Any], metadata: dict[str, str]) -> None:
+    partial = file.with_name(f".{file.name}")
+    seen: set[int] = set()
+    once = {}
+    for name, tensor in state.items():  # a tied weight stands there once
+        if tensor.data_ptr() not in seen:
+            once[name] = tensor.detach().cpu().contiguous()
+            seen.add(tensor.data_ptr())
+    try:
+        save_file(once, partial, metadata=metadata)
+        partial.replace(file)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot write {file}: {error}; make room, or set callbacks.keep_best=false") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def kept_loss(file: Path) -> float:
+    """The validation loss of the weights in this file; infinite where there is none, or another program's."""
+    if not file.exists():
+        return math.inf
+    try:
+        with safe_open(file, "pt") as opened:
+            return float((opened.metadata() or {})["val_loss"])
+    except (SafetensorError, OSError, KeyError, ValueError):
+        return math.inf

@@ -1,0 +1,332 @@
+"""Exported codes are the trained codes: every shipped recipe through compressed-tensors and GGUF, read by their own
+libraries."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import qtrain
+from qtrain.config.recipe import read_recipe
+from qtrain.errors import UserError
+from qtrain.models import hf
+from qtrain.models.families.llama import Llama
+from qtrain.quant import QuantLinear, recipes
+from qtrain.quant.functional import Call, Numerics
+from qtrain.quant.linear import quant_linears
+from qtrain.quant.quantizer import rotate, unrotate
+from qtrain.runs.directory import RunDirectory
+from qtrain.train import main
+from qtrain.training.build import load_run, load_tokenizer
+from qtrain_kernels.qtensor import QTensor
+
+transformers = pytest.importorskip("transformers", reason="the extra hf is not installed")
+compressed_tensors = pytest.importorskip("compressed_tensors", reason="the extra export is not installed")
+gguf = pytest.importorskip("gguf", reason="the extra export is not installed")
+
+from compressed_tensors.compressors import BaseCompressor  # noqa: E402
+from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme  # noqa: E402
+from compressed_tensors.quantization.lifecycle.forward import fake_quantize  # noqa: E402
+from compressed_tensors.quantization.utils.helpers import compute_dynamic_scales_and_zp  # noqa: E402
+from compressed_tensors.transform import TransformConfig, apply_transform_config  # noqa: E402
+from transformers.modeling_gguf_pytorch_utils import LlamaTensorProcessor, load_gguf_checkpoint  # noqa: E402
+
+from qtrain.export import compressed_tensors as packed  # noqa: E402
+from qtrain.export import gguf as ggml  # noqa: E402
+from qtrain.export import table  # noqa: E402
+from qtrain.export.trained import codes_of  # noqa: E402
+
+N, K = 48, 256
+
+
+def layer_of(recipe: Any) -> QuantLinear:
+    """A layer with outliers, zeros and a row of zeros. 48 rows fill no tile of 32 or 128."""
+    model = nn.Sequential(nn.Linear(K, N, bias=False))
+    weight = torch.randn(N, K, generator=torch.Generator().manual_seed(0)) * 0.02
+    weight[:, ::37] *= 20
+    weight[3], weight[:, 5] = 0.0, 0.0
+    model[0].weight.data = weight
+    qtrain.convert(model, recipe)
+    layer = model[0]
+    assert isinstance(layer, QuantLinear)
+    if layer.weight_scale is not None:
+        layer.weight_scale.data.fill_(0.0123)
+    return layer
+
+
+def trained(layer: QuantLinear) -> QTensor:
+    """The operand as the layer's product takes it, in rotated space."""
+    call = Call(layer.numerics, layer.keys, torch.float32, None)
+    scale = None if layer.weight_scale is None else layer.weight_scale.detach()
+    return call.weight(layer.weight.detach(), scale, [])
+
+
+def held(find: Callable[[Numerics, int], Any]) -> list[str]:
+    """The shipped recipes that a format holds."""
+    found = []
+    for name in recipes():
+        recipe = read_recipe(name)
+        try:
+            if recipe.fprop is not None:
+                find(Numerics.build(recipe, "reference"), K)
+                found.append(name)
+        except ValueError:
+            continue
+    return found
+
+
+MORE = [
+    {"name": "mxfp6", "format": "mxfp6_e2m3"},
+    {"name": "quest", "bits": 2},
+    {"name": "halo_1", "format": "fp8_e4m3"},
+]
+
+
+@pytest.mark.parametrize("recipe", [*held(packed.scheme_of), *MORE], ids=str)
+def test_compressed_tensors_gives_the_trained_values(recipe: Any) -> None:
+    layer = layer_of(recipe)
+    scheme = packed.scheme_of(layer.numerics, K)
+    state = packed.pack(codes_of(layer, layer.weight.detach(), layer.weight_scale), scheme)
+    about = QuantizationScheme(targets=["Linear"], weights=QuantizationArgs(**scheme.weights))
+    read = BaseCompressor.get_value_from_registry(scheme.format).decompress(dict(state), about)["weight"]
+    operand = trained(layer)
+    wanted = operand.dequantize()
+    assert len(wanted.unique()) > 2
+    if scheme.format != "nvfp4-pack-quantized":
+        assert torch.equal(read.float(), wanted)
+        return
+    # The package divides by a reciprocal of the tensor's scale and rounds to bfloat16; codes and block scales are ours.
+    scale, reciprocal = operand.tensor_scale, state["weight_global_scale"]
+    assert scale is not None
+    no_tensor_scale = {**state, "weight_global_scale": torch.ones(1)}
+    values = BaseCompressor.get_value_from_registry(scheme.format).decompress(no_tensor_scale, about)["weight"]
+    assert torch.equal(values.float(), operand.codes.float())
+    assert abs(1.0 / reciprocal.item() / scale.item() - 1.0) <= 2.0**-23
+    torch.testing.assert_close(read.float(), wanted, rtol=2.0**-8, atol=0.0)
+
+
+@pytest.mark.parametrize("recipe", ["quartet_ii", "quartet", "mxfp8"])
+def test_the_bits_are_those_of_the_packed_operand(recipe: str) -> None:
+    layer = layer_of(recipe)
+    state = packed.pack(codes_of(layer, layer.weight.detach()), packed.scheme_of(layer.numerics, K))
+    operand = trained(layer).layout
+    bits = layer.numerics.fprop.right.operand(
+        layer.weight.detach(), operand.unmasked.stored("packed"),
+        Call(layer.numerics, layer.keys, torch.float32, None).rotation("fprop", K),
+    )  # fmt: skip
+    codes = state.get("weight_packed", state.get("weight"))
+    assert codes is not None and bits.block_scale is not None
+    assert torch.equal(codes.view(torch.uint8).view(-1), bits.codes.view(-1))
+    assert torch.equal(state["weight_scale"].view(torch.uint8).view(-1), bits.block_scale.view(-1))
+
+
+def reads_inputs(recipe: str) -> bool:
+    return packed.scheme_of(Numerics.build(read_recipe(recipe), "reference")).inputs is not None
+
+
+@pytest.mark.parametrize("recipe", [name for name in held(packed.scheme_of) if reads_inputs(name)])
+def test_inputs_that_the_format_says_are_quantised_to_the_same_bits(recipe: str) -> None:
+    layer = layer_of(recipe)
+    x = torch.randn(40, K, generator=torch.Generator().manual_seed(1)) * 3
+    x[7] = 0.0
+    call = Call(layer.numerics, layer.keys, torch.float32, None)
+    rotation = call.rotation("fprop", K)
+    ours = call.operand("fprop.x", x, rotation)[0].dequantize()
+    if rotation is not None:
+        x = rotate(x, rotation, "reference")
+    theirs = of_the_package(x, packed.scheme_of(layer.numerics, K).inputs)
+    assert torch.equal(theirs, ours)
+
+
+def of_the_package(x: Tensor, settings: Any) -> Tensor:
+    """x (T, K), as one sequence."""
+    args = QuantizationArgs(**settings)
+    scale, zero = compute_dynamic_scales_and_zp(x[None], args, nn.Module())
+    return fake_quantize(x[None], scale, zero, args)[0]
+
+
+def test_inputs_of_another_rule_are_not_said() -> None:
+    """MXFP8's scale, rounded up in the recipe, is another in the package where the largest magnitude is the largest
+    code times a power of two."""
+    layer, x = layer_of("mxfp8"), torch.zeros(1, K)
+    x[0, 0], x[0, 1] = 1.75, 2.0**-17
+    assert packed.scheme_of(layer.numerics, K).inputs is None
+    ours = Call(layer.numerics, layer.keys, torch.float32, None).operand("fprop.x", x, None)[0].dequantize()
+    said = {"num_bits": 8, "type": "float", "strategy": "group", "group_size": 32, "scale_dtype": "torch.uint8"}
+    assert torch.equal(ours, x)
+    assert not torch.equal(of_the_package(x, said | {"dynamic": True}), ours)
+
+
+# ------------------------------------------------------------------------------------------------------------- GGUF
+
+
+@pytest.mark.parametrize("kind", ggml.KINDS)
+def test_gguf_gives_the_trained_values(kind: ggml.Kind) -> None:
+    found = held(lambda numerics, features: ggml.kind_of(numerics, features, kind))
+    assert found
+    for recipe in found:
+        layer = layer_of(recipe)
+        rows, scale = ggml.blocks_of(codes_of(layer, layer.weight.detach(), layer.weight_scale), kind)
+        number = gguf.GGMLQuantizationType[kind]
+        if kind in ("BF16", "F16"):
+            rows = gguf.quantize(rows, number)
+        values = gguf.dequantize(rows, number) * np.float32(scale)
+        wanted = trained(layer).dequantize().numpy()
+        assert len(np.unique(wanted)) > 2, recipe
+        assert np.array_equal(values, wanted), recipe
+    block, size = gguf.GGML_QUANT_SIZES[number]
+    assert rows.nbytes == N * K * size // block
+
+
+# ------------------------------------------------------------------------------------------------------------- runs
+
+
+def train(folder: Path, recipe: str, setting: str | None) -> Path:
+    settings = (
+        f"recipe={recipe} trainer.batch_tokens=256 trainer.micro_batch_size=8 trainer.precision=32-true "
+        "trainer.device=cpu trainer.tokens=1024 optimizer.lr=0.01 data=text data.val_tokens=256 "
+        f"tokenizer=bpe tokenizer.vocab_size=300 data.files={folder}/a.txt data.cache_dir={folder}/cache "
+        f"run_dir={folder}/{recipe} callbacks.progress_bar=false "
+        "model.dim=256 model.ffn_dim=256 model.n_layers=1 model.n_heads=4 model.n_kv_heads=2 model.seq_len=32"
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["train.py", *settings.split(), *([setting] if setting else [])])
+        main()
+    return folder / recipe
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("runs")
+    (folder / "a.txt").write_text("the cat sat on the mat. " * 400)
+    of_qwen2 = {"mxfp8": "model.qkv_bias=true"}
+    return {recipe: train(folder, recipe, of_qwen2.get(recipe)) for recipe in ("quest", "quartet_ii", "mxfp8")}
+
+
+def reference(run: Path) -> nn.Module:
+    """The trained layers' weights in float32, their inputs as they come, all else in bfloat16."""
+    model = load_run(run)
+    for layer in quant_linears(model):
+        rotation = Call(layer.numerics, layer.keys, torch.float32, None).rotation("fprop", layer.in_features)
+        values = trained(layer).dequantize()
+        layer.weight.data = values if rotation is None else unrotate(values, rotation, "reference")
+        layer.high_precision = True
+    quantised = {f"{layer.name}.weight" for layer in quant_linears(model)}
+    for name, parameter in model.named_parameters():
+        if name not in quantised:
+            parameter.data = parameter.data.bfloat16().float()
+    return model
+
+
+def prompt(run: Path) -> Tensor:
+    return torch.from_numpy(load_tokenizer(run).encode("the cat sat on the mat").astype(np.int64))[None]
+
+
+def continued(logits: Callable[[Tensor], Tensor], ids: Tensor, tokens: int = 16) -> list[int]:
+    for _ in range(tokens):
+        ids = torch.cat([ids, logits(ids)[:, -1:].argmax(-1)], 1)
+    return ids[0].tolist()
+
+
+@pytest.mark.parametrize(
+    ("recipe", "bits", "bound"),
+    [
+        ("quest", 5 + 32 / 256 + 8 * 16 * 7 / (6 * 256 * 256), 1e-4),  # weight_shape is two int64
+        ("quartet_ii", 4 + 8 / 16 + 8 * 4 * 7 / (6 * 256 * 256), 0.05),  # its reader computes in bfloat16
+        ("mxfp8", 8 + 8 / 32, 0.05),
+    ],
+)
+@torch.no_grad()
+def test_transformers_continues_a_packed_checkpoint_as_trained(
+    runs: dict[str, Path], tmp_path: Path, recipe: str, bits: float, bound: float
+) -> None:
+    exported = packed.export(runs[recipe], tmp_path / "out")
+    assert exported.bits_per_weight == pytest.approx(bits, rel=1e-9)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    ids = prompt(runs[recipe])
+    theirs(ids)  # on the first forward the package unpacks
+    transform = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["transform_config"]
+    assert bool(transform) == (recipe == "quest") == any("rotated" in note for note in exported.notes)
+    if transform:
+        apply_transform_config(theirs, TransformConfig.model_validate(transform))
+    ours = reference(runs[recipe])
+    torch.testing.assert_close(theirs(ids).logits.float(), ours(ids), rtol=bound, atol=bound)
+    assert continued(lambda tokens: theirs(tokens).logits, ids) == continued(ours, ids)
+
+
+@torch.no_grad()
+def test_transformers_reads_a_gguf_file(runs: dict[str, Path], tmp_path: Path) -> None:
+    """Names, sizes, biases and the tokenizer, of Qwen2, whose queries and keys lie as in a checkpoint."""
+    exported = ggml.export(runs["mxfp8"], tmp_path / "out")
+    assert (exported.bits_per_weight, exported.kinds) == (16.0, {"BF16": 7})
+    file = str(tmp_path / "out" / "model.gguf")
+    config = transformers.AutoConfig.for_model(**load_gguf_checkpoint(file)["config"])
+    theirs = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    theirs.load_state_dict(load_gguf_checkpoint(file, return_tensors=True, model_to_load=theirs)["tensors"])
+    ours = reference(runs["mxfp8"])
+    for name, value in ours.state_dict().items():
+        assert torch.equal(theirs.state_dict()[hf.their_name(name)], value), name
+    ids = prompt(runs["mxfp8"])
+    torch.testing.assert_close(theirs(ids).logits, ours(ids), rtol=1e-4, atol=1e-4)
+    tokenizer, own = (
+        transformers.AutoTokenizer.from_pretrained(tmp_path / "out", gguf_file="model.gguf"),
+        load_tokenizer(runs["mxfp8"]),
+    )
+    text = "the cat's mat. Grüße 12! \n"
+    assert tokenizer(text)["input_ids"] == own.encode(text).tolist()
+    assert tokenizer.eos_token_id == own.eos_id
+
+
+def test_a_scale_of_the_matrix_lies_beside_its_codes(runs: dict[str, Path], tmp_path: Path) -> None:
+    exported = ggml.export(runs["quartet_ii"], tmp_path / "out")
+    assert exported.kinds == {"NVFP4": 7}
+    assert exported.bits_per_weight == pytest.approx(4 + 8 / 16 + 8 * 4 * 7 / (6 * 256 * 256), rel=1e-9)
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "out" / "model.gguf").tensors}
+    order = LlamaTensorProcessor({"num_attention_heads": 4, "num_key_value_heads": 2})
+    layers = {layer.name: layer for layer in quant_linears(load_run(runs["quartet_ii"]))}
+    for name, there in {"attention.q": "attn_q", "attention.k": "attn_k", "mlp.down": "ffn_down"}.items():
+        stored = tensors[f"blk.0.{there}.weight"]
+        values = gguf.dequantize(stored.data, stored.tensor_type) * tensors[f"blk.0.{there}.scale"].data
+        read = order.process(values, f"blk.0.{there}.weight").weights
+        assert np.array_equal(read, trained(layers[f"layers.0.{name}"]).dequantize().numpy()), name
+
+
+def test_rotary_factors_of_llama_3_are_those_of_the_model() -> None:
+    scaling = {"factor": 8, "low_freq_factor": 1, "high_freq_factor": 4, "original_seq_len": 256}
+    sizes = {"name": "m", "dim": 64, "n_heads": 1, "n_layers": 1, "ffn_dim": 8, "seq_len": 64, "rope_theta": 500000.0}
+    plain, scaled = Llama(**sizes), Llama(**sizes, rope_scaling=scaling)
+    factors = torch.from_numpy(ggml.rope_factors(scaled))
+    angles = [torch.atan2(model.tables()["sin"][1], model.tables()["cos"][1])[:32] for model in (plain, scaled)]
+    assert len(factors.unique()) > 3 and factors.max() == 8
+    torch.testing.assert_close(angles[0] / factors, angles[1], rtol=1e-5, atol=0.0)
+
+
+def test_what_a_format_cannot_hold_is_named_and_nothing_is_written(runs: dict[str, Path], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(UserError, match=r"GGUF cannot hold layers\.0\..* its weights are rotated \(hadamard128\)"):
+        ggml.export(runs["quest"], out)
+    with pytest.raises(UserError, match=r"Q8_0 holds whole numbers up to 127 under one scale"):
+        ggml.export(runs["mxfp8"], out, "Q8_0")
+    run = tmp_path / "run"
+    shutil.copytree(runs["mxfp8"], run)
+    config = (run / "config.yaml").read_text()
+    assert "mxfp8_e4m3" in config
+    (run / "config.yaml").write_text(config.replace("mxfp8_e4m3", "mxfp8_e5m2"))
+    with pytest.raises(UserError, match=r"compressed-tensors cannot hold .* no format has the codes of mxfp8_e5m2"):
+        packed.export(run, out)
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    assert RunDirectory(run).read_config().recipe.name == "mxfp8"
+
+
+def test_the_readme_says_what_goes_where() -> None:
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    assert table.markdown() in readme

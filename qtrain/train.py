@@ -19,6 +19,7 @@ import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from importlib.metadata import version
+from itertools import pairwise
 from string import Template
 from typing import NoReturn
 
@@ -396,7 +397,7 @@ def checked_overrides(arguments: Iterable[str]) -> list[str]:
 def _check_flags(arguments: Sequence[str]) -> None:
     """UserError for a flag that Hydra's parser does not have: a setting written as one, or a flag of `qtrain sweep`."""
     known = [option for action in get_args_parser()._actions for option in action.option_strings]
-    for flag, after in zip(arguments, [*arguments[1:], ""], strict=True):
+    for flag, after in pairwise([*arguments, ""]):
         word, equals, value = flag.partition("=")
         short = not flag.startswith("--")
         if not flag.startswith("-") or word in known:  # in full: --experiment would be short for --experimental-rerun

@@ -174,7 +174,7 @@ def test_paper_experiments_have_the_published_settings(recipe: str, size: str) -
     assert scheduler.final_factor == 0.1
     assert (trainer.batch_tokens, trainer.tokens, trainer.tokens_per_parameter) == (512 * 512, None, 100)
     assert (config.tokenizer.kind, config.tokenizer.path) == ("huggingface", "meta-llama/Llama-2-7b-hf")
-    assert (str(config.data), config.data.path, config.data.subset) == ("huggingface", "allenai/c4", "en")
+    assert (config.data.source, config.data.path, config.data.subset) == ("huggingface", "allenai/c4", "en")
 
 
 @pytest.mark.parametrize(

@@ -232,8 +232,9 @@ def job(tree: DictConfig) -> float | None:
     from qtrain.runs.processes import end_with_parent
 
     parent_lives = end_with_parent(signal.SIGTERM)  # which saves first
-    for number in heard():  # as Ctrl-C: a run that listens takes them over
-        signal.signal(number, signal.default_int_handler)
+    for number in heard():  # as Ctrl-C: a run that listens takes them over, and hands on what it has heard
+        if CODES[number] == STOPPED:
+            signal.signal(number, signal.default_int_handler)
     try:  # a process of hydra/launcher=local
         if _stop.stopped or _stop.asked:
             return None

@@ -79,15 +79,7 @@ def export(run: Path, out: Path) -> Exported:
         raise UserError(
             f"{run}: recipe {trained.config.recipe.name} quantises nothing; export it as a Hugging Face checkpoint"
         )
-    schemes: dict[str, Scheme] = {}
-    for name, layer in trained.layers.items():
-        try:
-            schemes[name] = scheme_of(layer.numerics, layer.in_features)
-        except Refused as reason:
-            raise UserError(
-                f"{run}: compressed-tensors cannot hold {name} as recipe {trained.config.recipe.name} trains it: "
-                f"{reason}; export it as a Hugging Face checkpoint, which quantises nothing"
-            ) from None
+    schemes = trained.held_by("compressed-tensors", lambda layer: scheme_of(layer.numerics, layer.in_features))
     tensors: dict[str, Tensor] = {}
     for name in trained.sizes:
         layer = trained.layers.get(name.removesuffix(".weight"))

@@ -72,15 +72,7 @@ def export(run: Path, out: Path, kind: Kind | None = None) -> Exported:
         raise UserError(
             f"{run}: recipe {trained.config.recipe.name} quantises nothing; its weights go out as BF16, without kind"
         )
-    kinds: dict[str, Kind] = {}
-    for name, layer in trained.layers.items():
-        try:
-            kinds[name] = kind_of(layer.numerics, layer.in_features, kind)
-        except Refused as reason:
-            raise UserError(
-                f"{run}: GGUF cannot hold {name} as recipe {trained.config.recipe.name} trains it: {reason}; export it "
-                "as a Hugging Face checkpoint, which quantises nothing"
-            ) from None
+    kinds = trained.held_by("GGUF", lambda layer: kind_of(layer.numerics, layer.in_features, kind))
     vocabulary = _vocabulary(trained)
     with new_folder(out) as partial:
         weight_bytes, spent = _write(partial / "model.gguf", trained, kinds, vocabulary)

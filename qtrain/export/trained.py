@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -38,6 +39,8 @@ from qtrain.training.checkpoint import newest, shapes, values_of, weight, whole_
 from qtrain_kernels.formats import Element
 from qtrain_kernels.qtensor import Layout
 from qtrain_kernels.reference import constant_scale
+
+T = TypeVar("T")
 
 
 class Refused(ValueError):  # noqa: N818  a reason, of which `export` makes a UserError
@@ -106,6 +109,19 @@ class TrainedRun:
                 "stores both; export it as a Hugging Face checkpoint"
             )
         return found
+
+    def held_by(self, format: str, choose: Callable[[QuantLinear], T]) -> dict[str, T]:
+        """What `choose` says of each quantised layer, by its name. UserError where it refuses one."""
+        chosen: dict[str, T] = {}
+        for name, layer in self.layers.items():
+            try:
+                chosen[name] = choose(layer)
+            except Refused as reason:
+                raise UserError(
+                    f"{self.path}: {format} cannot hold {name} as recipe {self.config.recipe.name} trains it: "
+                    f"{reason}; export it as a Hugging Face checkpoint, which quantises nothing"
+                ) from None
+        return chosen
 
     def codes(self, layer: QuantLinear) -> Codes:
         """Of one layer, from the checkpoint. UserError where the weight is not finite."""

@@ -323,9 +323,9 @@ def shapes(folder: Path) -> dict[str, torch.Size]:
 def weight(folder: Path, name: str) -> Tensor:
     """One of the weights of a checkpoint, whole, on the CPU. Nothing else is read."""
     with _readable(folder):
-        of = _saved(HuggingFaceStorageReader(str(folder)))[MODEL + name]
-        tensor = torch.empty(of.size, dtype=of.properties.dtype)
         reader = HuggingFaceStorageReader(str(folder))
+        of = _saved(reader)[MODEL + name]
+        tensor = torch.empty(of.size, dtype=of.properties.dtype)
         _quietly(dcp.load)({MODEL + name: tensor}, storage_reader=reader, no_dist=True)
     return tensor
 

@@ -72,7 +72,7 @@ def export(run: Path, out: Path, kind: Kind | None = None) -> Exported:
         raise UserError(
             f"{run}: recipe {trained.config.recipe.name} quantises nothing; its weights go out as BF16, without kind"
         )
-    kinds = trained.held_by("GGUF", lambda layer: kind_of(layer.numerics, layer.in_features, kind))
+    kinds: dict[str, Kind] = trained.held_by("GGUF", lambda layer: kind_of(layer.numerics, layer.in_features, kind))
     vocabulary = _vocabulary(trained)
     with new_folder(out) as partial:
         weight_bytes, spent = _write(partial / "model.gguf", trained, kinds, vocabulary)

@@ -114,14 +114,17 @@ def install(extra: str) -> str:
     return shlex.join([sys.executable, "-m", "pip", "install", *what])
 
 
+def is_installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # of its parent
+        return False
+
+
 def need(module: str, purpose: str, instead: str = "") -> None:
     """UserError where a package of an extra is not installed. purpose: what it is for, as the subject of a sentence;
     instead: what does without."""
-    try:
-        found = importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # of its parent
-        found = False
-    if not found:
+    if not is_installed(module):
         raise UserError(
             f"{purpose} needs the package {module}: {install(EXTRAS[module])}{instead and f', or {instead}'}"
         )

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qtrain.cli import command_parser
-from qtrain.errors import EXTRAS, first_line, install, visible
+from qtrain.errors import EXTRAS, first_line, install, is_installed, visible
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -143,16 +143,9 @@ def extras() -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for module, extra in EXTRAS.items():
         entry = found.setdefault(extra, {"missing": []})
-        if not _is_there(module):
+        if not is_installed(module):
             entry["missing"].append(module)
     return {extra: entry | ({"install": install(extra)} if entry["missing"] else {}) for extra, entry in found.items()}
-
-
-def _is_there(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:
-        return False
 
 
 def backends(device: str) -> dict[str, str]:

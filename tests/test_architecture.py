@@ -99,7 +99,7 @@ MAY_IMPORT = {
     ),
     "qtrain.training.observers": (
         "torch lightning safetensors rich qtrain.config qtrain.data.batches qtrain.metrics qtrain.quant qtrain.runs "
-        "qtrain.training.causal_lm qtrain.training.losses qtrain.training.parallel"
+        "qtrain.training.causal_lm qtrain.training.checkpoint qtrain.training.losses qtrain.training.parallel"
     ),
     "qtrain.training.divergence": "qtrain.training.causal_lm qtrain.training.parallel",
     "qtrain.training.saves": (

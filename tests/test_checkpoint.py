@@ -34,7 +34,6 @@ from qtrain.training import checkpoint
 from qtrain.training.checkpoint import (
     Saver,
     damage,
-    export,
     list_checkpoints,
     load,
     newest,
@@ -45,6 +44,7 @@ from qtrain.training.checkpoint import (
     tensors_of,
     tidy,
     weights,
+    write_weights,
 )
 
 # Ranks, and processes that are to die, are forked from a server that has imported everything.
@@ -460,7 +460,7 @@ def test_any_number_of_ranks_and_any_sharding_reads_what_any_other_wrote(tmp_pat
         whole = weights(folder)
         assert whole.keys() == names and whole["count"].dtype == torch.int64
         assert_filled({f"model.{name}": tensor for name, tensor in whole.items()}, writer)
-        export(folder, tmp_path / "model.safetensors")
+        write_weights(tmp_path / "model.safetensors", whole, {"step": "1"})
         again = load_file(tmp_path / "model.safetensors")
         assert again.keys() == names and all(torch.equal(again[name], whole[name]) for name in names)
     shards = sorted((tmp_path / "fsdp2" / "step-00000001").glob("*model-00001*"))

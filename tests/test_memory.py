@@ -273,7 +273,7 @@ def test_a_dry_run_plans_for_devices_that_are_not_here(
     assert "64 on 8 nodes" in told and "x 63/64 =" in told and "whole gradients" in told
     one, two = (measure_memory(config, make_plan(config), CPU) for config in map(compose, (one_each, two_each)))
     weights = 4 * make_plan(compose(one_each)).parameters
-    assert 0.5 * weights < two.peak - one.peak < 1.01 * weights
+    assert 0.5 * weights < two.peak - one.peak < 1.001 * weights
     codes = compose([*one_each, "trainer.all_gather=quantized"])
     assert measure_memory(codes, make_plan(codes), CPU).peak < one.peak
     assert not torch.distributed.is_initialized()

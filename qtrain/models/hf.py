@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -94,10 +94,10 @@ def load(model: Decoder, name: str) -> None:
     folder = find(name)
     # A recipe's learned scales are no checkpoint's; a tied lm_head is embed.
     parameters = {theirs: value for own, value in model.named_parameters() if (theirs := their_name(own)) is not None}
-    with _tensors(folder) as (names, read), torch.no_grad():
-        _compare(folder, names, parameters, read)
+    with _tensors(folder) as files, torch.no_grad():
+        _compare(folder, files, parameters)
         for theirs, parameter in parameters.items():
-            parameter.copy_(_like(parameter, read(theirs)))
+            parameter.copy_(_like(parameter, files[theirs].get_tensor(theirs)))
 
 
 def _like(parameter: Tensor, value: Tensor) -> Tensor:
@@ -108,9 +108,9 @@ def _like(parameter: Tensor, value: Tensor) -> Tensor:
     return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
 
 
-def _compare(folder: Path, found: Iterable[str], wanted: Mapping[str, Tensor], read: Callable[[str], Tensor]) -> None:
+def _compare(folder: Path, files: Mapping[str, Any], wanted: Mapping[str, Tensor]) -> None:
     # Older checkpoints keep the rotary frequencies, and some a copy of tied embeddings.
-    found = {name for name in found if not name.endswith("rotary_emb.inv_freq")}
+    found = {name for name in files if not name.endswith("rotary_emb.inv_freq")}
     if "lm_head.weight" not in wanted:
         found.discard("lm_head.weight")
     if missing := sorted(wanted.keys() - found):
@@ -124,7 +124,7 @@ def _compare(folder: Path, found: Iterable[str], wanted: Mapping[str, Tensor], r
             "use; leave the sizes of model= to the checkpoint"
         )
     for name, parameter in wanted.items():
-        if (there := tuple(read(name).shape)) != (here := tuple(parameter.shape)):
+        if (there := tuple(files[name].get_slice(name).get_shape())) != (here := tuple(parameter.shape)):
             raise UserError(
                 f"{folder}: {name} is {there}, and the settings ask for {here}; leave the sizes of model= to the "
                 "checkpoint"
@@ -132,14 +132,13 @@ def _compare(folder: Path, found: Iterable[str], wanted: Mapping[str, Tensor], r
 
 
 @contextmanager
-def _tensors(folder: Path) -> Iterator[tuple[list[str], Callable[[str], Tensor]]]:
-    """The names of a checkpoint's tensors, and what reads one. UserError for files that are missing or damaged."""
-    files = _files(folder)
+def _tensors(folder: Path) -> Iterator[dict[str, Any]]:
+    """The open file of each of a checkpoint's tensors. UserError for files that are missing or damaged."""
+    names = _files(folder)
     try:
         with ExitStack() as stack:
-            opened = {name: stack.enter_context(safetensors.safe_open(folder / name, framework="pt")) for name in files}
-            where = {name: file for file in opened.values() for name in file.keys()}  # noqa: SIM118  no mapping
-            yield [*where], lambda name: where[name].get_tensor(name)
+            files = [stack.enter_context(safetensors.safe_open(folder / name, framework="pt")) for name in names]
+            yield {name: file for file in files for name in file.keys()}  # noqa: SIM118  no mapping
     except (OSError, safetensors.SafetensorError) as error:
         raise UserError(f"cannot read the weights in {folder}: {first_line(error)}; download them again") from None
 

@@ -330,11 +330,12 @@ def weight(folder: Path, name: str) -> Tensor:
     return tensor
 
 
-def export(folder: Path, path: Path) -> None:
-    """Write the weights of a checkpoint as one safetensors file, for other programs."""
+def write_weights(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write tensors as one safetensors file, for other programs: on disk and whole, or not there. UserError where it
+    cannot be written."""
     partial = _hidden(path)
     try:
-        safetensors.torch.save_file(weights(folder), partial, metadata={"format": "pt"})
+        safetensors.torch.save_file(dict(tensors), partial, metadata={"format": "pt", **metadata})
         sync_folder(partial)
         partial.replace(path)
         sync_folder(path.parent)

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.tensor import DTensor
 
-from qtrain.errors import UserError
+from qtrain.training.checkpoint import MODEL, tensors_of, write_weights
 from qtrain.training.observers.measure import Recorder
 from qtrain.training.observers.observer import Observer
 
@@ -71,28 +68,13 @@ class Best(Observer):
             self.enough_at = step
 
     def _write(self, file: Path, step: int, loss: float) -> None:
-        """Every rank must call it: sharded weights are gathered."""
-        model = self.recorder.module.model
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        state = get_model_state_dict(model, options=options) if self.ranks.size > 1 else model.state_dict()
-        self.ranks.decided(lambda: _save(file, state, {"format": "pt", "step": str(step), "val_loss": repr(loss)}))
-
-
-def _save(file: Path, state: Mapping[str, Any], metadata: dict[str, str]) -> None:
-    partial = file.with_name(f".{file.name}")
-    seen: set[int] = set()
-    once = {}
-    for name, tensor in state.items():  # a tied weight stands there once
-        if tensor.data_ptr() not in seen:
-            once[name] = tensor.detach().cpu().contiguous()
-            seen.add(tensor.data_ptr())
-    try:
-        save_file(once, partial, metadata=metadata)
-        partial.replace(file)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot write {file}: {error}; make room, or set callbacks.keep_best=false") from error
-    finally:
-        partial.unlink(missing_ok=True)
+        """Every rank must call it: sharded weights are gathered, one after the other."""
+        whole = {}
+        for name, tensor in tensors_of(self.recorder.module.model).items():
+            gathered = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            if self.ranks.is_zero:
+                whole[name.removeprefix(MODEL)] = gathered.detach().cpu().contiguous()
+        self.ranks.decided(lambda: write_weights(file, whole, {"step": str(step), "val_loss": repr(loss)}))
 
 
 def kept_loss(file: Path) -> float:

@@ -259,11 +259,11 @@ def _number() -> int | None:
 
 def _job(tree: DictConfig) -> float | None:
     """A mistake is reported, and so is whatever ends one job of a multirun: the next ones go on."""
-    several = HydraConfig.get().mode == RunMode.MULTIRUN
-    if several and _jobs:
+    number = _number()
+    several = number is not None
+    if number is not None and _jobs:
         from qtrain.multirun import labels
 
-        number = int(HydraConfig.get().job.num)
         print(f"\njob {number + 1} of {len(_jobs)}: {labels(_jobs)[number]}", flush=True)
     try:
         config = to_config(tree)
@@ -307,7 +307,9 @@ def _note_failure(error: Exception, several: bool) -> None:
     if several:
         _failures.append(error)
         told = str(error) if isinstance(error, UserError) else first_line(error)
-        _failed_jobs[frozenset(override.lstrip("+") for override in HydraConfig.get().overrides.task)] = told
+        from qtrain.multirun import typed_job
+
+        _failed_jobs[typed_job(HydraConfig.get().overrides.task)] = told
 
 
 def next_commands(config: Config) -> str:

@@ -37,7 +37,7 @@ from typing import Any
 import filelock
 
 from qtrain.config import TokenizerConfig
-from qtrain.data.base import Document, Source, TextSettings
+from qtrain.data.base import OF_THE_RUN, Document, Source, TextSettings
 from qtrain.data.bigram import MAX_TRAIN_TOKENS, MAX_VAL_TOKENS, bigram_cross_entropy
 from qtrain.data.corpus import FORMAT_VERSION, Corpus, Split, data_hash, open_corpus, read_manifest
 from qtrain.data.encode import Chunk, Encoded, Mark, encode_all
@@ -463,9 +463,7 @@ def _manifest(
     return {
         "format_version": FORMAT_VERSION,
         "source": plan.train.name,
-        "options": plan.data.model_dump(
-            mode="json", exclude={"cache_dir", "num_workers", "prepare_workers", "document_mask"}
-        ),
+        "options": plan.data.model_dump(mode="json", exclude={*OF_THE_RUN}),
         "tokenizer": {
             **plan.tokenizer.model_dump(mode="json"),
             "hash": tokenizer.hash,

@@ -1,5 +1,5 @@
 """Exported codes are the trained codes: every shipped recipe through compressed-tensors and GGUF, read by their own
-libraries."""
+libraries, and through FP-Quant, whose reader needs a GPU, by what its format says."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ from compressed_tensors.transform import TransformConfig, apply_transform_config
 from transformers.modeling_gguf_pytorch_utils import LlamaTensorProcessor, load_gguf_checkpoint  # noqa: E402
 
 from qtrain.export import compressed_tensors as packed  # noqa: E402
+from qtrain.export import fp_quant, table  # noqa: E402
 from qtrain.export import gguf as ggml  # noqa: E402
-from qtrain.export import table  # noqa: E402
 from qtrain.export.trained import codes_of  # noqa: E402
 
 N, K = 48, 256
@@ -261,6 +261,61 @@ def test_transformers_continues_a_packed_checkpoint_as_trained(
     ours = reference(runs[recipe])
     torch.testing.assert_close(theirs(ids).logits.float(), ours(ids), rtol=bound, atol=bound)
     assert continued(lambda tokens: theirs(tokens).logits, ids) == continued(ours, ids)
+
+
+def fp_quant_values(state: dict[str, Tensor]) -> Tensor:
+    """What a reader multiplies, in rotated space: E2M1 by the table of OCP MX v1.0, the first code in the low bits."""
+    grid = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+    nibbles = torch.stack([state["qweight"] & 15, state["qweight"] >> 4], -1).flatten(1).int()
+    codes = grid[nibbles & 7] * (1 - 2 * (nibbles >> 3))
+    scales = torch.exp2(state["scales"].float() - 127).repeat_interleave(32, 1)
+    return codes.double() * scales / state["weight_global_scale"].double()
+
+
+def of_three_quarters(rotation: str | None) -> dict[str, Any]:
+    side: dict[str, Any] = {"format": "mxfp4", "scale": "floor_three_quarters", "rotation": rotation}
+    none = {"format": "none"}
+    backward = {"dgrad": {"dy": none, "w": none}, "wgrad": {"dy": none, "x": none}}
+    return {"name": "abs_max", "fprop": {"x": side, "w": side}, **backward}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "scheme"),
+    [
+        ("quartet", fp_quant.Scheme("quest", 32)),
+        ("quartet_v1", fp_quant.Scheme("quest", 32)),
+        (of_three_quarters("hadamard128"), fp_quant.Scheme("abs_max", 128)),
+        (of_three_quarters(None), fp_quant.Scheme("abs_max", None)),
+    ],
+    ids=["quartet", "quartet_v1", "abs_max", "identity"],
+)
+def test_fp_quant_gives_the_trained_values(recipe: Any, scheme: fp_quant.Scheme) -> None:
+    layer = layer_of(recipe)
+    assert fp_quant.scheme_of(layer.numerics) == scheme
+    state = fp_quant.pack(codes_of(layer, layer.weight.detach()), scheme)
+    assert (state["qweight"].shape, state["scales"].shape) == ((N, K // 2), (N, K // 32))
+    values, wanted = fp_quant_values(state), trained(layer).dequantize()
+    assert torch.equal((values * 3).float(), wanted * 3) and len(wanted.unique()) > 2
+    size = scheme.rotation or 32
+    turned = layer.weight.detach().view(N, -1, size) @ state["forward_hadamard_matrix"].float()
+    nearest = (turned.flatten(1) - wanted).norm() / turned.norm()
+    assert nearest < 0.4, "of the weight in another rotation it is above 1"
+
+
+def test_fp_quant_holds_what_its_units_compute_alone() -> None:
+    assert held(lambda numerics, _: fp_quant.scheme_of(numerics)) == ["quartet", "quartet_v1"]
+
+
+def test_transformers_takes_the_config_of_fp_quant(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("the cat sat on the mat. " * 400)
+    run = train(tmp_path, "quartet", None)
+    exported = fp_quant.export(run, tmp_path / "out")
+    said = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    config = transformers.FPQuantConfig.from_dict(said)
+    assert (config.forward_method, config.hadamard_group_size) == ("quest", 32)
+    assert config.modules_to_not_convert == ["lm_head"]
+    of_rotations = 2 * 16 * 32 * 32 * 7 / (6 * 256 * 256)
+    assert exported.bits_per_weight == pytest.approx(4.25 + of_rotations + 2 * 16 * 7 / (6 * 256 * 256), rel=1e-9)
 
 
 @torch.no_grad()

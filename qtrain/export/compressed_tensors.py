@@ -17,32 +17,28 @@ said in transform_config. Source: compressed-tensors 0.20, its compressors and t
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
-from qtrain.data.tokenizer import tokenizer_files
-from qtrain.errors import UserError, need
+from qtrain.errors import need
+from qtrain.export.packed import left_out, module_of, write_packed
 from qtrain.export.trained import (
     Codes,
     Exported,
     Refused,
+    e8m0_bits,
     has_line_scale,
     integer_grid,
-    new_folder,
     open_run,
     unsettled,
 )
-from qtrain.models import hf
 from qtrain.quant import QuantLinear
 from qtrain.quant.functional import Numerics
 from qtrain.quant.quantizer import Quantizer
-from qtrain.runs.files import write_synced
 from qtrain_kernels.formats import E4M3, ELEMENTS, Element, get_format
 from qtrain_kernels.qtensor import Layout
 
@@ -74,51 +70,23 @@ def export(run: Path, out: Path) -> Exported:
     cannot hold what the recipe trains, with the reason; then nothing is written."""
     need("compressed_tensors", "an export to compressed-tensors")
     trained = open_run(run)
-    theirs = hf.config_of(trained.model, trained.vocab_size, trained.tokenizer.eos_id)
-    if not trained.layers:
-        raise UserError(
-            f"{run}: recipe {trained.config.recipe.name} quantises nothing; export it as a Hugging Face checkpoint"
-        )
     schemes = trained.held_by("compressed-tensors", lambda layer: scheme_of(layer.numerics, layer.in_features))
-    tensors: dict[str, Tensor] = {}
-    for name in trained.sizes:
-        layer = trained.layers.get(name.removesuffix(".weight"))
-        if layer is None:
-            tensors[_theirs(name)] = trained.weight(name).to(torch.bfloat16)
-            continue
-        place = _theirs(name).removesuffix("weight")
-        packed = pack(trained.codes(layer), schemes[layer.name])
-        tensors |= {f"{place}{part}": value for part, value in packed.items()}
     # In which the package's reader gives the values: without a float32 scale for each row or block, all are exact.
     dtype = (
         "float32" if all(s.format in ("float-quantized", "pack-quantized") for s in schemes.values()) else "bfloat16"
     )
-    config = theirs | {"torch_dtype": dtype, "quantization_config": _config(trained.layers, schemes, trained.sizes)}
-    with new_folder(out) as partial:
-        weight_bytes = hf.write(partial, config, tensors, tensors.__getitem__)
-        for file, text in tokenizer_files(trained.tokenizer).items():
-            write_synced(partial / file, text)
-        elements = {_module(name): layer.in_features * layer.out_features for name, layer in trained.layers.items()}
-        bits = bits_per_weight(partial, elements)
+    config = {"torch_dtype": dtype, "quantization_config": _config(trained.layers, schemes, trained.sizes)}
     notes = {scheme.note for scheme in schemes.values()} | {
         TRANSFORM for s in schemes.values() if s.rotation is not None
     }
-    return Exported(
+    return write_packed(
+        trained,
         out,
-        trained.step,
-        trained.parameters,
-        weight_bytes,
-        trained.recipe,
-        bits,
+        config,
+        lambda layer: pack(trained.codes(layer), schemes[layer.name]),
         Counter(scheme.format for scheme in schemes.values()),
         tuple(sorted(note for note in notes if note)),
     )
-
-
-def _theirs(name: str) -> str:
-    found = hf.their_name(name)
-    assert found is not None
-    return found
 
 
 # ---------------------------------------------------------------------------------------------- which format holds what
@@ -207,7 +175,7 @@ def pack(weight: Codes, scheme: Scheme) -> dict[str, Tensor]:
             "weight_global_scale": _reciprocal(weight.line_scale),
         }
     if scheme.format in MX.values():
-        return _packed_mx(weight, scheme.format) | {"weight_scale": _exponents(_row_scales(weight))}
+        return _packed_mx(weight, scheme.format) | {"weight_scale": e8m0_bits(_row_scales(weight))}
     scale = _float32_scale(weight, scheme.weights["strategy"])
     if scheme.format == "float-quantized":
         return {"weight": weight.codes.to(torch.float8_e4m3fn), "weight_scale": scale}
@@ -241,11 +209,6 @@ def _row_scales(weight: Codes) -> Tensor:
     scales = weight.row_scales()
     assert scales is not None
     return scales
-
-
-def _exponents(scales: Tensor) -> Tensor:
-    """Powers of two as E8M0 bytes, 127 for 1."""
-    return (torch.frexp(scales).exponent + 126).to(torch.uint8)
 
 
 def _reciprocal(scale: Tensor | None) -> Tensor:
@@ -284,8 +247,8 @@ def _config(layers: dict[str, QuantLinear], schemes: dict[str, Scheme], sizes: d
     from compressed_tensors.transform import TransformConfig
 
     kinds: list[Scheme] = [s for i, s in enumerate(schemes.values()) if s not in list(schemes.values())[:i]]
-    targets = {i: [_module(name) for name in layers if schemes[name] == kind] for i, kind in enumerate(kinds)}
-    ignore = [_module(name) for name in _linears(sizes) if name not in layers]
+    targets = {i: [module_of(name) for name in layers if schemes[name] == kind] for i, kind in enumerate(kinds)}
+    ignore = left_out(layers, sizes)
     if len(kinds) == 1:
         targets = {0: ["Linear"]}
     groups = {
@@ -323,28 +286,3 @@ def _config(layers: dict[str, QuantLinear], schemes: dict[str, Scheme], sizes: d
         "sparsity_config": {},
         "transform_config": transform,
     }
-
-
-def _module(name: str) -> str:
-    return _theirs(f"{name}.weight").removesuffix(".weight")
-
-
-def _linears(sizes: dict[str, torch.Size]) -> list[str]:
-    """The linear layers among the tensors, by name, lm_head too where its weight is the embedding's."""
-    names = [
-        name.removesuffix(".weight") for name, size in sizes.items() if name.endswith(".weight") and len(size) == 2
-    ]
-    return [name for name in names if name not in ("embed", "lm_head")] + ["lm_head"]
-
-
-def bits_per_weight(folder: Path, sizes: Mapping[str, int]) -> float:
-    """What the files of a checkpoint spend on weights and their scales, over the elements that these stand for. sizes:
-    of the modules that hold them, in elements."""
-    spent = 0
-    for path in folder.glob("*.safetensors"):
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118  no mapping
-                module, _, kind = name.rpartition(".")
-                if module in sizes and kind != "bias":
-                    spent += file.get_tensor(name).nbytes
-    return 8 * spent / sum(sizes.values())

@@ -26,7 +26,6 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from qtrain.data.tokenizer import tokenizer_files
 from qtrain.errors import UserError, first_line, need
@@ -35,6 +34,8 @@ from qtrain.export.trained import (
     Exported,
     Refused,
     TrainedRun,
+    e2m1_bits,
+    e8m0_bits,
     has_line_scale,
     integer_grid,
     new_folder,
@@ -174,21 +175,14 @@ def blocks_of(weight: Codes, kind: Kind) -> tuple[np.ndarray, float]:
         unit, _ = integer_grid(weight.layout.plan.element)
         one = np.float16(1.0).tobytes()
         return _headed(np.frombuffer(one, np.uint8), weight.integers().numpy().view(np.uint8), 32), line * unit
-    nibbles = _e2m1_bits(codes).numpy()
+    nibbles = e2m1_bits(codes).numpy()
     if kind == "MXFP4":
         exponents = torch.ones(1) if scales is None else scales
-        head = (torch.frexp(exponents).exponent + 126).to(torch.uint8)
-        head = head.expand(codes.shape[0], codes.shape[1] // 32).numpy()[..., None]
+        head = e8m0_bits(exponents).expand(codes.shape[0], codes.shape[1] // 32).numpy()[..., None]
         return _headed(head, _halves(nibbles, 32), 16), line
     assert scales is not None
     head = scales.to(torch.float8_e4m3fn).view(torch.uint8).view(codes.shape[0], -1, 4).numpy()
     return _headed(head, _halves(nibbles, 16), 32), line
-
-
-def _e2m1_bits(codes: Tensor) -> Tensor:
-    """(N, K) uint8: sign, exponent and mantissa in the low four bits."""
-    magnitudes = torch.tensor(ELEMENTS["e2m1"].magnitudes())
-    return (torch.searchsorted(magnitudes, codes.abs()) + 8 * codes.signbit()).to(torch.uint8)
 
 
 def _halves(nibbles: np.ndarray, size: int) -> np.ndarray:

@@ -36,7 +36,7 @@ from qtrain.runs.files import sync_folder
 from qtrain.training.build import build_model, load_tokenizer
 from qtrain.training.causal_lm import computes_in_high_precision
 from qtrain.training.checkpoint import newest, shapes, values_of, weight, whole_number
-from qtrain_kernels.formats import Element
+from qtrain_kernels.formats import ELEMENTS, Element
 from qtrain_kernels.qtensor import Layout
 from qtrain_kernels.reference import constant_scale
 
@@ -241,3 +241,14 @@ def integer_grid(element: Element) -> tuple[float, int]:
     without zero needs one bit more than its codes: k + 1/2 is 2k + 1 halves."""
     unit = min(abs(code) for code in element.levels() if code)
     return unit, int(element.max / unit).bit_length() + 1
+
+
+def e2m1_bits(codes: Tensor) -> Tensor:
+    """Codes of E2M1 as uint8: sign, exponent and mantissa in the low four bits."""
+    magnitudes = torch.tensor(ELEMENTS["e2m1"].magnitudes())
+    return (torch.searchsorted(magnitudes, codes.abs()) + 8 * codes.signbit()).to(torch.uint8)
+
+
+def e8m0_bits(scales: Tensor) -> Tensor:
+    """Powers of two as uint8, 127 for 1."""
+    return (torch.frexp(scales).exponent + 126).to(torch.uint8)

@@ -156,13 +156,18 @@ class CallbacksConfig(Strict):
 
 
 class LoggerConfig(Strict):
-    """metrics.jsonl is always written; kind adds a mirror of it: none | wandb | tensorboard."""
+    """metrics.jsonl is always written; kind adds a mirror of it: none | wandb | tensorboard.
+
+    per_layer: mirror the telemetry of each layer, hundreds of series; else mean and worst over the layers, as
+        quant_mean/<operand>/<metric> and quant_worst/<operand>/<metric>. metrics.jsonl has that of each layer.
+    """
 
     kind: Literal["none", "wandb", "tensorboard"] = "none"
     project: str = "qtrain"
     entity: str | None = None
     group: str | None = None
     offline: bool | None = Field(None, description="wandb: None is offline unless an API key is found")
+    per_layer: bool = False
 
 
 class DebugConfig(Strict):

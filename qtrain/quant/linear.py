@@ -177,7 +177,7 @@ class QuantLinear(Linear):
         return f"{super().extra_repr()}, {state}{self.numerics.formats} | {runs}"
 
 
-def compute_dtype(name: str, gemm: GemmKind, input: Tensor) -> torch.dtype:
+def compute_dtype(name: str, gemm: str, input: Tensor) -> torch.dtype:
     """In which a layer multiplies: autocast's, or the input's own. UserError, naming the layer, for one that its GEMMs
     do not have."""
     device_type = input.device.type

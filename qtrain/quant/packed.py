@@ -27,6 +27,7 @@ class PackedLinear(nn.Module):
     """
 
     codes: Tensor
+    input_scale: Tensor | None
 
     def __init__(
         self, weight: QTensor, bias: Tensor | None, numerics: Numerics, name: str, keys: Tensor,

@@ -1,4 +1,4 @@
-"""Post-training quantisation of one weight: which scales, which codes. `qtrain.post_training` takes models through it."""
+"""Post-training quantisation of one weight. `qtrain.post_training` takes a model through it."""
 
 from qtrain.quant.ptq.codes import Method, compensated, quantize_weight, relative_error
 from qtrain.quant.ptq.hessian import Hessian

@@ -30,8 +30,9 @@ RESULTS = HERE / "results.csv"
 RUNS = ROOT / "runs" / "ptq_vs_qat"
 SEEDS = range(3)
 SHARED = [
-    "model=mini", "data=stdlib", "trainer.tokens=1_048_576", "trainer.precision=32-true", "callbacks.progress_bar=false",
-    "callbacks.telemetry_every_steps=0", "data.val_tokens=262_144", "data.num_workers=0",
+    "model=mini", "data=stdlib", "trainer.tokens=1_048_576", "trainer.precision=32-true", "data.num_workers=0",
+    "data.val_tokens=262_144", "callbacks.val_every_steps=512", "callbacks.telemetry_every_steps=0",
+    "callbacks.progress_bar=false",
 ]  # fmt: skip
 # What both ways of each line share: formats, scales and rotations of the forward.
 FORWARDS = {
@@ -40,10 +41,8 @@ FORWARDS = {
     "W4A4 INT": ["recipe=quest"],
     "W4A4 MXFP4": ["recipe=quartet"],
 }
-TRAINED = ("W2", "W3", "W4A4 INT", "W4A4 MXFP4")
 CALIBRATION = 131_072
 COLUMNS = ("seed", "forward", "method", "val_loss", "bits_per_weight", "file_bytes")
-EXPORTED = ("W2", "W3", "W4A4 INT", "W4A4 MXFP4")
 
 
 def main() -> None:
@@ -59,7 +58,7 @@ def main() -> None:
                     shutil.rmtree(out, ignore_errors=True)
                     found = quantize(str(source), out, settings, method, CALIBRATION)
                     add(seed, forward, method, found.val_loss, out)
-        for forward in TRAINED:
+        for forward in FORWARDS:
             trained(seed, forward, FORWARDS[forward])
 
 
@@ -76,7 +75,7 @@ def trained(seed: int, forward: str, settings: list[str]) -> Path:
 
 def add(seed: int, forward: str, method: str, loss: float, run: Path) -> None:
     bits, size = 16.0, math.nan
-    if forward in EXPORTED:
+    if forward in FORWARDS:
         out = run.with_name(f"{run.name}-packed")
         shutil.rmtree(out, ignore_errors=True)
         exported = export(run, out)

@@ -14,7 +14,7 @@ import json
 import shutil
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -56,7 +56,7 @@ class Way:
     divided by, to be folded into it: None | SmoothQuant's, with this exponent | "awq".
     """
 
-    weight: Method = Method()
+    weight: Method = field(default_factory=Method)
     rotate_residual: bool = False
     smooth: float | Literal["awq"] | None = None
 

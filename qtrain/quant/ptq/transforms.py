@@ -80,8 +80,8 @@ def smoothing(largest: Tensor, weights: Sequence[Tensor], alpha: float) -> Tenso
 
 @torch.no_grad()
 def awq_smoothing(mean: Tensor, weights: Sequence[Tensor], hessian: Tensor, quantizers: Sequence[Quantizer]) -> Tensor:
-    """(K,) as `smoothing`: of powers 0 to 1 of the mean magnitudes of inputs (K,), scaled to a geometric middle of 1, the
-    one with the least output error of the weights to nearest. Source: AWQ, arXiv 2306.00978."""
+    """(K,) as `smoothing`: of powers 0 to 1 of the mean magnitudes of inputs (K,), scaled about 1, the one with the
+    least output error of the weights to nearest. Source: AWQ, arXiv 2306.00978."""
     best, least = torch.ones_like(mean), torch.inf
     mean = mean.clamp_min(mean[mean > 0].min() if (mean > 0).any() else 1.0)
     for step in range(STEPS):

@@ -186,8 +186,8 @@ def test_scales_and_codes_are_those_of_fp_quant(name: str) -> None:
     alive = torch.arange(256) != 7
     for order, ours in (("default", "natural"), ("activation", "activation")):
         codes = compensated(weight, hessian, scales, ours, 0.01)  # pyright: ignore[reportArgumentType]
-        differing = (codes * 2 != theirs[f"{name}-{order}-codes"])[:, alive].float().mean().item()
-        assert differing < 2e-3, f"{order}: {differing:.2%}: sums in another order move a value across a tie"
+        rows = (codes * 2 != theirs[f"{name}-{order}-codes"])[:, alive].any(1).sum().item()
+        assert rows <= 2, f"{order}: {rows} of 32 rows; sums in another order move a value across a tie, and its row"
 
     def error(scale: Tensor) -> Tensor:
         scale = scale.repeat_interleave(size, 1)

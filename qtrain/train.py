@@ -15,6 +15,7 @@ import os
 import shlex
 import signal
 import sys
+import textwrap
 import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -538,8 +539,10 @@ def jobs_of(arguments: Sequence[str]) -> list[list[str]]:
 
 
 def help_text(arguments: Sequence[str]) -> str:
-    """What --help prints: hydra.help of configs/train.yaml, with the options of each group, and every setting as the
-    arguments set it. Hydra's own reads each config group several times over, for most of a second."""
+    """What --help prints: hydra.help of configs/train.yaml, with the options of each group, and every setting with its
+    meaning, as the arguments set it. Hydra's own reads each config group several times over, for most of a second."""
+    from qtrain.config.listing import listing
+
     with _composing():
         overrides = [argument for argument in checked_overrides(arguments) if _is_override(argument)]
         tree = hydra.compose("train", overrides=overrides, return_hydra_config=True)
@@ -548,5 +551,13 @@ def help_text(arguments: Sequence[str]) -> str:
     del tree["hydra"]
     groups = sorted({str(path.parent.relative_to(configs_dir())) for path in configs_dir().rglob("*.yaml")} - {"."})
     options = {group: [name for name in group_names(group) if "/" not in name] for group in groups}
-    parts = [f"{group}: {', '.join(names)}" for group, names in options.items() if not group.startswith("hydra")]
-    return Template(text).substitute(APP_CONFIG_GROUPS="\n".join(parts), CONFIG=OmegaConf.to_yaml(tree))
+    parts = [
+        textwrap.fill(f"{group}: {', '.join(names)}", 120, subsequent_indent="  ", break_on_hyphens=False)
+        for group, names in options.items()
+        if not group.startswith("hydra")
+    ]
+    plain = OmegaConf.to_container(tree, resolve=False)
+    assert isinstance(plain, dict)
+    return Template(text).substitute(
+        APP_CONFIG_GROUPS="\n".join(parts), SETTINGS=listing({str(key): value for key, value in plain.items()})
+    )

@@ -19,8 +19,11 @@ TABLE_BYTES = 4 * 256  # of the values that the 8-bit codes stand for, which eac
 class AdamW8bit(OptimizerSettings):
     """AdamW with both moments in 8 bits: torchao's state tensors and update, arXiv 2110.02861.
 
+    beta1: how much of its mean gradient a step keeps.
+    beta2: how much of its mean squared gradient a step keeps.
+    eps: what is added to the root of the mean squared gradient.
     block_size: elements that share a scale. A matrix whose rows are whole blocks gets 8-bit moments, which are then the
-    same on any number of ranks, since FSDP2 shards rows. All other parameters keep float32 moments.
+        same on any number of ranks, since FSDP2 shards rows. All other parameters keep float32 moments.
     """
 
     name: Literal["adamw8bit"]

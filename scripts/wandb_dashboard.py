@@ -15,6 +15,7 @@ from qtrain.errors import UserError, need
 from qtrain.training.observers.loggers import has_wandb_key
 
 X_AXIS = "tokens"
+OF_LAYERS = "(_mean|_worst|/[^/]+)"  # mean and worst over the layers; with logger.per_layer=true, each of them instead
 OPERANDS = ("fprop.x", "fprop.w", "dgrad.dy", "dgrad.w", "wgrad.dy", "wgrad.x")
 
 
@@ -56,8 +57,8 @@ def dashboard() -> tuple[Section, ...]:
         Panel("peak memory (bytes)", ("memory_bytes",)),
     )
     gradients = (
-        Panel("cosine of quantised and exact weight gradient", pattern=r"grad/.*/cosine"),
-        Panel("projection of quantised on exact weight gradient", pattern=r"grad/.*/projection"),
+        Panel("cosine of quantised and exact weight gradient", pattern=rf"grad{OF_LAYERS}/cosine"),
+        Panel("projection of quantised on exact weight gradient", pattern=rf"grad{OF_LAYERS}/projection"),
     )
     return (
         Section("Loss", loss, is_open=True),
@@ -76,9 +77,9 @@ def dashboard() -> tuple[Section, ...]:
 
 
 def _by_operand(metric: str, operands: tuple[str, ...] = OPERANDS) -> tuple[Panel, ...]:
-    """One panel an operand, one line a layer."""
+    """One panel an operand, with the lines of OF_LAYERS."""
     return tuple(
-        Panel(f"{metric} of {operand}", pattern=rf"quant/.*/{operand.replace('.', '[.]')}/{metric}")
+        Panel(f"{metric} of {operand}", pattern=rf"quant{OF_LAYERS}/{operand.replace('.', '[.]')}/{metric}")
         for operand in operands
     )
 
@@ -119,7 +120,7 @@ def build_report(entity: str, project: str, sections: tuple[Section, ...]) -> An
         return wr.PanelGrid(runsets=[wr.Runset(entity=entity, project=project)], panels=panels)
 
     blocks: list = [
-        wr.P("Losses compare only at equal run.data_hash. One line a run, and in the quantisers' panels one a layer."),
+        wr.P("Losses compare only at equal run.data_hash. Quantisers' panels have the mean and worst of the layers."),
         grid([wr.RunComparer(diff_only="split")]),
     ]
     for section in sections:

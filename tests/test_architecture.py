@@ -18,7 +18,6 @@ ROOT = Path(__file__).parents[1]
 # Module or package -> what it may import beside the standard library, itself and qtrain.errors; the longest key that
 # matches decides. In parentheses: only lazily (inside functions, or for types alone), so that importing the module
 # neither needs it nor pays for it.
-# wandb is reached through Lightning's logger alone, but where its own files and server are read.
 MAY_IMPORT = {
     "qtrain_kernels": "torch qtrain_kernels.formats qtrain_kernels.plans (triton qtrain_kernels.triton_quantize)",
     "qtrain_kernels.formats": "",
@@ -98,8 +97,9 @@ MAY_IMPORT = {
         "qtrain.config qtrain.plan qtrain.runs qtrain.training.causal_lm qtrain.training.checkpoint"
     ),
     "qtrain.training.observers": (
-        "torch lightning safetensors rich qtrain.config qtrain.data.batches qtrain.metrics qtrain.quant qtrain.runs "
-        "qtrain.training.causal_lm qtrain.training.checkpoint qtrain.training.losses qtrain.training.parallel"
+        "torch lightning (wandb) safetensors rich qtrain.config qtrain.data.batches qtrain.metrics qtrain.quant "
+        "qtrain.runs qtrain.training.causal_lm qtrain.training.checkpoint qtrain.training.losses "
+        "qtrain.training.parallel"
     ),
     "qtrain.training.divergence": "qtrain.training.causal_lm qtrain.training.parallel",
     "qtrain.training.saves": (
@@ -293,7 +293,7 @@ def test_a_line_of_the_table_points_only_downwards():
         ("qtrain.data.shards", "import lightning\n", 1),
         ("qtrain.data.shards", "from qtrain.data import batches\n", 1),
         ("qtrain.data.sources.huggingface", "try:\n    import datasets\nexcept ImportError:\n    datasets = None\n", 2),
-        ("qtrain.training.observers.loggers", "def start():\n    import wandb\n", 2),
+        ("qtrain.training.loop", "def start():\n    import wandb\n", 2),
         ("qtrain.report.loss", "import torch\n", 1),
         ("qtrain.report.loss", "from qtrain.models.decoder import Decoder\n", 1),
         ("qtrain_kernels.gpu", "import triton\n", 1),

@@ -176,7 +176,8 @@ def test_bf16_converts_nothing_and_says_why() -> None:
     ({"name": "quest", "format": "mxfp8_e4m3"}, None, "needs a Gaussian fit, which is not known for the codes"),
     ({"name": "quartet", "bits": 4}, None, "names its own format, so bits=4 would change nothing"),
     ({"name": "quest", "colour": 1}, None, "unknown key 'colour'"),
-    ("quest", None, r"in_features % 128 == 0 for fprop.x \(int4/.*had128/trust\); blocks.0.up has 64; pad it or"),
+    ("quest", None, r"in_features % 128 == 0 for fprop.x \(int4/.*had128/trust\), and finds 64; set "
+     r"recipe.fprop.x.rotation=hadamard64 recipe.fprop.w.rotation=hadamard64, choose"),
 ])  # fmt: skip
 def test_refuses_and_leaves_the_model_untouched(recipe: object, skip: list[str] | None, message: str) -> None:
     model = Tied()
@@ -273,7 +274,7 @@ def test_overrides_take_the_first_pattern_that_matches() -> None:
         "layers.1.up": "x:mxfp4",
         "layers.1.down": "x:int2",
     }
-    assert "layers.0.up, layers.0.down:\n" in str(report) and "fwd x:int2/gaussian" in repr(model)
+    assert "layers.0.up, layers.0.down:\n" in str(report) and "fprop int2 x int2," in repr(model)
     assert report.skipped == {"lm_head": "named by skip (lm_head)"}
     head = {"name": "ste", "overrides": {"lm_head": "quartet"}}  # an override comes before the recipe's own skip
     model = Numbered(2)

@@ -349,12 +349,14 @@ def test_state_dict_copies_and_print() -> None:
     for twin in (copy.deepcopy(module), torch.load(saved, weights_only=False), emptied):
         for found, want in zip(run(twin, x, dy), run(module, x, dy), strict=True):
             assert torch.equal(found, want)
-    gradient = "mxfp4/floor_three_quarters/nearest/had32±step"
     assert repr(module) == (
         "QuantLinear(in_features=256, out_features=128, bias=True, "
+        "fprop mxfp4 x mxfp4, dgrad mxfp4 x mxfp4, wgrad mxfp4 x mxfp4 | reference on cpu, gemms float float float)"
+    )
+    gradient = "mxfp4/floor_three_quarters/nearest/had32±step"
+    assert str(module.numerics) == (
         "fwd x:mxfp4/std/nearest/had32/clip w:mxfp4/std/nearest/had32/clip "
-        f"dgrad dy:{gradient} w:{gradient}/forward wgrad dy:{gradient} x:{gradient}/forward | "
-        "reference on cpu, gemms float float float)"
+        f"dgrad dy:{gradient} w:{gradient}/forward wgrad dy:{gradient} x:{gradient}/forward"
     )
     assert isinstance(read_recipe("quest"), LinearRecipe)
 
@@ -617,7 +619,7 @@ def test_high_precision_is_an_ordinary_linear_and_back() -> None:
     x, dy = batch()
     before = run(module, x, dy)
     set_high_precision(module)
-    assert "high precision, after fwd x:nvfp4" in repr(module)
+    assert "high precision, after fprop nvfp4" in repr(module)
     for found, want in zip(run(module, x, dy), run(plain, x, dy), strict=True):
         assert torch.equal(found, want)
     set_high_precision(module, False)

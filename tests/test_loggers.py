@@ -13,7 +13,7 @@ import pytest
 from qtrain.errors import UserError
 from qtrain.runs.directory import RunDirectory
 from qtrain.train import compose
-from qtrain.training.observers.loggers import build_loggers, check_logger, has_wandb_key
+from qtrain.training.observers.loggers import build_loggers, check_logger, has_wandb_key, mirrored
 from qtrain.training.session import run
 
 ROOT = Path(__file__).parents[1]
@@ -63,6 +63,19 @@ def test_tensorboard_mirrors_every_line(tmp_path):
     assert {"lr", "grad_norm", "tokens", "flops", "tokens_per_second", "memory_bytes", "val_loss"} <= set(
         events.Tags()["scalars"]
     )
+
+
+def test_mirrors_get_mean_and_worst_over_the_layers() -> None:
+    """However deep a model is, the number of series is the same."""
+    line = {"step": 3, "val_loss/web": 2.5, "quant/a/fprop.x/sqnr_db": 10.0, "quant/b/fprop.x/sqnr_db": 20.0}
+    line |= {"quant/a/fprop.x/clipped": 0.25, "quant/b/fprop.x/clipped": 0.75, "grad/b/cosine": 0.5}
+    assert mirrored(line, per_layer=True) == line
+    assert mirrored(line, per_layer=False) == {
+        "step": 3, "val_loss/web": 2.5,
+        "quant_mean/fprop.x/sqnr_db": 15.0, "quant_worst/fprop.x/sqnr_db": 10.0,
+        "quant_mean/fprop.x/clipped": 0.5, "quant_worst/fprop.x/clipped": 0.75,
+        "grad_mean/cosine": 0.5, "grad_worst/cosine": 0.5,
+    }  # fmt: skip
 
 
 def test_a_logger_that_is_not_installed_is_an_error_only_when_asked_for(tmp_path, monkeypatch):

@@ -14,6 +14,7 @@ import pytest
 
 from qtrain.errors import UserError
 from qtrain.train import compose
+from qtrain.training.observers.loggers import mirrored
 from qtrain.training.session import run
 
 
@@ -30,7 +31,7 @@ def script() -> ModuleType:
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
-    """The keys of metrics.jsonl of two short runs that between them write all there are."""
+    """What two short runs, which between them write all there is, mirror with and without the layers' own."""
     folder, draw = tmp_path_factory.mktemp("runs"), random.Random(0)
     for number in range(30):
         (folder / f"{number}.txt").write_text(" ".join(draw.choice(["red", "green", "blue"]) for _ in range(200)))
@@ -44,7 +45,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
     for recipe in (["recipe=quartet"], ["recipe=mxfp8", "gemm=fp8"]):
         run(compose([*small, *recipe]))
     lines = [line for path in (folder / "runs").glob("*/metrics.jsonl") for line in path.read_text().splitlines()]
-    return {key for line in lines for key in json.loads(line)}
+    return {key for line in lines for layers in (True, False) for key in mirrored(json.loads(line), layers)}
 
 
 def shown(script: ModuleType, key: str) -> list[str]:
@@ -55,7 +56,8 @@ def shown(script: ModuleType, key: str) -> list[str]:
 
 def test_every_metric_has_one_panel(script: ModuleType, written: set[str]) -> None:
     assert {key: shown(script, key) for key in written - {"step", script.X_AXIS} if len(shown(script, key)) != 1} == {}
-    assert shown(script, "quant/layers.0.mlp.down/wgrad.dy/sqnr_db") == ["sqnr_db of wgrad.dy"]
+    for kind in ("quant/layers.0.mlp.down", "quant_mean", "quant_worst"):
+        assert shown(script, f"{kind}/wgrad.dy/sqnr_db") == ["sqnr_db of wgrad.dy"]
     assert script.X_AXIS in written
 
 
@@ -99,7 +101,7 @@ def test_dry_run_needs_nothing(
     printed = capsys.readouterr().out
     assert "Loss (open)\n  validation loss (nats per token): val_loss over tokens\n" in printed
     assert "gradient norm before clipping: grad_norm over tokens, logarithmic" in printed
-    assert "sqnr_db of wgrad.dy: quant/.*/wgrad[.]dy/sqnr_db over tokens" in printed
+    assert "sqnr_db of wgrad.dy: quant(_mean|_worst|/[^/]+)/wgrad[.]dy/sqnr_db over tokens" in printed
 
 
 def test_what_is_missing_is_said(script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

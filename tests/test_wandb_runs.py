@@ -66,7 +66,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "trainer.tokens=640", "trainer.batch_tokens=128", "trainer.micro_batch_size=4", "callbacks.log_every_steps=1",
         "callbacks.telemetry_every_steps=2", "callbacks.checkpoint_every_steps=3",
         "data.source=text", f"data.files={folder}/*.txt", "data.val_tokens=128", f"data.cache_dir={folder}/cache",
-        f"run_root={folder}/runs", "logger=wandb",
+        f"run_root={folder}/runs", "logger=wandb", "logger.per_layer=true",
     ]  # fmt: skip
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "WANDB_SILENT": "true"}
     subprocess.run([sys.executable, "-c", STOPPED, *small], cwd=folder, env=environment, check=True, timeout=600)

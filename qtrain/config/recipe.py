@@ -142,9 +142,9 @@ class LinearRecipe(Strict):
     high_precision_after: the fraction of the run's steps after which every layer computes in the compute dtype.
         A loop of one's own calls `qtrain.quant.convert.set_high_precision`.
     redraw: when to draw the random bits of the weight (its noise, and the signs of fprop and dgrad): in every
-        micro_batch, as published code does in every backward, or once a step. With `step`, all micro-batches share that noise, which
-        does not average out over them, and the weight is quantised once for all of them. wgrad draws in every
-        micro-batch either way.
+        micro_batch, as published code does in every backward, or once a step. With `step`, all micro-batches share that
+        noise, which does not average out over them, and the weight is quantised once for all of them. wgrad draws in
+        every micro-batch either way.
     fprop, dgrad, wgrad: the numerics of the two operands of a product; None in a recipe that quantises nothing.
     """
 

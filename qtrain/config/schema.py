@@ -181,6 +181,8 @@ class LoggerConfig(Strict):
     entity: of W&B: the user or team that has the project; None is the one of the API key.
     group: of W&B: a name that several runs share, to be shown together.
     offline: of W&B: write below the run directory alone, for `wandb sync`; None does so where no API key is found.
+    per_layer: mirror the telemetry of each layer, hundreds of series; else mean and worst over the layers, as
+        quant_mean/<operand>/<metric> and quant_worst/<operand>/<metric>. metrics.jsonl has that of each layer.
     """
 
     kind: Literal["none", "wandb", "tensorboard"] = "none"
@@ -188,6 +190,7 @@ class LoggerConfig(Strict):
     entity: str | None = None
     group: str | None = None
     offline: bool | None = None
+    per_layer: bool = False
 
 
 class DebugConfig(Strict):

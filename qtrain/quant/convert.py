@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import difflib
 import logging
+import math
 import os
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -19,6 +21,7 @@ from qtrain.config.settings import Backend, GemmKind, group_names
 from qtrain.errors import UserError
 from qtrain.quant.functional import OPERANDS, Numerics
 from qtrain.quant.linear import QuantLinear, quant_linears
+from qtrain.quant.quantizer import Quantizer
 from qtrain.quant.random import checked_seed
 from qtrain.quant.rotation import base
 from qtrain_kernels import dispatch
@@ -27,6 +30,7 @@ from qtrain_kernels.precision import Linear
 
 log = logging.getLogger("qtrain")
 
+MIN_ROTATION = 16  # elements of a block, below which a rotation spreads too little to be offered
 _FP8 = (9, 0), "MXFP4, MXFP6, MXFP8 or FP8"
 # The compute capability that has all products of a setting, and what it multiplies.
 NEEDS = {"fp8": _FP8, "fp8_fast": _FP8, "fp4": ((10, 0), "MXFP4, NVFP4 or MXFP8")}
@@ -34,8 +38,9 @@ NEEDS = {"fp8": _FP8, "fp8_fast": _FP8, "fp4": ((10, 0), "MXFP4, NVFP4 or MXFP8"
 
 @dataclass
 class Report:
-    """What convert did. converted: qualified names; skipped: name -> reason; numerics: converted name -> its GEMMs, as
-    `print(model)` shows them; provenance: where the recipe comes from, and where it differs from that source."""
+    """What convert did. converted: qualified names; skipped: name -> reason; numerics: converted name -> its GEMMs in
+    full, of which `print(model)` shows the number formats; provenance: where the recipe comes from, and where it
+    differs from that source."""
 
     recipe: str
     converted: list[str] = field(default_factory=list)
@@ -49,15 +54,19 @@ class Report:
         kinds = list(dict.fromkeys(self.numerics.values()))
         for numerics in kinds:
             if len(kinds) > 1:
-                lines.append(f"{_listed(self.numerics, numerics)}:")
+                lines.append(f"{_listed(_with(self.numerics, numerics))}:")
             lines += re.split(r" (?=dgrad|wgrad)", numerics)
-        lines += [f"skipped {_listed(self.skipped, why)}: {why}" for why in dict.fromkeys(self.skipped.values())]
+        whys = dict.fromkeys(self.skipped.values())
+        lines += [f"skipped {_listed(_with(self.skipped, why))}: {why}" for why in whys]
         lines += self.provenance
         return "\n  ".join(lines)
 
 
-def _listed(kinds: Mapping[str, str], kind: str) -> str:
-    names = [name for name, other in kinds.items() if other == kind]
+def _with(kinds: Mapping[str, str], kind: str) -> list[str]:
+    return [name for name, other in kinds.items() if other == kind]
+
+
+def _listed(names: Sequence[str]) -> str:
     return ", ".join(names) if len(names) <= 4 else f"{', '.join(names[:3])} and {len(names) - 3} more"
 
 
@@ -237,16 +246,18 @@ def _swap(
     gemm: GemmKind,
     report: Report,
 ) -> None:
-    problems, found = [], []
+    found: list[Numerics] = []
+    problems: dict[str, list[str]] = defaultdict(list)
     for name, recipe in recipes_of.items():
         numerics = Numerics.build(recipe, backend, gemm)
         report.numerics[name] = str(numerics)
         found.append(numerics)
         module = linears[name]
         assert isinstance(module, nn.Linear)
-        problems += [problem for problem in [_misfit(name, module, recipe, numerics)] if problem]
+        if (problem := _misfit(module, recipe, numerics)) is not None:
+            problems[problem].append(name)
     if problems:
-        raise UserError("\n".join(problems))
+        raise UserError("\n".join(f"{_listed(names)}: {problem}" for problem, names in problems.items()))
     if gemm in NEEDS and found and not any(multiplies(numerics, gemm) for numerics in found):
         raise UserError(
             f"gemm {gemm!r} needs {NEEDS[gemm][1]} codes on both sides of a GEMM, and recipe {report.recipe} has none "
@@ -269,8 +280,8 @@ def multiplies(numerics: Numerics, gemm: GemmKind) -> bool:
     return not {"int8", "float"} >= set(products)
 
 
-def _misfit(name: str, module: nn.Linear, recipe: LinearRecipe, numerics: Numerics) -> str | None:
-    """Why a layer's widths do not fit the recipe's blocks; None if they do."""
+def _misfit(module: nn.Linear, recipe: LinearRecipe, numerics: Numerics) -> str | None:
+    """Why a layer's widths do not fit the recipe's blocks, and what to do; None if they do."""
     for operand, quantizer in sorted(numerics.operands.items(), key=lambda item: -item[1].multiple):
         gemm_name = operand.split(".")[0]
         if gemm_name == "wgrad":  # of blocks alone, to which its tokens are filled with zeros
@@ -280,12 +291,21 @@ def _misfit(name: str, module: nn.Linear, recipe: LinearRecipe, numerics: Numeri
             size = module.out_features + -module.out_features % numerics.dgrad.multiple
         elif size % multiple:
             return (
-                f"recipe {recipe.name} needs in_features % {multiple} == 0 for {operand} ({quantizer}); {name} has "
-                f"{size}; pad it or add it to recipe.skip"
+                f"recipe {recipe.name} needs in_features % {multiple} == 0 for {operand} ({quantizer}), and finds "
+                f"{size}; {_shorter_rotation(quantizer, size)}choose a width that is a multiple of {multiple}, or "
+                "leave these layers out by recipe.skip"
             )
         if quantizer.spec.rotation == "hadamard":
             try:
                 base(size, torch.device("cpu"))
             except ValueError as error:
-                return f"recipe {recipe.name}, {operand} of {name}: {error}"
+                return f"recipe {recipe.name}, {operand}: {error}"
     return None
+
+
+def _shorter_rotation(quantizer: Quantizer, size: int) -> str:
+    """The settings of a rotation whose blocks divide a width, where the rotation alone does not; else nothing."""
+    block = size & -size  # the largest power of two that divides it
+    if not quantizer.rotation_block or size % math.lcm(quantizer.tile[1], block) or block < MIN_ROTATION:
+        return ""
+    return f"set recipe.fprop.x.rotation=hadamard{block} recipe.fprop.w.rotation=hadamard{block}, "

@@ -182,6 +182,16 @@ class Numerics:
     def stochastic(self) -> bool:
         return bool(self.uses)
 
+    @property
+    def formats(self) -> str:
+        """fprop int4 x int4, dgrad none x none, ...: of the operands, where one takes the forward's codes those."""
+        named = {name: quantizer.spec.format or "none" for name, quantizer in self.operands.items()}
+        for name, quantizer in self.operands.items():
+            if quantizer.spec.source == "forward" and not quantizer.spec.quantised:
+                named[name] = named[f"fprop.{name[-1]}"]
+        gemms = {name: [named[each] for each in named if each.startswith(name)] for name in OPERANDS}
+        return ", ".join(f"{name} {' x '.join(pair)}" for name, pair in gemms.items())
+
     def __str__(self) -> str:
         texts = {"fprop": [], "dgrad": [], "wgrad": []}
         for name, quantizer in self.operands.items():

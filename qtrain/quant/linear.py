@@ -187,8 +187,10 @@ class QuantLinear(Linear):
         }
 
     def extra_repr(self) -> str:
+        """Widths, number formats, and what they run on; the Report of `qtrain.convert` says all of a recipe."""
         state = "high precision, after " if self.high_precision else ""
-        return f"{super().extra_repr()}, {state}{self.numerics} | {self.numerics.runs_on(self.weight.device.type)}"
+        runs = self.numerics.runs_on(self.weight.device.type)
+        return f"{super().extra_repr()}, {state}{self.numerics.formats} | {runs}"
 
 
 def _learns(tensor: Tensor, scale: Tensor | None) -> bool:

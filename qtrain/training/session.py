@@ -22,7 +22,6 @@ from lightning.fabric import Fabric
 from lightning.fabric.wrappers import _FabricModule
 from lightning.pytorch.loggers import Logger
 from rich.console import Console
-from rich.logging import RichHandler
 
 from qtrain.config import Config, config_hash
 from qtrain.data.batches import TokenBatches
@@ -516,9 +515,21 @@ def _describe(device: torch.device) -> str:
     return f"cpu ({torch.get_num_threads()} threads)"
 
 
+class _Spoken(logging.Handler):
+    """Messages as they are, above a progress bar where one is shown; warnings begin with the word."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__()
+        self.console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        told = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
+        self.console.print(told + self.format(record), markup=False, highlight=False, soft_wrap=True)
+
+
 def speak_through(console: Console) -> None:
     """Messages of qtrain through the console; Lightning's about itself are left out."""
-    log.handlers = [RichHandler(console=console, show_time=False, show_path=False, markup=False)]
+    log.handlers = [_Spoken(console)]
     log.setLevel(logging.INFO)
     for name in ("lightning.pytorch", "lightning.fabric", "lightning"):
         logging.getLogger(name).setLevel(logging.WARNING)

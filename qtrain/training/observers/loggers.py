@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import netrc
 import os
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from statistics import fmean
 from typing import Any
 
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
@@ -13,6 +15,7 @@ from qtrain.config import Config
 from qtrain.errors import UserError, need
 from qtrain.runs.directory import RunDirectory
 
+LOWEST_IS_WORST = ("sqnr_db", "mask_density", "cosine", "projection")  # of the telemetry; of the rest the highest is
 SUMMARY = "run"  # the entry of a W&B summary that holds summary.json: metrics have their own, of the last line
 
 
@@ -39,6 +42,25 @@ def build_loggers(config: Config, directory: RunDirectory) -> list[Logger]:
     return [_wandb(config, directory)]
 
 
+def mirrored(line: Mapping[str, Any], per_layer: bool) -> dict[str, Any]:
+    """What a mirror gets of a line of metrics.jsonl. per_layer: all of it. Else, in place of quant/<layer>/<operand>/
+    <metric> and grad/<layer>/<metric>, the mean and the worst over the layers: quant_mean/<operand>/<metric> and so on.
+    """
+    if per_layer:
+        return dict(line)
+    rest, layers = {}, defaultdict(list)
+    for name, value in line.items():
+        kind, *parts = name.split("/")
+        if kind in ("quant", "grad"):
+            layers[kind, "/".join(parts[1:])].append(value)
+        else:
+            rest[name] = value
+    for (kind, name), values in layers.items():
+        worst = min if name.rpartition("/")[2] in LOWEST_IS_WORST else max
+        rest |= {f"{kind}_mean/{name}": fmean(values), f"{kind}_worst/{name}": worst(values)}
+    return rest
+
+
 def mirror_summary(loggers: Iterable[Logger], summary: Mapping[str, Any]) -> None:
     """summary.json in the W&B run's own summary: its table shows run.status, `qtrain.report.wandb_runs` reads it."""
     for logger in loggers:
@@ -57,17 +79,20 @@ def _wandb(config: Config, directory: RunDirectory) -> WandbLogger:
     """The run's id was drawn when its directory was made, so that every start of it writes to the same W&B run."""
     settings = config.logger
     offline = not has_wandb_key() if settings.offline is None else settings.offline
-    logger = WandbLogger(
+    import wandb
+
+    experiment = wandb.init(  # ours, since Lightning's own call has a setting of which wandb warns
         name=directory.path.name,
-        save_dir=directory.path,
+        dir=directory.path,
         id=directory.wandb_id,
         project=settings.project,
         entity=settings.entity,
         group=settings.group,
-        offline=offline,
+        mode="offline" if offline else None,
         resume="allow",
         config=config.model_dump(mode="json"),
     )
+    logger = WandbLogger(experiment=experiment, save_dir=directory.path)
     logger.experiment.define_metric("tokens")
     logger.experiment.define_metric("*", step_metric="tokens")
     return logger

@@ -19,6 +19,7 @@ from qtrain.metrics import bits_per_byte
 from qtrain.runs.directory import RunDirectory
 from qtrain.training.causal_lm import CausalLM
 from qtrain.training.losses import evaluate
+from qtrain.training.observers.loggers import mirrored
 from qtrain.training.observers.observer import Observer
 from qtrain.training.parallel import Ranks
 
@@ -53,8 +54,9 @@ class Recorder:
         tokens = step * plan.batch_tokens
         line = {"step": step, "tokens": tokens, "flops": tokens * plan.flops_per_token, **values}
         self.directory.append_metrics(line)
+        shown = mirrored(line, self.module.config.logger.per_layer) if self.loggers else {}
         for logger in self.loggers:
-            logger.log_metrics({key: value for key, value in line.items() if key != "step"}, step=step)
+            logger.log_metrics({key: value for key, value in shown.items() if key != "step"}, step=step)
         for listen in self.listeners:
             listen(line)
 

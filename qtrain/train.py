@@ -69,6 +69,10 @@ def main() -> None:
         with _stop.listening():
             jobs = _jobs_asked_for(sys.argv[1:])
             _jobs.extend(jobs)
+            if jobs:
+                from qtrain.multirun import announce
+
+                announce(jobs)
             try:
                 _hydra_main()
             except JobFailedError as error:
@@ -262,10 +266,11 @@ def _job(tree: DictConfig) -> float | None:
     """A mistake is reported, and so is whatever ends one job of a multirun: the next ones go on."""
     number = _number()
     several = number is not None
-    if number is not None and _jobs:
-        from qtrain.multirun import labels
+    if number is not None:
+        from qtrain.multirun import heading
 
-        print(f"\njob {number + 1} of {len(_jobs)}: {labels(_jobs)[number]}", flush=True)
+        if (told := heading(number)) is not None:
+            print("" if multiprocessing.parent_process() else "\n", told, sep="", flush=True)
     try:
         config = to_config(tree)
         if several and not config.dry_run and find_world(config.trainer).starts_others:

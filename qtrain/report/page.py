@@ -20,10 +20,10 @@ from matplotlib import rc_context
 
 from qtrain.errors import UserError
 from qtrain.report import curves, health
-from qtrain.report.loss import readable
 from qtrain.report.picture import FONTS, Picture, flops, part_labels, plain_numbers
 from qtrain.report.runs import Corpus, Run, corpora, read_runs
 from qtrain.runs.table import write_table
+from qtrain.units import readable
 
 TEMPLATE = Path(__file__).with_name("page.html")
 _NUMBER = re.compile(r"baseline|[-+]?[\d.,e+]*[kMBT]?( GiB| ± [\d.]+)?")

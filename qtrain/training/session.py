@@ -55,7 +55,7 @@ from qtrain.training.observers.loggers import build_loggers, check_logger, close
 from qtrain.training.observers.measure import by_source
 from qtrain.training.parallel import Ranks, blocks_of, check_strategy, is_lost_rank, joined
 from qtrain.training.saves import Saves
-from qtrain.training.speed import describe_hours
+from qtrain.training.speed import planned_time
 from qtrain.training.stop import QUEUE_AGAIN, StopRequest
 from qtrain.training.trunk import Trunk, metrics_beside, tell_of_shorter
 from qtrain.training.world import World, find_world
@@ -105,7 +105,7 @@ def run(config: Config) -> float | None:
             "text_read": read,
             "memory": memory.describe(),
             "communication": sent.describe(),
-            "time": describe_hours(config, plan, sent),
+            "time": planned_time(config, plan, sent),
             "device": str(device),
             "run_directory": str(directory.path),
         }

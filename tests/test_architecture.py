@@ -140,7 +140,7 @@ MAY_IMPORT = {
     ),
     "qtrain.__main__": "qtrain.cli",
     "qtrain.cli": "",
-    "qtrain.cli.train": "(qtrain.train)",
+    "qtrain.cli.train": "(qtrain.train qtrain.training.stop)",
     "qtrain.cli.export": "qtrain.cli (qtrain.export)",
     "qtrain.cli.generate": (
         "qtrain.cli qtrain.data (torch qtrain.models qtrain.quant qtrain.runs qtrain.training.build)"

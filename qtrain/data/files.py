@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self
 
 from pydantic import Field, model_validator
 
@@ -35,13 +35,14 @@ class NamedFiles(DataSettings):
     val_files: paths or globs of the validation text; without them a part of `files` is held out.
     """
 
+    USUAL: ClassVar[str] = "*.txt"  # what the names of such files look like
     files: Names = ()
     val_files: Names = ()
 
     @model_validator(mode="after")
     def _complete(self) -> Self:
         if not self.files:
-            raise ValueError(f"data.source={self} needs data.files, a path or a glob: data.files='corpus/*.txt'")
+            raise ValueError(f"data.source={self} needs data.files, a path or a glob: data.files='corpus/{self.USUAL}'")
         return self
 
     def found(self, key: Literal["files", "val_files"]) -> list[File]:

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
@@ -13,6 +15,8 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.optim import Optimizer
 
+# What importing torchao logs wherever its compiled kernels are for other machines; its optimisers use none of them.
+NOTES = {"torchao": "Failed to load ", "torch.utils._pytree": "<enum 'KernelPreference'> is an Enum subclass"}
 TABLE_BYTES = 4 * 256  # of the values that the 8-bit codes stand for, which each state has for itself
 
 
@@ -44,7 +48,12 @@ class AdamW8bit(OptimizerSettings):
     def build(self, decay: Mapping[str, nn.Parameter], no_decay: Mapping[str, nn.Parameter]) -> Optimizer:
         """Group 0 has weight decay, group 1 has none. UserError without torchao."""
         need("torchao", "optimizer=adamw8bit")
-        from qtrain.optim.blockwise import BlockwiseAdamW
+        with ExitStack() as quiet:
+            for name, start in NOTES.items():
+                logger, spare = logging.getLogger(name), lambda record, start=start: start not in record.getMessage()
+                logger.addFilter(spare)
+                quiet.callback(logger.removeFilter, spare)
+            from qtrain.optim.blockwise import BlockwiseAdamW
 
         groups = [
             {"params": list(decay.values()), "weight_decay": self.weight_decay},

@@ -195,6 +195,19 @@ def _report(error: Exception) -> None:
 OmegaConf.register_new_resolver("div", lambda a, b: a / b, replace=True)
 
 
+def _sequences(most: int, *, _root_: DictConfig) -> int:
+    """The most sequences a forward, up to `most`, that the batch of a step splits into; `most` where the length of a
+    sequence is not known, since it stands in a checkpoint. The number of devices does not count: a run goes on with
+    another one."""
+    batch, length = (OmegaConf.select(_root_, key) for key in ("trainer.batch_tokens", "model.seq_len"))
+    if not (isinstance(batch, int) and isinstance(length, int) and length > 0):
+        return most
+    return next((n for n in range(most, 0, -1) if batch % (n * length) == 0), 1)
+
+
+OmegaConf.register_new_resolver("sequences", _sequences, replace=True)
+
+
 @hydra.main(config_path=str(configs_dir()), config_name="train", version_base="1.3")
 def _hydra_main(tree: DictConfig) -> float | None:
     from qtrain.train import job  # joblib sends this function by value, and with it copies of what is global in it
@@ -600,7 +613,7 @@ def help_text(arguments: Sequence[str]) -> str:
         for group, names in options.items()
         if not group.startswith("hydra")
     ]
-    plain = OmegaConf.to_container(tree, resolve=False)
+    plain = OmegaConf.to_container(tree, resolve=True)
     assert isinstance(plain, dict)
     return Template(text).substitute(
         APP_CONFIG_GROUPS="\n".join(parts), SETTINGS=listing({str(key): value for key, value in plain.items()})

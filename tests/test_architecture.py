@@ -123,9 +123,14 @@ MAY_IMPORT = {
     ),
     "qtrain.multirun": "rich qtrain.config qtrain.config.settings qtrain.runs",
     "qtrain.export": (
-        "numpy torch safetensors (compressed_tensors gguf) qtrain.config qtrain.data qtrain.models.hf "
+        "numpy torch safetensors (compressed_tensors gguf) qtrain.config qtrain.data qtrain.models qtrain.models.hf "
         "qtrain.models.base qtrain.plan qtrain.quant qtrain.runs qtrain.training.build qtrain.training.causal_lm "
         "qtrain.training.checkpoint qtrain_kernels qtrain_kernels.formats qtrain_kernels.plans"
+    ),
+    "qtrain.post_training": (
+        "torch safetensors yaml qtrain.config qtrain.config.settings qtrain.data qtrain.data.batches qtrain.metrics "
+        "qtrain.models qtrain.models.hf qtrain.quant qtrain.runs qtrain.train qtrain.training qtrain.training.losses "
+        "qtrain.training.checkpoint qtrain_kernels"
     ),
     "qtrain.studies": "",
     "qtrain.studies.chaos": "torch lightning qtrain qtrain.train qtrain.runs qtrain.config qtrain.config.settings",
@@ -142,6 +147,7 @@ MAY_IMPORT = {
     "qtrain.cli": "",
     "qtrain.cli.train": "(qtrain.train qtrain.training.stop)",
     "qtrain.cli.export": "qtrain.cli (qtrain.export)",
+    "qtrain.cli.quantize": "qtrain.cli (qtrain.post_training)",
     "qtrain.cli.generate": (
         "qtrain.cli qtrain.data (torch qtrain.models qtrain.quant qtrain.runs qtrain.training.build)"
     ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,6 +22,7 @@ from qtrain.runs.table import read_run, recorded
 
 BASELINE = "bf16"
 OF_THE_RECIPE = ("recipe", "experiment")  # the groups in which a run and its baseline differ
+LABELS = "QTRAIN_JOBS"  # the environment variable through which processes know the labels of all jobs, one a line
 MOST_NAMED = 6  # run directories that the next command names; of more it names their folder
 
 Job = frozenset[str]  # its overrides, as they were typed
@@ -60,6 +62,17 @@ def labels(jobs: Sequence[Sequence[str]]) -> list[str]:
     """Of each job, the settings in which it differs from others; all of them where there is one alone."""
     common = Job.intersection(*map(typed_job, jobs)) if len(jobs) > 1 else Job()
     return [" ".join(override for override in map(_typed, job) if override not in common) for job in jobs]
+
+
+def announce(jobs: Sequence[Sequence[str]]) -> None:
+    """Let this process and those that it starts know what each job is."""
+    os.environ[LABELS] = "\n".join(labels(jobs))
+
+
+def heading(number: int) -> str | None:
+    """Of a job, counted from 0: "job 3 of 18: recipe=quartet seed=1"; None where no process has announced the jobs."""
+    known = os.environ.get(LABELS, "").split("\n")
+    return f"job {number + 1} of {len(known)}: {known[number]}" if LABELS in os.environ else None
 
 
 def typed_job(overrides: Sequence[str]) -> Job:

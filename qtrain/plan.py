@@ -214,12 +214,3 @@ def _micro_batches(config: Config, world_size: int) -> int:
         f"model.seq_len={config.model.seq_len} x {world_size} device{'s' if world_size > 1 else ''}; "
         f"use {same_batch}trainer.batch_tokens={nearest}"
     )
-
-
-def describe_bytes(count: int) -> str:
-    value = float(count)
-    for unit in ("B", "KiB", "MiB"):
-        if value < 1024:
-            return f"{value:.3g} {unit}" if value < 999.5 else f"{value:.0f} {unit}"
-        value /= 1024
-    return f"{value:,.1f} GiB"

@@ -18,8 +18,6 @@ from qtrain.data.base import DataSettings
 from qtrain.data.prepare import same_text
 from qtrain.errors import UserError
 from qtrain.plan import RunPlan, budget_tokens, make_plan
-from qtrain.report.loss import readable
-from qtrain.report.summaries import check_rows, comparison_table
 from qtrain.runs.directory import RunDirectory
 from qtrain.runs.status import FAILED
 from qtrain.runs.table import Row, read_run, record, recorded
@@ -27,6 +25,7 @@ from qtrain.training.build import check_model
 from qtrain.training.checkpoint import folder_of, list_checkpoints
 from qtrain.training.speed import trial
 from qtrain.training.trunk import Trunk, common_steps, trunk_key
+from qtrain.units import describe_time, readable
 
 State = Literal["done", "running", "failed", "stopped", "missing"]
 STATES: tuple[State, ...] = ("done", "running", "failed", "stopped", "missing")
@@ -191,14 +190,14 @@ def plan_table(points: Sequence[Point], processes: int = 1) -> Table:
     """What is left to do, a row for each recipe and size, and the sum."""
     seconds = seconds_left(points)
     table = Table(box=None, pad_edge=False, header_style="cyan")
-    for name in ("recipe", "parameters", "points", "to do", "tokens", "saved by trunks", "FLOP", "hours"):
+    for name in ("recipe", "parameters", "points", "to do", "tokens", "saved by trunks", "FLOP", "time"):
         table.add_column(name, justify="left" if name == "recipe" else "right")
     for key in sorted(seconds, key=lambda key: (key[0], float(key[1][:-1]))):
         members = [point for point in points if recipe_and_size(point) == key]
-        table.add_row(*key, *_sums(members), _hours(seconds[key]))
+        table.add_row(*key, *_sums(members), _time(seconds[key]))
     known = [value for value in seconds.values() if value is not None]
-    table.caption, table.caption_justify = what_hours_rest_on(points), "left"
-    total = _hours(sum(known) / processes) if len(known) == len(seconds) else "unknown"
+    table.caption, table.caption_justify = what_times_rest_on(points), "left"
+    total = _time(sum(known) / processes) if len(known) == len(seconds) else "unknown"
     table.add_section()
     table.add_row("all", "", *_sums(points), total + (f" on {processes} processes" if processes > 1 else ""))
     return table
@@ -212,11 +211,11 @@ def _sums(points: Sequence[Point]) -> tuple[str, ...]:
     return str(len(points)), str(len(todo)), readable(left), readable(shared), f"{flops:.3g}"
 
 
-def _hours(seconds: float | None) -> str:
-    return "unknown" if seconds is None else f"{seconds / 3600:.2f}"
+def _time(seconds: float | None) -> str:
+    return "unknown" if seconds is None else describe_time(seconds)
 
 
-def what_hours_rest_on(points: Sequence[Point]) -> str:
+def what_times_rest_on(points: Sequence[Point]) -> str:
     """In words, for each recipe that has something left to do."""
     told: dict[str, list[str]] = defaultdict(list)
     for name, members in _grouped(points, lambda point: point.config.recipe.name):
@@ -227,7 +226,7 @@ def what_hours_rest_on(points: Sequence[Point]) -> str:
     load, cores = os.getloadavg()[0], os.cpu_count() or 1
     if any("trial" in basis for basis in told) and load > cores:
         parts.append(f"other work slows a trial: the load is {load:.1f} on {cores} cores")
-    return f"Hours are FLOP left over FLOP per second, by {'; '.join(parts)}." if parts else ""
+    return f"Times are FLOP left over FLOP per second, by {'; '.join(parts)}." if parts else ""
 
 
 class Tally:
@@ -249,20 +248,6 @@ def _is_finished(point: Point) -> bool:
         return RunDirectory(point.directory).finished
     except UserError:  # damaged: the sweep tells of it at its end
         return False
-
-
-def loss_table(points: Sequence[Point]) -> str:
-    """The losses of what is done, and its gaps to bf16 where the sweep has that."""
-    rows = [read_run(point.directory) for point in points if RunDirectory(point.directory).finished]
-    named = {(row["name"], row["config_hash"]) for row in rows}
-    for point in points:
-        key = point.config.name, config_hash(point.config)
-        if point.state == "done" and key not in named:
-            rows += recorded(Path(str(point.config.results))).get(key, [])[:1]
-    try:
-        return comparison_table(check_rows(rows, "this sweep"), "bf16")
-    except UserError:
-        return "\n".join(describe(point) for point in points if point.state == "done")
 
 
 def status_table(points: Sequence[Point]) -> Table:

@@ -13,8 +13,10 @@ import copy
 import multiprocessing
 import os
 import shlex
+import shutil
 import signal
 import sys
+import textwrap
 import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -67,7 +69,16 @@ def main() -> None:
         sys.argv[1:] = checked_overrides(sys.argv[1:])
         with _stop.listening():
             jobs = _jobs_asked_for(sys.argv[1:])
+            if jobs == [[]]:
+                raise UserError(
+                    "-m makes a run of each combination of the values that settings list, and none are listed: add "
+                    "some, as recipe=bf16,quartet seed=0,1, or leave -m out"
+                )
             _jobs.extend(jobs)
+            if jobs:
+                from qtrain.multirun import announce
+
+                announce(jobs)
             try:
                 _hydra_main()
             except JobFailedError as error:
@@ -90,6 +101,10 @@ def main() -> None:
         _report(explain(error))
     except KeyboardInterrupt as stopped:
         _end_stopped(stopped)
+    except Exception as error:
+        if not type(error).__module__.startswith("submitit."):
+            raise
+        _report(UserError(f"the jobs were not submitted: {' '.join(str(error).split())}"))
     if _failures:
         sys.exit(2)
 
@@ -126,13 +141,13 @@ class _Stop:
     """
 
     def __init__(self) -> None:
-        self.asked = False
+        self.asked = 0  # or the exit code
         self.stopped: KeyboardInterrupt | None = None  # how a job ended
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """KeyboardInterrupt when asked to stop while other processes have runs: at the end, or when asked again."""
-        before = {number: signal.signal(number, self._note) for number in heard() if CODES[number] == STOPPED}
+        """StoppedError when asked to stop while other processes have runs: at the end, or when asked again."""
+        before = {number: signal.signal(number, self._note) for number in heard()}
         try:
             yield
         except Exception:
@@ -142,18 +157,18 @@ class _Stop:
             for number, handler in before.items():
                 signal.signal(number, handler)
         if self.stopped or self.asked:
-            raise self.stopped or KeyboardInterrupt
+            raise self.stopped or StoppedError(self.asked)
 
     def _note(self, number: int, _: object) -> None:
         if number == signal.SIGHUP:
             leave_lost_terminal()
-        others = multiprocessing.active_children()
+        others, code = multiprocessing.active_children(), CODES[signal.Signals(number)]
         if not others:
             os.write(2, f"stopped; {GOES_ON}\n".encode())
-            end_now(STOPPED)
+            end_now(code)
         if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True
+            raise StoppedError(self.asked)
+        self.asked = code
         if number != signal.SIGINT:
             for process in others:
                 os.kill(process.pid, signal.SIGINT if number == signal.SIGTERM else number)  # pyright: ignore[reportArgumentType]
@@ -178,6 +193,19 @@ def _report(error: Exception) -> None:
 
 # Arithmetic for rules that follow from the size of a model: optimizer.lr: ${div:0.256,${model.dim}}
 OmegaConf.register_new_resolver("div", lambda a, b: a / b, replace=True)
+
+
+def _sequences(most: int, *, _root_: DictConfig) -> int:
+    """The most sequences a forward, up to `most`, that the batch of a step splits into; `most` where the length of a
+    sequence is not known, since it stands in a checkpoint. The number of devices does not count: a run goes on with
+    another one."""
+    batch, length = (OmegaConf.select(_root_, key) for key in ("trainer.batch_tokens", "model.seq_len"))
+    if not (isinstance(batch, int) and isinstance(length, int) and length > 0):
+        return most
+    return next((n for n in range(most, 0, -1) if batch % (n * length) == 0), 1)
+
+
+OmegaConf.register_new_resolver("sequences", _sequences, replace=True)
 
 
 @hydra.main(config_path=str(configs_dir()), config_name="train", version_base="1.3")
@@ -261,10 +289,11 @@ def _job(tree: DictConfig) -> float | None:
     """A mistake is reported, and so is whatever ends one job of a multirun: the next ones go on."""
     number = _number()
     several = number is not None
-    if number is not None and _jobs:
-        from qtrain.multirun import labels
+    if number is not None:
+        from qtrain.multirun import heading
 
-        print(f"\njob {number + 1} of {len(_jobs)}: {labels(_jobs)[number]}", flush=True)
+        if (told := heading(number)) is not None:
+            print("" if multiprocessing.parent_process() else "\n", told, sep="", flush=True)
     try:
         config = to_config(tree)
         if several and not config.dry_run and find_world(config.trainer).starts_others:
@@ -392,9 +421,26 @@ def checked_overrides(arguments: Iterable[str]) -> list[str]:
     """
     arguments = from_checkpoint(list(arguments))
     _check_flags(arguments)
+    _check_words(arguments)
     own_configs = any(argument.split("=")[0] in ("--config-dir", "-cd", "hydra.searchpath") for argument in arguments)
     flags = [argument for argument in arguments if not _is_override(argument)]  # first: Hydra takes them in one piece
     return flags + [_checked(argument, own_configs) for argument in arguments if _is_override(argument)]
+
+
+def _check_words(arguments: Sequence[str]) -> None:
+    """UserError for a word that is neither a setting nor a flag nor the value of one."""
+    takes_value = {
+        option for action in get_args_parser()._actions if action.nargs != 0 for option in action.option_strings
+    }
+    for before, word in pairwise(["", *arguments]):
+        if word.startswith("-") or _is_override(word) or before in takes_value:
+            continue
+        advice = f", as +experiment={word}" if word in group_names("experiment") else ""
+        if _is_override(before):
+            key, _, value = before.partition("=")
+            both = _quoted(key, f"{value} {word}")
+            advice = f"; if it belongs to {before}, one text is {both}, and a list {key}=[{value},{word}]"
+        raise UserError(f"{shown(word)} is no setting: write key=value{advice}")
 
 
 def _check_flags(arguments: Sequence[str]) -> None:
@@ -443,7 +489,7 @@ def from_checkpoint(arguments: list[str]) -> list[str]:
 
 
 def _is_override(argument: str) -> bool:
-    return "=" in argument and not argument.startswith("-")
+    return argument.startswith("~") or ("=" in argument and not argument.startswith("-"))
 
 
 def _parsed(argument: str) -> Override:
@@ -492,12 +538,15 @@ def _checked(argument: str, own_configs: bool) -> str:
         _check_launcher(override)
     if key.split(".")[0].split("/")[0] == "hydra":
         return argument
-    if not (configs_dir() / key).is_dir():
+    is_group = (configs_dir() / key).is_dir()
+    if not is_group:
         check_key(key)
-        return "++" + argument.lstrip("+")
-    known = f"give one of configs/{key}: {', '.join(group_names(key))}"
     if override.is_delete():
-        raise UserError(f"{argument}: a run needs its {key}; {known}")
+        what = f"a run needs its {key}; {_known_options(key)}" if is_group else f"set another value: {key}=..."
+        raise UserError(f"{argument}: {what}")
+    if not is_group:
+        return "++" + argument.lstrip("+")
+    known = _known_options(key)
     if not override.is_sweep_override() and not isinstance(override.value(), str):
         raise UserError(f"{argument}: {key} is {shown(override.value())}, not the name of a file; {known}")
     if not own_configs:
@@ -506,13 +555,22 @@ def _checked(argument: str, own_configs: bool) -> str:
     return argument
 
 
+def _known_options(group: str) -> str:
+    return f"give one of configs/{group}: {', '.join(group_names(group))}"
+
+
 def _check_launcher(override: Override) -> None:
-    """UserError where the package that starts the runs of a multirun is not installed."""
+    """UserError where what starts the runs of a multirun is not installed."""
     for option in _options(override):
         if option in ("local", "joblib"):
             need("hydra_plugins.hydra_joblib_launcher", f"hydra/launcher={option}")
         elif option.startswith(("slurm", "submitit")):
             need("hydra_plugins.hydra_submitit_launcher", f"hydra/launcher={option}")
+            if option.endswith("slurm") and shutil.which("sbatch") is None:
+                raise UserError(
+                    f"hydra/launcher={option} submits jobs by sbatch, and there is none here; start it on a machine of "
+                    "a SLURM cluster, or take hydra/launcher=local, which runs jobs beside each other on this one"
+                )
 
 
 def _options(override: Override) -> list[str]:
@@ -538,8 +596,10 @@ def jobs_of(arguments: Sequence[str]) -> list[list[str]]:
 
 
 def help_text(arguments: Sequence[str]) -> str:
-    """What --help prints: hydra.help of configs/train.yaml, with the options of each group, and every setting as the
-    arguments set it. Hydra's own reads each config group several times over, for most of a second."""
+    """What --help prints: hydra.help of configs/train.yaml, with the options of each group, and every setting with its
+    meaning, as the arguments set it. Hydra's own reads each config group several times over, for most of a second."""
+    from qtrain.config.listing import listing
+
     with _composing():
         overrides = [argument for argument in checked_overrides(arguments) if _is_override(argument)]
         tree = hydra.compose("train", overrides=overrides, return_hydra_config=True)
@@ -548,5 +608,13 @@ def help_text(arguments: Sequence[str]) -> str:
     del tree["hydra"]
     groups = sorted({str(path.parent.relative_to(configs_dir())) for path in configs_dir().rglob("*.yaml")} - {"."})
     options = {group: [name for name in group_names(group) if "/" not in name] for group in groups}
-    parts = [f"{group}: {', '.join(names)}" for group, names in options.items() if not group.startswith("hydra")]
-    return Template(text).substitute(APP_CONFIG_GROUPS="\n".join(parts), CONFIG=OmegaConf.to_yaml(tree))
+    parts = [
+        textwrap.fill(f"{group}: {', '.join(names)}", 120, subsequent_indent="  ", break_on_hyphens=False)
+        for group, names in options.items()
+        if not group.startswith("hydra")
+    ]
+    plain = OmegaConf.to_container(tree, resolve=True)
+    assert isinstance(plain, dict)
+    return Template(text).substitute(
+        APP_CONFIG_GROUPS="\n".join(parts), SETTINGS=listing({str(key): value for key, value in plain.items()})
+    )

@@ -15,9 +15,9 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
-# Module or package -> what it may import beside the standard library, itself and qtrain.errors; the longest key that
-# matches decides. In parentheses: only lazily (inside functions, or for types alone), so that importing the module
-# neither needs it nor pays for it.
+# Module or package -> what it may import beside the standard library, itself, qtrain.errors and qtrain.units; the
+# longest key that matches decides. In parentheses: only lazily (inside functions, or for types alone), so that
+# importing the module neither needs it nor pays for it.
 MAY_IMPORT = {
     "qtrain_kernels": "torch qtrain_kernels.formats qtrain_kernels.plans (triton qtrain_kernels.triton_quantize)",
     "qtrain_kernels.formats": "",
@@ -26,6 +26,7 @@ MAY_IMPORT = {
     "qtrain_kernels.triton_interpreter": "torch triton",
     "qtrain": "qtrain_kernels qtrain.errors (qtrain.quant qtrain.training.build)",
     "qtrain.errors": "",
+    "qtrain.units": "",
     "qtrain.config": (
         "yaml pydantic qtrain.config.settings qtrain_kernels.formats qtrain_kernels.plans "
         "(qtrain.optim qtrain.models.base qtrain.data.base)"
@@ -138,13 +139,13 @@ MAY_IMPORT = {
         "qtrain.training.checkpoint"
     ),
     "qtrain.sweep": (
-        "rich qtrain.config qtrain.data qtrain.data.base qtrain.plan qtrain.runs qtrain.report "
+        "rich qtrain.config qtrain.data qtrain.data.base qtrain.plan qtrain.runs "
         "qtrain.training.build qtrain.training.checkpoint qtrain.training.speed qtrain.training.session "
         "qtrain.training.trunk"
     ),
     "qtrain.__main__": "qtrain.cli",
     "qtrain.cli": "",
-    "qtrain.cli.train": "(qtrain.train)",
+    "qtrain.cli.train": "(qtrain.train qtrain.training.stop)",
     "qtrain.cli.export": "qtrain.cli (qtrain.export)",
     "qtrain.cli.quantize": "qtrain.cli (qtrain.post_training)",
     "qtrain.cli.generate": (
@@ -154,7 +155,7 @@ MAY_IMPORT = {
     "qtrain.cli.compare": "qtrain.cli (qtrain.report qtrain.runs)",
     "qtrain.cli.fit": "qtrain.cli qtrain.scaling (qtrain.report qtrain.runs)",
     "qtrain.cli.data": "qtrain.cli qtrain.config.settings (qtrain.data qtrain.plan qtrain.train)",
-    "qtrain.cli.sweep": "yaml qtrain.cli (rich qtrain.runs qtrain.sweep qtrain.train)",
+    "qtrain.cli.sweep": "yaml qtrain.cli (rich qtrain.report qtrain.runs qtrain.sweep qtrain.train)",
     "qtrain.cli.doctor": (
         "qtrain.cli (torch rich qtrain qtrain.config qtrain.config.settings qtrain.data.base qtrain.quant qtrain.runs "
         "qtrain_kernels)"
@@ -206,8 +207,10 @@ def allowed(module: str) -> tuple[set[str], set[str]]:
     assert key is not None
     lazy = " ".join(re.findall(r"\((.*?)\)", MAY_IMPORT[key])).split()
     top = re.sub(r"\(.*?\)", "", MAY_IMPORT[key]).split()
-    errors = {"qtrain.errors"} if key.startswith("qtrain.") else set()
-    return {key, *top} | errors, set(lazy)
+    of_all = {"qtrain.errors", "qtrain.units"} if key.startswith("qtrain.") else set()
+    if key in of_all:
+        return {key}, set()
+    return {key, *top} | of_all, set(lazy)
 
 
 def layer_violations(module: str, path: str, source: str) -> list[str]:

@@ -27,7 +27,8 @@ from qtrain.training.losses import next_token_loss
 from qtrain.training.memory import measure_memory
 from qtrain.training.parallel import blocks_of
 from qtrain.training.session import run
-from qtrain.training.speed import describe_hours
+from qtrain.training.speed import planned_time
+from qtrain.units import describe_time
 from qtrain_kernels.precision import Linear
 
 CPU = torch.device("cpu")
@@ -227,7 +228,7 @@ def dry(*more: str) -> tuple[Communication, str]:
     config = compose([*TINY, "trainer.strategy=fsdp2", "trainer.batch_tokens=1024", "trainer.tokens=10240", *more])
     plan = make_plan(config)
     found = plan_communication(config, plan)
-    return found, describe_hours(config, plan, found)
+    return found, planned_time(config, plan, found)
 
 
 def test_what_ranks_send_by_hand() -> None:
@@ -245,14 +246,14 @@ def test_what_ranks_send_by_hand() -> None:
     assert dry("recipe=bf16", "trainer.strategy=auto")[0].sent == 0
 
 
-def test_hours_follow_from_stated_speeds_alone() -> None:
+def test_times_follow_from_stated_speeds_alone() -> None:
     eight = ["recipe=bf16", "trainer.devices=8"]
     assert "unknown: state trainer.device_tflops" in dry(*eight)[1]
     sent, told = dry(*eight, "trainer.device_tflops=1e-6", "trainer.device_gigabytes_per_second=1e-6")
     flops = make_plan(compose([*TINY, "recipe=bf16"])).flops_per_token * 10240
-    computing, traffic = flops / 8 / 1e6 / 3600, 10 * sent.sent / 1e3 / 3600
-    assert f"{computing:,.3g} hours of computing" in told and f"{traffic:,.3g} hours of traffic" in told
-    assert told.startswith(f"{max(computing, traffic):,.3g} hours if one hides")
+    computing, traffic = flops / 8 / 1e6, 10 * sent.sent / 1e3
+    assert f"{describe_time(computing)} of computing" in told and f"{describe_time(traffic)} of traffic" in told
+    assert told.startswith(f"{describe_time(max(computing, traffic))} if one hides")
 
 
 def test_a_dry_run_plans_for_devices_that_are_not_here(

@@ -32,6 +32,11 @@ from qtrain.train import compose, main
     ("debug=null", "give one of configs/debug: .*none"),
     ("model=true", "model is True, not the name"),
     ("~optimizer=1", "a run needs its optimizer; give one of configs/optimizer: adamw"),
+    ("~optimizer", "a run needs its optimizer; give one of configs/optimizer: adamw"),
+    ("~optimizer.lr", "~optimizer.lr: set another value: optimizer.lr=...$"),
+    ("b.txt", "'b.txt' is no setting: write key=value$"),
+    ("quartet", r"'quartet' is no setting: write key=value, as \+experiment=quartet$"),
+    ("data=jsonl", r"needs data.files, a path or a glob: data.files='corpus/\*.jsonl'$"),
     ("optimizer=[null]", "optimizer is .*None.*, not the name of a file"),
     ("seed=" + "9" * 5000, "cannot read 'seed=9"),
     ("data.files=" + "[" * 5000, "cannot read 'data.files="),
@@ -65,6 +70,38 @@ def test_the_advice_to_quote_can_be_copied(value: str) -> None:
     copied = str(error.value).rsplit(": " if "quote it" in str(error.value) else "one text ", 1)[1]
     argument = subprocess.run(["bash", "-c", f"printf %s {copied}"], capture_output=True, text=True, check=True).stdout
     assert compose(["data=text", argument]).data.model_dump()["files"] == (value,)
+
+
+@pytest.mark.parametrize(("arguments", "told"), [
+    (["-m"], "-m makes a run of each combination of the values that settings list, and none are listed: add some"),
+    (["-m", "hydra/launcher=slurm", "recipe=bf16"], "submits jobs by sbatch, and there is none here"),
+    (["data=text", "data.files=a", "b.txt"], "one text is \"data.files='a b.txt'\", and a list data.files=[a,b.txt]"),
+])  # fmt: skip
+def test_commands_that_start_nothing(
+    arguments: list[str], told: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setattr(qtrain.train, "_failures", [])
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    assert told in capsys.readouterr().err
+
+
+def test_what_a_scheduler_refuses_is_a_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from submitit.core.utils import FailedJobError
+
+    def refused() -> None:
+        raise FailedJobError("sbatch: error: Invalid partition\n")
+
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    monkeypatch.setattr(qtrain.train, "_failures", [])
+    monkeypatch.setattr(qtrain.train, "_hydra_main", refused)
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    assert capsys.readouterr().err == "error: the jobs were not submitted: sbatch: error: Invalid partition\n"
 
 
 def test_one_name_is_a_list_of_one() -> None:

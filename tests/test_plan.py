@@ -1,5 +1,4 @@
 import io
-import re
 from typing import Any
 
 import pytest
@@ -115,15 +114,30 @@ def test_a_batch_that_does_not_split_is_refused(trainer: dict[str, int], devices
 
 
 @pytest.mark.parametrize("model", [name for name in group_names("model") if name != "hf"])  # its own checkpoint says
-def test_each_listed_model_has_a_plan_or_says_what_to_set(model: str) -> None:
-    overrides = [f"model={model}"]
-    try:
-        batch = make_plan(compose(overrides)).batch_tokens
-    except UserError as error:
-        told = re.search(r"; use (trainer\.micro_batch_size=\d+), which keeps the batch", str(error))
-        assert told, error
-        batch = make_plan(compose([*overrides, told[1]])).batch_tokens
-    assert batch == compose(overrides).trainer.batch_tokens
+def test_each_listed_model_runs_with_the_default_batch(model: str) -> None:
+    settings = compose([f"model={model}"])
+    assert make_plan(settings).batch_tokens == settings.trainer.batch_tokens == 2048
+
+
+@pytest.mark.parametrize(
+    ("overrides", "size"),
+    [
+        (["model=nano"], 8),
+        (["model=llama_30m"], 4),
+        (["trainer.batch_tokens=1280"], 5),
+        (["trainer.devices=2"], 8),  # with another number of devices a run goes on: it is the same run
+        (["model=llama_30m", "trainer.micro_batch_size=2"], 2),
+    ],
+)
+def test_sequences_a_forward_follow_from_the_batch(overrides: list[str], size: int) -> None:
+    assert compose(overrides).trainer.micro_batch_size == size
+
+
+def test_a_batch_of_no_whole_sequence_is_told_the_nearest() -> None:
+    long = ["model.seq_len=4096"]
+    with pytest.raises(UserError, match=r"= trainer.micro_batch_size=1 x .*; use trainer.batch_tokens=4096$"):
+        make_plan(compose(long))
+    assert make_plan(compose([*long, "trainer.batch_tokens=4096"])).micro_batches == 1
 
 
 def test_what_the_error_proposes_works() -> None:

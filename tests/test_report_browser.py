@@ -36,6 +36,8 @@ MEASURE = """(() => {
     shape: Math.max(...images.map(one => Math.abs(one.width / one.height - one.naturalWidth / one.naturalHeight))),
     figures: document.querySelectorAll("figure").length,
     anchors: [...document.querySelectorAll("nav a")].filter(one => document.querySelector(one.hash) === null).length,
+    headings: [...document.querySelectorAll("#overview th")]
+      .map(one => [one.textContent, one.getBoundingClientRect().right]),
     letters: Math.min(...[...document.querySelectorAll("p, td, figcaption")]
       .map(one => parseFloat(getComputedStyle(one).fontSize))),
   };
@@ -142,6 +144,8 @@ def test_the_page_fits_its_window_and_asks_for_nothing(browser: Browser, page: P
     assert found["shape"] < 0.02, "a picture is stretched"
     assert found["anchors"] == 0, "a link of the navigation leads nowhere"
     assert found["letters"] >= 12
+    assert dict(found["headings"])["loss"] < width, "the losses are seen without scrolling"
+    assert found["headings"][-1][0] == "directory"
     assert browser.complaints() == []
     assert {url.split(":", 1)[0] for url in browser.requests()} <= {"file", "data"}
     assert [url for url in browser.requests() if url.startswith("file:")] == [page.resolve().as_uri()]

@@ -9,7 +9,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.image import imread
 
 from qtrain.errors import UserError
-from qtrain.report.loss import BLUE, GREEN, ORANGE, curve, plot_loss, readable, smooth
+from qtrain.report.loss import BLUE, GREEN, ORANGE, curve, plot_loss, smooth
 from qtrain.runs.metrics_log import read_metrics, scan_metrics
 
 
@@ -99,20 +99,3 @@ def test_smoothing_keeps_the_start_and_averages_to_the_end() -> None:
     values = np.array([8.0, 4.0, 3.0, 2.0, 1.0, 5.0])
     expected = [8, 15 / 3, (8 + 4 + 3 + 2 + 1) / 5, (4 + 3 + 2 + 1 + 5) / 5, (3 + 2 + 1 + 5) / 4, (2 + 1 + 5) / 3]
     np.testing.assert_allclose(smooth(values, 2), expected, rtol=1e-12)
-
-
-@pytest.mark.parametrize(
-    ("count", "text"),
-    [
-        (0, "0"),
-        (999, "999"),
-        (999.9, "1k"),
-        (1500, "1.5k"),
-        (999_936, "1M"),
-        (2621440, "2.62M"),
-        (3e9, "3B"),
-        (1.5e12, "1.5T"),
-    ],
-)
-def test_readable(count: float, text: str) -> None:
-    assert readable(count) == text

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from qtrain.errors import StoppedError
-from qtrain.training.stop import STOPPED, StopRequest
+from qtrain.training.stop import CODES, STOPPED, StopRequest
 
 BEFORE_A_RUN = """
 import os, signal, sys
@@ -48,11 +48,11 @@ Path(sys.argv[1]).write_text(str(stop.asked))
 """
 
 
-@pytest.mark.parametrize("name", ["SIGINT", "SIGHUP"])
+@pytest.mark.parametrize("name", ["SIGINT", "SIGHUP", "SIGUSR1"])
 def test_a_signal_before_a_run_listens_ends_the_process(name: str, tmp_path: Path) -> None:
     command = [sys.executable, "-c", BEFORE_A_RUN.format(name=name), str(tmp_path / "ran")]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert (ended.returncode, ended.stdout) == (STOPPED, "")
+    assert (ended.returncode, ended.stdout) == (CODES[signal.Signals[name]], "")
     assert ended.stderr == "stopped; the same command continues from the last checkpoint\n"
     assert not (tmp_path / "ran").exists()
 
@@ -63,7 +63,7 @@ import os, signal, sys, time
 class Interrupts:
     def find_spec(self, name, path=None, target=None):
         if name == "qtrain.train":
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.{name})
             time.sleep(60)
 
 sys.meta_path.insert(0, Interrupts())
@@ -73,9 +73,11 @@ start("train")
 """
 
 
-def test_ctrl_c_while_the_command_imports_is_silent() -> None:
-    ended = subprocess.run([sys.executable, "-c", IMPORTING], capture_output=True, text=True, timeout=50)
-    assert (ended.returncode, ended.stderr) == (STOPPED, "")
+@pytest.mark.parametrize("name", ["SIGINT", "SIGUSR1"])
+def test_a_signal_while_the_command_imports_is_silent(name: str) -> None:
+    command = [sys.executable, "-c", IMPORTING.replace("{name}", name)]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=50)
+    assert (ended.returncode, ended.stderr) == (CODES[signal.Signals[name]], "")
 
 
 def test_a_closed_terminal_saves(tmp_path: Path) -> None:

@@ -85,13 +85,19 @@ TWO = "  sweep: {seeds: 1, settings: ['trainer.tokens=640,1280']}\n"
 
 
 def test_a_sweep_killed_at_random_ends_with_the_same_table(
-    main: Callable[..., int], corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    main: Callable[..., int],
+    corpus: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     """Kills take the whole group of processes, wherever they are; the undisturbed sweep runs two processes beside each
     other."""
     monkeypatch.chdir(tmp_path)
     whole = study(tmp_path / "whole", corpus, TWO)
     assert main("launch", whole, "--jobs", 2) == 0
+    told = capfd.readouterr().out
+    assert "[job 2] job 2 of 2: trainer.tokens=1280" in told, "each of the two says what it is"
     killed = study(tmp_path / "killed", corpus, TWO)
     draw = random.Random(0)
     for number in range(2):

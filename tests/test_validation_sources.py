@@ -169,6 +169,23 @@ def test_all_sources_have_the_tokenizer_of_the_run(folder: Path) -> None:
     assert corpus.tokenizer.decode(corpus.tokenizer.encode(text)) == text
 
 
+def test_a_run_does_not_go_on_with_another_text_of_a_name(folder: Path, tmp_path: Path) -> None:
+    text = tmp_path / "watched.txt"
+    text.write_text("one two three four " * 20)
+    command = settings(
+        folder, f"run_dir={tmp_path / 'run'}", "+data@validation.watched=text", f"validation.watched.files={text}",
+        "validation.watched.val_tokens=64",
+    )  # fmt: skip
+    assert run(compose([*command])) is not None
+    directory = RunDirectory(tmp_path / "run")
+    (tmp_path / "run" / "summary.json").write_text(json.dumps(directory.summary | {"status": "interrupted"}))
+    assert run(compose(command)) is not None, "of the same text it goes on"
+    (tmp_path / "run" / "summary.json").write_text(json.dumps(directory.summary | {"status": "interrupted"}))
+    text.write_text("five six seven eight " * 20)
+    with pytest.raises(UserError, match=r"was started with another text of validation\.watched, whose losses"):
+        run(compose(command))
+
+
 def test_text_that_is_trained_on_is_told(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     data = data_settings(source="text", files=f"{folder}/run/*.txt", val_tokens=64, cache_dir=str(folder / "cache"))
     corpus = prepare(data, TokenizerConfig(kind="bytes"), progress=False)

@@ -213,7 +213,7 @@ def main() -> int:
         raise UserError(f"--jobs {arguments.jobs}: give at least 1")
     from rich.console import Console
 
-    from qtrain.sweep import add_rows, loss_table, plan_table
+    from qtrain.sweep import add_rows, plan_table
 
     lines = lines_of(arguments.sweep, arguments.only)
     points = points_of(lines)
@@ -222,12 +222,14 @@ def main() -> int:
         console.print(plan_table(points, arguments.jobs))
         return 0
     if arguments.action == "launch":
-        for line in lines:
+        for number, line in enumerate(lines, start=1):
+            if len(lines) > 1:
+                print(f"\npoint {number} of {len(lines)}: {line[0]}", flush=True)
             launch(line, arguments.jobs, arguments.retry)
         points = points_of(lines)
         add_rows(points)
-        if len(lines) > 1:  # of one line, the multirun has shown it
-            print(loss_table(points))
+        if len(lines) > 1 and (results := points[0].config.results):  # of one line, the multirun has shown its losses
+            show_losses(Path(results))
     return show_status(points, console, ("failed",) if arguments.action == "status" else NOT_DONE)
 
 
@@ -242,6 +244,16 @@ def lines_of(arguments: list[str], only: list[str] | None) -> list[Line]:
     if only:
         raise UserError("--only chooses points of a study; without one, choose by settings: recipe=quartet")
     return [settings]
+
+
+def show_losses(results: Path) -> None:
+    """Of a study, as `qtrain compare` does it with bf16, or why that cannot."""
+    from qtrain.report.summaries import comparison_table, read_summaries
+
+    try:
+        print(comparison_table(read_summaries(results), "bf16"))
+    except UserError as error:
+        print(f"the losses are in {results}; they have no one table: {error}")
 
 
 def show_status(points: list[Point], console: Console, bad: tuple[str, ...]) -> int:

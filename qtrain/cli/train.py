@@ -18,7 +18,10 @@ def main() -> None:
             )
         print(text)
         return
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # Ctrl-C while the imports run; then qtrain.train listens
+    from qtrain.training.stop import CODES, heard
+
+    for number in heard():  # while the imports run; then qtrain.train listens
+        signal.signal(number, lambda number, _: os._exit(CODES[signal.Signals(number)]))
     from qtrain.train import main as run  # here, so that processes which prepare data import none of it
 
     run()

@@ -26,13 +26,13 @@ class QuantSpec(Strict):
 
     format: a number format, by name or as element/block/scale (`qtrain_kernels.formats`); None takes the recipe's own
         `format`; "none" leaves the operand in the compute dtype.
-    scale: a scale rule (`qtrain_kernels.plans.SCALE_RULES`); None is the format's default. learned: a parameter, LSQ.
+    scale: a scale rule (`qtrain_kernels.plans.SCALE_RULES`); None is the format's default; learned is a parameter, LSQ.
     rounding: nearest (ties to even), stochastic, or eden (nearest, then a stochastically rounded scale correction).
     correction: elements that share an EDEN correction; None is the format's block.
     rotation: "hadamard<n>" rotates blocks of n along the contraction dim, "hadamard" the whole dim; both operands of a
         GEMM must agree.
     signs: random signs applied before the rotation: none, fixed (one vector for the run, the same in every layer), step
-        (redrawn every step, and in each of its micro-batches as `LinearRecipe.redraw` says).
+        (redrawn every step, and in each of its micro-batches as recipe.redraw says).
     row_rotation: "hadamard<n>" rotates blocks of n rows (tokens), undone on the product; for dgrad.dy (HALO-2).
     sparsity: 2:4 or 4:8 (in pairs), by magnitude after the rotation: what is pruned becomes zero.
     estimator: how the gradient passes the quantiser, for operands of fprop: ste, clip or trust.
@@ -127,17 +127,25 @@ OF_THE_WHOLE_MODEL = ("skip", "overrides", "first_blocks", "last_blocks", "high_
 class LinearRecipe(Strict):
     """The numerics of a linear layer: three GEMMs of two operands each, and the layers that stay in high precision.
 
-    source: the paper or code that the recipe follows. deviations: where it differs from that source, a sentence each.
-    format: of every operand that names none itself; `bits: b` is short for int<b>, and where given stands for it.
-    skip: layers left as they are, by full name, last component or pattern. overrides: pattern -> another recipe, by
-    name or written out, of which the GEMMs count; the first that matches a layer holds, before skip. first_blocks,
-    last_blocks: so many transformer blocks at either end stay as they are; below 1, that fraction of them, rounded.
-    high_precision_after: the fraction of the run's steps after which every layer computes in the compute dtype, for
-    train.py to act on. A recipe without GEMMs (bf16) converts nothing but what its overrides name.
-    redraw: whether the random bits of the weight (its noise, and the signs of fprop and dgrad) are drawn in every
-    micro_batch, as published code does in every backward, or once a step: all micro-batches then share that noise,
-    which does not average out over them, and the weight is quantised once for all of them. wgrad draws in every
-    micro-batch either way.
+    A recipe without GEMMs (bf16) converts nothing but what its overrides name.
+
+    name: what tables and figures call the recipe.
+    source: the paper or code that the recipe follows.
+    deviations: where it differs from that source, a sentence each.
+    bits: short for format=int<bits>, and where given stands for it.
+    format: the format of every operand that names none itself.
+    skip: layers left as they are, by full name, last component or pattern.
+    overrides: pattern -> another recipe, by name or written out, of which the GEMMs count. The first that matches a
+        layer holds, before skip.
+    first_blocks: so many transformer blocks at the start stay as they are; below 1, that fraction of them, rounded.
+    last_blocks: so many transformer blocks at the end stay as they are; below 1, that fraction of them, rounded.
+    high_precision_after: the fraction of the run's steps after which every layer computes in the compute dtype.
+        A loop of one's own calls `qtrain.quant.convert.set_high_precision`.
+    redraw: when to draw the random bits of the weight (its noise, and the signs of fprop and dgrad): in every
+        micro_batch, as published code does in every backward, or once a step. With `step`, all micro-batches share that
+        noise, which does not average out over them, and the weight is quantised once for all of them. wgrad draws in
+        every micro-batch either way.
+    fprop, dgrad, wgrad: the numerics of the two operands of a product; None in a recipe that quantises nothing.
     """
 
     name: str

@@ -36,9 +36,13 @@ else:
 
 
 class TokenizerConfig(Strict):
-    """kind: bytes (256 values and an end-of-document token) | bpe (trained on the corpus, vocab_size tokens) |
-    huggingface (path: a name on the hub, a folder, or a tokenizer.json; eos_token: the token that ends a document,
-    where the tokenizer's own files do not name it)."""
+    """How text becomes tokens.
+
+    kind: bytes (256 values and an end-of-document token) | bpe (trained on the corpus) | huggingface.
+    vocab_size: tokens that bpe makes, at most.
+    path: of huggingface: a name on the hub, a folder, or a tokenizer.json.
+    eos_token: of huggingface: the token that ends a document, where the tokenizer's own files do not name it.
+    """
 
     kind: Literal["bytes", "bpe", "huggingface"]
     vocab_size: int | None = Field(None, gt=256)
@@ -57,16 +61,23 @@ class TokenizerConfig(Strict):
 class TrainerConfig(Strict):
     """The budget (exactly one of tokens, tokens_per_parameter), the batch, and the machine.
 
-    batch_tokens: tokens per optimiser step; micro_batch_size: sequences per device and forward.
-    device: auto | cpu | cuda; devices: how many of them, per node; num_nodes: how many nodes.
+    tokens: the budget of the run, or null where tokens_per_parameter says it.
+    tokens_per_parameter: the budget as a multiple of the parameters outside the embeddings.
+    batch_tokens: tokens per optimiser step.
+    micro_batch_size: sequences per device and forward.
+    grad_clip: the largest norm of the gradient, which a larger one is scaled down to; None clips nothing.
+    device: auto (cuda where there is one) | cpu | cuda.
+    devices: devices of each node.
+    num_nodes: nodes.
     strategy: auto (one device alone, several by ddp) | ddp (each device holds the whole model) | fsdp2 (parameters,
         gradients and optimiser state are sharded over the devices).
     sharding_groups: fsdp2 within each of so many groups of devices, which hold a whole model each (hybrid sharding).
     all_gather: what fsdp2 sends of a weight before it is used: full (float32) | quantized (its packed codes and scales:
         the same weights after every step, or a refusal of a recipe whose codes cannot be made of shards).
-    device_tflops, device_gigabytes_per_second: what a device computes (10^12 model FLOP per second that it reaches in
-        training, not its peak) and sends to others (10^9 bytes per second). dry_run takes its hours from them; nothing
-        else reads them.
+    device_tflops: what a device computes, in 10^12 model FLOP per second that it reaches in training, not its peak.
+        dry_run takes its hours from it; nothing else reads it.
+    device_gigabytes_per_second: what a device sends to others, in 10^9 bytes per second. dry_run takes its hours from
+        it; nothing else reads it.
     timeout_minutes: how long a rank waits for another in a collective before the job ends with exit code 75. What one
         rank does alone must fit into it, as reading a whole checkpoint when the run goes on does.
     checkpoint_activations: none | selective (each block keeps its matrix products and attention, and computes the rest
@@ -75,16 +86,18 @@ class TrainerConfig(Strict):
     chunked_loss: take the head's cross-entropy by chunks of tokens, so that the logits, the largest tensor of a small
         model with a large vocabulary, never exist as a whole. The result differs by rounding.
     on_divergence: what to do when a loss or gradient norm is not finite: stop | skip the update | rewind to the last
-        checkpoint and go on with the data that comes next. on_spike: ignore | log | skip | rewind, when one lies more
-        than six standard deviations above its last 128. All but stop and ignore wait for the device at each step.
+        checkpoint and go on with the data that comes next. All but stop wait for the device at each step.
+    on_spike: what to do when a loss or gradient norm lies more than six standard deviations above its last 128:
+        ignore | log | skip | rewind. All but ignore wait for the device at each step.
     precision: bf16-mixed | 32-true | auto, which is bf16-mixed where the device has units for bfloat16, or where
         gemm=fp8 needs it, and 32-true elsewhere. The settings of a run hold what auto came to: see
         `qtrain.plan.resolve_precision`.
+    compile: compile the model with torch.compile, which changes the result by rounding.
     early_stop: end the run, as finished, after so many validations in a row of which none was better than the best
         before; None trains the whole budget. The learning rate is then what the schedule had there.
-    share_trunk: wsd runs that differ in their budget alone compute what they have in common once. Each leaves its state
-        before its decay in run_root/trunks, and starts from the longest that another left there: the same result, bit
-        for bit.
+    share_trunk: let wsd runs that differ in their budget alone compute what they have in common once. Each leaves its
+        state before its decay in run_root/trunks, and starts from the longest that another left there: the same result,
+        bit for bit.
     """
 
     tokens: int | None = Field(None, gt=0)
@@ -131,16 +144,21 @@ class TrainerConfig(Strict):
 
 
 class CallbacksConfig(Strict):
-    """What is watched, in optimiser steps. val_every_steps and checkpoint_every_steps: None is a tenth of the run.
+    """What is watched, in optimiser steps.
 
+    log_every_steps: how often loss, gradient norm and speed are written.
+    val_every_steps: how often the validation loss is taken; None is a tenth of the run.
+    checkpoint_every_steps: how often a checkpoint is written; None is a tenth of the run.
     checkpoint_every_minutes: a checkpoint also each time that so many minutes have passed since the last.
     telemetry_every_steps: how often the quantisers' health is taken, layer by layer; None is a twentieth of the run but
         no fewer than 40 steps, which costs at most 3% of its time; 0 is never.
     telemetry_gradients: compare weight gradients with those without quantisers there, for one more forward and
         backward.
+    keep_checkpoints: how many of the newest checkpoints stay.
     keep_best: write the weights of the lowest validation loss to run_dir/best.safetensors, beside the checkpoints.
     profile_steps: record so many steps by torch's profiler, soon after the start: run_dir/profile holds a trace of each
         rank, for ui.perfetto.dev.
+    progress_bar: show one, where the output is a terminal.
     """
 
     log_every_steps: int = Field(gt=0)
@@ -156,8 +174,13 @@ class CallbacksConfig(Strict):
 
 
 class LoggerConfig(Strict):
-    """metrics.jsonl is always written; kind adds a mirror of it: none | wandb | tensorboard.
+    """metrics.jsonl is always written; a logger mirrors it.
 
+    kind: none | wandb | tensorboard.
+    project: of W&B: the project that runs are put into.
+    entity: of W&B: the user or team that has the project; None is the one of the API key.
+    group: of W&B: a name that several runs share, to be shown together.
+    offline: of W&B: write below the run directory alone, for `wandb sync`; None does so where no API key is found.
     per_layer: mirror the telemetry of each layer, hundreds of series; else mean and worst over the layers, as
         quant_mean/<operand>/<metric> and quant_worst/<operand>/<metric>. metrics.jsonl has that of each layer.
     """
@@ -166,13 +189,17 @@ class LoggerConfig(Strict):
     project: str = "qtrain"
     entity: str | None = None
     group: str | None = None
-    offline: bool | None = Field(None, description="wandb: None is offline unless an API key is found")
+    offline: bool | None = None
     per_layer: bool = False
 
 
 class DebugConfig(Strict):
-    """max_steps: stop after so many (the schedule ends there); overfit: train on the first batch only;
-    detect_anomaly: torch's autograd anomaly mode."""
+    """For finding mistakes.
+
+    max_steps: end the run, and its schedule, after so many steps.
+    overfit: train on the first batch only.
+    detect_anomaly: torch's autograd anomaly mode.
+    """
 
     max_steps: int | None = Field(None, gt=0)
     overfit: bool = False
@@ -182,6 +209,15 @@ class DebugConfig(Strict):
 class Config(Strict):
     """One run. Keys that cannot change the result (`qtrain.config.identity.NOT_IN_HASH`) are not in the run's hash.
 
+    name: how the run is called in directories, tables and figures; the recipe's name where none is given.
+    seed: weights, order of the data and rounding noise are functions of it.
+    run_root: the folder that run directories are made in.
+    run_dir: the run directory itself; None is run_root/<name>-<hash of the settings that determine the result>.
+    force: move an existing run directory aside, and start anew.
+    dry_run: print the plan, and stop.
+    backend: what quantises: auto | reference | compiled | triton. All give the same numbers, at different speed.
+    gemm: what multiplies: auto (integer codes on INT8 units, exactly) | float | fp8 (MXFP4 and FP8 on FP8 units
+        besides) | fp8_fast (with their own, shorter sums) | fp4 (on FP4 units).
     validation: further sources of text to validate on, by name, each with a loss of its own: on the validation split
         that the source names, else on all of its text. val_loss stays that of `data`.
     results: a CSV file: a run whose row it has is done; a run that ends adds its row.

@@ -49,13 +49,15 @@ class DataSettings(Member):
     document_mask: a token attends to those of its own document alone, in training and in validation. The token that
         ends a document belongs to it, and predicts the first token of the next.
     cache_dir: where token shards are kept, one folder per (source, tokenizer).
+    num_workers: processes that load batches; 0 loads them in the training process.
+    prepare_workers: processes that tokenise; None is one per core.
     """
 
     CHOSEN_BY: ClassVar[str] = "source"
     document_mask: bool = False
     cache_dir: str = ".cache/qtrain"
-    num_workers: int = Field(0, ge=0, description="loader processes; 0 loads in the training process")
-    prepare_workers: int | None = Field(None, gt=0, description="tokenising processes; None: one per core")
+    num_workers: int = Field(0, ge=0)
+    prepare_workers: int | None = Field(None, gt=0)
 
     @property
     def reads_to_the_budget(self) -> bool:
@@ -87,14 +89,15 @@ class TextSettings(DataSettings):
 
     streaming: read the source only as far as the limits ask, and hold documents out by a range of their content hash.
     max_tokens: stop the training split there; None takes the whole source, or, when streaming, the run's budget.
-    val_fraction: where the source has no validation split of its own, whole documents are held out by their content
-        hash until about so much is. Of a source that is one text, the end is held out.
+    val_fraction: the part that is held out for validation, where the source has no validation split of its own. It is
+        whole documents, chosen by their content hash; of a source that is one text, the end.
+    val_tokens: validation reads at most so many tokens, spread over its split.
     """
 
     streaming: bool = False
     max_tokens: int | None = Field(None, gt=0)
     val_fraction: float = Field(0.05, gt=0, lt=1)
-    val_tokens: int = Field(gt=0, description="validation reads at most this many tokens, spread over its split")
+    val_tokens: int = Field(gt=0)
 
     @property
     def reads_to_the_budget(self) -> bool:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self
 
 from pydantic import Field, model_validator
 
@@ -29,15 +29,20 @@ class File(NamedTuple):
 
 
 class NamedFiles(DataSettings):
-    """Files that the user names. files, val_files: paths or globs."""
+    """Files that the user names.
 
+    files: paths or globs of the training text.
+    val_files: paths or globs of the validation text; without them a part of `files` is held out.
+    """
+
+    USUAL: ClassVar[str] = "*.txt"  # what the names of such files look like
     files: Names = ()
     val_files: Names = ()
 
     @model_validator(mode="after")
     def _complete(self) -> Self:
         if not self.files:
-            raise ValueError(f"data.source={self} needs data.files, a path or a glob: data.files='corpus/*.txt'")
+            raise ValueError(f"data.source={self} needs data.files, a path or a glob: data.files='corpus/{self.USUAL}'")
         return self
 
     def found(self, key: Literal["files", "val_files"]) -> list[File]:
@@ -91,10 +96,15 @@ class TokenFile:
 
 
 class TokenFiles(NamedFiles):
-    """Files of tokens, which are read where they lie. Without val_files their end is held out, about val_fraction."""
+    """Files of tokens, which are read where they lie.
+
+    val_fraction: the part that is held out for validation, where the source has no validation split of its own: the
+        last documents.
+    val_tokens: validation reads at most so many tokens, spread over its split.
+    """
 
     val_fraction: float = Field(0.05, gt=0, lt=1)
-    val_tokens: int = Field(gt=0, description="validation reads at most this many tokens, spread over its split")
+    val_tokens: int = Field(gt=0)
 
     def token_file(self, path: Path) -> TokenFile:
         """What a file and its index say, without reading the tokens. UserError where they are no such files, or cut."""
@@ -129,7 +139,10 @@ class Files(NamedFiles, TextSettings):
 
 
 class RowFiles(Files):
-    """Files whose lines or rows are documents. text_field: the field or column that holds the text."""
+    """Files whose lines or rows are documents.
+
+    text_field: the field or column that holds the text.
+    """
 
     text_field: str = "text"
 

@@ -11,6 +11,7 @@ import rich.console
 import rich.progress
 
 from qtrain.data.encode import Encoded
+from qtrain.units import describe_time
 
 
 class Progress:
@@ -47,7 +48,8 @@ class Progress:
         if kind is None:
             seconds = time.monotonic() - self._start
             megabytes = self._done_bytes / 1e6
-            print(f"Prepared {self._name}: {megabytes:.1f} MB of text in {seconds:.1f} s", file=sys.stderr, flush=True)
+            told = f"{megabytes:.1f} MB of text in {describe_time(seconds)}"
+            print(f"Prepared {self._name}: {told}", file=sys.stderr, flush=True)
 
     def resume(self, n_bytes: int) -> None:
         """So much text was prepared before."""

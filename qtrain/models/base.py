@@ -18,13 +18,20 @@ if TYPE_CHECKING:
 class ModelSettings(Member):
     """Settings of a decoder (`qtrain.models.decoder`): an embedding, n_layers blocks that are alike, a norm, lm_head.
 
+    name: what tables and figures call the size.
+    dim: elements of a token's state between the blocks.
+    n_layers: number of blocks.
+    seq_len: tokens in a sequence.
+    tie_embeddings: let lm_head have the embedding's weights.
+    vocab_size: rows of the embedding; None is as many as the tokenizer has tokens.
     nominal_parameters: the paper's name for the size (30M -> 30e6): a token budget per parameter counts it where it is
         given, else the non-embedding parameters.
-    init_std: of the normal distribution that weights start from.
+    init_std: standard deviation of the normal distribution that weights start from.
     to_residual: names of the linear layers of a block that write to the residual stream; theirs start from a smaller
         one, init_std / sqrt(2 n_layers).
     init_from: a Hugging Face checkpoint, a folder or a name on the hub, whose settings hold where no others are given,
-        and whose weights the model starts from. init_hash: of its settings and weights, found out when it is read.
+        and whose weights the model starts from.
+    init_hash: hash of that checkpoint's settings and weights; found out when it is read, not to be set.
     """
 
     CHOSEN_BY: ClassVar[str] = "family"
@@ -77,7 +84,13 @@ class ModelSettings(Member):
 class RopeScaling(Strict):
     """Llama 3.1's change of the rotary frequencies (its release, and transformers' rope_type llama3). Wavelengths above
     original_seq_len / low_freq_factor grow by `factor`, those below original_seq_len / high_freq_factor stay, and
-    between the two the change is linear in original_seq_len over the wavelength."""
+    between the two the change is linear in original_seq_len over the wavelength.
+
+    factor: by how much the longest wavelengths grow.
+    low_freq_factor: wavelengths above original_seq_len over it grow by `factor`.
+    high_freq_factor: wavelengths below original_seq_len over it stay.
+    original_seq_len: tokens in the sequences that the model was first trained on.
+    """
 
     factor: float = Field(gt=0)
     low_freq_factor: float = Field(gt=0)
@@ -97,11 +110,17 @@ class RopeScaling(Strict):
 class Transformer(ModelSettings):
     """Settings of blocks of grouped-query attention with rotary positions, and a gated feed-forward network.
 
-    n_kv_heads: heads of keys and values, which groups of the n_heads queries share; None is one for each.
+    n_heads: number of heads of queries.
+    n_kv_heads: number of heads of keys and values, which groups of the n_heads queries share; None is one for each.
+    ffn_dim: elements inside the feed-forward network.
+    rope_theta: the base of the rotary wavelengths.
+    norm_eps: what the norms add to a mean square.
     head_dim: elements of a head; None is dim / n_heads.
-    qkv_bias, o_bias, mlp_bias: whether the linear layers of queries, keys and values, of the attention's output, and of
-        the feed-forward network have a bias (Qwen2: qkv_bias; Llama's attention_bias: the first two).
+    qkv_bias: whether the linear layers of queries, keys and values have a bias (Qwen2; Llama's attention_bias).
+    o_bias: whether the linear layer of the attention's output has a bias (Llama's attention_bias).
+    mlp_bias: whether the linear layers of the feed-forward network have a bias.
     qk_norm: an RMSNorm of each head's queries and keys before they are rotated (Qwen3).
+    rope_scaling: a change of the rotary wavelengths for longer sequences (Llama 3.1); None is none.
     """
 
     n_heads: int = Field(gt=0)

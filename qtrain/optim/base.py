@@ -16,7 +16,11 @@ if TYPE_CHECKING:
 
 
 class OptimizerSettings(Member):
-    """Settings of an optimiser."""
+    """Settings of an optimiser.
+
+    lr: the peak learning rate, which the schedule scales.
+    weight_decay: decoupled decay of the linear layers of the blocks; the rest has none.
+    """
 
     lr: float = Field(gt=0, allow_inf_nan=False)
     weight_decay: float = Field(0.1, ge=0)
@@ -33,9 +37,12 @@ class OptimizerSettings(Member):
 class Schedule(Member):
     """A learning rate over the run, as a factor of optimizer.lr.
 
-    It rises from start_factor at step 0 to 1 at the last of the warm-up's steps, along half a cosine, and has
-    final_factor at the last step of the run and beyond. The warm-up takes warmup_steps or, where these are not given,
-    warmup_fraction of the steps, rounded down.
+    It rises to 1 at the last of the warm-up's steps, along half a cosine.
+
+    warmup_fraction: the part of the steps that the warm-up takes, rounded down, where warmup_steps is not given.
+    warmup_steps: steps of the warm-up; None takes warmup_fraction.
+    start_factor: the factor at step 0.
+    final_factor: the factor at the last step of the run and beyond.
     """
 
     warmup_fraction: float = Field(0.1, ge=0, lt=1)

@@ -19,7 +19,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLoca
 
 from qtrain.errors import UserError
 from qtrain.report.gaps import gaps_figure, plot_gaps
-from qtrain.report.loss import GREY, SMOOTHING, readable, smooth, tidy
+from qtrain.report.loss import GREY, SMOOTHING, smooth, tidy
 from qtrain.report.picture import (
     MARKERS,
     WIDTH,
@@ -37,6 +37,7 @@ from qtrain.report.picture import (
 )
 from qtrain.report.runs import Corpus, Point, Run, point_title, told_apart
 from qtrain.report.summaries import Comparison, compare
+from qtrain.units import readable
 
 MOST_PANELS = 6  # sizes or budgets with a panel of their own, the largest by FLOPs; the tables have all of them
 FEW = 12  # a panel of so few runs, of so few points, has the points marked

@@ -14,10 +14,10 @@ from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 
 from qtrain.report.curves import by_largest
-from qtrain.report.loss import readable
 from qtrain.report.picture import Picture, new_figure, span
 from qtrain.report.runs import Corpus, Run
 from qtrain.runs.metrics_log import scan_metrics
+from qtrain.units import readable
 
 OPERANDS = ("fprop.x", "fprop.w", "dgrad.dy", "dgrad.w", "wgrad.dy", "wgrad.x")
 METRICS = {

@@ -16,8 +16,9 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
 from scipy import ndimage
 
-from qtrain.report.loss import BLUE, GREEN, GREY, ORANGE, readable, tidy
+from qtrain.report.loss import BLUE, GREEN, GREY, ORANGE, tidy
 from qtrain.report.picture import plain_numbers
+from qtrain.units import readable
 
 Law = dict[str, Any]
 Array = np.ndarray

@@ -18,6 +18,7 @@ from qtrain.errors import UserError
 from qtrain.runs.files import read_json
 from qtrain.runs.metrics_log import read_metrics
 from qtrain.runs.table import read_settings
+from qtrain.units import readable
 
 # Okabe and Ito's palette, told apart with any colour vision
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#555555"
@@ -78,14 +79,6 @@ def smooth(values: np.ndarray, reach: int) -> np.ndarray:
     first = np.maximum(index - reach, 0)
     last = np.minimum(np.minimum(index + reach, 2 * index), len(values) - 1)
     return (sums[last + 1] - sums[first]) / (last + 1 - first)
-
-
-def readable(count: float) -> str:
-    """1500 -> 1.5k, 999_936 -> 1M, 2621440 -> 2.62M, 3e9 -> 3B."""
-    for size, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if abs(count) >= 0.9995 * size:  # what three digits would round up to it
-            return f"{count / size:.3g}{suffix}"
-    return f"{count:.3g}"
 
 
 def _title(config: dict[str, Any], summary: dict[str, Any]) -> str:

@@ -20,10 +20,10 @@ from matplotlib import rc_context
 
 from qtrain.errors import UserError
 from qtrain.report import curves, health
-from qtrain.report.loss import readable
 from qtrain.report.picture import FONTS, Picture, flops, part_labels, plain_numbers
 from qtrain.report.runs import Corpus, Run, corpora, read_runs
 from qtrain.runs.table import write_table
+from qtrain.units import readable
 
 TEMPLATE = Path(__file__).with_name("page.html")
 _NUMBER = re.compile(r"baseline|[-+]?[\d.,e+]*[kMBT]?( GiB| ± [\d.]+)?")
@@ -34,9 +34,9 @@ DPI = 200  # of the pictures in the page and the folder
 # Column of the overview -> (heading, how a value is shown)
 OVERVIEW: dict[str, tuple[str, str]] = {
     "name": ("run", ""), "recipe": ("recipe", ""), "seed": ("seed", "d"), "status": ("status", ""),
-    "model": ("model", ""), "non_embedding_parameters": ("parameters", "count"), "tokens": ("tokens", "count"),
-    "tokens_per_parameter": ("per parameter", ".3g"), "lr": ("lr", "g"), "batch_tokens": ("batch", "count"),
-    "schedule": ("schedule", ""), "flops": ("FLOPs", "flops"), "val_loss": ("loss", ".4f"),
+    "val_loss": ("loss", ".4f"), "model": ("model", ""), "non_embedding_parameters": ("parameters", "count"),
+    "tokens": ("tokens", "count"), "tokens_per_parameter": ("per parameter", ".3g"), "lr": ("lr", "g"),
+    "batch_tokens": ("batch", "count"), "schedule": ("schedule", ""), "flops": ("FLOPs", "flops"),
     "val_bits_per_byte": ("bits per byte", ".4f"), "tokens_per_second": ("tokens/s", "count"),
     "memory_bytes": ("memory", "bytes"), "config_hash": ("settings", ""), "commit": ("commit", "short"),
     "directory": ("directory", ""),

@@ -22,7 +22,7 @@ from matplotlib.ticker import (
     NullFormatter,
 )
 
-from qtrain.report.loss import readable
+from qtrain.units import readable
 
 WIDTH = 4.4  # inches: letters of 9 points are still 9 pixels high on a telephone, 330 pixels wide
 FONTS: dict[Any, Any] = {

@@ -10,9 +10,9 @@ from typing import Any
 
 from qtrain.config import NOT_IN_HASH
 from qtrain.errors import UserError
-from qtrain.report.loss import readable
 from qtrain.runs.metrics_log import scan_metrics
 from qtrain.runs.table import Row, damaged_run, is_table, read_settings, read_table, run_directories, run_row
+from qtrain.units import readable
 
 TELEMETRY = ('"quant/', '"grad/')  # lines of their own, long and many: read for the few runs that show them
 

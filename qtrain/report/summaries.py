@@ -14,8 +14,8 @@ import numpy as np
 from scipy import stats
 
 from qtrain.errors import UserError
-from qtrain.report.loss import readable
 from qtrain.runs.table import Row, finished_runs, is_table, read_table, run_directories
+from qtrain.units import readable
 
 Point = tuple[Any, ...]
 

@@ -17,10 +17,11 @@ import torch
 from torch import nn
 
 from qtrain.config import Config
-from qtrain.plan import RunPlan, describe_bytes
+from qtrain.plan import RunPlan
 from qtrain.quant import QuantLinear, gathered_bytes
 from qtrain.training.build import build_model
 from qtrain.training.parallel import blocks_of
+from qtrain.units import describe_bytes
 
 
 @dataclass(frozen=True)

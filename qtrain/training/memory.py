@@ -13,12 +13,13 @@ from torch.distributed.fsdp import FSDPModule
 from qtrain.config import Config
 from qtrain.errors import UserError
 from qtrain.models.decoder import Decoder
-from qtrain.plan import RunPlan, describe_bytes
+from qtrain.plan import RunPlan
 from qtrain.quant import check_backend
 from qtrain.training.activations import checkpoint_activations
 from qtrain.training.build import build_model
 from qtrain.training.causal_lm import CausalLM
 from qtrain.training.parallel import blocks_of, imagined_mesh, shard
+from qtrain.units import describe_bytes
 
 FEW, MORE = 4, 8  # blocks, of which the difference is what a block takes
 

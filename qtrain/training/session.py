@@ -55,7 +55,7 @@ from qtrain.training.observers.loggers import build_loggers, check_logger, close
 from qtrain.training.observers.measure import by_source
 from qtrain.training.parallel import Ranks, blocks_of, check_strategy, is_lost_rank, joined
 from qtrain.training.saves import Saves
-from qtrain.training.speed import describe_hours
+from qtrain.training.speed import planned_time
 from qtrain.training.stop import QUEUE_AGAIN, StopRequest
 from qtrain.training.trunk import Trunk, metrics_beside, tell_of_shorter
 from qtrain.training.world import World, find_world
@@ -105,7 +105,7 @@ def run(config: Config) -> float | None:
             "text_read": read,
             "memory": memory.describe(),
             "communication": sent.describe(),
-            "time": describe_hours(config, plan, sent),
+            "time": planned_time(config, plan, sent),
             "device": str(device),
             "run_directory": str(directory.path),
         }
@@ -233,6 +233,7 @@ class Session:
             ranks=ranks.size,
             pin_memory=fabric.device.type == "cuda",
         )
+        self.validation_hashes = {name: each.data_hash for name, each in validation.items()}
         self.trunk = Trunk(config, plan, corpus.data_hash) if config.trainer.share_trunk else None
         self.shared_steps = directory.summary.get("shared_steps", 0) if ranks.is_zero else 0
         self.loggers: list[Logger] = []
@@ -375,6 +376,13 @@ class Session:
                 f"{directory.path} was started on data {earlier}; the same settings now give data "
                 f"{self.corpus.data_hash}. Restore the data, or set force=true to start anew"
             )
+        for name, before in directory.summary.get("validation_hashes", {}).items():
+            if name in self.validation_hashes and before != self.validation_hashes[name]:
+                raise UserError(
+                    f"{directory.path} was started with another text of validation.{name}, whose losses do not compare "
+                    "with those of this one. Restore that text, give this one another name, or set force=true to start "
+                    "anew"
+                )
         refuse_earlier_format(directory.checkpoints)
         self._keep_tokenizer()
         tidy(directory.checkpoints)
@@ -482,6 +490,8 @@ class Session:
             "commit": commit(),
             "shared_steps": self.shared_steps,
         }
+        if self.validation_hashes:
+            summary["validation_hashes"] = self.validation_hashes
         self.directory.write_summary(summary | results)
         mirror_summary(self.loggers, summary | results)
 

@@ -7,11 +7,12 @@ import time
 import torch
 
 from qtrain.config import Config
-from qtrain.plan import RunPlan, describe_bytes
+from qtrain.plan import RunPlan
 from qtrain.quant import set_step
 from qtrain.training.build import build_model
 from qtrain.training.communication import Communication
 from qtrain.training.losses import next_token_loss
+from qtrain.units import describe_bytes, describe_time
 
 TRIAL_FLOPS = 2e11  # of one micro-batch: what a trial may cost, about a second a forward and backward on one core
 
@@ -37,7 +38,7 @@ def trial(config: Config, plan: RunPlan) -> float | None:
     return flops / min(times)
 
 
-def describe_hours(config: Config, plan: RunPlan, communication: Communication) -> str:
+def planned_time(config: Config, plan: RunPlan, communication: Communication) -> str:
     """The time of the whole run, with its arithmetic. Traffic may hide behind computing wholly or not at all: both ends
     are told. A run on one CPU that states no speed is tried out."""
     trainer, steps = config.trainer, f"{plan.steps:,} steps"
@@ -48,20 +49,16 @@ def describe_hours(config: Config, plan: RunPlan, communication: Communication) 
         return "unknown: state trainer.device_tflops" + (
             ", and trainer.device_gigabytes_per_second for the traffic" if sent else ""
         )
-    computing = plan.flops / ranks / speed / 3600
+    computing = plan.flops / ranks / speed
     devices = f" / {ranks} devices" if ranks > 1 else ""
     how = "as stated" if stated else "as three micro-batches here reached"
-    lines = [f"{_hours(computing)} of computing: {plan.flops:.3g} FLOP{devices} / {speed:.3g} FLOP/s {how}"]
+    lines = [f"{describe_time(computing)} of computing: {plan.flops:.3g} FLOP{devices} / {speed:.3g} FLOP/s {how}"]
     rate = trainer.device_gigabytes_per_second
     if sent and rate is None:
         lines.append("traffic unknown: state trainer.device_gigabytes_per_second")
     elif sent and rate is not None:
-        traffic = plan.steps * sent / (rate * 1e9) / 3600
-        lines.append(f"{_hours(traffic)} of traffic: {steps} x {describe_bytes(sent)} / {rate:g} GB/s as stated")
-        together = f"{_hours(max(computing, traffic))} if one hides behind the other"
-        lines.insert(0, f"{together}, {_hours(computing + traffic)} if not")
+        traffic = plan.steps * sent / (rate * 1e9)
+        lines.append(f"{describe_time(traffic)} of traffic: {steps} x {describe_bytes(sent)} / {rate:g} GB/s as stated")
+        together = f"{describe_time(max(computing, traffic))} if one hides behind the other"
+        lines.insert(0, f"{together}, {describe_time(computing + traffic)} if not")
     return "\n".join(lines)
-
-
-def _hours(hours: float) -> str:
-    return f"{hours:,.3g} hours" if hours < 100 else f"{hours:,.0f} hours"

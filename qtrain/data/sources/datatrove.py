@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from qtrain.data.files import TokenFile, TokenFiles, unreadable
 from qtrain.errors import UserError
@@ -11,6 +11,7 @@ class Datatrove(TokenFiles):
     """Token files of datatrove, as nanotron reads them: x.ds with the ids, little-endian uint16 or uint32, and
     x.ds.index with the end of each document in tokens, little-endian uint64. Source: datatrove, pipeline/tokens."""
 
+    USUAL: ClassVar[str] = "*.ds"
     source: Literal["datatrove"]
 
     def token_file(self, path: Path) -> TokenFile:

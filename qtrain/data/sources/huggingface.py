@@ -15,7 +15,10 @@ from qtrain.errors import UserError, first_line
 class HuggingFace(TextSettings):
     """A dataset of the Hugging Face hub, or a local folder of one.
 
-    path, subset, split, val_split (and streaming): of `datasets.load_dataset`.
+    path: the dataset's name on the hub, or a local folder.
+    subset: its configuration, where it has several.
+    split: the split that is trained on.
+    val_split: the split that is validated on; None holds a part of `split` out.
     text_field: the column that holds the text.
     """
 

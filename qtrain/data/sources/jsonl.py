@@ -4,7 +4,7 @@ import codecs
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from qtrain.data.base import Document
 from qtrain.data.files import RowFiles, decoded, unreadable
@@ -14,6 +14,7 @@ from qtrain.errors import UserError
 class Jsonl(RowFiles):
     """One line of a file is one document: the text in an object's field."""
 
+    USUAL: ClassVar[str] = "*.jsonl"
     source: Literal["jsonl"]
 
     def read(self, path: Path) -> Iterator[Document]:

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import struct
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from qtrain.data.files import TokenFile, TokenFiles, unreadable
 from qtrain.errors import UserError
@@ -20,6 +20,7 @@ class Megatron(TokenFiles):
     tokens and int64 byte offset of each sequence; int64 borders of documents among the sequences, the first 0 and the
     last their number. Source: Megatron-LM, core/datasets/indexed_dataset.py."""
 
+    USUAL: ClassVar[str] = "*.bin"
     source: Literal["megatron"]
 
     def token_file(self, path: Path) -> TokenFile:

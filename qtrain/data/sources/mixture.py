@@ -16,7 +16,8 @@ else:
 class Mixture(DataSettings):
     """Several sources, in the proportion of their weights: each sample of model.seq_len tokens is of one of them.
 
-    parts: the sources by name. weights: how many samples each gives, by the same names; their proportion counts.
+    parts: the sources by name, each with the settings of a source.
+    weights: how many samples each gives, by the same names; their proportion counts.
     """
 
     source: Literal["mixture"]

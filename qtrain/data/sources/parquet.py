@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from qtrain.data.base import Document
 from qtrain.data.files import RowFiles, cell_text
@@ -12,6 +12,7 @@ from qtrain.errors import UserError, first_line
 class Parquet(RowFiles):
     """One row of a file is one document: the text in a column."""
 
+    USUAL: ClassVar[str] = "*.parquet"
     source: Literal["parquet"]
 
     def read(self, path: Path) -> Iterator[Document]:

@@ -13,7 +13,10 @@ from qtrain.errors import UserError
 
 
 class PythonEnv(TextSettings):
-    """The code of installed distributions: packages names them."""
+    """The code of installed distributions.
+
+    packages: names of the distributions.
+    """
 
     source: Literal["python_env"]
     packages: Names = ()

@@ -12,7 +12,10 @@ class Llama(Transformer):
     """RMSNorm, rotary positions, SwiGLU, grouped-query attention. With other settings it is Mistral, Qwen2 or Qwen3;
     `qtrain.models.hf` reads and writes their Hugging Face checkpoints. The Quartet and QuEST code fuses q, k, v (and
     gate, up) into one linear; here they are separate. Parameter counts are the same, and so are the numerics of a
-    recipe whose weight scales belong to rows or to blocks within rows."""
+    recipe whose weight scales belong to rows or to blocks within rows.
+
+    family: llama, whose other settings make it Mistral, Qwen2 or Qwen3.
+    """
 
     to_residual: ClassVar[tuple[str, ...]] = ("attention.o", "mlp.down")
     family: Literal["llama"] = "llama"

@@ -14,7 +14,12 @@ if TYPE_CHECKING:
 
 
 class AdamW(OptimizerSettings):
-    """AdamW as the papers run it: decay on the block linears, none on embeddings, lm_head and norms."""
+    """AdamW as the papers run it: decay on the block linears, none on embeddings, lm_head and norms.
+
+    beta1: how much of its mean gradient a step keeps.
+    beta2: how much of its mean squared gradient a step keeps.
+    eps: what is added to the root of the mean squared gradient.
+    """
 
     name: Literal["adamw"]
     beta1: float = Field(0.9, ge=0, lt=1)

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
@@ -13,14 +15,19 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.optim import Optimizer
 
+# What importing torchao logs wherever its compiled kernels are for other machines; its optimisers use none of them.
+NOTES = {"torchao": "Failed to load ", "torch.utils._pytree": "<enum 'KernelPreference'> is an Enum subclass"}
 TABLE_BYTES = 4 * 256  # of the values that the 8-bit codes stand for, which each state has for itself
 
 
 class AdamW8bit(OptimizerSettings):
     """AdamW with both moments in 8 bits: torchao's state tensors and update, arXiv 2110.02861.
 
+    beta1: how much of its mean gradient a step keeps.
+    beta2: how much of its mean squared gradient a step keeps.
+    eps: what is added to the root of the mean squared gradient.
     block_size: elements that share a scale. A matrix whose rows are whole blocks gets 8-bit moments, which are then the
-    same on any number of ranks, since FSDP2 shards rows. All other parameters keep float32 moments.
+        same on any number of ranks, since FSDP2 shards rows. All other parameters keep float32 moments.
     """
 
     name: Literal["adamw8bit"]
@@ -41,7 +48,12 @@ class AdamW8bit(OptimizerSettings):
     def build(self, decay: Mapping[str, nn.Parameter], no_decay: Mapping[str, nn.Parameter]) -> Optimizer:
         """Group 0 has weight decay, group 1 has none. UserError without torchao."""
         need("torchao", "optimizer=adamw8bit")
-        from qtrain.optim.blockwise import BlockwiseAdamW
+        with ExitStack() as quiet:
+            for name, start in NOTES.items():
+                logger, spare = logging.getLogger(name), lambda record, start=start: start not in record.getMessage()
+                logger.addFilter(spare)
+                quiet.callback(logger.removeFilter, spare)
+            from qtrain.optim.blockwise import BlockwiseAdamW
 
         groups = [
             {"params": list(decay.values()), "weight_decay": self.weight_decay},

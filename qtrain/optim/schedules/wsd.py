@@ -8,9 +8,11 @@ from qtrain.optim.base import Schedule, whole
 
 
 class WSD(Schedule):
-    """Warm-up, stable, decay: after the warm-up the full learning rate until the last decay_fraction of the steps,
-    rounded down but at least one, over which it falls in a straight line. The default of the code released with QuEST
-    and Quartet."""
+    """Warm-up, stable, decay: after the warm-up the full learning rate until the decay, in which it falls in a straight
+    line. The default of the code released with QuEST and Quartet.
+
+    decay_fraction: the part of the steps that the decay takes, rounded down but at least one.
+    """
 
     name: Literal["wsd"]
     decay_fraction: float = Field(0.2, gt=0, le=1)

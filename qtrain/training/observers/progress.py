@@ -10,14 +10,7 @@ from rich.progress import Progress as Bar
 
 from qtrain.training.observers.measure import Line, by_source
 from qtrain.training.observers.observer import Observer
-
-
-def si(value: float) -> str:
-    """1234567 -> 1.23M."""
-    for size, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= size:
-            return f"{value / size:.3g}{letter}"
-    return f"{value:.3g}"
+from qtrain.units import describe_time, readable
 
 
 class Progress(Observer):
@@ -56,14 +49,14 @@ class Progress(Observer):
         if "loss" not in line:
             return
         self.bar.update(
-            self.task, loss=f"{line['loss']:.4f}", lr=f"{line['lr']:.2e}", speed=si(line["tokens_per_second"])
+            self.task, loss=f"{line['loss']:.4f}", lr=f"{line['lr']:.2e}", speed=readable(line["tokens_per_second"])
         )
         if self.bar.disable:
             elapsed = time.perf_counter() - self.started
             left = elapsed / max(1, line["step"] - self.first) * (self.steps - line["step"])
             self.console.print(
                 f"step {line['step']:>6}/{self.steps}  loss {line['loss']:.4f}  lr {line['lr']:.2e}  "
-                f"{si(line['tokens_per_second'])} tokens/s  {left:.0f} s left",
+                f"{readable(line['tokens_per_second'])} tokens/s  {describe_time(round(left))} left",
                 highlight=False,
             )
 

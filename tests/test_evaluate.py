@@ -56,6 +56,12 @@ def run(folder: Path) -> RunDirectory:
     return train(folder, "quest", "tokenizer=bpe", "tokenizer.vocab_size=280", "callbacks.checkpoint_every_steps=8")
 
 
+@pytest.fixture(scope="module")
+def of_bytes(folder: Path) -> RunDirectory:
+    """A run whose inputs stay as they are: a reader of its codes computes what it computes."""
+    return train(folder, "quest_weight_only")
+
+
 def told(*arguments: object) -> Any:
     """What `qtrain evaluate ... --json` prints."""
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(StringIO()) as said:
@@ -109,8 +115,9 @@ def test_another_text_is_read_whole_with_the_tokenizer_of_the_run(run: RunDirect
     assert found["bytes"] == round(found["tokens"] * len(text) / tokens)
 
 
-def test_an_exported_run_has_the_loss_of_the_run(run: RunDirectory, folder: Path) -> None:
+def test_an_exported_run_has_the_loss_of_the_run(of_bytes: RunDirectory, folder: Path) -> None:
     """As codes to the rounding of its reader. In bfloat16 without quantisers it is another model."""
+    run = of_bytes
     ours = told(run.path)["all"]["loss"]
     compressed_tensors.export(run.path, folder / "packed")
     theirs = told(folder / "packed", "--like", run.path, "--batch", 8)["all"]
@@ -148,12 +155,10 @@ def test_what_cannot_be_evaluated_is_told(run: RunDirectory, folder: Path, tmp_p
         load(tmp_path / "hf")
 
 
-def test_a_tokenizer_beyond_the_vocabulary_is_told(folder: Path, tmp_path: Path) -> None:
-    small = train(folder, "bf16")
-    huggingface.export(small.path, tmp_path / "bytes")
-    big = RunDirectory(folder / "quest")
+def test_a_tokenizer_beyond_the_vocabulary_is_told(run: RunDirectory, of_bytes: RunDirectory, tmp_path: Path) -> None:
+    huggingface.export(of_bytes.path, tmp_path / "bytes")
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(big.tokenizer / name, tmp_path / "bytes" / name)
+        shutil.copy(run.tokenizer / name, tmp_path / "bytes" / name)
     with pytest.raises(UserError, match=r"the tokenizer of .* has 280 tokens, and its model a vocabulary of 257"):
         load(tmp_path / "bytes")
 

@@ -123,7 +123,7 @@ MAY_IMPORT = {
     ),
     "qtrain.multirun": "rich qtrain.config qtrain.config.settings qtrain.runs",
     "qtrain.export": (
-        "numpy torch safetensors (compressed_tensors gguf) qtrain.config qtrain.data qtrain.models.hf "
+        "numpy torch safetensors (compressed_tensors gguf) qtrain.config qtrain.data qtrain.models qtrain.models.hf "
         "qtrain.models.base qtrain.plan qtrain.quant qtrain.runs qtrain.training.build qtrain.training.causal_lm "
         "qtrain.training.checkpoint qtrain_kernels qtrain_kernels.formats qtrain_kernels.plans"
     ),
@@ -132,6 +132,11 @@ MAY_IMPORT = {
         "qtrain.data.batches qtrain.metrics qtrain.models qtrain.models.families qtrain.models.hf "
         "qtrain.models.hf_config qtrain.plan qtrain.runs qtrain.training.build qtrain.training.checkpoint "
         "qtrain.training.losses"
+    ),
+    "qtrain.post_training": (
+        "torch safetensors yaml qtrain.config qtrain.config.settings qtrain.data qtrain.data.batches qtrain.metrics "
+        "qtrain.models qtrain.models.hf qtrain.quant qtrain.runs qtrain.train qtrain.training qtrain.training.losses "
+        "qtrain.training.checkpoint qtrain_kernels"
     ),
     "qtrain.studies": "",
     "qtrain.studies.chaos": "torch lightning qtrain qtrain.train qtrain.runs qtrain.config qtrain.config.settings",
@@ -151,6 +156,7 @@ MAY_IMPORT = {
     "qtrain.cli.evaluate": (
         "qtrain.cli (qtrain.data.base qtrain.evaluate qtrain.integrations.lm_eval qtrain.runs qtrain.train)"
     ),
+    "qtrain.cli.quantize": "qtrain.cli (qtrain.post_training)",
     "qtrain.cli.generate": (
         "qtrain.cli qtrain.data (torch qtrain.models qtrain.quant qtrain.runs qtrain.training.build)"
     ),

@@ -178,15 +178,11 @@ def unsettled(numerics: Numerics) -> str | None:
     return None
 
 
-def pack(model: nn.Module) -> None:
-    """Replace every QuantLinear inside model by a PackedLinear of its codes, in place; the master weights are freed.
-
-    Outputs stay as they are in eval mode, bit for bit. UserError, with the model untouched, where a recipe has no codes
-    that stay, or where a layer computes in high precision or shares its weight with an embedding.
-    """
+def obstacle(model: nn.Module) -> str | None:
+    """Why `pack` refuses a model; None if it does not."""
     layers = quant_linears(model)
     if not layers:
-        raise UserError(f"the model ({type(model).__name__}) has no quantised layer, so there is nothing to pack")
+        return f"the model ({type(model).__name__}) has no quantised layer, so there is nothing to pack"
     shared = {id(parameter) for module in model.modules() if not isinstance(module, QuantLinear)
               for parameter in module.parameters(recurse=False)}  # fmt: skip
     for layer in layers:
@@ -196,7 +192,20 @@ def pack(model: nn.Module) -> None:
         if id(layer.weight) in shared:
             reason = "it shares its weight with another module, which reads it as it is"
         if reason is not None:
-            raise UserError(f"{layer.name} cannot be packed: {reason}")
+            return f"{layer.name} cannot be packed: {reason}"
+    return None
+
+
+def pack(model: nn.Module) -> None:
+    """Replace every QuantLinear inside model by a PackedLinear of its codes, in place; the master weights are freed.
+
+    Outputs stay as they are in eval mode, bit for bit but for few rows on a CPU (see PackedLinear). UserError, with the
+    model untouched, where a recipe has no codes that stay, or where a layer computes in high precision or shares its
+    weight with an embedding.
+    """
+    reason = obstacle(model)
+    if reason is not None:
+        raise UserError(reason)
     made: dict[nn.Module, PackedLinear] = {}  # a layer used under two names stays one layer
     for name, layer in [*model.named_modules(remove_duplicate=False)]:
         if isinstance(layer, QuantLinear):

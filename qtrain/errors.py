@@ -103,6 +103,7 @@ EXTRAS = {
     "compressed_tensors": "export",
     "gguf": "export",
     "accelerate": "hf",
+    "lm_eval": "eval",
 }
 
 

@@ -42,6 +42,7 @@ MAY_IMPORT = {
     "qtrain.integrations": "torch qtrain.quant",
     "qtrain.integrations.transformers": "torch transformers qtrain.quant",
     "qtrain.integrations.accelerate": "torch qtrain.quant",
+    "qtrain.integrations.lm_eval": "torch lm_eval qtrain.evaluate qtrain.models qtrain.quant",
     "qtrain.models": "torch einops qtrain.models.base qtrain_kernels",
     "qtrain.models.hf_config": "pydantic (huggingface_hub)",
     "qtrain.models.base": "pydantic qtrain.config.settings (torch qtrain.models.hf_config)",
@@ -127,6 +128,12 @@ MAY_IMPORT = {
         "qtrain.models.base qtrain.plan qtrain.quant qtrain.runs qtrain.training.build qtrain.training.causal_lm "
         "qtrain.training.checkpoint qtrain_kernels qtrain_kernels.formats qtrain_kernels.plans"
     ),
+    "qtrain.evaluate": (
+        "torch (compressed_tensors transformers) qtrain.config qtrain.config.settings qtrain.data qtrain.data.base "
+        "qtrain.data.batches qtrain.metrics qtrain.models qtrain.models.families qtrain.models.hf "
+        "qtrain.models.hf_config qtrain.plan qtrain.runs qtrain.training.build qtrain.training.checkpoint "
+        "qtrain.training.losses"
+    ),
     "qtrain.post_training": (
         "torch safetensors yaml qtrain.config qtrain.config.settings qtrain.data qtrain.data.batches qtrain.metrics "
         "qtrain.models qtrain.models.hf qtrain.quant qtrain.runs qtrain.train qtrain.training qtrain.training.losses "
@@ -147,6 +154,9 @@ MAY_IMPORT = {
     "qtrain.cli": "",
     "qtrain.cli.train": "(qtrain.train qtrain.training.stop)",
     "qtrain.cli.export": "qtrain.cli (qtrain.export)",
+    "qtrain.cli.evaluate": (
+        "qtrain.cli (qtrain.data.base qtrain.evaluate qtrain.integrations.lm_eval qtrain.runs qtrain.train)"
+    ),
     "qtrain.cli.quantize": "qtrain.cli (qtrain.post_training)",
     "qtrain.cli.generate": (
         "qtrain.cli qtrain.data (torch qtrain.models qtrain.quant qtrain.runs qtrain.training.build)"

@@ -213,11 +213,11 @@ def test_generation_with_a_cache_computes_each_token_once_and_is_the_same(change
 def test_a_cache_gives_the_logits_of_the_whole_sequence() -> None:
     model, batch = llama(n_kv_heads=2), tokens(2, 20)
     for layer in model.layers:
-        layer.attention.cache = KVCache(2, 32, 16)
+        layer.attention.caches = [KVCache(2, 32, 16) for _ in range(2)]
     with torch.no_grad():
         parts = [model(batch[:, :7])] + [model(batch[:, i : i + 1], start=i) for i in range(7, 20)]
         for layer in model.layers:
-            layer.attention.cache = None
+            layer.attention.caches = ()
         torch.testing.assert_close(torch.cat(parts, dim=1), model(batch), rtol=1e-4, atol=1e-4)
 
 
@@ -257,6 +257,7 @@ def test_generation_runs_in_eval_mode_and_restores_each_module() -> None:
         ([-1], {}, "prompt token -1 is outside"),
         ([1], {"temperature": -0.5}, "temperature must be >= 0"),
         ([1], {"top_k": 0}, "top_k >= 1"),
+        ([1] * 33, {}, "the prompt has 33 tokens, and the model .* reads at most model.seq_len=32"),
     ],
 )
 def test_generation_refuses(prompt: list[int], options: dict[str, Any], message: str) -> None:

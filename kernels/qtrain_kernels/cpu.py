@@ -50,7 +50,7 @@ CHUNK = 64  # elements of a line in a tile, where neither blocks nor a rotation 
 GRAIN = 32768  # elements that are worth a thread of their own
 TYPES = {torch.float32: "float", torch.bfloat16: "uint16_t"}
 RESULTS = TYPES | {torch.int8: "int8_t"}
-ARGUMENTS = {"p": ctypes.c_void_p, "l": ctypes.c_int64, "w": ctypes.c_uint32, "i": ctypes.c_int}
+ARGUMENTS = {"p": ctypes.c_void_p, "l": ctypes.c_int64, "w": ctypes.c_uint32, "i": ctypes.c_int, "f": ctypes.c_float}
 NO_ELEMENT = Element(1.0)
 KNOWS = Knows(
     "compiled",
@@ -365,7 +365,12 @@ def _function(
         "ROTATION": rotation,
         "NORM": _float((rotation or 1) ** -0.5),
     }
-    function = getattr(_library(_defines({**always, **constants})), name)
+    return bound(_library(_defines({**always, **constants})), name, arguments)
+
+
+def bound(library: ctypes.CDLL, name: str, arguments: str) -> Callable[..., None]:
+    """A function of a library, of such arguments."""
+    function = getattr(library, name)
     function.argtypes = [ARGUMENTS[kind] for kind in arguments]
     return function
 
@@ -468,9 +473,13 @@ def _defines(constants: dict[str, object]) -> str:
 
 @cache
 def _library(defines: str) -> ctypes.CDLL:
-    """The compiled code of these constants; made, or found in the cache."""
-    source = defines + SOURCE.read_text()
-    command = [compiler(), *flags()]
+    """cpu.cpp of these constants."""
+    return library(defines + SOURCE.read_text())
+
+
+def library(source: str, *more: str) -> ctypes.CDLL:
+    """The compiled code of a source; made, or found in the cache. more: flags of the compiler."""
+    command = [compiler(), *flags(), *more]
     key = hashlib.sha256(
         "\0".join((source, *command, compiler_version(command[0]), _processor())).encode()
     ).hexdigest()[:32]

@@ -299,7 +299,7 @@ def scaled(product: Tensor, scales: Sequence[Scale]) -> Tensor:
     return product
 
 
-def _scales(left: QTensor, right: QTensor) -> list[Scale]:
+def scales_of(left: QTensor, right: QTensor) -> list[Scale]:
     """Both sides' tensor scales; without those that are 1."""
     found = _constants(left, right) if left.tensor_scale is None else [left.tensor_scale, *_constants(left, right)]
     return found if right.tensor_scale is None else [*found, right.tensor_scale]
@@ -318,7 +318,7 @@ def _float_product(left: QTensor, right: QTensor) -> tuple[Tensor, list[Scale]]:
     A bfloat16 product is rounded once before the scale, and once more by the caller who casts it.
     """
     dtype = torch.promote_types(left.codes.dtype, right.codes.dtype)
-    return matmul(left.codes.to(dtype), right.codes.to(dtype)), _scales(left, right)
+    return matmul(left.codes.to(dtype), right.codes.to(dtype)), scales_of(left, right)
 
 
 def _int8_product(left: QTensor, right: QTensor) -> tuple[Tensor, list[Scale]]:
@@ -327,7 +327,7 @@ def _int8_product(left: QTensor, right: QTensor) -> tuple[Tensor, list[Scale]]:
         stored_integer(side.layout.plan.element) for side in (left, right) if side.layout.plan is not None
     )
     product = int8_matmul(left.codes, right.codes, offset, other_offset).mul_(unit * other_unit)
-    return product, _scales(left, right)
+    return product, scales_of(left, right)
 
 
 def _line_scale(q: QTensor) -> Tensor:
@@ -390,7 +390,7 @@ def _native_product(left: QTensor, right: QTensor) -> tuple[Tensor, list[Scale]]
         assert left.tensor_scale is not None and right.tensor_scale is not None
         scales = [*scales[0], left.tensor_scale], [*scales[1], right.tensor_scale]
     product = scaled_mm(a, b, scales[0], kinds, scales[1], kinds, orders, orders)[:, : right.shape[1]]
-    return product, [] if two_levels else _scales(left, right)
+    return product, [] if two_levels else scales_of(left, right)
 
 
 ON_8_BIT_UNITS = {"cpu": ANY, "cuda": ANY}

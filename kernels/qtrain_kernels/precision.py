@@ -64,7 +64,24 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if not (_multiplies_in_float32(x) and _dtype_of_products(x) == torch.bfloat16):
         return F.linear(x, weight, bias)
     with torch.autocast("cpu", enabled=False):
+        if weight.dtype == torch.bfloat16 and _is_few(x, weight):
+            return _few_rows(x, weight, bias)
         return F.linear(_rounded(x), _rounded(weight), None if bias is None else _rounded(bias)).bfloat16()
+
+
+FEW = 8  # rows, up to which a bfloat16 weight is read as it lies: a float32 copy of it costs more than the product
+
+
+def _is_few(x: Tensor, weight: Tensor) -> bool:
+    few = 0 < x.numel() <= FEW * x.shape[-1] and weight.shape[1] % 32 == 0
+    return few and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
+
+
+def _few_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    from qtrain_kernels.few_rows import bfloat16_rows  # which needs this module
+
+    y = bfloat16_rows(x.bfloat16().view(-1, x.shape[-1]), weight).view(*x.shape[:-1], -1)
+    return (y if bias is None else y + bias.bfloat16()).bfloat16()
 
 
 class Linear(nn.Linear):

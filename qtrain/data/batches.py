@@ -164,15 +164,12 @@ class TokenBatches:
         self._train = TrainBatches(splits, order, rank, ranks, micro_batch_size, seq_len, overfit)
         self._passes: list[BatchLoader] = []
 
-        def held_out(place: str, corpus: Corpus, share: float = 0.0) -> ValidationSet:
-            windows = _validation_windows(place, corpus, seq_len, ranks)
-            batches = ValBatches(corpus.val, windows, rank, ranks, micro_batch_size, seq_len)
-            # In this process: a split is small and read again and again; 16 x 257 tokens took 0.5 ms on a CPU core.
-            load = partial(BatchLoader, batches, range(batches.n_batches), pin_memory)
-            return ValidationSet(load, corpus.bytes_per_token, share)
-
+        held_out = partial(
+            validation_set, seq_len=seq_len, micro_batch_size=micro_batch_size, rank=rank, ranks=ranks,
+            pin_memory=pin_memory,
+        )  # fmt: skip
         further = {name: held_out(f"validation.{name}", each) for name, each in (validation or {}).items()}
-        own = {part.name: held_out(part.place, part.corpus, share=part.weight / sum(weights)) for part in corpus.parts}
+        own = {part.name: held_out(part.place, part.corpus, share=part.weight / sum(weights)) for part in parts}
         self.validation = own | further
 
     def train(self, first: int, last: int) -> BatchLoader:
@@ -191,6 +188,26 @@ class TokenBatches:
         """End the loader processes."""
         while self._passes:
             self._passes.pop().close()
+
+
+def validation_set(
+    place: str,
+    corpus: Corpus,
+    *,
+    seq_len: int,
+    micro_batch_size: int,
+    share: float = 0.0,
+    rank: int = 0,
+    ranks: int = 1,
+    pin_memory: bool = False,
+) -> ValidationSet:
+    """corpus.val_tokens of the validation split, spread evenly over it, in whole sequences. place: of the settings that
+    errors name. UserError where they are too few."""
+    windows = _validation_windows(place, corpus, seq_len, ranks)
+    batches = ValBatches(corpus.val, windows, rank, ranks, micro_batch_size, seq_len)
+    # In this process: a split is small and read again and again; 16 x 257 tokens took 0.5 ms on a CPU core.
+    load = partial(BatchLoader, batches, range(batches.n_batches), pin_memory)
+    return ValidationSet(load, corpus.bytes_per_token, share)
 
 
 def _validation_windows(place: str, corpus: Corpus, seq_len: int, ranks: int) -> np.ndarray:

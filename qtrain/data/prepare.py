@@ -94,12 +94,20 @@ def prepare_validation(
     found = {}
     for name, settings in validation.items():
         try:
-            plan = _part_plan(settings.beside(data), shared, only_val=True)
-            found[name] = plan.find() or plan.make(progress)
+            found[name] = prepare_text(settings.beside(data), shared, progress=progress)
         except UserError as error:
             raise UserError(f"validation.{name}: {error}") from None
         _warn_of_training_text(f"validation.{name}", found[name].val, corpus)
     return found
+
+
+def prepare_text(data: DataSettings, tokenizer: TokenizerConfig, *, progress: bool = True) -> Corpus:
+    """The text of one source as a validation split: that which the source names, else all of it. UserError as
+    `prepare`, and for a mixture."""
+    if isinstance(data, Mixture):
+        raise UserError("a mixture is several texts; name one of its sources by data=...")
+    plan = _part_plan(data, tokenizer, only_val=True)
+    return plan.find() or plan.make(progress)
 
 
 def _shared_tokenizer(tokenizer: TokenizerConfig, corpus: Corpus | MixedCorpus) -> TokenizerConfig:

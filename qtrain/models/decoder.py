@@ -31,7 +31,8 @@ class Decoder(nn.Module):
     its own document alone. Rows are read one after the other, and each begins a document. Positions count on from the
     beginning of the row: rotary positions are relative, so that a document's own place does not matter.
 
-    start: the position of the first token, where the attention's caches hold those before it.
+    start: the position of the first token, where the attention's caches hold those before it; (B,) int64, that of the
+    only token of each row.
 
     UserError when start + T exceeds config.seq_len.
     """
@@ -67,15 +68,19 @@ class Decoder(nn.Module):
         targets: Tensor | None = None,
         reduction: str = "mean",
         cu_seqlens: Tensor | None = None,
-        start: int = 0,
+        start: int | Tensor = 0,
     ) -> Tensor:
-        n_tokens = start + tokens.shape[1]
+        first = int(start.max()) if isinstance(start, Tensor) else start
+        n_tokens = first + tokens.shape[1]
         if n_tokens > self.config.seq_len:
             raise UserError(
                 f"the model {self.config.name} reads at most model.seq_len={self.config.seq_len} tokens at once, found "
                 f"sequences of {n_tokens}; shorten them or raise model.seq_len"
             )
-        tables = [getattr(self, name)[start:n_tokens] for name in self._tables]
+        if isinstance(start, Tensor):
+            tables = [getattr(self, name)[start][:, None, None] for name in self._tables]
+        else:
+            tables = [getattr(self, name)[start:n_tokens] for name in self._tables]
         x = self.embed(tokens)
         for layer in self.layers:
             x = layer(x, *tables, cu_seqlens)

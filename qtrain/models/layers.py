@@ -8,7 +8,8 @@ Rotary positions pair element i of a head with element i + d/2, as transformers 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -33,34 +34,56 @@ class Composed(nn.Module):
         return self._function(self, *inputs)
 
 
-class KVCache:
-    """The keys and values of the tokens that a layer has seen. length: how many there are."""
+class Codec(Protocol):
+    """How keys and values are kept. encode: rows (M, d) -> tensors of M rows each; decode: the rows again, in dtype."""
 
-    def __init__(self, heads: int, n_tokens: int, head_dim: int) -> None:
-        self._shape = (heads, n_tokens, head_dim)
-        self._kept: Tensor | None = None
+    def encode(self, rows: Tensor) -> list[Tensor]: ...
+    def decode(self, parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor: ...
+
+
+class KVCache:
+    """The keys and values of the tokens of one sequence that a layer has seen. length: how many there are.
+
+    codec: keeps each token's keys and values of a head as a row; None keeps them in the dtype that they come in."""
+
+    def __init__(self, heads: int, n_tokens: int, head_dim: int, codec: Codec | None = None) -> None:
+        self._shape, self._codec = (heads, n_tokens, head_dim), codec
+        self._kept: list[Tensor] = []
         self.length = 0
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Keep k, v (B, G, T, d) of the next T tokens; those of all tokens so far, (B, G, length, d)."""
-        if self._kept is None:
-            self._kept = k.new_empty(2, k.shape[0], *self._shape)
-        start, self.length = self.length, self.length + k.shape[2]
-        self._kept[0, :, :, start : self.length], self._kept[1, :, :, start : self.length] = k, v
-        k, v = self._kept[:, :, :, : self.length]
-        return k, v
+        """Keep k, v (1, G, T, d) of the next T tokens; those of all tokens so far, (1, G, length, d)."""
+        (heads, most, width), start = self._shape, self.length
+        self.length += k.shape[2]
+        both = torch.cat([k, v])  # (2, G, T, d)
+        parts = [both] if self._codec is None else self._codec.encode(both.reshape(-1, width))
+        parts = [part.view(2, heads, k.shape[2], -1) for part in parts]
+        if not self._kept:
+            self._kept = [part.new_empty(2, heads, most, part.shape[-1]) for part in parts]
+        for kept, part in zip(self._kept, parts, strict=True):
+            kept[:, :, start : self.length] = part
+        found = [kept[:, :, : self.length] for kept in self._kept]
+        if self._codec is None:
+            return found[0][:1], found[0][1:]
+        rows = self._codec.decode([part.flatten(0, 2) for part in found], k.dtype)
+        keys, values = rows.view(2, 1, heads, self.length, width)
+        return keys, values
+
+    def nbytes(self) -> int:
+        """Bytes of the tokens so far."""
+        return sum(kept[:, :, : self.length].numel() * kept.element_size() for kept in self._kept)
 
 
 class Attention(nn.Module):
     """Causal self-attention: n_heads queries share n_kv_heads keys and values. x (B, T, D) -> (B, T, D). With
-    cu_seqlens, within each document alone: see `qtrain.models.decoder`. cache: where one is set, x is what follows the
-    tokens that it holds: the first tokens of a sequence, then one at a time."""
+    cu_seqlens, within each document alone: see `qtrain.models.decoder`. caches: where there are some, one for each row
+    of x, a row is what follows the tokens that its cache holds: the first of a sequence, then one at a time."""
 
     def __init__(self, config: Transformer) -> None:
         super().__init__()
         width, kv_width = config.attention_width(), config.kv_heads * config.head_width
         self.head_dim, self.kv_heads = config.head_width, config.kv_heads
-        self.cache: KVCache | None = None
+        self.caches: Sequence[KVCache] = ()
         self.q = Linear(config.dim, width, bias=config.qkv_bias)
         self.k = Linear(config.dim, kv_width, bias=config.qkv_bias)
         self.v = Linear(config.dim, kv_width, bias=config.qkv_bias)
@@ -72,9 +95,11 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
         q, k, v = (rearrange(y, "B T (H d) -> B H T d", d=self.head_dim) for y in (self.q(x), self.k(x), self.v(x)))
         q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
-        if self.cache is not None:
-            k, v = self.cache.append(k, v)
-        y = causal_attention(q, k, v, cu_seqlens)
+        if self.caches:
+            rows = zip(self.caches, q.split(1), k.split(1), v.split(1), strict=True)
+            y = torch.cat([causal_attention(q, *cache.append(k, v)) for cache, q, k, v in rows])
+        else:
+            y = causal_attention(q, k, v, cu_seqlens)
         return self.o(rearrange(y, "B H T d -> B T (H d)"))
 
 
@@ -111,7 +136,7 @@ def _scaled(inv_freq: Tensor, scaling: RopeScaling) -> Tensor:
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turns the pair (x[i], x[i + d/2]) of every head by its position's angle i, in float32; the dtype of x comes back.
 
-    x: (B, H, T, d); cos, sin: (T, d/2) float32.
+    x: (B, H, T, d); cos, sin: (T, d/2) float32, or (B, 1, T, d/2).
     """
     first, second = x.float().chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)

@@ -249,7 +249,8 @@ def sees_tokens_apart(model: nn.Module) -> bool:
     """Whether each token is quantised by itself in a forward: no scale of a tensor or a tile of rows, no rotation over
     rows, and no random bits, which are those of a token's place in the batch. Then a token's output is the same
     whichever others are computed with it."""
-    sides = [layer.numerics.fprop.left for layer in quant_linears(model)]
+    found = (getattr(module, "numerics", None) for module in model.modules())  # of packed layers too
+    sides = [numerics.fprop.left for numerics in found if isinstance(numerics, Numerics)]
     return not any(
         side.draws
         or side.spec.row_rotation is not None

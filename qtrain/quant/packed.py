@@ -14,6 +14,9 @@ from qtrain.quant.functional import Call, Numerics, read_numerics
 from qtrain.quant.linear import QuantLinear, compute_dtype, quant_linears
 from qtrain.quant.quantizer import unrotate
 from qtrain.quant.random import key_table
+from qtrain_kernels import few_rows
+from qtrain_kernels.few_rows import FewRows
+from qtrain_kernels.gemm import scaled, scales_of
 from qtrain_kernels.qtensor import Layout, QTensor, float_storage
 
 
@@ -24,6 +27,11 @@ class PackedLinear(nn.Module):
     (codes, block_scale, tensor_scale) are buffers: the state dict has them, packed to the bits of the format where it
     has such. The inputs are rotated and quantised as the recipe says. Their gradient is that of the dequantised weight
     in the compute dtype, straight through their quantiser; the weight has none.
+
+    On a CPU, at most 8 rows of inputs multiply the weight in its bits (`qtrain_kernels.few_rows`), unless the backend
+    is the reference. Where both sides are integers without block scales, sums are exact and the same. Where the recipe
+    leaves the inputs as they are, float32 sums are taken in another order, and are not rounded to bfloat16 before the
+    weight's scale. Everywhere else, and with more rows, the outputs are those of the layer, bit for bit.
     """
 
     codes: Tensor
@@ -43,6 +51,7 @@ class PackedLinear(nn.Module):
         self.register_buffer("input_scale", input_scale)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
         self.keys = keys
+        self._ready: FewRows | None = None
 
     @classmethod
     def of(cls, layer: QuantLinear) -> PackedLinear:
@@ -82,7 +91,27 @@ class PackedLinear(nn.Module):
         call = Call(self.numerics, self.keys, dtype, None)
         learned = None if self.input_scale is None else self.input_scale.float().view(())
         xq, _ = call.operand("fprop.x", x, call.rotation("fprop", self.in_features), learned=learned)
-        return call.multiply("fprop", xq, self.weight.t, dtype)
+        ready = self._few_rows(call, xq)
+        if ready is None:
+            return call.multiply("fprop", xq, self.weight.t, dtype)
+        codes = xq.codes if xq.layout.plan is None else xq.to("float32", call.numerics.backend).codes
+        return scaled(ready(codes), scales_of(xq, self.weight.t)).to(dtype)
+
+    def _few_rows(self, call: Call, xq: QTensor) -> FewRows | None:
+        """The weight ready for few rows of inputs, where these multiply it in its bits: see the class."""
+        takes = xq.device.type == "cpu" and len(xq.codes) <= few_rows.MOST and call.numerics.backend != "reference"
+        if not takes or few_rows.lacks(self.layout) is not None:
+            return None
+        if xq.layout.plan is not None and not (
+            xq.layout.storage == "int8"
+            and call.product("fprop").name == "int8"
+            and few_rows.exact(xq.layout, self.layout.t)
+        ):
+            return None
+        weight = self.weight
+        if self._ready is None or not self._ready.of(weight):
+            self._ready = FewRows(weight)
+        return self._ready
 
     def product_back(self, dy: Tensor, dtype: torch.dtype) -> Tensor:
         """dY (T, N) -> dX (T, K) in dtype, by the dequantised weight in the compute dtype of dY."""
@@ -149,15 +178,11 @@ def unsettled(numerics: Numerics) -> str | None:
     return None
 
 
-def pack(model: nn.Module) -> None:
-    """Replace every QuantLinear inside model by a PackedLinear of its codes, in place; the master weights are freed.
-
-    Outputs stay as they are in eval mode, bit for bit. UserError, with the model untouched, where a recipe has no codes
-    that stay, or where a layer computes in high precision or shares its weight with an embedding.
-    """
+def obstacle(model: nn.Module) -> str | None:
+    """Why `pack` refuses a model; None if it does not."""
     layers = quant_linears(model)
     if not layers:
-        raise UserError(f"the model ({type(model).__name__}) has no quantised layer, so there is nothing to pack")
+        return f"the model ({type(model).__name__}) has no quantised layer, so there is nothing to pack"
     shared = {id(parameter) for module in model.modules() if not isinstance(module, QuantLinear)
               for parameter in module.parameters(recurse=False)}  # fmt: skip
     for layer in layers:
@@ -167,7 +192,20 @@ def pack(model: nn.Module) -> None:
         if id(layer.weight) in shared:
             reason = "it shares its weight with another module, which reads it as it is"
         if reason is not None:
-            raise UserError(f"{layer.name} cannot be packed: {reason}")
+            return f"{layer.name} cannot be packed: {reason}"
+    return None
+
+
+def pack(model: nn.Module) -> None:
+    """Replace every QuantLinear inside model by a PackedLinear of its codes, in place; the master weights are freed.
+
+    Outputs stay as they are in eval mode, bit for bit but for few rows on a CPU (see PackedLinear). UserError, with the
+    model untouched, where a recipe has no codes that stay, or where a layer computes in high precision or shares its
+    weight with an embedding.
+    """
+    reason = obstacle(model)
+    if reason is not None:
+        raise UserError(reason)
     made: dict[nn.Module, PackedLinear] = {}  # a layer used under two names stays one layer
     for name, layer in [*model.named_modules(remove_duplicate=False)]:
         if isinstance(layer, QuantLinear):

@@ -1,0 +1,161 @@
+"""x times the transpose of a weight in few bits, for few rows of x, on CPU (few_rows.cpp): what generation waits for.
+
+A weight is read once, as it lies: packed codes of 1, 2 or 4 bits, or bfloat16. Nothing is dequantised into memory.
+
+Sums are float32 in an order that few_rows.cpp states; it depends on the shapes alone, so a row has the same result
+alone and among others, and for any number of threads. Multiply-adds are fused where the processor has them. Each result
+is within (K / 8 + 8) 2^-24 sum |x w| of the exact product of the same values. Sums of integers are exact where they
+stay below 2^24 (`exact`), and then equal those of any other order.
+"""
+
+# R rows of x, N lines of the weight, K elements along the contraction
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from qtrain_kernels import reference
+from qtrain_kernels.cpu import GRAIN, _at, _empty, bound, library
+from qtrain_kernels.plans import Packed, Plan, field_width, scale_nan
+from qtrain_kernels.qtensor import Layout, QTensor
+
+SOURCE = Path(__file__).with_suffix(".cpp")
+MOST = 8  # rows of x
+SIZES = (1, 2, 4, 8)  # rows that there is code for
+CHUNK_BYTES = 16  # of codes that are decoded at once
+BFLOAT16_MULTIPLE = 32  # of the contraction
+
+
+def lacks(layout: Layout) -> str | None:
+    """Why a weight in this layout is not multiplied as it lies; None if it is."""
+    plan = layout.plan
+    if plan is None or layout.storage != "packed" or layout.dim != -1:
+        return "it is not packed along its contraction"
+    width = field_width(plan.element)
+    if width > 4:
+        return f"its codes take {width} bits; 1, 2 and 4 are decoded"
+    chunk = CHUNK_BYTES * 8 // width
+    if layout.shape[1] % chunk:
+        return f"its contraction of {layout.shape[1]} is no multiple of {chunk}"
+    if plan.block is not None and plan.block != chunk // 2 and plan.block % chunk:
+        return f"its blocks of {plan.block} are no multiple of {chunk}"
+    return None
+
+
+def exact(left: Layout, right: Layout) -> bool:
+    """Whether sums of the codes of x and of a weight are whole numbers that float32 holds."""
+    if left.plan is None or right.plan is None or left.plan.block or right.plan.block:
+        return False
+    largest = 1.0
+    for element in (left.plan.element, right.plan.element):
+        if element.mantissa_bits is not None:
+            return False
+        largest *= element.max / min(abs(code) for code in element.levels() if code)
+    return largest * right.shape[0] < 2**24
+
+
+class FewRows:
+    """A weight (N, K), ready for products: it keeps what these read, and no copy of the codes. ValueError for one that
+    `lacks` names a reason against."""
+
+    def __init__(self, weight: QTensor) -> None:
+        reason = lacks(weight.layout)
+        if reason is not None:
+            raise ValueError(f"this weight is not multiplied in its bits: {reason}")
+        plan = weight.layout.plan
+        assert plan is not None
+        self.shape, self.plan = weight.shape, plan
+        self.codes, self.scales = weight.codes.contiguous(), weight.block_scale
+        self.levels, self.unit = _levels(plan)
+        self.table = None if self.scales is None else _table(plan)
+
+    def of(self, weight: QTensor) -> bool:
+        """Whether it is of this very weight."""
+        return self.codes.data_ptr() == weight.codes.data_ptr() and self.shape == weight.shape
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x (R, K), float32 or bfloat16, R at most 8 -> (R, N) float32: x times codes and block scales. The scale of
+        the weight's tensor or lines is left to multiply it."""
+        x, rows, size = _filled(x, self.shape[1])
+        out = _empty((size, self.shape[0]), torch.float32)
+        _of_codes(self.plan)(
+            size, _at(self.codes), _at(self.scales), _at(self.table), _at(self.levels), self.unit, _at(x), *self.shape,
+            _at(out), _threads(self.shape),
+        )  # fmt: skip
+        return out[:rows]
+
+
+def bfloat16_rows(x: Tensor, weight: Tensor) -> Tensor:
+    """x (R, K), float32 or bfloat16, R at most 8, times the transpose of weight (N, K) bfloat16 -> (R, N) float32.
+    ValueError where K is no multiple of 32."""
+    if weight.dtype != torch.bfloat16 or weight.ndim != 2 or weight.shape[1] % BFLOAT16_MULTIPLE:
+        raise ValueError(f"weight must be (N, K) bfloat16, K % 32 == 0; got {tuple(weight.shape)} {weight.dtype}")
+    weight = weight.detach().contiguous()
+    x, rows, size = _filled(x, weight.shape[1])
+    out = _empty((size, weight.shape[0]), torch.float32)
+    shape = weight.shape[0], weight.shape[1]
+    _of_bfloat16()(size, _at(weight), _at(x), *shape, _at(out), _threads(shape))
+    return out[:rows]
+
+
+def _filled(x: Tensor, k: int) -> tuple[Tensor, int, int]:
+    """x as float32 with rows of zeros up to a size that there is code for; its own rows, and that size."""
+    if x.ndim != 2 or x.shape[1] != k or not 0 < len(x) <= MOST or x.device.type != "cpu":
+        raise ValueError(f"x must be (1 to {MOST}, {k}) on CPU; got {tuple(x.shape)} on {x.device}")
+    rows = len(x)
+    size = next(each for each in SIZES if each >= rows)
+    x = x.detach().float()
+    if size > rows:
+        x = torch.cat([x, x.new_zeros(size - rows, k)])
+    return x.contiguous(), rows, size
+
+
+def _threads(shape: tuple[int, int]) -> int:
+    return max(1, min(torch.get_num_threads(), shape[0] * shape[1] // (4 * GRAIN)))
+
+
+@cache
+def _levels(plan: Plan) -> tuple[Tensor, float]:
+    """(16,) int8: the code of each bit pattern in units, and the unit."""
+    element, width = plan.element, field_width(plan.element)
+    patterns = torch.arange(2**width, dtype=torch.uint8)
+    packed = Packed(reference.join(patterns, width), None)
+    codes = reference.unpack(
+        packed,
+        torch.Size((2**width, 1, 1)),
+        replace(plan, block=None, scale_kind="float32", scale_element=None, rule="absmax"),
+        torch.float32,
+    ).view(-1)
+    unit = min(abs(code) for code in element.levels() if code)
+    levels = torch.zeros(16, dtype=torch.int8)
+    levels[: len(codes)] = (codes / unit).to(torch.int8)
+    return levels, unit
+
+
+@cache
+def _table(plan: Plan) -> Tensor:
+    """(256,) float32: the block scale of each byte."""
+    places = torch.arange(256).clamp_max(scale_nan(plan)).to(torch.uint8)
+    return reference._scales_of(places, plan).float().contiguous()
+
+
+@cache
+def _of_codes(plan: Plan) -> Callable[..., None]:
+    constants = f"#define CODES\n#define WIDTH {field_width(plan.element)}\n#define BLOCK {plan.block or 0}\n"
+    return _function(constants, "ippppfpllpi")
+
+
+@cache
+def _of_bfloat16() -> Callable[..., None]:
+    return _function("", "ippllpi")
+
+
+def _function(constants: str, arguments: str) -> Callable[..., None]:
+    made = library(f"{constants}{SOURCE.read_text()}", "-ffp-contract=fast", "-O3")
+    return bound(made, "few_rows", arguments)

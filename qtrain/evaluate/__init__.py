@@ -1,0 +1,1 @@
+"""How good a trained model is: its loss on any text."""

@@ -1,0 +1,130 @@
+"""The loss of a model on text: nats per token, perplexity, bits per byte, and how sure they are."""
+
+# B sequences, T tokens
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional as F
+
+from qtrain.config import Config
+from qtrain.data.base import DataSettings
+from qtrain.data.batches import ValidationSet, validation_set
+from qtrain.data.corpus import check_vocab
+from qtrain.data.prepare import prepare, prepare_text
+from qtrain.errors import UserError
+from qtrain.evaluate.target import Target
+from qtrain.metrics import bits_per_byte
+from qtrain.plan import budget_tokens
+from qtrain.training.losses import documents_in
+
+BATCH = 8  # sequences at once, of a target that is of no run
+
+
+@dataclass(frozen=True)
+class Loss:
+    """On one text. loss: mean cross-entropy in nats per token. standard_error: of this mean, over sequences; NaN of a
+    single one. tokens: that were predicted; bytes: of UTF-8 that they spell, by the mean of the text."""
+
+    loss: float
+    standard_error: float
+    sequences: int
+    tokens: int
+    bytes: float
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(min(self.loss, 700.0))
+
+    @property
+    def bits_per_byte(self) -> float:
+        return bits_per_byte(self.loss, self.tokens, self.bytes)
+
+
+def losses(
+    target: Target,
+    data: DataSettings | None = None,
+    *,
+    like: Config | None = None,
+    batch: int | None = None,
+    context: int | None = None,
+) -> dict[str, Loss]:
+    """The loss of a model on each part of a text, by name; "" is all of it: of a mixture the parts by their weights.
+
+    data: settings of a source, of which the validation split that it names is read, else all of it; at most
+    data.val_tokens, spread over its length. None: what a run is validated on, that of `like`, else the target's own.
+    batch: sequences at once, None as the run has them: under a recipe with one scale for all tokens of a batch, the
+    loss depends on them. context: tokens of a sequence; None is that of `like`, else the target's seq_len.
+
+    A run's own validation has the same windows in the same batches. UserError for a text that is empty or too short.
+    """
+    own = like or target.config
+    length = context or (like.model.seq_len if like else target.seq_len)
+    if length > target.seq_len:
+        raise UserError(f"{target.name} reads at most {target.seq_len} tokens at once; {length} were asked for")
+    if data is not None:
+        corpus = prepare_text(data, target.tokenizer_config, progress=False)
+    elif own is not None:
+        tokenizer = own.tokenizer if own is target.config else target.tokenizer_config
+        corpus = prepare(own.data, tokenizer, budget_tokens=budget_tokens(own), progress=False)
+    else:
+        raise UserError(
+            f"{target.name} is of no run, so name the text: data=text data.files='notes/*.txt', or --like RUN"
+        )
+    check_vocab(corpus, target.vocab_size)
+    if corpus.tokenizer.hash != target.tokenizer.hash:
+        raise UserError(
+            f"the text that {target.name} was trained on has changed, and a tokenizer of it would be another one now; "
+            "name the text by data=..., which is read with the tokenizer that the run kept"
+        )
+    size = batch or (own.trainer.micro_batch_size if own else BATCH)
+    weights = sum(part.weight for part in corpus.parts)
+    sets = {
+        part.name: validation_set(
+            part.place, part.corpus, seq_len=length, micro_batch_size=size, share=part.weight / weights
+        )
+        for part in corpus.parts
+    }
+    end = target.tokenizer.eos_id if target.config and target.config.data.document_mask else None
+    found = {name: _loss(target, each, end) for name, each in sets.items()}
+    return found if "" in found else {"": _mixed(found, sets), **found}
+
+
+@torch.no_grad()
+def _loss(target: Target, text: ValidationSet, end_of_document: int | None) -> Loss:
+    sums: list[float] = []
+    tokens = 0
+    with torch.autocast(target.device.type, torch.bfloat16, enabled=target.precision == "bf16-mixed"):
+        for batch in text.batches():
+            batch = batch.to(target.device)
+            inputs, targets = batch[:, :-1], batch[:, 1:]
+            logits = target.model(inputs, **documents_in(inputs, end_of_document))
+            each = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none")
+            sums += each.view(targets.shape).sum(1, dtype=torch.float64).tolist()
+            tokens += targets.numel()
+    return Loss(*_mean(sums, tokens), len(sums), tokens, tokens * text.bytes_per_token)
+
+
+def _mean(sums: Sequence[float], tokens: int) -> tuple[float, float]:
+    """The mean of all tokens, and its standard error over sequences of equal length."""
+    count = len(sums)
+    length = tokens / count
+    mean = math.fsum(sums) / tokens
+    if count < 2:
+        return mean, math.nan
+    spread = math.fsum((each / length - mean) ** 2 for each in sums) / (count - 1)
+    return mean, math.sqrt(spread / count)
+
+
+def _mixed(found: Mapping[str, Loss], sets: Mapping[str, ValidationSet]) -> Loss:
+    """By the weights of a mixture, as a run validates on one."""
+    shares = {name: each.share for name, each in sets.items()}
+    loss = sum(shares[name] * each.loss for name, each in found.items())
+    error = math.sqrt(sum((shares[name] * each.standard_error) ** 2 for name, each in found.items()))
+    tokens = sum(each.tokens for each in found.values())
+    per_token = sum(shares[name] * sets[name].bytes_per_token for name in found)
+    return Loss(loss, error, sum(each.sequences for each in found.values()), tokens, tokens * per_token)

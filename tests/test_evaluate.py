@@ -1,0 +1,239 @@
+"""`qtrain evaluate`: the loss of a run, a checkpoint and a Hugging Face folder, and lm-eval's scores of them."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import sys
+from contextlib import redirect_stdout
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from qtrain.cli import start
+from qtrain.data.batches import TokenBatches
+from qtrain.data.prepare import prepare
+from qtrain.data.tokenizer import ByteTokenizer, tokenizer_files
+from qtrain.errors import UserError, is_installed
+from qtrain.evaluate.perplexity import losses
+from qtrain.evaluate.target import load
+from qtrain.export import compressed_tensors, huggingface
+from qtrain.runs.directory import RunDirectory
+from qtrain.train import compose, main
+from qtrain.training.checkpoint import list_checkpoints
+
+transformers = pytest.importorskip("transformers", reason="the extra hf is not installed")
+
+NANO = [f"model.{size}" for size in ("dim=128", "ffn_dim=128", "n_layers=1", "n_heads=2", "n_kv_heads=1", "seq_len=32")]
+
+
+def train(folder: Path, recipe: str, *settings: str) -> RunDirectory:
+    common = (
+        f"recipe={recipe} trainer.batch_tokens=256 trainer.micro_batch_size=8 trainer.precision=32-true "
+        "trainer.device=cpu trainer.tokens=4096 optimizer.lr=0.01 data=text data.val_tokens=320 "
+        f"callbacks.progress_bar=false data.files={folder}/a.txt data.cache_dir={folder}/cache "
+        f"run_dir={folder}/{recipe}"
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["train.py", *common.split(), *NANO, *settings])
+        main()
+    return RunDirectory(folder / recipe)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs")
+    (folder / "a.txt").write_text("".join(f"the cat sat on mat {i}. " for i in range(1200)))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(folder: Path) -> RunDirectory:
+    return train(folder, "quest", "tokenizer=bpe", "tokenizer.vocab_size=280", "callbacks.checkpoint_every_steps=8")
+
+
+@pytest.fixture(scope="module")
+def of_bytes(folder: Path) -> RunDirectory:
+    """A run whose inputs stay as they are: a reader of its codes computes what it computes."""
+    return train(folder, "quest_weight_only")
+
+
+def told(*arguments: object) -> Any:
+    """What `qtrain evaluate ... --json` prints."""
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(StringIO()) as said:
+        patch.setattr(sys, "argv", ["evaluate.py", *map(str, arguments), "--json"])
+        assert start("evaluate") == 0
+    return json.loads("{" + said.getvalue().partition("{")[2])  # a training in this process has left a log on stdout
+
+
+def test_a_run_has_the_loss_of_its_own_validation(run: RunDirectory) -> None:
+    last = [*run.lines("val_loss")][-1]
+    found = told(run.path)["all"]
+    assert found["loss"] == pytest.approx(last["val_loss"], rel=1e-6)
+    assert found["bits_per_byte"] == pytest.approx(last["val_bits_per_byte"], rel=1e-6)
+    assert found["perplexity"] == pytest.approx(math.exp(last["val_loss"]), rel=1e-6)
+    assert (found["tokens"], found["sequences"]) == (320, 10)
+
+
+def test_the_standard_error_is_that_of_the_mean_over_sequences(run: RunDirectory) -> None:
+    target = load(run.path)
+    loss = losses(target, batch=1)[""]
+    config = run.read_config()
+    data = TokenBatches(prepare(config.data, config.tokenizer), seq_len=32, seed=0, micro_batch_size=1, num_workers=0)
+    means = []
+    for batch in data.validation[""].batches():
+        with torch.no_grad():
+            scores = target.model(batch[:, :-1]).double().log_softmax(-1)
+        means.append(-scores.gather(-1, batch[:, 1:, None]).mean())
+    wanted = torch.stack(means)
+    assert loss.loss == pytest.approx(float(wanted.mean()), rel=1e-6)
+    assert loss.standard_error == pytest.approx(float(wanted.std() / math.sqrt(10)), rel=1e-5)
+
+
+def test_a_checkpoint_has_the_loss_of_its_step(run: RunDirectory) -> None:
+    (step, first), (last, _) = list_checkpoints(run.checkpoints)
+    losses_of = {line["step"]: line["val_loss"] for line in run.lines("val_loss")}
+    assert (step, last) == (8, 16)
+    found = load(first)
+    assert found.step == 8
+    assert losses(found)[""].loss != pytest.approx(losses_of[16], rel=1e-3)
+    with pytest.raises(UserError, match="no good checkpoint of step 9"):
+        load(first.with_name("step-00000009"))
+
+
+def test_another_text_is_read_whole_with_the_tokenizer_of_the_run(run: RunDirectory, tmp_path: Path) -> None:
+    text = "the mat sat on the cat. " * 200
+    (tmp_path / "b.txt").write_text(text)
+    setting = [f"data.files={tmp_path}/b.txt", f"data.cache_dir={tmp_path}/cache", "data.val_tokens=1000000"]
+    found = told(run.path, "data=text", *setting)["all"]
+    tokens = len(load(run.path).tokenizer.encode(text)) + 1
+    assert found["tokens"] == (tokens - 1) // 32 * 32
+    assert found["bytes"] == round(found["tokens"] * len(text) / tokens)
+
+
+def test_an_exported_run_has_the_loss_of_the_run(of_bytes: RunDirectory, folder: Path) -> None:
+    """As codes to the rounding of its reader. In bfloat16 without quantisers it is another model."""
+    run = of_bytes
+    ours = told(run.path)["all"]["loss"]
+    compressed_tensors.export(run.path, folder / "packed")
+    theirs = told(folder / "packed", "--like", run.path, "--batch", 8)["all"]
+    assert theirs["loss"] == pytest.approx(ours, rel=1e-4)
+    huggingface.export(run.path, folder / "hf")
+    plain = told(folder / "hf", "--like", run.path)["all"]
+    assert abs(plain["loss"] - ours) > 1e-3
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder / "hf", dtype=torch.float32)
+    target = load(folder / "hf")
+    tokens = torch.arange(32)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(target.model(tokens), model(tokens).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_what_cannot_be_evaluated_is_told(run: RunDirectory, folder: Path, tmp_path: Path) -> None:
+    huggingface.export(run.path, tmp_path / "hf")
+    shutil.copytree(tmp_path / "hf", tmp_path / "other")
+    for name, text in tokenizer_files(ByteTokenizer()).items():
+        (tmp_path / "other" / name).write_text(text)
+    settings = json.loads((tmp_path / "other" / "config.json").read_text())
+    assert settings["vocab_size"] > 257
+    target = load(tmp_path / "other")  # fewer tokens than the vocabulary is what many models have
+    with pytest.raises(UserError, match="is of no run, so name the text"):
+        losses(target)
+    with pytest.raises(UserError, match=r"reads at most 32 tokens at once; 64 were asked for"):
+        losses(load(run.path), context=64)
+    (tmp_path / "empty.txt").write_text("")
+    data = compose(["data=text", f"data.files={tmp_path}/empty.txt", f"data.cache_dir={tmp_path}/cache"]).data
+    with pytest.raises(UserError, match=r"empty\.txt"):
+        losses(load(run.path), data)
+    with pytest.raises(UserError, match="holds neither a run"):
+        load(tmp_path)
+    (tmp_path / "hf" / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="no safetensors files"):
+        load(tmp_path / "hf")
+
+
+def test_a_tokenizer_beyond_the_vocabulary_is_told(run: RunDirectory, of_bytes: RunDirectory, tmp_path: Path) -> None:
+    huggingface.export(of_bytes.path, tmp_path / "bytes")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(run.tokenizer / name, tmp_path / "bytes" / name)
+    with pytest.raises(UserError, match=r"the tokenizer of .* has 280 tokens, and its model a vocabulary of 257"):
+        load(tmp_path / "bytes")
+
+
+def test_mistakes_of_the_command_are_told(run: RunDirectory, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    for arguments, message in (
+        (["trainer.tokens=5"], "evaluate takes settings of data alone"),
+        (["--tasks", "missing.yaml"], "no such task file: missing.yaml"),
+        (["--context", "0"], "no whole number above 0"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", str(run.path), *arguments])
+        try:
+            assert start("evaluate") == 2
+        except SystemExit as exit_:
+            assert exit_.code == 2
+        assert message in capsys.readouterr().err
+
+
+# ----------------------------------------------------------------------------------------------- lm-evaluation-harness
+
+CHOICES = [
+    ("the cat sat on", [" mat", " the", " cat"], 0),
+    ("mat 3", [". the", ".the ", " on"], 0),
+    ("on", [" m", "z"], 1),
+]
+
+
+@pytest.fixture(scope="module")
+def tasks(folder: Path) -> list[Path]:
+    rows = [{"question": question, "choices": choices, "gold": gold} for question, choices, gold in CHOICES * 4]
+    (folder / "choice.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pages = [{"page": f"the cat sat on mat {i}. " * (2 + i)} for i in range(5)]
+    (folder / "pages.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pages))
+    common = "dataset_path: json\ntest_split: test\n"
+    (folder / "choice.yaml").write_text(
+        f"task: choice\n{common}dataset_kwargs:\n  data_files:\n    test: {folder}/choice.jsonl\n"
+        "output_type: multiple_choice\ndoc_to_text: '{{question}}'\ndoc_to_choice: '{{choices}}'\n"
+        "doc_to_target: '{{gold}}'\nmetric_list:\n  - metric: acc\n  - metric: acc_norm\n"
+    )
+    (folder / "pages.yaml").write_text(
+        f"task: pages\n{common}dataset_kwargs:\n  data_files:\n    test: {folder}/pages.jsonl\n"
+        "output_type: loglikelihood_rolling\ndoc_to_text: ''\ndoc_to_target: '{{page}}'\nmetric_list:\n"
+        "  - metric: word_perplexity\n  - metric: byte_perplexity\n  - metric: bits_per_byte\n"
+    )
+    (folder / "go_on.yaml").write_text(
+        f"task: go_on\n{common}dataset_kwargs:\n  data_files:\n    test: {folder}/choice.jsonl\n"
+        "output_type: generate_until\ndoc_to_text: '{{question}}'\ndoc_to_target: ' mat'\n"
+        "generation_kwargs:\n  until: ['.']\n  max_gen_toks: 6\nmetric_list:\n  - metric: exact_match\n"
+    )
+    return [folder / f"{name}.yaml" for name in ("choice", "pages", "go_on")]
+
+
+def test_lm_eval_scores_an_imported_model_as_transformers_model(
+    run: RunDirectory, tasks: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not is_installed("lm_eval"):
+        pytest.skip("the extra eval is not installed")
+    from lm_eval.models.huggingface import HFLM
+
+    from qtrain.integrations.lm_eval import QtrainLM, run_tasks
+
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    huggingface.export(run.path, tmp_path / "hf")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    theirs = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4, max_length=32)
+    ours = QtrainLM(load(tmp_path / "hf"), batch=4)
+    wanted, found = run_tasks(theirs, tasks), run_tasks(ours, tasks)
+    assert found.keys() == wanted.keys() == {"choice", "pages", "go_on"}
+    for task, values in wanted.items():
+        assert len(values) >= 2
+        for metric, value in values.items():
+            if metric.startswith(("acc", "exact_match")):
+                assert found[task][metric] == value, (task, metric)
+            else:
+                assert found[task][metric] == pytest.approx(value, rel=1e-6, nan_ok=True), (task, metric)
+    assert 0 < wanted["choice"]["acc"] < 1
+    assert told(run.path, "--tasks", tasks[0])["choice"]["acc"] >= 0

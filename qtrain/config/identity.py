@@ -86,6 +86,7 @@ INTRODUCED: dict[str, dict[str, Any]] = {
     "Text": {},
     "RowFiles": {"text_field": "text"},
     "Jsonl": {},
+    "Chat": {},
     "Parquet": {},
     "HuggingFace": {"path": None, "subset": None, "split": "train", "val_split": None, "text_field": "text"},
     "TokenizerConfig": {"vocab_size": None, "path": None, "eos_token": None},

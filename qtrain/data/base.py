@@ -85,12 +85,14 @@ class DataSettings(Member):
 class TextSettings(DataSettings):
     """Text that is tokenised before the training.
 
+    conversations: whether documents are conversations (`qtrain.data.dialogue`), of which a loss counts the completions.
     streaming: read the source only as far as the limits ask, and hold documents out by a range of their content hash.
     max_tokens: stop the training split there; None takes the whole source, or, when streaming, the run's budget.
     val_fraction: where the source has no validation split of its own, whole documents are held out by their content
         hash until about so much is. Of a source that is one text, the end is held out.
     """
 
+    conversations: ClassVar[bool] = False
     streaming: bool = False
     max_tokens: int | None = Field(None, gt=0)
     val_fraction: float = Field(0.05, gt=0, lt=1)

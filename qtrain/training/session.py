@@ -220,7 +220,7 @@ class Session:
     ):
         self.config, self.plan, self.corpus, self.directory = config, plan, corpus, directory
         self.fabric, self.ranks, self.console = fabric, ranks, console
-        self.module = CausalLM(config, plan, model, corpus.tokenizer.eos_id)
+        self.module = CausalLM(config, plan, model, corpus.tokenizer.eos_id, counts_all=not corpus.is_masked)
         self.data = TokenBatches(
             corpus,
             seq_len=config.model.seq_len,

@@ -15,10 +15,10 @@ from qtrain.errors import explain_missing
 
 if TYPE_CHECKING:
     __version__: str
-    from qtrain.quant import calibrate, convert, fake_quantize, keep_weights, recipes, set_step
+    from qtrain.quant import calibrate, convert, fake_quantize, keep_weights, pack, recipes, set_step
     from qtrain.training.build import load_run
 
-__all__ = ["calibrate", "convert", "fake_quantize", "keep_weights", "load_run", "recipes", "set_step"]
+__all__ = ["calibrate", "convert", "fake_quantize", "keep_weights", "load_run", "pack", "recipes", "set_step"]
 
 _HOME = {name: "qtrain.training.build" if name == "load_run" else "qtrain.quant" for name in __all__}
 

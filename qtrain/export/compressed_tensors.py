@@ -34,10 +34,10 @@ from qtrain.export.trained import (
     has_line_scale,
     integer_grid,
     open_run,
-    unsettled,
 )
 from qtrain.quant import QuantLinear
 from qtrain.quant.functional import Numerics
+from qtrain.quant.packed import unsettled
 from qtrain.quant.quantizer import Quantizer
 from qtrain_kernels.formats import E4M3, ELEMENTS, Element, get_format
 from qtrain_kernels.qtensor import Layout

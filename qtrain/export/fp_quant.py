@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 
 from qtrain.export.packed import left_out, write_packed
-from qtrain.export.trained import Codes, Exported, Refused, e2m1_bits, e8m0_bits, open_run, unsettled
+from qtrain.export.trained import Codes, Exported, Refused, e2m1_bits, e8m0_bits, open_run
 from qtrain.quant.functional import Numerics
+from qtrain.quant.packed import unsettled
 from qtrain.quant.quantizer import Quantizer, rotate
 from qtrain.quant.rotation import hadamard
 from qtrain_kernels.formats import ELEMENTS

@@ -40,11 +40,11 @@ from qtrain.export.trained import (
     integer_grid,
     new_folder,
     open_run,
-    unsettled,
 )
 from qtrain.models import hf
 from qtrain.models.base import Transformer
 from qtrain.quant.functional import Numerics
+from qtrain.quant.packed import unsettled
 from qtrain_kernels.formats import E4M3, ELEMENTS
 from qtrain_kernels.plans import Plan
 

@@ -43,7 +43,7 @@ def write_packed(
         else:
             tensors |= {f"{place.removesuffix('weight')}{part}": value for part, value in pack(layer).items()}
     with new_folder(out) as partial:
-        weight_bytes = hf.write(partial, theirs | config, tensors, tensors.__getitem__)
+        weight_bytes = hf.write(partial, {**theirs, **config}, tensors, tensors.__getitem__)
         for file, text in tokenizer_files(trained.tokenizer).items():
             write_synced(partial / file, text)
         elements = {module_of(name): layer.in_features * layer.out_features for name, layer in trained.layers.items()}

@@ -29,6 +29,7 @@ from qtrain.plan import make_plan
 from qtrain.quant import QuantLinear
 from qtrain.quant.functional import Call, Numerics
 from qtrain.quant.linear import quant_linears
+from qtrain.quant.packed import unsettled
 from qtrain.quant.quantizer import QuantizedTensor
 from qtrain.quant.random import key_table
 from qtrain.runs.directory import RunDirectory
@@ -215,18 +216,6 @@ def codes_of(layer: QuantLinear, weight: Tensor, scale: Tensor | None = None) ->
     if line is None and layout.constant != 1.0:
         line = torch.tensor(layout.constant)
     return Codes(QuantizedTensor.of(operand).codes, operand.block_scale, line, layout)
-
-
-def unsettled(numerics: Numerics) -> str | None:
-    """Why the forward of a recipe has no codes of its weights that stay; None if it has."""
-    quantizer = numerics.fprop.right
-    if quantizer.plan is None:
-        return "its forward multiplies the weights without quantising them"
-    if quantizer.draws:
-        return f"its weights are rounded by {quantizer.plan.rounding}, anew in every step"
-    if quantizer.spec.signs == "step":
-        return "its weights are rotated by signs that change each step"
-    return None
 
 
 def has_line_scale(numerics: Numerics) -> bool:

@@ -6,11 +6,13 @@ from qtrain.quant.gather import check_quantized_gather, gathered_bytes, quantize
 from qtrain.quant.health import operand_health
 from qtrain.quant.linear import QuantLinear, keep_weights, quant_linears, sees_tokens_apart, set_seed, set_step
 from qtrain.quant.lsq import calibrate
+from qtrain.quant.packed import PackedLinear, pack
 from qtrain.quant.quantizer import QuantizedTensor, Quantizer, fake_quantize
 
 __all__ = [
     "Observed",
     "Observer",
+    "PackedLinear",
     "QuantLinear",
     "QuantizedTensor",
     "Quantizer",
@@ -23,6 +25,7 @@ __all__ = [
     "gathered_bytes",
     "keep_weights",
     "operand_health",
+    "pack",
     "quant_linears",
     "quantize_gathers",
     "recipes",

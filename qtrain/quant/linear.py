@@ -78,7 +78,7 @@ class QuantLinear(Linear):
     def forward(self, input: Tensor) -> Tensor:
         if self.high_precision:
             return super().forward(input)
-        dtype = self._compute_dtype(input)
+        dtype = compute_dtype(self.name, self.gemm, input)
         if input.shape[-1:] != (self.in_features,):
             raise UserError(
                 f"{self.name}: expected an input of last dim {self.in_features}, found shape {tuple(input.shape)}; "
@@ -126,22 +126,6 @@ class QuantLinear(Linear):
                     "keys are no longer known; run its backward earlier"
                 )
         return keys if keys.device == device else keys.to(device)
-
-    def _compute_dtype(self, input: Tensor) -> torch.dtype:
-        device_type = input.device.type
-        autocast = torch.is_autocast_enabled(device_type)
-        dtype = torch.get_autocast_dtype(device_type) if autocast else input.dtype
-        if self.gemm in BFLOAT16_GEMMS and dtype != torch.bfloat16:
-            raise UserError(
-                f"{self.name}: gemm {self.gemm!r} gives products in bfloat16; the compute dtype is {dtype}; "
-                "use torch.autocast(..., dtype=torch.bfloat16), or convert with gemm='auto'"
-            )
-        if dtype not in (torch.bfloat16, torch.float32):
-            raise UserError(
-                f"{self.name}: quantised GEMMs run in bfloat16 or float32; the compute dtype is {dtype}; "
-                "use torch.autocast(..., dtype=torch.bfloat16)"
-            )
-        return dtype
 
     def keep(self, step: int) -> None:
         """Quantises the weight for all micro-batches of a step, unless that is done, or there is nothing to keep, as of
@@ -191,6 +175,25 @@ class QuantLinear(Linear):
         state = "high precision, after " if self.high_precision else ""
         runs = self.numerics.runs_on(self.weight.device.type)
         return f"{super().extra_repr()}, {state}{self.numerics.formats} | {runs}"
+
+
+def compute_dtype(name: str, gemm: str, input: Tensor) -> torch.dtype:
+    """In which a layer multiplies: autocast's, or the input's own. UserError, naming the layer, for one that its GEMMs
+    do not have."""
+    device_type = input.device.type
+    autocast = torch.is_autocast_enabled(device_type)
+    dtype = torch.get_autocast_dtype(device_type) if autocast else input.dtype
+    if gemm in BFLOAT16_GEMMS and dtype != torch.bfloat16:
+        raise UserError(
+            f"{name}: gemm {gemm!r} gives products in bfloat16; the compute dtype is {dtype}; "
+            "use torch.autocast(..., dtype=torch.bfloat16), or convert with gemm='auto'"
+        )
+    if dtype not in (torch.bfloat16, torch.float32):
+        raise UserError(
+            f"{name}: quantised GEMMs run in bfloat16 or float32; the compute dtype is {dtype}; "
+            "use torch.autocast(..., dtype=torch.bfloat16)"
+        )
+    return dtype
 
 
 def _learns(tensor: Tensor, scale: Tensor | None) -> bool:

@@ -1,0 +1,176 @@
+"""PackedLinear: a linear layer whose weight is codes, with no master beside them."""
+
+# T tokens, N out features, K in features
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qtrain.errors import UserError
+from qtrain.quant.functional import Call, Numerics, read_numerics
+from qtrain.quant.linear import QuantLinear, compute_dtype, quant_linears
+from qtrain.quant.quantizer import unrotate
+from qtrain.quant.random import key_table
+from qtrain_kernels.qtensor import Layout, QTensor, float_storage
+
+
+class PackedLinear(nn.Module):
+    """A linear layer that multiplies the codes of a weight as a recipe's forward does. Made by `qtrain.pack`.
+
+    x (..., K) -> (..., N) in the autocast dtype, or x's own without autocast. The tensors of the weight's QTensor
+    (codes, block_scale, tensor_scale) are buffers: the state dict has them, packed to the bits of the format where it
+    has such. The inputs are rotated and quantised as the recipe says. Their gradient is that of the dequantised weight
+    in the compute dtype, straight through their quantiser; the weight has none.
+    """
+
+    codes: Tensor
+    input_scale: Tensor | None
+
+    def __init__(
+        self, weight: QTensor, bias: Tensor | None, numerics: Numerics, name: str, keys: Tensor,
+        input_scale: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        """weight: (N, K) in rotated space, in `layout_of(numerics, (N, K))`. name: of the layer in its model; keys: its
+        row of `key_table` at step 0, of which the signs of rotations are drawn."""
+        super().__init__()
+        self.name, self.text, self.layout = name, numerics.text, weight.layout
+        self.out_features, self.in_features = weight.shape
+        for part in ("codes", "block_scale", "tensor_scale"):
+            self.register_buffer(part, getattr(weight, part))
+        self.register_buffer("input_scale", input_scale)
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        self.keys = keys
+
+    @classmethod
+    def of(cls, layer: QuantLinear) -> PackedLinear:
+        """The codes of a layer's own forward. UserError where it has none that stay."""
+        reason = unsettled(layer.numerics)
+        if reason is not None:
+            raise UserError(f"{layer.name} cannot be packed: {reason}")
+        scale = None if layer.input_scale is None else layer.input_scale.detach().clone()
+        keys = key_table([layer.keyed_by], 0, 0)[0]
+        return cls(codes_of(layer, layer.weight.detach()), layer.bias, layer.numerics, layer.name, keys, scale)
+
+    @property
+    def numerics(self) -> Numerics:
+        return read_numerics(self.text)
+
+    @property
+    def weight(self) -> QTensor:
+        """(N, K), in rotated space."""
+        parts = self.codes, self.get_buffer("block_scale"), self.get_buffer("tensor_scale")
+        return QTensor(*parts, None, self.layout)
+
+    def forward(self, input: Tensor) -> Tensor:
+        if input.shape[-1:] != (self.in_features,):
+            raise UserError(
+                f"{self.name}: expected an input of last dim {self.in_features}, found shape {tuple(input.shape)}; "
+                "pass (..., in_features)"
+            )
+        dtype = compute_dtype(self.name, self.numerics.gemm, input)
+        x = input.reshape(-1, self.in_features)
+        y = _Product.apply(x, self, dtype).view(*input.shape[:-1], self.out_features)
+        return y if self.bias is None else y + self.bias.to(dtype)
+
+    def product(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """x (T, K) -> (T, N) in dtype, without the bias."""
+        if not len(x):
+            return x.new_zeros(0, self.out_features, dtype=dtype)
+        call = Call(self.numerics, self.keys, dtype, None)
+        learned = None if self.input_scale is None else self.input_scale.float().view(())
+        xq, _ = call.operand("fprop.x", x, call.rotation("fprop", self.in_features), learned=learned)
+        return call.multiply("fprop", xq, self.weight.t, dtype)
+
+    def product_back(self, dy: Tensor, dtype: torch.dtype) -> Tensor:
+        """dY (T, N) -> dX (T, K) in dtype, by the dequantised weight in the compute dtype of dY."""
+        call = Call(self.numerics, self.keys, dy.dtype, None)
+        dx = dy @ self.weight.dequantize(self.numerics.backend).to(dy.dtype)
+        return unrotate(dx, call.rotation("fprop", self.in_features), self.numerics.backend).to(dtype)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> PackedLinear:
+        """Codes and scales move between devices, and keep their dtypes whatever the model's becomes."""
+        kept = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
+        super()._apply(fn, recurse)
+        for name, before in kept.items():
+            after = self.get_buffer(name)
+            if after.dtype != before.dtype:
+                self._buffers[name] = before.to(after.device)
+        self.keys = self.keys.to(self.codes.device) if self.codes.device.type != "meta" else self.keys
+        return self
+
+    def extra_repr(self) -> str:
+        bits = 8 * sum(tensor.nbytes for tensor in self.weight.tensors()) / (self.in_features * self.out_features)
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"{self.numerics.formats.partition(',')[0]}, {bits:.3g} bits a weight"
+        )
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: PackedLinear, dtype: torch.dtype) -> Tensor:
+        ctx.layer, ctx.dtype = layer, x.dtype
+        return layer.product(x, dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        return ctx.layer.product_back(grads[0], ctx.dtype), None, None
+
+
+def layout_of(numerics: Numerics, shape: tuple[int, int]) -> Layout:
+    """In which a PackedLinear keeps a weight (N, K): packed to the bits of its format where it has such, else in floats
+    that hold it exactly."""
+    quantizer = numerics.fprop.right
+    return quantizer.layout(shape, -1, float_storage(quantizer.plan, torch.bfloat16)).unmasked.saved
+
+
+def codes_of(layer: QuantLinear, weight: Tensor) -> QTensor:
+    """A weight (N, K) as a layer's forward quantises it, in `layout_of`; without values on the meta device."""
+    layout = layout_of(layer.numerics, (layer.out_features, layer.in_features))
+    if weight.device.type == "meta":
+        return QTensor.of(layout, [torch.empty(size, dtype=dtype, device="meta") for size, dtype in layout.shapes()])
+    call = Call(layer.numerics, key_table([layer.keyed_by], 0, 0)[0].to(weight.device), torch.float32, None)
+    learned = None if layer.weight_scale is None else layer.weight_scale.detach().float().view(())
+    return call.operand("fprop.w", weight, call.rotation("fprop", layer.in_features), learned=learned, layout=layout)[0]
+
+
+def unsettled(numerics: Numerics) -> str | None:
+    """Why the forward of a recipe has no codes of its weights that stay; None if it has."""
+    quantizer = numerics.fprop.right
+    if quantizer.plan is None:
+        return "its forward multiplies the weights without quantising them"
+    if quantizer.draws:
+        return f"its weights are rounded by {quantizer.plan.rounding}, anew in every step"
+    if quantizer.spec.signs == "step":
+        return "its weights are rotated by signs that change each step"
+    return None
+
+
+def pack(model: nn.Module) -> None:
+    """Replace every QuantLinear inside model by a PackedLinear of its codes, in place; the master weights are freed.
+
+    Outputs stay as they are in eval mode, bit for bit. UserError, with the model untouched, where a recipe has no codes
+    that stay, or where a layer computes in high precision or shares its weight with an embedding.
+    """
+    layers = quant_linears(model)
+    if not layers:
+        raise UserError(f"the model ({type(model).__name__}) has no quantised layer, so there is nothing to pack")
+    shared = {id(parameter) for module in model.modules() if not isinstance(module, QuantLinear)
+              for parameter in module.parameters(recurse=False)}  # fmt: skip
+    for layer in layers:
+        reason = unsettled(layer.numerics)
+        if layer.high_precision:
+            reason = "it computes in high precision"
+        if id(layer.weight) in shared:
+            reason = "it shares its weight with another module, which reads it as it is"
+        if reason is not None:
+            raise UserError(f"{layer.name} cannot be packed: {reason}")
+    made: dict[nn.Module, PackedLinear] = {}  # a layer used under two names stays one layer
+    for name, layer in [*model.named_modules(remove_duplicate=False)]:
+        if isinstance(layer, QuantLinear):
+            parent, _, child = name.rpartition(".")
+            made.setdefault(layer, PackedLinear.of(layer).train(layer.training))
+            setattr(model.get_submodule(parent), child, made[layer])

@@ -1,0 +1,106 @@
+"""PackedLinear: the same outputs as the layer that it was made of, from the codes alone."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import qtrain
+from qtrain.errors import UserError
+from qtrain.quant import PackedLinear, QuantLinear
+from qtrain.quant.functional import Call
+from qtrain.quant.quantizer import unrotate
+
+K, N = 256, 48
+WEIGHT_ONLY = {"name": "quest_weight_only"}
+# Recipe -> bits that a weight takes: codes, scales of blocks, of rows (32 / K) and of the matrix (32 / (N K)).
+BITS: dict[str, tuple[Any, float]] = {
+    "quest": ("quest", 4 + 32 / K),
+    "quest 2 bits": ({"name": "quest", "bits": 2}, 2 + 32 / K),
+    "quest_weight_only": (WEIGHT_ONLY, 4 + 32 / K),
+    "quartet": ("quartet", 4 + 8 / 32),
+    "quartet_phase": ("quartet_phase", 4 + 8 / 32 + 32 / K),
+    "quartet_ii": ("quartet_ii", 4 + 8 / 16 + 32 / (N * K)),
+    "mxfp8": ("mxfp8", 8 + 8 / 32),
+    "trilm": ("trilm", 2 + 32 / (N * K)),
+    "nvidia_nvfp4": ("nvidia_nvfp4", 16 + 32 / (N * K)),  # scales of 16x16 tiles have no packed form: exact in bfloat16
+    "ufp4": ("ufp4", 32.0),  # signs that are drawn once; float32 scales of blocks are not packed
+    "lsq": ("lsq", 16 + 32 / (N * K)),  # codes under a learned scale are not packed: exact in bfloat16
+}
+
+
+def layer_of(recipe: Any, bias: bool = True) -> tuple[nn.Sequential, QuantLinear]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(K, N, bias=bias))
+    model[0].weight.data[3] = 0.0
+    qtrain.convert(model, recipe, seed=3)
+    layer = model[0]
+    assert isinstance(layer, QuantLinear)
+    if layer.weight_scale is not None:
+        qtrain.calibrate(model, torch.randn(64, K))
+    return model.eval(), layer
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("recipe", "bits"), BITS.values(), ids=BITS)
+def test_outputs_are_those_of_the_layer(recipe: Any, bits: float, dtype: torch.dtype) -> None:
+    model, _ = layer_of(recipe)
+    x = torch.randn(5, 3, K, dtype=dtype)
+    wanted = model(x).detach()
+    qtrain.pack(model)
+    packed = model[0]
+    assert isinstance(packed, PackedLinear) and torch.equal(model(x).detach(), wanted)
+    assert not any(isinstance(module, QuantLinear) for module in model.modules())
+    held = sum(buffer.nbytes for name, buffer in packed.named_buffers() if name != "input_scale")
+    assert 8 * held / (N * K) == pytest.approx(bits, rel=1e-9)
+    assert [name for name, _ in packed.named_parameters()] == ["bias"]
+    assert f"{bits:.3g} bits a weight" in repr(packed)
+
+
+def test_a_state_dict_fills_a_model_that_was_packed_without_weights() -> None:
+    model, _ = layer_of("quartet_ii")
+    x = torch.randn(4, K)
+    qtrain.pack(model)
+    with torch.device("meta"):
+        other = nn.Sequential(nn.Linear(K, N))
+        qtrain.convert(other, "quartet_ii", seed=3)
+        qtrain.pack(other)
+    other.load_state_dict(model.state_dict(), assign=True)
+    assert torch.equal(other(x), model(x))
+    assert torch.equal(copy.deepcopy(model)(x), model(x))
+    assert model.bfloat16()[0].codes.dtype == torch.uint8 and model[0].tensor_scale.dtype == torch.float32
+
+
+@pytest.mark.parametrize("recipe", ["quest", "quartet", "quest_weight_only", "nvidia_nvfp4"])
+def test_inputs_get_the_gradient_of_the_dequantised_weight(recipe: str) -> None:
+    model, layer = layer_of(recipe)
+    rotation = Call(layer.numerics, layer.keys, torch.float32, None).rotation("fprop", K)
+    weight = layer.numerics.fprop.right.quantize(layer.weight.detach(), rotation).dequantize()
+    weight = unrotate(weight, rotation, "reference")
+    x, dy = torch.randn(4, K, requires_grad=True), torch.randn(4, N)
+    qtrain.pack(model)
+    model(x).backward(dy)
+    assert x.grad is not None and model[0].bias.grad is None
+    torch.testing.assert_close(x.grad, dy @ weight, rtol=1e-5, atol=1e-5)
+
+
+def test_what_has_no_codes_that_stay_is_refused_and_left_alone() -> None:
+    for recipe, reason in (("mxfp4_backward", "multiplies the weights without quantising them"),):
+        model, _ = layer_of(recipe)
+        with pytest.raises(UserError, match=f"0 cannot be packed: its forward {reason}"):
+            qtrain.pack(model)
+        assert isinstance(model[0], QuantLinear)
+    with pytest.raises(UserError, match="has no quantised layer"):
+        qtrain.pack(nn.Sequential(nn.Linear(4, 4)))
+    model, layer = layer_of("quest")
+    embedding = nn.Embedding(N, K)
+    embedding.weight = layer.weight
+    with pytest.raises(UserError, match="it shares its weight with another module"):
+        qtrain.pack(nn.Sequential(embedding, layer))
+    with pytest.raises(UserError, match=r"expected an input of last dim 256, found shape \(2, 8\)"):
+        qtrain.pack(model)
+        model(torch.zeros(2, 8))

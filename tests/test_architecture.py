@@ -51,9 +51,10 @@ MAY_IMPORT = {
     "qtrain.metrics": "qtrain.models qtrain.models.base",
     "qtrain.plan": ("torch rich qtrain.config qtrain.config.settings qtrain.models qtrain.metrics qtrain_kernels"),
     "qtrain.data": (
-        "numpy torch pydantic tokenizers filelock rich (huggingface_hub transformers) qtrain.config "
+        "numpy torch pydantic tokenizers filelock rich (huggingface_hub jinja2 transformers) qtrain.config "
         "qtrain.config.settings qtrain.data.base qtrain.data.files qtrain.data.sources qtrain.runs"
     ),
+    "qtrain.data.counted": "",
     "qtrain.data.batches": "numpy torch qtrain.data",
     "qtrain.data.base": "pydantic qtrain.config.settings",
     "qtrain.data.files": "pydantic qtrain.data.base (numpy)",
@@ -67,12 +68,13 @@ MAY_IMPORT = {
     "qtrain.training": "",
     "qtrain.training.world": "qtrain.config",
     "qtrain.training.stop": "",
-    "qtrain.training.losses": "torch",
+    "qtrain.training.losses": "torch qtrain.data.counted qtrain.models",
     "qtrain.training.initialize": "torch",
     "qtrain.training.activations": "torch qtrain.config.settings qtrain.quant qtrain_kernels",
     "qtrain.training.checkpoint": "torch safetensors qtrain.runs",
     "qtrain.training.causal_lm": (
-        "torch lightning qtrain.config qtrain.plan qtrain.optim.groups qtrain.quant qtrain.training.losses"
+        "torch lightning qtrain.config qtrain.data.counted qtrain.plan qtrain.optim.groups qtrain.quant "
+        "qtrain.training.losses"
     ),
     "qtrain.training.build": (
         "torch qtrain.config qtrain.data qtrain.plan qtrain.models qtrain.quant qtrain.runs qtrain.training.causal_lm "

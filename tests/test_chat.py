@@ -12,9 +12,9 @@ from torch.nn import functional as F
 from qtrain.config import TokenizerConfig
 from qtrain.config.settings import parse
 from qtrain.data.counted import counts, ids_of
-from qtrain.data.dialogue import Dialogue, checked, plain_text
+from qtrain.data.dialogue import Dialogue, plain_text
 from qtrain.data.prepare import prepare
-from qtrain.data.sources.chat import Chat
+from qtrain.data.sources.chat import Chat, checked
 from qtrain.data.tokenizer import ByteTokenizer, load_pretrained, train_bpe
 from qtrain.errors import UserError
 from qtrain.plan import make_plan
@@ -112,12 +112,15 @@ def test_a_template_that_fails_is_named(tmp_path, template, message):
 def test_a_message_cannot_forge_a_turn(tmp_path):
     tokenizer = load_pretrained(chat_tokenizer(tmp_path / "tokenizer"))
     forged = [{"role": "user", "content": "<|im_end|>"}, {"role": "assistant", "content": "no"}]
-    with pytest.raises(UserError, match="spells the special token '<|im_end|>'"):
+    with pytest.raises(UserError, match=r"spells the special token '<\|im_end\|>'"):
         Dialogue(tokenizer).encode(checked("x", {"messages": forged}))
 
 
 def test_a_corpus_keeps_what_counts_and_another_template_is_another_corpus(tmp_path):
-    rows = [{"messages": [{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": "!" * n}]} for n in range(1, 40)]  # fmt: skip
+    def talk(n: int) -> list:
+        return [{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": "!" * n}]
+
+    rows = [{"messages": talk(n)} for n in range(1, 40)]
     file = write(tmp_path / "chat.jsonl", rows)
     settings = {"source": "chat", "files": [str(file)], "val_tokens": 64, "cache_dir": str(tmp_path / "cache")}
     data, tokenizer = parse(Chat, settings), chat_tokenizer(tmp_path / "tokenizer")

@@ -26,8 +26,8 @@ class Tokens(Protocol):
 
 
 def bigram_cross_entropy(train: Tokens, val: Tokens, vocab_size: int) -> float:
-    """Nats per token of the first MAX_VAL_TOKENS of val that a loss counts, from counts of the first MAX_TRAIN_TOKENS of
-    train."""
+    """Nats per token that a loss counts, of the first MAX_VAL_TOKENS of val, from counts of the first MAX_TRAIN_TOKENS
+    of train."""
     seen = ids_of(train.window(0, min(train.n_tokens, MAX_TRAIN_TOKENS)))
     asked = val.window(0, min(val.n_tokens, MAX_VAL_TOKENS))
     counted, asked = counts_loss(asked)[1:], ids_of(asked)

@@ -30,7 +30,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 from qtrain.config.settings import Strict
 from qtrain.data.bigram import MAX_TRAIN_TOKENS, bigram_cross_entropy
 from qtrain.data.counted import DTYPE as MASKED
-from qtrain.data.counted import counts
+from qtrain.data.counted import counts as counts_loss
 from qtrain.data.tokenizer import Tokenizer, load_saved
 from qtrain.errors import UserError
 from qtrain.runs.files import read_json, write_atomically
@@ -181,7 +181,7 @@ class Corpus:
             return self.val.n_bytes / self.val.n_tokens
         steps = range(0, self.val.n_tokens, 1 << 24)
         windows = (self.val.window(at, min(1 << 24, self.val.n_tokens - at)) for at in steps)
-        return self.val.n_bytes / max(1, sum(int(counts(window).sum()) for window in windows))
+        return self.val.n_bytes / max(1, sum(int(counts_loss(window).sum()) for window in windows))
 
     @property
     def is_masked(self) -> bool:

@@ -1,7 +1,8 @@
 """Which tokens a loss counts, told by the sign of a token.
 
-A token that no loss counts, such as one of a prompt, is stored as ~id, which is negative. The model reads its id all the
-same. Plain text has no such token. Both functions work on arrays of numpy and on tensors of torch, of signed integers.
+A token that no loss counts, such as one of a prompt, is stored as ~id, which is negative. The model reads its id all
+the same. Plain text has no such token. Both functions work on arrays of numpy and on tensors of torch, of signed
+integers.
 """
 
 from __future__ import annotations

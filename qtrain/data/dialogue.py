@@ -8,8 +8,8 @@ A prompt and its completion are written as they stand, one after the other. Mess
 the tokenizer. Where the tokenizer has none, each message is a line "role: content".
 
 The loss counts the completion, or what the assistant says, and the token that ends the conversation after it. What the
-assistant says begins where the template stops when it is asked for an answer (add_generation_prompt), and ends with what
-the template writes after it. Each part is tokenised alone, as a prompt is when a model answers it.
+assistant says begins where the template stops when it is asked for an answer (add_generation_prompt), and ends with
+what the template writes after it. Each part is tokenised alone, as a prompt is when a model answers it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ from qtrain.data.counted import DTYPE
 from qtrain.data.tokenizer import FileTokenizer, Tokenizer
 from qtrain.errors import UserError, first_line
 
-ROLES = ("system", "user", "assistant", "tool")
 Message = Mapping[str, Any]
 
 
@@ -37,42 +36,6 @@ class Part(NamedTuple):
     text: str
     counted: bool
     rendered: bool = False
-
-
-def checked(where: str, row: Any) -> str:
-    """A conversation as canonical JSON, which is its document's text. UserError, beginning with `where`, for what is
-    none, and for one without a completion."""
-    if not isinstance(row, dict) or not ("messages" in row or {"prompt", "completion"} <= set(row)):
-        found = f"the fields {', '.join(sorted(row))}" if isinstance(row, dict) else type(row).__name__
-        raise UserError(f"{where}: expected an object with messages, or with prompt and completion; found {found}")
-    kept = {"messages": row["messages"]} if "messages" in row else {key: row[key] for key in ("prompt", "completion")}
-    if "messages" in kept:
-        _check_messages(where, kept["messages"])
-        kept["messages"] = [{key: message[key] for key in ("role", "content")} for message in kept["messages"]]
-    elif not all(isinstance(text, str) for text in kept.values()):
-        raise UserError(f"{where}: prompt and completion must be text; give conversations as messages")
-    elif not kept["completion"]:
-        raise UserError(f"{where}: the completion is empty, so that there is nothing to learn; drop the line")
-    text = json.dumps(kept, ensure_ascii=False, sort_keys=True)
-    if not text.isascii():
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise UserError(f"{where}: a text holds half a surrogate pair; mend or drop the line") from None
-    return text
-
-
-def _check_messages(where: str, messages: Any) -> None:
-    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
-        raise UserError(f"{where}: messages must be a list of objects with role and content")
-    for number, message in enumerate(messages):
-        role, content = message.get("role"), message.get("content")
-        if role not in ROLES:
-            raise UserError(f"{where}: message {number} has the role {role!r}; roles are {', '.join(ROLES)}")
-        if not isinstance(content, str):
-            raise UserError(f"{where}: the content of message {number} is {type(content).__name__}, not text")
-    if not any(message["role"] == "assistant" and message["content"] for message in messages):
-        raise UserError(f"{where}: no message is the assistant's, so that there is nothing to learn; drop the line")
 
 
 def plain_text(document: str) -> str:
@@ -95,7 +58,7 @@ class Dialogue:
         return hashlib.sha256(f"{self.tokenizer.hash} dialogue {self.template}".encode()).hexdigest()
 
     def encode(self, document: str) -> tuple[np.ndarray, int]:
-        """(tokens (n,) int32, the UTF-8 bytes of the counted text). document: of `checked`. UserError for a template
+        """(tokens (n,) int32, the UTF-8 bytes of the counted text). document: of `qtrain.data.sources.chat.checked`. UserError for a template
         that fails on it."""
         pieces, n_bytes, counted = [], 0, False
         for part in self.parts(document):

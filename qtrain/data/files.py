@@ -167,8 +167,8 @@ def unreadable(path: Path, error: OSError) -> UserError:
 
 
 def lines_of(path: Path) -> Iterator[tuple[str, str]]:
-    """(its name, file and number; its text) of each line of a file that is not blank. UserError for what cannot be read,
-    and for a line that is not UTF-8."""
+    """(file and number, text) of each line of a file that is not blank. UserError for what cannot be read, and for a
+    line that is not UTF-8."""
     offset = 0
     try:
         with path.open("rb") as lines:

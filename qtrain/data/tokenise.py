@@ -245,8 +245,8 @@ class Assignment:
             raise UserError(f"{plan.train.name} has no text; name a source that has some")
         if len(sizes) == 1 and plan.data.conversations:
             raise UserError(
-                f"{plan.train.name} has one conversation, of which no part can be held out; add more, or name others by "
-                "data.val_files"
+                f"{plan.train.name} has one conversation, of which no part can be held out; add more, or name others "
+                "by data.val_files"
             )
         self.is_cut = len(sizes) == 1
         if self.is_cut:

@@ -33,8 +33,8 @@ class CausalLM(lightning.LightningModule):
     step_loss and grad_norm hold the last optimiser step's mean loss on this device (nats per token) and gradient norm
     before clipping, as 0-dim tensors there: reading them waits for the device. Both are per token that counts.
 
-    counts_all: whether a loss counts every token. Where it does not (`qtrain.data.counted`), a step's gradient is divided
-    by how many of its tokens count, over all micro-batches and ranks.
+    counts_all: whether a loss counts every token. Where it does not (`qtrain.data.counted`), a step's gradient is
+    divided by how many of its tokens count, over all micro-batches and ranks.
     end_of_document: the tokenizer's token that ends a document. data.document_mask=true needs it (ValueError).
 
     Under lightning.Trainer: Trainer(accumulate_grad_batches=plan.micro_batches, max_steps=plan.steps,

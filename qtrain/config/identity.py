@@ -56,7 +56,17 @@ NOT_IN_HASH = (
 # The value of each setting when it was introduced, or for those of the first version their default then, by the class
 # that has it. NEVER change a value here, whatever becomes of the default in the class.
 INTRODUCED: dict[str, dict[str, Any]] = {
-    "Config": {"seed": 0, "gemm": "auto", "validation": {}},
+    "Config": {"seed": 0, "gemm": "auto", "validation": {}, "tune": None},
+    "TuneConfig": {"adapter": None},
+    "AdapterConfig": {
+        "rank": 16,
+        "alpha": 32.0,
+        "dropout": 0.0,
+        "layers": (),
+        "pack": False,
+        "double_quantization": False,
+        "init_from": None,
+    },
     "ModelSettings": {
         "tie_embeddings": False,
         "vocab_size": None,

@@ -16,6 +16,7 @@ from qtrain.config.settings import (
     Backend,
     Checkpointing,
     GemmKind,
+    Names,
     Strict,
     family,
     fields_at,
@@ -170,6 +171,43 @@ class LoggerConfig(Strict):
     per_layer: bool = False
 
 
+class AdapterConfig(Strict):
+    """LoRA (arXiv 2106.09685): a product of two small matrices beside a frozen linear layer.
+
+    y = base(x) + alpha / rank * B A dropout(x), A (rank, in), B (out, rank). B starts at zero, A from kaiming_uniform
+    with a = sqrt(5), as peft does it.
+    layers: linear layers by full name, last component or pattern, as in recipe.skip; () takes all but lm_head.
+    pack: keep the base as the codes of the recipe's forward, without the weights that they were made of (QLoRA, arXiv
+        2305.14314, with recipe=nf4). double_quantization: also store the scales of its blocks in 8 bits, as QLoRA does.
+    init_from: a folder with an adapter in peft's format to start from.
+    """
+
+    rank: int = Field(16, gt=0)
+    alpha: float = Field(32.0, gt=0)
+    dropout: float = Field(0.0, ge=0, lt=1)
+    layers: Names = ()
+    pack: bool = False
+    double_quantization: bool = False
+    init_from: str | None = None
+
+    @model_validator(mode="after")
+    def _of_packed(self) -> AdapterConfig:
+        if self.double_quantization and not self.pack:
+            raise ValueError(
+                "tune.adapter.double_quantization=true stores scales of a packed base; set tune.adapter.pack=true"
+            )
+        return self
+
+
+class TuneConfig(Strict):
+    """What of a pretrained model trains; None: all weights.
+
+    adapter: adapters beside the linear layers, and nothing else.
+    """
+
+    adapter: AdapterConfig | None = None
+
+
 class DebugConfig(Strict):
     """max_steps: stop after so many (the schedule ends there); overfit: train on the first batch only;
     detect_anomaly: torch's autograd anomaly mode."""
@@ -203,6 +241,7 @@ class Config(Strict):
     validation: dict[str, Source] = Field(default_factory=dict)
     tokenizer: TokenizerConfig
     recipe: LinearRecipe
+    tune: TuneConfig | None = None
     optimizer: OptimizerSettings
     scheduler: Schedule
     trainer: TrainerConfig

@@ -58,8 +58,8 @@ class Dialogue:
         return hashlib.sha256(f"{self.tokenizer.hash} dialogue {self.template}".encode()).hexdigest()
 
     def encode(self, document: str) -> tuple[np.ndarray, int]:
-        """(tokens (n,) int32, the UTF-8 bytes of the counted text). document: of `qtrain.data.sources.chat.checked`. UserError for a template
-        that fails on it."""
+        """(tokens (n,) int32, the UTF-8 bytes of the counted text). document: of
+        `qtrain.data.sources.chat.checked`. UserError for a template that fails on it."""
         pieces, n_bytes, counted = [], 0, False
         for part in self.parts(document):
             ids = self._ids(part).astype(self.dtype)

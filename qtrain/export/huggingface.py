@@ -21,5 +21,5 @@ def export(run: Path, out: Path) -> Exported:
         for name, text in tokenizer_files(trained.tokenizer).items():
             write_synced(partial / name, text)
     before = f"these are the weights before recipe {trained.recipe} quantises them: other products than in training"
-    notes = (before,) if trained.recipe else ()
+    notes = (before,) if trained.recipe and trained.merged is None else ()
     return Exported(out, trained.step, trained.parameters, weight_bytes, trained.recipe, notes=notes)

@@ -25,6 +25,7 @@ from qtrain.data.tokenizer import Tokenizer
 from qtrain.errors import UserError, first_line
 from qtrain.models import hf
 from qtrain.models.base import Transformer
+from qtrain.models.decoder import Decoder
 from qtrain.plan import make_plan
 from qtrain.quant import QuantLinear
 from qtrain.quant.functional import Call, Numerics
@@ -34,9 +35,10 @@ from qtrain.quant.quantizer import QuantizedTensor
 from qtrain.quant.random import key_table
 from qtrain.runs.directory import RunDirectory
 from qtrain.runs.files import sync_folder
-from qtrain.training.build import build_model, load_tokenizer
+from qtrain.training.build import build_model, load_run, load_tokenizer
 from qtrain.training.causal_lm import computes_in_high_precision
 from qtrain.training.checkpoint import newest, shapes, values_of, weight, whole_number
+from qtrain.training.tune import merged
 from qtrain_kernels.formats import ELEMENTS, Element
 from qtrain_kernels.qtensor import Layout
 from qtrain_kernels.reference import constant_scale
@@ -67,7 +69,7 @@ class Exported:
 @dataclass(frozen=True)
 class TrainedRun:
     """The newest good checkpoint of a run. folder: of the checkpoint; sizes: of the tensors that other programs have a
-    name for, by their names in a qtrain state dict."""
+    name for, by their names in a qtrain state dict. merged: the weights of a run that tuned, with its adapters."""
 
     path: Path
     config: Config
@@ -77,9 +79,10 @@ class TrainedRun:
     vocab_size: int
     tokenizer: Tokenizer
     sizes: dict[str, torch.Size]
+    merged: Mapping[str, Tensor] | None = None
 
     def weight(self, name: str) -> Tensor:
-        return weight(self.folder, name)
+        return weight(self.folder, name) if self.merged is None else self.merged[name]
 
     @property
     def recipe(self) -> str | None:
@@ -96,6 +99,11 @@ class TrainedRun:
         and where a quantised lm_head shares its weight with the embedding."""
         if self.recipe is None:
             return {}
+        if self.merged is not None:
+            raise UserError(
+                f"{self.path}: its adapters are merged into the dequantised base, which has no codes any more; export "
+                "it as a Hugging Face checkpoint (--to hf), or the adapter alone (--to peft)"
+            )
         with torch.device("meta"):
             found = {layer.name: layer for layer in quant_linears(build_model(self.config, self.vocab_size))}
         plan = make_plan(self.config, vocab_size=self.vocab_size)
@@ -149,7 +157,13 @@ def open_run(run: Path) -> TrainedRun:
     step, folder = found
     vocab_size = whole_number(folder, values_of(folder), "vocab_size")
     sizes = {name: size for name, size in shapes(folder).items() if hf.their_name(name)}
-    return TrainedRun(run, config, config.model, step, folder, vocab_size, load_tokenizer(run), sizes)
+    whole = None
+    if config.tune is not None:
+        tuned = load_run(run, step)
+        assert isinstance(tuned, Decoder)
+        whole = merged(tuned)
+        sizes = {name: tensor.shape for name, tensor in whole.items()}
+    return TrainedRun(run, config, config.model, step, folder, vocab_size, load_tokenizer(run), sizes, whole)
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from qtrain.quant.functional import Call, Numerics, read_numerics
 from qtrain.quant.linear import QuantLinear, compute_dtype, quant_linears
 from qtrain.quant.quantizer import unrotate
 from qtrain.quant.random import key_table
+from qtrain_kernels.plans import Rotation
 from qtrain_kernels.qtensor import Layout, QTensor, float_storage
 
 
@@ -74,6 +75,11 @@ class PackedLinear(nn.Module):
         x = input.reshape(-1, self.in_features)
         y = _Product.apply(x, self, dtype).view(*input.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias.to(dtype)
+
+    def rotation(self) -> Rotation | None:
+        """Of the inputs and of the rows of the weight."""
+        call = Call(self.numerics, self.keys, torch.float32, None)
+        return call.rotation("fprop", self.in_features)
 
     def product(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """x (T, K) -> (T, N) in dtype, without the bias."""
@@ -149,8 +155,9 @@ def unsettled(numerics: Numerics) -> str | None:
     return None
 
 
-def pack(model: nn.Module) -> None:
+def pack(model: nn.Module, kind: type[PackedLinear] | None = None) -> None:
     """Replace every QuantLinear inside model by a PackedLinear of its codes, in place; the master weights are freed.
+    kind: a PackedLinear, or a class derived of it.
 
     Outputs stay as they are in eval mode, bit for bit. UserError, with the model untouched, where a recipe has no codes
     that stay, or where a layer computes in high precision or shares its weight with an embedding.
@@ -168,9 +175,10 @@ def pack(model: nn.Module) -> None:
             reason = "it shares its weight with another module, which reads it as it is"
         if reason is not None:
             raise UserError(f"{layer.name} cannot be packed: {reason}")
+    kind = kind or PackedLinear
     made: dict[nn.Module, PackedLinear] = {}  # a layer used under two names stays one layer
     for name, layer in [*model.named_modules(remove_duplicate=False)]:
         if isinstance(layer, QuantLinear):
             parent, _, child = name.rpartition(".")
-            made.setdefault(layer, PackedLinear.of(layer).train(layer.training))
+            made.setdefault(layer, kind.of(layer).train(layer.training))
             setattr(model.get_submodule(parent), child, made[layer])

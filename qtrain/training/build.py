@@ -11,10 +11,12 @@ from torch import nn
 from qtrain.config import Config
 from qtrain.data.tokenizer import Tokenizer, load_kept
 from qtrain.errors import UserError
+from qtrain.models import hf
 from qtrain.models.decoder import Decoder
 from qtrain.plan import make_plan
 from qtrain.quant import QuantLinear, Report, check_quantized_gather, convert, set_high_precision
 from qtrain.runs.directory import RunDirectory
+from qtrain.training import tune
 from qtrain.training.causal_lm import computes_in_high_precision
 from qtrain.training.checkpoint import (
     compare,
@@ -52,12 +54,20 @@ def pick_device(config: Config) -> torch.device:
     return torch.device(device)
 
 
-def build_model(config: Config, vocab_size: int) -> Decoder:
+def build_model(config: Config, vocab_size: int, *, pretrained: bool = False) -> Decoder:
     """The model as it stands before step 0, a function of the settings alone: the global random state is left as it
-    was, the weights depend on config.seed."""
+    was, the weights depend on config.seed. pretrained: read those of model.init_from, and the adapter of
+    tune.adapter.init_from, where the settings name one; else it has their structure alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        return _converted(config, vocab_size)
+        model = _converted(config, vocab_size)
+        if pretrained and config.model.init_from:
+            hf.load(model, config.model.init_from)
+        tune.apply(model, config)
+        adapter = config.tune and config.tune.adapter
+        if pretrained and adapter and adapter.init_from:
+            tune.load_adapter(model, config, adapter.init_from)
+        return model
 
 
 def build_without_weights(config: Config, vocab_size: int) -> Decoder:
@@ -88,6 +98,9 @@ def check_model(config: Config) -> Report:
         )
     if config.trainer.all_gather == "quantized":
         check_quantized_gather(model, config.trainer.shards)
+    tune.check_tune(config)
+    with torch.device("meta"):
+        tune.apply(model, config)
     return report
 
 

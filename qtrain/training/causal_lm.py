@@ -17,6 +17,7 @@ from qtrain.data.counted import counts
 from qtrain.optim.groups import build_optimizer
 from qtrain.plan import RunPlan
 from qtrain.quant import calibrate, keep_weights, set_high_precision, set_step
+from qtrain.quant.adapter import set_adapter_step
 from qtrain.training.losses import documents_in, inputs_and_targets, next_token_loss
 
 
@@ -86,6 +87,7 @@ class CausalLM(lightning.LightningModule):
         """The loss of this rank's micro-batch `micro_batch` (from 0). model: self.model, or what wraps it."""
         # Numbered over all ranks, as the data is: the same samples draw the same bits on any number of them.
         set_step(self.model, step, micro_batch * ranks + rank)
+        set_adapter_step(self.model, step, micro_batch * ranks + rank)
         loss = next_token_loss(model, batch, **self.loss_options)
         share = loss.detach() / self.plan.micro_batches
         self.step_loss = share if micro_batch == 0 else self.step_loss + share

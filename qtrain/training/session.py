@@ -42,6 +42,7 @@ from qtrain.runs.environment import commit
 from qtrain.runs.files import write_atomically
 from qtrain.runs.status import FAILED, Status
 from qtrain.runs.table import read_run, record, recorded
+from qtrain.training import tune
 from qtrain.training.activations import checkpoint_activations
 from qtrain.training.build import build_model, build_without_weights, check_model, pick_device
 from qtrain.training.causal_lm import CausalLM
@@ -196,8 +197,12 @@ def _session(config: Config, fabric: Fabric, ranks: Ranks, console: Console) -> 
     plan = make_plan(config, vocab_size=corpus.vocab_size)
     check_vocab(corpus, plan.vocab_size)
     check_state_fits(config, plan, fabric.device)
-    build = build_without_weights if config.trainer.strategy == "fsdp2" else build_model
-    model = build(config, plan.vocab_size)
+    if config.trainer.strategy == "fsdp2":
+        model = build_without_weights(config, plan.vocab_size)
+    else:
+        model = build_model(config, plan.vocab_size, pretrained=config.tune is not None)
+    if config.tune is not None and ranks.is_zero:
+        log.info("%s", tune.describe(model))
     with RunDirectory.of(config) as directory:
         ranks.decided(lambda: directory.open(config))
         yield Session(config, plan, corpus, validation, model, directory, fabric, ranks, console)
@@ -294,7 +299,7 @@ class Session:
     def train(self, checkpoint: Path | None = None, stop: StopRequest | None = None) -> int:
         """The exit code that was asked for while training; 0 when it has come to its end."""
         forward = self._set_up()
-        if checkpoint is None and (pretrained := self.config.model.init_from):
+        if checkpoint is None and self.config.tune is None and (pretrained := self.config.model.init_from):
             hf.load(self.model, pretrained)
         optimizer = build_optimizer(self.model, self.config.optimizer)
         saver = Saver()

@@ -131,6 +131,11 @@ MAY_IMPORT = {
         "qtrain.training.checkpoint qtrain.training.tune qtrain_kernels qtrain_kernels.formats "
         "qtrain_kernels.plans"
     ),
+    "qtrain.post_training": (
+        "torch yaml (safetensors) qtrain.config qtrain.config.settings qtrain.data qtrain.data.batches qtrain.metrics "
+        "qtrain.models qtrain.models.hf qtrain.quant qtrain.runs qtrain.train qtrain.training qtrain.training.losses "
+        "qtrain.training.checkpoint qtrain_kernels"
+    ),
     "qtrain.studies": "",
     "qtrain.studies.chaos": "torch lightning qtrain qtrain.train qtrain.runs qtrain.config qtrain.config.settings",
     "qtrain.studies.stability": (
@@ -146,6 +151,7 @@ MAY_IMPORT = {
     "qtrain.cli": "",
     "qtrain.cli.train": "(qtrain.train)",
     "qtrain.cli.export": "qtrain.cli (qtrain.export)",
+    "qtrain.cli.quantize": "qtrain.cli (qtrain.post_training)",
     "qtrain.cli.generate": (
         "qtrain.cli qtrain.data (torch qtrain.models qtrain.quant qtrain.runs qtrain.training.build)"
     ),

@@ -15,8 +15,8 @@ written element/block/scale, and the usual ones have names:
 | fp<bits>_e<e>m<m> | e4m3/row/float32 | any minifloat up to 8 bits | float32 per row |
 
 element: e<e>m<m>, int<b>, int<b>_sym, int1.585, mxint8 or nf4. block: tensor or row (one float32 scale each), a number
-of elements (32), or a tile of rows x elements (16x16). scale: e8m0 (powers of two), an unsigned minifloat under a float32
-scale of the whole tensor (e4m3, ue5m3), or float32.
+of elements (32), or a tile of rows x elements (16x16). scale: e8m0 (powers of two), an unsigned minifloat under a
+float32 scale of the whole tensor (e4m3, ue5m3), or float32.
 """
 
 from __future__ import annotations

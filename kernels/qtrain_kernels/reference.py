@@ -281,13 +281,17 @@ def round_nearest(u: Tensor, element: Element) -> Tensor:
     Of a table, ties go to the lower code, as bitsandbytes has it."""
     if element.table is not None:
         codes = torch.tensor(element.table, dtype=torch.float32, device=u.device)
-        return torch.where(
-            u.isnan(), u, codes[torch.bucketize(u, (codes[1:] + codes[:-1]) / 2).clamp(max=len(codes) - 1)]
-        )
+        return torch.where(u.isnan(), u, codes[_place_in_table(u, element)])
     if element.offset:
         return torch.round(u.clamp(-element.max, element.max) + 0.5) - 0.5
     v, step, _ = _on_grid(u, element)
     return torch.round(v) * step
+
+
+def _place_in_table(u: Tensor, element: Element) -> Tensor:
+    """int64, of the nearest code of a table among its codes."""
+    codes = torch.tensor(element.table, dtype=torch.float32, device=u.device)
+    return torch.bucketize(u, (codes[1:] + codes[:-1]) / 2).clamp(max=len(codes) - 1)
 
 
 def round_stochastic(u: Tensor, element: Element, uniform: Tensor) -> Tensor:
@@ -556,7 +560,7 @@ def pack(values: Tensor, blocks: Tensor | None, plan: Plan) -> Packed:
     elif blocks is None:
         codes = values.float()
     else:
-        codes = values.float().reshape(blocks.shape[0], plan.block or 1, 1) / blocks
+        codes = values.float().reshape(blocks.shape[0], plan.block or 1, 1) / _nonzero(blocks)
     return pack_codes(codes, blocks, plan)
 
 
@@ -565,8 +569,7 @@ def pack_codes(codes: Tensor, blocks: Tensor | None, plan: Plan) -> Packed:
     element = plan.element
     codes = torch.where(codes.isnan(), element.max, codes.clamp(-element.max, element.max)).reshape(-1)
     if element.table is not None:
-        known = torch.tensor(element.table, dtype=torch.float32, device=codes.device)
-        fields = torch.searchsorted(known, codes).to(torch.uint8)
+        fields = _place_in_table(codes, element).to(torch.uint8)
     elif element.mantissa_bits is None:
         fields = ((codes + element.max) * (1.0 / element.step)).to(torch.uint8)
     else:
@@ -608,7 +611,7 @@ def _scale_bytes(blocks: Tensor, plan: Plan) -> Tensor:
 
 def _scales_of(scale_bytes: Tensor, plan: Plan) -> Tensor:
     if plan.scale_kind == "float32":
-        return scale_bytes.reshape(-1)
+        return scale_bytes
     if plan.scale_kind == "e8m0":
         return power_of_two(scale_bytes.to(torch.int32))
     assert plan.scale_element is not None

@@ -27,6 +27,7 @@ COMMANDS = {
     "fit": "fit a scaling law to finished runs",
     "data": "tokenise a corpus ahead of time, or verify it",
     "generate": "continue a prompt with the model of a run",
+    "quantize": "quantise a trained model without training: RTN, GPTQ, MR-GPTQ",
     "export": "write a run for other programs: Hugging Face, compressed-tensors, GGUF",
     "recipes": "the recipes, a line each, and how number formats are named",
     "doctor": "what this machine has, and what each recipe runs on here",

@@ -20,6 +20,13 @@ def export(run: Path, out: Path) -> Exported:
         weight_bytes = hf.save(partial, theirs, trained.sizes, trained.weight)
         for name, text in tokenizer_files(trained.tokenizer).items():
             write_synced(partial / name, text)
-    before = f"these are the weights before recipe {trained.recipe} quantises them: other products than in training"
-    notes = (before,) if trained.recipe and trained.merged is None else ()
+    notes = ()
+    if trained.merged is not None:
+        notes = ("adapters are merged into the base" + (", dequantised" if trained.recipe else ""),)
+    elif trained.is_packed:
+        notes = (f"these are the values of the codes of recipe {trained.recipe}, rounded to bfloat16",)
+    elif trained.recipe:
+        notes = (
+            f"these are the weights before recipe {trained.recipe} quantises them: other products than in training",
+        )
     return Exported(out, trained.step, trained.parameters, weight_bytes, trained.recipe, notes=notes)

@@ -23,24 +23,23 @@ from torch import Tensor
 from qtrain.config import Config
 from qtrain.data.tokenizer import Tokenizer
 from qtrain.errors import UserError, first_line
-from qtrain.models import hf
 from qtrain.models.base import Transformer
 from qtrain.models.decoder import Decoder
 from qtrain.plan import make_plan
 from qtrain.quant import QuantLinear
 from qtrain.quant.functional import Call, Numerics
 from qtrain.quant.linear import quant_linears
-from qtrain.quant.packed import unsettled
-from qtrain.quant.quantizer import QuantizedTensor
+from qtrain.quant.packed import layout_of, unsettled
+from qtrain.quant.quantizer import QuantizedTensor, unrotate
 from qtrain.quant.random import key_table
 from qtrain.runs.directory import RunDirectory
 from qtrain.runs.files import sync_folder
 from qtrain.training.build import build_model, load_run, load_tokenizer
 from qtrain.training.causal_lm import computes_in_high_precision
-from qtrain.training.checkpoint import newest, shapes, values_of, weight, whole_number
+from qtrain.training.checkpoint import holds_codes, newest, values_of, weight, whole_number
 from qtrain.training.tune import merged
 from qtrain_kernels.formats import ELEMENTS, Element
-from qtrain_kernels.qtensor import Layout
+from qtrain_kernels.qtensor import Layout, QTensor
 from qtrain_kernels.reference import constant_scale
 
 T = TypeVar("T")
@@ -69,7 +68,8 @@ class Exported:
 @dataclass(frozen=True)
 class TrainedRun:
     """The newest good checkpoint of a run. folder: of the checkpoint; sizes: of the tensors that other programs have a
-    name for, by their names in a qtrain state dict. merged: the weights of a run that tuned, with its adapters."""
+    name for, by their names in a qtrain state dict. is_packed: whether the checkpoint holds codes, not weights. merged:
+    the weights of a run that tuned, with its adapters."""
 
     path: Path
     config: Config
@@ -79,10 +79,24 @@ class TrainedRun:
     vocab_size: int
     tokenizer: Tokenizer
     sizes: dict[str, torch.Size]
+    is_packed: bool
     merged: Mapping[str, Tensor] | None = None
 
     def weight(self, name: str) -> Tensor:
-        return weight(self.folder, name) if self.merged is None else self.merged[name]
+        """Of codes, what they stand for, out of their rotation."""
+        if self.merged is not None:
+            return self.merged[name]
+        layer = self.layers.get(name.removesuffix(".weight")) if self.is_packed else None
+        if layer is None:
+            return weight(self.folder, name)
+        rotation = Call(layer.numerics, _keys(layer), torch.float32, None).rotation("fprop", layer.in_features)
+        return unrotate(self._stored(layer).dequantize(), rotation, layer.numerics.backend)
+
+    def _stored(self, layer: QuantLinear) -> QTensor:
+        """Of a checkpoint that holds codes."""
+        layout = layout_of(layer.numerics, (layer.out_features, layer.in_features))
+        parts = zip(("codes", "block_scale", "tensor_scale"), layout.parts, strict=False)
+        return QTensor.of(layout, [weight(self.folder, f"{layer.name}.{name}") for name, part in parts if part])
 
     @property
     def recipe(self) -> str | None:
@@ -134,8 +148,11 @@ class TrainedRun:
 
     def codes(self, layer: QuantLinear) -> Codes:
         """Of one layer, from the checkpoint. UserError where the weight is not finite."""
-        scale = None if layer.weight_scale is None else self.weight(f"{layer.name}.weight_scale")
-        found = codes_of(layer, self.weight(f"{layer.name}.weight"), scale)
+        if self.is_packed:
+            found = _codes(layer, self._stored(layer).to(_beside_block_scales(layer), layer.numerics.backend))
+        else:
+            scale = None if layer.weight_scale is None else weight(self.folder, f"{layer.name}.weight_scale")
+            found = codes_of(layer, weight(self.folder, f"{layer.name}.weight"), scale)
         if not all(
             part.isfinite().all() for part in (found.codes, found.block_scale, found.line_scale) if part is not None
         ):
@@ -156,14 +173,15 @@ def open_run(run: Path) -> TrainedRun:
         raise UserError(f"{run} has no checkpoint yet")
     step, folder = found
     vocab_size = whole_number(folder, values_of(folder), "vocab_size")
-    sizes = {name: size for name, size in shapes(folder).items() if hf.their_name(name)}
+    with torch.device("meta"):  # one that holds codes has no weights to ask for their shapes
+        sizes = {name: value.shape for name, value in Decoder(config.model, vocab_size).named_parameters()}
+    tokenizer, is_packed = load_tokenizer(run), holds_codes(folder)
     whole = None
     if config.tune is not None:
         tuned = load_run(run, step)
         assert isinstance(tuned, Decoder)
         whole = merged(tuned)
-        sizes = {name: tensor.shape for name, tensor in whole.items()}
-    return TrainedRun(run, config, config.model, step, folder, vocab_size, load_tokenizer(run), sizes, whole)
+    return TrainedRun(run, config, config.model, step, folder, vocab_size, tokenizer, sizes, is_packed, whole)
 
 
 @contextmanager
@@ -219,17 +237,25 @@ def codes_of(layer: QuantLinear, weight: Tensor, scale: Tensor | None = None) ->
     reason = unsettled(layer.numerics)
     if reason is not None:
         raise Refused(reason)
-    quantizer = layer.numerics.fprop.right
-    call = Call(layer.numerics, key_table([layer.keyed_by], 0, 0)[0], torch.float32, None)
-    layout = quantizer.layout((weight.shape[0], weight.shape[1]), blocks=True)
+    call = Call(layer.numerics, _keys(layer), torch.float32, None)
     learned = None if scale is None else scale.detach().float().view(())
-    operand, _ = call.operand(
-        "fprop.w", weight, call.rotation("fprop", weight.shape[1]), learned=learned, layout=layout
-    )
+    rotation, layout = call.rotation("fprop", weight.shape[1]), _beside_block_scales(layer)
+    return _codes(layer, call.operand("fprop.w", weight, rotation, learned=learned, layout=layout)[0])
+
+
+def _keys(layer: QuantLinear) -> Tensor:
+    return key_table([layer.keyed_by], 0, 0)[0]
+
+
+def _beside_block_scales(layer: QuantLinear) -> Layout:
+    return layer.numerics.fprop.right.layout((layer.out_features, layer.in_features), blocks=True).unmasked
+
+
+def _codes(layer: QuantLinear, operand: QTensor) -> Codes:
     line = operand.tensor_scale
-    if line is None and layout.constant != 1.0:
-        line = torch.tensor(layout.constant)
-    return Codes(QuantizedTensor.of(operand).codes, operand.block_scale, line, layout)
+    if line is None and operand.layout.constant != 1.0:
+        line = torch.tensor(operand.layout.constant)
+    return Codes(QuantizedTensor.of(operand, layer.numerics.backend).codes, operand.block_scale, line, operand.layout)
 
 
 def has_line_scale(numerics: Numerics) -> bool:

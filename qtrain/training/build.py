@@ -14,12 +14,13 @@ from qtrain.errors import UserError
 from qtrain.models import hf
 from qtrain.models.decoder import Decoder
 from qtrain.plan import make_plan
-from qtrain.quant import QuantLinear, Report, check_quantized_gather, convert, set_high_precision
+from qtrain.quant import QuantLinear, Report, check_quantized_gather, convert, pack, set_high_precision
 from qtrain.runs.directory import RunDirectory
 from qtrain.training import tune
 from qtrain.training.causal_lm import computes_in_high_precision
 from qtrain.training.checkpoint import (
     compare,
+    holds_codes,
     newest,
     refuse_earlier_format,
     restore,
@@ -125,9 +126,17 @@ def load_run(path: str | Path, step: int | None = None) -> nn.Module:
     step, folder = found
     vocab_size = whole_number(folder, values_of(folder), "vocab_size")
     with torch.device("meta"):  # settings may ask for any size: the memory is taken for what the checkpoint holds
-        compare(folder, tensors_of(build_model(config, vocab_size)))
-    model = build_model(config, vocab_size)
+        compare(folder, tensors_of(_as_saved(folder, config, vocab_size)))
+    model = _as_saved(folder, config, vocab_size)
     restore(folder, model)
     plan = make_plan(config, vocab_size=vocab_size)
     set_high_precision(model, computes_in_high_precision(config, plan, step - 1))  # as in its last step
     return model.eval()
+
+
+def _as_saved(folder: Path, config: Config, vocab_size: int) -> Decoder:
+    """A model for the tensors of a checkpoint: packed where that holds codes, which a run that tunes says itself."""
+    model = build_model(config, vocab_size)
+    if config.tune is None and holds_codes(folder):
+        pack(model)
+    return model

@@ -320,6 +320,11 @@ def shapes(folder: Path) -> dict[str, torch.Size]:
     return {name.removeprefix(MODEL): of.size for name, of in saved.items() if name.startswith(MODEL)}
 
 
+def holds_codes(folder: Path) -> bool:
+    """Whether a checkpoint is of a model whose layers are packed."""
+    return any(name.endswith(".codes") for name in shapes(folder))
+
+
 def weight(folder: Path, name: str) -> Tensor:
     """One of the weights of a checkpoint, whole, on the CPU. Nothing else is read."""
     with _readable(folder):

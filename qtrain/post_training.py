@@ -1,0 +1,377 @@
+"""Post-training quantisation of a whole model, block by block, from text alone.
+
+Each block sees inputs that have gone through the quantised blocks before it. Within a block, layers are taken in the
+order in which they are called, those that read the same input together; the inputs of the later ones have gone through
+the earlier ones, quantised. What comes out is a run directory whose layers are PackedLinear: `qtrain generate`,
+`qtrain export` and `qtrain.load_run` read it as any other.
+"""
+
+# B sequences, T tokens, D model dim, K in features
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor, nn
+
+from qtrain.config import Config, TokenizerConfig, config_hash
+from qtrain.config.settings import nearest
+from qtrain.data.batches import TokenBatches
+from qtrain.data.prepare import prepare
+from qtrain.data.tokenizer import FileTokenizer, Tokenizer, load_kept, tokenizer_files
+from qtrain.errors import UserError
+from qtrain.metrics import bits_per_byte
+from qtrain.models import hf
+from qtrain.models.decoder import Decoder, count_parameters
+from qtrain.quant import PackedLinear, QuantLinear, convert, quant_linears, set_high_precision
+from qtrain.quant.functional import Call
+from qtrain.quant.packed import layout_of, unsettled
+from qtrain.quant.ptq import Hessian, Method, quantize_weight, relative_error
+from qtrain.quant.quantizer import rotate
+from qtrain.quant.random import key_table
+from qtrain.runs.directory import RunDirectory
+from qtrain.runs.files import read_json, write_atomically
+from qtrain.runs.status import Status
+from qtrain.train import compose
+from qtrain.training import checkpoint
+from qtrain.training.losses import evaluate
+from qtrain_kernels.qtensor import QTensor
+
+METHODS = {
+    "rtn": Method(),
+    "rtn_mse": Method(search=100),
+    "gptq": Method(compensation="gptq"),
+    "mr_gptq": Method(search=100, compensation="gptq", order="activation"),
+}
+SEQUENCES = 8  # in one forward of a block
+PARTIAL = "quantization"  # the folder of what is done, while the rest is not
+
+Report = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class LayerError:
+    """|(W - W') X|^2 / |W X|^2 of a layer over the calibration text, and what rounding to nearest by the recipe's own
+    rule would have given."""
+
+    layer: str
+    error: float
+    nearest: float
+
+
+@dataclass(frozen=True)
+class Quantised:
+    """val_loss in nats per token of the text that the settings name: of the model as it was, and as it is."""
+
+    path: Path
+    layers: tuple[LayerError, ...]
+    val_loss_before: float
+    val_loss: float
+
+
+@dataclass(frozen=True)
+class Source:
+    """A trained model in float32, without a recipe. config: its settings with the recipe and text that were asked
+    for."""
+
+    config: Config
+    model: Decoder
+    tokenizer: Tokenizer
+    step: int
+    values: dict[str, Any]
+
+
+def quantize(
+    source: str, out: Path, settings: Sequence[str], method: str = "gptq", tokens: int = 131_072,
+    say: Report = lambda _: None,
+) -> Quantised:  # fmt: skip
+    """Quantise a run directory or a Hugging Face checkpoint into the new run directory `out`.
+
+    settings: as of `qtrain train`: recipe=..., and data=... for another text than the run's own. method: of METHODS.
+    tokens: of the training split, that layers are calibrated on. say: is told each layer's error.
+    Started again after a stop, it goes on with the next block and ends with the same bits. UserError for an unknown
+    method, a recipe whose weights have no codes that stay, text that is too short, and where `out` holds anything else.
+    """
+    if method not in METHODS:
+        raise UserError(f"unknown method {method!r}{nearest(method, [*METHODS])}; methods: {', '.join(METHODS)}")
+    opened = open_source(source, settings)
+    config = opened.config.model_copy(update={"name": f"{opened.config.name}-{method}-{opened.config.recipe.name}"})
+    directory = RunDirectory(out)
+    task = {"source": str(Path(source).resolve()), "step": opened.step, "method": asdict(METHODS[method])}
+    task |= {"tokens": tokens, "settings": sorted(settings)}
+    _check(directory, task)
+    corpus = prepare(config.data, _tokenizer_of(config, opened))
+    batches = TokenBatches(
+        corpus, seq_len=config.model.seq_len, seed=config.seed, micro_batch_size=SEQUENCES, num_workers=0
+    )
+    calibration = list(_calibration(batches, corpus, config.model.seq_len, tokens))
+    before = _loss(opened.model, batches)
+    _convert(opened.model, config)
+    errors = _quantize_blocks(opened.model, calibration, METHODS[method], _begin(directory, task), say)
+    after = _loss(opened.model, batches)
+    _finish(directory, config, opened, after, task, errors, before)
+    return Quantised(out, tuple(errors), before[0], after[0])
+
+
+# --------------------------------------------------------------------------------------------------------------- source
+
+
+def open_source(source: str, settings: Sequence[str]) -> Source:
+    """A run directory, or a Hugging Face checkpoint by folder or name. UserError where it is neither."""
+    path = Path(source).expanduser()
+    if (path / "config.yaml").exists():
+        return _open_run(path, settings)
+    config = compose([f"model=hf:{source}", *settings])
+    corpus = prepare(config.data, config.tokenizer)
+    vocab_size = config.model.vocab_size or corpus.vocab_size
+    model = Decoder(config.model, vocab_size)
+    hf.load(model, source)
+    return Source(config, model.eval(), corpus.tokenizer, 0, {"vocab_size": vocab_size, "samples": 0, "commits": []})
+
+
+def _open_run(path: Path, settings: Sequence[str]) -> Source:
+    directory = RunDirectory(path)
+    own, asked = directory.read_config(), compose(settings)
+    found = checkpoint.newest(directory.checkpoints)
+    if found is None:
+        raise UserError(f"{path} has no checkpoint yet")
+    step, folder = found
+    values = checkpoint.values_of(folder)
+    vocab_size = checkpoint.whole_number(folder, values, "vocab_size")
+    update: dict[str, Any] = {"recipe": asked.recipe, "backend": asked.backend, "gemm": asked.gemm}
+    if any(setting.lstrip("+").startswith("data") for setting in settings):
+        update["data"] = asked.data
+    model = Decoder(own.model, vocab_size)
+    there = checkpoint.weights(folder)
+    if any(name.endswith(".codes") for name in there):
+        raise UserError(f"{path} is quantised already; quantise the run that it was made of")
+    wanted = {name for name, _ in model.named_parameters()}
+    model.load_state_dict({name: value for name, value in there.items() if name in wanted}, strict=False)
+    tokenizer = load_kept(own.tokenizer, directory.tokenizer)
+    return Source(own.model_copy(update=update), model.eval(), tokenizer, step, values)
+
+
+def _tokenizer_of(config: Config, source: Source) -> TokenizerConfig:
+    """The settings by which the text is read in the model's own tokens: a tokenizer that was trained on the run's text
+    is the run's, whatever the text here."""
+    if config.tokenizer.kind != "bpe" or not isinstance(source.tokenizer, FileTokenizer):
+        return config.tokenizer
+    folder = Path(config.data.cache_dir).expanduser() / f"tokenizer-{source.tokenizer.hash[:12]}"
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in tokenizer_files(source.tokenizer).items():
+        write_atomically(folder / name, text)
+    return TokenizerConfig(kind="huggingface", vocab_size=None, path=str(folder))
+
+
+def _calibration(batches: TokenBatches, corpus: Any, seq_len: int, tokens: int) -> Iterator[Tensor]:
+    """(B, T) of the first samples of the run's order."""
+    wanted = tokens // seq_len // SEQUENCES * SEQUENCES
+    there = sum(part.corpus.train.n_tokens for part in corpus.parts)
+    if wanted == 0 or wanted * seq_len > there:
+        raise UserError(
+            f"calibration on {tokens:,} tokens takes at least {SEQUENCES} sequences of {seq_len} tokens and no text "
+            f"twice; the training split of the text has {there:,}; give more text (data=...), or another --tokens"
+        )
+    for batch in batches.train(0, wanted):
+        yield batch[:, :-1]
+
+
+def _loss(model: Decoder, batches: TokenBatches) -> tuple[float, float]:
+    """(nats per token, bits per byte) of the validation split; of a mixture by its weights."""
+    loss = bytes_per_token = 0.0
+    for each in batches.validation.values():
+        total, count = evaluate(model, each.batches(), torch.device("cpu"), "32-true")
+        loss, bytes_per_token = loss + each.share * total / count, bytes_per_token + each.share * each.bytes_per_token
+    return loss, bits_per_byte(loss, 1, bytes_per_token)
+
+
+# --------------------------------------------------------------------------------------------------------------- blocks
+
+
+def _convert(model: Decoder, config: Config) -> None:
+    """Layers that compute in high precision until each is quantised. UserError for a recipe whose weights have no codes
+    that stay."""
+    convert(model, config.recipe, seed=config.seed, backend=config.backend, gemm=config.gemm)
+    for layer in quant_linears(model):
+        if (reason := unsettled(layer.numerics)) is not None:
+            raise UserError(f"recipe {config.recipe.name} cannot quantise {layer.name} for good: {reason}")
+    set_high_precision(model)
+
+
+def _quantize_blocks(
+    model: Decoder, calibration: Sequence[Tensor], method: Method, progress: Path, say: Report
+) -> list[LayerError]:
+    found: list[LayerError] = []
+    with torch.no_grad():
+        inputs = [model.embed(tokens) for tokens in calibration]
+        for number, (name, block, run) in enumerate(_blocks(model)):
+            done = progress / f"{number:05d}.safetensors"
+            if done.exists():
+                found += _restore(model, block, done)
+            else:
+                errors = list(_quantize_block(model, block, run, inputs, method, say))
+                _save(model.get_submodule(name), done, errors)
+                found += errors
+            inputs = [run(x) for x in inputs] if name != "lm_head" else []
+    return found
+
+
+def _blocks(model: Decoder) -> Iterator[tuple[str, nn.Module, Callable[[Tensor], Tensor]]]:
+    """(name, block, what it makes of its input), and the head, which reads the last norm."""
+
+    def block(layer: nn.Module) -> Callable[[Tensor], Tensor]:
+        return lambda x: layer(x, *[getattr(model, name)[: x.shape[1]] for name in model._tables], None)
+
+    for number, layer in enumerate(model.layers):
+        yield f"layers.{number}", layer, block(layer)
+    yield "lm_head", model.lm_head, lambda x: model.lm_head(model.norm(x))
+
+
+def _quantize_block(
+    model: Decoder, block: nn.Module, run: Callable[[Tensor], Tensor], inputs: Sequence[Tensor], method: Method,
+    say: Report,
+) -> Iterator[LayerError]:  # fmt: skip
+    for group in _groups(block, run, inputs[0]):
+        hessian = Hessian(group[0].in_features)
+        with _watching(group[0], hessian):
+            for x in inputs:
+                run(x)
+        moments = hessian.mean()
+        for layer in group:
+            packed, error = _quantize_layer(layer, moments, method)
+            parent, _, child = layer.name.rpartition(".")
+            setattr(model.get_submodule(parent), child, packed)
+            say(f"{layer.name:<28} error {error.error:.2e}, to nearest {error.nearest:.2e}")
+            yield error
+
+
+def _groups(block: nn.Module, run: Callable[[Tensor], Tensor], x: Tensor) -> list[list[QuantLinear]]:
+    """The quantised layers of a block in the order of their calls, those that read one and the same input together."""
+    found: dict[int, list[QuantLinear]] = defaultdict(list)
+    read: list[Tensor] = []  # held, so that no other tensor takes their place
+
+    def note(layer: nn.Module, given: tuple[Tensor, ...]) -> None:
+        read.append(given[0])
+        found[given[0].data_ptr()].append(layer)  # pyright: ignore[reportArgumentType]
+
+    hooks = [layer.register_forward_pre_hook(note) for layer in quant_linears(block)]
+    try:
+        run(x[:1])
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return list(found.values())
+
+
+@contextmanager
+def _watching(layer: QuantLinear, hessian: Hessian) -> Iterator[None]:
+    hook = layer.register_forward_pre_hook(lambda _, given: hessian.add(given[0].reshape(-1, layer.in_features)))
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _quantize_layer(layer: QuantLinear, moments: Tensor, method: Method) -> tuple[PackedLinear, LayerError]:
+    """moments: (K, K), of its inputs before their rotation."""
+    numerics, keys = layer.numerics, key_table([layer.keyed_by], 0, 0)[0]
+    rotation = Call(numerics, keys, torch.float32, None).rotation("fprop", layer.in_features)
+    weight = rotate(layer.weight.detach().float(), rotation, numerics.backend)
+    turned = rotate(rotate(moments, rotation, numerics.backend).T.contiguous(), rotation, numerics.backend)
+    try:
+        chosen, plain = (
+            quantize_weight(weight, turned, numerics.fprop.right, each) for each in (method, METHODS["rtn"])
+        )
+    except ValueError as error:
+        raise UserError(f"{layer.name}: {error}") from None
+    errors = [relative_error(weight, each.dequantize(numerics.backend), turned) for each in (chosen, plain)]
+    stored = chosen.to(layout_of(numerics, chosen.shape), numerics.backend)
+    return PackedLinear(stored, layer.bias, numerics, layer.name, keys), LayerError(layer.name, *errors)
+
+
+# ---------------------------------------------------------------------------------------------------------------- files
+
+
+def _check(directory: RunDirectory, task: dict[str, Any]) -> None:
+    """UserError where `out` holds anything but this task, not yet done."""
+    if (directory.path / "config.yaml").exists():
+        raise UserError(f"{directory.path} holds a finished model; give a new --out")
+    there = read_json(directory.path / PARTIAL / "task.json")
+    if directory.path.exists() and there != task:
+        differing = [key for key in task if there.get(key) != task[key]]
+        raise UserError(
+            f"{directory.path} holds no quantisation of this kind"
+            + (f" (it has another {', '.join(differing)})" if there else "")
+            + "; give a new --out, or remove it"
+        )
+
+
+def _begin(directory: RunDirectory, task: dict[str, Any]) -> Path:
+    """The folder of finished blocks."""
+    progress = directory.path / PARTIAL
+    progress.mkdir(parents=True, exist_ok=True)
+    write_atomically(progress / "task.json", json.dumps(task, indent=2) + "\n")
+    return progress
+
+
+def _save(block: nn.Module, path: Path, errors: Sequence[LayerError]) -> None:
+    tensors = {
+        f"{layer.name}.{part}": value
+        for layer in block.modules()
+        if isinstance(layer, PackedLinear)
+        for part, value in layer.state_dict().items()
+    }
+    checkpoint.write_weights(path, tensors, {"errors": json.dumps([asdict(error) for error in errors])})
+
+
+def _restore(model: Decoder, block: nn.Module, path: Path) -> list[LayerError]:
+    import safetensors
+
+    with safetensors.safe_open(path, framework="pt") as file:
+        for layer in quant_linears(block):
+            layout = layout_of(layer.numerics, (layer.out_features, layer.in_features))
+            names = [part for part in ("codes", "block_scale", "tensor_scale") if f"{layer.name}.{part}" in file.keys()]  # noqa: SIM118
+            weight = QTensor.of(layout, [file.get_tensor(f"{layer.name}.{part}") for part in names])
+            keys = key_table([layer.keyed_by], 0, 0)[0]
+            parent, _, child = layer.name.rpartition(".")
+            packed = PackedLinear(weight, layer.bias, layer.numerics, layer.name, keys)
+            setattr(model.get_submodule(parent), child, packed)
+        return [LayerError(**error) for error in json.loads(file.metadata()["errors"])]
+
+
+def _finish(
+    directory: RunDirectory, config: Config, source: Source, loss: tuple[float, float], task: dict[str, Any],
+    errors: Sequence[LayerError], before: tuple[float, float],
+) -> None:  # fmt: skip
+    config = config.model_copy(update={"run_dir": None, "force": False})
+    checkpoint.save(directory.checkpoints, source.step, checkpoint.tensors_of(source.model), source.values)
+    directory.tokenizer.mkdir(exist_ok=True)
+    for name, text in tokenizer_files(source.tokenizer).items():
+        write_atomically(directory.tokenizer / name, text)
+    all_parameters, others = count_parameters(config.model, source.model.vocab_size)
+    summary = {
+        "status": Status.FINISHED,
+        "name": config.name,
+        "recipe": config.recipe.name,
+        "seed": config.seed,
+        "parameters": all_parameters,
+        "non_embedding_parameters": others,
+        "val_loss": loss[0],
+        "val_bits_per_byte": loss[1],
+        "config_hash": config_hash(config),
+    }
+    about = task | {"val_loss_before": before[0], "layers": [asdict(error) for error in errors]}
+    write_atomically(directory.path / "quantization.json", json.dumps(about, indent=2) + "\n")
+    directory.write_summary(summary)
+    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    write_atomically(directory.path / "config.yaml", text)  # last: what has it is whole
+    shutil.rmtree(directory.path / PARTIAL)

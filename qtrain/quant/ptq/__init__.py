@@ -1,0 +1,7 @@
+"""Post-training quantisation of one weight. `qtrain.post_training` takes a model through it."""
+
+from qtrain.quant.ptq.codes import Method, compensated, quantize_weight, relative_error
+from qtrain.quant.ptq.hessian import Hessian
+from qtrain.quant.ptq.scales import Scales, scales_of
+
+__all__ = ["Hessian", "Method", "Scales", "compensated", "quantize_weight", "relative_error", "scales_of"]

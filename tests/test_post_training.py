@@ -1,0 +1,153 @@
+"""A trained run, quantised without training: read, generated from and exported as any other."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import qtrain.post_training
+from qtrain.errors import UserError
+from qtrain.export import compressed_tensors, huggingface
+from qtrain.export.trained import open_run
+from qtrain.post_training import METHODS, quantize
+from qtrain.quant import PackedLinear
+from qtrain.runs.directory import RunDirectory
+from qtrain.train import main
+from qtrain.training.build import load_run
+
+RECIPE = ("recipe=quest_weight_only", "recipe.bits=3", "recipe.fprop.x.rotation=hadamard64",
+          "recipe.fprop.w.rotation=hadamard64")  # fmt: skip
+TOKENS = 8192
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
+    folder = tmp_path_factory.mktemp("run")
+    text = " ".join(f"the {('cat', 'dog', 'hen')[n % 3]} number {n * n % 97} sat on mat {n % 11}." for n in range(3000))
+    (folder / "a.txt").write_text(text)
+    settings = (
+        "recipe=bf16 trainer.batch_tokens=512 trainer.micro_batch_size=16 trainer.precision=32-true trainer.device=cpu "
+        "trainer.tokens=49152 optimizer.lr=0.01 data=text data.val_tokens=2048 callbacks.progress_bar=false "
+        f"data.files={folder}/a.txt data.cache_dir={folder}/cache run_dir={folder}/run tokenizer=bpe "
+        "tokenizer.vocab_size=300 model.dim=64 model.ffn_dim=128 model.n_layers=2 model.n_heads=2 model.n_kv_heads=1 "
+        "model.seq_len=32"
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["train.py", *settings.split()])
+        main()
+    return RunDirectory(folder / "run")
+
+
+@pytest.fixture(scope="module")
+def gptq(run: RunDirectory) -> Path:
+    out = run.path.parent / "gptq"
+    quantize(str(run.path), out, RECIPE, "gptq", TOKENS)
+    return out
+
+
+def state(path: Path) -> dict[str, torch.Tensor]:
+    return load_run(path).state_dict()
+
+
+def test_compensation_lowers_each_error_and_the_loss(run: RunDirectory, gptq: Path, tmp_path: Path) -> None:
+    said = json.loads((gptq / "quantization.json").read_text())
+    assert said["val_loss_before"] == pytest.approx(run.summary["val_loss"], rel=1e-6)
+    layers = said["layers"]
+    assert [layer["layer"] for layer in layers[:7]] == [
+        f"layers.0.{name}" for name in ("attention.q", "attention.k", "attention.v", "attention.o",
+                                        "mlp.gate", "mlp.up", "mlp.down")]  # fmt: skip
+    assert len(layers) == 14 and all(0 < layer["error"] < layer["nearest"] for layer in layers)
+    nearest = quantize(str(run.path), tmp_path / "rtn", RECIPE, "rtn", TOKENS)
+    assert all(each.error == each.nearest for each in nearest.layers)
+    lost = [RunDirectory(path).summary["val_loss"] - run.summary["val_loss"] for path in (gptq, tmp_path / "rtn")]
+    assert lost[0] < 0.5 * lost[1] and lost[1] == pytest.approx(nearest.val_loss - nearest.val_loss_before, abs=1e-6)
+
+
+def test_the_model_is_read_as_any_run(run: RunDirectory, gptq: Path) -> None:
+    model = load_run(gptq)
+    packed = [module for module in model.modules() if isinstance(module, PackedLinear)]
+    assert len(packed) == 14 and packed[0].codes.dtype == torch.uint8
+    plain, there = state(run.path), state(gptq)
+    assert torch.equal(there["embed.weight"], plain["embed.weight"])
+    assert not any(name.endswith("q.weight") for name in there)
+    assert sorted(path.name for path in gptq.iterdir()) == [
+        "checkpoints", "config.yaml", "quantization.json", "summary.json", "tokenizer",
+    ]  # fmt: skip
+    assert (gptq / "tokenizer" / "tokenizer.json").read_text() == (run.tokenizer / "tokenizer.json").read_text()
+
+
+def test_exports_hold_the_chosen_codes(gptq: Path, tmp_path: Path) -> None:
+    pytest.importorskip("compressed_tensors", reason="the extra export is not installed")
+    trained = open_run(gptq)
+    layer = trained.layers["layers.1.mlp.down"]
+    packed = load_run(gptq).get_submodule("layers.1.mlp.down")
+    assert isinstance(packed, PackedLinear)
+    codes = trained.codes(layer)
+    assert torch.equal(codes.codes * codes.line_scale, packed.weight.dequantize())
+    exported = compressed_tensors.export(gptq, tmp_path / "packed")
+    assert exported.kinds == {"pack-quantized": 14} and exported.bits_per_weight < 6
+    huggingface.export(gptq, tmp_path / "hf")
+    from safetensors.torch import load_file
+
+    theirs = load_file(tmp_path / "hf" / "model.safetensors")["model.layers.1.mlp.down_proj.weight"]
+    identity = torch.eye(layer.in_features)
+    torch.testing.assert_close(packed(identity).detach().T, theirs.float(), rtol=1e-2, atol=1e-4)
+
+
+def test_a_stopped_quantisation_goes_on_and_ends_with_the_same_bits(
+    run: RunDirectory, gptq: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, layers = tmp_path / "out", []
+
+    def stop(text: str) -> None:
+        layers.append(text)
+        if len(layers) == 10:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantize(str(run.path), out, RECIPE, "gptq", TOKENS, stop)
+    assert sorted(path.name for path in (out / "quantization").iterdir()) == ["00000.safetensors", "task.json"]
+    with pytest.raises(UserError, match=r"it has another method"):
+        quantize(str(run.path), out, RECIPE, "rtn", TOKENS)
+    with pytest.raises(UserError, match="is no run directory"):
+        RunDirectory(out).read_config()
+    done = quantize(str(run.path), out, RECIPE, "gptq", TOKENS, layers.append)
+    assert len(layers) == 10 + 7 and len(done.layers) == 14
+    for name, value in state(gptq).items():
+        assert torch.equal(state(out)[name], value), name
+
+
+def test_a_hugging_face_checkpoint_is_quantised_too(run: RunDirectory, tmp_path: Path) -> None:
+    huggingface.export(run.path, tmp_path / "model")
+    text = (f"data=text data.files={run.path.parent}/a.txt data.cache_dir={tmp_path}/cache data.val_tokens=1024 "
+            "model.seq_len=32").split()  # fmt: skip
+    mxfp4 = ("recipe=quartet", "recipe.fprop.x.format=none", "recipe.fprop.x.scale=null",
+             "recipe.fprop.x.estimator=ste")  # fmt: skip
+    done = quantize(str(tmp_path / "model"), tmp_path / "out", [*mxfp4, *text], "mr_gptq", 4096)
+    assert abs(done.val_loss_before - run.summary["val_loss"]) < 0.05 and done.val_loss < done.val_loss_before + 0.1
+    shutil.rmtree(tmp_path / "model")
+    assert load_run(tmp_path / "out").get_submodule("layers.0.mlp.up").text
+
+
+def test_what_cannot_be_done_is_named_and_nothing_is_left(run: RunDirectory, gptq: Path, tmp_path: Path) -> None:
+    out, source = tmp_path / "out", str(run.path)
+    with pytest.raises(UserError, match=r"unknown method 'gtpq'; did you mean 'gptq'"):
+        quantize(source, out, RECIPE, "gtpq")
+    with pytest.raises(UserError, match=r"calibration on 9,999,999 tokens .* has [\d,]+; give more text"):
+        quantize(source, out, RECIPE, "gptq", 9_999_999)
+    with pytest.raises(UserError, match="is quantised already"):
+        quantize(str(gptq), tmp_path / "again", RECIPE)
+    with pytest.raises(UserError, match=r"holds a finished model; give a new --out"):
+        quantize(source, gptq, RECIPE)
+    with pytest.raises(UserError, match=r"recipe mxfp4_backward cannot quantise layers\.0\.attention\.q for"):
+        quantize(source, tmp_path / "other", ["recipe=mxfp4_backward"], "rtn", TOKENS)
+    with pytest.raises(UserError, match=r"config\.json"):
+        quantize(str(tmp_path / "nowhere"), tmp_path / "third", RECIPE)
+    assert not any((tmp_path / name).exists() for name in ("out", "again", "other", "third"))
+    assert {"rtn", "rtn_mse", "gptq", "mr_gptq"} == {*METHODS}
+    assert qtrain.post_training.SEQUENCES * 32 <= TOKENS

@@ -74,14 +74,17 @@ MAY_IMPORT = {
     "qtrain.training.checkpoint": "torch safetensors qtrain.runs",
     "qtrain.training.causal_lm": (
         "torch lightning qtrain.config qtrain.data.counted qtrain.plan qtrain.optim.groups qtrain.quant "
-        "qtrain.training.losses"
+        "qtrain.training.losses qtrain.training.rows"
     ),
     "qtrain.training.build": (
         "torch qtrain.config qtrain.data qtrain.plan qtrain.models qtrain.models.hf qtrain.quant qtrain.runs "
         "qtrain.training.causal_lm qtrain.training.checkpoint qtrain.training.initialize qtrain.training.tune "
         "qtrain_kernels"
     ),
-    "qtrain.training.tune": ("torch safetensors qtrain.config qtrain.models qtrain.models.hf qtrain.quant qtrain.runs"),
+    "qtrain.training.rows": "torch qtrain.quant",
+    "qtrain.training.tune": (
+        "torch safetensors qtrain.config qtrain.models qtrain.models.hf qtrain.quant qtrain.runs qtrain.training.rows"
+    ),
     "qtrain.training.memory": (
         "torch qtrain.config qtrain.models qtrain.plan qtrain.quant qtrain.training.activations qtrain.training.build "
         "qtrain.training.causal_lm qtrain.training.parallel qtrain.training.tune"

@@ -57,7 +57,10 @@ NOT_IN_HASH = (
 # that has it. NEVER change a value here, whatever becomes of the default in the class.
 INTRODUCED: dict[str, dict[str, Any]] = {
     "Config": {"seed": 0, "gemm": "auto", "validation": {}, "tune": None},
-    "TuneConfig": {"adapter": None},
+    "TuneConfig": {"adapter": None, "scales": None, "rows": None, "teacher": None},
+    "RowsConfig": {"fraction": 0.25, "refresh_samples": 4096},
+    "ScalesConfig": {"bits": 4, "group": None},
+    "TeacherConfig": {"temperature": 1.0, "weight": 1.0},
     "AdapterConfig": {
         "rank": 16,
         "alpha": 32.0,

@@ -22,7 +22,7 @@ def export(run: Path, out: Path) -> Exported:
             write_synced(partial / name, text)
     notes = ()
     if trained.merged is not None:
-        notes = ("adapters are merged into the base" + (", dequantised" if trained.recipe else ""),)
+        notes = ("what was tuned is merged into the base" + (", dequantised" if trained.recipe else ""),)
     elif trained.is_packed:
         notes = (f"these are the values of the codes of recipe {trained.recipe}, rounded to bfloat16",)
     elif trained.recipe:

@@ -115,7 +115,7 @@ class TrainedRun:
             return {}
         if self.merged is not None:
             raise UserError(
-                f"{self.path}: its adapters are merged into the dequantised base, which has no codes any more; export "
+                f"{self.path}: what it tuned is merged into its base, which has no codes any more; export "
                 "it as a Hugging Face checkpoint (--to hf), or the adapter alone (--to peft)"
             )
         with torch.device("meta"):
@@ -177,7 +177,7 @@ def open_run(run: Path) -> TrainedRun:
         sizes = {name: value.shape for name, value in Decoder(config.model, vocab_size).named_parameters()}
     tokenizer, is_packed = load_tokenizer(run), holds_codes(folder)
     whole = None
-    if config.tune is not None:
+    if config.tune is not None and config.tune.freezes:
         tuned = load_run(run, step)
         assert isinstance(tuned, Decoder)
         whole = merged(tuned)

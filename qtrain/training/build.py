@@ -71,6 +71,19 @@ def build_model(config: Config, vocab_size: int, *, pretrained: bool = False) ->
         return model
 
 
+def build_teacher(config: Config, vocab_size: int, device: torch.device) -> Decoder | None:
+    """The pretrained model that tune.teacher distils from, frozen, in the compute dtype, on a device; None where there
+    is none."""
+    if config.tune is None or config.tune.teacher is None:
+        return None
+    with torch.random.fork_rng(devices=[]):
+        teacher = Decoder(config.model, vocab_size)
+    assert config.model.init_from is not None, "check_tune requires it"
+    hf.load(teacher, config.model.init_from)
+    dtype = torch.bfloat16 if config.trainer.precision == "bf16-mixed" else torch.float32
+    return teacher.requires_grad_(False).eval().to(device, dtype)
+
+
 def build_without_weights(config: Config, vocab_size: int) -> Decoder:
     """`build_model`, whose matrices have no memory yet: `parallel.shard` gives each rank its part of them, so that no
     process ever holds the whole model."""

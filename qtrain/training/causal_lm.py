@@ -18,7 +18,8 @@ from qtrain.optim.groups import build_optimizer
 from qtrain.plan import RunPlan
 from qtrain.quant import calibrate, keep_weights, set_high_precision, set_step
 from qtrain.quant.adapter import set_adapter_step
-from qtrain.training.losses import documents_in, inputs_and_targets, next_token_loss
+from qtrain.training.losses import distillation_loss, documents_in, inputs_and_targets, next_token_loss
+from qtrain.training.rows import Rows
 
 
 def computes_in_high_precision(config: Config, plan: RunPlan, step: int) -> bool:
@@ -36,6 +37,7 @@ class CausalLM(lightning.LightningModule):
 
     counts_all: whether a loss counts every token. Where it does not (`qtrain.data.counted`), a step's gradient is
     divided by how many of its tokens count, over all micro-batches and ranks.
+    teacher: what tune.teacher distils from, on the device that the model will be on.
     end_of_document: the tokenizer's token that ends a document. data.document_mask=true needs it (ValueError).
 
     Under lightning.Trainer: Trainer(accumulate_grad_batches=plan.micro_batches, max_steps=plan.steps,
@@ -49,6 +51,7 @@ class CausalLM(lightning.LightningModule):
         model: nn.Module,
         end_of_document: int | None = None,
         counts_all: bool = True,
+        teacher: nn.Module | None = None,
     ):
         super().__init__()
         self.model = model
@@ -58,6 +61,8 @@ class CausalLM(lightning.LightningModule):
             raise ValueError("data.document_mask=true needs the token that ends a document, found None")
         masked = end_of_document if config.data.document_mask else None
         self.loss_options = {"chunked": config.trainer.chunked_loss, "end_of_document": masked}
+        self.__dict__["teacher"] = teacher  # no submodule, which would be saved and trained
+        self.rows: Rows | None = None  # what chooses the rows that train, where not all do
         self.counts_all = counts_all
         self.counted = torch.zeros(())  # share of the step's tokens that count, on this rank
         self.step_loss = torch.zeros(())
@@ -69,6 +74,8 @@ class CausalLM(lightning.LightningModule):
     def begin_step(self, step: int, batch: Tensor) -> None:
         """Before the first forward of optimiser step `step` (from 0). batch: the first micro-batch of this rank. Call
         it in the autocast context of the training, on every rank."""
+        if self.rows is not None:
+            self.rows.refresh(step)
         set_high_precision(self.model, computes_in_high_precision(self.config, self.plan, step))
         if step == 0:
             tokens, _ = inputs_and_targets(of_rank_zero(batch))
@@ -88,13 +95,23 @@ class CausalLM(lightning.LightningModule):
         # Numbered over all ranks, as the data is: the same samples draw the same bits on any number of them.
         set_step(self.model, step, micro_batch * ranks + rank)
         set_adapter_step(self.model, step, micro_batch * ranks + rank)
-        loss = next_token_loss(model, batch, **self.loss_options)
+        loss = self._loss(model, batch)
         share = loss.detach() / self.plan.micro_batches
         self.step_loss = share if micro_batch == 0 else self.step_loss + share
         if not self.counts_all:
             counted = counts(batch[:, 1:]).float().mean() / self.plan.micro_batches
             self.counted = counted if micro_batch == 0 else self.counted + counted
         return loss
+
+    def _loss(self, model: nn.Module, batch: Tensor) -> Tensor:
+        teacher = self.__dict__["teacher"]
+        settings = self.config.tune and self.config.tune.teacher
+        if teacher is None or settings is None:
+            return next_token_loss(model, batch, **self.loss_options)
+        return distillation_loss(
+            model, teacher, batch, temperature=settings.temperature, weight=settings.weight,
+            end_of_document=self.loss_options["end_of_document"],
+        )  # fmt: skip
 
     @torch.no_grad()
     def clip_norm(self) -> None:

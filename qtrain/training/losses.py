@@ -39,6 +39,30 @@ def next_token_loss(
     return cross_entropy(logits, targets, reduction)
 
 
+def distillation_loss(
+    model: nn.Module,
+    teacher: nn.Module,
+    tokens: Tensor,
+    *,
+    temperature: float,
+    weight: float,
+    end_of_document: int | None = None,
+) -> Tensor:
+    """weight * temperature^2 * KL(teacher || model) + (1 - weight) * cross-entropy, () float32, each the sum over the
+    tokens that count, divided by B T. tokens: (B, T+1), as for `next_token_loss`. teacher: a model of the same
+    vocabulary, which gets no gradient. Source: Hinton et al., arXiv 1503.02531."""
+    inputs, targets = inputs_and_targets(tokens)
+    documents = documents_in(inputs, end_of_document)
+    logits = model(inputs, **documents)
+    with torch.no_grad():
+        wanted = (teacher(inputs, **documents).float() / temperature).log_softmax(-1)
+    found = (logits.float() / temperature).log_softmax(-1)
+    each = F.kl_div(found, wanted, reduction="none", log_target=True).sum(-1)
+    divergence = (each * (targets != UNCOUNTED)).sum() / targets.numel()
+    loss = weight * temperature**2 * divergence
+    return loss if weight == 1.0 else loss + (1.0 - weight) * cross_entropy(logits, targets, "mean")
+
+
 def inputs_and_targets(tokens: Tensor) -> tuple[Tensor, Tensor]:
     """(ids that the model reads, ids that it is to predict, UNCOUNTED where none counts), (B, T) each, of (B, T+1)."""
     return ids_of(tokens[:, :-1]), torch.where(counts(tokens[:, 1:]), tokens[:, 1:], UNCOUNTED)

@@ -10,6 +10,7 @@ import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from qtrain.config import Config
 from qtrain.errors import UserError, first_line
@@ -20,7 +21,10 @@ from qtrain.quant.adapter import Adapter, adapters, attach
 from qtrain.quant.doubled import DoubledLinear
 from qtrain.quant.packed import unsettled
 from qtrain.quant.quantizer import unrotate
+from qtrain.quant.scaled import ScaledLinear, train_scales
 from qtrain.runs.files import read_json, write_synced
+from qtrain.training import rows
+from qtrain.training.rows import Rows
 
 PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 BASE = "qtrain_base.json"  # beside them: which checkpoint the adapter belongs to
@@ -31,6 +35,10 @@ def apply(model: Decoder, config: Config) -> None:
     """Makes a converted model train what config.tune says, in place. A packed base keeps the codes of the weights that
     the model has now; without values on the meta device. UserError for a base that has no codes."""
     tune = config.tune
+    if tune is not None and tune.scales is not None:
+        train_scales(model, tune.scales.bits, tune.scales.group)
+    if tune is not None and tune.rows is not None:
+        rows.reserve(model, tune.rows.fraction)
     if tune is None or tune.adapter is None:
         return
     settings = tune.adapter
@@ -50,14 +58,46 @@ def check_tune(config: Config) -> None:
         return
     if config.trainer.strategy == "fsdp2":
         raise UserError("tune does not shard its model; use trainer.strategy=ddp, or set tune=null")
+    if config.tune.scales is not None and config.recipe.operands():
+        raise UserError(
+            f"tune.scales makes integer codes of the weights itself, and recipe {config.recipe.name} would quantise "
+            "them again; set recipe=bf16"
+        )
+    if config.tune.rows is not None:
+        _check_rows(config)
+    if config.tune.teacher is not None and not config.model.init_from:
+        raise UserError("tune.teacher distils from a pretrained model; name one by model=hf:FOLDER")
+    if config.tune.teacher is not None and config.trainer.chunked_loss:
+        raise UserError("tune.teacher compares whole logits; set trainer.chunked_loss=false")
     if config.trainer.share_trunk:
         raise UserError("trainer.share_trunk=true is for pretraining; set it to false, or tune=null")
+
+
+def _check_rows(config: Config) -> None:
+    if not config.recipe.operands():
+        raise UserError(
+            f"tune.rows chooses rows of quantised weights, and recipe {config.recipe.name} quantises nothing; take "
+            "another"
+        )
+    if config.optimizer.choice() != "adamw" or config.optimizer.weight_decay:
+        raise UserError(
+            "tune.rows leaves rows as they are by a state of zero, which AdamW without weight decay keeps; set "
+            "optimizer=adamw optimizer.weight_decay=0"
+        )
+
+
+def row_choice(model: Decoder, optimizer: Optimizer, config: Config) -> Rows | None:
+    """What chooses the rows that train; None where all do."""
+    if config.tune is None or config.tune.rows is None:
+        return None
+    samples = config.trainer.batch_tokens // config.model.seq_len
+    return Rows(model, optimizer, max(1, config.tune.rows.refresh_samples // max(1, samples)))
 
 
 def describe(model: nn.Module) -> str:
     """What trains, and what a packed base takes."""
     trains = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    packed = [layer for layer in model.modules() if isinstance(layer, PackedLinear)]
+    packed = [layer for layer in model.modules() if isinstance(layer, PackedLinear | ScaledLinear)]
     weights = sum(layer.in_features * layer.out_features for layer in packed)
     told = f"{trains:,} parameters train beside a base that is frozen"
     if not packed:
@@ -87,6 +127,8 @@ def merged(model: Decoder) -> dict[str, Tensor]:
             if isinstance(module, Adapter) or tied[id(parameter)] != f"{name}.{kind}":
                 continue
             found[f"{name}.{kind}"] = parameter.detach().float()
+        if isinstance(module, ScaledLinear):
+            found[f"{name}.weight"] = module.dequantize()
         if isinstance(module, QuantLinear | PackedLinear):
             found[f"{name}.weight"] = _dequantized(module)
         if name in beside:

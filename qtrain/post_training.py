@@ -14,11 +14,11 @@ import json
 import shutil
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import safetensors
 import torch
 import yaml
 from torch import Tensor, nn
@@ -36,6 +36,7 @@ from qtrain.quant import PackedLinear, QuantLinear, convert, quant_linears, set_
 from qtrain.quant.functional import Call
 from qtrain.quant.packed import layout_of, unsettled
 from qtrain.quant.ptq import Hessian, Method, quantize_weight, relative_error
+from qtrain.quant.ptq.transforms import AFTER_NORM, awq_smoothing, divide_inputs, rotate_residual, smoothing
 from qtrain.quant.quantizer import rotate
 from qtrain.quant.random import key_table
 from qtrain.runs.directory import RunDirectory
@@ -46,11 +47,28 @@ from qtrain.training import checkpoint
 from qtrain.training.losses import evaluate
 from qtrain_kernels.qtensor import QTensor
 
+
+@dataclass(frozen=True)
+class Way:
+    """How a model is quantised: what is done to each weight, and to the model before.
+
+    rotate_residual: QuaRot's rotation of the residual stream. smooth: what inputs of the layers after a norm are
+    divided by, to be folded into it: None | SmoothQuant's, with this exponent | "awq".
+    """
+
+    weight: Method = field(default_factory=Method)
+    rotate_residual: bool = False
+    smooth: float | Literal["awq"] | None = None
+
+
 METHODS = {
-    "rtn": Method(),
-    "rtn_mse": Method(search=100),
-    "gptq": Method(compensation="gptq"),
-    "mr_gptq": Method(search=100, compensation="gptq", order="activation"),
+    "rtn": Way(),
+    "rtn_mse": Way(Method(search=100)),
+    "gptq": Way(Method(compensation="gptq")),
+    "mr_gptq": Way(Method(search=100, compensation="gptq", order="activation")),
+    "quarot": Way(Method(search=100, compensation="gptq"), rotate_residual=True),
+    "smoothquant": Way(smooth=0.5),
+    "awq": Way(Method(search=100), smooth="awq"),
 }
 SEQUENCES = 8  # in one forward of a block
 PARTIAL = "quantization"  # the folder of what is done, while the rest is not
@@ -115,6 +133,8 @@ def quantize(
     )
     calibration = list(_calibration(batches, corpus, config.model.seq_len, tokens))
     before = _loss(opened.model, batches)
+    if METHODS[method].rotate_residual:
+        config = _rotated(opened.model, config)
     _convert(opened.model, config)
     errors = _quantize_blocks(opened.model, calibration, METHODS[method], _begin(directory, task), say)
     after = _loss(opened.model, batches)
@@ -197,6 +217,15 @@ def _loss(model: Decoder, batches: TokenBatches) -> tuple[float, float]:
 # --------------------------------------------------------------------------------------------------------------- blocks
 
 
+def _rotated(model: Decoder, config: Config) -> Config:
+    """Turns the residual stream; the settings of the model, whose head has its own weight from here on."""
+    try:
+        rotate_residual(model, config.seed)
+    except (AttributeError, ValueError) as error:
+        raise UserError(f"the residual stream of {config.model.name} cannot be rotated: {error}") from None
+    return config.model_copy(update={"model": config.model.model_copy(update={"tie_embeddings": False})})
+
+
 def _convert(model: Decoder, config: Config) -> None:
     """Layers that compute in high precision until each is quantised. UserError for a recipe whose weights have no codes
     that stay."""
@@ -208,7 +237,7 @@ def _convert(model: Decoder, config: Config) -> None:
 
 
 def _quantize_blocks(
-    model: Decoder, calibration: Sequence[Tensor], method: Method, progress: Path, say: Report
+    model: Decoder, calibration: Sequence[Tensor], way: Way, progress: Path, say: Report
 ) -> list[LayerError]:
     found: list[LayerError] = []
     with torch.no_grad():
@@ -216,9 +245,9 @@ def _quantize_blocks(
         for number, (name, block, run) in enumerate(_blocks(model)):
             done = progress / f"{number:05d}.safetensors"
             if done.exists():
-                found += _restore(model, block, done)
+                found += _restore(model, name, done)
             else:
-                errors = list(_quantize_block(model, block, run, inputs, method, say))
+                errors = list(_quantize_block(model, block, run, inputs, way, say))
                 _save(model.get_submodule(name), done, errors)
                 found += errors
             inputs = [run(x) for x in inputs] if name != "lm_head" else []
@@ -237,17 +266,18 @@ def _blocks(model: Decoder) -> Iterator[tuple[str, nn.Module, Callable[[Tensor],
 
 
 def _quantize_block(
-    model: Decoder, block: nn.Module, run: Callable[[Tensor], Tensor], inputs: Sequence[Tensor], method: Method,
+    model: Decoder, block: nn.Module, run: Callable[[Tensor], Tensor], inputs: Sequence[Tensor], way: Way,
     say: Report,
 ) -> Iterator[LayerError]:  # fmt: skip
     for group in _groups(block, run, inputs[0]):
-        hessian = Hessian(group[0].in_features)
-        with _watching(group[0], hessian):
-            for x in inputs:
-                run(x)
-        moments = hessian.mean()
+        seen = _watched(group[0], run, inputs)
+        norm = _norm_before(block, group) if way.smooth is not None else None
+        if norm is not None:
+            factors = _smoothing(group, seen, way.smooth)
+            divide_inputs(norm, group, factors)
+            seen = seen.divided(factors)
         for layer in group:
-            packed, error = _quantize_layer(layer, moments, method)
+            packed, error = _quantize_layer(layer, seen.moments, way.weight)
             parent, _, child = layer.name.rpartition(".")
             setattr(model.get_submodule(parent), child, packed)
             say(f"{layer.name:<28} error {error.error:.2e}, to nearest {error.nearest:.2e}")
@@ -272,13 +302,56 @@ def _groups(block: nn.Module, run: Callable[[Tensor], Tensor], x: Tensor) -> lis
     return list(found.values())
 
 
-@contextmanager
-def _watching(layer: QuantLinear, hessian: Hessian) -> Iterator[None]:
-    hook = layer.register_forward_pre_hook(lambda _, given: hessian.add(given[0].reshape(-1, layer.in_features)))
+@dataclass(frozen=True)
+class Inputs:
+    """Of a layer over the calibration text, of each feature: moments (K, K), as `Hessian`; the largest and the mean
+    magnitude (K,)."""
+
+    moments: Tensor
+    largest: Tensor
+    mean: Tensor
+
+    def divided(self, factors: Tensor) -> Inputs:
+        """Of the same inputs, each feature divided by one of the factors (K,)."""
+        return Inputs(self.moments / factors / factors[:, None], self.largest / factors, self.mean / factors)
+
+
+def _watched(layer: QuantLinear, run: Callable[[Tensor], Tensor], inputs: Sequence[Tensor]) -> Inputs:
+    hessian, total, largest = Hessian(layer.in_features), 0.0, torch.zeros(layer.in_features)
+
+    def note(_: nn.Module, given: tuple[Tensor, ...]) -> None:
+        nonlocal total, largest
+        x = given[0].reshape(-1, layer.in_features).float()
+        hessian.add(x)
+        total, largest = total + x.abs().sum(0), torch.maximum(largest, x.abs().amax(0))
+
+    hook = layer.register_forward_pre_hook(note)
     try:
-        yield
+        for x in inputs:
+            run(x)
     finally:
         hook.remove()
+    return Inputs(hessian.mean(), largest, torch.as_tensor(total) / hessian.tokens)
+
+
+def _norm_before(block: nn.Module, group: Sequence[QuantLinear]) -> nn.Module | None:
+    """The norm that these layers read, and nothing else does."""
+    for norm, names in AFTER_NORM.items():
+        try:
+            if [block.get_submodule(name) for name in names] == [*group]:
+                return block.get_submodule(norm)
+        except AttributeError:
+            continue
+    return None
+
+
+def _smoothing(group: Sequence[QuantLinear], seen: Inputs, smooth: float | Literal["awq"] | None) -> Tensor:
+    weights = [layer.weight.detach().float() for layer in group]
+    if smooth == "awq":
+        quantizers = [layer.numerics.fprop.right for layer in group]
+        return awq_smoothing(seen.mean, weights, seen.moments, quantizers)
+    assert smooth is not None
+    return smoothing(seen.largest, weights, smooth)
 
 
 def _quantize_layer(layer: QuantLinear, moments: Tensor, method: Method) -> tuple[PackedLinear, LayerError]:
@@ -288,9 +361,7 @@ def _quantize_layer(layer: QuantLinear, moments: Tensor, method: Method) -> tupl
     weight = rotate(layer.weight.detach().float(), rotation, numerics.backend)
     turned = rotate(rotate(moments, rotation, numerics.backend).T.contiguous(), rotation, numerics.backend)
     try:
-        chosen, plain = (
-            quantize_weight(weight, turned, numerics.fprop.right, each) for each in (method, METHODS["rtn"])
-        )
+        chosen, plain = (quantize_weight(weight, turned, numerics.fprop.right, each) for each in (method, Method()))
     except ValueError as error:
         raise UserError(f"{layer.name}: {error}") from None
     errors = [relative_error(weight, each.dequantize(numerics.backend), turned) for each in (chosen, plain)]
@@ -324,28 +395,24 @@ def _begin(directory: RunDirectory, task: dict[str, Any]) -> Path:
 
 
 def _save(block: nn.Module, path: Path, errors: Sequence[LayerError]) -> None:
-    tensors = {
-        f"{layer.name}.{part}": value
-        for layer in block.modules()
-        if isinstance(layer, PackedLinear)
-        for part, value in layer.state_dict().items()
-    }
-    checkpoint.write_weights(path, tensors, {"errors": json.dumps([asdict(error) for error in errors])})
+    checkpoint.write_weights(path, block.state_dict(), {"errors": json.dumps([asdict(error) for error in errors])})
 
 
-def _restore(model: Decoder, block: nn.Module, path: Path) -> list[LayerError]:
-    import safetensors
-
+def _restore(model: Decoder, name: str, path: Path) -> list[LayerError]:
     with safetensors.safe_open(path, framework="pt") as file:
-        for layer in quant_linears(block):
-            layout = layout_of(layer.numerics, (layer.out_features, layer.in_features))
-            names = [part for part in ("codes", "block_scale", "tensor_scale") if f"{layer.name}.{part}" in file.keys()]  # noqa: SIM118
-            weight = QTensor.of(layout, [file.get_tensor(f"{layer.name}.{part}") for part in names])
-            keys = key_table([layer.keyed_by], 0, 0)[0]
-            parent, _, child = layer.name.rpartition(".")
-            packed = PackedLinear(weight, layer.bias, layer.numerics, layer.name, keys)
-            setattr(model.get_submodule(parent), child, packed)
-        return [LayerError(**error) for error in json.loads(file.metadata()["errors"])]
+        tensors = {part: file.get_tensor(part) for part in file.keys()}  # noqa: SIM118  no mapping
+        errors = json.loads(file.metadata()["errors"])
+    for layer in quant_linears(model.get_submodule(name)):
+        place = layer.name.removeprefix(name).removeprefix(".")
+        there = [tensors.get(f"{place}.{part}".removeprefix(".")) for part in ("codes", "block_scale", "tensor_scale")]
+        layout = layout_of(layer.numerics, (layer.out_features, layer.in_features))
+        weight = QTensor.of(layout, [part for part in there if part is not None])
+        keys = key_table([layer.keyed_by], 0, 0)[0]
+        parent, _, child = layer.name.rpartition(".")
+        packed = PackedLinear(weight, layer.bias, layer.numerics, layer.name, keys)
+        setattr(model.get_submodule(parent), child, packed)
+    model.get_submodule(name).load_state_dict(tensors)
+    return [LayerError(**error) for error in errors]
 
 
 def _finish(

@@ -135,7 +135,7 @@ MAY_IMPORT = {
         "qtrain_kernels.plans"
     ),
     "qtrain.post_training": (
-        "torch yaml (safetensors) qtrain.config qtrain.config.settings qtrain.data qtrain.data.batches qtrain.metrics "
+        "torch safetensors yaml qtrain.config qtrain.config.settings qtrain.data qtrain.data.batches qtrain.metrics "
         "qtrain.models qtrain.models.hf qtrain.quant qtrain.runs qtrain.train qtrain.training qtrain.training.losses "
         "qtrain.training.checkpoint qtrain_kernels"
     ),

@@ -87,6 +87,7 @@ EXTRAS = {
     "hydra": "train",
     "omegaconf": "train",
     "tokenizers": "train",
+    "jinja2": "train",
     "safetensors": "train",
     "matplotlib": "report",
     "scipy": "report",

@@ -53,9 +53,10 @@ MAY_IMPORT = {
     "qtrain.metrics": "qtrain.models qtrain.models.base",
     "qtrain.plan": ("torch rich qtrain.config qtrain.config.settings qtrain.models qtrain.metrics qtrain_kernels"),
     "qtrain.data": (
-        "numpy torch pydantic tokenizers filelock rich (huggingface_hub transformers) qtrain.config "
-        "qtrain.config.settings qtrain.data.base qtrain.data.files qtrain.data.sources qtrain.runs"
+        "numpy torch pydantic tokenizers filelock rich (huggingface_hub jinja2 transformers) qtrain.config "
+        "qtrain.config.settings qtrain.data.base qtrain.data.counted qtrain.data.files qtrain.data.sources qtrain.runs"
     ),
+    "qtrain.data.counted": "",
     "qtrain.data.batches": "numpy torch qtrain.data",
     "qtrain.data.base": "pydantic qtrain.config.settings",
     "qtrain.data.files": "pydantic qtrain.data.base (numpy)",
@@ -69,20 +70,26 @@ MAY_IMPORT = {
     "qtrain.training": "",
     "qtrain.training.world": "qtrain.config",
     "qtrain.training.stop": "",
-    "qtrain.training.losses": "torch",
+    "qtrain.training.losses": "torch qtrain.data.counted qtrain.models",
     "qtrain.training.initialize": "torch",
     "qtrain.training.activations": "torch qtrain.config.settings qtrain.quant qtrain_kernels",
     "qtrain.training.checkpoint": "torch safetensors qtrain.runs",
     "qtrain.training.causal_lm": (
-        "torch lightning qtrain.config qtrain.plan qtrain.optim.groups qtrain.quant qtrain.training.losses"
+        "torch lightning qtrain.config qtrain.data.counted qtrain.plan qtrain.optim.groups qtrain.quant "
+        "qtrain.training.losses qtrain.training.rows"
     ),
     "qtrain.training.build": (
-        "torch qtrain.config qtrain.data qtrain.plan qtrain.models qtrain.quant qtrain.runs qtrain.training.causal_lm "
-        "qtrain.training.checkpoint qtrain.training.initialize qtrain_kernels"
+        "torch qtrain.config qtrain.data qtrain.plan qtrain.models qtrain.models.hf qtrain.quant qtrain.runs "
+        "qtrain.training.causal_lm qtrain.training.checkpoint qtrain.training.initialize qtrain.training.tune "
+        "qtrain_kernels"
+    ),
+    "qtrain.training.rows": "torch qtrain.quant",
+    "qtrain.training.tune": (
+        "torch safetensors qtrain.config qtrain.models qtrain.models.hf qtrain.quant qtrain.runs qtrain.training.rows"
     ),
     "qtrain.training.memory": (
         "torch qtrain.config qtrain.models qtrain.plan qtrain.quant qtrain.training.activations qtrain.training.build "
-        "qtrain.training.causal_lm qtrain.training.parallel"
+        "qtrain.training.causal_lm qtrain.training.parallel qtrain.training.tune"
     ),
     "qtrain.training.parallel": (
         "torch lightning qtrain.config qtrain.quant qtrain.training.initialize qtrain.training.stop "
@@ -119,14 +126,15 @@ MAY_IMPORT = {
         "qtrain.training.causal_lm qtrain.training.communication "
         "qtrain.training.checkpoint qtrain.training.divergence qtrain.training.loop qtrain.training.memory "
         "qtrain.training.observers qtrain.training.parallel qtrain.training.saves qtrain.training.stop "
-        "qtrain.training.speed qtrain.training.trunk "
+        "qtrain.training.speed qtrain.training.trunk qtrain.training.tune "
         "qtrain.training.world"
     ),
     "qtrain.multirun": "rich qtrain.config qtrain.config.settings qtrain.runs",
     "qtrain.export": (
         "numpy torch safetensors (compressed_tensors gguf) qtrain.config qtrain.data qtrain.models qtrain.models.hf "
         "qtrain.models.base qtrain.plan qtrain.quant qtrain.runs qtrain.training.build qtrain.training.causal_lm "
-        "qtrain.training.checkpoint qtrain_kernels qtrain_kernels.formats qtrain_kernels.plans"
+        "qtrain.training.checkpoint qtrain.training.tune qtrain_kernels qtrain_kernels.formats "
+        "qtrain_kernels.plans"
     ),
     "qtrain.evaluate": (
         "torch (compressed_tensors transformers) qtrain.config qtrain.config.settings qtrain.data qtrain.data.base "

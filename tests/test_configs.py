@@ -37,6 +37,7 @@ ONLY_THE_USER_KNOWS = {
     "data=text": ["data.files=corpus/*"],
     "data=jsonl": ["data.files=corpus/*"],
     "data=parquet": ["data.files=corpus/*"],
+    "data=chat": ["data.files=corpus/*"],
     "data=datatrove": ["data.files=corpus/*"],
     "data=megatron": ["data.files=corpus/*"],
     "data=mixture": ["+data@data.parts.own=stdlib", "data.weights={own: 1}"],

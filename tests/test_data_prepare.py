@@ -24,7 +24,7 @@ from qtrain.config import TokenizerConfig
 from qtrain.data import shards
 from qtrain.data.base import DataSettings
 from qtrain.data.corpus import Corpus, Split, check_vocab, open_corpus, verify
-from qtrain.data.encode import Chunk, encode_all
+from qtrain.data.encode import Chunk, Text, encode_all
 from qtrain.data.prepare import prepare
 from qtrain.data.tokenizer import ByteTokenizer
 from qtrain.errors import UserError, explain
@@ -511,7 +511,7 @@ def tokenise_for_ever(pids: Path) -> None:
         while True:
             yield Chunk("train", ["text"], [b"0" * 16])
 
-    for number, _ in enumerate(encode_all(chunks(), ByteTokenizer(), workers=2)):
+    for number, _ in enumerate(encode_all(chunks(), Text(ByteTokenizer()), workers=2)):
         if number == 3:
             children = Path(f"/proc/self/task/{os.getpid()}/children").read_text()
             pids.with_suffix(".new").write_text(children)

@@ -179,7 +179,7 @@ def test_one_module_adds_each(copied: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     for told in (
         "model.family='neo': there is no such family; did you mean 'neox'?; use llama, neox",
-        "data.source='tsv': there is no such source; did you mean 'csv'?; use csv, datatrove, huggingface, ",
+        "data.source='tsv': there is no such source; did you mean 'csv'?; use chat, csv, datatrove, huggingface, ",
         "unknown key 'data.packages' (found ['torch']); keys of data: ",
         "unknown key 'model.n_experts'",
         "unknown key 'optimizer.beta1' (found 0.5); keys of optimizer: ",
@@ -196,10 +196,10 @@ def environment(folder: Path) -> dict[str, str]:
     [
         (
             "data.source=jsnl",
-            r"data\.source='jsnl': there is no such source; did you mean 'jsonl'\?; use datatrove, huggingface, js",
+            r"data\.source='jsnl': there is no such source; did you mean 'jsonl'\?; use chat, datatrove, ",
         ),
-        ("data.source=[1]", r"data\.source=\[1\]: there is no such source; use datatrove, huggingface"),
-        ("data.source=null", r"data\.source=None: there is no such source; use datatrove, huggingface"),
+        ("data.source=[1]", r"data\.source=\[1\]: there is no such source; use chat, datatrove, huggingface"),
+        ("data.source=null", r"data\.source=None: there is no such source; use chat, datatrove, huggingface"),
         ("model.family=lama", r"model\.family='lama': Input should be 'llama'"),
         (
             "data.text_field=body",

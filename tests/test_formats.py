@@ -7,6 +7,12 @@ from scipy.optimize import minimize_scalar
 from qtrain_kernels.formats import FORMATS, get_format
 from qtrain_kernels.plans import SCALE_RULES, ScaleRule, check_scale
 
+# As bitsandbytes 0.50.2 prints its table.
+NF4 = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+    -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
+    0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
 GRIDS = {
     "mxfp4": oracle.E2M1_GRID,
     "nvfp4": oracle.E2M1_GRID,
@@ -20,6 +26,7 @@ GRIDS = {
     "fp7_e3m3": oracle.minifloat_grid(3, 3, 30.0),
     "mxint8": [k / 64 for k in range(-127, 128)],
     "int1.585": [-1.0, 0.0, 1.0],
+    "nf4": list(NF4),
     "fp4_e3m0": [-16.0, -8.0, -4.0, -2.0, -1.0, -0.5, -0.25, 0.0, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0],
     **{f"int{bits}_sym": [float(k) for k in range(1 - 2 ** (bits - 1), 2 ** (bits - 1))] for bits in range(2, 9)},
     **{f"int{bits}": oracle.centred_grid(bits) for bits in range(1, 9)},

@@ -151,10 +151,10 @@ def test_operators_are_what_torch_takes_them_for(recipe: str, rows: int) -> None
     shared = layer.keys, layer.text, torch.float32, 0
     scales = layer.input_scale, layer.weight_scale
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(functional.fprop, (x, layer.weight, *scales, [], True, True, *shared), test_utils=tests)
+    torch.library.opcheck(functional.fprop, (x, layer.weight, *scales, [], True, True, None, *shared), test_utils=tests)
     weight, fixed = layer.weight.detach(), [None if each is None else each.detach() for each in scales]
     w = functional.quantize_weight(weight, fixed[1], False, *shared)
-    y, *saved = functional.fprop(x.detach(), weight, *fixed, [], True, False, *shared)
+    y, *saved = functional.fprop(x.detach(), weight, *fixed, [], True, False, None, *shared)
     assert y.shape == (rows, 128)
     for packed in (True, False):
         torch.library.opcheck(functional.quantize_weight, (weight, fixed[1], packed, *shared), test_utils=tests[::2])

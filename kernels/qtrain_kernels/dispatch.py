@@ -7,8 +7,8 @@ a rotation:
 - reference: eager torch, on any device.
 - compiled: C++ that is made for each plan, on CPU.
 - triton: fused kernels, on CUDA.
-- auto: compiled on CPU and triton on CUDA where these can work, else reference. A plan or a rotation that has no Triton
-  kernel is the reference's under auto, and refused under triton.
+- auto: compiled on CPU and triton on CUDA where these can work, else reference. A plan or a rotation that a backend
+  has no kernel for is the reference's under auto, and refused under its name.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def module(backend: str, device_type: str, plan: Plan | None = None, rotation: R
     """Of a backend on a device; plan, rotation: what it will be given. ValueError for an unknown backend, or for one
     that cannot work there."""
     chosen = resolve(backend, device_type)
-    if chosen == "triton" and backend == "auto" and _lacks_kernel(plan, rotation and rotation.size):
+    if backend == "auto" and chosen != "reference" and _lacks_kernel(chosen, plan, rotation and rotation.size):
         chosen = "reference"
     return MODULES[chosen]
 
@@ -64,11 +64,13 @@ def resolve(backend: str, device_type: str) -> str:
 
 
 @cache
-def _lacks_kernel(plan: Plan | None, size: int | None) -> bool:
-    """Whether Triton has no kernel for a plan or a rotation of this size; said once."""
-    reason = gpu.missing_kernel(plan, size)
+def _lacks_kernel(chosen: str, plan: Plan | None, size: int | None) -> bool:
+    """Whether a backend has no kernel for a plan or a rotation of this size; said once."""
+    reason = gpu.missing_kernel(plan, size) if chosen == "triton" else None
+    if plan is not None and plan.element.table is not None:
+        reason = f"backend {chosen!r} knows no codes of a table (nf4)"
     if reason:
-        log.info("backend auto takes the reference on cuda: %s", reason)
+        log.info("backend auto takes the reference: %s", reason)
     return reason is not None
 
 

@@ -11,11 +11,12 @@ written element/block/scale, and the usual ones have names:
 | mxfp4, mxfp6_*, mxfp8_* | e2m1/32/e8m0 | OCP Microscaling (MX) v1.0 | - |
 | mxint8 | mxint8/32/e8m0 | k / 64, OCP MX v1.0 | - |
 | nvfp4 | e2m1/16/e4m3 | E2M1 | float32 |
+| nf4 | nf4/64/float32 | 16 quantiles of N(0, 1) between -1 and 1 (QLoRA, arXiv 2305.14314) | - |
 | fp<bits>_e<e>m<m> | e4m3/row/float32 | any minifloat up to 8 bits | float32 per row |
 
-element: e<e>m<m>, int<b>, int<b>_sym, int1.585 or mxint8. block: tensor or row (one float32 scale each), a number of
-elements (32), or a tile of rows x elements (16x16). scale: e8m0 (powers of two), an unsigned minifloat under a float32
-scale of the whole tensor (e4m3, ue5m3), or float32.
+element: e<e>m<m>, int<b>, int<b>_sym, int1.585, mxint8 or nf4. block: tensor or row (one float32 scale each), a number
+of elements (32), or a tile of rows x elements (16x16). scale: e8m0 (powers of two), an unsigned minifloat under a
+float32 scale of the whole tensor (e4m3, ue5m3), or float32.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import re
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal
 
 ScaleKind = Literal["e8m0", "minifloat", "float32"]
 
@@ -36,7 +37,8 @@ class Element:
     """The grid that codes lie on.
 
     A minifloat (mantissa_bits given): steps of 2^-mantissa_bits within each power of two from min_exponent up, and the
-    step of min_exponent below it (subnormals). A uniform grid (mantissa_bits None): (k + offset) * step.
+    step of min_exponent below it (subnormals). A table: the codes themselves, ascending. A uniform grid (neither of the
+    two): (k + offset) * step.
     max: the largest code; the smallest is -max.
     gaussian: the scale that minimises E|x - q(x)|^2 over N(0, 1), in RMS of the data (QuEST's a* per code unit).
     trust: QuEST's threshold of |codes - x / scale| above which no gradient passes, in code units.
@@ -49,6 +51,12 @@ class Element:
     offset: float = 0.0
     gaussian: float | None = None
     trust: float | None = None
+    table: tuple[float, ...] | None = None
+
+    @property
+    def uniform(self) -> bool:
+        """Whether the codes are equally far apart."""
+        return self.mantissa_bits is None and self.table is None
 
     @property
     def max_exponent(self) -> int:
@@ -65,11 +73,15 @@ class Element:
     @property
     def significant_bits(self) -> int:
         """Of the code that needs most: bfloat16 holds 8. Centred codes are odd multiples of half a step."""
+        if self.table is not None:
+            return 24
         return self.precision_bits + (2 if self.offset else 1)
 
     @cache  # noqa: B019  (frozen and few)
     def levels(self) -> tuple[float, ...]:
         """All codes, ascending."""
+        if self.table is not None:
+            return self.table
         if self.mantissa_bits is None:
             count = round((self.max - self.offset * self.step) / self.step)
             positive = [(k + self.offset) * self.step for k in range(count + 1)]
@@ -82,7 +94,7 @@ class Element:
 
     @property
     def bits(self) -> int:
-        """Of a code: sign, exponent and mantissa of a minifloat; the place among the levels of a uniform grid."""
+        """Of a code: sign, exponent and mantissa of a minifloat; else the place among the levels."""
         if self.mantissa_bits is None:
             return (len(self.levels()) - 1).bit_length()
         return (self.max_exponent - self.min_exponent + 1).bit_length() + self.mantissa_bits + 1
@@ -133,7 +145,7 @@ class Format:
         return None if isinstance(self.block, str) else self.block * self.rows
 
 
-def _minifloat(exponent_bits: int, mantissa_bits: int, **fitted: float) -> Element:
+def _minifloat(exponent_bits: int, mantissa_bits: int, **fitted: Any) -> Element:
     """All codes finite, as in OCP FP4 and FP6, but E4M3 (one code per sign is NaN) and E5M2 (IEEE infinities)."""
     bias = 2 ** (exponent_bits - 1) - 1
     top = 2**exponent_bits - 1 - bias
@@ -165,6 +177,15 @@ GAUSSIAN_CLIP = {
     8: 3.884938678807525,
 }
 TERNARY = Element(1.0, gaussian=1.2240089519030855)
+# QLoRA's released table, float32: quantiles of N(0, 1), of which 0.9677083 lies below the largest, over that largest.
+NF4 = Element(
+    1.0,
+    table=(
+        -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+        -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
+        0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+    ),
+)  # fmt: skip
 
 
 def _centred(bits: int) -> Element:
@@ -182,6 +203,7 @@ ELEMENTS: dict[str, Element] = {
     "int1.585": TERNARY,
     "mxint8": MXINT8,
     "e2m1": MX_E2M1,
+    "nf4": NF4,
 }
 
 
@@ -248,6 +270,7 @@ FORMATS: dict[str, Format] = {
         _named("mxfp8_e5m2", "e5m2/32/e8m0"),
         _named("mxint8", "mxint8/32/e8m0"),
         _named("nvfp4", "e2m1/16/e4m3"),
+        _named("nf4", "nf4/64/float32"),
         _named("fp8_e4m3", "e4m3/row/float32"),
         _named("fp8_e5m2", "e5m2/row/float32"),
         _named("fp4_e2m1", "e2m1/row/float32", element=E2M1),

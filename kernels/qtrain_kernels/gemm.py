@@ -154,7 +154,7 @@ def reused(forward: Layout, fprop: Product, dim: int, pads: bool) -> Layout:
     again. pads: whether zeros fill up the contraction, which integers that are stored less a half do not hold.
     """
     plan = forward.plan
-    integers = plan is not None and plan.element.mantissa_bits is None
+    integers = plan is not None and plan.element.uniform
     if plan is None or not plan.per_tensor or plan.block is not None or (integers and fprop.name != "int8"):
         return Layout(None, forward.shape, dim)
     if integers and pads and stored_integer(plan.element)[1]:

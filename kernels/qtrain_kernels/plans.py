@@ -312,7 +312,8 @@ class Plan:
 
 @dataclass(frozen=True)
 class Knows:
-    """What a backend computes. statistics: of scale rules; scales: kinds of them; roundings: of codes."""
+    """What a backend computes. statistics: of scale rules; scales: kinds of them; roundings: of codes;
+    tables: whether codes may be those of a table (nf4)."""
 
     backend: str
     statistics: tuple[str, ...]
@@ -320,6 +321,7 @@ class Knows:
     roundings: tuple[str, ...]
     masks: tuple[str, ...]
     sparsities: tuple[str, ...]
+    tables: bool = False
 
     def check(self, plan: Plan) -> None:
         """ValueError for a plan that asks for anything else."""
@@ -336,6 +338,12 @@ def _check_known(backend: Knows, plan: Plan) -> None:
         ("mask", plan.mask and plan.mask.kind, backend.masks),
         ("sparsity", plan.sparsity, backend.sparsities),
     )
+    if plan.element.table is not None and not backend.tables:
+        raise ValueError(
+            f"backend {backend.backend!r} knows no codes of a table (nf4); use backend 'reference' or 'auto'"
+        )
+    if plan.element.table is not None and plan.rounding != "nearest":
+        raise ValueError(f"codes of a table (nf4) are rounded to nearest; got {plan.rounding}")
     for what, name, known in asked:
         if name is not None and name not in known:
             raise ValueError(
@@ -364,8 +372,8 @@ class Packed(NamedTuple):
     """An operand in the bits of its format, as it waits for the backward.
 
     codes: uint8, the elements in row-major order, `field_width` bits each, the first in a byte's low bits: sign,
-    exponent and mantissa of a minifloat, the place among the levels of a uniform grid. scales: uint8, a block's E8M0 or
-    minifloat scale each; None without blocks.
+    exponent and mantissa of a minifloat, else the place among the levels. scales: uint8, a block's E8M0 or minifloat
+    scale each, or float32 scales of codes of a table; None without blocks.
     """
 
     codes: Tensor
@@ -398,7 +406,7 @@ def can_pack(plan: Plan) -> bool:
     - the format of block scales needs more than 8 bits, or lacks 1.0, which stands for scales that round to zero."""
     if plan.scale_rule.given or (plan.sparsity is not None and plan.element.offset):
         return False
-    if plan.block is None or plan.scale_kind == "e8m0":
+    if plan.block is None or plan.scale_kind == "e8m0" or plan.element.table is not None:
         return True
     return (
         plan.scale_element is not None

@@ -184,7 +184,13 @@ class Layout:
         if self.storage == "swizzled":
             return (-(-lines // 128) * 128 * -(-blocks // 4) * 4,), torch.uint8
         turned = self.dim == -2 if self.storage in FLOATS else self.storage == "float8_128" and not self.tiled
-        return ((blocks, lines) if turned else (lines, blocks)), torch.uint8 if self.packed else torch.float32
+        return (
+            (blocks, lines) if turned else (lines, blocks)
+        ), torch.uint8 if self.packed and self._scales_in_bytes else torch.float32
+
+    @property
+    def _scales_in_bytes(self) -> bool:
+        return self.plan is not None and self.plan.scale_kind != "float32"
 
     @property
     def _tensor_scale(self) -> tuple[Shape, torch.dtype] | None:
@@ -261,7 +267,7 @@ def _lacks(plan: Plan | None, rows: int, storage: str) -> str | None:
     if plan is None:
         return None if storage in FLOATS else "it is not quantised; use float32 or bfloat16"
     element, size = plan.element, None if plan.block is None else plan.block // rows
-    integers, powers = element.mantissa_bits is None, plan.block is None or plan.scale_kind == "e8m0"
+    integers, powers = element.uniform, plan.block is None or plan.scale_kind == "e8m0"
     codes = {MX_E2M1.levels(): "e2m1", E4M3.levels(): "e4m3"}.get(element.levels(), "other codes")
     written = f"{codes}/{plan.block or 'line'}/{'e4m3' if plan.scale_element == E4M3 else plan.scale_kind}"
     of_128 = plan.scale_kind == "float32" and size == GROUP and rows in (1, GROUP) and element == E4M3
@@ -283,7 +289,8 @@ def _lacks(plan: Plan | None, rows: int, storage: str) -> str | None:
         ),
         ("float8", not powers, f"block scales in {plan.scale_kind} are no powers of two, so no float8 codes hold them"),
         (
-            "float8 float8_128", integers or element.precision_bits > 3 or plan.rule == "learned",
+            "float8 float8_128",
+            element.mantissa_bits is None or element.precision_bits > 3 or plan.rule == "learned",
             "float8 holds minifloat codes of at most 3 mantissa bits under computed scales",
         ),
     )  # fmt: skip

@@ -277,11 +277,21 @@ def _on_grid(u: Tensor, element: Element) -> tuple[Tensor, Tensor | float, float
 
 
 def round_nearest(u: Tensor, element: Element) -> Tensor:
-    """The nearest code; ties go to the even integer of the grid. Centred: round(u + 1/2) - 1/2, as QuEST writes it."""
+    """The nearest code; ties go to the even integer of the grid. Centred: round(u + 1/2) - 1/2, as QuEST writes it.
+    Of a table, ties go to the lower code, as bitsandbytes has it."""
+    if element.table is not None:
+        codes = torch.tensor(element.table, dtype=torch.float32, device=u.device)
+        return torch.where(u.isnan(), u, codes[_place_in_table(u, element)])
     if element.offset:
         return torch.round(u.clamp(-element.max, element.max) + 0.5) - 0.5
     v, step, _ = _on_grid(u, element)
     return torch.round(v) * step
+
+
+def _place_in_table(u: Tensor, element: Element) -> Tensor:
+    """int64, of the nearest code of a table among its codes."""
+    codes = torch.tensor(element.table, dtype=torch.float32, device=u.device)
+    return torch.bucketize(u, (codes[1:] + codes[:-1]) / 2).clamp(max=len(codes) - 1)
 
 
 def round_stochastic(u: Tensor, element: Element, uniform: Tensor) -> Tensor:
@@ -339,6 +349,7 @@ KNOWS = Knows(
     roundings=tuple(ROUND),
     masks=("inside", "within", "error"),
     sparsities=("2:4", "4:8"),
+    tables=True,
 )
 
 
@@ -549,7 +560,7 @@ def pack(values: Tensor, blocks: Tensor | None, plan: Plan) -> Packed:
     elif blocks is None:
         codes = values.float()
     else:
-        codes = values.float().reshape(blocks.shape[0], plan.block or 1, 1) / blocks
+        codes = values.float().reshape(blocks.shape[0], plan.block or 1, 1) / _nonzero(blocks)
     return pack_codes(codes, blocks, plan)
 
 
@@ -557,7 +568,9 @@ def pack_codes(codes: Tensor, blocks: Tensor | None, plan: Plan) -> Packed:
     """`pack` of the codes themselves, in any shape."""
     element = plan.element
     codes = torch.where(codes.isnan(), element.max, codes.clamp(-element.max, element.max)).reshape(-1)
-    if element.mantissa_bits is None:
+    if element.table is not None:
+        fields = _place_in_table(codes, element).to(torch.uint8)
+    elif element.mantissa_bits is None:
         fields = ((codes + element.max) * (1.0 / element.step)).to(torch.uint8)
     else:
         fields = _place(codes.abs(), element) | (codes.signbit().to(torch.uint8) << (element.bits - 1))
@@ -570,7 +583,9 @@ def unpack(packed: Packed, shape: torch.Size, plan: Plan, dtype: torch.dtype) ->
     """values in dtype, which is that of what was packed, or another that holds them."""
     element, device = plan.element, packed.codes.device
     fields = split(packed.codes, field_width(element), shape.numel())
-    if element.mantissa_bits is None:
+    if element.table is not None:
+        codes = torch.tensor(element.table, dtype=torch.float32, device=device)[fields.long()]
+    elif element.mantissa_bits is None:
         codes = fields.float() * element.step - element.max
     else:
         sign = 1.0 - 2.0 * (fields >> (element.bits - 1)).float()
@@ -584,7 +599,10 @@ def unpack(packed: Packed, shape: torch.Size, plan: Plan, dtype: torch.dtype) ->
 
 
 def _scale_bytes(blocks: Tensor, plan: Plan) -> Tensor:
-    """E8M0's biased exponent; of a minifloat the place among its magnitudes, NaN the one after the last."""
+    """E8M0's biased exponent; of a minifloat the place among its magnitudes, NaN the one after the last; float32 as it
+    is."""
+    if plan.scale_kind == "float32":
+        return blocks.clone()
     if plan.scale_kind == "e8m0":
         return biased_exponent(blocks.view(torch.int32)).to(torch.uint8)
     assert plan.scale_element is not None
@@ -592,6 +610,8 @@ def _scale_bytes(blocks: Tensor, plan: Plan) -> Tensor:
 
 
 def _scales_of(scale_bytes: Tensor, plan: Plan) -> Tensor:
+    if plan.scale_kind == "float32":
+        return scale_bytes
     if plan.scale_kind == "e8m0":
         return power_of_two(scale_bytes.to(torch.int32))
     assert plan.scale_element is not None

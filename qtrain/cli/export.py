@@ -5,7 +5,8 @@ qtrain export runs/quest-1a2b3c4d --to compressed-tensors --out quest-packed
 
 hf: bfloat16 weights, for transformers and all that reads its checkpoints; `qtrain train model=hf:quartet` starts a run
 from it. compressed-tensors: the codes that were trained, packed, for vLLM and transformers. gguf: the same in a
-model.gguf, for llama.cpp. fp-quant: the same of MXFP4 with its rotation, for transformers on Blackwell. What a format
+model.gguf, for llama.cpp. fp-quant: the same of MXFP4 with its rotation, for transformers on Blackwell. peft:
+the adapter of a run with +tune=lora; hf then has the weights with the adapter merged. What a format
 cannot hold is refused with the reason. Each folder gets the newest good checkpoint of the run, and its tokenizer.
 """
 
@@ -16,7 +17,13 @@ from pathlib import Path
 
 from qtrain.cli import command_parser
 
-FORMATS = {"hf": "huggingface", "compressed-tensors": "compressed_tensors", "gguf": "gguf", "fp-quant": "fp_quant"}
+FORMATS = {
+    "hf": "huggingface",
+    "compressed-tensors": "compressed_tensors",
+    "gguf": "gguf",
+    "fp-quant": "fp_quant",
+    "peft": "peft",
+}
 
 
 def main() -> None:

@@ -56,7 +56,20 @@ NOT_IN_HASH = (
 # The value of each setting when it was introduced, or for those of the first version their default then, by the class
 # that has it. NEVER change a value here, whatever becomes of the default in the class.
 INTRODUCED: dict[str, dict[str, Any]] = {
-    "Config": {"seed": 0, "gemm": "auto", "validation": {}},
+    "Config": {"seed": 0, "gemm": "auto", "validation": {}, "tune": None},
+    "TuneConfig": {"adapter": None, "scales": None, "rows": None, "teacher": None},
+    "RowsConfig": {"fraction": 0.25, "refresh_samples": 4096},
+    "ScalesConfig": {"bits": 4, "group": None},
+    "TeacherConfig": {"temperature": 1.0, "weight": 1.0},
+    "AdapterConfig": {
+        "rank": 16,
+        "alpha": 32.0,
+        "dropout": 0.0,
+        "layers": (),
+        "pack": False,
+        "double_quantization": False,
+        "init_from": None,
+    },
     "ModelSettings": {
         "tie_embeddings": False,
         "vocab_size": None,
@@ -86,6 +99,7 @@ INTRODUCED: dict[str, dict[str, Any]] = {
     "Text": {},
     "RowFiles": {"text_field": "text"},
     "Jsonl": {},
+    "Chat": {},
     "Parquet": {},
     "HuggingFace": {"path": None, "subset": None, "split": "train", "val_split": None, "text_field": "text"},
     "TokenizerConfig": {"vocab_size": None, "path": None, "eos_token": None},

@@ -16,6 +16,7 @@ from qtrain.config.settings import (
     Backend,
     Checkpointing,
     GemmKind,
+    Names,
     Strict,
     family,
     fields_at,
@@ -193,6 +194,93 @@ class LoggerConfig(Strict):
     per_layer: bool = False
 
 
+class AdapterConfig(Strict):
+    """LoRA (arXiv 2106.09685): a product of two small matrices beside a frozen linear layer.
+
+    y = base(x) + alpha / rank * B A dropout(x), A (rank, in), B (out, rank). B starts at zero, A from kaiming_uniform
+    with a = sqrt(5), as peft does it.
+    layers: linear layers by full name, last component or pattern, as in recipe.skip; () takes all but lm_head.
+    pack: keep the base as the codes of the recipe's forward, without the weights that they were made of (QLoRA, arXiv
+        2305.14314, with recipe=nf4). double_quantization: also store the scales of its blocks in 8 bits, as QLoRA does.
+    init_from: a folder with an adapter in peft's format to start from.
+    """
+
+    rank: int = Field(16, gt=0)
+    alpha: float = Field(32.0, gt=0)
+    dropout: float = Field(0.0, ge=0, lt=1)
+    layers: Names = ()
+    pack: bool = False
+    double_quantization: bool = False
+    init_from: str | None = None
+
+    @model_validator(mode="after")
+    def _of_packed(self) -> AdapterConfig:
+        if self.double_quantization and not self.pack:
+            raise ValueError(
+                "tune.adapter.double_quantization=true stores scales of a packed base; set tune.adapter.pack=true"
+            )
+        return self
+
+
+class ScalesConfig(Strict):
+    """PEQA (arXiv 2305.14152): each linear layer but lm_head becomes frozen integer codes, whose scales alone train.
+
+    bits: of a code. group: weights along the inputs that share a scale and a zero point; None is a whole row.
+    """
+
+    bits: int = Field(4, ge=2, le=8)
+    group: int | None = Field(None, gt=0)
+
+
+class RowsConfig(Strict):
+    """EfQAT (arXiv 2411.11038): of each quantised layer's weight only the most important rows (output channels) train,
+    those of the largest mean magnitude; the weight's gradient is computed for these alone. What a recipe quantises
+    otherwise, and what is no quantised layer (embeddings, norms), trains as ever.
+
+    fraction: of the rows, rounded up. refresh_samples: the rows are chosen anew after so many sequences.
+    """
+
+    fraction: float = Field(0.25, gt=0, lt=1)
+    refresh_samples: int = Field(4096, gt=0)
+
+
+class TeacherConfig(Strict):
+    """Distillation from the pretrained model, which computes without quantisers (QAD).
+
+    The loss is weight * temperature^2 * KL(teacher || student) + (1 - weight) * cross-entropy, both of the tokens that
+    count, of which the KL divergence takes logits divided by the temperature. Validation stays the cross-entropy.
+    """
+
+    temperature: float = Field(1.0, gt=0)
+    weight: float = Field(1.0, gt=0, le=1)
+
+
+class TuneConfig(Strict):
+    """What of a pretrained model trains, and by which loss; None: all weights, by the cross-entropy.
+
+    adapter: adapters beside the linear layers, and nothing else. scales: those of integer codes, and nothing else.
+    rows: the most important rows of each quantised weight.
+    teacher: the loss of a student of the pretrained model.
+    """
+
+    adapter: AdapterConfig | None = None
+    scales: ScalesConfig | None = None
+    rows: RowsConfig | None = None
+    teacher: TeacherConfig | None = None
+
+    @property
+    def freezes(self) -> bool:
+        """Whether what trains is something else than the weights."""
+        return self.adapter is not None or self.scales is not None
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> TuneConfig:
+        kinds = [name for name in ("adapter", "scales", "rows") if getattr(self, name) is not None]
+        if len(kinds) > 1:
+            raise ValueError(f"tune.{kinds[0]} and tune.{kinds[1]} each say what trains; set one of them to null")
+        return self
+
+
 class DebugConfig(Strict):
     """For finding mistakes.
 
@@ -239,6 +327,7 @@ class Config(Strict):
     validation: dict[str, Source] = Field(default_factory=dict)
     tokenizer: TokenizerConfig
     recipe: LinearRecipe
+    tune: TuneConfig | None = None
     optimizer: OptimizerSettings
     scheduler: Schedule
     trainer: TrainerConfig

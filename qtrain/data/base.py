@@ -87,6 +87,7 @@ class DataSettings(Member):
 class TextSettings(DataSettings):
     """Text that is tokenised before the training.
 
+    conversations: whether documents are conversations (`qtrain.data.dialogue`), of which a loss counts the completions.
     streaming: read the source only as far as the limits ask, and hold documents out by a range of their content hash.
     max_tokens: stop the training split there; None takes the whole source, or, when streaming, the run's budget.
     val_fraction: the part that is held out for validation, where the source has no validation split of its own. It is
@@ -94,6 +95,7 @@ class TextSettings(DataSettings):
     val_tokens: validation reads at most so many tokens, spread over its split.
     """
 
+    conversations: ClassVar[bool] = False
     streaming: bool = False
     max_tokens: int | None = Field(None, gt=0)
     val_fraction: float = Field(0.05, gt=0, lt=1)

@@ -11,6 +11,9 @@ from typing import Protocol
 
 import numpy as np
 
+from qtrain.data.counted import counts as counts_loss
+from qtrain.data.counted import ids_of
+
 # Enough for the counts to settle at 257 ids; sorting the pairs of 32k ids takes about 2 s and 0.5 GB.
 MAX_TRAIN_TOKENS = 16_000_000
 MAX_VAL_TOKENS = 2_000_000
@@ -23,9 +26,11 @@ class Tokens(Protocol):
 
 
 def bigram_cross_entropy(train: Tokens, val: Tokens, vocab_size: int) -> float:
-    """Nats per token of the first MAX_VAL_TOKENS of val, from counts of the first MAX_TRAIN_TOKENS of train."""
-    seen = train.window(0, min(train.n_tokens, MAX_TRAIN_TOKENS))
+    """Nats per token that a loss counts, of the first MAX_VAL_TOKENS of val, from counts of the first MAX_TRAIN_TOKENS
+    of train."""
+    seen = ids_of(train.window(0, min(train.n_tokens, MAX_TRAIN_TOKENS)))
     asked = val.window(0, min(val.n_tokens, MAX_VAL_TOKENS))
+    counted, asked = counts_loss(asked)[1:], ids_of(asked)
     if len(asked) < 2:
         return float("nan")
     unigram = (np.bincount(seen, minlength=vocab_size) + 1.0) / (len(seen) + vocab_size)
@@ -37,7 +42,7 @@ def bigram_cross_entropy(train: Tokens, val: Tokens, vocab_size: int) -> float:
     hits = _look_up(before * vocab_size + after, pairs, counts)
     novel = followers[before] + (contexts[before] == 0)  # an unseen context falls back to the unigram
     p = (hits + novel * unigram[after]) / (contexts[before] + novel)
-    return float(-np.log(p).mean())
+    return float(-np.log(p[counted]).mean()) if counted.any() else float("nan")
 
 
 def _count(codes: np.ndarray, n_codes: int) -> tuple[np.ndarray, np.ndarray]:

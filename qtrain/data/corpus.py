@@ -3,7 +3,9 @@
     manifest.json           what it is and what it holds
     verified.json           which files were read and found whole, as they are now
     tokenizer.json          unless the tokenizer is bytes
-    train-00000.bin ...     token ids, little-endian uint16 (uint32 above 65536 ids), one stream cut into shards
+    chat_template.jinja     where the tokenizer has one
+    train-00000.bin ...     token ids, little-endian uint16 (uint32 above 65536 ids; int32 where a loss counts but some
+                            of them, see `qtrain.data.counted`), one stream cut into shards
     train-documents.bin     one DOCUMENT record per document, in stream order
     val-00000.bin ...       the same for the validation split
 
@@ -27,6 +29,8 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from qtrain.config.settings import Strict
 from qtrain.data.bigram import MAX_TRAIN_TOKENS, bigram_cross_entropy
+from qtrain.data.counted import DTYPE as MASKED
+from qtrain.data.counted import counts as counts_loss
 from qtrain.data.tokenizer import Tokenizer, load_saved
 from qtrain.errors import UserError
 from qtrain.runs.files import read_json, write_atomically
@@ -41,7 +45,8 @@ VERIFIED = "verified.json"  # beside the manifest: which files were read and fou
 
 @dataclass(frozen=True)
 class Split:
-    """The tokens of one side. n_tokens counts the end-of-document tokens, n_bytes is the text's UTF-8 length."""
+    """The tokens of one side. n_tokens counts the end-of-document tokens, n_bytes is the UTF-8 length of the
+    text that a loss counts."""
 
     folder: Path
     name: str
@@ -170,8 +175,18 @@ class Corpus:
 
     @property
     def bytes_per_token(self) -> float:
-        """UTF-8 bytes per token of the validation split: bits per byte = loss in nats / ln 2 / bytes_per_token."""
-        return self.val.n_bytes / self.val.n_tokens
+        """UTF-8 bytes per token of the validation split, of what a loss counts: bits per byte = loss in nats / ln 2 /
+        bytes_per_token."""
+        if not self.is_masked:
+            return self.val.n_bytes / self.val.n_tokens
+        steps = range(0, self.val.n_tokens, 1 << 24)
+        windows = (self.val.window(at, min(1 << 24, self.val.n_tokens - at)) for at in steps)
+        return self.val.n_bytes / max(1, sum(int(counts_loss(window).sum()) for window in windows))
+
+    @property
+    def is_masked(self) -> bool:
+        """Whether a loss counts but some of the tokens (`qtrain.data.counted`)."""
+        return self.manifest.get("dtype") == MASKED
 
     @property
     def is_cut(self) -> bool:
@@ -239,14 +254,14 @@ class _Manifest(BaseModel):
 
     tokenizer: _SavedTokenizer
     options: _Options
-    dtype: Literal["<u2", "<u4"]
+    dtype: Literal["<u2", "<u4", "<i4"]
     shard_tokens: int = Field(gt=0)
     train_limit: int | None
     train_complete: bool
     splits: dict[Literal["train", "val"], _Counts] = Field(min_length=2)
     data_hash: str
     bigram_cross_entropy: float
-    files: dict[Annotated[str, Field(pattern="^[a-z][a-z0-9.-]*$")], _File]
+    files: dict[Annotated[str, Field(pattern="^[a-z][a-z0-9._-]*$")], _File]
 
     @model_validator(mode="after")
     def _files_hold_the_tokens(self) -> _Manifest:
@@ -348,7 +363,8 @@ def _check_content(folder: Path, name: str, manifest: dict[str, Any]) -> None:
         while block := file.read(1 << 22):
             total.update(block)
             if is_shard:
-                largest = max(largest, int(np.frombuffer(block, manifest["dtype"]).max()))
+                tokens = np.frombuffer(block, manifest["dtype"])
+                largest = max(largest, int(tokens.max()), ~int(tokens.min()))
     found, expected = total.hexdigest(), manifest["files"][name]["sha256"]
     if found != expected:
         raise UserError(

@@ -5,6 +5,7 @@ An empty document is left out, but an empty *file* that was asked for is an erro
 
 from __future__ import annotations
 
+import codecs
 import difflib
 import glob
 import os
@@ -176,6 +177,22 @@ def stat(files: list[File]) -> tuple[list[tuple[str, int, int]], int]:
 
 def unreadable(path: Path, error: OSError) -> UserError:
     return UserError(f"cannot read {path}: {error.strerror}; mend it, or leave it out of data.files")
+
+
+def lines_of(path: Path) -> Iterator[tuple[str, str]]:
+    """(file and number, text) of each line of a file that is not blank. UserError for what cannot be read, and for a
+    line that is not UTF-8."""
+    offset = 0
+    try:
+        with path.open("rb") as lines:
+            for number, raw in enumerate(lines, start=1):
+                line = raw.removeprefix(codecs.BOM_UTF8) if number == 1 else raw
+                if line.strip():
+                    where = f"{path}:{number}"
+                    yield where, decoded(where, line, offset)
+                offset += len(raw)
+    except OSError as error:
+        raise unreadable(path, error) from None
 
 
 def decoded(where: Path | str, raw: bytes, start: int) -> str:

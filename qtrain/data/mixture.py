@@ -50,6 +50,10 @@ class MixedCorpus:
         return self.tokenizer.vocab_size
 
     @property
+    def is_masked(self) -> bool:
+        return any(part.corpus.is_masked for part in self.parts)
+
+    @property
     def data_hash(self) -> str:
         facts = [(part.weight, part.corpus.data_hash) for part in self.parts]
         return hashlib.sha256(json.dumps(["mixture", *facts]).encode()).hexdigest()

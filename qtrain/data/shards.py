@@ -11,7 +11,6 @@ import numpy as np
 
 from qtrain.data.corpus import DOCUMENT, Split, shard_path
 from qtrain.data.encode import Encoded
-from qtrain.data.tokenizer import token_dtype
 from qtrain.errors import UserError
 
 SHARD_TOKENS = 1 << 27  # 256 MiB of uint16: few files, and small enough to copy one by one
@@ -70,10 +69,10 @@ class SplitWriter:
     `state` of a writer to the same folder, which goes on from there; NotAsWrittenError where the files are others."""
 
     def __init__(
-        self, folder: Path, name: str, vocab_size: int, limit: int | None, kept: dict[str, Any] | None = None
+        self, folder: Path, name: str, dtype: np.dtype, limit: int | None, kept: dict[str, Any] | None = None
     ) -> None:
         self.folder, self.name, self.limit = folder, name, limit
-        self.dtype = token_dtype(vocab_size)
+        self.dtype = dtype
         self.n_tokens, self.n_documents, self.n_bytes = kept["counts"] if kept else (0, 0, 0)
         self.files: dict[str, dict[str, Any]] = kept["files"] if kept else {}
         self._documents = HashedFile(folder / f"{name}-documents.bin", kept and kept["documents"])

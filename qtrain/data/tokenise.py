@@ -40,15 +40,18 @@ from qtrain.config import TokenizerConfig
 from qtrain.data.base import OF_THE_RUN, Document, Source, TextSettings
 from qtrain.data.bigram import MAX_TRAIN_TOKENS, MAX_VAL_TOKENS, bigram_cross_entropy
 from qtrain.data.corpus import FORMAT_VERSION, Corpus, Split, data_hash, open_corpus, read_manifest
-from qtrain.data.encode import Chunk, Encoded, Mark, encode_all
+from qtrain.data.dialogue import Dialogue, plain_text
+from qtrain.data.encode import Chunk, Encoded, Encoder, Mark, Text, encode_all
 from qtrain.data.progress import Progress
 from qtrain.data.shards import NotAsWrittenError, SplitWriter
 from qtrain.data.tokenizer import (
     ByteTokenizer,
     FileTokenizer,
     Tokenizer,
+    chat_template_identity,
     load_pretrained,
     load_saved,
+    tokenizer_files,
     tokenizer_identity,
     train_bpe,
 )
@@ -135,8 +138,10 @@ def plan_text(
         if train_limit is None:
             raise UserError("a streamed source has no end of its own: set data.max_tokens (training tokens to prepare)")
     val_limit = data.val_tokens if data.streaming else None
+    of_documents = [] if not data.conversations else ["dialogue", chat_template_identity(tokenizer)]
     identity = [
         FORMAT_VERSION,
+        *of_documents,
         "validation" if only_val else train.identity,
         [data.val_fraction] if val is None else val.identity,
         val_limit,
@@ -238,6 +243,11 @@ class Assignment:
         sizes = _sizes(plan.train)
         if not sizes:
             raise UserError(f"{plan.train.name} has no text; name a source that has some")
+        if len(sizes) == 1 and plan.data.conversations:
+            raise UserError(
+                f"{plan.train.name} has one conversation, of which no part can be held out; add more, or name others "
+                "by data.val_files"
+            )
         self.is_cut = len(sizes) == 1
         if self.is_cut:
             self._documents = lambda: (part for text in plan.train.documents() for part in _cut(text, fraction))
@@ -265,14 +275,16 @@ def _build(folder: Path, plan: TextPlan, bar: Progress) -> None:
     kept = _read_progress(folder)
     tokenizer = _tokenizer(plan, assign, bar, folder if kept else None)
     if isinstance(tokenizer, FileTokenizer) and not kept:
-        tokenizer.save(folder / "tokenizer.json")
+        for name in _tokenizer_names(tokenizer):
+            write_synced(folder / name, tokenizer_files(tokenizer)[name])
+    encoder = Dialogue(tokenizer) if plan.data.conversations else Text(tokenizer)
     limits = {"train": plan.train_limit, "val": plan.val_limit}
     writers: dict[str, SplitWriter] = {}
     try:
         for name, limit in limits.items():
             state = kept["writers"][name] if kept else None
-            writers[name] = SplitWriter(folder, name, tokenizer.vocab_size, limit, state)
-        _fill(folder, plan, bar, assign, tokenizer, writers, kept)
+            writers[name] = SplitWriter(folder, name, encoder.dtype, limit, state)
+        _fill(folder, plan, bar, assign, encoder, writers, kept)
     except NotAsWrittenError as error:
         _begin_anew(folder, error)
         _build(folder, plan, bar)
@@ -282,16 +294,17 @@ def _build(folder: Path, plan: TextPlan, bar: Progress) -> None:
 
 
 def _fill(
-    folder: Path, plan: TextPlan, bar: Progress, assign: Assignment, tokenizer: Tokenizer,
+    folder: Path, plan: TextPlan, bar: Progress, assign: Assignment, encoder: Encoder,
     writers: dict[str, SplitWriter], kept: dict[str, Any] | None,
 ) -> None:  # fmt: skip
     """All documents to the writers, those after what is kept, and the manifest."""
     bar.phase("tokenising")
+    tokenizer = encoder.tokenizer
     workers = plan.data.prepare_workers or (1 if isinstance(tokenizer, ByteTokenizer) else os.cpu_count() or 1)
     excluded: set[bytes] = set()
     if plan.val is not None and not kept:
         items = (Item("val", document.text, _digest(document.text)) for document in plan.val.documents())
-        for encoded in encode_all(_chunks(_unfilled(items, [writers["val"]])), tokenizer, workers):
+        for encoded in encode_all(_chunks(_unfilled(items, [writers["val"]])), encoder, workers):
             assert isinstance(encoded, Encoded), "these items have no place"
             writers["val"].add(encoded)
             bar.advance(encoded, 0)
@@ -303,7 +316,7 @@ def _fill(
     if kept:
         bar.resume(sum(writer.n_bytes for writer in writers.values()))
         log.info("going on after %s documents", f"{sum(writer.n_documents for writer in writers.values()):,}")
-    for encoded in encode_all(_chunks(_unfilled(items, fed), dropped), tokenizer, workers):
+    for encoded in encode_all(_chunks(_unfilled(items, fed), dropped), encoder, workers):
         if isinstance(encoded, Mark):
             _write_progress(folder, encoded, writers, tokenizer)
         else:
@@ -313,10 +326,15 @@ def _fill(
     splits = {name: writer.close() for name, writer in writers.items()}
     _check_not_empty(plan, splits)
     bar.phase("counting bigrams")
-    manifest = _manifest(plan, tokenizer, writers, splits)
+    manifest = _manifest(plan, encoder, writers, splits)
     manifest |= {"train_complete": complete, "dropped_from_train": dropped.n, "is_cut": assign.is_cut}
     write_synced(folder / "manifest.json", json.dumps(manifest, indent=1))
     (folder / PROGRESS).unlink(missing_ok=True)
+
+
+def _tokenizer_names(tokenizer: FileTokenizer) -> list[str]:
+    """The files of a tokenizer that a corpus keeps: its chat template, where it has one, needs all of them."""
+    return ["tokenizer.json"] if tokenizer.chat_template is None else list(tokenizer_files(tokenizer))
 
 
 def _write_progress(folder: Path, mark: Mark, writers: Mapping[str, SplitWriter], tokenizer: Tokenizer) -> None:
@@ -417,21 +435,22 @@ def _tokenizer(plan: TextPlan, assign: Assignment, bar: Progress, kept: Path | N
         return load_pretrained(plan.tokenizer)
     assert plan.tokenizer.vocab_size is not None, "TokenizerConfig requires it for bpe"
     bar.phase("training the tokenizer")
-    return train_bpe(_training_text(assign, BPE_TEXT_BYTES), plan.tokenizer.vocab_size)
+    return train_bpe(_training_text(plan, assign, BPE_TEXT_BYTES), plan.tokenizer.vocab_size)
 
 
 def training_text(plan: TextPlan, n_bytes: int) -> Iterator[str]:
     """The first training documents of a source, until they have so many bytes."""
-    return _training_text(Assignment(plan), n_bytes)
+    return _training_text(plan, Assignment(plan), n_bytes)
 
 
-def _training_text(assign: Assignment, n_bytes: int) -> Iterator[str]:
+def _training_text(plan: TextPlan, assign: Assignment, n_bytes: int) -> Iterator[str]:
     for item in assign.items():
         if n_bytes <= 0:
             return
         if item.split == "train":
-            n_bytes -= len(item.text.encode())
-            yield item.text
+            text = plain_text(item.text) if plan.data.conversations else item.text
+            n_bytes -= len(text.encode())
+            yield text
 
 
 def _check_not_empty(plan: TextPlan, splits: dict[str, Split]) -> None:
@@ -449,8 +468,9 @@ def _check_not_empty(plan: TextPlan, splits: dict[str, Split]) -> None:
 
 
 def _manifest(
-    plan: TextPlan, tokenizer: Tokenizer, writers: dict[str, SplitWriter], splits: dict[str, Split]
+    plan: TextPlan, encoder: Encoder, writers: dict[str, SplitWriter], splits: dict[str, Split]
 ) -> dict[str, Any]:
+    tokenizer = encoder.tokenizer
     train, val = splits["train"], splits["val"]
     counts = {
         name: {key: getattr(split, key) for key in ("n_tokens", "n_documents", "n_bytes")}
@@ -458,15 +478,16 @@ def _manifest(
     }
     files = writers["train"].files | writers["val"].files
     if isinstance(tokenizer, FileTokenizer):
-        content = (train.folder / "tokenizer.json").read_bytes()
-        files["tokenizer.json"] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        for name in _tokenizer_names(tokenizer):
+            content = (train.folder / name).read_bytes()
+            files[name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     return {
         "format_version": FORMAT_VERSION,
         "source": plan.train.name,
         "options": plan.data.model_dump(mode="json", exclude={*OF_THE_RUN}),
         "tokenizer": {
             **plan.tokenizer.model_dump(mode="json"),
-            "hash": tokenizer.hash,
+            "hash": encoder.hash,
             "vocab_size": tokenizer.vocab_size,
             "eos_id": tokenizer.eos_id,
             "file": isinstance(tokenizer, FileTokenizer),
@@ -475,7 +496,7 @@ def _manifest(
         "shard_tokens": train.shard_tokens,
         "train_limit": plan.train_limit,
         "splits": counts,
-        "data_hash": data_hash(tokenizer.hash, train.head(0) if plan.data.streaming else train, val),
+        "data_hash": data_hash(encoder.hash, train.head(0) if plan.data.streaming else train, val),
         "bigram_cross_entropy": bigram_cross_entropy(train, val, tokenizer.vocab_size),
         "bigram_tokens": {"train": min(train.n_tokens, MAX_TRAIN_TOKENS), "val": min(val.n_tokens, MAX_VAL_TOKENS)},
         "files": files,

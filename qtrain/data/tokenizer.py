@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,9 +14,10 @@ import tokenizers
 
 from qtrain.config import TokenizerConfig
 from qtrain.errors import UserError, first_line
-from qtrain.runs.files import write_synced
+from qtrain.runs.files import read_json, write_synced
 
 END = "<|endoftext|>"
+CHAT_TEMPLATE = "chat_template.jinja"  # transformers' name of the file
 # Tried in this order when nothing names the end-of-document token of a tokenizer.json.
 KNOWN_ENDS = (END, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "<|im_end|>")
 
@@ -59,7 +60,14 @@ class FileTokenizer:
     """A tokenizer.json of the `tokenizers` library. Text that spells a special token is encoded as plain text, so that
     a document cannot forge its own end."""
 
-    def __init__(self, tokenizer: tokenizers.Tokenizer, eos_id: int) -> None:
+    def __init__(
+        self,
+        tokenizer: tokenizers.Tokenizer,
+        eos_id: int,
+        chat_template: str | None = None,
+        named_tokens: Mapping[str, str] | None = None,
+    ) -> None:
+        """chat_template: Jinja, as transformers has it; named_tokens: what it knows special tokens by (bos_token)."""
         tokenizer.no_truncation()
         tokenizer.no_padding()
         tokenizer.encode_special_tokens = True
@@ -67,12 +75,26 @@ class FileTokenizer:
         self.vocab_size = max(tokenizer.get_vocab().values()) + 1
         self.hash = hashlib.sha256(f"{tokenizer.to_str()} {eos_id}".encode()).hexdigest()
         self._tokenizer = tokenizer
+        self.chat_template = chat_template
+        self.named_tokens = dict(named_tokens or {}) | {"eos_token": self.eos_token}
 
     def encode(self, text: str) -> np.ndarray:
         (encoding,) = self._tokenizer.encode_batch_fast(
             [text], add_special_tokens=False
         )  # 1.4 times encode: no offsets
         return np.array(encoding.ids, dtype=token_dtype(self.vocab_size))
+
+    def encode_rendered(self, text: str) -> np.ndarray:
+        """The ids of text that a chat template wrote: what spells a special token is that token."""
+        self._tokenizer.encode_special_tokens = False
+        try:
+            return self.encode(text)
+        finally:
+            self._tokenizer.encode_special_tokens = True
+
+    @property
+    def special_tokens(self) -> list[str]:
+        return [token.content for token in self._tokenizer.get_added_tokens_decoder().values() if token.special]
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         return self._tokenizer.decode([int(i) for i in ids if i != self.eos_id], skip_special_tokens=False)
@@ -125,16 +147,18 @@ def load_pretrained(config: TokenizerConfig) -> FileTokenizer:
         raise UserError(
             f"{file} does not say which token ends a document; set tokenizer.eos_token to one of its tokens"
         )
-    return FileTokenizer(tokenizer, vocab[end])
+    template, named_tokens = _about_chats(file.parent)
+    return FileTokenizer(tokenizer, vocab[end], template, named_tokens)
 
 
 def tokenizer_files(tokenizer: Tokenizer) -> dict[str, str]:
-    """Name -> text of the files by which the Hugging Face libraries read a tokenizer: tokenizer.json, and
-    tokenizer_config.json with the token that ends a document."""
+    """Name -> text of the files by which the Hugging Face libraries read a tokenizer: tokenizer.json,
+    tokenizer_config.json with the token that ends a document, and its chat template, if it has one."""
     if not isinstance(tokenizer, FileTokenizer):
         tokenizer = _bytes_in_a_file()
-    about = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": tokenizer.eos_token}
-    return {"tokenizer.json": tokenizer.text, "tokenizer_config.json": json.dumps(about, indent=2) + "\n"}
+    about = {"tokenizer_class": "PreTrainedTokenizerFast", **tokenizer.named_tokens}
+    template = {} if tokenizer.chat_template is None else {CHAT_TEMPLATE: tokenizer.chat_template}
+    return {"tokenizer.json": tokenizer.text, "tokenizer_config.json": json.dumps(about, indent=2) + "\n"} | template
 
 
 def _bytes_in_a_file() -> FileTokenizer:
@@ -168,7 +192,16 @@ def load_kept(config: TokenizerConfig, folder: Path) -> Tokenizer:
 
 def load_saved(path: Path | None, eos_id: int) -> Tokenizer:
     """The tokenizer of a prepared corpus: bytes where no file was kept."""
-    return ByteTokenizer() if path is None else FileTokenizer(_read(path), eos_id)
+    if path is None:
+        return ByteTokenizer()
+    return FileTokenizer(_read(path), eos_id, *_about_chats(path.parent))
+
+
+def chat_template_identity(config: TokenizerConfig) -> Any:
+    """Plain data that names the chat template of a tokenizer in a cache key, as `tokenizer_identity`."""
+    if config.kind != "huggingface" or not Path(config.path or "").expanduser().exists():
+        return None
+    return _about_chats(_tokenizer_file(str(config.path)).parent)[0]
 
 
 def tokenizer_identity(config: TokenizerConfig) -> Any:
@@ -207,6 +240,8 @@ def _download(name: str) -> Path:
             f"tokenizer.path={name} is no local file, and the Hugging Face hub did not give its tokenizer.json "
             f"({first_line(error)}); give the path of a tokenizer.json, or fill HF_HOME where there is a network"
         ) from error
+    with contextlib.suppress(huggingface_hub.errors.EntryNotFoundError, OSError):
+        huggingface_hub.hf_hub_download(name, CHAT_TEMPLATE)
     # it only names the end token, which without it is one of the usual ones, or an error
     with contextlib.suppress(huggingface_hub.errors.EntryNotFoundError, OSError):
         huggingface_hub.hf_hub_download(name, "tokenizer_config.json")
@@ -218,6 +253,23 @@ def _read(file: Path) -> tokenizers.Tokenizer:
         return tokenizers.Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises bare Exception
         raise UserError(f"{file} is not a readable tokenizer.json ({error})") from None
+
+
+def _about_chats(folder: Path) -> tuple[str | None, dict[str, str]]:
+    """(the chat template, or None; special tokens by the names that templates know) of a tokenizer's folder."""
+    found, named = None, {}
+    if (config := folder / "tokenizer_config.json").is_file():
+        settings = read_json(config)
+        found = settings.get("chat_template")
+        for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
+            token = settings.get(name)
+            token = token.get("content") if isinstance(token, dict) else token
+            named |= {name: token} if isinstance(token, str) else {}
+    if isinstance(found, list):  # several, by name
+        found = next((each.get("template") for each in found if each.get("name") == "default"), None)
+    if (file := folder / CHAT_TEMPLATE).is_file():
+        found = file.read_text(encoding="utf-8")
+    return (found if isinstance(found, str) else None), named
 
 
 def _named_end(file: Path) -> str | None:

@@ -21,7 +21,9 @@ def export(run: Path, out: Path) -> Exported:
         for name, text in tokenizer_files(trained.tokenizer).items():
             write_synced(partial / name, text)
     notes = ()
-    if trained.is_packed:
+    if trained.merged is not None:
+        notes = ("what was tuned is merged into the base" + (", dequantised" if trained.recipe else ""),)
+    elif trained.is_packed:
         notes = (f"these are the values of the codes of recipe {trained.recipe}, rounded to bfloat16",)
     elif trained.recipe:
         notes = (

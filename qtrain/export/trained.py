@@ -34,9 +34,10 @@ from qtrain.quant.quantizer import QuantizedTensor, unrotate
 from qtrain.quant.random import key_table
 from qtrain.runs.directory import RunDirectory
 from qtrain.runs.files import sync_folder
-from qtrain.training.build import build_model, load_tokenizer
+from qtrain.training.build import build_model, load_run, load_tokenizer
 from qtrain.training.causal_lm import computes_in_high_precision
 from qtrain.training.checkpoint import holds_codes, newest, values_of, weight, whole_number
+from qtrain.training.tune import merged
 from qtrain_kernels.formats import ELEMENTS, Element
 from qtrain_kernels.qtensor import Layout, QTensor
 from qtrain_kernels.reference import constant_scale
@@ -67,7 +68,8 @@ class Exported:
 @dataclass(frozen=True)
 class TrainedRun:
     """The newest good checkpoint of a run. folder: of the checkpoint; sizes: of the tensors that other programs have a
-    name for, by their names in a qtrain state dict. is_packed: whether the checkpoint holds codes, not weights."""
+    name for, by their names in a qtrain state dict. is_packed: whether the checkpoint holds codes, not weights. merged:
+    the weights of a run that tuned, with its adapters."""
 
     path: Path
     config: Config
@@ -78,9 +80,12 @@ class TrainedRun:
     tokenizer: Tokenizer
     sizes: dict[str, torch.Size]
     is_packed: bool
+    merged: Mapping[str, Tensor] | None = None
 
     def weight(self, name: str) -> Tensor:
         """Of codes, what they stand for, out of their rotation."""
+        if self.merged is not None:
+            return self.merged[name]
         layer = self.layers.get(name.removesuffix(".weight")) if self.is_packed else None
         if layer is None:
             return weight(self.folder, name)
@@ -108,6 +113,11 @@ class TrainedRun:
         and where a quantised lm_head shares its weight with the embedding."""
         if self.recipe is None:
             return {}
+        if self.merged is not None:
+            raise UserError(
+                f"{self.path}: what it tuned is merged into its base, which has no codes any more; export "
+                "it as a Hugging Face checkpoint (--to hf), or the adapter alone (--to peft)"
+            )
         with torch.device("meta"):
             found = {layer.name: layer for layer in quant_linears(build_model(self.config, self.vocab_size))}
         plan = make_plan(self.config, vocab_size=self.vocab_size)
@@ -166,7 +176,12 @@ def open_run(run: Path) -> TrainedRun:
     with torch.device("meta"):  # one that holds codes has no weights to ask for their shapes
         sizes = {name: value.shape for name, value in Decoder(config.model, vocab_size).named_parameters()}
     tokenizer, is_packed = load_tokenizer(run), holds_codes(folder)
-    return TrainedRun(run, config, config.model, step, folder, vocab_size, tokenizer, sizes, is_packed)
+    whole = None
+    if config.tune is not None and config.tune.freezes:
+        tuned = load_run(run, step)
+        assert isinstance(tuned, Decoder)
+        whole = merged(tuned)
+    return TrainedRun(run, config, config.model, step, folder, vocab_size, tokenizer, sizes, is_packed, whole)
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from qtrain_kernels.precision import matmul
 
 # M tokens, D model dim, V vocabulary
+UNCOUNTED = -100  # a target that no loss counts, as for F.cross_entropy
 CHUNKS = 8
 MIN_ROWS, MAX_ROWS = 128, 4096  # tokens of a chunk: fewer leave a GPU idle, more are as fast
 
@@ -22,7 +23,8 @@ def chunked_cross_entropy(x: Tensor, head: nn.Linear, targets: Tensor, reduction
     """Cross-entropy in nats, () float32, of a head that has no bias. x (..., D), targets (...) int64.
 
     As F.cross_entropy(head(x).float(), targets), but that weight gradients add up over the chunks in float32. The
-    gradients are made in the forward, so that no logits wait for the backward. reduction: mean | sum.
+    gradients are made in the forward, so that no logits wait for the backward. A negative target does not count.
+    reduction: sum | mean, which is the sum over all targets, whether they count or not.
     """
     x, targets = x.flatten(0, -2), targets.flatten()
     scale = 1 / len(targets) if reduction == "mean" else 1.0
@@ -45,12 +47,14 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 part = slice(start, start + rows)
                 own = x[part].to(dtype)
                 logits = matmul(own, w.T).float()
-                loss += F.cross_entropy(logits, targets[part], reduction="sum")
+                loss += F.cross_entropy(logits, targets[part], ignore_index=UNCOUNTED, reduction="sum")
                 if dx is None and dw is None:
                     continue
                 slope = logits.softmax(-1)
                 del logits
-                slope[torch.arange(len(own), device=x.device), targets[part]] -= 1
+                counted = targets[part] >= 0
+                slope[torch.arange(len(own), device=x.device), targets[part].clamp(min=0)] -= 1
+                slope *= counted[:, None]
                 slope = slope.mul_(scale).to(dtype)
                 if dx is not None:
                     dx[part] = matmul(slope, w)

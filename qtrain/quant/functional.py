@@ -37,7 +37,7 @@ from qtrain.config.settings import Backend, GemmKind, Redraw
 from qtrain.quant.quantizer import Quantizer, rotate, unrotate
 from qtrain.quant.random import USES
 from qtrain.quant.rotation import base, hadamard
-from qtrain_kernels import dispatch, qtensor
+from qtrain_kernels import dispatch, qtensor, reference
 from qtrain_kernels.gemm import Product, resolve, reused, scaled
 from qtrain_kernels.plans import Rotation
 from qtrain_kernels.qtensor import Layout, QTensor, Side, float_storage, inexact, unquantised
@@ -439,10 +439,11 @@ def _fprop(
     kept: Held,
     save_x: bool,
     save_mask: bool,
+    rows: Tensor | None = None,
 ) -> list[Tensor]:
     """x (T, K), weight (N, K) master, both scales (1,) learned ones, kept: of quantize_weight, or nothing -> y (T, N)
     in dtype; then, of x, the tensors of its codes (with save_x, if the numerics `save_codes`), and the bits of its mask
-    and the slope of its learned scale (with save_mask, if it has them)."""
+    and the slope of its learned scale (with save_mask, if it has them). rows: see `_Layer`."""
     rotation = call.rotation("fprop", x.shape[1])
     w = call.weight(weight, w_scale, kept)
     xq, codes = call.operand(
@@ -559,8 +560,9 @@ def _weight_shapes(call: Call, weight: Tensor, scale: Tensor | None, packed: boo
 
 
 def _fprop_shapes(
-    call: Call, x: Tensor, weight: Tensor, x_scale: Tensor | None, _: Any, kept: Held, save_x: bool, save_mask: bool
-) -> Shapes:
+    call: Call, x: Tensor, weight: Tensor, x_scale: Tensor | None, _: Any, kept: Held, save_x: bool, save_mask: bool,
+    rows: Any,
+) -> Shapes:  # fmt: skip
     layout = call.layout("fprop.x", x.shape, -1)
     found: Shapes = [((x.shape[0], weight.shape[0]), call.dtype)]
     if save_x and call.numerics.save_codes:
@@ -618,7 +620,8 @@ quantize_weight = _define(_quantize_weight, _weight_shapes, "Tensor weight, Tens
 fprop = _define(
     _fprop,
     _fprop_shapes,
-    "Tensor x, Tensor weight, Tensor? x_scale, Tensor? w_scale, Tensor[] kept, bool save_x, bool save_mask",
+    "Tensor x, Tensor weight, Tensor? x_scale, Tensor? w_scale, Tensor[] kept, bool save_x, bool save_mask, "
+    "Tensor? rows",
 )
 quantize_grad = _define(_quantize_grad, _grad_shapes, "Tensor dy, bool for_x, bool for_w")
 dgrad = _define(
@@ -641,22 +644,26 @@ class _Layer(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, x_scale: Tensor | None, w_scale: Tensor | None, save_x: bool,
-        save_mask: bool, keys: Tensor, text: str, dtype: torch.dtype, observer: int, *kept: Tensor,
+        save_mask: bool, rows: Tensor | None, keys: Tensor, text: str, dtype: torch.dtype, observer: int,
+        *kept: Tensor,
     ) -> tuple[Tensor, ...]:  # fmt: skip
-        """Saves only what the gradients that are asked for need."""
+        """Saves only what the gradients that are asked for need. rows (R,) int64: the rows of the weight whose gradient
+        is computed, that of all others being zero; None is all."""
         with torch._C._AutoDispatchBelowAutograd():
-            y, *saved = fprop(x, weight, x_scale, w_scale, list(kept), save_x, save_mask, keys, text, dtype, observer)
+            y, *saved = fprop(
+                x, weight, x_scale, w_scale, list(kept), save_x, save_mask, None, keys, text, dtype, observer
+            )
         ctx.shared, ctx.x_dtype, ctx.held = (text, dtype, observer), x.dtype, (len(kept), save_mask)
         ctx.observer = _observers.get(observer)  # holds it
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*saved)
         own = x if save_x and not read_numerics(text).save_codes else None
-        ctx.save_for_backward(keys, weight, w_scale, own, *kept, *saved)
+        ctx.save_for_backward(keys, weight, w_scale, own, rows, *kept, *saved)
         return y, *saved
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        keys, weight, w_scale, x, *rest = ctx.saved_tensors
+        keys, weight, w_scale, x, rows, *rest = ctx.saved_tensors
         count, save_mask = ctx.held
         kept, saved = rest[:count], rest[count:]
         shared, numerics = (keys, *ctx.shared), read_numerics(ctx.shared[0])
@@ -675,9 +682,19 @@ class _Layer(torch.autograd.Function):
         if w:
             w_slope = w[-1] if forward.right.learned else None
             w_mask = w[-1 - forward.right.learned] if forward.right.masks else None
+        dy_w = dy
+        if rows is not None and for_w:
+            dy_w, w_mask, w_slope = (
+                dy[:, rows],
+                _bits_of_rows(w_mask, weight, rows),
+                w_slope if w_slope is None else w_slope[rows],
+            )
         operands = []
-        if (for_x and numerics.dgrad.quantizes) or (for_w and numerics.wgrad.quantizes):
-            operands = quantize_grad(dy, for_x, for_w, *shared)
+        if for_x and numerics.dgrad.quantizes and for_w and numerics.wgrad.quantizes and dy_w is dy:
+            operands = quantize_grad(dy, True, True, *shared)
+        else:
+            operands = quantize_grad(dy, True, False, *shared) if for_x and numerics.dgrad.quantizes else []
+            operands += quantize_grad(dy_w, False, True, *shared) if for_w and numerics.wgrad.quantizes else []
         if for_x:
             own = [dy]
             if numerics.dgrad.quantizes:
@@ -688,10 +705,21 @@ class _Layer(torch.autograd.Function):
                 dgrad(own, weight, w if from_codes else [], x_mask, slope, dy.shape[0], ctx.x_dtype, *shared)
             )
         if for_w:
-            own, slope = operands if numerics.wgrad.quantizes else [dy], w_slope if needs_w_scale else None
+            own, slope = operands if numerics.wgrad.quantizes else [dy_w], w_slope if needs_w_scale else None
             held = saved if x is None else [x]
-            dw, dw_scale = _two(wgrad(own, held, w_mask, slope, dy.shape[0], *weight.shape, weight.dtype, *shared))
-        return dx, dw, dx_scale, dw_scale, *[None] * (6 + len(kept))
+            shape = dy_w.shape[1], weight.shape[1]
+            dw, dw_scale = _two(wgrad(own, held, w_mask, slope, dy.shape[0], *shape, weight.dtype, *shared))
+            if rows is not None:
+                dw = torch.zeros_like(weight).index_copy_(0, rows, dw)
+        return dx, dw, dx_scale, dw_scale, *[None] * (7 + len(kept))
+
+
+def _bits_of_rows(mask: Tensor | None, weight: Tensor, rows: Tensor) -> Tensor | None:
+    """Of the bits of a mask of the weight (N, K), those of some rows."""
+    if mask is None:
+        return None
+    whole = reference.split(mask, 1, weight.numel()).view(weight.shape)
+    return reference.join(whole[rows].flatten(), 1)
 
 
 def _two(found: list[Tensor]) -> tuple[Tensor, Tensor | None]:

@@ -38,6 +38,7 @@ class QuantLinear(Linear):
 
     input_scale: nn.Parameter | None
     weight_scale: nn.Parameter | None
+    rows: Tensor | None
 
     def __init__(
         self, linear: nn.Linear, recipe: LinearRecipe, name: str, seed: int, backend: Backend, gemm: GemmKind = "auto"
@@ -50,6 +51,7 @@ class QuantLinear(Linear):
         for side, quantizer in (("input", self.numerics.fprop.left), ("weight", self.numerics.fprop.right)):
             unset = torch.full((1,), math.nan, dtype=torch.float32, device=linear.weight.device)
             self.register_parameter(f"{side}_scale", nn.Parameter(unset) if quantizer.learned else None)
+        self.register_buffer("rows", None)  # (R,) int64, where the gradient of but some rows is wanted (EfQAT)
         self.calibrated = self.input_scale is None and self.weight_scale is None
         self.name, self.seed = name, seed
         self.step_is_set = False
@@ -99,7 +101,7 @@ class QuantLinear(Linear):
         x = input.reshape(-1, self.in_features)
         y = functional.fprop(
             x, self.weight, self.input_scale, self.weight_scale, self._kept(),
-            _learns(self.weight, self.weight_scale), _learns(x, self.input_scale), self._keys(input.device),
+            _learns(self.weight, self.weight_scale), _learns(x, self.input_scale), self.rows, self._keys(input.device),
             self.text, dtype, 0 if self.observer is None else self.observer.number,
         )[0].view(*input.shape[:-1], self.out_features)  # fmt: skip
         return y if self.bias is None else y + self.bias.to(dtype)

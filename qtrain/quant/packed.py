@@ -17,6 +17,7 @@ from qtrain.quant.random import key_table
 from qtrain_kernels import few_rows
 from qtrain_kernels.few_rows import FewRows
 from qtrain_kernels.gemm import scaled, scales_of
+from qtrain_kernels.plans import Rotation
 from qtrain_kernels.qtensor import Layout, QTensor, float_storage
 
 
@@ -83,6 +84,11 @@ class PackedLinear(nn.Module):
         x = input.reshape(-1, self.in_features)
         y = _Product.apply(x, self, dtype).view(*input.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias.to(dtype)
+
+    def rotation(self) -> Rotation | None:
+        """Of the inputs and of the rows of the weight."""
+        call = Call(self.numerics, self.keys, torch.float32, None)
+        return call.rotation("fprop", self.in_features)
 
     def product(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """x (T, K) -> (T, N) in dtype, without the bias."""
@@ -196,8 +202,9 @@ def obstacle(model: nn.Module) -> str | None:
     return None
 
 
-def pack(model: nn.Module) -> None:
+def pack(model: nn.Module, kind: type[PackedLinear] | None = None) -> None:
     """Replace every QuantLinear inside model by a PackedLinear of its codes, in place; the master weights are freed.
+    kind: a PackedLinear, or a class derived of it.
 
     Outputs stay as they are in eval mode, bit for bit but for few rows on a CPU (see PackedLinear). UserError, with the
     model untouched, where a recipe has no codes that stay, or where a layer computes in high precision or shares its
@@ -206,9 +213,10 @@ def pack(model: nn.Module) -> None:
     reason = obstacle(model)
     if reason is not None:
         raise UserError(reason)
+    kind = kind or PackedLinear
     made: dict[nn.Module, PackedLinear] = {}  # a layer used under two names stays one layer
     for name, layer in [*model.named_modules(remove_duplicate=False)]:
         if isinstance(layer, QuantLinear):
             parent, _, child = name.rpartition(".")
-            made.setdefault(layer, PackedLinear.of(layer).train(layer.training))
+            made.setdefault(layer, kind.of(layer).train(layer.training))
             setattr(model.get_submodule(parent), child, made[layer])

@@ -11,10 +11,12 @@ from torch import nn
 from qtrain.config import Config
 from qtrain.data.tokenizer import Tokenizer, load_kept
 from qtrain.errors import UserError
+from qtrain.models import hf
 from qtrain.models.decoder import Decoder
 from qtrain.plan import make_plan
 from qtrain.quant import QuantLinear, Report, check_quantized_gather, convert, pack, set_high_precision
 from qtrain.runs.directory import RunDirectory
+from qtrain.training import tune
 from qtrain.training.causal_lm import computes_in_high_precision
 from qtrain.training.checkpoint import (
     compare,
@@ -53,12 +55,33 @@ def pick_device(config: Config) -> torch.device:
     return torch.device(device)
 
 
-def build_model(config: Config, vocab_size: int) -> Decoder:
+def build_model(config: Config, vocab_size: int, *, pretrained: bool = False) -> Decoder:
     """The model as it stands before step 0, a function of the settings alone: the global random state is left as it
-    was, the weights depend on config.seed."""
+    was, the weights depend on config.seed. pretrained: read those of model.init_from, and the adapter of
+    tune.adapter.init_from, where the settings name one; else it has their structure alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        return _converted(config, vocab_size)
+        model = _converted(config, vocab_size)
+        if pretrained and config.model.init_from:
+            hf.load(model, config.model.init_from)
+        tune.apply(model, config)
+        adapter = config.tune and config.tune.adapter
+        if pretrained and adapter and adapter.init_from:
+            tune.load_adapter(model, config, adapter.init_from)
+        return model
+
+
+def build_teacher(config: Config, vocab_size: int, device: torch.device) -> Decoder | None:
+    """The pretrained model that tune.teacher distils from, frozen, in the compute dtype, on a device; None where there
+    is none."""
+    if config.tune is None or config.tune.teacher is None:
+        return None
+    with torch.random.fork_rng(devices=[]):
+        teacher = Decoder(config.model, vocab_size)
+    assert config.model.init_from is not None, "check_tune requires it"
+    hf.load(teacher, config.model.init_from)
+    dtype = torch.bfloat16 if config.trainer.precision == "bf16-mixed" else torch.float32
+    return teacher.requires_grad_(False).eval().to(device, dtype)
 
 
 def build_without_weights(config: Config, vocab_size: int) -> Decoder:
@@ -89,6 +112,9 @@ def check_model(config: Config) -> Report:
         )
     if config.trainer.all_gather == "quantized":
         check_quantized_gather(model, config.trainer.shards)
+    tune.check_tune(config)
+    with torch.device("meta"):
+        tune.apply(model, config)
     return report
 
 
@@ -122,8 +148,8 @@ def load_run(path: str | Path, step: int | None = None) -> nn.Module:
 
 
 def _as_saved(folder: Path, config: Config, vocab_size: int) -> Decoder:
-    """A model for the tensors of a checkpoint: packed where that holds codes."""
+    """A model for the tensors of a checkpoint: packed where that holds codes, which a run that tunes says itself."""
     model = build_model(config, vocab_size)
-    if holds_codes(folder):
+    if config.tune is None and holds_codes(folder):
         pack(model)
     return model

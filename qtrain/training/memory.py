@@ -19,6 +19,7 @@ from qtrain.training.activations import checkpoint_activations
 from qtrain.training.build import build_model
 from qtrain.training.causal_lm import CausalLM
 from qtrain.training.parallel import blocks_of, imagined_mesh, shard
+from qtrain.training.tune import state_bytes
 from qtrain.units import describe_bytes
 
 FEW, MORE = 4, 8  # blocks, of which the difference is what a block takes
@@ -57,7 +58,7 @@ class Memory:
 
 def check_state_fits(config: Config, plan: RunPlan, device: torch.device) -> None:
     """UserError where parameters, gradients and optimiser alone take more memory than a device has."""
-    state = (8 * plan.parameters + _optimizer_bytes(config, plan)) // config.trainer.shards
+    state = sum(_state_bytes(config, plan)) // config.trainer.shards
     there = memory_of(config, device)
     if state > there:
         raise UserError(
@@ -99,7 +100,7 @@ def _peak(config: Config, plan: RunPlan, device: torch.device) -> int:
         mesh = stack.enter_context(imagined_mesh(trainer, device)) if trainer.strategy == "fsdp2" else None
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         stack.enter_context(device)
-        module = CausalLM(config, plan, build_model(config, plan.vocab_size))
+        module = CausalLM(config, plan, build_model(_unpacked(config), plan.vocab_size))
         model = module.model
         checkpoint_activations(blocks_of(model), trainer.checkpoint_activations)
         if mesh is not None:
@@ -125,23 +126,37 @@ def _peak(config: Config, plan: RunPlan, device: torch.device) -> int:
 
 def _with_optimizer(config: Config, plan: RunPlan, peak: int) -> Memory:
     """peak: as `_peak` gives it."""
-    shards = config.trainer.shards
-    weights, state = 4 * plan.parameters // shards, _optimizer_bytes(config, plan) // shards
-    at_the_update = 2 * weights  # all gradients, and no activations
+    weights, gradients, state = (size // config.trainer.shards for size in _state_bytes(config, plan))
+    at_the_update = weights + gradients  # and no activations
     rest = "activations"
     if config.trainer.strategy == "fsdp2":
         rest = "activations and gathered weights"
         if plan.micro_batches > 1:
             whole = describe_bytes(4 * plan.parameters)
             rest += f" and, until the last micro-batch, the whole gradients ({whole}), which FSDP2 then reduces"
-    return Memory(weights, weights, state, state + max(peak, at_the_update), rest)
+    if config.tune and config.tune.adapter and config.tune.adapter.pack:
+        peak += weights - state_bytes(_without_weights(_unpacked(config), plan))[0]
+    return Memory(weights, gradients, state, state + max(peak, at_the_update), rest)
 
 
-def _optimizer_bytes(config: Config, plan: RunPlan) -> int:
-    """Of the whole model's state."""
+def _state_bytes(config: Config, plan: RunPlan) -> tuple[int, int, int]:
+    """(weights, gradients, state of the optimiser) of the whole model."""
+    model = _without_weights(config, plan)
+    trains = (parameter for parameter in model.parameters() if parameter.requires_grad)
+    return *state_bytes(model), sum(config.optimizer.state_bytes(tuple(each.shape)) for each in trains)
+
+
+def _without_weights(config: Config, plan: RunPlan) -> Decoder:
     with torch.device("meta"):
-        model = Decoder(config.model, plan.vocab_size)
-    return sum(config.optimizer.state_bytes(tuple(parameter.shape)) for parameter in model.parameters())
+        return build_model(config, plan.vocab_size)
+
+
+def _unpacked(config: Config) -> Config:
+    """The settings with a base that is not packed: fake tensors cannot be packed."""
+    if not (config.tune and config.tune.adapter and config.tune.adapter.pack):
+        return config
+    adapter = config.tune.adapter.model_copy(update={"pack": False, "double_quantization": False})
+    return config.model_copy(update={"tune": config.tune.model_copy(update={"adapter": adapter})})
 
 
 def memory_of(config: Config, device: torch.device) -> int:

@@ -42,8 +42,9 @@ from qtrain.runs.environment import commit
 from qtrain.runs.files import write_atomically
 from qtrain.runs.status import FAILED, Status
 from qtrain.runs.table import read_run, record, recorded
+from qtrain.training import tune
 from qtrain.training.activations import checkpoint_activations
-from qtrain.training.build import build_model, build_without_weights, check_model, pick_device
+from qtrain.training.build import build_model, build_teacher, build_without_weights, check_model, pick_device
 from qtrain.training.causal_lm import CausalLM
 from qtrain.training.checkpoint import Saver, newest, refuse_earlier_format, tidy, whole_number
 from qtrain.training.communication import plan_communication
@@ -196,8 +197,12 @@ def _session(config: Config, fabric: Fabric, ranks: Ranks, console: Console) -> 
     plan = make_plan(config, vocab_size=corpus.vocab_size)
     check_vocab(corpus, plan.vocab_size)
     check_state_fits(config, plan, fabric.device)
-    build = build_without_weights if config.trainer.strategy == "fsdp2" else build_model
-    model = build(config, plan.vocab_size)
+    if config.trainer.strategy == "fsdp2":
+        model = build_without_weights(config, plan.vocab_size)
+    else:
+        model = build_model(config, plan.vocab_size, pretrained=config.tune is not None)
+    if config.tune is not None and config.tune.freezes and ranks.is_zero:
+        log.info("%s", tune.describe(model))
     with RunDirectory.of(config) as directory:
         ranks.decided(lambda: directory.open(config))
         yield Session(config, plan, corpus, validation, model, directory, fabric, ranks, console)
@@ -220,7 +225,10 @@ class Session:
     ):
         self.config, self.plan, self.corpus, self.directory = config, plan, corpus, directory
         self.fabric, self.ranks, self.console = fabric, ranks, console
-        self.module = CausalLM(config, plan, model, corpus.tokenizer.eos_id)
+        teacher = build_teacher(config, plan.vocab_size, fabric.device)
+        self.module = CausalLM(
+            config, plan, model, corpus.tokenizer.eos_id, counts_all=not corpus.is_masked, teacher=teacher
+        )
         self.data = TokenBatches(
             corpus,
             seq_len=config.model.seq_len,
@@ -295,9 +303,10 @@ class Session:
     def train(self, checkpoint: Path | None = None, stop: StopRequest | None = None) -> int:
         """The exit code that was asked for while training; 0 when it has come to its end."""
         forward = self._set_up()
-        if checkpoint is None and (pretrained := self.config.model.init_from):
+        if checkpoint is None and self.config.tune is None and (pretrained := self.config.model.init_from):
             hf.load(self.model, pretrained)
         optimizer = build_optimizer(self.model, self.config.optimizer)
+        self.module.rows = tune.row_choice(self.model, optimizer, self.config)
         saver = Saver()
         observers = self.observers()
         measure = observers[0]

@@ -1,13 +1,12 @@
 from __future__ import annotations
 
-import codecs
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import ClassVar, Literal
 
 from qtrain.data.base import Document
-from qtrain.data.files import RowFiles, decoded, unreadable
+from qtrain.data.files import RowFiles, lines_of
 from qtrain.errors import UserError
 
 
@@ -18,17 +17,8 @@ class Jsonl(RowFiles):
     source: Literal["jsonl"]
 
     def read(self, path: Path) -> Iterator[Document]:
-        offset = 0
-        try:
-            with path.open("rb") as lines:
-                for number, raw in enumerate(lines, start=1):
-                    line = raw.removeprefix(codecs.BOM_UTF8) if number == 1 else raw
-                    if line.strip():
-                        where = f"{path}:{number}"
-                        yield Document(where, _text(where, decoded(where, line, offset), self.text_field))
-                    offset += len(raw)
-        except OSError as error:
-            raise unreadable(path, error) from None
+        for where, line in lines_of(path):
+            yield Document(where, _text(where, line, self.text_field))
 
 
 def _text(where: str, line: str, field: str) -> str:

@@ -14,7 +14,7 @@ from lightning.pytorch.loggers import Logger
 from torch import Tensor
 
 from qtrain.data.batches import ValidationSet
-from qtrain.errors import DivergedError
+from qtrain.errors import DivergedError, UserError
 from qtrain.metrics import bits_per_byte
 from qtrain.runs.directory import RunDirectory
 from qtrain.training.causal_lm import CausalLM
@@ -168,6 +168,12 @@ class Validate(Observer):
 def validation_values(sets: Mapping[str, ValidationSet], sums: Mapping[str, Sequence[float]]) -> dict[str, float]:
     """val_loss in nats per token and val_bits_per_byte of the run's own text, and of each set that has a name these
     with its name and val_tokens: how many were predicted. sums: (summed loss, tokens) of each set."""
+    for name, (_, count) in sums.items():
+        if not count:
+            raise UserError(
+                f"no token of the validation text{name and f' {name!r}'} counts: its windows hold prompts alone; give "
+                "it more conversations, or shorter prompts"
+            )
     losses = {name: total / count for name, (total, count) in sums.items()}
     loss = sum(each.share * losses[name] for name, each in sets.items() if each.share)
     bytes_per_token = sum(each.share * each.bytes_per_token for each in sets.values())

@@ -1,0 +1,110 @@
+"""LoRA (arXiv 2106.09685): low-rank adapters beside the linear layers of a frozen model, of whatever kind these are.
+
+An adapter is a module `adapter` of its linear layer, whose output a forward hook adds. The layer keeps its class and
+the names of its own tensors.
+"""
+
+# T tokens, K in features, N out features, r rank
+
+from __future__ import annotations
+
+import math
+from fnmatch import fnmatchcase
+from typing import Any, SupportsIndex
+
+import torch
+from torch import Tensor, nn
+
+from qtrain.errors import UserError
+from qtrain.quant.packed import PackedLinear
+from qtrain.quant.random import key_words
+from qtrain_kernels.precision import linear
+from qtrain_kernels.reference import element_index, uniform
+
+
+class Adapter(nn.Module):
+    """x (..., K) -> alpha / r * B A dropout(x), (..., N), in the autocast dtype or x's own. A (r, K), B (N, r) float32.
+
+    What dropout drops is a function of (seed, name, step, micro-batch, element): `set_adapter_step`.
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, rank: int, alpha: float, dropout: float, name: str, seed: int
+    ) -> None:
+        """A and B start as peft starts them: A from kaiming_uniform with a = sqrt(5), B from zero."""
+        super().__init__()
+        self.A = nn.Parameter(torch.empty(rank, in_features))
+        self.B = nn.Parameter(torch.zeros(out_features, rank))
+        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
+        self.factor, self.dropout, self.keyed_by = alpha / rank, dropout, (seed, name, "adapter")
+        self.key: Tensor | None = None
+
+    def set_step(self, step: SupportsIndex, micro_batch: SupportsIndex) -> None:
+        if self.dropout:
+            words = key_words(*self.keyed_by, step, micro_batch)
+            self.key = torch.tensor(words, dtype=torch.int32, device=self.A.device)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(linear(self._dropped(x), self.A), self.B) * self.factor
+
+    def _dropped(self, x: Tensor) -> Tensor:
+        if not (self.dropout and self.training):
+            return x
+        if self.key is None:
+            raise UserError(
+                f"{self.keyed_by[1]}: its adapter drops inputs at random, and no step is set to key them; call "
+                "qtrain.quant.adapter.set_adapter_step(model, step, micro_batch) before each training forward"
+            )
+        rows = x.reshape(-1, x.shape[-1], 1)
+        kept = uniform(element_index(rows), self.key).view(x.shape) >= self.dropout
+        return x * kept.to(x.dtype) / (1.0 - self.dropout)
+
+    def product(self) -> Tensor:
+        """alpha / r * B A, (N, K) float32: what merging adds to the weight."""
+        return self.factor * (self.B.float() @ self.A.float())
+
+    def extra_repr(self) -> str:
+        return f"rank={len(self.A)}, factor={self.factor:g}, dropout={self.dropout:g}"
+
+
+def _add_adapter(layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+    return output + layer.get_submodule("adapter")(inputs[0]).to(output.dtype)
+
+
+def attach(
+    model: nn.Module, layers: tuple[str, ...], *, rank: int, alpha: float, dropout: float = 0.0, seed: int = 0
+) -> list[str]:
+    """Freezes a model and puts an adapter beside each of its linear layers of these names or patterns; () is all but
+    lm_head. Returns their names. UserError for a name that matches no linear layer."""
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | PackedLinear)}
+    chosen = [name for name in linears if any(_matches(entry, name) for entry in layers)]
+    if not layers:
+        chosen = [name for name in linears if name.rpartition(".")[2] != "lm_head"]
+    if unknown := [entry for entry in layers if not any(_matches(entry, name) for name in linears)]:
+        raise UserError(
+            f"tune.adapter.layers names {unknown[0]!r}, which matches no linear layer; there are: "
+            f"{', '.join(dict.fromkeys(name.rpartition('.')[2] for name in linears))}"
+        )
+    model.requires_grad_(False)
+    for name in chosen:
+        layer = linears[name]
+        adapter = Adapter(layer.in_features, layer.out_features, rank, alpha, dropout, name, seed)
+        layer.add_module("adapter", adapter)
+        layer.register_forward_hook(_add_adapter)
+    return chosen
+
+
+def _matches(entry: str, name: str) -> bool:
+    return entry in (name, name.rpartition(".")[2]) or fnmatchcase(name, entry)
+
+
+def adapters(model: nn.Module) -> dict[str, Adapter]:
+    """The adapters of a model by the names of their layers."""
+    found = ((name.removesuffix(".adapter"), module) for name, module in model.named_modules())
+    return {name: module for name, module in found if isinstance(module, Adapter)}
+
+
+def set_adapter_step(model: nn.Module, step: SupportsIndex, micro_batch: SupportsIndex = 0) -> None:
+    """Keys what every adapter drops in the next training forward and in what is recomputed of it."""
+    for adapter in adapters(model).values():
+        adapter.set_step(step, micro_batch)

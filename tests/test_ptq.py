@@ -158,13 +158,12 @@ def test_a_search_finds_the_best_of_its_scales(name: str) -> None:
 
 def of_the_fixture() -> tuple[Tensor, Tensor]:
     """(weight (32, 256), inputs (1024, 256)) that tests/oracles/fp_quant_gptq.npz was made of."""
-    generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(32, 256, generator=generator) * 0.05
-    x = torch.randn(1024, 32, generator=generator) @ torch.randn(32, 256, generator=generator)
-    x += 0.3 * torch.randn(1024, 256, generator=generator)
+    draw = np.random.default_rng(0)
+    weight = draw.standard_normal((32, 256)) * 0.05
+    x = draw.standard_normal((1024, 32)) @ draw.standard_normal((32, 256)) + 0.3 * draw.standard_normal((1024, 256))
     x[:, ::29] *= 8
     x[:, 7] = 0
-    return weight, x
+    return torch.from_numpy(weight).float(), torch.from_numpy(x).float()
 
 
 @pytest.mark.parametrize("name", ["mxfp", "nvfp"])
@@ -186,8 +185,8 @@ def test_scales_and_codes_are_those_of_fp_quant(name: str) -> None:
     alive = torch.arange(256) != 7
     for order, ours in (("default", "natural"), ("activation", "activation")):
         codes = compensated(weight, hessian, scales, ours, 0.01)  # pyright: ignore[reportArgumentType]
-        differing = (codes * 2 != theirs[f"{name}-{order}-codes"])[:, alive].float().mean().item()
-        assert differing < 2e-3, f"{order}: {differing:.2%}: sums in another order move a value across a tie"
+        rows = (codes * 2 != theirs[f"{name}-{order}-codes"])[:, alive].any(1).sum().item()
+        assert rows <= 2, f"{order}: {rows} of 32 rows; sums in another order move a value across a tie, and its row"
 
     def error(scale: Tensor) -> Tensor:
         scale = scale.repeat_interleave(size, 1)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -11,6 +13,7 @@ from torch import Tensor
 from qtrain.config.recipe import QuantSpec
 from qtrain.quant.ptq import Hessian, Method, compensated, quantize_weight, relative_error, scales_of
 from qtrain.quant.quantizer import QuantizedTensor, Quantizer
+from qtrain_kernels.reference import round_nearest
 
 N, K, T = 24, 128, 512
 FORMATS = {
@@ -151,6 +154,47 @@ def test_a_search_finds_the_best_of_its_scales(name: str) -> None:
             tried = (rounded * first.tensor).repeat_interleave(size, 1).double()
         usable = (tried > 0).view(N, -1, size).all(2)
         assert (found[usable] <= error(tried)[usable] * (1 + 1e-5)).all(), part
+
+
+def of_the_fixture() -> tuple[Tensor, Tensor]:
+    """(weight (32, 256), inputs (1024, 256)) that tests/oracles/fp_quant_gptq.npz was made of."""
+    draw = np.random.default_rng(0)
+    weight = draw.standard_normal((32, 256)) * 0.05
+    x = draw.standard_normal((1024, 32)) @ draw.standard_normal((32, 256)) + 0.3 * draw.standard_normal((1024, 256))
+    x[:, ::29] *= 8
+    x[:, 7] = 0
+    return torch.from_numpy(weight).float(), torch.from_numpy(x).float()
+
+
+@pytest.mark.parametrize("name", ["mxfp", "nvfp"])
+def test_scales_and_codes_are_those_of_fp_quant(name: str) -> None:
+    """What github.com/IST-DASLab/FP-Quant (src/quantization/gptq.py, blocks of 128, damping 0.01) made of this layer on
+    a CPU. It rounds a column without inputs too, which is left out here. Its search takes the error of scales before
+    they are rounded to their format; ours is never above its result."""
+    with np.load(Path(__file__).parent / "oracles" / "fp_quant_gptq.npz") as file:
+        theirs = {key: torch.from_numpy(value) for key, value in file.items()}
+    weight, x = of_the_fixture()
+    assert [x.double().sum().item(), weight.double().sum().item()] == pytest.approx(theirs["sums"].tolist(), rel=1e-9)
+    side = quantizer(FORMATS[{"mxfp": "mxfp4", "nvfp": "nvfp4"}[name]])
+    scales, hessian = scales_of(weight, side), hessian_of(x)
+    size = scales.layout.size
+    assert size is not None and side.plan is not None
+    torch.testing.assert_close(
+        scales.of_columns(0, 256)[:, ::size], theirs[f"{name}-minmax-scales"], rtol=1e-6, atol=0.0
+    )
+    alive = torch.arange(256) != 7
+    for order, ours in (("default", "natural"), ("activation", "activation")):
+        codes = compensated(weight, hessian, scales, ours, 0.01)  # pyright: ignore[reportArgumentType]
+        rows = (codes * 2 != theirs[f"{name}-{order}-codes"])[:, alive].any(1).sum().item()
+        assert rows <= 2, f"{order}: {rows} of 32 rows; sums in another order move a value across a tie, and its row"
+
+    def error(scale: Tensor) -> Tensor:
+        scale = scale.repeat_interleave(size, 1)
+        value = round_nearest(weight / scale, side.plan.element) * scale  # pyright: ignore[reportOptionalMemberAccess]
+        return ((value - weight).abs() ** 2.4).view(32, -1, size).sum(2)
+
+    found = error(scales_of(weight, side, steps=100).of_columns(0, 256)[:, ::size])
+    assert (found <= error(theirs[f"{name}-mse-scales"]) * (1 + 1e-5)).all()
 
 
 def test_the_search_counts_important_columns() -> None:

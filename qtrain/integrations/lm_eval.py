@@ -169,5 +169,5 @@ def run_tasks(model: TemplateLM, files: Sequence[str | Path], limit: int | None 
     assert found is not None  # of rank 0
     return {
         name: {key.removesuffix(",none"): value for key, value in values.items() if isinstance(value, int | float)}
-        for name, values in found["results"].items()
+        for name, values in found.get("results", {}).items()
     }

@@ -7,7 +7,8 @@
 //    FIELDS codes of a byte, the first in the low bits first.
 // 2. A half's sum over a run (a block, or four chunks where there are none) is multiplied by its block scale and added to
 //    the half's total.
-// 3. The two halves are added, then lanes l and l + 4, l and l + 2, l and l + 1. The sum is multiplied by the unit.
+// 3. The two halves are added, then lanes l and l + 4, l and l + 2, l and l + 1. The sum is multiplied by the unit,
+//    and by the line's scale where there are such.
 // The order does not depend on R, so a row's result is the same alone and among others.
 
 #include <cstdint>
@@ -74,10 +75,10 @@ void reorder(const float* x, int64_t size, float* out) {
 }  // namespace
 
 // codes (N, K WIDTH / 8); scales (N, K / BLOCK), each a place in table (256); levels (16): of a code, in units of `unit`;
-// x (ROWS, K); out (ROWS, N).
+// line: a scale for each of the N lines, or one (apart 0), or null; x (ROWS, K); out (ROWS, N).
 template <int ROWS>
 void product(const uint8_t* codes, const uint8_t* scales, const float* table, const int8_t* levels, float unit,
-             const float* x, int64_t n, int64_t k, float* out, int threads) {
+             const float* line, int apart, const float* x, int64_t n, int64_t k, float* out, int threads) {
   const vc grid = loaded<vc>(levels);
   std::vector<float> ordered(ROWS * k);
   for (int r = 0; r < ROWS; r++) reorder(x + r * k, k, ordered.data() + r * k);
@@ -116,14 +117,29 @@ void product(const uint8_t* codes, const uint8_t* scales, const float* table, co
           for (int r = 0; r < ROWS; r++) total[h][r] += part[h][r];
       }
     }
-    for (int r = 0; r < ROWS; r++) out[r * n + row] = folded(total[0][r] + total[1][r]) * unit;
+    for (int r = 0; r < ROWS; r++) {
+      const float sum = folded(total[0][r] + total[1][r]) * unit;
+      out[r * n + row] = line ? sum * line[row * apart] : sum;
+    }
   }
 }
 
+auto of_rows(int rows) {
+  return rows == 1   ? product<1>
+         : rows == 2 ? product<2>
+         : rows == 3 ? product<3>
+         : rows == 4 ? product<4>
+         : rows == 5 ? product<5>
+         : rows == 6 ? product<6>
+         : rows == 7 ? product<7>
+                     : product<8>;
+}
+
 extern "C" void few_rows(int rows, const uint8_t* codes, const uint8_t* scales, const float* table, const int8_t* levels,
-                         float unit, const float* x, int64_t n, int64_t k, float* out, int threads) {
-  (rows == 1 ? product<1> : rows == 2 ? product<2> : rows == 4 ? product<4> : product<8>)(
-      codes, scales, table, levels, unit, x, n, k, out, threads);
+                         float unit, const float* line, int apart, const float* x, int64_t n, int64_t k, float* out,
+                         int threads) {
+  of_rows(rows)(
+      codes, scales, table, levels, unit, line, apart, x, n, k, out, threads);
 }
 
 #else
@@ -157,9 +173,20 @@ void product(const uint16_t* weight, const float* x, int64_t n, int64_t k, float
   }
 }
 
+auto of_rows(int rows) {
+  return rows == 1   ? product<1>
+         : rows == 2 ? product<2>
+         : rows == 3 ? product<3>
+         : rows == 4 ? product<4>
+         : rows == 5 ? product<5>
+         : rows == 6 ? product<6>
+         : rows == 7 ? product<7>
+                     : product<8>;
+}
+
 extern "C" void few_rows(int rows, const uint16_t* weight, const float* x, int64_t n, int64_t k, float* out,
                          int threads) {
-  (rows == 1 ? product<1> : rows == 2 ? product<2> : rows == 4 ? product<4> : product<8>)(weight, x, n, k, out, threads);
+  of_rows(rows)(weight, x, n, k, out, threads);
 }
 
 #endif

@@ -21,13 +21,12 @@ import torch
 from torch import Tensor
 
 from qtrain_kernels import reference
-from qtrain_kernels.cpu import GRAIN, _at, _empty, bound, library
+from qtrain_kernels.cpu import GRAIN, _at, bound, library
 from qtrain_kernels.plans import Packed, Plan, field_width, scale_nan
 from qtrain_kernels.qtensor import Layout, QTensor
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 MOST = 8  # rows of x
-SIZES = (1, 2, 4, 8)  # rows that there is code for
 CHUNK_BYTES = 16  # of codes that are decoded at once
 BFLOAT16_MULTIPLE = 32  # of the contraction
 
@@ -61,8 +60,8 @@ def exact(left: Layout, right: Layout) -> bool:
 
 
 class FewRows:
-    """A weight (N, K), ready for products: it keeps what these read, and no copy of the codes. ValueError for one that
-    `lacks` names a reason against."""
+    """A weight (N, K), ready for products: it keeps what these read, and no copy of the codes, which lie at `address`.
+    ValueError for one that `lacks` names a reason against."""
 
     def __init__(self, weight: QTensor) -> None:
         reason = lacks(weight.layout)
@@ -70,25 +69,26 @@ class FewRows:
             raise ValueError(f"this weight is not multiplied in its bits: {reason}")
         plan = weight.layout.plan
         assert plan is not None
-        self.shape, self.plan = weight.shape, plan
-        self.codes, self.scales = weight.codes.contiguous(), weight.block_scale
-        self.levels, self.unit = _levels(plan)
-        self.table = None if self.scales is None else _table(plan)
+        self.shape, self.codes = weight.shape, weight.codes.contiguous()
+        levels, unit = _levels(plan)
+        table = None if weight.block_scale is None else _table(plan)
+        line = weight.tensor_scale
+        if line is None and weight.layout.constant != 1.0:
+            line = torch.tensor(weight.layout.constant)
+        self._held = levels, table, line, weight.block_scale  # whose addresses the products read
+        self._weight = _at(self.codes), _at(weight.block_scale), _at(table), _at(levels), unit
+        self._line = _at(line), int(line is not None and line.ndim > 0)
+        self._product = _of_codes(plan)
+        self.address = weight.codes.data_ptr()
 
-    def of(self, weight: QTensor) -> bool:
-        """Whether it is of this very weight."""
-        return self.codes.data_ptr() == weight.codes.data_ptr() and self.shape == weight.shape
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """x (R, K), float32 or bfloat16, R at most 8 -> (R, N) float32: x times codes and block scales. The scale of
-        the weight's tensor or lines is left to multiply it."""
-        x, rows, size = _filled(x, self.shape[1])
-        out = _empty((size, self.shape[0]), torch.float32)
-        _of_codes(self.plan)(
-            size, _at(self.codes), _at(self.scales), _at(self.table), _at(self.levels), self.unit, _at(x), *self.shape,
-            _at(out), _threads(self.shape),
-        )  # fmt: skip
-        return out[:rows]
+    def __call__(self, x: Tensor, scaled: bool = True) -> Tensor:
+        """x (R, K), float32 or bfloat16, R at most 8 -> (R, N) float32. scaled: whether the scale of the weight's
+        tensor or lines multiplies the sums."""
+        x = _filled(x, self.shape[1])
+        rows, line = x.shape[0], self._line if scaled else (None, 0)
+        out = x.new_empty((rows, self.shape[0]))
+        self._product(rows, *self._weight, *line, x.data_ptr(), *self.shape, out.data_ptr(), _threads(self.shape))
+        return out
 
 
 def bfloat16_rows(x: Tensor, weight: Tensor) -> Tensor:
@@ -96,24 +96,19 @@ def bfloat16_rows(x: Tensor, weight: Tensor) -> Tensor:
     ValueError where K is no multiple of 32."""
     if weight.dtype != torch.bfloat16 or weight.ndim != 2 or weight.shape[1] % BFLOAT16_MULTIPLE:
         raise ValueError(f"weight must be (N, K) bfloat16, K % 32 == 0; got {tuple(weight.shape)} {weight.dtype}")
-    weight = weight.detach().contiguous()
-    x, rows, size = _filled(x, weight.shape[1])
-    out = _empty((size, weight.shape[0]), torch.float32)
-    shape = weight.shape[0], weight.shape[1]
-    _of_bfloat16()(size, _at(weight), _at(x), *shape, _at(out), _threads(shape))
-    return out[:rows]
+    weight, shape = weight.contiguous(), (weight.shape[0], weight.shape[1])
+    x = _filled(x, shape[1])
+    rows = x.shape[0]
+    out = x.new_empty((rows, shape[0]))
+    _of_bfloat16()(rows, weight.data_ptr(), x.data_ptr(), *shape, out.data_ptr(), _threads(shape))
+    return out
 
 
-def _filled(x: Tensor, k: int) -> tuple[Tensor, int, int]:
-    """x as float32 with rows of zeros up to a size that there is code for; its own rows, and that size."""
-    if x.ndim != 2 or x.shape[1] != k or not 0 < len(x) <= MOST or x.device.type != "cpu":
+def _filled(x: Tensor, k: int) -> Tensor:
+    """x as contiguous float32. There is code for each number of rows."""
+    if x.ndim != 2 or x.shape[1] != k or not 0 < x.shape[0] <= MOST or not x.is_cpu:
         raise ValueError(f"x must be (1 to {MOST}, {k}) on CPU; got {tuple(x.shape)} on {x.device}")
-    rows = len(x)
-    size = next(each for each in SIZES if each >= rows)
-    x = x.detach().float()
-    if size > rows:
-        x = torch.cat([x, x.new_zeros(size - rows, k)])
-    return x.contiguous(), rows, size
+    return x.float().contiguous()
 
 
 def _threads(shape: tuple[int, int]) -> int:
@@ -148,7 +143,7 @@ def _table(plan: Plan) -> Tensor:
 @cache
 def _of_codes(plan: Plan) -> Callable[..., None]:
     constants = f"#define CODES\n#define WIDTH {field_width(plan.element)}\n#define BLOCK {plan.block or 0}\n"
-    return _function(constants, "ippppfpllpi")
+    return _function(constants, "ippppfpipllpi")
 
 
 @cache

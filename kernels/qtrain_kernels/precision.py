@@ -63,9 +63,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """F.linear, in the autocast dtype where autocast is on: x (..., K), weight (N, K), bias (N,) -> (..., N)."""
     if not (_multiplies_in_float32(x) and _dtype_of_products(x) == torch.bfloat16):
         return F.linear(x, weight, bias)
+    if weight.dtype == torch.bfloat16 and _is_few(x, weight):
+        return _few_rows(x, weight, bias)
     with torch.autocast("cpu", enabled=False):
-        if weight.dtype == torch.bfloat16 and _is_few(x, weight):
-            return _few_rows(x, weight, bias)
         return F.linear(_rounded(x), _rounded(weight), None if bias is None else _rounded(bias)).bfloat16()
 
 
@@ -80,8 +80,9 @@ def _is_few(x: Tensor, weight: Tensor) -> bool:
 def _few_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     from qtrain_kernels.few_rows import bfloat16_rows  # which needs this module
 
-    y = bfloat16_rows(x.bfloat16().view(-1, x.shape[-1]), weight).view(*x.shape[:-1], -1)
-    return (y if bias is None else y + bias.bfloat16()).bfloat16()
+    y = bfloat16_rows(x.bfloat16().reshape(-1, x.shape[-1]), weight)
+    y = (y if bias is None else y + bias.bfloat16()).bfloat16()
+    return y.view(*x.shape[:-1], -1)
 
 
 class Linear(nn.Linear):

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
+from lm_eval.evaluator import simple_evaluate
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
@@ -169,5 +169,5 @@ def run_tasks(model: TemplateLM, files: Sequence[str | Path], limit: int | None 
     assert found is not None  # of rank 0
     return {
         name: {key.removesuffix(",none"): value for key, value in values.items() if isinstance(value, int | float)}
-        for name, values in found["results"].items()
+        for name, values in found.get("results", {}).items()
     }

@@ -32,7 +32,7 @@ class Decoder(nn.Module):
     beginning of the row: rotary positions are relative, so that a document's own place does not matter.
 
     start: the position of the first token, where the attention's caches hold those before it; (B,) int64, that of the
-    only token of each row.
+    only token of each row. last: the logits of the last position alone, (B, 1, V).
 
     UserError when start + T exceeds config.seq_len.
     """
@@ -69,6 +69,7 @@ class Decoder(nn.Module):
         reduction: str = "mean",
         cu_seqlens: Tensor | None = None,
         start: int | Tensor = 0,
+        last: bool = False,
     ) -> Tensor:
         first = int(start.max()) if isinstance(start, Tensor) else start
         n_tokens = first + tokens.shape[1]
@@ -84,7 +85,7 @@ class Decoder(nn.Module):
         x = self.embed(tokens)
         for layer in self.layers:
             x = layer(x, *tables, cu_seqlens)
-        x = self.norm(x)
+        x = self.norm(x[:, -1:] if last else x)
         return self.lm_head(x) if targets is None else chunked_cross_entropy(x, self.lm_head, targets, reduction)
 
 

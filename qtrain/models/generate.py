@@ -103,13 +103,13 @@ def _next(
             together.append(i)
         else:
             with _caching(layers, [own] if own and len(text) <= longest else []):
-                found[i] = model(torch.tensor([text[-longest:]], device=device))[0, -1]
+                found[i] = model(torch.tensor([text[-longest:]], device=device), last=True)[0, -1]
     if together:
         starts = [len(texts[i]) - 1 for i in together]
         start = starts[0] if len(starts) == 1 else torch.tensor(starts, device=device)
         tokens = torch.tensor([[texts[i][-1]] for i in together], device=device)
         with _caching(layers, [caches[i] for i in together]):
-            found |= dict(zip(together, model(tokens, start=start)[:, -1], strict=True))
+            found |= dict(zip(together, model(tokens, start=start, last=True)[:, -1], strict=True))
     return [found[i] for i in range(len(texts))]
 
 

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from qtrain.errors import UserError
 from qtrain.quant.functional import Call, Numerics, read_numerics
 from qtrain.quant.linear import QuantLinear, compute_dtype, quant_linears
-from qtrain.quant.quantizer import unrotate
+from qtrain.quant.quantizer import rotate, unrotate
 from qtrain.quant.random import key_table
 from qtrain_kernels import few_rows
 from qtrain_kernels.few_rows import FewRows
@@ -82,7 +83,9 @@ class PackedLinear(nn.Module):
             )
         dtype = compute_dtype(self.name, self.numerics.gemm, input)
         x = input.reshape(-1, self.in_features)
-        y = _Product.apply(x, self, dtype).view(*input.shape[:-1], self.out_features)
+        learns = torch.is_grad_enabled() and x.requires_grad
+        y = _Product.apply(x, self, dtype) if learns else self.product(x, dtype)
+        y = y.view(*input.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias.to(dtype)
 
     def rotation(self) -> Rotation | None:
@@ -92,31 +95,38 @@ class PackedLinear(nn.Module):
 
     def product(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """x (T, K) -> (T, N) in dtype, without the bias."""
-        if not len(x):
+        if not x.shape[0]:
             return x.new_zeros(0, self.out_features, dtype=dtype)
+        few = len(x) <= few_rows.MOST and self._multiplies_in_bits and x.device.type == "cpu"
+        if (
+            few and self.numerics.fprop.left.plan is None
+        ):  # without what quantising takes, which is longer than the product
+            turned = rotate(x.detach(), self._rotation, self.numerics.backend) if self._rotation else x
+            return self._few_rows()(turned.to(dtype)).to(dtype)
         call = Call(self.numerics, self.keys, dtype, None)
         learned = None if self.input_scale is None else self.input_scale.float().view(())
         xq, _ = call.operand("fprop.x", x, call.rotation("fprop", self.in_features), learned=learned)
-        ready = self._few_rows(call, xq)
-        if ready is None:
-            return call.multiply("fprop", xq, self.weight.t, dtype)
-        codes = xq.codes if xq.layout.plan is None else xq.to("float32", call.numerics.backend).codes
-        return scaled(ready(codes), scales_of(xq, self.weight.t)).to(dtype)
+        if few and xq.layout.storage == "int8" and few_rows.exact(xq.layout, self.layout.t):
+            codes = self._few_rows()(xq.to("float32", call.numerics.backend).codes, scaled=False)
+            return scaled(codes, scales_of(xq, self.weight.t)).to(dtype)
+        return call.multiply("fprop", xq, self.weight.t, dtype)
 
-    def _few_rows(self, call: Call, xq: QTensor) -> FewRows | None:
-        """The weight ready for few rows of inputs, where these multiply it in its bits: see the class."""
-        takes = xq.device.type == "cpu" and len(xq.codes) <= few_rows.MOST and call.numerics.backend != "reference"
-        if not takes or few_rows.lacks(self.layout) is not None:
-            return None
-        if xq.layout.plan is not None and not (
-            xq.layout.storage == "int8"
-            and call.product("fprop").name == "int8"
-            and few_rows.exact(xq.layout, self.layout.t)
-        ):
-            return None
-        weight = self.weight
-        if self._ready is None or not self._ready.of(weight):
-            self._ready = FewRows(weight)
+    @cached_property
+    def _multiplies_in_bits(self) -> bool:
+        """Whether few rows multiply the weight in its bits: see the class."""
+        return self.numerics.backend != "reference" and few_rows.lacks(self.layout) is None
+
+    @cached_property
+    def _leaves_inputs(self) -> bool:
+        return self.numerics.fprop.left.plan is None
+
+    @cached_property
+    def _rotation(self) -> Rotation | None:
+        return Call(self.numerics, self.keys, torch.float32, None).rotation("fprop", self.in_features)
+
+    def _few_rows(self) -> FewRows:
+        if self._ready is None or self._ready.address != self.codes.data_ptr():
+            self._ready = FewRows(self.weight)
         return self._ready
 
     def product_back(self, dy: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,0 +1,112 @@
+"""Tokens a second of generation on CPU, against transformers with the same weights, in one process and alternately.
+
+python scripts/bench_generation.py --tokens 32 --rounds 3
+
+A Llama of 134 million random parameters continues a prompt of 16 tokens greedily, with keys and values kept: in
+float32; in bfloat16; and with 4-bit weights in all blocks (recipe quest_weight_only) and a bfloat16 head. Ratios are of
+one round each; the median and the range over the rounds are printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+import qtrain
+from qtrain.config.settings import parse
+from qtrain.models import hf
+from qtrain.models.decoder import Decoder
+from qtrain.models.families.llama import Llama
+from qtrain.models.generate import generate, round_weights
+
+SIZES = {"dim": 768, "n_layers": 12, "n_heads": 12, "ffn_dim": 2048, "seq_len": 256}
+VOCABULARY = 32000
+PROMPT = [*range(16)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    ways = build()
+    for way in ways.values():
+        way(4)
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(arguments.rounds):
+        for name, way in ways.items():
+            start = time.perf_counter()
+            way(arguments.tokens)
+            seconds[name].append(time.perf_counter() - start)
+    print(f"torch {torch.__version__}, {arguments.threads} threads, {arguments.tokens} tokens")
+    for name, each in seconds.items():
+        print(f"{name:<32} {arguments.tokens / statistics.median(each):7.2f} tokens/s")
+    for ours, theirs in (
+        ("qtrain float32", "transformers float32"),
+        ("qtrain bfloat16", "transformers bfloat16"),
+        ("qtrain bfloat16", "transformers float32"),
+        ("qtrain 4-bit weights", "transformers bfloat16"),
+        ("qtrain 4-bit weights", "transformers float32"),
+    ):
+        ratios = [b / a for a, b in zip(seconds[ours], seconds[theirs], strict=True)]
+        print(f"{ours} / {theirs}: {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
+
+
+def build() -> dict[str, Callable[[int], Any]]:
+    """name -> what generates so many tokens."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    torch.manual_seed(0)
+    settings = parse(Llama, {"family": "llama", "name": "bench", **SIZES})
+    model = Decoder(settings, VOCABULARY).eval()
+    config = hf.config_of(settings, VOCABULARY, eos_id=0) | {"eos_token_id": None}
+    theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**config)).float().eval()
+    named = {hf.their_name(name): value for name, value in model.state_dict().items()}
+    theirs.load_state_dict({name: named[name] for name in theirs.state_dict()})
+    half, four = copy.deepcopy(model), copy.deepcopy(model)
+    round_weights(half)
+    qtrain.convert(four, "quest_weight_only")
+    qtrain.pack(four)
+    round_weights(four)
+    return {
+        "transformers float32": _theirs(theirs),
+        "qtrain float32": _ours(model, False),
+        "transformers bfloat16": _theirs(copy.deepcopy(theirs).bfloat16()),
+        "qtrain bfloat16": _ours(half, True),
+        "qtrain 4-bit weights": _ours(four, True),
+    }
+
+
+def _theirs(model: Any) -> Callable[[int], Any]:
+    ids = torch.tensor([PROMPT])
+
+    @torch.no_grad()
+    def way(n_tokens: int) -> None:
+        found = model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=n_tokens, do_sample=False, pad_token_id=0
+        )
+        assert found.shape[1] == len(PROMPT) + n_tokens
+
+    return way
+
+
+def _ours(model: Decoder, mixed: bool) -> Callable[[int], Any]:
+    @torch.no_grad()
+    def way(n_tokens: int) -> None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+            assert len([*generate(model, PROMPT, n_tokens, temperature=0)]) == n_tokens
+
+    return way
+
+
+if __name__ == "__main__":
+    main()

@@ -68,8 +68,8 @@ def build() -> dict[str, Callable[[int], Any]]:
     torch.manual_seed(0)
     settings = parse(Llama, {"family": "llama", "name": "bench", **SIZES})
     model = Decoder(settings, VOCABULARY).eval()
-    config = hf.config_of(settings, VOCABULARY, eos_id=0) | {"eos_token_id": None}
-    theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**config)).float().eval()
+    config: dict[str, Any] = hf.config_of(settings, VOCABULARY, eos_id=0) | {"eos_token_id": None}
+    theirs: Any = transformers.LlamaForCausalLM(transformers.LlamaConfig.from_dict(config)).float().eval()
     named = {hf.their_name(name): value for name, value in model.state_dict().items()}
     theirs.load_state_dict({name: named[name] for name in theirs.state_dict()})
     half, four = copy.deepcopy(model), copy.deepcopy(model)

@@ -26,7 +26,8 @@ class QuantSpec(Strict):
 
     format: a number format, by name or as element/block/scale (`qtrain_kernels.formats`); None takes the recipe's own
         `format`; "none" leaves the operand in the compute dtype.
-    scale: a scale rule (`qtrain_kernels.plans.SCALE_RULES`); None is the format's default; learned is a parameter, LSQ.
+    scale: a scale rule (`qtrain_kernels.plans.SCALE_RULES`); None is the format's default; learned is a parameter, LSQ,
+        one for the whole tensor.
     rounding: nearest (ties to even), stochastic, or eden (nearest, then a stochastically rounded scale correction).
     correction: elements that share an EDEN correction; None is the format's block.
     rotation: "hadamard<n>" rotates blocks of n along the contraction dim, "hadamard" the whole dim; both operands of a
@@ -340,6 +341,9 @@ def check_spec(spec: QuantSpec, fmt: Format) -> str:
         )
     if corrects and spec.correction and spec.correction % (fmt.block_size or 1):
         raise ValueError(f"correction={spec.correction} must be a multiple of the block of {fmt.name}, {fmt.block}")
+    if rule == "learned" and fmt.name.endswith("/row/float32"):
+        whole = fmt.name.replace("/row/", "/tensor/")
+        raise ValueError(f"scale learned (LSQ) is one number for the whole tensor, not one for each row; write {whole}")
     if rule == "learned" and spec.rounding != "nearest":
         raise ValueError(f"scale learned (LSQ) rounds to nearest; got {spec.rounding}")
     if spec.sparsity and (fmt.rows > 1 or (fmt.block_size or 8) % 8):

@@ -120,6 +120,8 @@ def _weights(numerics: Numerics) -> tuple[str, dict[str, Any]]:
     """(format, QuantizationArgs) of the weights."""
     quantizer, plan = numerics.fprop.right, numerics.fprop.right.plan
     assert plan is not None
+    if plan.element.table is not None:
+        raise Refused(f"no format has the codes of {quantizer.spec.format}, which are those of a table")
     element, (rows, size), lined = plan.element.levels(), quantizer.tile, has_line_scale(numerics)
     if plan.scale_kind == "e8m0" and size == MX_BLOCK and element in MX and not lined:
         return MX[element], _float(plan.element, "group", group_size=size, scale_dtype="torch.uint8")

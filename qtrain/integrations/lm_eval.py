@@ -9,6 +9,8 @@ Needs the extra eval.
 
 # B requests, T tokens, V vocabulary
 
+# pyright: reportMissingImports=false  (the extra eval is installed by itself)
+
 from __future__ import annotations
 
 import logging
@@ -20,7 +22,11 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.evaluator import simple_evaluate
-from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
+from lm_eval.models.utils import (
+    handle_stop_sequences,
+    normalize_gen_kwargs,
+    postprocess_generated_text,
+)
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor

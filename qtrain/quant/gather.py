@@ -63,6 +63,8 @@ def obstacle(numerics: Numerics) -> str | None:
         return "its weight is rotated by signs that change each step"
     if quantizer.tile[0] > 1:
         return f"its weight is scaled in tiles of {quantizer.tile[0]} rows, which are not packed"
+    if plan.element.table is not None:
+        return "its codes are those of a table, under float32 scales"
     if not quantizer.layout(NO_SHAPE, blocks=True).saved.packed:
         return f"its weight is not packed: {quantizer.layout(NO_SHAPE, blocks=True).lacks('packed')}"
     rule = plan.line_rule if plan.whole else None

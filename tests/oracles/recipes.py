@@ -196,6 +196,18 @@ def quest_weight_only(x: Array, w: Array, dy: Array, draws: Draws, codes: str = 
     return straight_through(rotate(x, h), wq, dy, h, (1.0, trust_mask(wh, wq, codes, 1.30, None)))
 
 
+def nf4(x: Array, w: Array, dy: Array, draws: Draws, block: int = 64) -> Result:
+    """QLoRA's frozen weight: the 16 values of its table, under the largest magnitude of each 64."""
+    table = (
+        -1.0, -0.6961928, -0.5250730, -0.3949175, -0.2844414, -0.1847734, -0.0910500, 0.0,
+        0.0795803, 0.1609302, 0.2461123, 0.3379152, 0.4407098, 0.5626170, 0.7229568, 1.0,
+    )  # fmt: skip
+    blocks = w.reshape(-1, block)
+    u = blocks / amax(blocks)
+    nearest = np.abs(u[..., None] - np.array(table)).argmin(-1)
+    return straight_through(x, (np.array(table)[nearest] * amax(blocks)).reshape(w.shape), dy)
+
+
 def ste(x: Array, w: Array, dy: Array, draws: Draws, codes: str = "int4") -> Result:
     return straight_through(quest_rows(x, codes), quest_rows(w, codes), dy)
 

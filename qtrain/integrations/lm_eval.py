@@ -9,7 +9,8 @@ Needs the extra eval.
 
 # B requests, T tokens, V vocabulary
 
-# pyright: reportMissingImports=false  (the extra eval is installed by itself)
+# The extra eval is installed by itself, where nobody checks types.
+# pyright: reportMissingImports=false
 
 from __future__ import annotations
 

@@ -107,8 +107,8 @@ def describe(model: nn.Module) -> str:
 
 
 def state_bytes(model: nn.Module) -> tuple[int, int]:
-    """(bytes of all that a model holds, bytes of what trains of it)."""
-    held = {id(tensor): tensor.nbytes for tensor in (*model.parameters(), *model.buffers())}
+    """(bytes of all that a checkpoint has of a model, bytes of what trains of it)."""
+    held = {id(tensor): tensor.nbytes for tensor in model.state_dict(keep_vars=True).values()}
     return sum(held.values()), sum(each.nbytes for each in model.parameters() if each.requires_grad)
 
 

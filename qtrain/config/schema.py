@@ -199,9 +199,14 @@ class AdapterConfig(Strict):
 
     y = base(x) + alpha / rank * B A dropout(x), A (rank, in), B (out, rank). B starts at zero, A from kaiming_uniform
     with a = sqrt(5), as peft does it.
+
+    rank: of the product.
+    alpha: the product counts alpha / rank times.
+    dropout: the share of inputs of the product that is left out in training.
     layers: linear layers by full name, last component or pattern, as in recipe.skip; () takes all but lm_head.
     pack: keep the base as the codes of the recipe's forward, without the weights that they were made of (QLoRA, arXiv
-        2305.14314, with recipe=nf4). double_quantization: also store the scales of its blocks in 8 bits, as QLoRA does.
+        2305.14314, with recipe=nf4).
+    double_quantization: also store the scales of a packed base's blocks in 8 bits, as QLoRA does.
     init_from: a folder with an adapter in peft's format to start from.
     """
 
@@ -225,7 +230,8 @@ class AdapterConfig(Strict):
 class ScalesConfig(Strict):
     """PEQA (arXiv 2305.14152): each linear layer but lm_head becomes frozen integer codes, whose scales alone train.
 
-    bits: of a code. group: weights along the inputs that share a scale and a zero point; None is a whole row.
+    bits: of a code.
+    group: weights along the inputs that share a scale and a zero point; None is a whole row.
     """
 
     bits: int = Field(4, ge=2, le=8)
@@ -237,7 +243,8 @@ class RowsConfig(Strict):
     those of the largest mean magnitude; the weight's gradient is computed for these alone. What a recipe quantises
     otherwise, and what is no quantised layer (embeddings, norms), trains as ever.
 
-    fraction: of the rows, rounded up. refresh_samples: the rows are chosen anew after so many sequences.
+    fraction: of the rows, rounded up.
+    refresh_samples: the rows are chosen anew after so many sequences.
     """
 
     fraction: float = Field(0.25, gt=0, lt=1)
@@ -249,6 +256,9 @@ class TeacherConfig(Strict):
 
     The loss is weight * temperature^2 * KL(teacher || student) + (1 - weight) * cross-entropy, both of the tokens that
     count, of which the KL divergence takes logits divided by the temperature. Validation stays the cross-entropy.
+
+    temperature: by which logits are divided.
+    weight: the share of the KL divergence in the loss.
     """
 
     temperature: float = Field(1.0, gt=0)
@@ -258,7 +268,8 @@ class TeacherConfig(Strict):
 class TuneConfig(Strict):
     """What of a pretrained model trains, and by which loss; None: all weights, by the cross-entropy.
 
-    adapter: adapters beside the linear layers, and nothing else. scales: those of integer codes, and nothing else.
+    adapter: adapters beside the linear layers, and nothing else.
+    scales: those of integer codes, and nothing else.
     rows: the most important rows of each quantised weight.
     teacher: the loss of a student of the pretrained model.
     """

@@ -54,7 +54,7 @@ def test_the_wheel_holds_the_packages_and_every_config_and_nothing_else(wheel):
     expected = {f"qtrain/{path.relative_to(ROOT / 'qtrain').as_posix()}" for path in (ROOT / "qtrain").rglob("*.py")}
     kernels = ROOT / "kernels"
     expected |= {path.relative_to(kernels).as_posix() for path in (kernels / "qtrain_kernels").rglob("*.py")}
-    expected |= {"qtrain_kernels/cpu.cpp", "qtrain/report/page.html"}
+    expected |= {"qtrain_kernels/cpu.cpp", "qtrain_kernels/few_rows.cpp", "qtrain/report/page.html"}
     expected |= {f"qtrain/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "configs").rglob("*.yaml")}
     assert found == expected
     assert any(name.endswith("licenses/LICENSE") for name in names)

@@ -90,6 +90,8 @@ def test_zeros_stay_zeros_and_dtype_and_shape_are_kept(name: str) -> None:
     zeros = torch.zeros(2, 3, 64, dtype=torch.bfloat16)
     found = qtrain.fake_quantize(zeros, name, backend="reference")
     assert found.dtype == torch.bfloat16 and torch.equal(found, zeros)
+    if FORMATS[name].element.table is not None:  # rounded to nearest alone
+        return
     x = gaussians(6, 64).view(2, 3, 64)
     stochastic = qtrain.fake_quantize(x, name, rounding="stochastic", backend="reference")
     assert relative_error(x, stochastic) < 3  # two bits: 1.7

@@ -39,6 +39,8 @@ def lacks(layout: Layout) -> str | None:
     width = field_width(plan.element)
     if width > 4:
         return f"its codes take {width} bits; 1, 2 and 4 are decoded"
+    if plan.element.table is not None or (plan.block is not None and plan.scale_kind == "float32"):
+        return "codes of a table and float32 scales of blocks are not decoded"
     chunk = CHUNK_BYTES * 8 // width
     if layout.shape[1] % chunk:
         return f"its contraction of {layout.shape[1]} is no multiple of {chunk}"

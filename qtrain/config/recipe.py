@@ -346,6 +346,8 @@ def check_spec(spec: QuantSpec, fmt: Format) -> str:
         raise ValueError(f"scale learned (LSQ) is one number for the whole tensor, not one for each row; write {whole}")
     if rule == "learned" and spec.rounding != "nearest":
         raise ValueError(f"scale learned (LSQ) rounds to nearest; got {spec.rounding}")
+    if fmt.element.table is not None and spec.rounding != "nearest":
+        raise ValueError(f"codes of a table ({fmt.name}) are rounded to nearest; got {spec.rounding}")
     if spec.sparsity and (fmt.rows > 1 or (fmt.block_size or 8) % 8):
         raise ValueError(f"sparsity {spec.sparsity} needs blocks of a multiple of 8 along one dim; {fmt.name} has not")
     return rule

@@ -348,10 +348,8 @@ def test_auto_on_cuda_is_triton(resolved: None, caplog: pytest.LogCaptureFixture
         assert dispatch.get("rotate", "auto", "cuda", rotation=Rotation(512)) is reference.rotate
     assert [record.message for record in caplog.records] == [
         "quantisers on cuda run on backend triton",
-        "backend auto takes the reference on cuda: backend 'triton' needs a block that is a power of two up to 256; "
-        "got 16384",
-        "backend auto takes the reference on cuda: backend 'triton' needs a rotation that is a power of two up to 256; "
-        "got 512",
+        "backend auto takes the reference: backend 'triton' needs a block that is a power of two up to 256; got 16384",
+        "backend auto takes the reference: backend 'triton' needs a rotation that is a power of two up to 256; got 512",
     ]
     assert dispatch.get("quantize", "triton", "cuda", wide) is gpu.quantize, "asked for by name, it refuses"
 

@@ -333,7 +333,7 @@ def test_what_cannot_multiply_so_says_so() -> None:
     with pytest.raises(UserError, match=r"gemm 'fp4' needs MXFP4, .* recipe quest has none such; ask for gemm 'auto'"):
         layer("quest", "fp4", (128, 128))
     assert "gemm 'fp4' cannot run on cpu: mxfp4 needs" in str(layer("quartet", "fp4", (128, 128)))
-    assert "forward | on no device yet" in str(layer("quartet", "fp8", (128, 128)).to("meta"))
+    assert "mxfp4 | on no device yet" in str(layer("quartet", "fp8", (128, 128)).to("meta"))
 
 
 def test_fp8_needs_a_card_that_has_it(monkeypatch: pytest.MonkeyPatch) -> None:

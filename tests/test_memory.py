@@ -278,3 +278,15 @@ def test_a_dry_run_plans_for_devices_that_are_not_here(
     codes = compose([*one_each, "trainer.all_gather=quantized"])
     assert measure_memory(codes, make_plan(codes), CPU).peak < one.peak
     assert not torch.distributed.is_initialized()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    ["+tune=lora recipe=bf16", "+tune=qlora recipe=nf4", "+tune=peqa recipe=bf16",
+     "+tune=efqat recipe=quest optimizer.weight_decay=0"],
+)  # fmt: skip
+def test_a_dry_run_plans_what_tunes(settings: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also where most parameters are frozen, and where an adapter draws what it drops."""
+    sizes = "model.dim=128 model.ffn_dim=128 model.n_layers=1 model.seq_len=64 trainer.batch_tokens=512".split()
+    run(compose([*settings.split(), *sizes, "dry_run=true", f"run_root={tmp_path}"]))
+    assert "at the peak of a step" in " ".join(capsys.readouterr().out.split())

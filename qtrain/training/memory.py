@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.fsdp import FSDPModule
 
@@ -102,6 +103,7 @@ def _peak(config: Config, plan: RunPlan, device: torch.device) -> int:
         stack.enter_context(device)
         module = CausalLM(config, plan, build_model(_unpacked(config), plan.vocab_size))
         model = module.model
+        _hold_frozen(model)
         checkpoint_activations(blocks_of(model), trainer.checkpoint_activations)
         if mesh is not None:
             shard(model, mesh, trainer.sharding_groups, trainer.all_gather == "quantized")
@@ -122,6 +124,15 @@ def _peak(config: Config, plan: RunPlan, device: torch.device) -> int:
                 loss.backward()
     peaks = tracker.get_tracker_snapshot("peak")
     return next(of["Total"] for at, of in peaks.items() if at.type == device.type)
+
+
+def _hold_frozen(model: nn.Module) -> None:
+    """Parameters that do not train become buffers: torch's tracker hangs a hook on the gradient of every parameter."""
+    for module in model.modules():
+        for name, parameter in [*module.named_parameters(recurse=False)]:
+            if not parameter.requires_grad:
+                delattr(module, name)
+                module.register_buffer(name, parameter.detach())
 
 
 def _with_optimizer(config: Config, plan: RunPlan, peak: int) -> Memory:

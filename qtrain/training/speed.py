@@ -9,6 +9,7 @@ import torch
 from qtrain.config import Config
 from qtrain.plan import RunPlan
 from qtrain.quant import set_step
+from qtrain.quant.adapter import set_adapter_step
 from qtrain.training.build import build_model
 from qtrain.training.communication import Communication
 from qtrain.training.losses import next_token_loss
@@ -31,6 +32,7 @@ def trial(config: Config, plan: RunPlan) -> float | None:
     for step in range(3):
         start = time.perf_counter()
         set_step(model, step)
+        set_adapter_step(model, step)
         with torch.autocast("cpu", torch.bfloat16, enabled=config.trainer.precision == "bf16-mixed"):
             loss = next_token_loss(model, batch)
         loss.backward()

@@ -287,6 +287,6 @@ def test_a_dry_run_plans_for_devices_that_are_not_here(
 )  # fmt: skip
 def test_a_dry_run_plans_what_tunes(settings: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Also where most parameters are frozen, and where an adapter draws what it drops."""
-    sizes = "model.dim=128 model.ffn_dim=128 model.n_layers=1 model.seq_len=64 trainer.batch_tokens=512".split()
+    sizes = ["model.dim=128", "model.ffn_dim=128", "model.n_layers=1", "model.seq_len=64", "trainer.batch_tokens=512"]
     run(compose([*settings.split(), *sizes, "dry_run=true", f"run_root={tmp_path}"]))
     assert "at the peak of a step" in " ".join(capsys.readouterr().out.split())

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -11,7 +14,9 @@ from qtrain.models.decoder import Decoder
 from qtrain.models.families.llama import Llama
 from qtrain.quant.ptq import Hessian, Method, quantize_weight, relative_error
 from qtrain.quant.ptq.transforms import awq_smoothing, divide_inputs, fold_norms, rotate_residual, smoothing
-from qtrain.quant.quantizer import Quantizer
+from qtrain.quant.quantizer import Quantizer, rotate
+from qtrain.quant.rotation import hadamard
+from qtrain_kernels.plans import Rotation
 
 
 def model(**settings: object) -> Decoder:
@@ -45,6 +50,53 @@ def test_the_logits_stay(settings: dict[str, object]) -> None:
     again = model(**settings)
     rotate_residual(again, seed=4)
     assert not torch.allclose(again.embed.weight, rotated.embed.weight, atol=0.1), "the signs are the seed's"
+
+
+def of_the_fixture() -> tuple[Decoder, Tensor, dict[str, Tensor]]:
+    """(model, largest magnitudes (16,) of inputs, results) of tests/oracles/quarot_smoothquant.npz: what the code of
+    github.com/spcl/QuaRot (fake_quant/rotation_utils.py, 5008669) and github.com/mit-han-lab/smoothquant
+    (smoothquant/smooth.py, c61476d) made of the same weights in transformers' Llama. Rows of the embedding have mean 0,
+    since QuaRot takes their mean away."""
+    found = Decoder(Llama(name="m", dim=16, n_heads=2, n_layers=1, ffn_dim=32, seq_len=8), 8)
+    draw, (block,) = np.random.default_rng(1), found.layers
+    names = "attention.q attention.k attention.v attention.o mlp.gate mlp.up mlp.down"
+    parts = [found.embed, found.lm_head, found.norm, block.attention_norm, block.mlp_norm]
+    for part in [*parts, *map(block.get_submodule, names.split())]:
+        shape = tuple(part.weight.shape)
+        value = draw.standard_normal(shape) if len(shape) == 2 else draw.uniform(0.3, 2.0, shape)
+        if part is found.embed:
+            value -= value.mean(1, keepdims=True)
+        part.weight.data = torch.from_numpy(value).float()
+    largest = torch.from_numpy(draw.uniform(0.01, 30, 16)).float()
+    with np.load(Path(__file__).parent / "oracles" / "quarot_smoothquant.npz") as file:
+        return found, largest, {key: torch.from_numpy(value) for key, value in file.items()}
+
+
+def test_rotated_weights_are_those_of_quarot(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under the signs that its code drew. Its Hadamard matrix before mlp.down is a recipe's rotation here."""
+    rotated, _, theirs = of_the_fixture()
+    monkeypatch.setattr("qtrain.quant.ptq.transforms.hadamard", lambda size, *_: Rotation(size, theirs["signs"]))
+    rotate_residual(rotated, seed=0)
+    (block,) = rotated.layers
+    ours = {name: getattr(block.attention, name).weight for name in "qkvo"}
+    ours |= {name: getattr(block.mlp, name).weight for name in ("gate", "up")}
+    down = rotate(block.mlp.down.weight.detach(), hadamard(32, None, torch.device("cpu")), "reference")
+    ours |= {"embed": rotated.embed.weight, "head": rotated.lm_head.weight, "down": down}
+    for name, weight in ours.items():
+        torch.testing.assert_close(weight, theirs[f"quarot-{name}"], rtol=1e-5, atol=2e-6)
+
+
+def test_smoothed_weights_are_those_of_smoothquant() -> None:
+    plain, largest, theirs = of_the_fixture()
+    (block,) = plain.layers
+    attention, mlp = block.attention, block.mlp
+    groups = (("attention_norm", 0.5, {name: getattr(attention, name) for name in "qkv"}),
+              ("mlp_norm", 0.8, {"gate": mlp.gate, "up": mlp.up}))  # fmt: skip
+    for norm, alpha, layers in groups:
+        factors = smoothing(largest, [layer.weight for layer in layers.values()], alpha)
+        divide_inputs(getattr(block, norm), [*layers.values()], factors)
+        for name, part in (layers | {norm: getattr(block, norm)}).items():
+            torch.testing.assert_close(part.weight, theirs[f"smoothquant-{name}"], rtol=1e-6, atol=0.0)
 
 
 def test_a_rotation_spreads_outliers_of_the_residual_stream() -> None:

@@ -351,7 +351,7 @@ def test_tables_name_what_is_left(tmp_path: Path) -> None:
 
 
 def test_a_point_that_cannot_run_is_named_before_anything_starts(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"quartet, seed 0: .*layers.0.attention.q has 72"):
+    with pytest.raises(UserError, match=r"quartet, seed 0: layers\.0\.attention\.q, .* and finds 72"):
         find_points(ladder(tmp_path, "recipe=quartet", "model.dim=72", "model.n_heads=2"))
     with pytest.raises(UserError, match="names one directory for several runs"):
         find_points(ladder(tmp_path, f"run_dir={tmp_path}/one"))

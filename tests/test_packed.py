@@ -27,8 +27,11 @@ BITS: dict[str, tuple[Any, float]] = {
     "quartet_ii": ("quartet_ii", 4 + 8 / 16 + 32 / (N * K)),
     "mxfp8": ("mxfp8", 8 + 8 / 32),
     "trilm": ("trilm", 2 + 32 / (N * K)),
-    "nvidia_nvfp4": ("nvidia_nvfp4", 16 + 32 / (N * K)),  # scales of 16x16 tiles have no packed form: exact in bfloat16
-    "ufp4": ("ufp4", 32.0),  # signs that are drawn once; float32 scales of blocks are not packed
+    "nvidia_nvfp4": (
+        "nvidia_nvfp4",
+        16 + 32 / 256 + 32 / (N * K),
+    ),  # 16x16 tiles have no packed form: bfloat16 beside them
+    "ufp4": ("ufp4", 32 + 32 / 16),  # signs that are drawn once; float32 scales of blocks are not packed
     "lsq": ("lsq", 16 + 32 / (N * K)),  # codes under a learned scale are not packed: exact in bfloat16
 }
 

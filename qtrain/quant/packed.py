@@ -167,9 +167,10 @@ class _Product(torch.autograd.Function):
 
 def layout_of(numerics: Numerics, shape: tuple[int, int]) -> Layout:
     """In which a PackedLinear keeps a weight (N, K): packed to the bits of its format where it has such, else in floats
-    that hold it exactly."""
+    that hold it exactly, beside the block scales without which there would be no codes to export."""
     quantizer = numerics.fprop.right
-    return quantizer.layout(shape, -1, float_storage(quantizer.plan, torch.bfloat16)).unmasked.saved
+    found = quantizer.layout(shape, -1, float_storage(quantizer.plan, torch.bfloat16)).unmasked.saved
+    return found.stored(found.storage, blocks=True)
 
 
 def codes_of(layer: QuantLinear, weight: Tensor) -> QTensor:

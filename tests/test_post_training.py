@@ -7,7 +7,6 @@ import shutil
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -100,22 +99,15 @@ def test_exports_hold_the_chosen_codes(gptq: Path, tmp_path: Path) -> None:
     torch.testing.assert_close(packed(identity).detach().T, theirs.float(), rtol=1e-2, atol=1e-4)
 
 
-def test_codes_under_float16_scales_go_out_as_ggufs_own(run: RunDirectory, tmp_path: Path) -> None:
-    """Q4_0, whose bits hold the chosen codes and scales. A PackedLinear keeps them in floats, beside the scales."""
-    gguf = pytest.importorskip("gguf", reason="the extra export is not installed")
-    from qtrain.export import gguf as ggml
-
-    plain = ("recipe=quest_weight_only", "recipe.format=int4_sym/32/float16", "recipe.fprop.x.rotation=null",
-             "recipe.fprop.w.rotation=null", "recipe.fprop.w.estimator=ste", "recipe.fprop.w.scale=absmax")  # fmt: skip
-    quantize(str(run.path), tmp_path / "w4", plain, "gptq", 2048)
-    exported = ggml.export(tmp_path / "w4", tmp_path / "out")
-    assert exported.kinds == {"Q4_0": 14} and exported.bits_per_weight == 4.5
-    there = {each.name: each for each in gguf.GGUFReader(tmp_path / "out" / "model.gguf").tensors}[
-        "blk.1.ffn_down.weight"
-    ]
-    packed = load_run(tmp_path / "w4").get_submodule("layers.1.mlp.down")
-    assert isinstance(packed, PackedLinear) and len(packed.weight.dequantize().unique()) > 100
-    assert np.array_equal(gguf.dequantize(there.data, there.tensor_type), packed.weight.dequantize().numpy())
+def test_codes_that_are_kept_in_floats_go_out_too(run: RunDirectory, tmp_path: Path) -> None:
+    """float32 scales of blocks have no packed form here, and one in the export."""
+    pytest.importorskip("compressed_tensors", reason="the extra export is not installed")
+    plain = ("recipe=quest_weight_only", "recipe.format=int4_sym/32/float32", "recipe.fprop.x.rotation=null",
+             "recipe.fprop.w.rotation=null", "recipe.fprop.w.scale=absmax", "recipe.fprop.w.estimator=ste",
+             "recipe.fprop.x.estimator=ste")  # fmt: skip
+    quantize(str(run.path), tmp_path / "out", plain, "gptq", TOKENS)
+    exported = compressed_tensors.export(tmp_path / "out", tmp_path / "packed")
+    assert exported.kinds == {"pack-quantized": 14}
 
 
 def test_a_stopped_quantisation_goes_on_and_ends_with_the_same_bits(

@@ -19,7 +19,6 @@ N, K, T = 24, 128, 512
 FORMATS = {
     "int4_sym": {"format": "int4_sym"},
     "int4_sym in groups": {"format": "int4_sym/32/float32"},
-    "int4_sym under float16": {"format": "int4_sym/32/float16"},
     "int4, no zero": {"format": "int4"},
     "mxfp4": {"format": "mxfp4", "scale": "floor_three_quarters"},
     "nvfp4": {"format": "nvfp4"},

@@ -16,7 +16,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import safetensors
 import torch
@@ -26,12 +26,13 @@ from torch import Tensor, nn
 from qtrain.config import Config, TokenizerConfig, config_hash
 from qtrain.config.settings import nearest
 from qtrain.data.batches import TokenBatches
+from qtrain.data.counted import ids_of
 from qtrain.data.prepare import prepare
-from qtrain.data.tokenizer import FileTokenizer, Tokenizer, load_kept, tokenizer_files
+from qtrain.data.tokenizer import Tokenizer, load_kept, load_pretrained, tokenizer_files
 from qtrain.errors import UserError
-from qtrain.metrics import bits_per_byte
 from qtrain.models import hf
 from qtrain.models.decoder import Decoder, count_parameters
+from qtrain.plan import budget_tokens
 from qtrain.quant import PackedLinear, QuantLinear, convert, quant_linears, set_high_precision
 from qtrain.quant.functional import Call
 from qtrain.quant.packed import layout_of, unsettled
@@ -44,7 +45,8 @@ from qtrain.runs.files import read_json, write_atomically
 from qtrain.runs.status import Status
 from qtrain.train import compose
 from qtrain.training import checkpoint
-from qtrain.training.losses import evaluate
+from qtrain.training.losses import documents_in, evaluate
+from qtrain.training.observers.measure import validation_values
 from qtrain_kernels.qtensor import QTensor
 
 
@@ -76,6 +78,16 @@ PARTIAL = "quantization"  # the folder of what is done, while the rest is not
 Report = Callable[[str], None]
 
 
+class Input(NamedTuple):
+    """Of a block: x (B, T, D), and where documents begin, as `Decoder` takes it."""
+
+    x: Tensor
+    cu_seqlens: Tensor | None
+
+
+Run = Callable[[Input], Tensor]  # a block
+
+
 @dataclass(frozen=True)
 class LayerError:
     """|(W - W') X|^2 / |W X|^2 of a layer over the calibration text, and what rounding to nearest by the recipe's own
@@ -99,11 +111,12 @@ class Quantised:
 @dataclass(frozen=True)
 class Source:
     """A trained model in float32, without a recipe. config: its settings with the recipe and text that were asked
-    for."""
+    for; tokenizer_config: by which that text is read with the model's tokenizer."""
 
     config: Config
     model: Decoder
     tokenizer: Tokenizer
+    tokenizer_config: TokenizerConfig
     step: int
     values: dict[str, Any]
 
@@ -127,19 +140,25 @@ def quantize(
     task = {"source": str(Path(source).resolve()), "step": opened.step, "method": asdict(METHODS[method])}
     task |= {"tokens": tokens, "settings": sorted(settings)}
     _check(directory, task)
-    corpus = prepare(config.data, _tokenizer_of(config, opened))
+    corpus = prepare(config.data, opened.tokenizer_config, budget_tokens=budget_tokens(config))
+    if corpus.tokenizer.hash != opened.tokenizer.hash:
+        raise UserError(
+            f"the text that {source} was trained on has changed, and a tokenizer of it would be another one now; name "
+            "the text by data=..., which is read with the tokenizer that the run kept"
+        )
     batches = TokenBatches(
         corpus, seq_len=config.model.seq_len, seed=config.seed, micro_batch_size=SEQUENCES, num_workers=0
     )
+    end = opened.tokenizer.eos_id if config.data.document_mask else None
     calibration = list(_calibration(batches, corpus, config.model.seq_len, tokens))
-    before = _loss(opened.model, batches)
+    before = _losses(opened.model, batches, end)
     if METHODS[method].rotate_residual:
         config = _rotated(opened.model, config)
     _convert(opened.model, config)
-    errors = _quantize_blocks(opened.model, calibration, METHODS[method], _begin(directory, task), say)
-    after = _loss(opened.model, batches)
+    errors = _quantize_blocks(opened.model, calibration, end, METHODS[method], _begin(directory, task), say)
+    after = _losses(opened.model, batches, end)
     _finish(directory, config, opened, after, task, errors, before)
-    return Quantised(out, tuple(errors), before[0], after[0])
+    return Quantised(out, tuple(errors), before["val_loss"], after["val_loss"])
 
 
 # --------------------------------------------------------------------------------------------------------------- source
@@ -151,16 +170,22 @@ def open_source(source: str, settings: Sequence[str]) -> Source:
     if (path / "config.yaml").exists():
         return _open_run(path, settings)
     config = compose([f"model=hf:{source}", *settings])
-    corpus = prepare(config.data, config.tokenizer)
-    vocab_size = config.model.vocab_size or corpus.vocab_size
-    model = Decoder(config.model, vocab_size)
+    tokenizer = load_pretrained(config.tokenizer)
+    assert config.model.vocab_size is not None  # a checkpoint says it
+    model = Decoder(config.model, config.model.vocab_size)
     hf.load(model, source)
-    return Source(config, model.eval(), corpus.tokenizer, 0, {"vocab_size": vocab_size, "samples": 0, "commits": []})
+    values = {"vocab_size": config.model.vocab_size, "samples": 0, "commits": []}
+    return Source(config, model.eval(), tokenizer, config.tokenizer, 0, values)
 
 
 def _open_run(path: Path, settings: Sequence[str]) -> Source:
     directory = RunDirectory(path)
     own, asked = directory.read_config(), compose(settings)
+    if own.tune is not None:
+        raise UserError(
+            f"{path} trained beside a base, or parts of it; export it by `qtrain export --to hf`, which merges both, "
+            "and quantise that folder"
+        )
     found = checkpoint.newest(directory.checkpoints)
     if found is None:
         raise UserError(f"{path} has no checkpoint yet")
@@ -168,8 +193,11 @@ def _open_run(path: Path, settings: Sequence[str]) -> Source:
     values = checkpoint.values_of(folder)
     vocab_size = checkpoint.whole_number(folder, values, "vocab_size")
     update: dict[str, Any] = {"recipe": asked.recipe, "backend": asked.backend, "gemm": asked.gemm}
+    tokenizer_config = own.tokenizer
     if any(setting.lstrip("+").startswith("data") for setting in settings):
         update["data"] = asked.data
+        if own.tokenizer.kind == "bpe":  # which another text would train anew
+            tokenizer_config = TokenizerConfig(kind="huggingface", vocab_size=None, path=str(directory.tokenizer))
     model = Decoder(own.model, vocab_size)
     there = checkpoint.weights(folder)
     if any(name.endswith(".codes") for name in there):
@@ -177,19 +205,7 @@ def _open_run(path: Path, settings: Sequence[str]) -> Source:
     wanted = {name for name, _ in model.named_parameters()}
     model.load_state_dict({name: value for name, value in there.items() if name in wanted}, strict=False)
     tokenizer = load_kept(own.tokenizer, directory.tokenizer)
-    return Source(own.model_copy(update=update), model.eval(), tokenizer, step, values)
-
-
-def _tokenizer_of(config: Config, source: Source) -> TokenizerConfig:
-    """The settings by which the text is read in the model's own tokens: a tokenizer that was trained on the run's text
-    is the run's, whatever the text here."""
-    if config.tokenizer.kind != "bpe" or not isinstance(source.tokenizer, FileTokenizer):
-        return config.tokenizer
-    folder = Path(config.data.cache_dir).expanduser() / f"tokenizer-{source.tokenizer.hash[:12]}"
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, text in tokenizer_files(source.tokenizer).items():
-        write_atomically(folder / name, text)
-    return TokenizerConfig(kind="huggingface", vocab_size=None, path=str(folder))
+    return Source(own.model_copy(update=update), model.eval(), tokenizer, tokenizer_config, step, values)
 
 
 def _calibration(batches: TokenBatches, corpus: Any, seq_len: int, tokens: int) -> Iterator[Tensor]:
@@ -202,16 +218,17 @@ def _calibration(batches: TokenBatches, corpus: Any, seq_len: int, tokens: int) 
             f"twice; the training split of the text has {there:,}; give more text (data=...), or another --tokens"
         )
     for batch in batches.train(0, wanted):
-        yield batch[:, :-1]
+        yield ids_of(batch[:, :-1])
 
 
-def _loss(model: Decoder, batches: TokenBatches) -> tuple[float, float]:
-    """(nats per token, bits per byte) of the validation split; of a mixture by its weights."""
-    loss = bytes_per_token = 0.0
-    for each in batches.validation.values():
-        total, count = evaluate(model, each.batches(), torch.device("cpu"), "32-true")
-        loss, bytes_per_token = loss + each.share * total / count, bytes_per_token + each.share * each.bytes_per_token
-    return loss, bits_per_byte(loss, 1, bytes_per_token)
+def _losses(model: Decoder, batches: TokenBatches, end_of_document: int | None) -> dict[str, float]:
+    """val_loss and the rest of a run's own validation."""
+    sets, device = batches.validation, torch.device("cpu")
+    sums = {
+        name: evaluate(model, each.batches(), device, "32-true", end_of_document=end_of_document)
+        for name, each in sets.items()
+    }
+    return validation_values(sets, sums)
 
 
 # --------------------------------------------------------------------------------------------------------------- blocks
@@ -237,11 +254,14 @@ def _convert(model: Decoder, config: Config) -> None:
 
 
 def _quantize_blocks(
-    model: Decoder, calibration: Sequence[Tensor], way: Way, progress: Path, say: Report
+    model: Decoder, calibration: Sequence[Tensor], end_of_document: int | None, way: Way, progress: Path, say: Report
 ) -> list[LayerError]:
     found: list[LayerError] = []
     with torch.no_grad():
-        inputs = [model.embed(tokens) for tokens in calibration]
+        inputs = [
+            Input(model.embed(tokens), documents_in(tokens, end_of_document).get("cu_seqlens"))
+            for tokens in calibration
+        ]
         for number, (name, block, run) in enumerate(_blocks(model)):
             done = progress / f"{number:05d}.safetensors"
             if done.exists():
@@ -250,23 +270,27 @@ def _quantize_blocks(
                 errors = list(_quantize_block(model, block, run, inputs, way, say))
                 _save(model.get_submodule(name), done, errors)
                 found += errors
-            inputs = [run(x) for x in inputs] if name != "lm_head" else []
+            inputs = [each._replace(x=run(each)) for each in inputs] if name != "lm_head" else []
     return found
 
 
-def _blocks(model: Decoder) -> Iterator[tuple[str, nn.Module, Callable[[Tensor], Tensor]]]:
+def _blocks(model: Decoder) -> Iterator[tuple[str, nn.Module, Run]]:
     """(name, block, what it makes of its input), and the head, which reads the last norm."""
 
-    def block(layer: nn.Module) -> Callable[[Tensor], Tensor]:
-        return lambda x: layer(x, *[getattr(model, name)[: x.shape[1]] for name in model._tables], None)
+    def block(layer: nn.Module) -> Run:
+        def run(given: Input) -> Tensor:
+            tables = (getattr(model, name)[: given.x.shape[1]] for name in model._tables)
+            return layer(given.x, *tables, given.cu_seqlens)
+
+        return run
 
     for number, layer in enumerate(model.layers):
         yield f"layers.{number}", layer, block(layer)
-    yield "lm_head", model.lm_head, lambda x: model.lm_head(model.norm(x))
+    yield "lm_head", model.lm_head, lambda given: model.lm_head(model.norm(given.x))
 
 
 def _quantize_block(
-    model: Decoder, block: nn.Module, run: Callable[[Tensor], Tensor], inputs: Sequence[Tensor], way: Way,
+    model: Decoder, block: nn.Module, run: Run, inputs: Sequence[Input], way: Way,
     say: Report,
 ) -> Iterator[LayerError]:  # fmt: skip
     for group in _groups(block, run, inputs[0]):
@@ -277,25 +301,24 @@ def _quantize_block(
             divide_inputs(norm, group, factors)
             seen = seen.divided(factors)
         for layer in group:
-            packed, error = _quantize_layer(layer, seen.moments, way.weight)
-            parent, _, child = layer.name.rpartition(".")
-            setattr(model.get_submodule(parent), child, packed)
+            weight, error = _quantize_layer(layer, seen.moments, way.weight)
+            _replace(model, layer, weight)
             say(f"{layer.name:<28} error {error.error:.2e}, to nearest {error.nearest:.2e}")
             yield error
 
 
-def _groups(block: nn.Module, run: Callable[[Tensor], Tensor], x: Tensor) -> list[list[QuantLinear]]:
+def _groups(block: nn.Module, run: Run, given: Input) -> list[list[QuantLinear]]:
     """The quantised layers of a block in the order of their calls, those that read one and the same input together."""
     found: dict[int, list[QuantLinear]] = defaultdict(list)
     read: list[Tensor] = []  # held, so that no other tensor takes their place
 
-    def note(layer: nn.Module, given: tuple[Tensor, ...]) -> None:
-        read.append(given[0])
-        found[given[0].data_ptr()].append(layer)  # pyright: ignore[reportArgumentType]
+    def note(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        read.append(inputs[0])
+        found[inputs[0].data_ptr()].append(layer)  # pyright: ignore[reportArgumentType]
 
     hooks = [layer.register_forward_pre_hook(note) for layer in quant_linears(block)]
     try:
-        run(x[:1])
+        run(given)
     finally:
         for hook in hooks:
             hook.remove()
@@ -316,7 +339,7 @@ class Inputs:
         return Inputs(self.moments / factors / factors[:, None], self.largest / factors, self.mean / factors)
 
 
-def _watched(layer: QuantLinear, run: Callable[[Tensor], Tensor], inputs: Sequence[Tensor]) -> Inputs:
+def _watched(layer: QuantLinear, run: Run, inputs: Sequence[Input]) -> Inputs:
     hessian, total, largest = Hessian(layer.in_features), 0.0, torch.zeros(layer.in_features)
 
     def note(_: nn.Module, given: tuple[Tensor, ...]) -> None:
@@ -327,8 +350,8 @@ def _watched(layer: QuantLinear, run: Callable[[Tensor], Tensor], inputs: Sequen
 
     hook = layer.register_forward_pre_hook(note)
     try:
-        for x in inputs:
-            run(x)
+        for each in inputs:
+            run(each)
     finally:
         hook.remove()
     return Inputs(hessian.mean(), largest, torch.as_tensor(total) / hessian.tokens)
@@ -354,10 +377,21 @@ def _smoothing(group: Sequence[QuantLinear], seen: Inputs, smooth: float | Liter
     return smoothing(seen.largest, weights, smooth)
 
 
-def _quantize_layer(layer: QuantLinear, moments: Tensor, method: Method) -> tuple[PackedLinear, LayerError]:
+def _replace(model: nn.Module, layer: QuantLinear, weight: QTensor) -> None:
+    """By a PackedLinear of this weight."""
+    parent, _, child = layer.name.rpartition(".")
+    packed = PackedLinear(weight, layer.bias, layer.numerics, layer.name, _keys(layer))
+    setattr(model.get_submodule(parent), child, packed)
+
+
+def _keys(layer: QuantLinear) -> Tensor:
+    return key_table([layer.keyed_by], 0, 0)[0]
+
+
+def _quantize_layer(layer: QuantLinear, moments: Tensor, method: Method) -> tuple[QTensor, LayerError]:
     """moments: (K, K), of its inputs before their rotation."""
-    numerics, keys = layer.numerics, key_table([layer.keyed_by], 0, 0)[0]
-    rotation = Call(numerics, keys, torch.float32, None).rotation("fprop", layer.in_features)
+    numerics = layer.numerics
+    rotation = Call(numerics, _keys(layer), torch.float32, None).rotation("fprop", layer.in_features)
     weight = rotate(layer.weight.detach().float(), rotation, numerics.backend)
     turned = rotate(rotate(moments, rotation, numerics.backend).T.contiguous(), rotation, numerics.backend)
     try:
@@ -365,8 +399,7 @@ def _quantize_layer(layer: QuantLinear, moments: Tensor, method: Method) -> tupl
     except ValueError as error:
         raise UserError(f"{layer.name}: {error}") from None
     errors = [relative_error(weight, each.dequantize(numerics.backend), turned) for each in (chosen, plain)]
-    stored = chosen.to(layout_of(numerics, chosen.shape), numerics.backend)
-    return PackedLinear(stored, layer.bias, numerics, layer.name, keys), LayerError(layer.name, *errors)
+    return chosen.to(layout_of(numerics, chosen.shape), numerics.backend), LayerError(layer.name, *errors)
 
 
 # ---------------------------------------------------------------------------------------------------------------- files
@@ -406,18 +439,14 @@ def _restore(model: Decoder, name: str, path: Path) -> list[LayerError]:
         place = layer.name.removeprefix(name).removeprefix(".")
         there = [tensors.get(f"{place}.{part}".removeprefix(".")) for part in ("codes", "block_scale", "tensor_scale")]
         layout = layout_of(layer.numerics, (layer.out_features, layer.in_features))
-        weight = QTensor.of(layout, [part for part in there if part is not None])
-        keys = key_table([layer.keyed_by], 0, 0)[0]
-        parent, _, child = layer.name.rpartition(".")
-        packed = PackedLinear(weight, layer.bias, layer.numerics, layer.name, keys)
-        setattr(model.get_submodule(parent), child, packed)
+        _replace(model, layer, QTensor.of(layout, [part for part in there if part is not None]))
     model.get_submodule(name).load_state_dict(tensors)
     return [LayerError(**error) for error in errors]
 
 
 def _finish(
-    directory: RunDirectory, config: Config, source: Source, loss: tuple[float, float], task: dict[str, Any],
-    errors: Sequence[LayerError], before: tuple[float, float],
+    directory: RunDirectory, config: Config, source: Source, losses: dict[str, float], task: dict[str, Any],
+    errors: Sequence[LayerError], before: dict[str, float],
 ) -> None:  # fmt: skip
     config = config.model_copy(update={"run_dir": None, "force": False})
     checkpoint.save(directory.checkpoints, source.step, checkpoint.tensors_of(source.model), source.values)
@@ -432,11 +461,10 @@ def _finish(
         "seed": config.seed,
         "parameters": all_parameters,
         "non_embedding_parameters": others,
-        "val_loss": loss[0],
-        "val_bits_per_byte": loss[1],
+        **losses,
         "config_hash": config_hash(config),
     }
-    about = task | {"val_loss_before": before[0], "layers": [asdict(error) for error in errors]}
+    about = task | {"val_loss_before": before["val_loss"], "layers": [asdict(error) for error in errors]}
     write_atomically(directory.path / "quantization.json", json.dumps(about, indent=2) + "\n")
     directory.write_summary(summary)
     text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)

@@ -143,9 +143,9 @@ MAY_IMPORT = {
         "qtrain.training.losses"
     ),
     "qtrain.post_training": (
-        "torch safetensors yaml qtrain.config qtrain.config.settings qtrain.data qtrain.data.batches qtrain.metrics "
-        "qtrain.models qtrain.models.hf qtrain.quant qtrain.runs qtrain.train qtrain.training qtrain.training.losses "
-        "qtrain.training.checkpoint qtrain_kernels"
+        "torch safetensors yaml qtrain.config qtrain.config.settings qtrain.data qtrain.data.batches "
+        "qtrain.data.counted qtrain.models qtrain.models.hf qtrain.plan qtrain.quant qtrain.runs qtrain.train "
+        "qtrain.training qtrain.training.losses qtrain.training.checkpoint qtrain.training.observers qtrain_kernels"
     ),
     "qtrain.studies": "",
     "qtrain.studies.chaos": "torch lightning qtrain qtrain.train qtrain.runs qtrain.config qtrain.config.settings",

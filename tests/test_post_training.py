@@ -12,7 +12,9 @@ import torch
 
 import qtrain.post_training
 from qtrain.errors import UserError
-from qtrain.export import compressed_tensors, huggingface
+from qtrain.evaluate.perplexity import losses
+from qtrain.evaluate.target import load
+from qtrain.export import compressed_tensors, fp_quant, huggingface
 from qtrain.export.trained import open_run
 from qtrain.post_training import METHODS, quantize
 from qtrain.quant import PackedLinear
@@ -189,3 +191,42 @@ def test_what_cannot_be_done_is_named_and_nothing_is_left(run: RunDirectory, gpt
     assert not any((tmp_path / name).exists() for name in ("out", "again", "other", "third"))
     assert {"rtn", "gptq", "mr_gptq", "quarot", "smoothquant", "awq"} < {*METHODS}
     assert qtrain.post_training.SEQUENCES * 32 <= TOKENS
+
+
+def test_conversations_and_documents_are_counted_as_the_run_counts_them(tmp_path: Path) -> None:
+    """Prompts are read and not counted, documents seen apart: the loss before is the run's own, and `evaluate`'s."""
+    lines = [json.dumps({"prompt": f"what is {n} and {n}?", "completion": f" it is {2 * n}."}) for n in range(400)]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    settings = (
+        "recipe=bf16 trainer.batch_tokens=512 trainer.micro_batch_size=16 trainer.precision=32-true trainer.device=cpu "
+        "trainer.tokens=4096 optimizer.lr=0.01 data=chat data.val_tokens=1024 data.document_mask=true "
+        f"callbacks.progress_bar=false data.files={tmp_path}/a.jsonl data.cache_dir={tmp_path}/cache "
+        f"run_dir={tmp_path}/run model.dim=64 model.ffn_dim=64 model.n_layers=1 model.n_heads=2 model.seq_len=32"
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["train.py", *settings.split()])
+        main()
+    own = RunDirectory(tmp_path / "run").summary["val_loss"]
+    done = quantize(str(tmp_path / "run"), tmp_path / "out", RECIPE, "gptq", 2048)
+    assert done.val_loss_before == pytest.approx(own, rel=1e-6)
+    for run, loss in (("run", own), ("out", done.val_loss)):
+        found = losses(load(tmp_path / run))[""]
+        assert found.loss == pytest.approx(loss, rel=1e-5) and found.tokens < found.sequences * 32
+        assert 0 < found.standard_error < 1
+
+
+def test_a_run_that_tuned_is_not_quantised_without_its_adapter(run: RunDirectory, tmp_path: Path) -> None:
+    shutil.copytree(run.path, tmp_path / "run")
+    config = (tmp_path / "run" / "config.yaml").read_text()
+    assert "\ntune: null\n" in config
+    (tmp_path / "run" / "config.yaml").write_text(config.replace("\ntune: null\n", "\ntune: {adapter: {rank: 2}}\n"))
+    with pytest.raises(UserError, match=r"export it by `qtrain export --to hf`, which merges both"):
+        quantize(str(tmp_path / "run"), tmp_path / "out", RECIPE, "rtn", TOKENS)
+
+
+def test_a_run_without_codes_is_no_export_of_codes(run: RunDirectory, tmp_path: Path) -> None:
+    pytest.importorskip("compressed_tensors", reason="the extra export is not installed")
+    for module in (compressed_tensors, fp_quant):
+        with pytest.raises(UserError, match="recipe bf16 quantises nothing; export it as a Hugging Face checkpoint"):
+            module.export(run.path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -20,7 +20,7 @@ from qtrain.errors import UserError
 from qtrain.evaluate.target import Target
 from qtrain.metrics import bits_per_byte
 from qtrain.plan import budget_tokens
-from qtrain.training.losses import documents_in
+from qtrain.training.losses import UNCOUNTED, documents_in, inputs_and_targets
 
 BATCH = 8  # sequences at once, of a target that is of no run
 
@@ -28,7 +28,7 @@ BATCH = 8  # sequences at once, of a target that is of no run
 @dataclass(frozen=True)
 class Loss:
     """On one text. loss: mean cross-entropy in nats per token. standard_error: of this mean, over sequences; NaN of a
-    single one. tokens: that were predicted; bytes: of UTF-8 that they spell, by the mean of the text."""
+    single one. tokens: that were predicted and count; bytes: of UTF-8 that they spell, by the mean of the text."""
 
     loss: float
     standard_error: float
@@ -97,27 +97,31 @@ def losses(
 @torch.no_grad()
 def _loss(target: Target, text: ValidationSet, end_of_document: int | None) -> Loss:
     sums: list[float] = []
-    tokens = 0
+    tokens: list[int] = []
     with torch.autocast(target.device.type, torch.bfloat16, enabled=target.precision == "bf16-mixed"):
         for batch in text.batches():
-            batch = batch.to(target.device)
-            inputs, targets = batch[:, :-1], batch[:, 1:]
+            inputs, targets = inputs_and_targets(batch.to(target.device))
             logits = target.model(inputs, **documents_in(inputs, end_of_document))
-            each = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none")
+            each = F.cross_entropy(
+                logits.flatten(0, 1).float(), targets.flatten(), ignore_index=UNCOUNTED, reduction="none"
+            )
             sums += each.view(targets.shape).sum(1, dtype=torch.float64).tolist()
-            tokens += targets.numel()
-    return Loss(*_mean(sums, tokens), len(sums), tokens, tokens * text.bytes_per_token)
+            tokens += (targets != UNCOUNTED).sum(1).tolist()
+    total = sum(tokens)
+    if not total:
+        raise UserError(f"no loss counts any token of the text that {target.name} is evaluated on; give more of it")
+    return Loss(*_mean(sums, tokens), len(sums), total, total * text.bytes_per_token)
 
 
-def _mean(sums: Sequence[float], tokens: int) -> tuple[float, float]:
-    """The mean of all tokens, and its standard error over sequences of equal length."""
-    count = len(sums)
-    length = tokens / count
-    mean = math.fsum(sums) / tokens
+def _mean(sums: Sequence[float], tokens: Sequence[int]) -> tuple[float, float]:
+    """The mean of all tokens, and its standard error over sequences, of which some may count fewer tokens: that of a
+    ratio of two sums (Cochran, Sampling Techniques, 6.4)."""
+    count, total = len(sums), sum(tokens)
+    mean = math.fsum(sums) / total
     if count < 2:
         return mean, math.nan
-    spread = math.fsum((each / length - mean) ** 2 for each in sums) / (count - 1)
-    return mean, math.sqrt(spread / count)
+    spread = math.fsum((each - mean * size) ** 2 for each, size in zip(sums, tokens, strict=True)) / (count - 1)
+    return mean, math.sqrt(spread * count) / total
 
 
 def _mixed(found: Mapping[str, Loss], sets: Mapping[str, ValidationSet]) -> Loss:

@@ -382,6 +382,19 @@ def test_what_a_format_cannot_hold_is_named_and_nothing_is_written(runs: dict[st
     assert RunDirectory(run).read_config().recipe.name == "mxfp8"
 
 
+def test_codes_of_a_table_go_into_no_format() -> None:
+    for name in ("nf4", "nf4/tensor/float32"):
+        spec = {"format": name, "scale": "absmax"}
+        none: dict[str, Any] = {"format": "none"}
+        backward = {"dgrad": {"dy": none, "w": none}, "wgrad": {"dy": none, "x": none}}
+        numerics = layer_of({"name": "own", "fprop": {"x": none, "w": spec}, **backward}).numerics
+        for say in (packed.scheme_of, ggml.kind_of):
+            with pytest.raises(ValueError, match="which are those of a table"):
+                say(numerics)
+        with pytest.raises(ValueError, match="the format holds mxfp4"):
+            fp_quant.scheme_of(numerics)
+
+
 def test_the_readme_says_what_goes_where() -> None:
     readme = (Path(__file__).parents[1] / "README.md").read_text()
     assert table.markdown() in readme

@@ -124,6 +124,8 @@ def _unsayable(numerics: Numerics) -> str | None:
     quantizer = numerics.fprop.right
     plan = quantizer.plan
     assert plan is not None
+    if plan.element.table is not None:
+        return f"no type has the codes of {quantizer.spec.format}, which are those of a table"
     if quantizer.rotates:
         return f"its weights are rotated ({quantizer.spec.rotation}), and llama.cpp would not rotate the inputs"
     if has_line_scale(numerics) and not (plan.whole or plan.rule == "learned"):

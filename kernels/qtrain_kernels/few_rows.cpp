@@ -124,24 +124,6 @@ void product(const uint8_t* codes, const uint8_t* scales, const float* table, co
   }
 }
 
-auto of_rows(int rows) {
-  return rows == 1   ? product<1>
-         : rows == 2 ? product<2>
-         : rows == 3 ? product<3>
-         : rows == 4 ? product<4>
-         : rows == 5 ? product<5>
-         : rows == 6 ? product<6>
-         : rows == 7 ? product<7>
-                     : product<8>;
-}
-
-extern "C" void few_rows(int rows, const uint8_t* codes, const uint8_t* scales, const float* table, const int8_t* levels,
-                         float unit, const float* line, int apart, const float* x, int64_t n, int64_t k, float* out,
-                         int threads) {
-  of_rows(rows)(
-      codes, scales, table, levels, unit, line, apart, x, n, k, out, threads);
-}
-
 #else
 
 namespace {
@@ -173,6 +155,8 @@ void product(const uint16_t* weight, const float* x, int64_t n, int64_t k, float
   }
 }
 
+#endif
+
 auto of_rows(int rows) {
   return rows == 1   ? product<1>
          : rows == 2 ? product<2>
@@ -183,6 +167,17 @@ auto of_rows(int rows) {
          : rows == 7 ? product<7>
                      : product<8>;
 }
+
+#ifdef CODES
+
+extern "C" void few_rows(int rows, const uint8_t* codes, const uint8_t* scales, const float* table, const int8_t* levels,
+                         float unit, const float* line, int apart, const float* x, int64_t n, int64_t k, float* out,
+                         int threads) {
+  of_rows(rows)(
+      codes, scales, table, levels, unit, line, apart, x, n, k, out, threads);
+}
+
+#else
 
 extern "C" void few_rows(int rows, const uint16_t* weight, const float* x, int64_t n, int64_t k, float* out,
                          int threads) {

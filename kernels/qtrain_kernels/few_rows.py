@@ -23,12 +23,11 @@ from torch import Tensor
 from qtrain_kernels import reference
 from qtrain_kernels.cpu import GRAIN, _at, bound, library
 from qtrain_kernels.plans import Packed, Plan, field_width, scale_nan
+from qtrain_kernels.precision import FEW, FEW_MULTIPLE
 from qtrain_kernels.qtensor import Layout, QTensor
 
 SOURCE = Path(__file__).with_suffix(".cpp")
-MOST = 8  # rows of x
 CHUNK_BYTES = 16  # of codes that are decoded at once
-BFLOAT16_MULTIPLE = 32  # of the contraction
 
 
 def lacks(layout: Layout) -> str | None:
@@ -96,7 +95,7 @@ class FewRows:
 def bfloat16_rows(x: Tensor, weight: Tensor) -> Tensor:
     """x (R, K), float32 or bfloat16, R at most 8, times the transpose of weight (N, K) bfloat16 -> (R, N) float32.
     ValueError where K is no multiple of 32."""
-    if weight.dtype != torch.bfloat16 or weight.ndim != 2 or weight.shape[1] % BFLOAT16_MULTIPLE:
+    if weight.dtype != torch.bfloat16 or weight.ndim != 2 or weight.shape[1] % FEW_MULTIPLE:
         raise ValueError(f"weight must be (N, K) bfloat16, K % 32 == 0; got {tuple(weight.shape)} {weight.dtype}")
     weight, shape = weight.contiguous(), (weight.shape[0], weight.shape[1])
     x = _filled(x, shape[1])
@@ -108,8 +107,8 @@ def bfloat16_rows(x: Tensor, weight: Tensor) -> Tensor:
 
 def _filled(x: Tensor, k: int) -> Tensor:
     """x as contiguous float32. There is code for each number of rows."""
-    if x.ndim != 2 or x.shape[1] != k or not 0 < x.shape[0] <= MOST or not x.is_cpu:
-        raise ValueError(f"x must be (1 to {MOST}, {k}) on CPU; got {tuple(x.shape)} on {x.device}")
+    if x.ndim != 2 or x.shape[1] != k or not 0 < x.shape[0] <= FEW or not x.is_cpu:
+        raise ValueError(f"x must be (1 to {FEW}, {k}) on CPU; got {tuple(x.shape)} on {x.device}")
     return x.float().contiguous()
 
 

@@ -70,10 +70,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 FEW = 8  # rows, up to which a bfloat16 weight is read as it lies: a float32 copy of it costs more than the product
+FEW_MULTIPLE = 32  # of the contraction of such a weight
 
 
 def _is_few(x: Tensor, weight: Tensor) -> bool:
-    few = 0 < x.numel() <= FEW * x.shape[-1] and weight.shape[1] % 32 == 0
+    few = 0 < x.numel() <= FEW * x.shape[-1] and weight.shape[1] % FEW_MULTIPLE == 0
     return few and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
 
 

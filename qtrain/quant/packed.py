@@ -97,15 +97,14 @@ class PackedLinear(nn.Module):
         """x (T, K) -> (T, N) in dtype, without the bias."""
         if not x.shape[0]:
             return x.new_zeros(0, self.out_features, dtype=dtype)
-        few = len(x) <= few_rows.MOST and self._multiplies_in_bits and x.device.type == "cpu"
-        if (
-            few and self.numerics.fprop.left.plan is None
-        ):  # without what quantising takes, which is longer than the product
-            turned = rotate(x.detach(), self._rotation, self.numerics.backend) if self._rotation else x
+        few = len(x) <= few_rows.FEW and self._multiplies_in_bits and x.device.type == "cpu"
+        rotation = self.rotation()
+        if few and self.numerics.fprop.left.plan is None:  # quantising takes longer than the product
+            turned = x if rotation is None else rotate(x.detach(), rotation, self.numerics.backend)
             return self._few_rows()(turned.to(dtype)).to(dtype)
         call = Call(self.numerics, self.keys, dtype, None)
         learned = None if self.input_scale is None else self.input_scale.float().view(())
-        xq, _ = call.operand("fprop.x", x, call.rotation("fprop", self.in_features), learned=learned)
+        xq, _ = call.operand("fprop.x", x, rotation, learned=learned)
         if few and xq.layout.storage == "int8" and few_rows.exact(xq.layout, self.layout.t):
             codes = self._few_rows()(xq.to("float32", call.numerics.backend).codes, scaled=False)
             return scaled(codes, scales_of(xq, self.weight.t)).to(dtype)
@@ -116,14 +115,6 @@ class PackedLinear(nn.Module):
         """Whether few rows multiply the weight in its bits: see the class."""
         return self.numerics.backend != "reference" and few_rows.lacks(self.layout) is None
 
-    @cached_property
-    def _leaves_inputs(self) -> bool:
-        return self.numerics.fprop.left.plan is None
-
-    @cached_property
-    def _rotation(self) -> Rotation | None:
-        return Call(self.numerics, self.keys, torch.float32, None).rotation("fprop", self.in_features)
-
     def _few_rows(self) -> FewRows:
         if self._ready is None or self._ready.address != self.codes.data_ptr():
             self._ready = FewRows(self.weight)
@@ -131,9 +122,8 @@ class PackedLinear(nn.Module):
 
     def product_back(self, dy: Tensor, dtype: torch.dtype) -> Tensor:
         """dY (T, N) -> dX (T, K) in dtype, by the dequantised weight in the compute dtype of dY."""
-        call = Call(self.numerics, self.keys, dy.dtype, None)
         dx = dy @ self.weight.dequantize(self.numerics.backend).to(dy.dtype)
-        return unrotate(dx, call.rotation("fprop", self.in_features), self.numerics.backend).to(dtype)
+        return unrotate(dx, self.rotation(), self.numerics.backend).to(dtype)
 
     def _apply(self, fn: Any, recurse: bool = True) -> PackedLinear:
         """Codes and scales move between devices, and keep their dtypes whatever the model's becomes."""

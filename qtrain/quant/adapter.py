@@ -9,13 +9,13 @@ the names of its own tensors.
 from __future__ import annotations
 
 import math
-from fnmatch import fnmatchcase
 from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor, nn
 
 from qtrain.errors import UserError
+from qtrain.quant.convert import matches
 from qtrain.quant.packed import PackedLinear
 from qtrain.quant.random import key_words
 from qtrain_kernels.precision import linear
@@ -77,10 +77,10 @@ def attach(
     """Freezes a model and puts an adapter beside each of its linear layers of these names or patterns; () is all but
     lm_head. Returns their names. UserError for a name that matches no linear layer."""
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | PackedLinear)}
-    chosen = [name for name in linears if any(_matches(entry, name) for entry in layers)]
+    chosen = [name for name in linears if any(matches(entry, name) for entry in layers)]
     if not layers:
         chosen = [name for name in linears if name.rpartition(".")[2] != "lm_head"]
-    if unknown := [entry for entry in layers if not any(_matches(entry, name) for name in linears)]:
+    if unknown := [entry for entry in layers if not any(matches(entry, name) for name in linears)]:
         raise UserError(
             f"tune.adapter.layers names {unknown[0]!r}, which matches no linear layer; there are: "
             f"{', '.join(dict.fromkeys(name.rpartition('.')[2] for name in linears))}"
@@ -92,10 +92,6 @@ def attach(
         layer.add_module("adapter", adapter)
         layer.register_forward_hook(_add_adapter)
     return chosen
-
-
-def _matches(entry: str, name: str) -> bool:
-    return entry in (name, name.rpartition(".")[2]) or fnmatchcase(name, entry)
 
 
 def adapters(model: nn.Module) -> dict[str, Adapter]:

@@ -111,7 +111,7 @@ def convert(
     report = Report(recipe.name, provenance=recipe.provenance)
     recipes_of: dict[str, LinearRecipe] = {}
     for name, module in linears.items():
-        own = next((other for entry, other in recipe.overrides.items() if _matches(entry, name)), recipe)
+        own = next((other for entry, other in recipe.overrides.items() if matches(entry, name)), recipe)
         kept = names if own is recipe or skip is not None else ()  # an override comes before the recipe's own skip
         reason = _reason_to_skip(name, own, kept) or blocks.get(name) or _other_use(module)
         if reason is None:
@@ -156,7 +156,7 @@ def _reason_to_skip(name: str, recipe: LinearRecipe, skip: Sequence[str]) -> str
         return "it is a bare nn.Linear, and layers are replaced inside a module; wrap it: torch.nn.Sequential(model)"
     if recipe.fprop is None:
         return f"recipe {recipe.name} quantises nothing"
-    entry = next((entry for entry in skip if _matches(entry, name)), None)
+    entry = next((entry for entry in skip if matches(entry, name)), None)
     if entry is not None:
         return f"named by skip ({entry})"
     return None
@@ -200,13 +200,14 @@ def _leave_fast_paths(model: nn.Module) -> None:
             encoder.use_nested_tensor = False
 
 
-def _matches(entry: str, name: str) -> bool:
+def matches(entry: str, name: str) -> bool:
+    """Whether an entry names a layer: by its full name, its last component, or a pattern of either."""
     return fnmatchcase(name, entry) or fnmatchcase(name.rpartition(".")[2], entry)
 
 
 def _check_names(where: str, entries: Iterable[str], linears: Mapping[str, nn.Module]) -> None:
     for entry in entries:
-        if any(_matches(entry, name) for name in linears):
+        if any(matches(entry, name) for name in linears):
             continue
         known = sorted({*linears, *(name.rpartition(".")[2] for name in linears)})
         near = difflib.get_close_matches(entry, known, n=3, cutoff=0.5) or known[:3]

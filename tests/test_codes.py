@@ -302,6 +302,20 @@ def test_fp_quant_gives_the_trained_values(recipe: Any, scheme: fp_quant.Scheme)
     assert nearest < 0.4, "of the weight in another rotation it is above 1"
 
 
+@pytest.mark.parametrize(("recipe", "method"), [("quartet", "quest"), (of_three_quarters("hadamard128"), "abs_max")])
+def test_fp_quant_would_have_given_the_same_values(recipe: Any, method: str) -> None:
+    """What the package's own quantiser (fp_quant 0.3.2, its Triton kernel in Triton's interpreter, float32) made of
+    this weight: tests/oracles/fp_quant_values.npz. A sum in another order may move a value across a tie."""
+    weight = np.random.default_rng(0).standard_normal((N, K)) * 0.02
+    layer = layer_of(recipe)
+    layer.weight.data = torch.from_numpy(weight).float()
+    layer.weight.data[:, ::37] *= 20
+    state = fp_quant.pack(codes_of(layer, layer.weight.detach()), fp_quant.scheme_of(layer.numerics))
+    with np.load(Path(__file__).parent / "oracles" / "fp_quant_values.npz") as file:
+        theirs = torch.from_numpy(file[method]).double()
+    assert ((fp_quant_values(state) - theirs).abs() > 1e-6 * theirs.abs().max()).sum() <= 3
+
+
 def test_fp_quant_holds_what_its_units_compute_alone() -> None:
     assert held(lambda numerics, _: fp_quant.scheme_of(numerics)) == ["quartet", "quartet_v1"]
 

@@ -150,8 +150,8 @@ MAY_IMPORT = {
     "qtrain.studies": "",
     "qtrain.studies.chaos": "torch lightning qtrain qtrain.train qtrain.runs qtrain.config qtrain.config.settings",
     "qtrain.studies.stability": (
-        "numpy scipy torch qtrain.data qtrain.data.batches qtrain.plan qtrain.runs qtrain.training.build "
-        "qtrain.training.checkpoint"
+        "numpy scipy torch qtrain.data qtrain.data.batches qtrain.data.counted qtrain.plan qtrain.runs "
+        "qtrain.training.build qtrain.training.checkpoint"
     ),
     "qtrain.sweep": (
         "rich qtrain.config qtrain.data qtrain.data.base qtrain.plan qtrain.runs "

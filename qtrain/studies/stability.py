@@ -31,6 +31,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from qtrain.data.batches import TokenBatches
+from qtrain.data.counted import ids_of
 from qtrain.data.prepare import prepare
 from qtrain.errors import UserError
 from qtrain.plan import budget_tokens
@@ -88,7 +89,7 @@ def _validation(run: Path, sequences: int) -> list[Tensor]:
             replace(part.corpus, val_tokens=tokens), seq_len=config.model.seq_len, seed=config.seed,
             micro_batch_size=config.trainer.micro_batch_size, num_workers=0,
         )  # fmt: skip
-        batches += data.validation[""].batches()
+        batches += map(ids_of, data.validation[""].batches())
     return batches
 
 

@@ -7,6 +7,7 @@ import subprocess
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import get_args
 
@@ -164,10 +165,12 @@ def test_cpp_turns_as_the_reference(size: int, inner: int) -> None:
     mask = (x > 0).to(torch.uint8)
     for given in (x, x.bfloat16()):
         assert alike(reference.rotate(given, rotation), cpu.rotate(given, rotation))
-        for passes in (mask, None):
+        for passes, scales in product(
+            (mask, reference.join(mask.view(-1), 1), None), ((), (16 / 9, torch.tensor(0.3)), (0.3, 1e30, 1e30))
+        ):
             for dtype in (torch.float32, torch.bfloat16):
-                expected = reference.unrotate(given, rotation, passes, dtype)
-                assert alike(expected, cpu.unrotate(given, rotation, passes, dtype)), (given.dtype, dtype)
+                expected = reference.unrotate(given, rotation, passes, dtype, scales)
+                assert alike(expected, cpu.unrotate(given, rotation, passes, dtype, scales)), (given.dtype, dtype)
 
 
 def test_threads_and_empty_tensors_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,9 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
 #include <limits>
 #include <utility>
 
@@ -204,6 +207,15 @@ inline void turn_back(vf* v, int64_t height, const float* signs) {
 
 // Bytes are moved by whole registers: GCC 12 converts a vector of bytes one lane at a time.
 inline vi load_bytes(const void* from) {
+#ifdef __AVX2__
+  __m128i bytes = {};
+  memcpy(&bytes, from, LANES);
+#endif
+#if defined(__AVX512F__)
+  return (vi)_mm512_cvtepu8_epi32(bytes);
+#elif defined(__AVX2__)
+  return (vi)_mm256_cvtepu8_epi32(bytes);
+#else
   vi fours, shift;
   for (int l = 0; l < LANES; l += 4) {
     int32_t four;
@@ -214,6 +226,7 @@ inline vi load_bytes(const void* from) {
     }
   }
   return fours >> shift & 0xff;
+#endif
 }
 template <int... AT>
 inline void store_bytes(void* to, vi x, std::integer_sequence<int, AT...>) {
@@ -292,10 +305,31 @@ struct Tile {
   int lanes;
 };
 
-// x, times mask if there is one.
+// 1 or 0 by element: a byte each, or a bit each, of which eight lie at each multiple of eight that is read.
+struct Passes {
+  const uint8_t* mask;
+  bool bits;
+  vf at(int64_t place) const {
+    if (!bits) return load(mask + place);
+    int32_t word = 0;
+    memcpy(&word, mask + place / 8, LANES / 8);
+    vi lane;
+    for (int l = 0; l < LANES; l++) lane[l] = l;
+    return __builtin_convertvector((vi{} + word) >> lane & 1, vf);
+  }
+  uint8_t one(int64_t place) const {
+    return !mask ? 1 : bits ? mask[place / 8] >> place % 8 & 1 : mask[place];
+  }
+};
+
+// x, times both gains, then times the mask if there is one.
 template <class T>
-inline void read(vf* v, const T* x, const uint8_t* mask, Tile t, int64_t height) {
-  auto at = [=](int64_t place) { return mask ? load(x + place) * load(mask + place) : load(x + place); };
+inline void read(vf* v, const T* x, Tile t, int64_t height, Passes passes = {}, vf gain = all(1.0f),
+                 vf second = all(1.0f)) {
+  auto at = [=](int64_t place) {
+    const vf value = load(x + place) * gain * second;
+    return passes.mask ? value * passes.at(place) : value;
+  };
   if (t.across == 1 && t.lanes == LANES) {
     for (int64_t e = 0; e < height; e++) v[e] = at(t.first + e * t.along);
   } else if (t.along == 1 && t.lanes == LANES && height % LANES == 0) {
@@ -305,13 +339,13 @@ inline void read(vf* v, const T* x, const uint8_t* mask, Tile t, int64_t height)
   } else {
     for (int64_t e = 0; e < height; e++) {
       T line[LANES] = {};
-      uint8_t passes[LANES] = {};
+      uint8_t pass[LANES] = {};
       for (int l = 0; l < t.lanes; l++) {
         int64_t place = t.first + e * t.along + l * t.across;
         line[l] = x[place];
-        passes[l] = mask ? mask[place] : 1;
+        pass[l] = passes.one(place);
       }
-      v[e] = load(line) * load(passes);
+      v[e] = load(line) * gain * second * load(pass);
     }
   }
 }
@@ -608,7 +642,7 @@ extern "C" void quantize(const void* x_, int64_t rows, int64_t span, int64_t inn
     vf *u = v + height, *passes = v + 2 * height, *space = v + 3 * height, *fields = v + 5 * height;
     vf* scales = v + 7 * height;
     uint8_t* bytes = (uint8_t*)(v + 6 * height);
-    read(v, x, nullptr, t, height);
+    read(v, x, t, height);
     turn(v, height, signs);
     vf scale = all(1.0f);
     if (scale_ && !scale_per_span) scale = all(scale_[0]);
@@ -693,7 +727,7 @@ extern "C" void line_scales(const void* x_, int64_t rows, int64_t inner, int64_t
                             float* scales, int threads) {
   const Input* x = (const Input*)x_;
   over_tiles(rows, inner, height, 2 * height, threads, [=](Tile t, int64_t run, int64_t column, vf* v) {
-    read(v, x, nullptr, t, height);
+    read(v, x, t, height);
     turn(v, height, signs);
     vf found = finite_or_nan(magnitude_of(v, height, v + height) / all(DIVISORS[0]));
     for (int l = 0; l < t.lanes; l++) scales[inner == 1 ? run + l : run * inner + column + l] = found[l];
@@ -718,7 +752,7 @@ extern "C" void extent(const void* x_, int64_t rows, int64_t inner, const float*
   float result = 0.0f;
   bool nan = false;
   over_tiles(rows, inner, ROTATION, ROTATION, threads, [=, &result, &nan](Tile t, int64_t, int64_t, vf* v) {
-    read(v, x, nullptr, t, ROTATION);
+    read(v, x, t, ROTATION);
     turn(v, ROTATION, signs);
     vf here = largest(v, ROTATION);
     float most = 0.0f;
@@ -738,13 +772,15 @@ extern "C" void extent(const void* x_, int64_t rows, int64_t inner, const float*
 #endif
 
 #ifdef ROTATE
-// x (rows, inner), its runs of ROTATION rows turned: forward x D H, backward (x * mask) H D.
-extern "C" void rotate(const void* x_, int64_t rows, int64_t inner, const uint8_t* mask, const float* signs,
-                       int backward, void* out_, int threads) {
+// x (rows, inner), its runs of ROTATION rows turned: forward x D H, backward (x * gain * second * mask) H D.
+// bits: whether the mask has a bit an element; inner is then 1 or a multiple of 8.
+extern "C" void rotate(const void* x_, int64_t rows, int64_t inner, float gain, float second, const uint8_t* mask,
+                       int bits, const float* signs, int backward, void* out_, int threads) {
   const Input* x = (const Input*)x_;
   Output* out = (Output*)out_;
+  const Passes passes{mask, bits != 0};
   over_tiles(rows, inner, ROTATION, ROTATION, threads, [=](Tile t, int64_t, int64_t, vf* v) {
-    read(v, x, mask, t, ROTATION);
+    read(v, x, t, ROTATION, passes, all(gain), all(second));
     if (backward) turn_back(v, ROTATION, signs);
     else turn(v, ROTATION, signs);
     write(out, v, t, ROTATION);
@@ -782,21 +818,8 @@ constexpr int64_t GROUP = LANES < 8 ? 8 : LANES;  // of fields in whole vectors 
 
 // LANES fields of WIDTH bits from the one at i, a multiple of LANES, on: in the low bits of a lane each, with other bits
 // above.
-#if defined(__AVX2__) && !defined(__AVX512F__) && !defined(__clang__)
-template <int... AT>
-inline vi spread(uint64_t eight, std::integer_sequence<int, AT...>) {  // a byte to all four of its lane
-  typedef uint64_t vl __attribute__((vector_size(4 * LANES)));
-  return (vi)__builtin_shuffle((vq)(vl{} + eight), vq{(uint8_t)(AT / 16 * 16 + AT / 4)...});
-}
-#endif
 inline vi fields_at(const uint8_t* from, int64_t i) {
-#if defined(__AVX2__) && !defined(__AVX512F__) && !defined(__clang__)
-  if (WIDTH == 8) {
-    uint64_t eight;
-    memcpy(&eight, from + i, 8);
-    return spread(eight, std::make_integer_sequence<int, 4 * LANES>());
-  }
-#endif
+  if (WIDTH == 8) return load_bytes(from + i);
   constexpr int a_word = 32 / WIDTH < LANES ? 32 / WIDTH : LANES, bytes = a_word * WIDTH < 8 ? 1 : a_word * WIDTH / 8;
   vi words, shift;
   for (int l = 0; l < LANES; l += a_word) {
@@ -826,6 +849,41 @@ inline void store_value(T* to, vf x) {
   memcpy(to, &halves, sizeof halves);
 }
 
+// Where a field has 4 bits and its value 16, all values under one scale fit into two registers, which are looked up.
+#if !defined(__clang__) && (defined(__SSSE3__) || defined(__ARM_NEON))
+#define LOOKED_UP (WIDTH == 4 && sizeof(Output) == 2 && SHORT && RUN % 16 == 0)
+#else
+#define LOOKED_UP false
+#endif
+typedef uint8_t v16 __attribute__((vector_size(16)));
+struct Values { v16 low, high; };  // the bytes of the value of each field
+
+inline Values values_under(float scale) {
+  uint8_t fields[8 + 4] = {0x10, 0x32, 0x54, 0x76, 0x98, 0xba, 0xdc, 0xfe};
+  uint16_t values[16];
+  for (int i = 0; i < 16; i += LANES) store_value(values + i, code_of(fields_at(fields, i)) * all(scale));
+  Values found;
+  for (int i = 0; i < 16; i++) {
+    found.low[i] = values[i] & 0xff;
+    found.high[i] = values[i] >> 8;
+  }
+  return found;
+}
+#ifndef __clang__
+inline void look_up(const Values& values, const uint8_t* from, void* to) {  // 16 fields
+  const v16 first = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23}, rest = first + 8;
+  typedef uint64_t v2 __attribute__((vector_size(16)));
+  uint64_t eight;
+  memcpy(&eight, from, 8);
+  const v16 bytes = (v16)v2{eight, 0};
+  const v16 fields = __builtin_shuffle(bytes & 15, bytes >> 4, first);
+  const v16 low = __builtin_shuffle(values.low, fields), high = __builtin_shuffle(values.high, fields);
+  const v16 here = __builtin_shuffle(low, high, first), there = __builtin_shuffle(low, high, rest);
+  memcpy(to, &here, 16);
+  memcpy((uint8_t*)to + 16, &there, 16);
+}
+#endif
+
 }  // namespace
 
 // Codes of WIDTH bits, scales of a byte -> n values in runs of RUN, and the scale of each, where BLOCK.
@@ -833,8 +891,18 @@ extern "C" void unpack(const uint8_t* codes, const uint8_t* scales, int64_t n, v
   Output* values = (Output*)values_;
   float known[256];  // scales by their bytes
   for (int byte = 0; BLOCK && byte < 256; byte++) known[byte] = scale_of(byte);
+#ifndef __clang__
+  if constexpr (LOOKED_UP) {
+    Values under[256];
+    for (int byte = 0; byte < (BLOCK ? 256 : 1); byte++) under[byte] = values_under(BLOCK ? known[byte] : 1.0f);
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
-  for (int64_t first = 0; first < n; first += RUN) {
+    for (int64_t at = 0; at < n / 16; at++)
+      look_up(under[BLOCK ? scales[at * 16 / RUN] : 0], codes + at * 8, values + at * 16);
+    if (n % 16 == 0) return;
+  }
+#endif
+#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
+  for (int64_t first = LOOKED_UP ? n / 16 * 16 : 0; first < n; first += RUN) {
     const vf scale = all(BLOCK ? known[scales[first / RUN]] : 1.0f);
     const auto value_of = [&](vi field) { return BLOCK ? code_of(field) * scale : code_of(field); };
     const uint8_t* from = codes + first * WIDTH / 8;

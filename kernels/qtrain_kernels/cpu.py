@@ -28,6 +28,7 @@ from qtrain_kernels.checks import (
     check_mask,
     check_matrix,
     check_packed,
+    check_same_device,
     check_signs,
     check_spans,
     check_words,
@@ -73,7 +74,7 @@ def rotate(x: Tensor, rotation: Rotation | None) -> Tensor:
     if rotation is None or not _fits(rotation):
         return reference.rotate(x, rotation)
     _check_filled(x, rotation.size)
-    return _turn(_ready(x), None, _signs(rotation), rotation.size, torch.float32, False)
+    return _turn(_ready(x), _signs(rotation), rotation.size)
 
 
 def unrotate(
@@ -85,15 +86,24 @@ def unrotate(
 ) -> Tensor:
     """Equals reference.unrotate bit for bit."""
     check_spans(x)
-    if mask is not None and mask.shape != x.shape and mask.numel() == -(-x.numel() // 8):
-        mask = split(mask.view(-1), 1, x.numel()).view(x.shape)
-    check_mask(mask, x)
-    for scale in scales:
-        x = x.float() * scale
-    if rotation is None or not _fits(rotation) or dtype not in TYPES:
+    bits = mask is not None and mask.shape != x.shape and mask.numel() == -(-x.numel() // 8)
+    turns = rotation is not None and _fits(rotation) and dtype in TYPES
+    if mask is not None and bits and not (turns and (x.shape[2] == 1 or x.shape[2] % 8 == 0)):
+        mask, bits = split(mask.view(-1), 1, x.numel()).view(x.shape), False
+    if mask is not None and bits:
+        check_fields(mask, 1, x.numel())
+        check_same_device(x, mask=mask)
+    else:
+        check_mask(mask, x)
+    gains = [float(scale) for scale in scales if not isinstance(scale, Tensor) or scale.numel() == 1]
+    if len(gains) < len(scales) or len(gains) > 2 or not turns:
+        for scale in scales:
+            x = x.float() * scale
+        gains = []
+    if rotation is None or not turns:
         return reference.unrotate(x, rotation, mask, dtype)
     _check_filled(x, rotation.size)
-    return _turn(_ready(x), mask, _signs(rotation), rotation.size, dtype, True)
+    return _turn(_ready(x), _signs(rotation), rotation.size, dtype, back=True, gains=gains, mask=mask, bits=bits)
 
 
 def random_signs(n: int, key: Tensor) -> Tensor:
@@ -304,14 +314,19 @@ def _signs(rotation: Rotation | None) -> Tensor | None:
 # ----------------------------------------------------------------------------------------------------------- calls
 
 
-def _turn(x: Tensor, mask: Tensor | None, signs: Tensor | None, size: int, dtype: torch.dtype, inverse: bool) -> Tensor:
-    """x (outer, span, inner) rotated in blocks of size, or masked and rotated back."""
+def _turn(
+    x: Tensor, signs: Tensor | None, size: int, dtype: torch.dtype = torch.float32, *, back: bool = False,
+    gains: Sequence[float] = (), mask: Tensor | None = None, bits: bool = False,
+) -> Tensor:  # fmt: skip
+    """x (outer, span, inner) rotated in blocks of size, or times up to two gains, masked and turned back. bits: whether
+    the mask has a bit for each element of x, and not a byte."""
     x, out = x.contiguous(), _empty(x.shape, dtype)
     passes = None if mask is None else mask.contiguous()
     rows, inner = x.shape[0] * x.shape[1], x.shape[2]
     signs = None if signs is None else signs.contiguous()
+    gain, second = (*gains, 1.0, 1.0)[:2]
     function = _rotate_function(size, x.dtype, dtype)
-    function(_at(x), rows, inner, _at(passes), _at(signs), int(inverse), _at(out), _threads(x))
+    function(_at(x), rows, inner, gain, second, _at(passes), int(bits), _at(signs), int(back), _at(out), _threads(x))
     return out
 
 
@@ -377,7 +392,7 @@ def bound(library: ctypes.CDLL, name: str, arguments: str) -> Callable[..., None
 
 @cache
 def _rotate_function(size: int, source: torch.dtype, result: torch.dtype) -> Callable[..., None]:
-    return _function("ROTATE", "rotate", "pllppipi", _types(source, result), size)
+    return _function("ROTATE", "rotate", "pllffpipipi", _types(source, result), size)
 
 
 @cache

@@ -349,10 +349,8 @@ class Call:
         backend = self.numerics.backend
         product, scales = self.product(name).unscaled(left, right, self.dtype, backend)
         module = dispatch.module(backend, product.device.type, rotation=rotation)
-        if scales and not module.FUSED:
-            product, scales = scaled(product, scales), []
-        if not scales and rotation is None and mask is None:
-            return product.to(dtype)
+        if rotation is None and mask is None and not (scales and module.FUSED):
+            return scaled(product, scales).to(dtype)
         lines = [scale[..., None] if isinstance(scale, Tensor) and scale.ndim else scale for scale in scales]
         return module.unrotate(product[..., None], rotation, mask, dtype, lines).view(product.shape)
 

@@ -13,6 +13,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <vector>
 #ifdef __AVX2__
 #include <immintrin.h>
@@ -36,6 +37,47 @@ inline V loaded(const void* from) {
   return v;
 }
 
+// Both halves: one register with AVX-512, else two.
+#ifdef __AVX512F__
+typedef float vw __attribute__((vector_size(64)));
+struct Wide { vw v; };
+inline Wide operator*(Wide a, Wide b) { return {a.v * b.v}; }
+inline void operator+=(Wide& a, Wide b) { a.v += b.v; }
+inline void add(Wide& a, Wide b, const float* x) { a.v += b.v * loaded<vw>(x); }  // one multiply-add
+inline Wide of_halves(float low, float high) {
+  return {(vw)_mm512_mask_blend_ps(0xff00, _mm512_set1_ps(low), _mm512_set1_ps(high))};
+}
+inline vf both(Wide a) {
+  return (vf)_mm256_add_ps(_mm512_castps512_ps256((__m512)a.v), _mm512_extractf32x8_ps((__m512)a.v, 1));
+}
+#else
+struct Wide { vf low, high; };
+inline void operator+=(Wide& a, Wide b) { a.low += b.low, a.high += b.high; }
+inline void add(Wide& a, Wide b, const float* x) {
+  a.low += b.low * loaded<vf>(x);
+  a.high += b.high * loaded<vf>(x + LANES);
+}
+inline Wide operator*(Wide a, Wide b) { return {a.low * b.low, a.high * b.high}; }
+inline Wide of_halves(float low, float high) { return {vf{} + low, vf{} + high}; }
+inline vf both(Wide a) { return a.low + a.high; }
+#endif
+
+// Lines of the weight that are summed side by side: one alone waits for each of its multiply-adds.
+#ifdef __AVX512F__
+constexpr int lines_for(int rows) { return rows == 1 ? 4 : 2; }
+#else
+constexpr int lines_for(int rows) { return rows == 1 ? 4 : rows == 2 ? 2 : 1; }  // half the registers
+#endif
+
+// work(first line, how many lines, a compile-time constant) for all n.
+template <int LINES, class F>
+void over_lines(int64_t n, int threads, F work) {
+  const int64_t groups = n / LINES;
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+  for (int64_t group = 0; group < groups; group++) work(group * LINES, std::integral_constant<int, LINES>());
+  for (int64_t line = groups * LINES; line < n; line++) work(line, std::integral_constant<int, 1>());
+}
+
 inline float folded(vf v) {
   float a[LANES];
   memcpy(a, &v, sizeof(a));
@@ -56,12 +98,16 @@ constexpr bool SPLIT = BLOCK == CHUNK / 2;                     // each half of a
 constexpr int RUN = BLOCK == 0 ? 4 : SPLIT ? 1 : BLOCK / CHUNK;  // chunks
 
 // Bytes 0 to 7 and 8 to 15. GCC 12 takes the conversion apart byte by byte.
-inline void widen(vc v, vf& low, vf& high) {
-#ifdef __AVX2__
-  low = (vf)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32((__m128i)v));
-  high = (vf)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_unpackhi_epi64((__m128i)v, (__m128i)v)));
+inline Wide widen(vc v) {
+#if defined(__AVX512F__)
+  return {(vw)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32((__m128i)v))};
+#elif defined(__AVX2__)
+  return {(vf)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32((__m128i)v)),
+          (vf)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_unpackhi_epi64((__m128i)v, (__m128i)v)))};
 #else
-  for (int l = 0; l < LANES; l++) low[l] = v[l], high[l] = v[l + LANES];
+  Wide wide;
+  for (int l = 0; l < LANES; l++) wide.low[l] = v[l], wide.high[l] = v[l + LANES];
+  return wide;
 #endif
 }
 
@@ -84,55 +130,54 @@ void product(const uint8_t* codes, const uint8_t* scales, const float* table, co
   for (int r = 0; r < ROWS; r++) reorder(x + r * k, k, ordered.data() + r * k);
   const float* xs = ordered.data();
   const int64_t chunks = k / CHUNK;
-#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-  for (int64_t row = 0; row < n; row++) {
-    const uint8_t* from = codes + row * chunks * 16;
-    const uint8_t* scale = BLOCK ? scales + row * (k / (BLOCK ? BLOCK : 1)) : nullptr;
-    vf total[2][ROWS] = {};
+  over_lines<lines_for(ROWS)>(n, threads, [=](int64_t first, auto count) {
+    constexpr int L = count;
+    const uint8_t* from = codes + first * chunks * 16;
+    const uint8_t* scale = BLOCK ? scales + first * (k / (BLOCK ? BLOCK : 1)) : nullptr;
+    Wide total[L][ROWS] = {};
     for (int64_t chunk = 0; chunk < chunks;) {
       const int64_t end = chunk + RUN < chunks ? chunk + RUN : chunks;
-      vf part[2][ROWS] = {};
+      Wide part[L][ROWS] = {};
       for (; chunk < end; chunk++, from += 16) {
-        const vp pairs = loaded<vp>(from);
-        for (int field = 0; field < FIELDS; field++) {
-          const vc places = (vc)(pairs >> (WIDTH * field)) & (char)((1 << WIDTH) - 1);  // what comes from above is masked
-          const vc found = __builtin_shuffle(grid, places);
-          vf low, high;
-          widen(found, low, high);
-          for (int r = 0; r < ROWS; r++) {
-            const float* at = xs + r * k + chunk * CHUNK + field * 16;
-            part[0][r] += low * loaded<vf>(at);
-            part[1][r] += high * loaded<vf>(at + LANES);
+        vp pairs[L];
+        for (int l = 0; l < L; l++) pairs[l] = loaded<vp>(from + l * chunks * 16);
+        for (int field = 0; field < FIELDS; field++)
+          for (int l = 0; l < L; l++) {
+            const vc places = (vc)(pairs[l] >> (WIDTH * field)) & (char)((1 << WIDTH) - 1);  // masks what comes from above
+            const Wide found = widen(__builtin_shuffle(grid, places));
+            for (int r = 0; r < ROWS; r++) add(part[l][r], found, xs + r * k + chunk * CHUNK + field * 16);
           }
-        }
       }
-      if (BLOCK) {
-        const float first = table[*scale++], second = SPLIT ? table[*scale++] : first;
+      for (int l = 0; l < L; l++) {
+        const uint8_t* own = scale + l * (k / (BLOCK ? BLOCK : 1));
         for (int r = 0; r < ROWS; r++) {
-          total[0][r] += part[0][r] * first;
-          total[1][r] += part[1][r] * second;
+          if (!BLOCK) total[l][r] += part[l][r];
+          else total[l][r] += part[l][r] * of_halves(table[own[0]], table[own[SPLIT]]);
         }
-      } else {
-        for (int h = 0; h < 2; h++)
-          for (int r = 0; r < ROWS; r++) total[h][r] += part[h][r];
       }
+      if (BLOCK) scale += 1 + SPLIT;
     }
-    for (int r = 0; r < ROWS; r++) {
-      const float sum = folded(total[0][r] + total[1][r]) * unit;
-      out[r * n + row] = line ? sum * line[row * apart] : sum;
-    }
-  }
+    for (int l = 0; l < L; l++)
+      for (int r = 0; r < ROWS; r++) {
+        const float sum = folded(both(total[l][r])) * unit;
+        out[r * n + first + l] = line ? sum * line[(first + l) * apart] : sum;
+      }
+  });
 }
 
 #else
 
 namespace {
 
-inline vf widened(const uint16_t* from) {
-#ifdef __AVX2__
-  return (vf)_mm256_slli_epi32(_mm256_cvtepu16_epi32(loaded<__m128i>(from)), 16);
+inline Wide widened(const uint16_t* from) {
+#if defined(__AVX512F__)
+  return {(vw)_mm512_slli_epi32(_mm512_cvtepu16_epi32(loaded<__m256i>(from)), 16)};
+#elif defined(__AVX2__)
+  return {(vf)_mm256_slli_epi32(_mm256_cvtepu16_epi32(loaded<__m128i>(from)), 16),
+          (vf)_mm256_slli_epi32(_mm256_cvtepu16_epi32(loaded<__m128i>(from + LANES)), 16)};
 #else
-  return (vf)(__builtin_convertvector(loaded<vh>(from), vu) << 16);
+  return {(vf)(__builtin_convertvector(loaded<vh>(from), vu) << 16),
+          (vf)(__builtin_convertvector(loaded<vh>(from + LANES), vu) << 16)};
 #endif
 }
 
@@ -141,18 +186,19 @@ inline vf widened(const uint16_t* from) {
 // weight (N, K) bfloat16; x (ROWS, K); out (ROWS, N). K is a multiple of 32.
 template <int ROWS>
 void product(const uint16_t* weight, const float* x, int64_t n, int64_t k, float* out, int threads) {
-#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-  for (int64_t row = 0; row < n; row++) {
-    const uint16_t* from = weight + row * k;
-    vf total[2][ROWS] = {};
-    for (int64_t at = 0; at < k; at += 4 * LANES) {
-      for (int v = 0; v < 4; v++) {
-        const vf w = widened(from + at + v * LANES);
-        for (int r = 0; r < ROWS; r++) total[v & 1][r] += w * loaded<vf>(x + r * k + at + v * LANES);
-      }
-    }
-    for (int r = 0; r < ROWS; r++) out[r * n + row] = folded(total[0][r] + total[1][r]);
-  }
+  over_lines<lines_for(ROWS)>(n, threads, [=](int64_t first, auto count) {
+    constexpr int L = count;
+    const uint16_t* from = weight + first * k;
+    Wide total[L][ROWS] = {};
+    for (int64_t at = 0; at < k; at += 4 * LANES)
+      for (int v = 0; v < 4; v += 2)
+        for (int l = 0; l < L; l++) {
+          const Wide w = widened(from + l * k + at + v * LANES);
+          for (int r = 0; r < ROWS; r++) add(total[l][r], w, x + r * k + at + v * LANES);
+        }
+    for (int l = 0; l < L; l++)
+      for (int r = 0; r < ROWS; r++) out[r * n + first + l] = folded(both(total[l][r]));
+  });
 }
 
 #endif

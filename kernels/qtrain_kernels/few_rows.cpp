@@ -1,7 +1,8 @@
 // x (R, K) times the transpose of a weight (N, K) that lies in few bits, for few rows of x: each weight is read once, and
 // the memory's speed is the limit.
 //
-// few_rows.py writes WIDTH (bits of a code) and BLOCK (elements that share a scale, 0: none) before it. Sums are
+// few_rows.py writes WIDTH (bits of a code), BLOCK (elements that share a scale, 0: none) and SCALE_BITS (the type of a
+// scale's bits) before it. Sums are
 // float32, in LANES lanes whatever the processor has, so that their order depends on the shapes alone:
 // 1. The K elements of a line are taken in chunks of 16 bytes. Lane l of half h adds the elements 8 h + l of each of the
 //    FIELDS codes of a byte, the first in the low bits first.
@@ -74,10 +75,10 @@ void reorder(const float* x, int64_t size, float* out) {
 
 }  // namespace
 
-// codes (N, K WIDTH / 8); scales (N, K / BLOCK), each a place in table (256); levels (16): of a code, in units of `unit`;
+// codes (N, K WIDTH / 8); scales (N, K / BLOCK), each a place in table; levels (16): of a code, in units of `unit`;
 // line: a scale for each of the N lines, or one (apart 0), or null; x (ROWS, K); out (ROWS, N).
 template <int ROWS>
-void product(const uint8_t* codes, const uint8_t* scales, const float* table, const int8_t* levels, float unit,
+void product(const uint8_t* codes, const SCALE_BITS* scales, const float* table, const int8_t* levels, float unit,
              const float* line, int apart, const float* x, int64_t n, int64_t k, float* out, int threads) {
   const vc grid = loaded<vc>(levels);
   std::vector<float> ordered(ROWS * k);
@@ -87,7 +88,7 @@ void product(const uint8_t* codes, const uint8_t* scales, const float* table, co
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
   for (int64_t row = 0; row < n; row++) {
     const uint8_t* from = codes + row * chunks * 16;
-    const uint8_t* scale = BLOCK ? scales + row * (k / (BLOCK ? BLOCK : 1)) : nullptr;
+    const SCALE_BITS* scale = BLOCK ? scales + row * (k / (BLOCK ? BLOCK : 1)) : nullptr;
     vf total[2][ROWS] = {};
     for (int64_t chunk = 0; chunk < chunks;) {
       const int64_t end = chunk + RUN < chunks ? chunk + RUN : chunks;
@@ -170,9 +171,9 @@ auto of_rows(int rows) {
 
 #ifdef CODES
 
-extern "C" void few_rows(int rows, const uint8_t* codes, const uint8_t* scales, const float* table, const int8_t* levels,
-                         float unit, const float* line, int apart, const float* x, int64_t n, int64_t k, float* out,
-                         int threads) {
+extern "C" void few_rows(int rows, const uint8_t* codes, const SCALE_BITS* scales, const float* table,
+                         const int8_t* levels, float unit, const float* line, int apart, const float* x, int64_t n,
+                         int64_t k, float* out, int threads) {
   of_rows(rows)(
       codes, scales, table, levels, unit, line, apart, x, n, k, out, threads);
 }

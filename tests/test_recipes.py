@@ -103,7 +103,7 @@ CASES = {
             "blocks of 64": partial(oracle.w4a16, block=64),
             "float64 scales": partial(oracle.w4a16, scale_of=np.float64),
         },
-        1.3,
+        1.384,
     ),
     "quest_sparse": Case("quest_sparse", four_eight, {"2:4": two_four, "dense": oracle.quest}, 5.76),
     "quest_sparse-2:4": Case(two_four_recipe, two_four, {"4:8": four_eight}, 4.54),

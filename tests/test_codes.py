@@ -34,6 +34,7 @@ compressed_tensors = pytest.importorskip("compressed_tensors", reason="the extra
 gguf = pytest.importorskip("gguf", reason="the extra export is not installed")
 
 from compressed_tensors.compressors import BaseCompressor  # noqa: E402
+from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32  # noqa: E402
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme  # noqa: E402
 from compressed_tensors.quantization.lifecycle.forward import fake_quantize  # noqa: E402
 from compressed_tensors.quantization.utils.helpers import compute_dynamic_scales_and_zp  # noqa: E402
@@ -88,6 +89,9 @@ MORE = [
     {"name": "mxfp6", "format": "mxfp6_e2m3"},
     {"name": "quest", "bits": 2},
     {"name": "halo_1", "format": "fp8_e4m3"},
+    {"name": "w4a16", "format": "int4_sym/128/bfloat16"},
+    {"name": "w4a16", "format": "int8_sym/32/float16"},
+    {"name": "w4a16", "format": "int4/32/float16"},  # halves: its scales are float32 there
 ]
 
 
@@ -102,7 +106,12 @@ def test_compressed_tensors_gives_the_trained_values(recipe: Any) -> None:
     wanted = operand.dequantize()
     assert len(wanted.unique()) > 2
     if scheme.format != "nvfp4-pack-quantized":
-        assert torch.equal(read.float(), wanted)
+        # The package multiplies in the dtype of the scales, and rounds the product to theirs.
+        assert torch.equal(read, wanted.to(read.dtype))
+        if read.dtype != torch.float32 and scheme.format == "pack-quantized":
+            exactly = {**state, "weight_scale": state["weight_scale"].float()}
+            values = BaseCompressor.get_value_from_registry(scheme.format).decompress(exactly, about)["weight"]
+            assert torch.equal(values, wanted)
         return
     # The package divides by a reciprocal of the tensor's scale and rounds to bfloat16; codes and block scales are ours.
     scale, reciprocal = operand.tensor_scale, state["weight_global_scale"]
@@ -112,6 +121,26 @@ def test_compressed_tensors_gives_the_trained_values(recipe: Any) -> None:
     assert torch.equal(values.float(), operand.codes.float())
     assert abs(1.0 / reciprocal.item() / scale.item() - 1.0) <= 2.0**-23
     torch.testing.assert_close(read.float(), wanted, rtol=2.0**-8, atol=0.0)
+
+
+@pytest.mark.parametrize(("format", "dtype"), [
+    ("int4_sym/32/float16", torch.float16), ("int8_sym/128/bfloat16", torch.bfloat16),
+    ("int4_sym/32/float32", torch.float32), ("int4/32/float16", torch.float32),  # in halves of a code
+])  # fmt: skip
+def test_scales_of_groups_keep_their_dtype(format: str, dtype: torch.dtype) -> None:
+    """Codes and scales by numpy, of the master weight."""
+    layer = layer_of({"name": "w4a16", "format": format})
+    state = packed.pack(codes_of(layer, layer.weight.detach()), packed.scheme_of(layer.numerics, K))
+    assert state["weight_scale"].dtype == dtype
+    if dtype == torch.float32:
+        return
+    size, largest = (32, 7) if "int4" in format else (128, 127)
+    blocks = layer.weight.detach().view(N, -1, size).double().numpy()
+    scale = torch.from_numpy(np.abs(blocks).max(2) / largest).float().to(dtype)
+    codes = np.rint(blocks / np.where(scale == 0, 1.0, scale.double())[:, :, None])
+    assert torch.equal(state["weight_scale"], scale)
+    unpacked = unpack_from_int32(state["weight_packed"], 4 if largest == 7 else 8, torch.Size((N, K)))
+    assert np.array_equal(unpacked.numpy(), np.clip(codes, -largest, largest).reshape(N, K))
 
 
 @pytest.mark.parametrize("recipe", ["quartet_ii", "quartet", "mxfp8"])
@@ -169,11 +198,17 @@ def test_inputs_of_another_rule_are_not_said() -> None:
 # ------------------------------------------------------------------------------------------------------------- GGUF
 
 
+MORE_IN_GGUF: dict[str, list[Any]] = {
+    "Q4_0": [{"name": "w4a16", "format": "int4_sym/128/float16"}, {"name": "w4a16", "format": "int3/64/float16"}],
+    "Q8_0": [{"name": "w4a16", "format": f"{codes}/32/float16"} for codes in ("int8_sym", "int4", "e2m1")],
+}
+
+
 @pytest.mark.parametrize("kind", ggml.KINDS)
 def test_gguf_gives_the_trained_values(kind: ggml.Kind) -> None:
     found = held(lambda numerics, features: ggml.kind_of(numerics, features, kind))
     assert found
-    for recipe in found:
+    for recipe in [*found, *MORE_IN_GGUF.get(kind, [])]:
         layer = layer_of(recipe)
         rows, scale = ggml.blocks_of(codes_of(layer, layer.weight.detach(), layer.weight_scale), kind)
         number = gguf.GGMLQuantizationType[kind]
@@ -209,7 +244,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("runs")
     (folder / "a.txt").write_text("the cat sat on the mat. " * 400)
     of_qwen2 = {"mxfp8": "model.qkv_bias=true"}
-    return {recipe: train(folder, recipe, of_qwen2.get(recipe)) for recipe in ("quest", "quartet_ii", "mxfp8")}
+    return {recipe: train(folder, recipe, of_qwen2.get(recipe)) for recipe in ("quest", "quartet_ii", "mxfp8", "w4a16")}
 
 
 def reference(run: Path) -> nn.Module:
@@ -243,6 +278,7 @@ def continued(logits: Callable[[Tensor], Tensor], ids: Tensor, tokens: int = 16)
         ("quest", 5 + 32 / 256 + 8 * 16 * 7 / (6 * 256 * 256), 1e-4),  # weight_shape is two int64
         ("quartet_ii", 4 + 8 / 16 + 8 * 4 * 7 / (6 * 256 * 256), 0.05),  # its reader computes in bfloat16
         ("mxfp8", 8 + 8 / 32, 0.05),
+        ("w4a16", 4 + 16 / 32 + 8 * 16 * 7 / (6 * 256 * 256), 1e-4),
     ],
 )
 @torch.no_grad()
@@ -355,6 +391,15 @@ def test_transformers_reads_a_gguf_file(runs: dict[str, Path], tmp_path: Path) -
     assert tokenizer.eos_token_id == own.eos_id
 
 
+def test_a_quantised_run_goes_out_as_q4_0(runs: dict[str, Path], tmp_path: Path) -> None:
+    exported = ggml.export(runs["w4a16"], tmp_path / "out")
+    assert (exported.bits_per_weight, exported.kinds, exported.notes) == (4.5, {"Q4_0": 7}, ())
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "out" / "model.gguf").tensors}
+    stored = tensors["blk.0.ffn_down.weight"]
+    layer = next(layer for layer in quant_linears(load_run(runs["w4a16"])) if layer.name == "layers.0.mlp.down")
+    assert np.array_equal(gguf.dequantize(stored.data, stored.tensor_type), trained(layer).dequantize().numpy())
+
+
 def test_a_scale_of_the_matrix_lies_beside_its_codes(runs: dict[str, Path], tmp_path: Path) -> None:
     exported = ggml.export(runs["quartet_ii"], tmp_path / "out")
     assert exported.kinds == {"NVFP4": 7}
@@ -383,7 +428,7 @@ def test_what_a_format_cannot_hold_is_named_and_nothing_is_written(runs: dict[st
     out = tmp_path / "out"
     with pytest.raises(UserError, match=r"GGUF cannot hold layers\.0\..* its weights are rotated \(hadamard128\)"):
         ggml.export(runs["quest"], out)
-    with pytest.raises(UserError, match=r"Q8_0 holds whole numbers up to 127 under one scale"):
+    with pytest.raises(UserError, match=r"Q8_0 holds whole numbers of 8 bits under one scale, or float16"):
         ggml.export(runs["mxfp8"], out, "Q8_0")
     run = tmp_path / "run"
     shutil.copytree(runs["mxfp8"], run)
@@ -394,6 +439,15 @@ def test_what_a_format_cannot_hold_is_named_and_nothing_is_written(runs: dict[st
         packed.export(run, out)
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
     assert RunDirectory(run).read_config().recipe.name == "mxfp8"
+
+
+def test_bfloat16_scales_have_no_place_in_gguf() -> None:
+    numerics = layer_of({"name": "w4a16", "format": "int4_sym/32/bfloat16"}).numerics
+    with pytest.raises(ValueError, match="it has bfloat16 scales of blocks, and those of the format are float16"):
+        ggml.kind_of(numerics, K)
+    small = layer_of({"name": "w4a16", "format": "int4_sym/16/float16"}).numerics
+    with pytest.raises(ValueError, match=r"Q4_0 holds whole numbers of 4 bits .* float16 scales of multiples of 32"):
+        ggml.kind_of(small, K)
 
 
 def test_codes_of_a_table_go_into_no_format() -> None:

@@ -44,6 +44,8 @@ PLANS = {
     ),
     "2:4": Plan(get_format("mxfp4").element, "e8m0", 32, "floor", sparsity="2:4"),
     "fp8 block": Plan(get_format("fp8_e4m3").element, "float32", 128, "absmax"),
+    "float16 block": Plan(get_format("int4_sym").element, "float16", 32, "absmax", mask=Mask("within", 7.0)),
+    "bfloat16 block": Plan(get_format("int4").element, "bfloat16", 128, "gaussian", "stochastic"),
     "luq": Plan(get_format("e3m0/tensor/float32").element, "float32", None, "absmax", "stochastic", per_tensor=True),
     "sawb": Plan(get_format("int4_sym").element, "float32", None, "sawb", per_tensor=True),
     "even": Plan(E2M1, "e8m0", 32, "even", "stochastic"),

@@ -15,6 +15,14 @@ from qtrain_kernels.few_rows import FewRows, bfloat16_rows, lacks
 from qtrain_kernels.precision import linear
 
 N, K = 33, 384
+
+
+def weight_only(format: str) -> dict[str, Any]:
+    none = {"format": "none"}
+    backward = {"dgrad": {"dy": none, "w": none}, "wgrad": {"dy": none, "x": none}}
+    return {"name": "own", "fprop": {"x": none, "w": {"format": format}}, **backward}
+
+
 RECIPES: dict[str, Any] = {
     "int4 rows": "quest_weight_only",
     "int2 rows": {"name": "quest", "bits": 2},
@@ -22,6 +30,9 @@ RECIPES: dict[str, Any] = {
     "mxfp4": "quartet",
     "nvfp4": "quartet_ii",
     "ternary": "trilm",
+    "float16 scales": weight_only("int4_sym/32/float16"),
+    "bfloat16 scales": weight_only("int2_sym/128/bfloat16"),
+    "float16 scales of half a chunk": weight_only("int4_sym/16/float16"),
 }
 
 
@@ -67,9 +78,11 @@ def test_products_in_bits_are_those_of_the_values(recipe: Any) -> None:
 
 def test_a_scale_that_is_no_number_shows() -> None:
     _, layer = packed("quartet")
-    layer.block_scale[2, 1] = 255  # NaN in E8M0
-    found = FewRows(layer.weight)(torch.ones(1, K))
-    assert found[0, 2].isnan() and found.isnan().sum() == 1
+    _, other = packed(weight_only("int4_sym/32/float16"))
+    for each, nan in ((layer, 255), (other, torch.nan)):  # 255: of E8M0
+        each.block_scale[2, 1] = nan
+        found = FewRows(each.weight)(torch.ones(1, K))
+        assert found[0, 2].isnan() and found.isnan().sum() == 1
 
 
 def test_a_packed_layer_multiplies_few_rows_in_bits() -> None:

@@ -80,6 +80,10 @@ def test_unknown_names_raise_with_the_nearest() -> None:
     for name, told in MEANT.items():
         with pytest.raises(ValueError, match=rf"unknown format '{name}'{told}; formats: int1, "):
             get_format(name)
+    with pytest.raises(ValueError, match="unknown scale format 'fp16'; use e8m0, float32, float16, bfloat16, e4m3"):
+        get_format("int4_sym/32/fp16")
+    with pytest.raises(ValueError, match="one scale per row is a float32; got 'float16'"):
+        get_format("int4_sym/row/float16")
     with pytest.raises(ValueError, match="did you mean 'floor'"):
         check_scale(get_format("mxfp4"), "flor")
 
@@ -94,7 +98,9 @@ def test_a_rule_that_the_format_lacks_raises(name: str, rule: str) -> None:
 
 def test_no_row_has_numbers_that_its_kind_of_scale_does_not_read() -> None:
     of_e8m0 = ("increment", "shift", "headroom")
-    unread = {"e8m0": ("given", "of_lines"), "minifloat": (*of_e8m0, "given", "of_lines"), "float32": of_e8m0}
+    of_blocks = (*of_e8m0, "given", "of_lines")
+    unread = {"e8m0": of_blocks[3:], "minifloat": of_blocks, "float32": of_e8m0}
+    unread |= {"float16": of_blocks, "bfloat16": of_blocks}
     fmt, nothing = get_format("int4"), ScaleRule()
     for name, kinds in SCALE_RULES.items():
         for kind, row in kinds.items():

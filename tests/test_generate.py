@@ -48,7 +48,13 @@ def test_each_of_several_prompts_goes_on_as_alone(temperature: float) -> None:
 
 @pytest.mark.parametrize(
     ("name", "bits", "error"),
-    [("bf16", 16, 2**-8), ("int8", 8 + 32 / 64, 1 / 127), ("int4", 4 + 32 / 64, 1 / 15), ("mxfp4", 4 + 8 / 32, 0.26)],
+    [
+        ("bf16", 16, 2**-8),
+        ("int8", 8 + 32 / 64, 1 / 127),
+        ("int4", 4 + 32 / 64, 1 / 15),
+        ("mxfp4", 4 + 8 / 32, 0.26),
+        ("int4_sym/32/float16", 4 + 16 / 32, 1 / 14),
+    ],
 )
 def test_a_cache_takes_the_bits_of_its_format(name: str, bits: float, error: float) -> None:
     codec = kv_codec(name)

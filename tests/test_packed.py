@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_few_rows import weight_only
 from torch import nn
 
 import qtrain
@@ -26,6 +27,8 @@ BITS: dict[str, tuple[Any, float]] = {
     "quartet_phase": ("quartet_phase", 4 + 8 / 32 + 32 / K),
     "quartet_ii": ("quartet_ii", 4 + 8 / 16 + 32 / (N * K)),
     "mxfp8": ("mxfp8", 8 + 8 / 32),
+    "float16 scales": (weight_only("int4_sym/32/float16"), 4 + 16 / 32),
+    "bfloat16 scales": (weight_only("int8/64/bfloat16"), 8 + 16 / 64),
     "trilm": ("trilm", 2 + 32 / (N * K)),
     "nvidia_nvfp4": (
         "nvidia_nvfp4",

@@ -3,6 +3,7 @@
 from itertools import product
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from test_compiled import KEY, PLANS, alike, hard_input
@@ -12,7 +13,7 @@ import qtrain
 from qtrain_kernels import cpu, qtensor, reference
 from qtrain_kernels.formats import get_format
 from qtrain_kernels.plans import Packed, Plan, can_pack, field_width
-from qtrain_kernels.qtensor import Side
+from qtrain_kernels.qtensor import Layout, Side
 
 PACKED = {name: plan for name, plan in PLANS.items() if can_pack(plan)}
 E2M1_BYTES = {  # low nibble first; OCP Microscaling Formats v1.0, table 5: sign, two bits of exponent, one of mantissa
@@ -56,6 +57,19 @@ def test_scales_have_their_bytes(name: str) -> None:
         assert packed.scales is not None and packed.scales.tolist() == list(range(len(values)))
     if name == "nvfp4":
         assert torch.equal(torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).float(), scales[:127, 0, 0])
+
+
+@pytest.mark.parametrize("kind", ["float16", "bfloat16"])
+def test_scales_of_16_bits_are_kept_in_them(kind: Any) -> None:
+    """As numpy and the upper half of a float32 have them."""
+    bits = np.arange(1, 0x7C00 if kind == "float16" else 0x7D00, 7, dtype=np.uint16)
+    by_numpy = bits.view(np.float16).astype(np.float32) if kind == "float16" else (bits.astype(np.uint32) << 16)
+    scales = torch.from_numpy(by_numpy.view(np.float32)).view(-1, 1)
+    layout = Layout(Plan(get_format("int4_sym").element, kind, 32, "absmax"), (len(scales), 32), storage="packed")
+    for module in (reference, cpu):
+        codes, found, *_ = module.quantize(scales.expand(-1, 32) * 7, Side(layout))
+        assert codes is not None and found is not None and (codes == 0xEE).all()  # 7 is the last of 15 levels
+        assert np.array_equal(found.view(torch.int16).numpy().view(np.uint16)[:, 0], bits)
 
 
 @pytest.mark.parametrize("name", PACKED)

@@ -17,7 +17,7 @@ from qtrain_kernels.plans import SCALE_RULES
 
 OPEN = ("e2m1/16x16/e4m3", "e2m1/16/ue5m3", "e4m3/128/float32", "e4m3/128x128/float32", "int8_sym/tensor/float32",
         "e3m0/tensor/float32", "int1.585/tensor/float32", "e4m3/16/e8m0", "e3m0/32/e8m0", "int4_sym/16/e8m0",
-        "e2m1/16/e3m3")  # fmt: skip
+        "e2m1/16/e3m3", "int4_sym/32/float16", "int4_sym/32/bfloat16")  # fmt: skip
 ROUNDINGS = ("nearest", "stochastic", "eden")
 SQUARES = ("gaussian", "std", "std_round", "mse_phase", "sawb")  # rules that sum them
 
@@ -92,6 +92,10 @@ def test_huge_values_are_quantised_or_visibly_lost(spec: QuantSpec) -> None:
     may leave float32: then NaN or infinity. A finite result is as good as any; without squares, 1e20 gives one."""
     x = gaussians()
     usual = relative_error(spec, x)
+    if spec.format == "int4_sym/32/float16":
+        assert relative_error(spec, x * 2.0**12) == pytest.approx(usual, rel=1e-3)
+        assert math.isnan(relative_error(spec, x * 2.0**20)), "beyond its largest scale"
+        return
     assert relative_error(spec, x * 2.0**58) == pytest.approx(usual, rel=1e-3)  # absmean adds 1e-5 to the scale
     for factor in (1e20, 7e37):
         error = relative_error(spec, x * factor)
@@ -150,6 +154,7 @@ def test_absmean_needs_a_zero_among_the_codes(bits: int) -> None:
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize(("format", "lost"), [
     ("mxfp4", (1, 32)), ("mxint8", (1, 32)), ("int4", (1, 128)), ("fp8_e4m3", (1, 128)), ("e4m3/32/float32", (1, 32)),
+    ("int4_sym/32/float16", (1, 32)), ("int4_sym/32/bfloat16", (1, 32)),
     ("e4m3/16x16/float32", (16, 16)), ("nvfp4", (16, 128)), ("int8_sym/tensor/float32", (16, 128)),
 ])  # fmt: skip
 def test_a_bad_value_makes_what_shares_its_scale_nan(
@@ -189,7 +194,7 @@ def test_what_saturates_or_vanishes() -> None:
     ("nvfp4", "absmax", True), ("nvfp4", "four_over_six", True), ("nvfp4", "absmax_fitted", True),
     ("nvfp4", "absmax_headroom", False), ("e2m1/16x16/e4m3", "absmax_headroom", False),
     ("int4", "gaussian", True), ("int1.585", "absmean", True), ("int4_sym", "sawb", True),
-    ("int4_sym", "absmax", False),
+    ("int4_sym", "absmax", False), ("int4_sym/32/float16", "absmax", True), ("int4_sym/32/bfloat16", "absmax", True),
     ("fp8_e4m3", "absmax", False), ("e4m3/128/float32", "absmax", False), ("int8_sym/tensor/float32", "absmax", False),
 ])  # fmt: skip
 def test_the_rules_that_saturate_are_those_that_say_so(format: str, rule: str, saturates: bool) -> None:

@@ -15,6 +15,7 @@ from qtrain.errors import UserError
 from qtrain.evaluate.perplexity import losses
 from qtrain.evaluate.target import load
 from qtrain.export import compressed_tensors, fp_quant, huggingface
+from qtrain.export.gguf import export as gguf_export
 from qtrain.export.trained import open_run
 from qtrain.post_training import METHODS, quantize
 from qtrain.quant import PackedLinear
@@ -99,6 +100,32 @@ def test_exports_hold_the_chosen_codes(gptq: Path, tmp_path: Path) -> None:
     theirs = load_file(tmp_path / "hf" / "model.safetensors")["model.layers.1.mlp.down_proj.weight"]
     identity = torch.eye(layer.in_features)
     torch.testing.assert_close(packed(identity).detach().T, theirs.float(), rtol=1e-2, atol=1e-4)
+
+
+def test_4_bits_with_float16_scales_go_out_as_q4_0_and_in_groups(run: RunDirectory, tmp_path: Path) -> None:
+    """GPTQ's codes and scales, in 4.5 bits a weight; each file read by its own library."""
+    gguf = pytest.importorskip("gguf", reason="the extra export is not installed")
+    helpers = pytest.importorskip("compressed_tensors.compressors.pack_quantized.helpers")
+    from safetensors.torch import load_file
+
+    out = tmp_path / "w4"
+    done = quantize(str(run.path), out, ["recipe=w4a16"], "gptq", TOKENS)
+    assert all(layer.error < layer.nearest for layer in done.layers)
+    layer = load_run(out).get_submodule("layers.1.mlp.down")
+    assert isinstance(layer, PackedLinear)
+    assert layer.block_scale.dtype == torch.float16 and layer.codes.dtype == torch.uint8
+    wanted = layer.weight.dequantize()
+    ggml = gguf_export(out, tmp_path / "gguf")
+    assert (ggml.kinds, ggml.bits_per_weight, ggml.notes) == ({"Q4_0": 14}, 4.5, ())
+    stored = {each.name: each for each in gguf.GGUFReader(tmp_path / "gguf" / "model.gguf").tensors}
+    down = stored["blk.1.ffn_down.weight"]
+    assert torch.equal(torch.from_numpy(gguf.dequantize(down.data, down.tensor_type)), wanted)
+    assert compressed_tensors.export(out, tmp_path / "packed").kinds == {"pack-quantized": 14}
+    state = load_file(tmp_path / "packed" / "model.safetensors")
+    codes, scale, _ = (state[f"model.layers.1.mlp.down_proj.weight_{part}"] for part in ("packed", "scale", "shape"))
+    assert scale.dtype == torch.float16
+    values = helpers.unpack_from_int32(codes, 4, wanted.shape).unflatten(1, (-1, 32)) * scale.float()[:, :, None]
+    assert torch.equal(values.flatten(1), wanted)
 
 
 def test_codes_that_are_kept_in_floats_go_out_too(run: RunDirectory, tmp_path: Path) -> None:

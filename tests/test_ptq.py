@@ -19,6 +19,7 @@ N, K, T = 24, 128, 512
 FORMATS = {
     "int4_sym": {"format": "int4_sym"},
     "int4_sym in groups": {"format": "int4_sym/32/float32"},
+    "int4_sym under float16": {"format": "int4_sym/32/float16"},
     "int4, no zero": {"format": "int4"},
     "mxfp4": {"format": "mxfp4", "scale": "floor_three_quarters"},
     "nvfp4": {"format": "nvfp4"},
@@ -123,7 +124,9 @@ def test_without_a_method_codes_are_the_quantisers_own(spec: dict[str, Any]) -> 
     assert torch.equal(found.codes[:5], wanted.codes[:5])
 
 
-@pytest.mark.parametrize("name", ["int4_sym", "int4_sym in groups", "mxfp4", "nvfp4", "fp4 in rows"])
+@pytest.mark.parametrize(
+    "name", ["int4_sym", "int4_sym in groups", "int4_sym under float16", "mxfp4", "nvfp4", "fp4 in rows"]
+)
 def test_a_search_finds_the_best_of_its_scales(name: str) -> None:
     """Against every candidate, block by block, in float64."""
     weight, _ = correlated()
@@ -152,6 +155,9 @@ def test_a_search_finds_the_best_of_its_scales(name: str) -> None:
             grid = torch.tensor(side.plan.scale_element.magnitudes())
             rounded = grid[(first.block[..., None] * factor - grid).abs().argmin(-1)]
             tried = (rounded * first.tensor).repeat_interleave(size, 1).double()
+        if name.endswith("float16"):
+            assert torch.equal(best.block, best.block.half().float()), "a scale that the format lacks"
+            tried = (first.block * factor).half().double().repeat_interleave(size, 1)
         usable = (tried > 0).view(N, -1, size).all(2)
         assert (found[usable] <= error(tried)[usable] * (1 + 1e-5)).all(), part
 

@@ -96,6 +96,15 @@ CASES = {
     **quest("fp4_e2m1", 1.81, paper=partial(oracle.quest, codes="fp4_e2m1", threshold=0.48707976)),
     "quest_weight_only": Case("quest_weight_only", oracle.quest_weight_only, {"quest": oracle.quest}, 1.387),
     "nf4": Case("nf4", oracle.nf4, {"blocks of 32": partial(oracle.nf4, block=32)}, 1.348),
+    "w4a16": Case(
+        "w4a16",
+        oracle.w4a16,
+        {
+            "blocks of 64": partial(oracle.w4a16, block=64),
+            "float64 scales": partial(oracle.w4a16, scale_of=np.float64),
+        },
+        1.384,
+    ),
     "quest_sparse": Case("quest_sparse", four_eight, {"2:4": two_four, "dense": oracle.quest}, 5.76),
     "quest_sparse-2:4": Case(two_four_recipe, two_four, {"4:8": four_eight}, 4.54),
     "ste": Case("ste", oracle.ste, {"clip": oracle.clip}, 1.607),

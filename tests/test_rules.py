@@ -31,6 +31,8 @@ FORMATS = {  # where the scale lies -> a format, and the rules that only another
     "e8m0": ("mxfp4", {}),
     "minifloat": ("nvfp4", {}),
     "float32": ("e2m1/32/float32", {}),
+    "float16": ("e2m1/32/float16", {}),
+    "bfloat16": ("e2m1/32/bfloat16", {}),
     "row": ("int4_sym", {"gaussian": "int4", "learned": "int4"}),
     "tensor": ("int4_sym/tensor/float32", {"gaussian": "int4/tensor/float32", "learned": "int4/tensor/float32"}),
 }
@@ -61,10 +63,10 @@ def setting(
 ) -> oracle.Setting:
     name = FORMATS[kind][1].get(rule, FORMATS[kind][0])
     grid = oracle.CENTRED if name.startswith("int4/") or name == "int4" else oracle.SYMMETRIC
-    if kind in ("e8m0", "minifloat", "float32"):
+    if kind not in ("row", "tensor"):
         grid = oracle.E2M1
     limit = mask and (mask[0], mask[1] * max(grid))
-    block = {"e8m0": 32, "minifloat": 16, "float32": 32}.get(kind)
+    block = {"minifloat": 16, "row": None, "tensor": None}.get(kind, 32)
     fit = oracle.CENTRED_FIT if grid == oracle.CENTRED else 0.4870795
     return oracle.Setting(kind, rule, rounding, limit, sparsity, block, grid, fit, LEARNED)
 
@@ -216,6 +218,8 @@ ADDED: dict[str, tuple[str, Row]] = {  # a format, and a rule that no table has
     "float32": ("int4/32/float32", lambda e, _: ScaleRule(
         "rms_absmean", 4.0, less=2.0, divisor=e.max, candidates=(0.9,),
     )),
+    "float16": ("int4_sym/32/float16", lambda e, _: ScaleRule("rms", 2.5, divisor=e.max, candidates=(0.9, 1.1))),
+    "bfloat16": ("int4/32/bfloat16", lambda e, _: ScaleRule("absmean", 3.0, divisor=e.max, candidates=(1.2,))),
     "row": ("int4_sym", lambda e, _: ScaleRule("std", 2.0, 1e-3, divisor=e.max)),
     "tensor": ("e3m0/tensor/float32", lambda e, _: ScaleRule(gain=0.75, divisor=e.max)),
 }  # fmt: skip
@@ -249,6 +253,33 @@ def test_a_row_added_to_the_table_means_what_its_numbers_say(monkeypatch: pytest
     np.testing.assert_allclose(lines, (2 * x.double().std(1, correction=0).numpy() + 1e-3) / 7, rtol=1e-6)
 
 
+EDGES = {  # the largest magnitude of a block -> its scale, after IEEE 754; of codes up to 7
+    "float16": {
+        7 * (1 + 2.0**-11): 1.0,  # a tie, to the even mantissa
+        7 * (1 + 3 * 2.0**-11): 1 + 2.0**-9,
+        7 * 65519.0: 65504.0,
+        7 * 65520.0: np.nan,  # would be infinite
+        7 * 2.0**-24: 2.0**-24,  # the smallest subnormal
+        7 * 2.0**-25: 0.0,
+        0.0: 0.0,
+    },
+    "bfloat16": {7 * (1 + 2.0**-8): 1.0, 7 * (1 + 3 * 2.0**-8): 1 + 2.0**-6, 7 * 2.0**-140: 0.0, np.inf: np.nan},
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("kind", "edges"), EDGES.items(), ids=EDGES)
+def test_codes_are_relative_to_a_scale_of_16_bits(kind: str, edges: dict[float, float], backend: str) -> None:
+    plan = Plan(get_format("int4_sym").element, kind, 32, "absmax")  # pyright: ignore[reportArgumentType]
+    x = torch.zeros(len(edges), 32)
+    x[:, 0], x[:, 1] = torch.tensor([*edges]), torch.tensor([*edges]) / 7 * 3.4999
+    got = found(BACKENDS[backend], x, plan)
+    np.testing.assert_array_equal(got.scale[:, 0], [*edges.values()])
+    scale = np.array([*edges.values()])[:, None]
+    codes = np.clip(np.rint(x.double().numpy() / np.where(scale == 0, 1.0, scale)), -7, 7)
+    np.testing.assert_array_equal(got.codes, np.where(np.isnan(scale), np.nan, codes))
+
+
 @pytest.mark.parametrize("module", [reference, cpu, gpu], ids=["reference", "compiled", "triton"])
 def test_a_row_of_pieces_that_a_backend_lacks_is_refused_by_name(
     module: ModuleType, monkeypatch: pytest.MonkeyPatch
@@ -277,6 +308,6 @@ def test_a_rounding_that_draws_nothing_asks_for_no_key(backend: str, monkeypatch
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the process that it starts")
 def test_in_the_interpreter() -> None:
-    selected = "every_rule_with or runs_in_a_backend or asks_for_no_key"
+    selected = "every_rule_with or runs_in_a_backend or asks_for_no_key or of_16_bits"
     passed, shown = passed_in_the_interpreter(__file__, "-k", selected)
-    assert passed == len(SOME) + len(ADDED) + 1, shown
+    assert passed == len(SOME) + len(ADDED) + len(EDGES) + 1, shown

@@ -212,6 +212,13 @@ def test_blocks_beyond_the_range_of_their_scales_are_counted(dim: int, max_lines
     assert (health["scale_underflow"], health["scale_overflow"]) == (0.0, 1 / 8)
 
 
+def test_float16_scales_end_at_its_subnormals() -> None:
+    x = torch.zeros(4, 32)
+    x[:, 0] = 7 * torch.tensor([2.0**-24 * 0.99, 2.0**-24, 65504.0, 65504.0 * 1.01])
+    health = numbers(made(QuantSpec(format="int4_sym/32/float16"), x), 1000)
+    assert (health["scale_underflow"], health["scale_overflow"]) == (1 / 4, 1 / 4)
+
+
 def test_tiles_that_rows_fill_in_part_are_counted_once() -> None:
     """16x16 tiles of a (24, 40) matrix: 2 x 3, of which one holds nothing but magnitudes without a scale. A largest
     magnitude of 11 is beyond the grid where the tile's rule leaves it there."""

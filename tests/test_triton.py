@@ -38,6 +38,7 @@ FORMATS = (
     *("nvfp4", "e2m1/16/ue5m3", "e4m3/32/e4m3", "int4_sym/32/e4m3", "e2m1/256/e4m3", "e2m1/32/e3m2"),
     *("int1", "int4", "int8", "int1.585", "int4_sym", "fp8_e4m3", "fp4_e2m1", "e1m2/row/float32"),
     *("e3m0/tensor/float32", "int4_sym/tensor/float32", "e4m3/128/float32", "int4/32/float32"),
+    *("int4_sym/32/float16", "int4/32/bfloat16"),
 )
 E2M1 = get_format("mxfp4").element
 MXFP4 = Plan(E2M1, "e8m0", 32, "std", mask=MASKS[0])
@@ -382,6 +383,7 @@ def test_an_empty_matrix_gives_an_empty_result(device: str) -> None:
 PACKED = (
     *("mxfp4", "mxfp6_e3m2", "mxfp6_e2m3", "mxfp8_e4m3", "mxfp8_e5m2", "mxint8", "e3m0/16/e8m0", "nvfp4"),
     *("e2m1/16/ue5m3", "int1", "int4", "int7", "int8", "int1.585", "int4_sym", "fp8_e4m3", "fp4_e2m1"),
+    *("int4_sym/32/float16", "int8_sym/64/bfloat16"),
 )
 
 
@@ -394,6 +396,10 @@ def every_product(fmt: Format, plan: Plan) -> tuple[Tensor, Tensor | None]:
     scales = reference.power_of_two(torch.arange(256, dtype=torch.int32))
     if fmt.scale_element:
         scales = torch.tensor([*fmt.scale_element.magnitudes()[1:], float("nan")])  # none is zero
+    if fmt.scale_kind in reference.SCALE_DTYPES:  # every 29th, NaN among them
+        dtype = reference.SCALE_DTYPES[fmt.scale_kind]
+        scales = torch.arange(1, 2**15, 29, dtype=torch.int32).to(torch.int16).view(dtype).float()
+        scales = torch.where(scales < 1e37, scales, float("nan"))  # products are finite
     codes = torch.cat((codes, codes.new_zeros(-len(codes) % plan.block)))
     repeated = scales[:, None].expand(-1, len(codes) // plan.block).reshape(-1, 1, 1).contiguous()
     return (scales[:, None] * codes).reshape(-1, plan.block, 1), repeated

@@ -12,6 +12,7 @@
 #include <immintrin.h>
 #endif
 #include <limits>
+#include <type_traits>
 #include <utility>
 
 namespace {
@@ -398,13 +399,14 @@ inline void over_tiles(int64_t rows, int64_t inner, int64_t height, int64_t scra
 
 namespace {
 
-enum class Kind { E8M0, MINIFLOAT, FLOAT32 };
+enum class Kind { E8M0, MINIFLOAT, FLOAT32, FLOAT16, BFLOAT16 };
 enum class Statistic { AMAX, RMS, STD, ABSMEAN, RMS_ABSMEAN };
 enum class Rounding { NEAREST, STOCHASTIC };
 enum class Mask { NONE, INSIDE, WITHIN, ERROR };
 
 constexpr Grid ELEMENT = PLAN_ELEMENT, SCALE = PLAN_SCALE;
 constexpr Kind KIND = Kind::PLAN_KIND;
+constexpr bool FLOATS = KIND != Kind::E8M0 && KIND != Kind::MINIFLOAT;  // no scale stands above them
 constexpr Statistic STATISTIC = Statistic::PLAN_STATISTIC;
 constexpr Rounding ROUNDING = Rounding::PLAN_ROUNDING;
 constexpr Mask MASK = Mask::PLAN_MASK;
@@ -446,11 +448,21 @@ inline vi scale_exponent(vf magnitude, int step) {
   return biased_exponent(bits) == 255 ? vi{} + 255 : moved;
 }
 
+inline vf in_scale_format(vf x) {
+  // SCALE is the grid of float16, which saturates; what would be rounded beyond its largest is infinite.
+  if (KIND == Kind::FLOAT16) return x < 65520.0f ? round_nearest(x, SCALE) : all(INF);
+  if (KIND == Kind::BFLOAT16) {
+    const vi bits = bits_of(x), up = x == x ? 0x7fff + (bits >> 16 & 1) : vi{};
+    return (vf)((bits + up) & (int32_t)0xffff0000);
+  }
+  return x;
+}
+
 // Of a block or a line by its rule (0), or the candidate of that number. scale: what stands above it.
 inline vf candidate(vf magnitude, vf scale, int which) {
   if (KIND == Kind::E8M0) return power_of_two(scale_exponent(magnitude, STEPS[which]));
   vf divided = DIVISORS[which] == 1.0f ? magnitude : magnitude / all(DIVISORS[which]);
-  if (KIND == Kind::FLOAT32) return finite_or_nan(divided);
+  if (FLOATS) return finite_or_nan(in_scale_format(divided));
   vf found = round_nearest(divided / nonzero(scale), SCALE);
   return found == 0.0f ? all(1.0f) : found;
 }
@@ -458,7 +470,7 @@ inline vf candidate(vf magnitude, vf scale, int which) {
 // What x is divided by, or with E8M0 scales multiplied with, to be in code units.
 inline vf unit_of(vf blocks, vf scale) {
   if (KIND == Kind::E8M0) return 1.0f / blocks;
-  return KIND == Kind::FLOAT32 && BLOCK ? nonzero(blocks) : nonzero(scale) * blocks;
+  return FLOATS && BLOCK ? nonzero(blocks) : nonzero(scale) * blocks;
 }
 inline vf in_code_units(vf x, vf unit) {
   if (KIND != Kind::E8M0) return x / unit;
@@ -605,8 +617,11 @@ inline vf code_of(vi field) {  // of the low BITS
   return (vf)(place | (vi)((vu)field << (32 - BITS) & 0x80000000u));
 }
 
-inline vi byte_of(vf scale) {  // of a block's scale
+typedef std::conditional_t<KIND == Kind::FLOAT16 || KIND == Kind::BFLOAT16, uint16_t, uint8_t> ScaleBits;
+
+inline vi scale_bits(vf scale) {  // of a block
   if (KIND == Kind::E8M0) return biased_exponent(bits_of(scale));
+  if (KIND == Kind::BFLOAT16) return bits_of(scale) >> 16;
   return scale != scale ? vi{} + SCALE_NAN : place_of(scale, SCALE);
 }
 
@@ -633,9 +648,10 @@ inline void write_fields(uint8_t* to, vf* fields, int64_t run, int lanes, int64_
 extern "C" void quantize(const void* x_, int64_t rows, int64_t span, int64_t inner, int64_t height, const float* signs,
                          const float* scale_, int scale_per_span, uint32_t key0, uint32_t key1, void* values_,
                          float* blocks_out, uint8_t* mask_out, uint8_t* mask_bits, uint8_t* packed,
-                         uint8_t* packed_scales, int bare, int back, int threads) {
+                         void* packed_scales_, int bare, int back, int threads) {
   const Input* x = (const Input*)x_;
   Output* values = (Output*)values_;
+  ScaleBits* packed_scales = (ScaleBits*)packed_scales_;
   const int64_t block = BLOCK ? BLOCK : height, per_tile = height / block, all_blocks = rows / block;
   over_tiles(rows, inner, height, 7 * height + per_tile, threads,
              [=](Tile t, int64_t run, int64_t column, vf* v) {
@@ -702,8 +718,8 @@ extern "C" void quantize(const void* x_, int64_t rows, int64_t span, int64_t inn
           blocks_out[inner == 1 ? (run + l) * per_tile + b : (run * per_tile + b) * inner + column + l] = scales[b][l];
     if (packed_scales)
       for (int64_t b = 0; b < per_tile; b++) {
-        const vi byte = byte_of(scales[b]);
-        for (int l = 0; l < t.lanes; l++) packed_scales[(run + l) * per_tile + b] = byte[l];
+        const vi bits = scale_bits(scales[b]);
+        for (int l = 0; l < t.lanes; l++) packed_scales[(run + l) * per_tile + b] = bits[l];
       }
     if (CORRECTION && !bare)
       for (int64_t e = 0; e < height; e++) v[e] *= scales[e / block];
@@ -800,9 +816,10 @@ extern "C" void split(const uint8_t* bytes, int64_t n, uint8_t* fields, int thre
 #ifdef PACK
 namespace {
 
-inline float scale_of(uint8_t byte) {
-  if (KIND == Kind::E8M0) return power_of_two(vi{} + byte)[0];
-  return byte == SCALE_NAN ? NOT_A_NUMBER : at_place(vi{} + byte, SCALE)[0];
+inline float scale_of(ScaleBits bits) {
+  if (KIND == Kind::E8M0) return power_of_two(vi{} + bits)[0];
+  if (KIND == Kind::BFLOAT16) return ((vf)(vi{} + (bits << 16)))[0];
+  return bits == SCALE_NAN ? NOT_A_NUMBER : at_place(vi{} + bits, SCALE)[0];
 }
 
 template <class T>
@@ -835,7 +852,7 @@ inline vi fields_at(const uint8_t* from, int64_t i) {
 
 constexpr int LOWEST_OF_SCALE = KIND == Kind::E8M0 ? -127 : SCALE.min_exponent - SCALE.mantissa_bits;
 constexpr bool SHORT =  // whether bfloat16 holds every code times every scale
-    !BLOCK || (ELEMENT.minifloat && KIND != Kind::FLOAT32 &&
+    !BLOCK || (ELEMENT.minifloat && !FLOATS &&
                ELEMENT.mantissa_bits + (KIND == Kind::E8M0 ? 0 : SCALE.mantissa_bits + 1) < 8 &&
                ELEMENT.min_exponent - ELEMENT.mantissa_bits + LOWEST_OF_SCALE >= -133);
 
@@ -851,7 +868,7 @@ inline void store_value(T* to, vf x) {
 
 // Where a field has 4 bits and its value 16, all values under one scale fit into two registers, which are looked up.
 #if !defined(__clang__) && (defined(__SSSE3__) || defined(__ARM_NEON))
-#define LOOKED_UP (WIDTH == 4 && sizeof(Output) == 2 && SHORT && RUN % 16 == 0)
+#define LOOKED_UP (WIDTH == 4 && sizeof(Output) == 2 && sizeof(ScaleBits) == 1 && SHORT && RUN % 16 == 0)
 #else
 #define LOOKED_UP false
 #endif
@@ -886,11 +903,13 @@ inline void look_up(const Values& values, const uint8_t* from, void* to) {  // 1
 
 }  // namespace
 
-// Codes of WIDTH bits, scales of a byte -> n values in runs of RUN, and the scale of each, where BLOCK.
-extern "C" void unpack(const uint8_t* codes, const uint8_t* scales, int64_t n, void* values_, int threads) {
+// Codes of WIDTH bits, scales of a byte or two -> n values in runs of RUN, and the scale of each, where BLOCK.
+extern "C" void unpack(const uint8_t* codes, const void* scales_, int64_t n, void* values_, int threads) {
+  const ScaleBits* scales = (const ScaleBits*)scales_;
   Output* values = (Output*)values_;
+  constexpr bool LISTED = BLOCK && sizeof(ScaleBits) == 1;
   float known[256];  // scales by their bytes
-  for (int byte = 0; BLOCK && byte < 256; byte++) known[byte] = scale_of(byte);
+  for (int byte = 0; LISTED && byte < 256; byte++) known[byte] = scale_of(byte);
 #ifndef __clang__
   if constexpr (LOOKED_UP) {
     Values under[256];
@@ -903,7 +922,8 @@ extern "C" void unpack(const uint8_t* codes, const uint8_t* scales, int64_t n, v
 #endif
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
   for (int64_t first = LOOKED_UP ? n / 16 * 16 : 0; first < n; first += RUN) {
-    const vf scale = all(BLOCK ? known[scales[first / RUN]] : 1.0f);
+    const ScaleBits bits = BLOCK ? scales[first / RUN] : 0;
+    const vf scale = all(LISTED ? known[bits] : BLOCK ? scale_of(bits) : 1.0f);
     const auto value_of = [&](vi field) { return BLOCK ? code_of(field) * scale : code_of(field); };
     const uint8_t* from = codes + first * WIDTH / 8;
     Output* to = values + first;

@@ -33,7 +33,7 @@ from qtrain_kernels.checks import (
     check_spans,
     check_words,
 )
-from qtrain_kernels.formats import Element
+from qtrain_kernels.formats import FLOAT_SCALES, Element
 from qtrain_kernels.plans import Knows, Packed, Plan, Rotation, ScaleRule, field_width, grids, scale_nan, stored_integer
 
 if TYPE_CHECKING:
@@ -53,10 +53,11 @@ TYPES = {torch.float32: "float", torch.bfloat16: "uint16_t"}
 RESULTS = TYPES | {torch.int8: "int8_t"}
 ARGUMENTS = {"p": ctypes.c_void_p, "l": ctypes.c_int64, "w": ctypes.c_uint32, "i": ctypes.c_int, "f": ctypes.c_float}
 NO_ELEMENT = Element(1.0)
+FLOAT16 = Element(65504.0, mantissa_bits=10, min_exponent=-14)
 KNOWS = Knows(
     "compiled",
     statistics=("amax", "rms", "std", "absmean", "rms_absmean"),
-    scales=("e8m0", "minifloat", "float32"),
+    scales=("e8m0", "minifloat", *FLOAT_SCALES),
     roundings=("nearest", "stochastic"),
     masks=("inside", "within", "error"),
     sparsities=("2:4", "4:8"),
@@ -440,7 +441,7 @@ def _plan(plan: Plan, rule: ScaleRule | None = None) -> dict[str, object]:
         "BITS": plan.element.bits,
         "WIDTH": field_width(plan.element),
         "SCALE_NAN": scale_nan(plan),
-        "PLAN_SCALE": _grid(plan.scale_element or NO_ELEMENT),
+        "PLAN_SCALE": _grid(FLOAT16 if plan.scale_kind == "float16" else plan.scale_element or NO_ELEMENT),
         "PLAN_KIND": plan.scale_kind.upper(),
         "PLAN_STATISTIC": rule.statistic.upper(),
         "PLAN_ROUNDING": plan.rounding_mode.codes.upper(),

@@ -1,8 +1,9 @@
 // x (R, K) times the transpose of a weight (N, K) that lies in few bits, for few rows of x: each weight is read once, and
 // the memory's speed is the limit.
 //
-// few_rows.py writes WIDTH (bits of a code) and BLOCK (elements that share a scale, 0: none) before it. Sums are
-// float32, in LANES lanes whatever the processor has, so that their order depends on the shapes alone:
+// few_rows.py writes WIDTH (bits of a code), BLOCK (elements that share a scale, 0: none) and SCALE_BITS (the type of a
+// scale's bits) before it. Sums are float32, in LANES lanes whatever the processor has, so that their order depends on
+// the shapes alone:
 // 1. The K elements of a line are taken in chunks of 16 bytes. Lane l of half h adds the elements 8 h + l of each of the
 //    FIELDS codes of a byte, the first in the low bits first.
 // 2. A half's sum over a run (a block, or four chunks where there are none) is multiplied by its block scale and added to
@@ -120,10 +121,10 @@ void reorder(const float* x, int64_t size, float* out) {
 
 }  // namespace
 
-// codes (N, K WIDTH / 8); scales (N, K / BLOCK), each a place in table (256); levels (16): of a code, in units of `unit`;
+// codes (N, K WIDTH / 8); scales (N, K / BLOCK), each a place in table; levels (16): of a code, in units of `unit`;
 // line: a scale for each of the N lines, or one (apart 0), or null; x (ROWS, K); out (ROWS, N).
 template <int ROWS>
-void product(const uint8_t* codes, const uint8_t* scales, const float* table, const int8_t* levels, float unit,
+void product(const uint8_t* codes, const SCALE_BITS* scales, const float* table, const int8_t* levels, float unit,
              const float* line, int apart, const float* x, int64_t n, int64_t k, float* out, int threads) {
   const vc grid = loaded<vc>(levels);
   std::vector<float> ordered(ROWS * k);
@@ -133,7 +134,7 @@ void product(const uint8_t* codes, const uint8_t* scales, const float* table, co
   over_lines<lines_for(ROWS)>(n, threads, [=](int64_t first, auto count) {
     constexpr int L = count;
     const uint8_t* from = codes + first * chunks * 16;
-    const uint8_t* scale = BLOCK ? scales + first * (k / (BLOCK ? BLOCK : 1)) : nullptr;
+    const SCALE_BITS* scale = BLOCK ? scales + first * (k / (BLOCK ? BLOCK : 1)) : nullptr;
     Wide total[L][ROWS] = {};
     for (int64_t chunk = 0; chunk < chunks;) {
       const int64_t end = chunk + RUN < chunks ? chunk + RUN : chunks;
@@ -149,7 +150,7 @@ void product(const uint8_t* codes, const uint8_t* scales, const float* table, co
           }
       }
       for (int l = 0; l < L; l++) {
-        const uint8_t* own = scale + l * (k / (BLOCK ? BLOCK : 1));
+        const SCALE_BITS* own = scale + l * (k / (BLOCK ? BLOCK : 1));
         for (int r = 0; r < ROWS; r++) {
           if (!BLOCK) total[l][r] += part[l][r];
           else total[l][r] += part[l][r] * of_halves(table[own[0]], table[own[SPLIT]]);
@@ -216,9 +217,9 @@ auto of_rows(int rows) {
 
 #ifdef CODES
 
-extern "C" void few_rows(int rows, const uint8_t* codes, const uint8_t* scales, const float* table, const int8_t* levels,
-                         float unit, const float* line, int apart, const float* x, int64_t n, int64_t k, float* out,
-                         int threads) {
+extern "C" void few_rows(int rows, const uint8_t* codes, const SCALE_BITS* scales, const float* table,
+                         const int8_t* levels, float unit, const float* line, int apart, const float* x, int64_t n,
+                         int64_t k, float* out, int threads) {
   of_rows(rows)(
       codes, scales, table, levels, unit, line, apart, x, n, k, out, threads);
 }

@@ -136,14 +136,19 @@ def _levels(plan: Plan) -> tuple[Tensor, float]:
 
 @cache
 def _table(plan: Plan) -> Tensor:
-    """(256,) float32: the block scale of each byte."""
+    """float32: the block scale of each byte, (256,), or of each 16 bits, (65536,)."""
+    if plan.has_float_scales:
+        bits = torch.arange(2**16, dtype=torch.int32).to(torch.int16)
+        return reference._scales_of(bits.view(reference.SCALE_DTYPES[plan.scale_kind]), plan)
     places = torch.arange(256).clamp_max(scale_nan(plan)).to(torch.uint8)
     return reference._scales_of(places, plan).float().contiguous()
 
 
 @cache
 def _of_codes(plan: Plan) -> Callable[..., None]:
+    scale_type = "uint16_t" if plan.has_float_scales else "uint8_t"
     constants = f"#define CODES\n#define WIDTH {field_width(plan.element)}\n#define BLOCK {plan.block or 0}\n"
+    constants += f"#define SCALE_BITS {scale_type}\n"
     return _function(constants, "ippppfpipllpi")
 
 

@@ -16,7 +16,7 @@ written element/block/scale, and the usual ones have names:
 
 element: e<e>m<m>, int<b>, int<b>_sym, int1.585, mxint8 or nf4. block: tensor or row (one float32 scale each), a number
 of elements (32), or a tile of rows x elements (16x16). scale: e8m0 (powers of two), an unsigned minifloat under a
-float32 scale of the whole tensor (e4m3, ue5m3), or float32.
+float32 scale of the whole tensor (e4m3, ue5m3), or float32, float16 or bfloat16, with no scale above them.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ from functools import cache
 from itertools import pairwise
 from typing import Any, Literal
 
-ScaleKind = Literal["e8m0", "minifloat", "float32"]
+ScaleKind = Literal["e8m0", "minifloat", "float32", "float16", "bfloat16"]
+FLOAT_SCALES: tuple[ScaleKind, ...] = ("float32", "float16", "bfloat16")  # which have no scale above them
 
 
 @dataclass(frozen=True)
@@ -116,8 +117,8 @@ class Format:
     """An element grid, what shares a scale, and that scale's own format.
 
     block: "tensor" or "row", or the elements along the contraction dim; rows: how many neighbouring rows share it too.
-    scale: "e8m0", "float32" or the name of an unsigned minifloat. default_scale: the rule of plans.SCALE_RULES that is
-    taken when none is named.
+    scale: "e8m0", one of FLOAT_SCALES or the name of an unsigned minifloat. default_scale: the rule of
+    plans.SCALE_RULES that is taken when none is named.
     """
 
     name: str
@@ -129,10 +130,8 @@ class Format:
 
     @property
     def scale_kind(self) -> ScaleKind:
-        """e8m0 | float32 | minifloat."""
-        if self.scale == "e8m0" or self.scale == "float32":
-            return self.scale
-        return "minifloat"
+        """e8m0 | float32 | float16 | bfloat16 | minifloat."""
+        return _scale_kind(self.scale)
 
     @property
     def scale_element(self) -> Element | None:
@@ -224,10 +223,18 @@ def _scale_element(name: str) -> Element:
     """Unsigned minifloats: e4m3 (448), ue5m3 (one code is NaN: 114688), others with all codes finite."""
     match = re.fullmatch(r"u?e(\d)m(\d)", name)
     if match is None or not 1 <= int(match[1]) <= 5 or int(match[1]) + int(match[2]) > 8:
-        raise ValueError(f"unknown scale format {name!r}; use e8m0, float32, e4m3, ue5m3 or another e<e>m<m>")
+        raise ValueError(
+            f"unknown scale format {name!r}; use e8m0, {', '.join(FLOAT_SCALES)}, e4m3, ue5m3 or another e<e>m<m>"
+        )
     if (int(match[1]), int(match[2])) == (5, 3):
         return Element(114688.0, mantissa_bits=3, min_exponent=-14)
     return _minifloat(int(match[1]), int(match[2]))
+
+
+def _scale_kind(scale: str) -> ScaleKind:
+    """Of the name of a scale's format."""
+    kinds: dict[str, ScaleKind] = {"e8m0": "e8m0", **{kind: kind for kind in FLOAT_SCALES}}
+    return kinds.get(scale, "minifloat")
 
 
 def _open_format(name: str) -> Format:
@@ -239,14 +246,14 @@ def _open_format(name: str) -> Format:
     tile = re.fullmatch(r"(?:([1-9]\d*)x)?([1-9]\d*)", block)
     if block not in ("row", "tensor") and tile is None:
         raise ValueError(f"format {name!r}: block {block!r} is none of tensor, row, <n> (32), <rows>x<n> (16x16)")
-    kind = scale if scale in ("e8m0", "float32") else "minifloat"
+    kind = _scale_kind(scale)
     if kind == "minifloat":
         _scale_element(scale)
     if tile is None and kind != "float32":
         raise ValueError(f"format {name!r}: one scale per {block} is a float32; got {scale!r}")
     rows, size = (int(tile[1] or 1), int(tile[2])) if tile else (1, block)
     grid = _element(element)
-    if grid.offset and kind != "float32":
+    if grid.offset and kind not in FLOAT_SCALES:
         raise ValueError(f"format {name!r}: {element} has no zero and {scale} neither, so zeros would not stay zeros")
     default = {"e8m0": "floor", "minifloat": "absmax"}.get(kind, "gaussian" if grid.offset else "absmax")
     return Format(name, grid, size, rows, scale, default)

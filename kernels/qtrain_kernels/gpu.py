@@ -19,7 +19,7 @@ from torch import Tensor
 
 from qtrain_kernels import reference
 from qtrain_kernels.checks import check_key, check_mask, check_packed, check_same_device, check_signs, check_spans
-from qtrain_kernels.formats import MX_E2M1
+from qtrain_kernels.formats import FLOAT_SCALES, MX_E2M1
 from qtrain_kernels.plans import (
     Knows,
     Packed,
@@ -55,7 +55,7 @@ UNFUSED = {"enable_fp_fusion": False}
 KNOWS = Knows(
     "triton",
     statistics=("amax", "rms", "std", "absmean", "rms_absmean"),
-    scales=("e8m0", "minifloat", "float32"),
+    scales=("e8m0", "minifloat", *FLOAT_SCALES),
     roundings=("nearest", "stochastic"),
     masks=("inside", "within", "error"),
     sparsities=("2:4", "4:8"),

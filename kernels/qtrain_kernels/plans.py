@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from qtrain_kernels.formats import ELEMENTS, Element, Format, ScaleKind
+from qtrain_kernels.formats import ELEMENTS, FLOAT_SCALES, Element, Format, ScaleKind
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,6 +31,8 @@ class ScaleRule:
     The magnitude of a block, row or tensor is gain * statistic + bias. Its scale is magnitude / divisor, and each kind
     of scale rounds it in its own way:
     - float32: not at all. Infinity becomes NaN.
+    - float16, bfloat16: to nearest, ties to even; codes are relative to the rounded scale. What is beyond the largest
+      becomes NaN, as infinity does. What rounds to zero stays zero, and so do all values of the block.
     - minifloat: divided by the tensor scale, to nearest on the scale's grid. Zero becomes 1.
     - e8m0: `increment` is added to the bits of magnitude / divisor as float32; of the result, the power of two at or
       below it is taken, times 2^-shift.
@@ -109,6 +111,11 @@ def _reduced(scale: Element) -> float:
     return min(REDUCED_CAP, scale.max * REDUCED_CAP / 448)
 
 
+def _of_floats(row: Row) -> dict[ScaleKind, Row]:
+    """The same rule for each of FLOAT_SCALES."""
+    return dict.fromkeys(FLOAT_SCALES, row)
+
+
 # Name -> kind of scale -> rule. kernels/README.md says what each is for, and its error.
 SCALE_RULES: dict[str, dict[ScaleKind, Row]] = {
     "floor": {"e8m0": lambda e, _: ScaleRule(shift=e.max_exponent)},
@@ -128,11 +135,11 @@ SCALE_RULES: dict[str, dict[ScaleKind, Row]] = {
     },
     "gaussian": {
         "e8m0": lambda e, _: ScaleRule("rms", _fit(e)),
-        "float32": lambda e, _: ScaleRule("rms", _fit(e)),
+        **_of_floats(lambda e, _: ScaleRule("rms", _fit(e))),
     },
     "absmax": {
         "minifloat": lambda e, scale: _two_levels(e.max, scale.max),
-        "float32": lambda e, _: ScaleRule(divisor=e.max),
+        **_of_floats(lambda e, _: ScaleRule(divisor=e.max)),
     },
     # a scale rounded down by its last half bit still clips nothing
     "absmax_headroom": {
@@ -236,10 +243,10 @@ class Mask:
 class Plan:
     """What an operand's quantiser does after rotation.
 
-    scale_kind: e8m0 | minifloat (scale_element is its grid) | float32. block: elements that share a block scale, None
-    for one float32 scale per row, or per tensor where per_tensor. rule: a name of SCALE_RULES. rounding: a name of
-    ROUNDINGS. mask: None where no gradient asks. correction: elements that share an EDEN correction, a multiple of
-    block. sparsity: 2:4 or 4:8 by magnitude before rounding.
+    scale_kind: e8m0 | minifloat (scale_element is its grid) | float32 | float16 | bfloat16.
+    block: elements that share a block scale, None for one float32 scale per row, or per tensor where per_tensor.
+    rule: a name of SCALE_RULES. rounding: a name of ROUNDINGS. mask: None where no gradient asks. correction: elements
+    that share an EDEN correction, a multiple of block. sparsity: 2:4 or 4:8 by magnitude before rounding.
     """
 
     element: Element
@@ -282,6 +289,11 @@ class Plan:
         return ROUNDINGS[self.rounding]
 
     @property
+    def has_float_scales(self) -> bool:
+        """Whether scales are floats, with none above those of the blocks."""
+        return self.scale_kind in FLOAT_SCALES
+
+    @property
     def span(self) -> int | None:
         """The size of dim 1; None: the whole contraction dim."""
         return self.correction or self.block
@@ -304,7 +316,7 @@ class Plan:
     @property
     def exact_in_bfloat16(self) -> bool:
         """Whether codes * block_scale have at most bfloat16's 8 significant bits."""
-        if self.block is not None and self.scale_kind == "float32":
+        if self.block is not None and self.has_float_scales:
             return False
         scale_bits = self.scale_element.significant_bits if self.scale_element else 0
         return self.element.significant_bits + scale_bits <= 8
@@ -372,8 +384,8 @@ class Packed(NamedTuple):
     """An operand in the bits of its format, as it waits for the backward.
 
     codes: uint8, the elements in row-major order, `field_width` bits each, the first in a byte's low bits: sign,
-    exponent and mantissa of a minifloat, else the place among the levels. scales: uint8, a block's E8M0 or minifloat
-    scale each, or float32 scales of codes of a table; None without blocks.
+    exponent and mantissa of a minifloat, else the place among the levels. scales: a block's scale each, uint8 of E8M0
+    and of minifloats, float16 and bfloat16 as they are, and float32 of codes of a table; None without blocks.
     """
 
     codes: Tensor
@@ -395,7 +407,10 @@ def field_width(element: Element) -> int:
 
 
 def scale_nan(plan: Plan) -> int:
-    """The byte of a packed block scale that is NaN: E8M0's last, and of a minifloat the one after its largest."""
+    """The bits of a packed block scale that is NaN: E8M0's last, of a minifloat those after its largest, and the quiet
+    NaN of float16."""
+    if plan.scale_kind == "float16":
+        return 0x7E00
     return len(plan.scale_element.magnitudes()) if plan.scale_element else 0xFF
 
 
@@ -403,10 +418,11 @@ def can_pack(plan: Plan) -> bool:
     """Whether `unpack` gives back what `pack` takes, NaN included. It does not where
     - the scale is given: a NaN code under a finite scale has no bits;
     - sparsity puts zeros into a grid that has none;
-    - the format of block scales needs more than 8 bits, or lacks 1.0, which stands for scales that round to zero."""
+    - block scales are float32, but of codes of a table: the product of code and scale is rounded;
+    - a minifloat of block scales needs more than 8 bits, or lacks 1.0, which stands for scales that round to zero."""
     if plan.scale_rule.given or (plan.sparsity is not None and plan.element.offset):
         return False
-    if plan.block is None or plan.scale_kind == "e8m0" or plan.element.table is not None:
+    if plan.block is None or plan.scale_kind in ("e8m0", "float16", "bfloat16") or plan.element.table is not None:
         return True
     return (
         plan.scale_element is not None

@@ -184,13 +184,12 @@ class Layout:
         if self.storage == "swizzled":
             return (-(-lines // 128) * 128 * -(-blocks // 4) * 4,), torch.uint8
         turned = self.dim == -2 if self.storage in FLOATS else self.storage == "float8_128" and not self.tiled
-        return (
-            (blocks, lines) if turned else (lines, blocks)
-        ), torch.uint8 if self.packed and self._scales_in_bytes else torch.float32
+        return ((blocks, lines) if turned else (lines, blocks)), self._packed_scales if self.packed else torch.float32
 
     @property
-    def _scales_in_bytes(self) -> bool:
-        return self.plan is not None and self.plan.scale_kind != "float32"
+    def _packed_scales(self) -> torch.dtype:
+        assert self.plan is not None
+        return reference.SCALE_DTYPES.get(self.plan.scale_kind, torch.uint8)
 
     @property
     def _tensor_scale(self) -> tuple[Shape, torch.dtype] | None:
@@ -439,7 +438,7 @@ class QTensor:
         return values if layout.dim == -1 else values.T
 
     def _scale_bytes(self) -> Tensor:
-        """(L, n / block) uint8 of a packed or swizzled matrix."""
+        """(L, n / block) of a packed or swizzled matrix, as `Packed.scales`."""
         assert self.block_scale is not None
         if self.layout.storage == "packed":
             return self.block_scale

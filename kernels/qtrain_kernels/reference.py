@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from qtrain_kernels.checks import check_fields
-from qtrain_kernels.formats import Element
+from qtrain_kernels.formats import FLOAT_SCALES, Element
 from qtrain_kernels.plans import Knows, Mask, Packed, Plan, Rotation, ScaleRule, field_width, scale_nan, stored_integer
 from qtrain_kernels.precision import matmul
 
@@ -196,7 +196,7 @@ def tensor_scale(x: Tensor, plan: Plan, rotation: Rotation | None = None) -> Ten
         return x.new_zeros(() if plan.whole else (x.shape[0], 1, x.shape[2]), dtype=torch.float32)
     x, rule = rotate(x, rotation), plan.line_rule
     assert rule is not None
-    scale = _float32_scale(_magnitude(x.reshape(1, -1, 1) if plan.whole else x, rule), rule.divisor)
+    scale = _float_scale(_magnitude(x.reshape(1, -1, 1) if plan.whole else x, rule), rule.divisor)
     return scale.reshape(()) if plan.whole else scale
 
 
@@ -209,11 +209,14 @@ def constant_scale(plan: Plan) -> float | None:
 
 def scale_of_amax(largest: Tensor, rule: ScaleRule) -> Tensor:
     """The float32 scale of what has this amax, by a rule whose statistic that is."""
-    return _float32_scale(rule.gain * largest + rule.bias, rule.divisor)
+    return _float_scale(rule.gain * largest + rule.bias, rule.divisor)
 
 
-def _float32_scale(magnitude: Tensor, divisor: float) -> Tensor:
-    scale = divide(magnitude, divisor)
+SCALE_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}  # of FLOAT_SCALES
+
+
+def _float_scale(magnitude: Tensor, divisor: float, kind: str = "float32") -> Tensor:
+    scale = divide(magnitude, divisor).to(SCALE_DTYPES[kind]).float()
     return torch.where(scale < float("inf"), scale, float("nan"))
 
 
@@ -239,8 +242,9 @@ def _candidate(magnitude: Tensor, which: int, scale: Tensor | float, plan: Plan)
     rule = plan.scale_rule
     if plan.scale_kind == "e8m0":
         return power_of_two(_e8m0_exponent(magnitude, rule, rule.steps[which]))
-    if plan.scale_element is None:
-        return _float32_scale(magnitude, rule.divisors[which])
+    if plan.has_float_scales:
+        return _float_scale(magnitude, rule.divisors[which], plan.scale_kind)
+    assert plan.scale_element is not None
     divided = divide(magnitude, rule.divisors[which]) / _nonzero(torch.as_tensor(scale))
     rounded = round_nearest(divided, plan.scale_element)
     return torch.where(rounded == 0, 1.0, rounded)
@@ -345,7 +349,7 @@ def element_index(x: Tensor) -> Tensor:
 KNOWS = Knows(
     "reference",
     statistics=(*STATISTICS, "rms_absmean"),
-    scales=("e8m0", "minifloat", "float32"),
+    scales=("e8m0", "minifloat", *FLOAT_SCALES),
     roundings=tuple(ROUND),
     masks=("inside", "within", "error"),
     sparsities=("2:4", "4:8"),
@@ -530,7 +534,7 @@ def _in_code_units(x: Tensor, scale: Tensor | float, blocks: Tensor | None, plan
     if plan.scale_kind == "e8m0":
         assert blocks is not None
         return x * plan.scale_rule.headroom * _reciprocal(blocks)
-    if plan.scale_kind == "float32" and blocks is not None:
+    if plan.has_float_scales and blocks is not None:
         return x / _nonzero(blocks)
     divisor = _nonzero(torch.as_tensor(scale))
     return x / (divisor if blocks is None else divisor * blocks)
@@ -599,10 +603,10 @@ def unpack(packed: Packed, shape: torch.Size, plan: Plan, dtype: torch.dtype) ->
 
 
 def _scale_bytes(blocks: Tensor, plan: Plan) -> Tensor:
-    """E8M0's biased exponent; of a minifloat the place among its magnitudes, NaN the one after the last; float32 as it
-    is."""
-    if plan.scale_kind == "float32":
-        return blocks.clone()
+    """E8M0's biased exponent; of a minifloat the place among its magnitudes, NaN the one after the last; floats as they
+    are."""
+    if plan.has_float_scales:
+        return blocks.to(SCALE_DTYPES[plan.scale_kind], copy=True)
     if plan.scale_kind == "e8m0":
         return biased_exponent(blocks.view(torch.int32)).to(torch.uint8)
     assert plan.scale_element is not None
@@ -610,8 +614,8 @@ def _scale_bytes(blocks: Tensor, plan: Plan) -> Tensor:
 
 
 def _scales_of(scale_bytes: Tensor, plan: Plan) -> Tensor:
-    if plan.scale_kind == "float32":
-        return scale_bytes
+    if plan.has_float_scales:
+        return scale_bytes.float()
     if plan.scale_kind == "e8m0":
         return power_of_two(scale_bytes.to(torch.int32))
     assert plan.scale_element is not None

@@ -49,7 +49,7 @@ def to_float32(x):
     """bfloat16 by its bits: the interpreter's cast is wrong for subnormals."""
     if x.dtype == tl.bfloat16:
         x = float_of(x.to(tl.int16, bitcast=True).to(tl.int32) << 16)
-    return x
+    return x.to(tl.float32)
 
 
 @triton.jit
@@ -312,8 +312,20 @@ def candidate(magnitude, by_scale, WHICH: tl.constexpr, JOB: tl.constexpr):
             GRID: tl.constexpr = JOB.plan.scale_element
             blocks = nonzero(round_nearest(quotient(blocks, by_scale), GRID))
         else:
-            blocks = finite_or_nan(blocks)
+            blocks = finite_or_nan(to_float32(in_scale_dtype(blocks, JOB.plan.scale_kind)))
     return blocks
+
+
+@triton.jit
+def in_scale_dtype(blocks, KIND: tl.constexpr):
+    """Block scales as one of FLOAT_SCALES, rounded to nearest, ties to even."""
+    if KIND == "float16":
+        found = blocks.to(tl.float16)
+    elif KIND == "bfloat16":
+        found = to_bfloat16(blocks, True)
+    else:
+        found = blocks
+    return found
 
 
 @triton.jit
@@ -361,10 +373,10 @@ def code_units(x, scale, blocks, JOB: tl.constexpr):
     """reference._in_code_units of a format with blocks."""
     if JOB.plan.scale_kind == "e8m0":
         u = (x * JOB.rule.headroom) * reciprocal(blocks)
-    elif JOB.plan.scale_kind == "float32":
-        u = quotient(x, divisor(nonzero(blocks)))
-    else:
+    elif JOB.plan.scale_kind == "minifloat":
         u = quotient(x, divisor(scale * blocks))
+    else:
+        u = quotient(x, divisor(nonzero(blocks)))
     return u
 
 
@@ -531,7 +543,7 @@ def code_field(codes, BITS: tl.constexpr, ELEMENT: tl.constexpr):
 
 @triton.jit
 def emit_packed(pointer, scales, codes, blocks, i, j, rows, columns, JOB: tl.constexpr):
-    """Codes in the bits of their format, and the byte of each block scale."""
+    """Codes and block scales in the bits of their formats."""
     ELEMENT: tl.constexpr = JOB.plan.element
     field = code_field(codes, ELEMENT.bits, ELEMENT)
     joined = field.to(tl.uint8) if JOB.width == 8 else packed_in_bytes(field, JOB.width, JOB)
@@ -542,12 +554,14 @@ def emit_packed(pointer, scales, codes, blocks, i, j, rows, columns, JOB: tl.con
 
 @triton.jit
 def scale_field(blocks, JOB: tl.constexpr):
-    """The byte of a block scale."""
+    """A block scale in its own format: a byte, or a float."""
     if JOB.plan.scale_kind == "e8m0":
         field = (bits_of(blocks) >> 23).to(tl.uint8)
-    else:
+    elif JOB.plan.scale_kind == "minifloat":
         GRID: tl.constexpr = JOB.plan.scale_element
         field = tl.where(blocks == blocks, minifloat_field(blocks, GRID), JOB.scale_nan).to(tl.uint8)
+    else:
+        field = in_scale_dtype(blocks, JOB.plan.scale_kind)
     return field
 
 
@@ -843,13 +857,16 @@ def code_of(field, FORM: tl.constexpr):
 
 
 @triton.jit
-def scale_of(byte, FORM: tl.constexpr):
-    """A block scale by its byte, int32."""
+def scale_of(field, FORM: tl.constexpr):
+    """A block scale by `scale_field`."""
     if FORM.plan.scale_kind == "e8m0":
-        scale = power_of_two(byte)
-    else:
+        scale = power_of_two(field.to(tl.int32))
+    elif FORM.plan.scale_kind == "minifloat":
         GRID: tl.constexpr = FORM.plan.scale_element
+        byte = field.to(tl.int32)
         scale = float_of(tl.where(byte == FORM.scale_nan, NAN, bits_of(at_place(byte, GRID))))
+    else:
+        scale = to_float32(field)
     return scale
 
 
@@ -861,7 +878,7 @@ def unpack_kernel(values, codes, scales, count, size, FORM: tl.constexpr, SIZE: 
     BLOCK: tl.constexpr = FORM.plan.block
     if BLOCK is not None:
         b = start * (SIZE // BLOCK) + tl.arange(0, SIZE // BLOCK)
-        scale = scale_of(tl.load(scales + b, mask=b < count // BLOCK, other=0).to(tl.int32), FORM)
+        scale = scale_of(tl.load(scales + b, mask=b < count // BLOCK, other=0), FORM)
         code = tl.reshape(tl.reshape(code, (SIZE // BLOCK, BLOCK)) * scale[:, None], (SIZE,))
     if values.dtype.element_ty == tl.int8:
         code = stored_integer(code, FORM)

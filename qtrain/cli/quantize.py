@@ -1,6 +1,6 @@
 """Quantise a trained model without training it: a run, or a Hugging Face checkpoint.
 
-qtrain quantize runs/bf16-1a2b3c4d --out w4 recipe=quest_weight_only
+qtrain quantize runs/bf16-1a2b3c4d --out w4 recipe=w4a16
 qtrain quantize runs/bf16-1a2b3c4d --out w4a4 --method mr_gptq recipe=quartet
 qtrain quantize checkpoints/llama --out w4 recipe=quest_weight_only data=text data.files='notes/*.txt'
 

@@ -4,7 +4,8 @@ qtrain recipes             all of them
 qtrain recipes quartet     what each operand of one goes through, and where it differs from its source
 
 A recipe of your own is a YAML file like these: qtrain recipes my.yaml. Formats have names (mxfp4, nvfp4, mxfp6_e3m2,
-mxfp8_e4m3, fp8_e4m3, fp8_e5m2, int1.585, int1 to int8), or are written as element/block/scale: e2m1/32/e8m0 is mxfp4.
+mxfp8_e4m3, fp8_e4m3, fp8_e5m2, int1.585, int1 to int8), or are written as element/block/scale: e2m1/32/e8m0 is mxfp4,
+and int4_sym/32/float16 has whole numbers under a float16 scale for each 32.
 """
 
 from __future__ import annotations

@@ -5,11 +5,13 @@
 | nvfp4-pack-quantized | E2M1 in blocks of 16 under E4M3, one float32 scale a tensor |
 | mxfp4-pack-quantized, mxfp6-pack-quantized, mxfp8-quantized | E2M1, E2M3, E4M3 in blocks of 32 under powers of two |
 | float-quantized | E4M3 under float32 scales of tensors, rows, blocks or tiles |
-| pack-quantized | whole numbers of up to 8 bits under float32 scales of rows or blocks |
+| pack-quantized | whole numbers of up to 8 bits under float32 scales of rows or blocks, or 16-bit ones of blocks |
 
 The last two fold what the others cannot hold: a scale of the row is multiplied into powers of two of its blocks, which
-changes no bit, and a grid whose codes are multiples of one step becomes whole numbers. A rotation of the inputs is
-said in transform_config. Source: compressed-tensors 0.20, its compressors and transforms.
+changes no bit, and a grid whose codes are multiples of one step becomes whole numbers. Scales in float16 and bfloat16
+stay so in pack-quantized, where codes are whole numbers themselves. A reader multiplies codes in the dtype in which it
+has the scales. config.json asks for float32, in which weights are exact; in 16 bits they are rounded once. A rotation
+of the inputs is said in transform_config. Source: compressed-tensors 0.20, its compressors and transforms.
 """
 
 # N out features, K in features
@@ -41,6 +43,7 @@ from qtrain.quant.packed import unsettled
 from qtrain.quant.quantizer import Quantizer
 from qtrain_kernels.formats import E4M3, ELEMENTS, Element, get_format
 from qtrain_kernels.qtensor import Layout
+from qtrain_kernels.reference import SCALE_DTYPES
 
 MX_BLOCK, NV_BLOCK = 32, 16
 E2M1, E2M3 = ELEMENTS["e2m1"], get_format("mxfp6_e2m3").element
@@ -186,7 +189,7 @@ def pack(weight: Codes, scheme: Scheme) -> dict[str, Tensor]:
     unit, bits = integer_grid(_element(weight.layout))
     return {
         "weight_packed": pack_to_int32(weight.integers(), bits),
-        "weight_scale": scale * unit,
+        "weight_scale": (scale * unit).to(_scale_dtype(weight.layout) if unit == 1.0 else torch.float32),
         "weight_shape": torch.tensor(weight.codes.shape),
     }
 
@@ -232,6 +235,11 @@ def _float32_scale(weight: Codes, strategy: str) -> Tensor:
         scale = weight.line_scale.float().reshape(-1, 1)
         return scale.view(1) if strategy == "tensor" else scale.expand(weight.codes.shape[0], 1).contiguous()
     return blocks if weight.line_scale is None else blocks * weight.line_scale
+
+
+def _scale_dtype(layout: Layout) -> torch.dtype:
+    assert layout.plan is not None
+    return SCALE_DTYPES.get(layout.plan.scale_kind, torch.float32)
 
 
 def _element(layout: Layout) -> Element:

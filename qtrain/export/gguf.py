@@ -5,13 +5,15 @@
 | TQ2_0, TQ1_0 | -1, 0 and 1, in blocks of 256 |
 | MXFP4 | E2M1 in blocks of 32 under powers of two |
 | NVFP4 | E2M1 in blocks of 16 under E4M3, four of them in a block of 64 |
-| Q8_0 | whole numbers up to 127, in blocks of 32 |
+| Q4_0 | whole numbers from -8 to 7, in blocks of 32 under float16 |
+| Q8_0 | whole numbers up to 127, in blocks of 32 under float16 |
 | BF16, F16 | codes and block scales multiplied, where that is exact |
 
-Scales of ggml's blocks are float16, which holds no float32 scale. A scale of the whole matrix goes beside it instead,
-as `<name>.scale`, by which llama.cpp multiplies the product; the blocks' own scales are then 1. A scale of each row,
-float32 scales of blocks and rotations have no place and are refused. Layers that no recipe quantises, and embeddings,
-are BF16, vectors float32. Source: gguf 0.19, its quants and constants; llama.cpp's loading of `.scale` tensors.
+Scales of ggml's blocks are float16, which holds no float32 or bfloat16 scale. A scale of the whole matrix goes beside
+it instead, as `<name>.scale`, by which llama.cpp multiplies the product; the blocks' own scales are then 1. A float16
+scale of more than 32 elements is written for each 32 of them. A scale of each row, float32 and bfloat16 scales of
+blocks, and rotations have no place and are refused. Layers that no recipe quantises, and embeddings, are BF16, vectors
+float32. Source: gguf 0.19, its quants and constants; llama.cpp's loading of `.scale` tensors.
 """
 
 # N out features, K in features
@@ -26,6 +28,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from qtrain.data.tokenizer import tokenizer_files
 from qtrain.errors import UserError, first_line, need
@@ -51,9 +54,12 @@ from qtrain_kernels.plans import Plan
 if TYPE_CHECKING:
     from gguf import GGUFWriter
 
-Kind = Literal["TQ2_0", "TQ1_0", "MXFP4", "NVFP4", "Q8_0", "BF16", "F16"]
+Kind = Literal["TQ2_0", "TQ1_0", "MXFP4", "NVFP4", "Q4_0", "Q8_0", "BF16", "F16"]
 KINDS: tuple[Kind, ...] = get_args(Kind)  # of those that hold a recipe the first is taken
-BLOCKS: dict[Kind, int] = {"TQ2_0": 256, "TQ1_0": 256, "MXFP4": 32, "NVFP4": 64, "Q8_0": 32, "BF16": 1, "F16": 1}
+BLOCKS: dict[Kind, int] = {
+    "TQ2_0": 256, "TQ1_0": 256, "MXFP4": 32, "NVFP4": 64, "Q4_0": 32, "Q8_0": 32, "BF16": 1, "F16": 1,
+}  # fmt: skip
+INTEGERS: dict[str, int] = {"Q4_0": 4, "Q8_0": 8}  # bits
 E2M1 = ELEMENTS["e2m1"].levels()
 # The pre-tokenizers that have a name in llama.cpp: by the regular expression that splits the text.
 _WORDS = (
@@ -130,8 +136,8 @@ def _unsayable(numerics: Numerics) -> str | None:
         return f"its weights are rotated ({quantizer.spec.rotation}), and llama.cpp would not rotate the inputs"
     if has_line_scale(numerics) and not (plan.whole or plan.rule == "learned"):
         return "it has a float32 scale for each row, and the format one for the whole matrix"
-    if plan.block is not None and plan.scale_kind == "float32":
-        return "it has float32 scales of blocks, and those of the format are float16"
+    if plan.block is not None and plan.scale_kind in ("float32", "bfloat16"):
+        return f"it has {plan.scale_kind} scales of blocks, and those of the format are float16"
     return None
 
 
@@ -148,9 +154,12 @@ def _lacks(plan: Plan, size: int, kind: Kind, in_features: int | None) -> str | 
     if kind == "NVFP4":
         fits = (element.levels(), plan.scale_element, size) == (E2M1, E4M3, 16)
         return None if fits else "holds E2M1 in blocks of 16 under E4M3"
-    if kind == "Q8_0":
-        whole = plan.block is None and integer_grid(element)[1] <= 8
-        return None if whole else "holds whole numbers up to 127 under one scale"
+    if kind in INTEGERS:
+        fits = plan.block is None or (plan.scale_kind == "float16" and size % BLOCKS[kind] == 0)
+        bits = INTEGERS[kind]
+        whole = fits and integer_grid(element)[1] <= bits
+        numbers = f"whole numbers of {bits} bits"
+        return None if whole else f"holds {numbers} under one scale, or float16 scales of multiples of {BLOCKS[kind]}"
     if kind == "BF16":
         return None if plan.exact_in_bfloat16 else "has 8 significant bits"
     # Powers of two of blocks reach beyond its exponents.
@@ -172,11 +181,10 @@ def blocks_of(weight: Codes, kind: Kind) -> tuple[np.ndarray, float]:
         from gguf import GGMLQuantizationType, quants
 
         return quants.quantize(codes.numpy(), GGMLQuantizationType[kind]), line  # whose scale is the largest code, 1
-    if kind == "Q8_0":
+    if kind in INTEGERS:
         assert weight.layout.plan is not None
         unit, _ = integer_grid(weight.layout.plan.element)
-        one = np.float16(1.0).tobytes()
-        return _headed(np.frombuffer(one, np.uint8), weight.integers().numpy().view(np.uint8), 32), line * unit
+        return _of_integers(weight.integers(), scales, kind), line * unit
     nibbles = e2m1_bits(codes).numpy()
     if kind == "MXFP4":
         exponents = torch.ones(1) if scales is None else scales
@@ -185,6 +193,16 @@ def blocks_of(weight: Codes, kind: Kind) -> tuple[np.ndarray, float]:
     assert scales is not None
     head = scales.to(torch.float8_e4m3fn).view(torch.uint8).view(codes.shape[0], -1, 4).numpy()
     return _headed(head, _halves(nibbles, 16), 32), line
+
+
+def _of_integers(codes: Tensor, scales: Tensor | None, kind: str) -> np.ndarray:
+    """codes: (N, K) int8; scales: float32 that float16 holds, (N, K / size); None for 1."""
+    blocks = codes.shape[1] // 32
+    heads = torch.ones(1, 1) if scales is None else scales.repeat_interleave(blocks // scales.shape[1], 1)
+    head = heads.to(torch.float16).numpy()[..., None].view(np.uint8)
+    if kind == "Q4_0":
+        return _headed(head, _halves((codes + 8).numpy().view(np.uint8), 32), 16)
+    return _headed(head, codes.numpy().view(np.uint8), 32)
 
 
 def _halves(nibbles: np.ndarray, size: int) -> np.ndarray:

@@ -18,6 +18,7 @@ from qtrain.quant.functional import Observed
 from qtrain.quant.quantizer import Quantizer, rotate
 from qtrain_kernels.plans import Plan
 from qtrain_kernels.qtensor import QTensor
+from qtrain_kernels.reference import SCALE_DTYPES
 
 ROUNDING = 1 + 2.0**-20  # what lies on the grid's edge may be beyond it by float32's rounding
 
@@ -121,4 +122,5 @@ def _scale_limits(plan: Plan) -> tuple[float, float]:
         return 2.0 ** (element.min_exponent - element.mantissa_bits), element.max
     if plan.scale_kind == "e8m0":
         return 2.0**-127, 2.0**127
-    return torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
+    dtype = torch.finfo(SCALE_DTYPES[plan.scale_kind])
+    return dtype.tiny * dtype.eps, dtype.max  # the smallest is a subnormal

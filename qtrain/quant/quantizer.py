@@ -51,7 +51,7 @@ class QuantizedTensor:
             each = each[: layout.lines[0], : layout.lines[1]]
             blocks = each if layout.dim == -1 else each.T
             codes = codes / torch.where(blocks == 0, 1.0, blocks)
-            if layout.plan is not None and layout.plan.scale_kind == "float32":  # whose products were rounded
+            if layout.plan is not None and layout.plan.has_float_scales:  # whose products may have been rounded
                 codes = torch.where(codes == 0, codes, round_nearest(codes, layout.plan.element))
         passes = q.passes(backend)
         scale = layout.constant if q.tensor_scale is None else q.tensor_scale

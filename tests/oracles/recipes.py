@@ -208,6 +208,13 @@ def nf4(x: Array, w: Array, dy: Array, draws: Draws, block: int = 64) -> Result:
     return straight_through(x, (np.array(table)[nearest] * amax(blocks)).reshape(w.shape), dy)
 
 
+def w4a16(x: Array, w: Array, dy: Array, draws: Draws, block: int = 32, scale_of: type = np.float16) -> Result:
+    """Codes from -7 to 7 under the largest magnitude of each 32 over 7, as float16 has that scale."""
+    blocks = w.reshape(-1, block)
+    scale = (amax(blocks) / 7).astype(scale_of).astype(np.float64)
+    return straight_through(x, scaled(blocks, scale, INT4).reshape(w.shape), dy)
+
+
 def ste(x: Array, w: Array, dy: Array, draws: Draws, codes: str = "int4") -> Result:
     return straight_through(quest_rows(x, codes), quest_rows(w, codes), dy)
 

@@ -18,8 +18,8 @@ Scale = Callable[[Array], Array]  # blocks (..., n) -> (..., 1)
 
 
 class Setting(NamedTuple):
-    """What is asked for. kind: e8m0, minifloat, float32 (of blocks), row, tensor. fit: the least-error scale of N(0, 1)
-    in RMS. learned: the scale itself."""
+    """What is asked for. kind: e8m0, minifloat, float32, float16, bfloat16 (of blocks), row, tensor. fit: the
+    least-error scale of N(0, 1) in RMS. learned: the scale itself."""
 
     kind: str
     rule: str
@@ -115,6 +115,14 @@ def float32(lines: Array, setting: Setting) -> Array:
     }[setting.rule]
 
 
+def in_16_bits(scale: Array, kind: str) -> Array:
+    """To nearest, ties to even: float16 by numpy, bfloat16 with 8 significant bits."""
+    if kind == "float16":
+        return scale.astype(np.float16).astype(np.float64)
+    mantissa, exponent = np.frexp(scale)
+    return np.ldexp(np.rint(mantissa * 256), exponent - 8)
+
+
 def quantise(x: Array, setting: Setting, uniform: Callable[[tuple[int, ...]], Array]) -> Quantised:
     """x (M, K). uniform: numbers in [0, 1) by their position in a shape, (M, K) of the elements or (M, K / block)."""
     lines = x.reshape(1, 1, -1) if setting.kind == "tensor" else blocks_of(x, setting.block or x.shape[1])
@@ -127,6 +135,8 @@ def quantise(x: Array, setting: Setting, uniform: Callable[[tuple[int, ...]], Ar
         scale, above = minifloat(lines, setting.rule)
     else:
         scale = float32(lines, setting)
+        if setting.kind in ("float16", "bfloat16"):
+            scale = in_16_bits(scale, setting.kind)
     grid = list(setting.grid)
     u = (lines / (scale * above)).reshape(x.shape)
     codes = stochastic(u, grid, uniform(x.shape)) if setting.rounding == "stochastic" else nearest(u, grid)

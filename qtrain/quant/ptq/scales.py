@@ -13,7 +13,7 @@ from torch import Tensor
 from qtrain.quant.quantizer import Quantizer
 from qtrain_kernels.plans import Plan
 from qtrain_kernels.qtensor import Layout, QTensor
-from qtrain_kernels.reference import round_nearest
+from qtrain_kernels.reference import SCALE_DTYPES, round_nearest
 
 ROWS_AT_ONCE = 64  # whose candidates are compared while they lie in the cache
 SMALLEST = 0.2  # of the candidates: the rule's scale less up to four fifths of it (GPTQ's and FP-Quant's search)
@@ -54,8 +54,8 @@ def scales_of(
     """Of a weight (N, K) float32 in rotated space: by the quantiser's own rule, and with `steps`, of so many scales
     from that down to a fifth of it the one of the least sum of |error|^norm * importance over what shares the scale.
 
-    importance: (K,) of the columns, or None. A scale in e8m0 is tried as a power of two, one in a minifloat as the
-    nearest of its format; a format whose only scale is that of the tensor keeps it.
+    importance: (K,) of the columns, or None. A scale in e8m0 is tried as a power of two, one in a minifloat or
+    in 16 bits as the nearest of its format; a format whose only scale is that of the tensor keeps it.
     """
     layout = quantizer.layout((weight.shape[0], weight.shape[1]), blocks=True).unmasked
     found = quantizer.operand(weight, layout)
@@ -110,4 +110,6 @@ def _candidates(first: Tensor, plan: Plan, steps: int) -> Iterator[Tensor]:
         scale = first * (1 - (1 - SMALLEST) * step / steps)
         if plan.scale_element is not None:
             scale = round_nearest(scale, plan.scale_element)
+        elif plan.block is not None:
+            scale = scale.to(SCALE_DTYPES[plan.scale_kind]).float()
         yield torch.where(scale == 0, first, scale)

@@ -171,8 +171,8 @@ def test_changes_of_the_model_are_no_changes_of_what_it_computes(
     done = quantize(str(run.path), tmp_path / "out", eight, method, TOKENS)
     assert abs(done.val_loss - done.val_loss_before) < 2e-3
     there, plain = state(tmp_path / "out"), state(run.path)
-    changed = "layers.0.attention_norm.weight" if method != "quarot" else "embed.weight"
-    assert not torch.allclose(there[changed], plain[changed], rtol=1e-3)
+    changed = ["embed.weight"] if method == "quarot" else [name for name in plain if "norm" in name]
+    assert any(not torch.allclose(there[name], plain[name], rtol=1e-3) for name in changed)
     if method != "awq":
         return
     calls: list[str] = []

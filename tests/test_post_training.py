@@ -9,15 +9,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import qtrain.post_training
 from qtrain.errors import UserError
 from qtrain.evaluate.perplexity import losses
 from qtrain.evaluate.target import load
-from qtrain.export import compressed_tensors, fp_quant, huggingface
+from qtrain.export import compressed_tensors, fp_quant, gguf, huggingface
 from qtrain.export.trained import open_run
 from qtrain.post_training import METHODS, quantize
 from qtrain.quant import PackedLinear
+from qtrain.quant.ptq import Split
 from qtrain.runs.directory import RunDirectory
 from qtrain.train import main
 from qtrain.training.build import load_run
@@ -94,8 +96,6 @@ def test_exports_hold_the_chosen_codes(gptq: Path, tmp_path: Path) -> None:
     exported = compressed_tensors.export(gptq, tmp_path / "packed")
     assert exported.kinds == {"pack-quantized": 14} and exported.bits_per_weight < 6
     huggingface.export(gptq, tmp_path / "hf")
-    from safetensors.torch import load_file
-
     theirs = load_file(tmp_path / "hf" / "model.safetensors")["model.layers.1.mlp.down_proj.weight"]
     identity = torch.eye(layer.in_features)
     torch.testing.assert_close(packed(identity).detach().T, theirs.float(), rtol=1e-2, atol=1e-4)
@@ -110,6 +110,51 @@ def test_codes_that_are_kept_in_floats_go_out_too(run: RunDirectory, tmp_path: P
     quantize(str(run.path), tmp_path / "out", plain, "gptq", TOKENS)
     exported = compressed_tensors.export(tmp_path / "out", tmp_path / "packed")
     assert exported.kinds == {"pack-quantized": 14}
+
+
+def test_outliers_stay_in_the_run_and_lower_its_errors(run: RunDirectory, gptq: Path, tmp_path: Path) -> None:
+    """They are read, evaluated and exported with it, also where the quantisation was stopped; a format of codes alone
+    refuses them."""
+    out, layers = tmp_path / "out", []
+
+    def stop(text: str) -> None:
+        layers.append(text)
+        if len(layers) == 9:
+            raise KeyboardInterrupt
+
+    split = Split(columns=2, weights=0.2)
+    with pytest.raises(KeyboardInterrupt):
+        quantize(str(run.path), out, RECIPE, "gptq", TOKENS, stop, split)
+    with pytest.raises(UserError, match=r"it has another method"):
+        quantize(str(run.path), out, RECIPE, "gptq", TOKENS)
+    done = quantize(str(run.path), out, RECIPE, "gptq", TOKENS, layers.append, split)
+    said, plain = (json.loads((path / "quantization.json").read_text()) for path in (out, gptq))
+    assert len(layers) == 9 + 7 and said["method"]["split"] == {"columns": 2, "above": None, "weights": 0.2}
+    assert all(
+        each["error"] < 0.9 * before["error"] and each["bits"] > before["bits"]
+        for each, before in zip(said["layers"], plain["layers"], strict=True)
+    )
+    tensors = {name: value for name, value in state(out).items() if "attention." in name or "mlp." in name}
+    weights = sum(layer.in_features * layer.out_features for layer in open_run(out).layers.values())
+    bits = 8 * sum(value.nbytes for value in tensors.values()) / weights
+    assert bits == pytest.approx(done.bits_per_weight) == pytest.approx(said["bits_per_weight"])
+    assert bits > plain["bits_per_weight"] + 0.3
+    assert losses(load(out))[""].loss == pytest.approx(done.val_loss, rel=1e-5)
+    assert done.val_loss < RunDirectory(gptq).summary["val_loss"]
+    assert RunDirectory(out).read_config().name.endswith("-gptq-columns2-weights0.2-quest_weight_only")
+    with pytest.raises(UserError, match="stay in 16 bits beside the codes"):
+        gguf.export(out, tmp_path / "gguf")
+    huggingface.export(out, tmp_path / "hf")
+    layer = load_run(out).get_submodule("layers.1.mlp.down")
+    theirs = load_file(tmp_path / "hf" / "model.safetensors")["model.layers.1.mlp.down_proj.weight"]
+    torch.testing.assert_close(layer(torch.eye(128)).detach().T, theirs.float(), rtol=1e-2, atol=1e-4)
+
+
+def test_outliers_that_leave_nothing_or_have_no_bound_are_refused(run: RunDirectory, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"found columns=-1, above=None, weights=None"):
+        quantize(str(run.path), tmp_path / "out", RECIPE, "rtn", TOKENS, split=Split(columns=-1))
+    with pytest.raises(UserError, match=r"layers.0.attention.q: all of its 64 input columns would be outliers"):
+        quantize(str(run.path), tmp_path / "out", RECIPE, "rtn", TOKENS, split=Split(above=1e-6))
 
 
 def test_a_stopped_quantisation_goes_on_and_ends_with_the_same_bits(

@@ -427,7 +427,8 @@ def _quantize_layer(layer: QuantLinear, seen: Inputs, way: Way) -> tuple[PackedL
 
 
 def pack_layer(layer: QuantLinear, seen: Inputs, way: Way) -> PackedLinear:
-    """A layer whose weight is quantised in a way. ValueError where a method or a split does not fit it."""
+    """A layer whose weight is quantised in a way. ValueError where a method or a split does not fit it, and where its
+    outliers take 16 bits a weight or more."""
     numerics, method, split = layer.numerics, way.weight, way.split
     rotation = Call(numerics, _keys(layer), torch.float32, None).rotation("fprop", layer.in_features)
     whole, columns = layer.weight.detach().float(), split.columns_of(seen.largest)
@@ -442,6 +443,11 @@ def pack_layer(layer: QuantLinear, seen: Inputs, way: Way) -> PackedLinear:
     kept = Outliers.of(columns, whole[:, columns], beside)
     codes = codes.to(layout_of(numerics, codes.shape), numerics.backend)
     packed = PackedLinear(codes, layer.bias, numerics, layer.name, _keys(layer), outliers=kept)
+    if kept is not None and (bits := 8 * kept.nbytes() / whole.numel()) >= 16:
+        raise ValueError(
+            f"{kept.columns.numel()} columns and {kept.values.numel()} elements as outliers take {bits:.3g} bits "
+            "a weight by themselves, no less than the 16 of an unquantised one; ask for fewer columns or higher bounds"
+        )
     if kept is not None and method.compensation == "gptq":
         kept.column_weight = make_up(whole, packed.dequantize(), seen.moments, columns, method.damping).bfloat16()
     return packed

@@ -189,7 +189,6 @@ def test_the_product_and_its_gradient_are_those_of_the_whole_weight(name: str) -
     packed = pack_layer(layer_of(name, weight), inputs_of(x), Way(Method(), split=Split(columns=4, weights=0.2)))
     outliers, whole = packed.outliers, packed.dequantize().double()
     assert outliers is not None and torch.equal(outliers.column_weight, weight[:, COLUMNS].bfloat16())
-    assert outliers.columns.dtype == outliers.positions.dtype == torch.int32
     x = x[:16].clone().requires_grad_()
     y = packed(x)
     if RECIPES[name][1] == "none":
@@ -198,11 +197,22 @@ def test_the_product_and_its_gradient_are_those_of_the_whole_weight(name: str) -
     y.backward(dy)
     assert x.grad is not None
     torch.testing.assert_close(x.grad.double(), dy.double() @ whole, rtol=1e-4, atol=1e-4)
-    codes, values = packed.codes.nbytes, 6 * outliers.values.numel() + 4 * 4 + 2 * 4 * N
+    codes, values = packed.codes.nbytes, 4 * outliers.values.numel() + 2 * N + 4 * 4 + 2 * 4 * N
     scales = sum(part.nbytes for part in packed.weight.tensors()) - codes
     assert packed.bits() == pytest.approx(8 * (codes + scales + values) / (N * K))
     packed.to(torch.float64)
     assert outliers.values.dtype == torch.bfloat16
+
+
+def test_elements_are_found_again_in_rows_as_long_as_16_bits_count() -> None:
+    generator = torch.Generator().manual_seed(0)
+    beside = torch.randn(3, 0xFFFF, generator=generator).bfloat16().float()
+    beside[1, ::2] = 0.0
+    nothing = torch.zeros(0, dtype=torch.long)
+    outliers = Outliers.of(nothing, beside[:, nothing], beside)
+    assert outliers is not None and torch.equal(outliers.elements(0xFFFF), beside)
+    with pytest.raises(ValueError, match="of at most 65,535 inputs, and it has 65,536"):
+        Outliers.of(nothing, beside[:, nothing], torch.ones(3, 0x10000))
 
 
 def test_nothing_kept_is_no_outliers_and_what_does_not_fit_is_refused() -> None:
@@ -213,6 +223,8 @@ def test_nothing_kept_is_no_outliers_and_what_does_not_fit_is_refused() -> None:
         Outliers.of(nothing, weight[:, nothing], torch.full((N, K), torch.inf))
     with pytest.raises(ValueError, match="all of its 128 input columns would be outliers"):
         Split(above=1e-3).columns_of(x.abs().amax(0))
+    with pytest.raises(ValueError, match=r"126 columns and 0 elements as outliers take 17\.2 bits a weight"):
+        pack_layer(layer_of("weights in rows", weight), inputs_of(x), Way(split=Split(columns=126)))
     for spec in ("e4m3/tensor/float32", "e2m1/16x16/e4m3"):
         with pytest.raises(ValueError, match="has a scale for several rows"):
             sensitive(weight, hessian_of(x), quantizer({"format": spec}), 0.2, 0.01)

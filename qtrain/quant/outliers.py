@@ -20,7 +20,14 @@ from qtrain.quant.quantizer import rotate, unrotate
 from qtrain_kernels.plans import Rotation
 from qtrain_kernels.precision import matmul
 
-PARTS = {"columns": torch.int32, "column_weight": torch.bfloat16, "positions": torch.int32, "values": torch.bfloat16}
+PARTS = {
+    "columns": torch.int32,
+    "column_weight": torch.bfloat16,
+    "counts": torch.int16,
+    "places": torch.int16,
+    "values": torch.bfloat16,
+}
+WIDEST = 0xFFFF  # inputs of a layer: counts and places are the low 16 bits of whole numbers
 
 
 class FixedDtypes(nn.Module):
@@ -37,29 +44,39 @@ class FixedDtypes(nn.Module):
 
 
 class Outliers(FixedDtypes):
-    """columns: (C,) int32, of the inputs; column_weight: (N, C) bfloat16, W_C. positions: (E,) int32, n K + k of each
-    element of S; values: (E,) bfloat16."""
+    """columns: (C,) int32, of the inputs; column_weight: (N, C) bfloat16, W_C. S in compressed rows: counts (N,) int16,
+    elements in each row; places (E,) int16, their columns; values (E,) bfloat16. An element takes 32 bits."""
 
     columns: Tensor
     column_weight: Tensor
-    positions: Tensor
+    counts: Tensor
+    places: Tensor
     values: Tensor
 
-    def __init__(self, columns: Tensor, column_weight: Tensor, positions: Tensor, values: Tensor) -> None:
+    def __init__(self, columns: Tensor, column_weight: Tensor, counts: Tensor, places: Tensor, values: Tensor) -> None:
         super().__init__()
-        for (name, dtype), part in zip(PARTS.items(), (columns, column_weight, positions, values), strict=True):
+        for (name, dtype), part in zip(PARTS.items(), (columns, column_weight, counts, places, values), strict=True):
             self.register_buffer(name, part.to(dtype))
 
     @classmethod
     def of(cls, columns: Tensor, column_weight: Tensor, beside: Tensor) -> Outliers | None:
-        """beside: S, dense. None where nothing is kept. ValueError for values that 16 bits do not hold."""
-        positions = beside.flatten().nonzero().squeeze(1)
-        if not columns.numel() and not positions.numel():
+        """beside: S, dense. None where nothing is kept. ValueError for values that 16 bits do not hold, and for more
+        inputs than 16 bits count."""
+        rows, places = beside.nonzero(as_tuple=True)
+        if not columns.numel() and not places.numel():
             return None
-        found = cls(columns, column_weight, positions, beside.flatten()[positions])
+        if beside.shape[1] > WIDEST:
+            raise ValueError(
+                f"outliers are kept of at most {WIDEST:,} inputs, and it has {beside.shape[1]:,}; leave the layer out "
+                "by recipe.skip"
+            )
+        found = cls(columns, column_weight, (beside != 0).sum(1), places, beside[rows, places])
         if not (found.column_weight.isfinite().all() and found.values.isfinite().all()):
             raise ValueError("outliers of the weight are not finite in bfloat16; leave the layer out by recipe.skip")
         return found
+
+    def nbytes(self) -> int:
+        return sum(buffer.nbytes for buffer in self.buffers())
 
     def without_columns(self, x: Tensor) -> Tensor:
         """x (T, K) -> x', the inputs of the codes."""
@@ -75,8 +92,9 @@ class Outliers(FixedDtypes):
 
     def elements(self, in_features: int) -> Tensor:
         """S, dense: (N, K) float32."""
-        dense = torch.zeros(len(self.column_weight), in_features, device=self.values.device)
-        return dense.flatten().index_put_((self.positions.long(),), self.values.float()).view_as(dense)
+        dense = torch.zeros(len(self.counts), in_features, device=self.values.device)
+        rows = torch.arange(len(self.counts), device=dense.device).repeat_interleave(self.counts.int() & 0xFFFF)
+        return dense.index_put_((rows, self.places.long() & 0xFFFF), self.values.float())
 
     def whole(self, codes: Tensor, rotation: Rotation | None, backend: Backend) -> Tensor:
         """Q(W) (N, K) float32 -> the weight that x is multiplied by, out of its rotation, float32."""

@@ -47,7 +47,7 @@ class PackedLinear(FixedDtypes):
         input_scale: Tensor | None = None, outliers: Outliers | None = None,
     ) -> None:  # fmt: skip
         """weight: (N, K) in rotated space, in `layout_of(numerics, (N, K))`. name: of the layer in its model; keys: its
-        row of `key_table` at step 0, of which the signs of rotations are drawn."""
+        row of `key_table` at step 0, of which the signs of rotations are drawn. outliers: added to the codes."""
         super().__init__()
         self.name, self.text, self.layout = name, numerics.text, weight.layout
         self.out_features, self.in_features = weight.shape
@@ -131,25 +131,24 @@ class PackedLinear(FixedDtypes):
 
     def product_back(self, dy: Tensor, dtype: torch.dtype) -> Tensor:
         """dY (T, N) -> dX (T, K) in dtype, by the dequantised weight in the compute dtype of dY."""
-        backend, weight = self.numerics.backend, self.weight.dequantize(self.numerics.backend)
         if self.outliers is not None:
-            return (dy @ self.outliers.whole(weight.float(), self.rotation(), backend).to(dy.dtype)).to(dtype)
-        return unrotate(dy @ weight.to(dy.dtype), self.rotation(), backend).to(dtype)
+            return (dy @ self.dequantize().to(dy.dtype)).to(dtype)
+        dx = dy @ self.weight.dequantize(self.numerics.backend).to(dy.dtype)
+        return unrotate(dx, self.rotation(), self.numerics.backend).to(dtype)
 
     def dequantize(self) -> Tensor:
         """(N, K) float32: the weight that inputs are multiplied by, out of its rotation, with the outliers."""
         rotation, backend = self.rotation(), self.numerics.backend
         weight = self.weight.dequantize(backend).float()
-        return (
-            unrotate(weight, rotation, backend)
-            if self.outliers is None
-            else self.outliers.whole(weight, rotation, backend)
-        )
+        if self.outliers is None:
+            return unrotate(weight, rotation, backend)
+        return self.outliers.whole(weight, rotation, backend)
 
     def bits(self) -> float:
         """Of a weight, with its scales and outliers."""
-        tensors = [*self.weight.tensors(), *(() if self.outliers is None else self.outliers.buffers())]
-        return 8 * sum(tensor.nbytes for tensor in tensors) / (self.in_features * self.out_features)
+        held = sum(tensor.nbytes for tensor in self.weight.tensors())
+        held += 0 if self.outliers is None else self.outliers.nbytes()
+        return 8 * held / (self.in_features * self.out_features)
 
     def _apply(self, fn: Any, recurse: bool = True) -> PackedLinear:
         super()._apply(fn, recurse)

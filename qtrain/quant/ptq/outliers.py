@@ -79,6 +79,8 @@ def _within(hessian: Tensor, columns: Tensor, damping: float) -> Tensor:
 
 def sensitive(weight: Tensor, hessian: Tensor, quantizer: Quantizer, threshold: float, damping: float) -> Tensor:
     """Which elements of a weight (N, K) in rotated space stay, (N, K) bool. Source: SpQR, arXiv 2306.03078.
+    SpQR leaves out single elements of a group when GPTQ reaches it, and stores the scales of groups in 3 bits; here the
+    outliers are those of the original weight, and scales are of the recipe's format.
 
     The sensitivity of an element is error^2 / [H^-1]_kk, and the limit is threshold * mean_k(var_n(w) / [H^-1]_kk). An
     outlier has to lower the sum of all sensitivities by more than the limit, be it by its own error or by a finer scale

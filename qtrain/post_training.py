@@ -14,7 +14,7 @@ import json
 import shutil
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -35,8 +35,18 @@ from qtrain.models.decoder import Decoder, count_parameters
 from qtrain.plan import budget_tokens
 from qtrain.quant import PackedLinear, QuantLinear, convert, quant_linears, set_high_precision
 from qtrain.quant.functional import Call
-from qtrain.quant.packed import layout_of, unsettled
-from qtrain.quant.ptq import Hessian, Method, quantize_weight, relative_error
+from qtrain.quant.outliers import Outliers
+from qtrain.quant.packed import layout_of, reserve_outliers, unsettled
+from qtrain.quant.ptq import (
+    Hessian,
+    Method,
+    Split,
+    eliminated,
+    make_up,
+    quantize_weight,
+    relative_error,
+    sensitive,
+)
 from qtrain.quant.ptq.transforms import AFTER_NORM, awq_smoothing, divide_inputs, rotate_residual, smoothing
 from qtrain.quant.quantizer import rotate
 from qtrain.quant.random import key_table
@@ -55,12 +65,14 @@ class Way:
     """How a model is quantised: what is done to each weight, and to the model before.
 
     rotate_residual: QuaRot's rotation of the residual stream. smooth: what inputs of the layers after a norm are
-    divided by, to be folded into it: None | SmoothQuant's, with this exponent | "awq".
+    divided by, to be folded into it: None | SmoothQuant's, with this exponent | "awq". split: what of each weight stays
+    in 16 bits.
     """
 
     weight: Method = field(default_factory=Method)
     rotate_residual: bool = False
     smooth: float | Literal["awq"] | None = None
+    split: Split = field(default_factory=Split)
 
 
 METHODS = {
@@ -91,21 +103,24 @@ Run = Callable[[Input], Tensor]  # a block
 @dataclass(frozen=True)
 class LayerError:
     """|(W - W') X|^2 / |W X|^2 of a layer over the calibration text, and what rounding to nearest by the recipe's own
-    rule would have given."""
+    rule would have given. bits: of a weight, with its scales and outliers."""
 
     layer: str
     error: float
     nearest: float
+    bits: float
 
 
 @dataclass(frozen=True)
 class Quantised:
-    """val_loss in nats per token of the text that the settings name: of the model as it was, and as it is."""
+    """val_loss in nats per token of the text that the settings name: of the model as it was, and as it is.
+    bits_per_weight: of all layers, with scales and outliers."""
 
     path: Path
     layers: tuple[LayerError, ...]
     val_loss_before: float
     val_loss: float
+    bits_per_weight: float
 
 
 @dataclass(frozen=True)
@@ -123,21 +138,30 @@ class Source:
 
 def quantize(
     source: str, out: Path, settings: Sequence[str], method: str = "gptq", tokens: int = 131_072,
-    say: Report = lambda _: None,
+    say: Report = lambda _: None, split: Split | None = None,
 ) -> Quantised:  # fmt: skip
     """Quantise a run directory or a Hugging Face checkpoint into the new run directory `out`.
 
     settings: as of `qtrain train`: recipe=..., and data=... for another text than the run's own. method: of METHODS.
-    tokens: of the training split, that layers are calibrated on. say: is told each layer's error.
+    tokens: of the training split, that layers are calibrated on. say: is told each layer's error. split: what of each
+    weight stays in 16 bits beside its codes; by default nothing.
     Started again after a stop, it goes on with the next block and ends with the same bits. UserError for an unknown
     method, a recipe whose weights have no codes that stay, text that is too short, and where `out` holds anything else.
     """
     if method not in METHODS:
         raise UserError(f"unknown method {method!r}{nearest(method, [*METHODS])}; methods: {', '.join(METHODS)}")
+    split = split or Split()
+    if split.columns < 0 or any(bound is not None and not bound > 0 for bound in (split.above, split.weights)):
+        raise UserError(
+            f"outliers need columns of at least 0 and bounds above 0; found columns={split.columns}, "
+            f"above={split.above}, weights={split.weights}; leave out what is not wanted"
+        )
+    way = replace(METHODS[method], split=split)
     opened = open_source(source, settings)
-    config = opened.config.model_copy(update={"name": f"{opened.config.name}-{method}-{opened.config.recipe.name}"})
+    name = f"{opened.config.name}-{method}{way.split}-{opened.config.recipe.name}"
+    config = opened.config.model_copy(update={"name": name})
     directory = RunDirectory(out)
-    task = {"source": str(Path(source).resolve()), "step": opened.step, "method": asdict(METHODS[method])}
+    task = {"source": str(Path(source).resolve()), "step": opened.step, "method": asdict(way)}
     task |= {"tokens": tokens, "settings": sorted(settings)}
     _check(directory, task)
     corpus = prepare(config.data, opened.tokenizer_config, budget_tokens=budget_tokens(config))
@@ -152,13 +176,14 @@ def quantize(
     end = opened.tokenizer.eos_id if config.data.document_mask else None
     calibration = list(_calibration(batches, corpus, config.model.seq_len, tokens))
     before = _losses(opened.model, batches, end)
-    if METHODS[method].rotate_residual:
+    if way.rotate_residual:
         config = _rotated(opened.model, config)
     _convert(opened.model, config)
-    errors = _quantize_blocks(opened.model, calibration, end, METHODS[method], _begin(directory, task), say)
+    errors = _quantize_blocks(opened.model, calibration, end, way, _begin(directory, task), say)
     after = _losses(opened.model, batches, end)
-    _finish(directory, config, opened, after, task, errors, before)
-    return Quantised(out, tuple(errors), before["val_loss"], after["val_loss"])
+    bits = _bits_per_weight(opened.model)
+    _finish(directory, config, opened, after, task | {"bits_per_weight": bits}, errors, before)
+    return Quantised(out, tuple(errors), before["val_loss"], after["val_loss"], bits)
 
 
 # --------------------------------------------------------------------------------------------------------------- source
@@ -301,9 +326,12 @@ def _quantize_block(
             divide_inputs(norm, group, factors)
             seen = seen.divided(factors)
         for layer in group:
-            weight, error = _quantize_layer(layer, seen.moments, way.weight)
-            _replace(model, layer, weight)
-            say(f"{layer.name:<28} error {error.error:.2e}, to nearest {error.nearest:.2e}")
+            packed, error = _quantize_layer(layer, seen, way)
+            _replace(model, packed)
+            say(
+                f"{layer.name:<28} error {error.error:.2e}, to nearest {error.nearest:.2e}, {error.bits:.4g} bits a "
+                "weight"
+            )
             yield error
 
 
@@ -377,10 +405,9 @@ def _smoothing(group: Sequence[QuantLinear], seen: Inputs, smooth: float | Liter
     return smoothing(seen.largest, weights, smooth)
 
 
-def _replace(model: nn.Module, layer: QuantLinear, weight: QTensor) -> None:
-    """By a PackedLinear of this weight."""
-    parent, _, child = layer.name.rpartition(".")
-    packed = PackedLinear(weight, layer.bias, layer.numerics, layer.name, _keys(layer))
+def _replace(model: nn.Module, packed: PackedLinear) -> None:
+    """Puts a packed layer where the layer of its name is."""
+    parent, _, child = packed.name.rpartition(".")
     setattr(model.get_submodule(parent), child, packed)
 
 
@@ -388,18 +415,48 @@ def _keys(layer: QuantLinear) -> Tensor:
     return key_table([layer.keyed_by], 0, 0)[0]
 
 
-def _quantize_layer(layer: QuantLinear, moments: Tensor, method: Method) -> tuple[QTensor, LayerError]:
-    """moments: (K, K), of its inputs before their rotation."""
-    numerics = layer.numerics
-    rotation = Call(numerics, _keys(layer), torch.float32, None).rotation("fprop", layer.in_features)
-    weight = rotate(layer.weight.detach().float(), rotation, numerics.backend)
-    turned = rotate(rotate(moments, rotation, numerics.backend).T.contiguous(), rotation, numerics.backend)
+def _quantize_layer(layer: QuantLinear, seen: Inputs, way: Way) -> tuple[PackedLinear, LayerError]:
+    """seen: of its inputs before their rotation."""
     try:
-        chosen, plain = (quantize_weight(weight, turned, numerics.fprop.right, each) for each in (method, Method()))
+        chosen, plain = (pack_layer(layer, seen, each) for each in (way, Way()))
     except ValueError as error:
         raise UserError(f"{layer.name}: {error}") from None
-    errors = [relative_error(weight, each.dequantize(numerics.backend), turned) for each in (chosen, plain)]
-    return chosen.to(layout_of(numerics, chosen.shape), numerics.backend), LayerError(layer.name, *errors)
+    weight = layer.weight.detach().float()
+    error, nearest = (relative_error(weight, each.dequantize(), seen.moments) for each in (chosen, plain))
+    return chosen, LayerError(layer.name, error, nearest, chosen.bits())
+
+
+def pack_layer(layer: QuantLinear, seen: Inputs, way: Way) -> PackedLinear:
+    """A layer whose weight is quantised in a way. ValueError where a method or a split does not fit it, and where its
+    outliers take 16 bits a weight or more."""
+    numerics, method, split = layer.numerics, way.weight, way.split
+    rotation = Call(numerics, _keys(layer), torch.float32, None).rotation("fprop", layer.in_features)
+    whole, columns = layer.weight.detach().float(), split.columns_of(seen.largest)
+    moments = eliminated(seen.moments, columns, method.damping) if method.compensation == "gptq" else seen.moments
+    moments = moments.index_fill(0, columns, 0.0).index_fill(1, columns, 0.0)
+    moments = rotate(rotate(moments, rotation, numerics.backend).T.contiguous(), rotation, numerics.backend)
+    weight = rotate(whole.index_fill(1, columns, 0.0), rotation, numerics.backend)
+    quantizer, outliers = numerics.fprop.right, None
+    if split.weights is not None:
+        outliers = sensitive(weight, moments, quantizer, split.weights, method.damping)
+    codes, beside = quantize_weight(weight, moments, quantizer, method, outliers)
+    kept = Outliers.of(columns, whole[:, columns], beside)
+    codes = codes.to(layout_of(numerics, codes.shape), numerics.backend)
+    packed = PackedLinear(codes, layer.bias, numerics, layer.name, _keys(layer), outliers=kept)
+    if kept is not None and (bits := 8 * kept.nbytes() / whole.numel()) >= 16:
+        raise ValueError(
+            f"{kept.columns.numel()} columns and {kept.values.numel()} elements as outliers take {bits:.3g} bits "
+            "a weight by themselves, no less than the 16 of an unquantised one; ask for fewer columns or higher bounds"
+        )
+    if kept is not None and method.compensation == "gptq":
+        kept.column_weight = make_up(whole, packed.dequantize(), seen.moments, columns, method.damping).bfloat16()
+    return packed
+
+
+def _bits_per_weight(model: nn.Module) -> float:
+    layers = [layer for layer in model.modules() if isinstance(layer, PackedLinear)]
+    weights = [layer.in_features * layer.out_features for layer in layers]
+    return sum(layer.bits() * count for layer, count in zip(layers, weights, strict=True)) / sum(weights)
 
 
 # ---------------------------------------------------------------------------------------------------------------- files
@@ -439,7 +496,9 @@ def _restore(model: Decoder, name: str, path: Path) -> list[LayerError]:
         place = layer.name.removeprefix(name).removeprefix(".")
         there = [tensors.get(f"{place}.{part}".removeprefix(".")) for part in ("codes", "block_scale", "tensor_scale")]
         layout = layout_of(layer.numerics, (layer.out_features, layer.in_features))
-        _replace(model, layer, QTensor.of(layout, [part for part in there if part is not None]))
+        weight = QTensor.of(layout, [part for part in there if part is not None])
+        _replace(model, PackedLinear(weight, layer.bias, layer.numerics, layer.name, _keys(layer)))
+    reserve_outliers(model.get_submodule(name), {f"{name}.{part}": value.shape for part, value in tensors.items()})
     model.get_submodule(name).load_state_dict(tensors)
     return [LayerError(**error) for error in errors]
 

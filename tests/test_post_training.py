@@ -9,16 +9,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import qtrain.post_training
 from qtrain.errors import UserError
 from qtrain.evaluate.perplexity import losses
 from qtrain.evaluate.target import load
-from qtrain.export import compressed_tensors, fp_quant, huggingface
-from qtrain.export.gguf import export as gguf_export
+from qtrain.export import compressed_tensors, fp_quant, gguf, huggingface
 from qtrain.export.trained import open_run
 from qtrain.post_training import METHODS, quantize
 from qtrain.quant import PackedLinear
+from qtrain.quant.ptq import Split
 from qtrain.runs.directory import RunDirectory
 from qtrain.train import main
 from qtrain.training.build import load_run
@@ -95,8 +96,6 @@ def test_exports_hold_the_chosen_codes(gptq: Path, tmp_path: Path) -> None:
     exported = compressed_tensors.export(gptq, tmp_path / "packed")
     assert exported.kinds == {"pack-quantized": 14} and exported.bits_per_weight < 6
     huggingface.export(gptq, tmp_path / "hf")
-    from safetensors.torch import load_file
-
     theirs = load_file(tmp_path / "hf" / "model.safetensors")["model.layers.1.mlp.down_proj.weight"]
     identity = torch.eye(layer.in_features)
     torch.testing.assert_close(packed(identity).detach().T, theirs.float(), rtol=1e-2, atol=1e-4)
@@ -104,7 +103,7 @@ def test_exports_hold_the_chosen_codes(gptq: Path, tmp_path: Path) -> None:
 
 def test_4_bits_with_float16_scales_go_out_as_q4_0_and_in_groups(run: RunDirectory, tmp_path: Path) -> None:
     """GPTQ's codes and scales, in 4.5 bits a weight; each file read by its own library."""
-    gguf = pytest.importorskip("gguf", reason="the extra export is not installed")
+    peer = pytest.importorskip("gguf", reason="the extra export is not installed")
     helpers = pytest.importorskip("compressed_tensors.compressors.pack_quantized.helpers")
     from safetensors.torch import load_file
 
@@ -115,11 +114,11 @@ def test_4_bits_with_float16_scales_go_out_as_q4_0_and_in_groups(run: RunDirecto
     assert isinstance(layer, PackedLinear)
     assert layer.block_scale.dtype == torch.float16 and layer.codes.dtype == torch.uint8
     wanted = layer.weight.dequantize()
-    ggml = gguf_export(out, tmp_path / "gguf")
+    ggml = gguf.export(out, tmp_path / "gguf")
     assert (ggml.kinds, ggml.bits_per_weight, ggml.notes) == ({"Q4_0": 14}, 4.5, ())
-    stored = {each.name: each for each in gguf.GGUFReader(tmp_path / "gguf" / "model.gguf").tensors}
+    stored = {each.name: each for each in peer.GGUFReader(tmp_path / "gguf" / "model.gguf").tensors}
     down = stored["blk.1.ffn_down.weight"]
-    assert torch.equal(torch.from_numpy(gguf.dequantize(down.data, down.tensor_type)), wanted)
+    assert torch.equal(torch.from_numpy(peer.dequantize(down.data, down.tensor_type)), wanted)
     assert compressed_tensors.export(out, tmp_path / "packed").kinds == {"pack-quantized": 14}
     state = load_file(tmp_path / "packed" / "model.safetensors")
     codes, scale, _ = (state[f"model.layers.1.mlp.down_proj.weight_{part}"] for part in ("packed", "scale", "shape"))
@@ -137,6 +136,51 @@ def test_codes_that_are_kept_in_floats_go_out_too(run: RunDirectory, tmp_path: P
     quantize(str(run.path), tmp_path / "out", plain, "gptq", TOKENS)
     exported = compressed_tensors.export(tmp_path / "out", tmp_path / "packed")
     assert exported.kinds == {"pack-quantized": 14}
+
+
+def test_outliers_stay_in_the_run_and_lower_its_errors(run: RunDirectory, gptq: Path, tmp_path: Path) -> None:
+    """They are read, evaluated and exported with it, also where the quantisation was stopped; a format of codes alone
+    refuses them."""
+    out, layers = tmp_path / "out", []
+
+    def stop(text: str) -> None:
+        layers.append(text)
+        if len(layers) == 9:
+            raise KeyboardInterrupt
+
+    split = Split(columns=2, weights=0.2)
+    with pytest.raises(KeyboardInterrupt):
+        quantize(str(run.path), out, RECIPE, "gptq", TOKENS, stop, split)
+    with pytest.raises(UserError, match=r"it has another method"):
+        quantize(str(run.path), out, RECIPE, "gptq", TOKENS)
+    done = quantize(str(run.path), out, RECIPE, "gptq", TOKENS, layers.append, split)
+    said, plain = (json.loads((path / "quantization.json").read_text()) for path in (out, gptq))
+    assert len(layers) == 9 + 7 and said["method"]["split"] == {"columns": 2, "above": None, "weights": 0.2}
+    assert all(
+        each["error"] < 0.9 * before["error"] and each["bits"] > before["bits"]
+        for each, before in zip(said["layers"], plain["layers"], strict=True)
+    )
+    tensors = {name: value for name, value in state(out).items() if "attention." in name or "mlp." in name}
+    weights = sum(layer.in_features * layer.out_features for layer in open_run(out).layers.values())
+    bits = 8 * sum(value.nbytes for value in tensors.values()) / weights
+    assert bits == pytest.approx(done.bits_per_weight) == pytest.approx(said["bits_per_weight"])
+    assert bits > plain["bits_per_weight"] + 0.3
+    assert losses(load(out))[""].loss == pytest.approx(done.val_loss, rel=1e-5)
+    assert done.val_loss < RunDirectory(gptq).summary["val_loss"]
+    assert RunDirectory(out).read_config().name.endswith("-gptq-columns2-weights0.2-quest_weight_only")
+    with pytest.raises(UserError, match="stay in 16 bits beside the codes"):
+        gguf.export(out, tmp_path / "gguf")
+    huggingface.export(out, tmp_path / "hf")
+    layer = load_run(out).get_submodule("layers.1.mlp.down")
+    theirs = load_file(tmp_path / "hf" / "model.safetensors")["model.layers.1.mlp.down_proj.weight"]
+    torch.testing.assert_close(layer(torch.eye(128)).detach().T, theirs.float(), rtol=1e-2, atol=1e-4)
+
+
+def test_outliers_that_leave_nothing_or_have_no_bound_are_refused(run: RunDirectory, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"found columns=-1, above=None, weights=None"):
+        quantize(str(run.path), tmp_path / "out", RECIPE, "rtn", TOKENS, split=Split(columns=-1))
+    with pytest.raises(UserError, match=r"layers.0.attention.q: all of its 64 input columns would be outliers"):
+        quantize(str(run.path), tmp_path / "out", RECIPE, "rtn", TOKENS, split=Split(above=1e-6))
 
 
 def test_a_stopped_quantisation_goes_on_and_ends_with_the_same_bits(

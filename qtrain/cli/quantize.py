@@ -2,14 +2,22 @@
 
 qtrain quantize runs/bf16-1a2b3c4d --out w4 recipe=w4a16
 qtrain quantize runs/bf16-1a2b3c4d --out w4a4 --method mr_gptq recipe=quartet
+qtrain quantize runs/bf16-1a2b3c4d --out w4 --outlier-weights 0.2 recipe=quest_weight_only
 qtrain quantize checkpoints/llama --out w4 recipe=quest_weight_only data=text data.files='notes/*.txt'
 
 The recipe says formats, scales and rotations of weights and inputs, as in training; the method, which codes the weights
 get: rtn (to nearest), rtn_mse (scales of least error), gptq (columns make up for errors before them), mr_gptq (both,
 columns by falling activation; with a recipe that rotates), quarot (gptq and rtn_mse, the residual stream rotated),
 smoothquant and awq (inputs after a norm are divided, by their largest values or by what serves the weights). Layers are
-calibrated on the training text of the run, or on data=. The folder is a run: `qtrain generate`, `qtrain export` and
-`qtrain.load_run` read it. Started again after a stop, the command goes on.
+calibrated on the training text of the run, or on data=.
+
+With every method, outliers can stay in 16 bits beside the codes: whole input columns with their inputs (QUIK's are the
+columns of the largest inputs, LLM.int8's those with an input above 6), or single weights (SpQR's, whose rounding, or
+the scale that they force on their block, costs the most). Under gptq and its like the columns make up for the errors of
+all others. Such a run is exported as a Hugging Face checkpoint alone.
+
+The folder is a run: `qtrain generate`, `qtrain export` and `qtrain.load_run` read it. Started again after a stop, the
+command goes on.
 """
 
 from __future__ import annotations
@@ -26,12 +34,24 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="the folder to write")
     parser.add_argument("--method", default="gptq", help="one of those above (default: gptq)")
     parser.add_argument("--tokens", type=int, default=131_072, help="to calibrate on (default: 131072)")
+    parser.add_argument(
+        "--outlier-columns", type=int, default=0, metavar="N", help="columns of the largest inputs to keep (default: 0)"
+    )
+    parser.add_argument(
+        "--outlier-inputs", type=float, metavar="X", help="keep columns with an input above X, as 6 (default: none)"
+    )
+    parser.add_argument(
+        "--outlier-weights", type=float, metavar="T",
+        help="keep weights more sensitive than T times the mean, as 0.2; fewer for a larger T (default: none)",
+    )  # fmt: skip
     arguments = parser.parse_intermixed_args()
-    from qtrain.post_training import quantize
+    from qtrain.post_training import Split, quantize
 
+    split = Split(arguments.outlier_columns, arguments.outlier_inputs, arguments.outlier_weights)
     done = quantize(
         arguments.source, arguments.out, arguments.settings, arguments.method, arguments.tokens,
-        lambda text: print(text, flush=True),
+        lambda text: print(text, flush=True), split,
     )  # fmt: skip
     print(f"validation loss {done.val_loss:.4f} nats per token, {done.val_loss_before:.4f} before")
-    print(f"{done.path}: {len(done.layers)} layers quantised; their errors are in quantization.json")
+    print(f"{done.path}: {len(done.layers)} layers quantised to {done.bits_per_weight:.4g} bits a weight")
+    print("the errors of the layers are in its quantization.json")

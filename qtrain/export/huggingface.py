@@ -24,7 +24,8 @@ def export(run: Path, out: Path) -> Exported:
     if trained.merged is not None:
         notes = ("what was tuned is merged into the base" + (", dequantised" if trained.recipe else ""),)
     elif trained.is_packed:
-        notes = (f"these are the values of the codes of recipe {trained.recipe}, rounded to bfloat16",)
+        beside = " and of the outliers beside them" if trained.with_outliers else ""
+        notes = (f"these are the values of the codes of recipe {trained.recipe}{beside}, rounded to bfloat16",)
     elif trained.recipe:
         notes = (
             f"these are the weights before recipe {trained.recipe} quantises them: other products than in training",

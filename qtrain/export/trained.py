@@ -26,17 +26,18 @@ from qtrain.errors import UserError, first_line
 from qtrain.models.base import Transformer
 from qtrain.models.decoder import Decoder
 from qtrain.plan import make_plan
-from qtrain.quant import QuantLinear
+from qtrain.quant import PackedLinear, QuantLinear
 from qtrain.quant.functional import Call, Numerics
 from qtrain.quant.linear import quant_linears
+from qtrain.quant.outliers import PARTS, Outliers
 from qtrain.quant.packed import layout_of, unsettled
-from qtrain.quant.quantizer import QuantizedTensor, unrotate
+from qtrain.quant.quantizer import QuantizedTensor
 from qtrain.quant.random import key_table
 from qtrain.runs.directory import RunDirectory
 from qtrain.runs.files import sync_folder
 from qtrain.training.build import build_model, load_run, load_tokenizer
 from qtrain.training.causal_lm import computes_in_high_precision
-from qtrain.training.checkpoint import holds_codes, newest, values_of, weight, whole_number
+from qtrain.training.checkpoint import holds_codes, newest, shapes, values_of, weight, whole_number
 from qtrain.training.tune import merged
 from qtrain_kernels.formats import ELEMENTS, Element
 from qtrain_kernels.qtensor import Layout, QTensor
@@ -89,14 +90,22 @@ class TrainedRun:
         layer = self.layers.get(name.removesuffix(".weight")) if self.is_packed else None
         if layer is None:
             return weight(self.folder, name)
-        rotation = Call(layer.numerics, _keys(layer), torch.float32, None).rotation("fprop", layer.in_features)
-        return unrotate(self._stored(layer).dequantize(), rotation, layer.numerics.backend)
+        packed = PackedLinear(self._stored(layer), None, layer.numerics, layer.name, _keys(layer))
+        if layer.name in self.with_outliers:
+            packed.outliers = Outliers(*(weight(self.folder, f"{layer.name}.outliers.{part}") for part in PARTS))
+        return packed.dequantize()
 
     def _stored(self, layer: QuantLinear) -> QTensor:
         """Of a checkpoint that holds codes."""
         layout = layout_of(layer.numerics, (layer.out_features, layer.in_features))
         parts = zip(("codes", "block_scale", "tensor_scale"), layout.parts, strict=False)
         return QTensor.of(layout, [weight(self.folder, f"{layer.name}.{name}") for name, part in parts if part])
+
+    @cached_property
+    def with_outliers(self) -> frozenset[str]:
+        """Names of the layers of which parts stay in 16 bits beside their codes."""
+        marker = ".outliers.columns"
+        return frozenset(name.removesuffix(marker) for name in shapes(self.folder) if name.endswith(marker))
 
     @property
     def recipe(self) -> str | None:
@@ -138,6 +147,8 @@ class TrainedRun:
         chosen: dict[str, T] = {}
         for name, layer in self.layers.items():
             try:
+                if name in self.with_outliers:
+                    raise Refused("parts of its weight stay in 16 bits beside the codes, which no format here stores")
                 chosen[name] = choose(layer)
             except Refused as reason:
                 raise UserError(

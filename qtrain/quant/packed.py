@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from qtrain.errors import UserError
 from qtrain.quant.functional import Call, Numerics, read_numerics
 from qtrain.quant.linear import QuantLinear, compute_dtype, quant_linears
+from qtrain.quant.outliers import PARTS, FixedDtypes, Outliers
 from qtrain.quant.quantizer import rotate, unrotate
 from qtrain.quant.random import key_table
 from qtrain_kernels import few_rows
@@ -22,13 +24,14 @@ from qtrain_kernels.plans import Rotation
 from qtrain_kernels.qtensor import Layout, QTensor, float_storage
 
 
-class PackedLinear(nn.Module):
+class PackedLinear(FixedDtypes):
     """A linear layer that multiplies the codes of a weight as a recipe's forward does. Made by `qtrain.pack`.
 
     x (..., K) -> (..., N) in the autocast dtype, or x's own without autocast. The tensors of the weight's QTensor
     (codes, block_scale, tensor_scale) are buffers: the state dict has them, packed to the bits of the format where it
     has such. The inputs are rotated and quantised as the recipe says. Their gradient is that of the dequantised weight
-    in the compute dtype, straight through their quantiser; the weight has none.
+    in the compute dtype, straight through their quantiser; the weight has none. A weight of which parts stay in 16 bits
+    has them in `outliers`.
 
     On a CPU, at most 8 rows of inputs multiply the weight in its bits (`qtrain_kernels.few_rows`), unless the backend
     is the reference. Where both sides are integers without block scales, sums are exact and the same. Where the recipe
@@ -41,10 +44,10 @@ class PackedLinear(nn.Module):
 
     def __init__(
         self, weight: QTensor, bias: Tensor | None, numerics: Numerics, name: str, keys: Tensor,
-        input_scale: Tensor | None = None,
+        input_scale: Tensor | None = None, outliers: Outliers | None = None,
     ) -> None:  # fmt: skip
         """weight: (N, K) in rotated space, in `layout_of(numerics, (N, K))`. name: of the layer in its model; keys: its
-        row of `key_table` at step 0, of which the signs of rotations are drawn."""
+        row of `key_table` at step 0, of which the signs of rotations are drawn. outliers: added to the codes."""
         super().__init__()
         self.name, self.text, self.layout = name, numerics.text, weight.layout
         self.out_features, self.in_features = weight.shape
@@ -52,7 +55,7 @@ class PackedLinear(nn.Module):
             self.register_buffer(part, getattr(weight, part))
         self.register_buffer("input_scale", input_scale)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
-        self.keys = keys
+        self.keys, self.outliers = keys, outliers
         self._ready: FewRows | None = None
 
     @classmethod
@@ -71,7 +74,7 @@ class PackedLinear(nn.Module):
 
     @property
     def weight(self) -> QTensor:
-        """(N, K), in rotated space."""
+        """(N, K), in rotated space, without the outliers."""
         parts = self.codes, self.get_buffer("block_scale"), self.get_buffer("tensor_scale")
         return QTensor(*parts, None, self.layout)
 
@@ -97,6 +100,12 @@ class PackedLinear(nn.Module):
         """x (T, K) -> (T, N) in dtype, without the bias."""
         if not x.shape[0]:
             return x.new_zeros(0, self.out_features, dtype=dtype)
+        if self.outliers is None:
+            return self._product_of_codes(x, dtype)
+        beside = self.outliers.product(x, self.rotation(), self.numerics.backend, dtype)
+        return self._product_of_codes(self.outliers.without_columns(x), dtype) + beside
+
+    def _product_of_codes(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         few = len(x) <= few_rows.FEW and self._multiplies_in_bits and x.device.type == "cpu"
         rotation = self.rotation()
         if few and self.numerics.fprop.left.plan is None:  # quantising takes longer than the product
@@ -122,25 +131,34 @@ class PackedLinear(nn.Module):
 
     def product_back(self, dy: Tensor, dtype: torch.dtype) -> Tensor:
         """dY (T, N) -> dX (T, K) in dtype, by the dequantised weight in the compute dtype of dY."""
+        if self.outliers is not None:
+            return (dy @ self.dequantize().to(dy.dtype)).to(dtype)
         dx = dy @ self.weight.dequantize(self.numerics.backend).to(dy.dtype)
         return unrotate(dx, self.rotation(), self.numerics.backend).to(dtype)
 
+    def dequantize(self) -> Tensor:
+        """(N, K) float32: the weight that inputs are multiplied by, out of its rotation, with the outliers."""
+        rotation, backend = self.rotation(), self.numerics.backend
+        weight = self.weight.dequantize(backend).float()
+        if self.outliers is None:
+            return unrotate(weight, rotation, backend)
+        return self.outliers.whole(weight, rotation, backend)
+
+    def bits(self) -> float:
+        """Of a weight, with its scales and outliers."""
+        held = sum(tensor.nbytes for tensor in self.weight.tensors())
+        held += 0 if self.outliers is None else self.outliers.nbytes()
+        return 8 * held / (self.in_features * self.out_features)
+
     def _apply(self, fn: Any, recurse: bool = True) -> PackedLinear:
-        """Codes and scales move between devices, and keep their dtypes whatever the model's becomes."""
-        kept = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
         super()._apply(fn, recurse)
-        for name, before in kept.items():
-            after = self.get_buffer(name)
-            if after.dtype != before.dtype:
-                self._buffers[name] = before.to(after.device)
         self.keys = self.keys.to(self.codes.device) if self.codes.device.type != "meta" else self.keys
         return self
 
     def extra_repr(self) -> str:
-        bits = 8 * sum(tensor.nbytes for tensor in self.weight.tensors()) / (self.in_features * self.out_features)
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"{self.numerics.formats.partition(',')[0]}, {bits:.3g} bits a weight"
+            f"{self.numerics.formats.partition(',')[0]}, {self.bits():.3g} bits a weight"
         )
 
 
@@ -221,3 +239,11 @@ def pack(model: nn.Module, kind: type[PackedLinear] | None = None) -> None:
             parent, _, child = name.rpartition(".")
             made.setdefault(layer, kind.of(layer).train(layer.training))
             setattr(model.get_submodule(parent), child, made[layer])
+
+
+def reserve_outliers(model: nn.Module, shapes: Mapping[str, torch.Size]) -> None:
+    """Make room in packed layers for the outliers that a state dict has, whose shapes are given by its names."""
+    for layer in model.modules():
+        if isinstance(layer, PackedLinear) and f"{layer.name}.outliers.columns" in shapes:
+            parts = [torch.empty(shapes[f"{layer.name}.outliers.{part}"], dtype=dtype) for part, dtype in PARTS.items()]
+            layer.outliers = Outliers(*parts)

@@ -20,7 +20,6 @@ from qtrain.quant import PackedLinear, QuantLinear, pack
 from qtrain.quant.adapter import Adapter, adapters, attach
 from qtrain.quant.doubled import DoubledLinear
 from qtrain.quant.packed import unsettled
-from qtrain.quant.quantizer import unrotate
 from qtrain.quant.scaled import ScaledLinear, train_scales
 from qtrain.runs.files import read_json, write_synced
 from qtrain.training import rows
@@ -142,7 +141,7 @@ def _dequantized(layer: QuantLinear | PackedLinear) -> Tensor:
         if unsettled(layer.numerics) is not None:
             return layer.weight.detach().float()
         layer = PackedLinear.of(layer)
-    return unrotate(layer.weight.dequantize(layer.numerics.backend), layer.rotation(), layer.numerics.backend)
+    return layer.dequantize()
 
 
 # -------------------------------------------------------------------------------------------------------- peft's format

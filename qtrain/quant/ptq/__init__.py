@@ -2,6 +2,19 @@
 
 from qtrain.quant.ptq.codes import Method, compensated, quantize_weight, relative_error
 from qtrain.quant.ptq.hessian import Hessian
+from qtrain.quant.ptq.outliers import Split, eliminated, make_up, sensitive
 from qtrain.quant.ptq.scales import Scales, scales_of
 
-__all__ = ["Hessian", "Method", "Scales", "compensated", "quantize_weight", "relative_error", "scales_of"]
+__all__ = [
+    "Hessian",
+    "Method",
+    "Scales",
+    "Split",
+    "compensated",
+    "eliminated",
+    "make_up",
+    "quantize_weight",
+    "relative_error",
+    "scales_of",
+    "sensitive",
+]

@@ -65,6 +65,15 @@ def scales_of(
     return scales
 
 
+def nearest(weight: Tensor, scales: Scales) -> tuple[Tensor, Tensor]:
+    """A weight (N, K) to nearest: codes (N, K) float32 on the grid, and what they stand for."""
+    scale = scales.of_columns(0, weight.shape[1])
+    scale = torch.where(scale == 0, 1.0, scale)
+    assert scales.layout.plan is not None
+    codes = round_nearest(weight / scale, scales.layout.plan.element)
+    return codes, codes * scale
+
+
 def _whole(plan: Plan | None) -> bool:
     return plan is None or plan.whole
 

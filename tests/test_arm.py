@@ -26,8 +26,8 @@ pytestmark = pytest.mark.skipif(
 MOST = 20  # arguments that are integers or addresses; beside them two floats
 NUMBER, FLOAT = -1, -2  # in place of the size of a buffer
 
-# Reads arguments (size and bytes of a buffer, or -1 and an integer, or -2 and a float), calls CALLED, writes all buffers.
-# Floats have registers of their own, in which they lie wherever they stand among the arguments.
+# Reads arguments (size and bytes of a buffer, or -1 and an integer, or -2 and a float), calls CALLED, writes all
+# buffers. Floats have registers of their own, in which they lie wherever they stand among the arguments.
 MAIN = r"""
 #include <cstdio>
 int main(int, char** argv) {
@@ -52,9 +52,10 @@ int main(int, char** argv) {
   const uint64_t* a = arguments;
   using Word = uint64_t;
   void* volatile called = (void*)CALLED;  // so that the compiler does not match the arguments of the two by place
-  ((void (*)(float, float, Word, Word, Word, Word, Word, Word, Word, Word, Word, Word, Word, Word, Word, Word, Word, Word,
-             Word, Word, Word, Word))called)(floats[0], floats[1], a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7], a[8],
-                                             a[9], a[10], a[11], a[12], a[13], a[14], a[15], a[16], a[17], a[18], a[19]);
+  ((void (*)(float, float, Word, Word, Word, Word, Word, Word, Word, Word, Word, Word, Word, Word, Word, Word, Word,
+             Word, Word, Word, Word, Word))called)(floats[0], floats[1], a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7],
+                                                   a[8], a[9], a[10], a[11], a[12], a[13], a[14], a[15], a[16], a[17],
+                                                   a[18], a[19]);
   FILE* found = fopen(argv[2], "wb");
   for (int64_t i = 0; i < count; i++)
     if (sizes[i] > 0 && fwrite((void*)a[i], sizes[i], 1, found) != 1) return 1;

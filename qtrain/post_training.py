@@ -15,6 +15,7 @@ import shutil
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from math import inf
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -151,9 +152,9 @@ def quantize(
     if method not in METHODS:
         raise UserError(f"unknown method {method!r}{nearest(method, [*METHODS])}; methods: {', '.join(METHODS)}")
     split = split or Split()
-    if split.columns < 0 or any(bound is not None and not bound > 0 for bound in (split.above, split.weights)):
+    if split.columns < 0 or any(bound is not None and not 0 < bound < inf for bound in (split.above, split.weights)):
         raise UserError(
-            f"outliers need columns of at least 0 and bounds above 0; found columns={split.columns}, "
+            f"outliers need columns of at least 0 and finite bounds above 0; found columns={split.columns}, "
             f"above={split.above}, weights={split.weights}; leave out what is not wanted"
         )
     way = replace(METHODS[method], split=split)

@@ -239,6 +239,18 @@ def test_fewer_lanes_change_nothing(
         for x, dim in matrices(plan)[2:5]:
             for side in sides(plan, x, dim, None):
                 assert_equal(x, side)
+    for size, inner in product((4, 32), (1, 24)):
+        x, rotation = hard_input((3, 64, inner)), Rotation(size, None)
+        for mask in (passes := (x > 0).to(torch.uint8), reference.join(passes.view(-1), 1)):
+            arguments = x, rotation, mask, torch.float32, (0.3, 1e30)
+            assert alike(reference.unrotate(*arguments), cpu.unrotate(*arguments)), (size, inner)
+    for name in ("nvfp4", "float16 block", "quest"):
+        plan = PLANS[name]
+        x = hard_input((9, plan.span or 96, 1))
+        values, blocks, _ = reference.operand(x, reference.tensor_scale(x, plan), KEY, plan, torch.bfloat16)
+        packed = reference.pack(values, blocks, plan)
+        back = [module.unpack(packed, values.shape, plan, torch.bfloat16) for module in (reference, cpu)]
+        assert alike(*back), name
     assert all(flag in command for command in commands if "-shared" in command) and len(commands) > 4
 
 

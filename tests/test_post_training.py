@@ -179,6 +179,8 @@ def test_outliers_stay_in_the_run_and_lower_its_errors(run: RunDirectory, gptq: 
 def test_outliers_that_leave_nothing_or_have_no_bound_are_refused(run: RunDirectory, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"found columns=-1, above=None, weights=None"):
         quantize(str(run.path), tmp_path / "out", RECIPE, "rtn", TOKENS, split=Split(columns=-1))
+    with pytest.raises(UserError, match=r"finite bounds above 0; found columns=0, above=inf"):
+        quantize(str(run.path), tmp_path / "out", RECIPE, "rtn", TOKENS, split=Split(above=float("inf")))
     with pytest.raises(UserError, match=r"layers.0.attention.q: all of its 64 input columns would be outliers"):
         quantize(str(run.path), tmp_path / "out", RECIPE, "rtn", TOKENS, split=Split(above=1e-6))
 

@@ -306,17 +306,18 @@ struct Tile {
   int lanes;
 };
 
-// 1 or 0 by element: a byte each, or a bit each, of which eight lie at each multiple of eight that is read.
+// 1 or 0 by element: a byte each, or a bit each, the first in the low bits. A read of LANES elements begins at a multiple
+// of LANES, so that four bits lie in one byte.
 struct Passes {
   const uint8_t* mask;
   bool bits;
   vf at(int64_t place) const {
     if (!bits) return load(mask + place);
     int32_t word = 0;
-    memcpy(&word, mask + place / 8, LANES / 8);
+    memcpy(&word, mask + place / 8, (LANES + 7) / 8);
     vi lane;
     for (int l = 0; l < LANES; l++) lane[l] = l;
-    return __builtin_convertvector((vi{} + word) >> lane & 1, vf);
+    return __builtin_convertvector((vi{} + (word >> place % 8)) >> lane & 1, vf);
   }
   uint8_t one(int64_t place) const {
     return !mask ? 1 : bits ? mask[place / 8] >> place % 8 & 1 : mask[place];

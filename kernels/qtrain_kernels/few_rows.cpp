@@ -49,7 +49,7 @@ inline Wide of_halves(float low, float high) {
   return {(vw)_mm512_mask_blend_ps(0xff00, _mm512_set1_ps(low), _mm512_set1_ps(high))};
 }
 inline vf both(Wide a) {
-  return (vf)_mm256_add_ps(_mm512_castps512_ps256((__m512)a.v), _mm512_extractf32x8_ps((__m512)a.v, 1));
+  return (vf)_mm256_add_ps(_mm512_castps512_ps256((__m512)a.v), (__m256)_mm512_extractf64x4_pd((__m512d)a.v, 1));
 }
 #else
 struct Wide { vf low, high; };

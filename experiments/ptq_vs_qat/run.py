@@ -3,9 +3,10 @@
 python experiments/ptq_vs_qat/run.py            # goes on after a stop; a row that is there is not made again
 python experiments/ptq_vs_qat/run.py --table    # the rows as the README has them
 
-Seed by seed: bfloat16's recipe (float32 where there are no units for it), three recipes trained at the same budget, and
-each method of `qtrain quantize` on the weights of the first. Bits are those of the file that `qtrain export --to
-compressed-tensors` writes.
+Seed by seed: bfloat16's recipe (float32 where there are no units for it), each method of `qtrain quantize` on its
+weights, the same weights trained on in each recipe for a quarter of the budget (QAT, and QAD with the model itself as
+the teacher), and each recipe trained from the start at the whole budget. Bits are those of the file that
+`qtrain export --to compressed-tensors` writes.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from pathlib import Path
 
 from scipy import stats
 
-from qtrain.export.compressed_tensors import export
+from qtrain.export import compressed_tensors, huggingface
 from qtrain.post_training import METHODS, quantize
 from qtrain.runs.directory import RunDirectory
 
@@ -30,17 +31,19 @@ RESULTS = HERE / "results.csv"
 RUNS = ROOT / "runs" / "ptq_vs_qat"
 SEEDS = range(3)
 SHARED = [
-    "model=mini", "data=stdlib", "trainer.tokens=1_048_576", "trainer.precision=32-true", "data.num_workers=0",
-    "data.val_tokens=262_144", "callbacks.val_every_steps=512", "callbacks.telemetry_every_steps=0",
+    "data=stdlib", "trainer.precision=32-true", "data.num_workers=0", "data.val_tokens=262_144",
+    "callbacks.val_every_steps=512", "callbacks.telemetry_every_steps=0",
     "callbacks.progress_bar=false",
 ]  # fmt: skip
 # What both ways of each line share: formats, scales and rotations of the forward.
 FORWARDS = {
     "W2": ["recipe=quest_weight_only", "recipe.bits=2"],
-    "W3": ["recipe=quest_weight_only", "recipe.bits=3"],
     "W4A4 INT": ["recipe=quest"],
     "W4A4 MXFP4": ["recipe=quartet"],
 }
+# From the weights at 16 bits; one learning rate, not searched.
+ON = ["+experiment=finetune", "trainer.tokens=262_144", "trainer.batch_tokens=2048", "optimizer.lr=5e-4"]
+TUNED = {"QAT": [], "QAD": ["+tune=qad"]}
 CALIBRATION = 131_072
 COLUMNS = ("seed", "forward", "method", "val_loss", "bits_per_weight", "file_bytes")
 
@@ -50,7 +53,7 @@ def main() -> None:
         print(table(rows()))
         return
     for seed in SEEDS:
-        source = trained(seed, "16 bits", ["recipe=bf16"])
+        source = trained(seed, "16 bits", ["model=mini", "trainer.tokens=1_048_576", "recipe=bf16"])
         for forward, settings in FORWARDS.items():
             for method in METHODS:
                 if not done(seed, forward, method):
@@ -58,18 +61,23 @@ def main() -> None:
                     shutil.rmtree(out, ignore_errors=True)
                     found = quantize(str(source), out, settings, method, CALIBRATION)
                     add(seed, forward, method, found.val_loss, out)
-        for forward in FORWARDS:
-            trained(seed, forward, FORWARDS[forward])
+        checkpoint = source.with_name(f"{source.name}-hf")
+        if not checkpoint.exists():
+            huggingface.export(source, checkpoint)
+        for forward, settings in FORWARDS.items():
+            for how, more in TUNED.items():
+                trained(seed, forward, [*ON, *settings, *more, f"model=hf:{checkpoint}"], how)
+            trained(seed, forward, ["model=mini", "trainer.tokens=1_048_576", *settings])
 
 
-def trained(seed: int, forward: str, settings: list[str]) -> Path:
+def trained(seed: int, forward: str, settings: list[str], method: str = "trained") -> Path:
     """The run, trained where it is not finished."""
-    path = RUNS / f"{forward.replace(' ', '_')}-{seed}"
+    path = RUNS / f"{forward}-{method}-{seed}".replace(" ", "_")
     command = [sys.executable, str(ROOT / "train.py"), *SHARED, *settings, f"seed={seed}", f"run_dir={path}"]
     if not RunDirectory(path).finished:
         subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-    if not done(seed, forward, "trained"):
-        add(seed, forward, "trained", RunDirectory(path).summary["val_loss"], path)
+    if not done(seed, forward, method):
+        add(seed, forward, method, RunDirectory(path).summary["val_loss"], path)
     return path
 
 
@@ -78,7 +86,7 @@ def add(seed: int, forward: str, method: str, loss: float, run: Path) -> None:
     if forward in FORWARDS:
         out = run.with_name(f"{run.name}-packed")
         shutil.rmtree(out, ignore_errors=True)
-        exported = export(run, out)
+        exported = compressed_tensors.export(run, out)
         bits, size = exported.bits_per_weight, exported.weight_bytes
     row = dict(zip(COLUMNS, (seed, forward, method, f"{loss:.6f}", f"{bits:.4f}", size), strict=True))
     new = not RESULTS.exists()

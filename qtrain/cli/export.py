@@ -12,6 +12,8 @@ cannot hold is refused with the reason. Each folder gets the newest good checkpo
 
 from __future__ import annotations
 
+import ctypes
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 
@@ -32,6 +34,7 @@ def main() -> None:
     parser.add_argument("--to", choices=FORMATS, required=True, help="the format")
     parser.add_argument("--out", type=Path, required=True, help="the folder to write, which must not exist")
     arguments = parser.parse_args()
+    _give_back_at_once()
     done = import_module(f"qtrain.export.{FORMATS[arguments.to]}").export(arguments.run, arguments.out)
     print(
         f"{done.folder}: step {done.step}, {done.parameters:,} parameters in {done.weight_bytes:,} bytes, "
@@ -41,3 +44,11 @@ def main() -> None:
         print(f"  {layers} layers as {kind}")
     for note in done.notes:
         print(f"note: {note}")
+
+
+def _give_back_at_once() -> None:
+    """Has glibc return the memory of a tensor when it is freed. It keeps what is below 32 MiB otherwise: of a model of
+    168M parameters, 224 of the 649 MiB that an export to compressed-tensors takes beside the libraries."""
+    threshold = -3  # M_MMAP_THRESHOLD
+    with suppress(AttributeError, OSError, TypeError):  # of other C libraries
+        ctypes.CDLL(None).mallopt(threshold, 1 << 20)

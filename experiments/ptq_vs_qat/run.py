@@ -5,7 +5,7 @@ python experiments/ptq_vs_qat/run.py --table    # the rows as the README has the
 
 Seed by seed: bfloat16's recipe (float32 where there are no units for it), each method of `qtrain quantize` on its
 weights, the same weights trained on in each recipe for a quarter of the budget (QAT, and QAD with the model itself as
-the teacher), and each recipe trained from the start at the whole budget. Bits are those of the file that
+the teacher) and at 16 bits, and each recipe trained from the start at the whole budget. Bits are those of the file that
 `qtrain export --to compressed-tensors` writes.
 """
 
@@ -44,6 +44,7 @@ FORWARDS = {
 # From the weights at 16 bits; one learning rate, not searched.
 ON = ["+experiment=finetune", "trainer.tokens=262_144", "trainer.batch_tokens=2048", "optimizer.lr=5e-4"]
 TUNED = {"QAT": [], "QAD": ["+tune=qad"]}
+SOURCE = ("16 bits", "trained")  # what is quantised
 CALIBRATION = 131_072
 COLUMNS = ("seed", "forward", "method", "val_loss", "bits_per_weight", "file_bytes")
 
@@ -64,6 +65,7 @@ def main() -> None:
         checkpoint = source.with_name(f"{source.name}-hf")
         if not checkpoint.exists():
             huggingface.export(source, checkpoint)
+        trained(seed, "16 bits", [*ON, "recipe=bf16", f"model=hf:{checkpoint}"], "trained on")
         for forward, settings in FORWARDS.items():
             for how, more in TUNED.items():
                 trained(seed, forward, [*ON, *settings, *more, f"model=hf:{checkpoint}"], how)
@@ -108,7 +110,7 @@ def done(seed: int, forward: str, method: str) -> bool:
 
 def table(found: list[dict[str, str]]) -> str:
     """Losses of each seed, and the gap to 16 bits of the same seed with its 95% interval by Student's t."""
-    base = {row["seed"]: float(row["val_loss"]) for row in found if row["forward"] == "16 bits"}
+    base = {row["seed"]: float(row["val_loss"]) for row in found if (row["forward"], row["method"]) == SOURCE}
     seeds = sorted(base)
     lines = [f"| forward | weights | bits a weight | {' | '.join(f'seed {seed}' for seed in seeds)} | gap to 16 bits |"]
     lines.append("|---|---|---|" + "---|" * (len(seeds) + 1))
@@ -116,7 +118,7 @@ def table(found: list[dict[str, str]]) -> str:
         mine = {row["seed"]: row for row in found if (row["forward"], row["method"]) == (forward, method)}
         losses = [f"{float(mine[seed]['val_loss']):.4f}" if seed in mine else "" for seed in seeds]
         gaps = [float(row["val_loss"]) - base[seed] for seed, row in mine.items()]
-        gap = "" if forward == "16 bits" else f"{statistics.fmean(gaps):+.4f}"
+        gap = "" if (forward, method) == SOURCE else f"{statistics.fmean(gaps):+.4f}"
         if gap and len(gaps) > 1:
             half = stats.t.ppf(0.975, len(gaps) - 1) * statistics.stdev(gaps) / math.sqrt(len(gaps))
             gap += f" ± {half:.4f}"

@@ -49,6 +49,9 @@ MAY_IMPORT = {
     "qtrain.models.hf": (
         "torch safetensors qtrain.models qtrain.models.base qtrain.models.hf_config qtrain.runs (huggingface_hub)"
     ),
+    "qtrain.models.gguf": (
+        "numpy torch (gguf) qtrain.config.settings qtrain.models qtrain.models.families qtrain.models.hf"
+    ),
     "qtrain.models.families": "pydantic qtrain.models.base (torch qtrain.models qtrain_kernels)",
     "qtrain.metrics": "qtrain.models qtrain.models.base",
     "qtrain.plan": ("torch rich qtrain.config qtrain.config.settings qtrain.models qtrain.metrics qtrain_kernels"),
@@ -132,13 +135,13 @@ MAY_IMPORT = {
     "qtrain.multirun": "rich qtrain.config qtrain.config.settings qtrain.runs",
     "qtrain.export": (
         "numpy torch safetensors (compressed_tensors gguf) qtrain.config qtrain.data qtrain.models qtrain.models.hf "
-        "qtrain.models.base qtrain.plan qtrain.quant qtrain.runs qtrain.training.build qtrain.training.causal_lm "
-        "qtrain.training.checkpoint qtrain.training.tune qtrain_kernels qtrain_kernels.formats "
-        "qtrain_kernels.plans"
+        "qtrain.models.base qtrain.models.gguf qtrain.plan qtrain.quant qtrain.runs qtrain.training.build "
+        "qtrain.training.causal_lm qtrain.training.checkpoint qtrain.training.tune qtrain_kernels "
+        "qtrain_kernels.formats qtrain_kernels.plans"
     ),
     "qtrain.evaluate": (
         "torch (compressed_tensors transformers) qtrain.config qtrain.config.settings qtrain.data qtrain.data.base "
-        "qtrain.data.batches qtrain.metrics qtrain.models qtrain.models.families qtrain.models.hf "
+        "qtrain.data.batches qtrain.metrics qtrain.models qtrain.models.families qtrain.models.gguf qtrain.models.hf "
         "qtrain.models.hf_config qtrain.plan qtrain.runs qtrain.training.build qtrain.training.checkpoint "
         "qtrain.training.losses"
     ),

@@ -373,7 +373,9 @@ def test_transformers_reads_a_gguf_file(runs: dict[str, Path], tmp_path: Path) -
     """Names, sizes, biases and the tokenizer, of Qwen2, whose queries and keys lie as in a checkpoint."""
     exported = ggml.export(runs["mxfp8"], tmp_path / "out")
     assert (exported.bits_per_weight, exported.kinds) == (16.0, {"BF16": 7})
-    file = str(tmp_path / "out" / "model.gguf")
+    (tmp_path / "alone").mkdir()  # the file says all, without the tokenizer.json beside it
+    (tmp_path / "out" / "model.gguf").rename(tmp_path / "alone" / "model.gguf")
+    file = str(tmp_path / "alone" / "model.gguf")
     config = transformers.AutoConfig.for_model(**load_gguf_checkpoint(file)["config"])
     theirs = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     theirs.load_state_dict(load_gguf_checkpoint(file, return_tensors=True, model_to_load=theirs)["tensors"])
@@ -383,7 +385,7 @@ def test_transformers_reads_a_gguf_file(runs: dict[str, Path], tmp_path: Path) -
     ids = prompt(runs["mxfp8"])
     torch.testing.assert_close(theirs(ids).logits, ours(ids), rtol=1e-4, atol=1e-4)
     tokenizer, own = (
-        transformers.AutoTokenizer.from_pretrained(tmp_path / "out", gguf_file="model.gguf"),
+        transformers.AutoTokenizer.from_pretrained(tmp_path / "alone", gguf_file="model.gguf"),
         load_tokenizer(runs["mxfp8"]),
     )
     text = "the cat's mat. Grüße 12! \n"

@@ -21,7 +21,8 @@ from qtrain.data.tokenizer import ByteTokenizer, tokenizer_files
 from qtrain.errors import UserError, is_installed
 from qtrain.evaluate.perplexity import losses
 from qtrain.evaluate.target import load
-from qtrain.export import compressed_tensors, huggingface
+from qtrain.export import compressed_tensors, gguf, huggingface
+from qtrain.quant.linear import quant_linears
 from qtrain.runs.directory import RunDirectory
 from qtrain.train import compose, main
 from qtrain.training.checkpoint import list_checkpoints
@@ -130,6 +131,86 @@ def test_an_exported_run_has_the_loss_of_the_run(of_bytes: RunDirectory, folder:
     tokens = torch.arange(32)[None]
     with torch.no_grad():
         torch.testing.assert_close(target.model(tokens), model(tokens).logits, rtol=1e-4, atol=1e-4)
+
+
+def as_gguf(folder: Path, recipe: str, *settings: str) -> tuple[RunDirectory, Path]:
+    pytest.importorskip("gguf", reason="the extra export is not installed")
+    run, out = train(folder, recipe, *settings), folder / f"{recipe}-gguf"
+    gguf.export(run.path, out)
+    return run, out
+
+
+@pytest.fixture(scope="module")
+def in_bfloat16(folder: Path) -> tuple[RunDirectory, Path]:
+    return as_gguf(folder, "bf16", "tokenizer=bpe", "tokenizer.vocab_size=280")
+
+
+@pytest.fixture(scope="module")
+def under_scales(folder: Path) -> tuple[RunDirectory, Path]:
+    """Codes under a scale of each matrix, interleaved biases, other rotary positions, tied embeddings."""
+    sizes = ("dim=256", "ffn_dim=256", "tie_embeddings=true", "qkv_bias=true", "o_bias=true", "rope_theta=1000")
+    scaling = "{factor:8,low_freq_factor:1,high_freq_factor:4,original_seq_len:64}"
+    return as_gguf(folder, "trilm", *(f"model.{size}" for size in sizes), f"model.rope_scaling={scaling}")
+
+
+@pytest.mark.parametrize("which", ["in_bfloat16", "under_scales"])
+def test_a_gguf_file_has_the_loss_of_the_weights_that_went_out(which: str, request: pytest.FixtureRequest) -> None:
+    """Those that nothing quantises went out in bfloat16."""
+    run, out = request.getfixturevalue(which)
+    target = load(run.path)
+    quantised = {f"{layer.name}.weight" for layer in quant_linears(target.model)}
+    with torch.no_grad():
+        for name, value in target.model.named_parameters():
+            if name not in quantised:
+                value.copy_(value.bfloat16())
+            assert value.ndim > 1 or value.unique().numel() > 1, name  # a bias of zeros would be in any order
+    wanted = losses(target)[""].loss
+    assert told(out, "--like", run.path)["all"]["loss"] == pytest.approx(wanted, rel=1e-6)
+    names = {tensor.name for tensor in sys.modules["gguf"].GGUFReader(out / "model.gguf").tensors}
+    assert ("blk.0.attn_q.scale" in names) == ("rope_freqs.weight" in names) == (which == "under_scales")
+
+
+def test_a_gguf_file_has_the_logits_that_transformers_reads_of_it(in_bfloat16: tuple[RunDirectory, Path]) -> None:
+    _, out = in_bfloat16
+    model = transformers.AutoModelForCausalLM.from_pretrained(out, gguf_file="model.gguf", dtype=torch.float32)
+    tokens = torch.arange(32)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(load(out).model(tokens), model(tokens).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_a_gguf_file_that_is_none_of_ours_is_told(
+    in_bfloat16: tuple[RunDirectory, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from gguf import GGUFWriter
+
+    shutil.copytree(in_bfloat16[1], tmp_path / "out")
+    file = tmp_path / "out" / "model.gguf"
+    whole = file.read_bytes()
+    for part in (0.0, 1e-4, 0.01, 0.1, 0.5, 0.99):
+        file.write_bytes(whole[: int(part * len(whole))])
+        with pytest.raises(UserError, match="it is cut short or damaged; copy it again, or export the run again"):
+            load(tmp_path / "out")
+    for architecture, key, message in (
+        ("gemma", "block_count", "of architecture 'gemma'; qtrain reads llama, qwen2, qwen3.*with llama.cpp"),
+        ("llama", "attention.a_window", "has the key llama.attention.a_window, .*export the run again"),
+        ("llama", "block_count", "lacks the key llama.attention.head_count, .*export the run again"),
+    ):
+        writer = GGUFWriter(file, architecture)
+        writer.add_uint32(f"{architecture}.{key}", 1)
+        for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
+            write()
+        writer.close()
+        with pytest.raises(UserError, match=message):
+            load(tmp_path / "out")
+    file.write_bytes(whole.replace(b"blk.0.attn_norm.weight", b"blk.0.attn_form.weight"))
+    with pytest.raises(UserError, match=r"attn_form\.weight is \(128,\), and a model .* has none; export the"):
+        load(tmp_path / "out")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"a model\.gguf needs .*gguf"):
+        load(tmp_path / "out")
+    (tmp_path / "out" / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match=r"holds a model\.gguf and no tokenizer\.json.*export the run again"):
+        load(tmp_path / "out")
 
 
 def test_what_cannot_be_evaluated_is_told(run: RunDirectory, folder: Path, tmp_path: Path) -> None:

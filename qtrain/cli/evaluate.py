@@ -6,7 +6,8 @@ qtrain evaluate quest-packed --like runs/quest-1a2b3c4d
 qtrain evaluate runs/quest-1a2b3c4d --tasks tasks/mine.yaml
 
 TARGET is a run directory (its newest good checkpoint), one of its checkpoints/step-*, or a Hugging Face checkpoint: a
-folder, also one that `qtrain export` wrote, or a name on the hub. Without data=, the text is what the run is validated
+folder, also one that `qtrain export` wrote, or a name on the hub; or a folder with the model.gguf of `--to gguf`, of
+which the weights are computed with in float32. Without data=, the text is what the run is validated
 on, in the same batches. Every key of the group `data` can be set; data.val_tokens says how much is read.
 """
 
@@ -29,7 +30,11 @@ if TYPE_CHECKING:
 
 def main() -> None:
     parser = command_parser("evaluate", __doc__)
-    parser.add_argument("target", metavar="TARGET", help="a run, a checkpoint, or a Hugging Face folder or name")
+    parser.add_argument(
+        "target",
+        metavar="TARGET",
+        help="a run, a checkpoint, a Hugging Face folder or name, or one with model.gguf",
+    )
     parser.add_argument("settings", nargs="*", metavar="data.KEY=VALUE", help="the text")
     parser.add_argument("--like", type=Path, metavar="RUN", help="the text that this run is validated on")
     parser.add_argument("--context", type=_count, metavar="N", help="tokens of a sequence (default: the model's)")

@@ -1,4 +1,5 @@
-"""What can be evaluated: the model and tokenizer of a run, of one of its checkpoints, or of a Hugging Face folder."""
+"""What can be evaluated: the model and tokenizer of a run, of one of its checkpoints, of a Hugging Face folder, or of a
+GGUF file."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ from qtrain.config import Config, TokenizerConfig
 from qtrain.config.settings import parse
 from qtrain.data.tokenizer import Tokenizer, load_pretrained
 from qtrain.errors import UserError, need
-from qtrain.models import hf
+from qtrain.models import gguf, hf
 from qtrain.models.decoder import Decoder
 from qtrain.models.families.llama import Llama
 from qtrain.models.hf_config import CONTEXT, read_json, settings_of
@@ -48,7 +49,8 @@ class Target:
 def load(path: str | Path) -> Target:
     """A run directory (its newest good checkpoint), the folder of one of its checkpoints, or a folder or hub name of a
     Hugging Face checkpoint. A Hugging Face folder whose weights are codes (`qtrain export --to compressed-tensors`) is
-    computed by transformers, the format's own reader.
+    computed by transformers, the format's own reader. A folder with a model.gguf (`--to gguf`) is computed in float32,
+    its inputs as they are.
 
     UserError for what is none of these, and for a tokenizer with tokens beyond the vocabulary.
     """
@@ -59,11 +61,11 @@ def load(path: str | Path) -> Target:
     if (folder / "config.yaml").is_file():
         return _of_run(folder, None)
     if (folder / "model.gguf").is_file():
-        raise UserError(f"{folder} holds a model.gguf: llama.cpp evaluates it; here, evaluate its run")
+        return _checked(_of_gguf(folder))
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise UserError(
             f"{folder} holds neither a run (config.yaml) nor a Hugging Face checkpoint (config.json); name a run "
-            "directory, one of its checkpoints/step-*, or a folder with config.json"
+            "directory, one of its checkpoints/step-*, or a folder with config.json or model.gguf"
         )
     if folder.is_dir() and read_json(folder / "config.json").get("quantization_config"):
         return _checked(_of_codes(folder))
@@ -120,6 +122,19 @@ def _of_codes(folder: Path) -> Target:
     return Target(
         str(folder), _Logits(theirs).to(device), load_pretrained(named), named, config.vocab_size,
         min(config.max_position_embeddings, CONTEXT), device, "32-true",
+    )  # fmt: skip
+
+
+def _of_gguf(folder: Path) -> Target:
+    if not (folder / "tokenizer.json").is_file():
+        raise UserError(
+            f"{folder} holds a model.gguf and no tokenizer.json, by which a text is read; export the run again, or "
+            "copy tokenizer.json and tokenizer_config.json of the model beside it"
+        )
+    model, device, named = gguf.load(folder / "model.gguf"), _device("auto"), _named(str(folder))
+    return Target(
+        str(folder), model.eval().to(device), load_pretrained(named), named, model.vocab_size, model.config.seq_len,
+        device, "32-true",
     )  # fmt: skip
 
 

@@ -46,8 +46,10 @@ from qtrain.export.trained import (
 )
 from qtrain.models import hf
 from qtrain.models.base import Transformer
+from qtrain.models.gguf import ROPE_FACTORS, interleaved, interleaved_heads, names, scale_name
 from qtrain.quant.functional import Numerics
 from qtrain.quant.packed import unsettled
+from qtrain.runs.files import write_synced
 from qtrain_kernels.formats import E4M3, ELEMENTS
 from qtrain_kernels.plans import Plan
 
@@ -69,10 +71,11 @@ PRE = {_WORDS % "{1,3}": "llama-bpe", _WORDS % "": "qwen2"}
 
 
 def export(run: Path, out: Path, kind: Kind | None = None) -> Exported:
-    """Write the newest good checkpoint of a run directory into the new folder `out`, as model.gguf. kind: of the
-    quantised layers; None takes for each the first of KINDS that holds it. One tensor at a time is in memory beside
-    the file. UserError when no type, or not this one, holds what the recipe trains, with the reason; for a tokenizer
-    that llama.cpp has no name for; then nothing is written."""
+    """Write the newest good checkpoint of a run directory into the new folder `out`, as model.gguf, with the tokenizer
+    beside it, by which `qtrain evaluate` reads a text. kind: of the quantised layers; None takes for each the first of
+    KINDS that holds it. One tensor at a time is in memory beside the file. UserError when no type, or not this one,
+    holds what the recipe trains, with the reason; for a tokenizer that llama.cpp has no name for; then nothing is
+    written."""
     need("gguf", "an export to GGUF")
     trained = open_run(run)
     if kind is not None and not trained.layers:
@@ -83,6 +86,8 @@ def export(run: Path, out: Path, kind: Kind | None = None) -> Exported:
     vocabulary = _vocabulary(trained)
     with new_folder(out) as partial:
         weight_bytes, spent = _write(partial / "model.gguf", trained, kinds, vocabulary)
+        for name, text in tokenizer_files(trained.tokenizer).items():
+            write_synced(partial / name, text)
     elements = sum(layer.in_features * layer.out_features for layer in trained.layers.values())
     activations = {
         str(layer.numerics.fprop.left) for layer in trained.layers.values() if layer.numerics.fprop.left.plan
@@ -218,47 +223,35 @@ def _headed(head: np.ndarray, rest: np.ndarray, size: int) -> np.ndarray:
     return np.concatenate([head, body], axis=-1).reshape(rest.shape[0], -1)
 
 
-def interleaved(rows: np.ndarray, heads: int) -> np.ndarray:
-    """Rows of queries or keys, (heads * width, ..), in the order that llama.cpp's rotary embedding of Llama takes:
-    its pairs lie side by side, those of a Hugging Face checkpoint half a head apart."""
-    return rows.reshape(heads, 2, -1, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
-
-
 # ------------------------------------------------------------------------------------------------------------ the file
 
 
 def _write(path: Path, trained: TrainedRun, kinds: dict[str, Kind], vocabulary: dict[str, Any]) -> tuple[int, int]:
     """(bytes of all weights, those of the quantised layers), with their scales."""
     from gguf import GGMLQuantizationType, GGUFWriter
-    from gguf.constants import MODEL_ARCH, MODEL_ARCH_NAMES
-    from gguf.tensor_mapping import get_tensor_name_map
 
     model = trained.model
     architecture = hf.config_of(model, trained.vocab_size, trained.tokenizer.eos_id)["model_type"]
-    arch = next(each for each in MODEL_ARCH if MODEL_ARCH_NAMES[each] == architecture)
-    names = get_tensor_name_map(arch, model.n_layers)
+    name_of = names(architecture, model.n_layers)
     writer = GGUFWriter(path, architecture, use_temp_file=True)
     _about(writer, trained, vocabulary)
     bytes_of_all = bytes_of_codes = 0
     try:
         for name, values, kind, scale in _tensors(trained, kinds):
-            theirs = hf.their_name(name)
-            assert theirs is not None
-            there = names.get_name(theirs, try_suffixes=(".weight", ".bias"))
-            assert there is not None
-            heads = {"q": model.n_heads, "k": model.kv_heads}.get(name.split(".")[-2])
-            if architecture == "llama" and heads is not None:
+            there = name_of(name)
+            heads = interleaved_heads(architecture, model, name)
+            if heads is not None:
                 values = interleaved(values, heads)
             values = np.ascontiguousarray(values)
             writer.add_tensor(there, values, raw_dtype=GGMLQuantizationType[kind])
             spent = values.nbytes
             if scale != 1.0:
-                writer.add_tensor(there.replace(".weight", ".scale"), np.array([scale], np.float32))
+                writer.add_tensor(scale_name(there), np.array([scale], np.float32))
                 spent += 4
             bytes_of_all += spent
             bytes_of_codes += spent if name.removesuffix(".weight") in kinds else 0
         if model.rope_scaling is not None:
-            writer.add_tensor("rope_freqs.weight", rope_factors(model))
+            writer.add_tensor(ROPE_FACTORS, rope_factors(model))
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()

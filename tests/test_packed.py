@@ -94,6 +94,17 @@ def test_inputs_get_the_gradient_of_the_dequantised_weight(recipe: str) -> None:
     torch.testing.assert_close(x.grad, dy @ weight, rtol=1e-5, atol=1e-5)
 
 
+def test_a_layer_is_copied_also_after_it_multiplied_few_rows() -> None:
+    model, _ = layer_of("w4a16")
+    qtrain.pack(model)
+    layer, x = model[0], torch.randn(2, K)
+    wanted = layer(x).detach()
+    assert isinstance(layer, PackedLinear) and layer._ready is not None
+    other = copy.deepcopy(layer)
+    layer.codes.zero_()
+    assert torch.equal(other(x).detach(), wanted) and not torch.equal(layer(x).detach(), wanted)
+
+
 def test_what_has_no_codes_that_stay_is_refused_and_left_alone() -> None:
     for recipe, reason in (("mxfp4_backward", "multiplies the weights without quantising them"),):
         model, _ = layer_of(recipe)

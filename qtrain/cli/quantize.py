@@ -13,8 +13,9 @@ calibrated on the training text of the run, or on data=.
 
 With every method, outliers can stay in 16 bits beside the codes: whole input columns with their inputs (QUIK's are the
 columns of the largest inputs, LLM.int8's those with an input above 6), or single weights (SpQR's, whose rounding, or
-the scale that they force on their block, costs the most). Under gptq and its like the columns make up for the errors of
-all others. Such a run is exported as a Hugging Face checkpoint alone.
+the scale that they force on their block, costs the most). Inputs are measured as the layer gets them: under smoothquant
+and awq after the division, under quarot in the rotated stream. Under gptq and its like the columns make up for the
+errors of all others. Such a run is exported as a Hugging Face checkpoint alone.
 
 The folder is a run: `qtrain generate`, `qtrain export` and `qtrain.load_run` read it. Started again after a stop, the
 command goes on.

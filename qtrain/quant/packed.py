@@ -155,6 +155,10 @@ class PackedLinear(FixedDtypes):
         self.keys = self.keys.to(self.codes.device) if self.codes.device.type != "meta" else self.keys
         return self
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For a copy, or a pickle: without the addresses that few rows read, which are of this process and tensor."""
+        return self.__dict__ | {"_ready": None}
+
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "

@@ -428,8 +428,8 @@ def _quantize_layer(layer: QuantLinear, seen: Inputs, way: Way) -> tuple[PackedL
 
 
 def pack_layer(layer: QuantLinear, seen: Inputs, way: Way) -> PackedLinear:
-    """A layer whose weight is quantised in a way. ValueError where a method or a split does not fit it, and where its
-    outliers take 16 bits a weight or more."""
+    """A layer whose weight is quantised in a way. ValueError where a method or a split does not fit it, where a scale
+    overflows, and where its outliers take 16 bits a weight or more."""
     numerics, method, split = layer.numerics, way.weight, way.split
     rotation = Call(numerics, _keys(layer), torch.float32, None).rotation("fprop", layer.in_features)
     whole, columns = layer.weight.detach().float(), split.columns_of(seen.largest)
@@ -442,6 +442,11 @@ def pack_layer(layer: QuantLinear, seen: Inputs, way: Way) -> PackedLinear:
         outliers = sensitive(weight, moments, quantizer, split.weights, method.damping)
     codes, beside = quantize_weight(weight, moments, quantizer, method, outliers)
     kept = Outliers.of(columns, whole[:, columns], beside)
+    if not codes.dequantize(numerics.backend).isfinite().all():
+        raise ValueError(
+            f"{quantizer.spec.format} does not hold its weights, whose largest magnitude is {whole.abs().max():.3g}: a "
+            "scale overflows; take a format whose scales reach farther, or leave the layer out by recipe.skip"
+        )
     codes = codes.to(layout_of(numerics, codes.shape), numerics.backend)
     packed = PackedLinear(codes, layer.bias, numerics, layer.name, _keys(layer), outliers=kept)
     if kept is not None and (bits := 8 * kept.nbytes() / whole.numel()) >= 16:

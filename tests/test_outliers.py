@@ -225,8 +225,9 @@ def test_nothing_kept_is_no_outliers_and_what_does_not_fit_is_refused() -> None:
         Split(above=1e-3).columns_of(x.abs().amax(0))
     with pytest.raises(ValueError, match=r"126 columns and 0 elements as outliers take 17\.2 bits a weight"):
         pack_layer(layer_of("weights in rows", weight), inputs_of(x), Way(split=Split(columns=126)))
-    large = nn.Sequential(nn.Linear(K, N, bias=False))
-    large[0].weight.data.copy_(weight * 1e6)
+    linear = nn.Linear(K, N, bias=False)
+    linear.weight.data.copy_(weight * 1e6)
+    large = nn.Sequential(linear)
     convert(large, "w4a16")
     with pytest.raises(ValueError, match=r"float16 does not hold its weights, whose largest magnitude is .*e\+0"):
         pack_layer(large[0], inputs_of(x), Way())  # pyright: ignore[reportArgumentType]

@@ -235,7 +235,8 @@ def test_where_there_are_units_torch_multiplies_by_itself(monkeypatch: pytest.Mo
 
 @pytest.mark.usefixtures("no_units")
 def test_a_compiled_model_keeps_to_it() -> None:
-    """Its products are the same ones; the graph's norms add up in another order in the backward."""
+    """Its products are the same ones; the graph's norms add up in another order in the backward, which may move what is
+    rounded to bfloat16 afterwards to its neighbour."""
     model, compiled, tokens = small_llama(), small_llama(), torch.randint(61, (2, 33))
     compiled.compile(fullgraph=True, backend="aot_eager")
     logits, gradients = [], []
@@ -246,7 +247,7 @@ def test_a_compiled_model_keeps_to_it() -> None:
         gradients.append(torch.autograd.grad(loss, list(each.parameters())))
     assert torch.equal(*logits)
     for eager, other in zip(*gradients, strict=True):
-        assert (eager - other).abs().max() < 1e-3 * eager.abs().max()
+        assert (eager - other).abs().max() < 2**-7 * eager.abs().max()
 
 
 @pytest.mark.parametrize(

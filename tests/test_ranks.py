@@ -51,6 +51,7 @@ SMALL = [
     "trainer.batch_tokens=32",  # two sequences, one for each rank
     "trainer.micro_batch_size=1",
     "trainer.device=cpu",
+    "trainer.precision=32-true",  # whatever units the processor has
     "callbacks.log_every_steps=1",
     "callbacks.val_every_steps=100",
     "callbacks.checkpoint_every_steps=100",
@@ -316,7 +317,7 @@ def test_ranks_send_what_the_plan_says(trained: Path, corpus: Path, recipe: str,
 
 
 def test_micro_batches_and_clipping_on_two_ranks(corpus: Path, tmp_path: Path) -> None:
-    more = ["recipe=bf16", "trainer.precision=32-true", "trainer.batch_tokens=64", "trainer.tokens=320"]
+    more = ["recipe=bf16", "trainer.batch_tokens=64", "trainer.tokens=320"]
     session.run(compose(settings(corpus, tmp_path / "one", *more)))
     alone = weights(tmp_path / "one")
     run_dir = tmp_path / "two"
@@ -332,7 +333,7 @@ def test_micro_batches_and_clipping_on_two_ranks(corpus: Path, tmp_path: Path) -
 
 def test_two_groups_of_two_ranks_train_as_one_process(corpus: Path, tmp_path: Path) -> None:
     """Up to the order in which the gradients of four ranks are summed."""
-    more = ["recipe=bf16", "trainer.precision=32-true", "trainer.batch_tokens=64", "trainer.tokens=192"]
+    more = ["recipe=bf16", "trainer.batch_tokens=64", "trainer.tokens=192"]
     session.run(compose(settings(corpus, tmp_path / "one", *more)))
     groups = ["trainer.devices=4", "trainer.strategy=fsdp2", "trainer.sharding_groups=2"]
     ranks = Ranks(tmp_path, command, settings(corpus, tmp_path / "run", *more, *groups), ranks=4)

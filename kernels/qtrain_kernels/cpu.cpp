@@ -307,7 +307,7 @@ struct Tile {
 };
 
 // 1 or 0 by element: a byte each, or a bit each, the first in the low bits. A read of LANES elements begins at a multiple
-// of LANES, so that four bits lie in one byte.
+// of 8, or of LANES where these are four, whose bits then lie in one byte.
 struct Passes {
   const uint8_t* mask;
   bool bits;

@@ -214,3 +214,10 @@ def _micro_batches(config: Config, world_size: int) -> int:
         f"model.seq_len={config.model.seq_len} x {world_size} device{'s' if world_size > 1 else ''}; "
         f"use {same_batch}trainer.batch_tokens={nearest}"
     )
+
+
+def computes_in_high_precision(config: Config, plan: RunPlan, step: int) -> bool:
+    """Whether optimiser step `step` (from 0) lies in the last part of the run, which the recipe gives to the compute
+    dtype."""
+    after = config.recipe.high_precision_after
+    return after is not None and step >= after * plan.steps - 1e-6  # 0.28 * 25 is 7.000000000000001

@@ -56,8 +56,7 @@ from qtrain.runs.files import read_json, write_atomically
 from qtrain.runs.status import Status
 from qtrain.train import compose
 from qtrain.training import checkpoint
-from qtrain.training.losses import documents_in, evaluate
-from qtrain.training.observers.measure import validation_values
+from qtrain.training.losses import documents_in, evaluate, validation_values
 from qtrain_kernels.qtensor import QTensor
 
 

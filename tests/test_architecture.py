@@ -73,7 +73,7 @@ MAY_IMPORT = {
     "qtrain.training": "",
     "qtrain.training.world": "qtrain.config",
     "qtrain.training.stop": "",
-    "qtrain.training.losses": "torch qtrain.data.counted qtrain.models",
+    "qtrain.training.losses": "torch qtrain.data.batches qtrain.data.counted qtrain.metrics qtrain.models",
     "qtrain.training.initialize": "torch",
     "qtrain.training.activations": "torch qtrain.config.settings qtrain.quant qtrain_kernels",
     "qtrain.training.checkpoint": "torch safetensors qtrain.runs",
@@ -83,7 +83,7 @@ MAY_IMPORT = {
     ),
     "qtrain.training.build": (
         "torch qtrain.config qtrain.data qtrain.plan qtrain.models qtrain.models.hf qtrain.quant qtrain.runs "
-        "qtrain.training.causal_lm qtrain.training.checkpoint qtrain.training.initialize qtrain.training.tune "
+        "qtrain.training.checkpoint qtrain.training.initialize qtrain.training.tune "
         "qtrain_kernels"
     ),
     "qtrain.training.rows": "torch qtrain.quant",
@@ -105,9 +105,7 @@ MAY_IMPORT = {
         "torch qtrain.config qtrain.plan qtrain.quant qtrain.training.build qtrain.training.communication "
         "qtrain.training.losses"
     ),
-    "qtrain.training.trunk": (
-        "qtrain.config qtrain.plan qtrain.runs qtrain.training.causal_lm qtrain.training.checkpoint"
-    ),
+    "qtrain.training.trunk": ("qtrain.config qtrain.plan qtrain.runs qtrain.training.checkpoint"),
     "qtrain.training.observers": (
         "torch lightning (wandb) safetensors rich qtrain.config qtrain.data.batches qtrain.metrics qtrain.quant "
         "qtrain.runs qtrain.training.causal_lm qtrain.training.checkpoint qtrain.training.losses "
@@ -136,7 +134,7 @@ MAY_IMPORT = {
     "qtrain.export": (
         "numpy torch safetensors (compressed_tensors gguf) qtrain.config qtrain.data qtrain.models qtrain.models.hf "
         "qtrain.models.base qtrain.models.gguf qtrain.plan qtrain.quant qtrain.runs qtrain.training.build "
-        "qtrain.training.causal_lm qtrain.training.checkpoint qtrain.training.tune qtrain_kernels "
+        "qtrain.training.checkpoint qtrain.training.tune qtrain_kernels "
         "qtrain_kernels.formats qtrain_kernels.plans"
     ),
     "qtrain.evaluate": (
@@ -148,7 +146,7 @@ MAY_IMPORT = {
     "qtrain.post_training": (
         "torch safetensors yaml qtrain.config qtrain.config.settings qtrain.data qtrain.data.batches "
         "qtrain.data.counted qtrain.models qtrain.models.hf qtrain.plan qtrain.quant qtrain.runs qtrain.train "
-        "qtrain.training qtrain.training.losses qtrain.training.checkpoint qtrain.training.observers qtrain_kernels"
+        "qtrain.training qtrain.training.losses qtrain.training.checkpoint qtrain_kernels"
     ),
     "qtrain.studies": "",
     "qtrain.studies.chaos": "torch lightning qtrain qtrain.train qtrain.runs qtrain.config qtrain.config.settings",
@@ -405,6 +403,13 @@ def loaded_by(statement: str) -> set[str]:
 def test_importing_qtrain_costs_nothing():
     heavy = {"torch", "numpy", "lightning", "hydra", "datasets", "transformers", "wandb", "matplotlib", "pydantic"}
     assert loaded_by("import qtrain") & heavy == set()
+
+
+def test_exporting_and_quantising_need_no_trainer():
+    """Lightning takes two seconds and 200 MiB, most of it transformers and scipy."""
+    loaded = loaded_by("import qtrain.export.trained, qtrain.export.gguf, qtrain.post_training, qtrain.training.build")
+    assert "torch" in loaded
+    assert loaded & {"lightning", "transformers", "triton", "datasets"} == set()
 
 
 def test_help_and_mistakes_are_answered_without_torch():

@@ -132,6 +132,29 @@ def test_shards_are_read_and_written(tmp_path: Path, monkeypatch: pytest.MonkeyP
         assert torch.equal(before, after), name
 
 
+def test_tensors_of_any_dtype_are_written_one_by_one_and_lie_at_multiples_of_their_size(tmp_path: Path) -> None:
+    tensors = {
+        "bytes": torch.arange(3, dtype=torch.uint8),
+        "floats": torch.randn(2, 3),
+        "shape": torch.tensor([2, 3]),
+        "scale": torch.tensor(2.5, dtype=torch.bfloat16),
+        "codes": torch.ones(5).to(torch.float8_e4m3fn),
+    }
+    size = hf.write(tmp_path, {}, iter(tensors.items()))
+    assert size == 3 + 24 + 16 + 2 + 5
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+    found = load_file(tmp_path / "model.safetensors")
+    assert found.keys() == tensors.keys()
+    for name, value in tensors.items():
+        assert found[name].dtype == value.dtype
+        assert torch.equal(found[name].float(), value.float()), name
+    content = (tmp_path / "model.safetensors").read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    for name, tensor in json.loads(content[8 : 8 + length]).items():
+        if name in tensors:
+            assert (8 + length + tensor["data_offsets"][0]) % tensors[name].element_size() == 0
+
+
 def test_a_shorter_context_can_be_asked_for_and_other_sizes_not(saved: Path) -> None:
     assert imported(saved, seq_len=16).config.seq_len == 16
     with pytest.raises(UserError, match=r"lacks model.layers.2.* leave the sizes of model= to the checkpoint"):

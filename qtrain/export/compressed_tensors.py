@@ -69,8 +69,8 @@ class Scheme:
 
 def export(run: Path, out: Path) -> Exported:
     """Write the newest good checkpoint of a run directory into the new folder `out`: the codes of the quantised layers,
-    all else in bfloat16. What is written is held in memory whole, and one layer beside it. UserError when the format
-    cannot hold what the recipe trains, with the reason; then nothing is written."""
+    all else in bfloat16. One layer at a time is in memory. UserError when the format cannot hold what the recipe
+    trains, with the reason; then nothing is written."""
     need("compressed_tensors", "an export to compressed-tensors")
     trained = open_run(run)
     schemes = trained.held_by("compressed-tensors", lambda layer: scheme_of(layer.numerics, layer.in_features))

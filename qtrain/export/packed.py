@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,28 +27,30 @@ def write_packed(
     notes: tuple[str, ...],
 ) -> Exported:
     """Write a run into the new folder `out`: of each quantised layer what `pack` makes of it, by the names that follow
-    the layer's, and all else in bfloat16. config: what config.json says beside the model's settings. What is written
-    is held in memory whole, and one layer beside it. UserError for a run that quantises nothing."""
+    the layer's, and all else in bfloat16. config: what config.json says beside the model's settings. One layer at a
+    time is in memory. UserError for a run that quantises nothing."""
     theirs = hf.config_of(trained.model, trained.vocab_size, trained.tokenizer.eos_id)
     if not trained.layers:
         raise UserError(
             f"{trained.path}: recipe {trained.config.recipe.name} quantises nothing; export it as a Hugging Face "
             "checkpoint"
         )
-    tensors: dict[str, Tensor] = {}
-    for name in trained.sizes:
-        layer, place = trained.layers.get(name.removesuffix(".weight")), _theirs(name)
-        if layer is None:
-            tensors[place] = trained.weight(name).to(torch.bfloat16)
-        else:
-            tensors |= {f"{place.removesuffix('weight')}{part}": value for part, value in pack(layer).items()}
     with new_folder(out) as partial:
-        weight_bytes = hf.write(partial, {**theirs, **config}, tensors, tensors.__getitem__)
+        weight_bytes = hf.write(partial, {**theirs, **config}, _tensors(trained, pack))
         for file, text in tokenizer_files(trained.tokenizer).items():
             write_synced(partial / file, text)
         elements = {module_of(name): layer.in_features * layer.out_features for name, layer in trained.layers.items()}
         bits = _bits_per_weight(partial, elements)
     return Exported(out, trained.step, trained.parameters, weight_bytes, trained.recipe, bits, kinds, notes)
+
+
+def _tensors(trained: TrainedRun, pack: Callable[[QuantLinear], Mapping[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    for name in trained.sizes:
+        layer, place = trained.layers.get(name.removesuffix(".weight")), _theirs(name)
+        if layer is None:
+            yield place, trained.weight(name).to(torch.bfloat16)
+        else:
+            yield from ((f"{place.removesuffix('weight')}{part}", value) for part, value in pack(layer).items())
 
 
 def module_of(name: str) -> str:

@@ -25,7 +25,7 @@ from qtrain.data.tokenizer import Tokenizer
 from qtrain.errors import UserError, first_line
 from qtrain.models.base import Transformer
 from qtrain.models.decoder import Decoder
-from qtrain.plan import make_plan
+from qtrain.plan import computes_in_high_precision, make_plan
 from qtrain.quant import PackedLinear, QuantLinear
 from qtrain.quant.functional import Call, Numerics
 from qtrain.quant.linear import quant_linears
@@ -36,7 +36,6 @@ from qtrain.quant.random import key_table
 from qtrain.runs.directory import RunDirectory
 from qtrain.runs.files import sync_folder
 from qtrain.training.build import build_model, load_run, load_tokenizer
-from qtrain.training.causal_lm import computes_in_high_precision
 from qtrain.training.checkpoint import holds_codes, newest, shapes, values_of, weight, whole_number
 from qtrain.training.tune import merged
 from qtrain_kernels.formats import ELEMENTS, Element

@@ -7,8 +7,11 @@ index.
 from __future__ import annotations
 
 import json
+import math
+import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -168,25 +171,63 @@ def save(folder: Path, config: Mapping[str, Any], shapes: Mapping[str, Any], rea
     """Write a checkpoint of bfloat16 weights into an empty folder, as `write` does. shapes: of the tensors, by their
     names in a qtrain state dict; read: gives one."""
     own = {theirs: name for name in shapes if (theirs := their_name(name)) is not None}
-    sizes = {theirs: torch.empty(shapes[name], dtype=torch.bfloat16, device="meta") for theirs, name in own.items()}
-    return write(folder, config, sizes, lambda theirs: read(own[theirs]).to(torch.bfloat16))
+    return write(folder, config, ((theirs, read(name).to(torch.bfloat16)) for theirs, name in own.items()))
 
 
-def write(folder: Path, config: Mapping[str, Any], sizes: Mapping[str, Tensor], read: Callable[[str], Tensor]) -> int:
-    """Write a checkpoint into an empty folder: config.json and weights, in files of at most SHARD_BYTES, of which one
-    at a time is in memory. sizes: tensors with the shapes and dtypes of what is written, by their names there; read:
-    gives one. The bytes of the weights. UserError where the disk is full."""
-    import huggingface_hub
-
-    plan = huggingface_hub.split_torch_state_dict_into_shards(dict(sizes), max_shard_size=SHARD_BYTES)
+def write(folder: Path, config: Mapping[str, Any], tensors: Iterable[tuple[str, Tensor]]) -> int:
+    """Write a checkpoint into an empty folder: config.json, and the weights by their names there, in files of at most
+    SHARD_BYTES. One tensor at a time is in memory. The bytes of the weights. UserError where the disk is full."""
+    shards: list[dict[str, Path]] = []  # name -> the file that holds this tensor alone
+    in_all = in_shard = 0
     try:
-        for file, names in plan.filename_to_tensors.items():
-            tensors = {theirs: read(theirs).contiguous() for theirs in names}
-            safetensors.torch.save_file(tensors, folder / file, metadata={"format": "pt"})
+        for number, (name, tensor) in enumerate(tensors):
+            if not shards or in_shard + tensor.nbytes > SHARD_BYTES:
+                shards.append({})
+                in_shard = 0
+            alone = shards[-1][name] = folder / f"{number}.part"
+            safetensors.torch.save_file({name: tensor.contiguous()}, alone)
+            in_shard += tensor.nbytes
+            in_all += tensor.nbytes
+        files = [f"model-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)]
+        if len(shards) == 1:
+            files = ["model.safetensors"]
+        for file, shard in zip(files, shards, strict=True):
+            _join([*shard.values()], folder / file)
     except (OSError, safetensors.SafetensorError) as error:
         raise UserError(f"cannot write {folder}: {first_line(error)}") from error
-    if plan.is_sharded:
-        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+    if len(shards) > 1:
+        where = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
+        index = {"metadata": {"total_size": in_all}, "weight_map": where}
         write_synced(folder / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
     write_synced(folder / "config.json", json.dumps(config, indent=2) + "\n")
-    return sum(tensor.numel() * tensor.element_size() for tensor in sizes.values())
+    return in_all
+
+
+def _join(parts: Sequence[Path], path: Path) -> None:
+    """Make one safetensors file of files of one tensor each, which are removed. The format is eight bytes that say how
+    long the header is, the header as JSON, and the tensors; the package writes a file only from memory."""
+    found = []
+    for part in parts:
+        with part.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            ((name, tensor),) = json.loads(file.read(length)).items()
+        begin, end = tensor["data_offsets"]
+        found.append((end - begin, name, tensor, part))
+    # Wide elements first, as the package orders them: each tensor then begins at a multiple of its element's size.
+    found.sort(key=lambda each: (-each[0] / max(1, math.prod(each[2]["shape"])), each[1]))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    begin = 0
+    for size, name, tensor, _ in found:
+        header[name] = tensor | {"data_offsets": [begin, begin + size]}
+        begin += size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for size, _, _, part in found:
+            with part.open("rb") as source:
+                source.seek(-size, os.SEEK_END)
+                shutil.copyfileobj(source, file, 1 << 20)
+            part.unlink()
+        file.flush()
+        os.fsync(file.fileno())

@@ -7,6 +7,7 @@ import operator
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any, SupportsIndex
 from weakref import WeakSet
 
@@ -277,6 +278,7 @@ def keep_weights(model: nn.Module) -> Iterator[None]:
                 loss(model(batch)).backward()
         optimizer.step()
     """
+    _watch_optimizers()
     layers = quant_linears(model)
     _keepers.update(layers)
     for layer in layers:
@@ -289,10 +291,13 @@ def keep_weights(model: nn.Module) -> Iterator[None]:
             _keepers.discard(layer)
 
 
-@torch.compiler.disable
+@cache
+def _watch_optimizers() -> None:
+    """Have every optimiser's step drop what is kept. Not on import, of which torch.compiler takes half a second."""
+    hook: Any = torch.compiler.disable(_drop_kept)
+    register_optimizer_step_post_hook(hook)
+
+
 def _drop_kept(*_: Any) -> None:
     for layer in _keepers:
         layer.kept, layer.kept_of = [], ()
-
-
-register_optimizer_step_post_hook(_drop_kept)  # pyright: ignore[reportArgumentType]: disable's type is too wide

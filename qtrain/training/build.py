@@ -13,12 +13,11 @@ from qtrain.data.tokenizer import Tokenizer, load_kept
 from qtrain.errors import UserError
 from qtrain.models import hf
 from qtrain.models.decoder import Decoder
-from qtrain.plan import make_plan
+from qtrain.plan import computes_in_high_precision, make_plan
 from qtrain.quant import QuantLinear, Report, check_quantized_gather, convert, pack, set_high_precision
 from qtrain.quant.packed import reserve_outliers
 from qtrain.runs.directory import RunDirectory
 from qtrain.training import tune
-from qtrain.training.causal_lm import computes_in_high_precision
 from qtrain.training.checkpoint import (
     compare,
     holds_codes,

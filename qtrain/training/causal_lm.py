@@ -15,18 +15,11 @@ from torch.optim.lr_scheduler import LambdaLR
 from qtrain.config import Config
 from qtrain.data.counted import counts
 from qtrain.optim.groups import build_optimizer
-from qtrain.plan import RunPlan
+from qtrain.plan import RunPlan, computes_in_high_precision
 from qtrain.quant import calibrate, keep_weights, set_high_precision, set_step
 from qtrain.quant.adapter import set_adapter_step
 from qtrain.training.losses import distillation_loss, documents_in, inputs_and_targets, next_token_loss
 from qtrain.training.rows import Rows
-
-
-def computes_in_high_precision(config: Config, plan: RunPlan, step: int) -> bool:
-    """Whether optimiser step `step` (from 0) lies in the last part of the run, which the recipe gives to the compute
-    dtype."""
-    after = config.recipe.high_precision_after
-    return after is not None and step >= after * plan.steps - 1e-6  # 0.28 * 25 is 7.000000000000001
 
 
 class CausalLM(lightning.LightningModule):

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from qtrain.data.batches import ValidationSet
 from qtrain.data.counted import counts, ids_of
+from qtrain.errors import UserError
+from qtrain.metrics import bits_per_byte
 from qtrain.models.chunked_loss import UNCOUNTED
 
 # B sequences, T tokens, N documents
@@ -104,3 +107,23 @@ def evaluate(
             count += int(counts(tokens[:, 1:]).sum())
     model.train(training)
     return total.item(), count
+
+
+def validation_values(sets: Mapping[str, ValidationSet], sums: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """val_loss in nats per token and val_bits_per_byte of the run's own text, and of each set that has a name these
+    with its name and val_tokens: how many were predicted. sums: (summed loss, tokens) of each set."""
+    for name, (_, count) in sums.items():
+        if not count:
+            raise UserError(
+                f"no token of the validation text{name and f' {name!r}'} counts: its windows hold prompts alone; give "
+                "it more conversations, or shorter prompts"
+            )
+    losses = {name: total / count for name, (total, count) in sums.items()}
+    loss = sum(each.share * losses[name] for name, each in sets.items() if each.share)
+    bytes_per_token = sum(each.share * each.bytes_per_token for each in sets.values())
+    values: dict[str, float] = {"val_loss": loss, "val_bits_per_byte": bits_per_byte(loss, 1, bytes_per_token)}
+    for name in filter(None, sets):
+        values[f"val_loss/{name}"] = losses[name]
+        values[f"val_bits_per_byte/{name}"] = bits_per_byte(losses[name], 1, sets[name].bytes_per_token)
+        values[f"val_tokens/{name}"] = int(sums[name][1])
+    return values

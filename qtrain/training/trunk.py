@@ -17,9 +17,8 @@ from pathlib import Path
 
 from qtrain.config import Config, differences, hashed_keys
 from qtrain.errors import UserError
-from qtrain.plan import RunPlan
+from qtrain.plan import RunPlan, computes_in_high_precision
 from qtrain.runs.directory import RunDirectory
-from qtrain.training.causal_lm import computes_in_high_precision
 from qtrain.training.checkpoint import newest
 
 log = logging.getLogger("qtrain")

@@ -6,7 +6,7 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -14,11 +14,10 @@ from lightning.pytorch.loggers import Logger
 from torch import Tensor
 
 from qtrain.data.batches import ValidationSet
-from qtrain.errors import DivergedError, UserError
-from qtrain.metrics import bits_per_byte
+from qtrain.errors import DivergedError
 from qtrain.runs.directory import RunDirectory
 from qtrain.training.causal_lm import CausalLM
-from qtrain.training.losses import evaluate
+from qtrain.training.losses import evaluate, validation_values
 from qtrain.training.observers.loggers import mirrored
 from qtrain.training.observers.observer import Observer
 from qtrain.training.parallel import Ranks
@@ -163,26 +162,6 @@ class Validate(Observer):
                 which = "" if key == "val_loss" else f" ({key})"
                 raise DivergedError(f"the validation loss is {value} at step {step}{which}")
         self.recorder.write(step, values)
-
-
-def validation_values(sets: Mapping[str, ValidationSet], sums: Mapping[str, Sequence[float]]) -> dict[str, float]:
-    """val_loss in nats per token and val_bits_per_byte of the run's own text, and of each set that has a name these
-    with its name and val_tokens: how many were predicted. sums: (summed loss, tokens) of each set."""
-    for name, (_, count) in sums.items():
-        if not count:
-            raise UserError(
-                f"no token of the validation text{name and f' {name!r}'} counts: its windows hold prompts alone; give "
-                "it more conversations, or shorter prompts"
-            )
-    losses = {name: total / count for name, (total, count) in sums.items()}
-    loss = sum(each.share * losses[name] for name, each in sets.items() if each.share)
-    bytes_per_token = sum(each.share * each.bytes_per_token for each in sets.values())
-    values: dict[str, float] = {"val_loss": loss, "val_bits_per_byte": bits_per_byte(loss, 1, bytes_per_token)}
-    for name in filter(None, sets):
-        values[f"val_loss/{name}"] = losses[name]
-        values[f"val_bits_per_byte/{name}"] = bits_per_byte(losses[name], 1, sets[name].bytes_per_token)
-        values[f"val_tokens/{name}"] = int(sums[name][1])
-    return values
 
 
 def by_source(line: Line) -> dict[str, dict[str, float]]:

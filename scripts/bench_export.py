@@ -17,15 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
-import torch
-import yaml
-from bench_generation import MODELS, VOCABULARY
-
-from qtrain.data.tokenizer import ByteTokenizer, tokenizer_files
-from qtrain.models.decoder import Decoder
-from qtrain.runs.directory import RunDirectory
-from qtrain.train import compose
-from qtrain.training import checkpoint
+from bench_generation import MODELS, write_run
 
 FORMATS = ("hf", "compressed-tensors", "gguf")
 EXPORT = "from qtrain.cli.export import main; main()"
@@ -40,7 +32,7 @@ def main() -> None:
     arguments = parser.parse_args()
     print(f"{'':<20}{'file, MiB':>12}{'peak, MiB':>12}{'peak / file':>14}{'seconds':>10}", flush=True)
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-        write_run(Path(folder) / "run", MODELS[arguments.model])
+        write_run(Path(folder) / "run", MODELS[arguments.model], "w4a16")
         peak, seconds = measured("import torch")
         print(f"{'import torch':<20}{'':>12}{peak / 2**20:>12,.0f}{'':>14}{seconds:>10.1f}", flush=True)
         for format in arguments.to:
@@ -49,20 +41,6 @@ def main() -> None:
             size = sum(file.stat().st_size for file in out.iterdir())
             numbers = f"{size / 2**20:>12,.0f}{peak / 2**20:>12,.0f}{peak / size:>14.2f}{seconds:>10.1f}"
             print(f"{format:<20}{numbers}", flush=True)
-
-
-def write_run(path: Path, sizes: dict[str, int]) -> None:
-    """A run directory with a checkpoint after no step."""
-    settings = [f"model.{name}={value}" for name, value in sizes.items()]
-    config = compose(["recipe=w4a16", "model=llama_100m", *settings])
-    torch.manual_seed(0)
-    model = Decoder(config.model, VOCABULARY)
-    directory = RunDirectory(path)
-    checkpoint.save(directory.checkpoints, 0, checkpoint.tensors_of(model), {"vocab_size": VOCABULARY})
-    directory.tokenizer.mkdir()
-    for name, text in tokenizer_files(ByteTokenizer()).items():
-        (directory.tokenizer / name).write_text(text)
-    (path / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
 
 
 def measured(code: str, *arguments: str) -> tuple[int, float]:

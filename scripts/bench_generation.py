@@ -4,7 +4,9 @@ python scripts/bench_generation.py --model 1.1b --tokens 32 --rounds 3
 
 A Llama of random parameters, 134 million or 1.1 billion (TinyLlama's shape), continues a prompt of 16 tokens greedily,
 with keys and values kept: in bfloat16; with 4-bit weights in all blocks (recipe quest_weight_only) and a bfloat16 head;
-the small one in float32 too. Ratios are of one round each; the median and the range over the rounds are printed.
+the small one in float32 too. Where xllamacpp is installed, llama.cpp continues the same codes as qtrain, those of
+recipe w4a16 exported as GGUF's Q4_0. Ratios are of one round each; the median and the range over the rounds are
+printed.
 """
 
 from __future__ import annotations
@@ -12,18 +14,29 @@ from __future__ import annotations
 import argparse
 import copy
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 import qtrain
 from qtrain.config.settings import parse
+from qtrain.data.tokenizer import ByteTokenizer, tokenizer_files
+from qtrain.export import gguf
 from qtrain.models import hf
 from qtrain.models.decoder import Decoder
 from qtrain.models.families.llama import Llama
 from qtrain.models.generate import generate, round_weights
+from qtrain.runs.directory import RunDirectory
+from qtrain.train import compose
+from qtrain.training import checkpoint
+from qtrain.training.build import load_run
 
 MODELS = {
     "134m": {"dim": 768, "n_layers": 12, "n_heads": 12, "ffn_dim": 2048, "seq_len": 256},
@@ -59,6 +72,7 @@ def main() -> None:
         ("qtrain bfloat16", "transformers float32"),
         ("qtrain 4-bit weights", "transformers bfloat16"),
         ("qtrain 4-bit weights", "transformers float32"),
+        ("qtrain Q4_0", "llama.cpp Q4_0"),
     ):
         if not {ours, theirs} <= seconds.keys():
             continue
@@ -91,7 +105,45 @@ def build(name: str) -> dict[str, Callable[[int], Any]]:
     qtrain.convert(model, "quest_weight_only")
     qtrain.pack(model)
     round_weights(model)
-    return ways | {"qtrain 4-bit weights": _ours(model, True)}
+    ways["qtrain 4-bit weights"] = _ours(model, True)
+    return ways | _beside_llama_cpp(name) if find_spec("xllamacpp") else ways
+
+
+def write_run(path: Path, sizes: dict[str, int], recipe: str) -> None:
+    """A run directory with a checkpoint of random parameters, after no step."""
+    config = compose(
+        [f"recipe={recipe}", "model=llama_100m", *(f"model.{name}={value}" for name, value in sizes.items())]
+    )
+    torch.manual_seed(0)
+    model = Decoder(config.model, VOCABULARY)
+    directory = RunDirectory(path)
+    checkpoint.save(directory.checkpoints, 0, checkpoint.tensors_of(model), {"vocab_size": VOCABULARY})
+    directory.tokenizer.mkdir()
+    for name, text in tokenizer_files(ByteTokenizer()).items():
+        (directory.tokenizer / name).write_text(text)
+    (path / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+
+
+def _beside_llama_cpp(name: str) -> dict[str, Callable[[int], Any]]:
+    xllamacpp: Any = import_module("xllamacpp")
+
+    with tempfile.TemporaryDirectory() as folder:
+        run, out = Path(folder) / "run", Path(folder) / "out"
+        write_run(run, MODELS[name], "w4a16")
+        gguf.export(run, out)
+        model: Any = load_run(run).eval()
+        qtrain.pack(model)
+        round_weights(model)
+        asked = xllamacpp.CommonParams()
+        asked.model.path, asked.n_ctx, asked.n_parallel = str(out / "model.gguf"), 256, 1
+        asked.cpuparams.n_threads = asked.cpuparams_batch.n_threads = torch.get_num_threads()
+        server = xllamacpp.Server(asked)
+
+    def theirs(n_tokens: int) -> None:
+        wanted = {"prompt": PROMPT, "n_predict": n_tokens, "temperature": 0, "ignore_eos": True, "cache_prompt": False}
+        assert server.handle_completions(wanted)["usage"]["completion_tokens"] == n_tokens
+
+    return {"qtrain Q4_0": _ours(model, True), "llama.cpp Q4_0": theirs}
 
 
 def _theirs(model: Any) -> Callable[[int], Any]:

@@ -20,9 +20,9 @@ each), a number of elements (32), or a tile of rows x elements (16x16). scale: e
 minifloat under a float32 scale of the whole tensor (e4m3, ue5m3), or float32, float16 or bfloat16, with no scale above
 them.
 
-int<b>_asym, of b = 2 to 8 bits, has levels 0 to 2^b - 1. Each block has a zero point z, an integer of b bits, beside its
-float16 or bfloat16 scale: x ≈ (level - z) * scale, so codes are level - z. Sources: GPTQ, arXiv 2210.17323; AWQ, arXiv
-2306.00978; compressed-tensors' symmetric: false.
+int<b>_asym, of b = 2 to 8 bits, has levels 0 to 2^b - 1. Each block has a zero point z, an integer of b bits, beside
+its float16 or bfloat16 scale: x ≈ (level - z) * scale, so codes are level - z. Sources: GPTQ, arXiv 2210.17323; AWQ,
+arXiv 2306.00978; compressed-tensors' symmetric: false.
 """
 
 from __future__ import annotations

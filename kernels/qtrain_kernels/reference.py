@@ -6,8 +6,8 @@ the block that shares a scale, the blocks that share an EDEN correction, or, for
 tensor, the whole contraction dim. Tiles of several rows come as blocks, one after the other.
 
 x ≈ codes * block_scale * tensor_scale. `tensor_scale` sees whole rows or tensors, `encode` one span at a time. Codes
-are levels of the element, less the zero point of their block where there is one. Exponents are read from the bits of a float32, never from log2, and every sum that decides a scale is `tree_sum`, so
-that compiled code can agree bit for bit.
+are levels of the element, less the zero point of their block where there is one. Exponents are read from the bits of a
+float32, never from log2, and every sum that decides a scale is `tree_sum`, so that compiled code can agree bit for bit.
 
 NaN and infinity stay visible: either one in a block (or row, or, with a tensor scale, tensor) makes all of it NaN.
 """
@@ -390,7 +390,8 @@ def encode(
     x: (outer, span, inner), before the rotation; scale: its tensor_scale, () or (outer, 1, inner); key: (2,) int32 for
     a rounding that draws.
     Returns codes float32, (outer, span, inner), on the element's grid, less the zero point of their block where it has
-    one; block_scale (outer * span / block, 1, inner) or None; mask uint8 (1 passes the gradient) or None. ValueError for a rule, rounding, mask or sparsity that is unknown.
+    one; block_scale (outer * span / block, 1, inner) or None; mask uint8 (1 passes the gradient) or None. ValueError
+    for a rule, rounding, mask or sparsity that is unknown.
     """
     KNOWS.check(plan)
     x, rounding = rotate(x, rotation), plan.rounding_mode

@@ -10,8 +10,9 @@
 The last two fold what the others cannot hold: a scale of the row is multiplied into powers of two of its blocks, which
 changes no bit, and a grid whose codes are multiples of one step becomes whole numbers. Scales in float16 and bfloat16
 stay so in pack-quantized, where codes are whole numbers themselves; zero points go there too (symmetric: false). A
-reader multiplies codes in the dtype in which it has the scales. config.json asks for float32, in which weights are exact; in 16 bits they are rounded once. A rotation
-of the inputs is said in transform_config. Source: compressed-tensors 0.20, its compressors and transforms.
+reader multiplies codes in the dtype in which it has the scales. config.json asks for float32, in which weights are
+exact; in 16 bits they are rounded once. A rotation of the inputs is said in transform_config. Source:
+compressed-tensors 0.20, its compressors and transforms.
 """
 
 # N out features, K in features

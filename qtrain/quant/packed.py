@@ -31,9 +31,9 @@ class PackedLinear(FixedDtypes):
 
     x (..., K) -> (..., N) in the autocast dtype, or x's own without autocast. The tensors of the weight's QTensor
     (codes, block_scale, tensor_scale, zero_point) are buffers: the state dict has those of its format, packed to the
-    bits of the format where it has such. The inputs are rotated and quantised as the recipe says. Their gradient is that
-    of the dequantised weight in the compute dtype, straight through their quantiser; the weight has none. A weight of
-    which parts stay in 16 bits has them in `outliers`.
+    bits of the format where it has such. The inputs are rotated and quantised as the recipe says. Their gradient is
+    that of the dequantised weight in the compute dtype, straight through their quantiser; the weight has none. A weight
+    of which parts stay in 16 bits has them in `outliers`.
 
     On a CPU, at most 8 rows of inputs multiply the weight in its bits (`qtrain_kernels.few_rows`), unless the backend
     is the reference. Where both sides are integers without block scales, sums are exact and the same. Where the recipe

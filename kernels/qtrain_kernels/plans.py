@@ -151,7 +151,8 @@ SCALE_RULES: dict[str, dict[ScaleKind, Row]] = {
     "four_over_six": {
         "minifloat": lambda e, scale: _two_levels(e.max, _reduced(scale), candidates=(6 / 4,), fitted_to="e2m1")
     },
-    "minmax": _of_floats(lambda e, _: ScaleRule("range", divisor=e.max)),
+    # the range of a block over all levels but one: the scales that lie beside a zero point
+    "minmax": dict.fromkeys(("float16", "bfloat16"), lambda e, _: ScaleRule("range", divisor=e.max)),
     "absmean": {"float32": lambda *_: ScaleRule("absmean", bias=ABSMEAN_EPS, of_lines=True)},
     "sawb": {
         "float32": lambda e, _: ScaleRule(

@@ -54,6 +54,8 @@ TRANSFORM = (
     "(compressed_tensors.transform.apply_transform_config; transformers alone does not)"
 )
 
+ZERO_POINTS = "transformers 5.23 with compressed-tensors 0.20 does not load zero points beside packed codes"
+
 
 @dataclass(frozen=True)
 class Scheme:
@@ -83,6 +85,7 @@ def export(run: Path, out: Path) -> Exported:
     notes = {scheme.note for scheme in schemes.values()} | {
         TRANSFORM for s in schemes.values() if s.rotation is not None
     }
+    notes |= {ZERO_POINTS for scheme in schemes.values() if not scheme.weights["symmetric"]}
     return write_packed(
         trained,
         out,

@@ -3,8 +3,8 @@
 //
 // few_rows.py writes WIDTH (bits of a code), BLOCK (elements that share a scale, 0: none), SCALE_BITS (the type of a
 // scale's bits) and ZERO_POINT (whether each block has one) before it. A zero point is subtracted from the levels of its
-// block while these are whole numbers, so nothing is rounded for it. Sums are float32, in LANES lanes whatever the processor has, so that their order depends on
-// the shapes alone:
+// block while these are whole numbers, so nothing is rounded for it. Sums are float32, in LANES lanes whatever the
+// processor has, so that their order depends on the shapes alone:
 // 1. The K elements of a line are taken in chunks of 16 bytes. Lane l of half h adds the elements 8 h + l of each of the
 //    FIELDS codes of a byte, the first in the low bits first.
 // 2. A half's sum over a run (a block, or four chunks where there are none) is multiplied by its block scale and added to
@@ -115,8 +115,8 @@ inline Wide widen(vc v) {
 
 // The zero points of block `at` of a line, and of the block of its second half, at each byte of a chunk.
 inline vc zero_points(const uint8_t* line, int64_t at) {
-  const auto one = [=](int64_t at) -> uint64_t {
-    return (line[at / FIELDS] >> (at % FIELDS * WIDTH) & ((1 << WIDTH) - 1)) * 0x0101010101010101ull;
+  const auto one = [=](int64_t block) -> uint64_t {
+    return (line[block / FIELDS] >> (block % FIELDS * WIDTH) & ((1 << WIDTH) - 1)) * 0x0101010101010101ull;
   };
   typedef uint64_t v2 __attribute__((vector_size(16)));
   return (vc)v2{one(at), one(at + SPLIT)};
@@ -131,9 +131,9 @@ void reorder(const float* x, int64_t size, float* out) {
 
 }  // namespace
 
-// codes (N, K WIDTH / 8); scales (N, K / BLOCK), each a place in table; zeros: zero points, WIDTH bits each, every line's
-// in bytes of its own; levels (16): of a code, in units of `unit`;
-// line: a scale for each of the N lines, or one (apart 0), or null; x (ROWS, K); out (ROWS, N).
+// codes (N, K WIDTH / 8); scales (N, K / BLOCK), each a place in table; zeros: zero points, WIDTH bits each, every
+// line's in bytes of its own; levels (16): of a code, in units of `unit`; line: a scale for each of the N lines, or one
+// (apart 0), or null; x (ROWS, K); out (ROWS, N).
 template <int ROWS>
 void product(const uint8_t* codes, const SCALE_BITS* scales, const uint8_t* zeros, const float* table,
              const int8_t* levels, float unit, const float* line, int apart, const float* x, int64_t n, int64_t k,

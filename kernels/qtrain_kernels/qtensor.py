@@ -501,9 +501,8 @@ class QTensor:
 
     def _closed(self, target: Layout, backend: str) -> QTensor:
         """Out of a float storage or int8 in the target's."""
-        plan, layout, codes, blocks, zeros = (
-            target.plan, self.layout, self.codes, self.block_scale, self.zero_point,
-        )  # fmt: skip
+        plan, layout, codes = target.plan, self.layout, self.codes
+        blocks, zeros = self.block_scale, self.zero_point
         if target.storage in FLOATS:
             codes = self._decoded(FLOATS[target.storage], backend)
             blocks, zeros = (blocks, zeros) if target.blocks else (None, None)

@@ -499,9 +499,8 @@ def _restore(model: Decoder, name: str, path: Path) -> list[LayerError]:
         errors = json.loads(file.metadata()["errors"])
     for layer in quant_linears(model.get_submodule(name)):
         place = layer.name.removeprefix(name).removeprefix(".")
-        there = [tensors.get(f"{place}.{part}".removeprefix(".")) for part in ("codes", "block_scale", "tensor_scale")]
         layout = layout_of(layer.numerics, (layer.out_features, layer.in_features))
-        weight = QTensor.of(layout, [part for part in there if part is not None])
+        weight = QTensor.of(layout, [tensors[f"{place}.{name}".removeprefix(".")] for name in layout.names])
         _replace(model, PackedLinear(weight, layer.bias, layer.numerics, layer.name, _keys(layer)))
     reserve_outliers(model.get_submodule(name), {f"{name}.{part}": value.shape for part, value in tensors.items()})
     model.get_submodule(name).load_state_dict(tensors)

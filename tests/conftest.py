@@ -135,7 +135,8 @@ def passed_in_the_interpreter(path: str, *options: str) -> tuple[int, str]:
 def quantized(module: Any, x: Tensor, plan: Plan, dim: int = -1, **rest: Any) -> QuantizedTensor:
     """x (M, N) as codes and scales, by a backend's module; rest: rotation, key, learned."""
     layout = Layout(plan, (x.shape[0], x.shape[1]), dim, blocks=plan.block is not None)
-    return QuantizedTensor.of(QTensor(*module.quantize(x, Side(layout, **rest)), layout), "reference")
+    codes, blocks, scale, mask, *zeros = module.quantize(x, Side(layout, **rest))
+    return QuantizedTensor.of(QTensor(codes, blocks, scale, mask, layout, *zeros), "reference")
 
 
 def data_settings(**options: object) -> DataSettings:

@@ -13,11 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import qtrain
 from qtrain.config.recipe import read_recipe
 from qtrain.errors import UserError
+from qtrain.evaluate import target
 from qtrain.models import hf
 from qtrain.models.families.llama import Llama
 from qtrain.quant import QuantLinear, recipes
@@ -92,6 +94,8 @@ MORE = [
     {"name": "w4a16", "format": "int4_sym/128/bfloat16"},
     {"name": "w4a16", "format": "int8_sym/32/float16"},
     {"name": "w4a16", "format": "int4/32/float16"},  # halves: its scales are float32 there
+    {"name": "w4a16_asym", "format": "int3_asym/32/float16"},
+    {"name": "w4a16_asym", "format": "int8_asym/64/bfloat16"},
 ]
 
 
@@ -141,6 +145,29 @@ def test_scales_of_groups_keep_their_dtype(format: str, dtype: torch.dtype) -> N
     assert torch.equal(state["weight_scale"], scale)
     unpacked = unpack_from_int32(state["weight_packed"], 4 if largest == 7 else 8, torch.Size((N, K)))
     assert np.array_equal(unpacked.numpy(), np.clip(codes, -largest, largest).reshape(N, K))
+
+
+@pytest.mark.parametrize("format", ["int4_asym/128/bfloat16", "int2_asym/32/float16"])
+def test_zero_points_go_out_as_the_library_has_them(format: str) -> None:
+    """Levels, scales and zero points by numpy, of the master weight; the library's levels are 2^(bits - 1) lower."""
+    layer = layer_of({"name": "w4a16_asym", "format": format})
+    layer.weight.data += 0.01
+    scheme = packed.scheme_of(layer.numerics, K)
+    state = packed.pack(codes_of(layer, layer.weight.detach()), scheme)
+    bits, size, kind = (4, 128, torch.bfloat16) if "int4" in format else (2, 32, torch.float16)
+    wanted = {"num_bits": bits, "symmetric": False, "strategy": "group", "group_size": size, "type": "int"}
+    assert scheme.weights == wanted
+    blocks = layer.weight.detach().view(N, -1, size).double().numpy()
+    low, high = np.minimum(blocks.min(2), 0), np.maximum(blocks.max(2), 0)
+    scale = torch.from_numpy((high - low) / (2**bits - 1)).float().to(kind)
+    step = np.where(scale == 0, 1.0, scale.double())
+    zero = np.clip(np.rint(-low / step), 0, 2**bits - 1)
+    levels = np.clip(np.rint(blocks / step[:, :, None] + zero[:, :, None]), 0, 2**bits - 1)
+    assert torch.equal(state["weight_scale"], scale)
+    read = unpack_from_int32(state["weight_zero_point"], bits, torch.Size(scale.shape), packed_dim=0)
+    assert np.array_equal(read.numpy() + 2 ** (bits - 1), zero) and len(np.unique(zero)) > 2
+    read = unpack_from_int32(state["weight_packed"], bits, torch.Size((N, K)))
+    assert np.array_equal(read.numpy() + 2 ** (bits - 1), levels.reshape(N, K))
 
 
 @pytest.mark.parametrize("recipe", ["quartet_ii", "quartet", "mxfp8"])
@@ -239,12 +266,15 @@ def train(folder: Path, recipe: str, setting: str | None) -> Path:
     return folder / recipe
 
 
+RUNS = ("quest", "quartet_ii", "mxfp8", "w4a16", "w4a16_asym")
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("runs")
     (folder / "a.txt").write_text("the cat sat on the mat. " * 400)
     of_qwen2 = {"mxfp8": "model.qkv_bias=true"}
-    return {recipe: train(folder, recipe, of_qwen2.get(recipe)) for recipe in ("quest", "quartet_ii", "mxfp8", "w4a16")}
+    return {recipe: train(folder, recipe, of_qwen2.get(recipe)) for recipe in RUNS}
 
 
 def reference(run: Path) -> nn.Module:
@@ -296,6 +326,34 @@ def test_transformers_continues_a_packed_checkpoint_as_trained(
         apply_transform_config(theirs, TransformConfig.model_validate(transform))
     ours = reference(runs[recipe])
     torch.testing.assert_close(theirs(ids).logits.float(), ours(ids), rtol=bound, atol=bound)
+    assert continued(lambda tokens: theirs(tokens).logits, ids) == continued(ours, ids)
+
+
+@torch.no_grad()
+def test_a_checkpoint_with_zero_points_holds_the_trained_model(runs: dict[str, Path], tmp_path: Path) -> None:
+    """Read by the package's own decompressor, layer by layer, into transformers' model, whose logits are ours.
+    transformers 5.23 with compressed-tensors 0.20 expects unpacked zero points in the file, and does not load it."""
+    exported = packed.export(runs["w4a16_asym"], tmp_path / "out")
+    assert exported.bits_per_weight == pytest.approx(4 + (16 + 4) / 128 + 8 * 16 * 7 / (6 * 256 * 256), rel=1e-9)
+    assert any("does not load zero points" in note for note in exported.notes)
+    with pytest.raises(UserError, match="holds zero points, which transformers does not load"):
+        target.load(str(tmp_path / "out"))
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    (group,) = config.pop("quantization_config")["config_groups"].values()
+    scheme = QuantizationScheme(targets=["Linear"], weights=QuantizationArgs(**group["weights"]))
+    state, layers = load_file(tmp_path / "out" / "model.safetensors"), {}
+    for name in [name for name in state if name.endswith("weight_packed")]:
+        module = name.removesuffix("weight_packed")
+        layers[module] = {part.removeprefix(module): state.pop(part) for part in [*state] if part.startswith(module)}
+    reader = BaseCompressor.get_value_from_registry(group["format"])
+    for module, parts in layers.items():
+        parts["weight_scale"] = parts["weight_scale"].float()  # in whose dtype it multiplies
+        state[f"{module}weight"] = reader.decompress(parts, scheme)["weight"]
+    theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig.from_dict(config)).float().eval()
+    theirs.load_state_dict(state, strict=False)
+    ids, ours = prompt(runs["w4a16_asym"]), reference(runs["w4a16_asym"])
+    assert len(layers) == 7
+    torch.testing.assert_close(theirs(ids).logits, ours(ids), rtol=1e-4, atol=1e-4)
     assert continued(lambda tokens: theirs(tokens).logits, ids) == continued(ours, ids)
 
 
@@ -443,10 +501,12 @@ def test_what_a_format_cannot_hold_is_named_and_nothing_is_written(runs: dict[st
     assert RunDirectory(run).read_config().recipe.name == "mxfp8"
 
 
-def test_bfloat16_scales_have_no_place_in_gguf() -> None:
+def test_bfloat16_scales_and_zero_points_have_no_place_in_gguf() -> None:
     numerics = layer_of({"name": "w4a16", "format": "int4_sym/32/bfloat16"}).numerics
     with pytest.raises(ValueError, match="it has bfloat16 scales of blocks, and those of the format are float16"):
         ggml.kind_of(numerics, K)
+    with pytest.raises(ValueError, match="it has zero points, and Q4_1 has a block's smallest value in float16"):
+        ggml.kind_of(layer_of({"name": "w4a16_asym", "format": "int4_asym/32/float16"}).numerics, K)
     small = layer_of({"name": "w4a16", "format": "int4_sym/16/float16"}).numerics
     with pytest.raises(ValueError, match=r"Q4_0 holds whole numbers of 4 bits .* float16 scales of multiples of 32"):
         ggml.kind_of(small, K)

@@ -33,6 +33,8 @@ RECIPES: dict[str, Any] = {
     "float16 scales": weight_only("int4_sym/32/float16"),
     "bfloat16 scales": weight_only("int2_sym/128/bfloat16"),
     "float16 scales of half a chunk": weight_only("int4_sym/16/float16"),
+    "zero points": "w4a16_asym",
+    "zero points of half a chunk": weight_only("int2_asym/32/float16"),
 }
 
 

@@ -38,6 +38,21 @@ def test_levels_are_the_formats_bit_patterns(name: str) -> None:
     assert list(get_format(name).element.levels()) == GRIDS[name]
 
 
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_levels_beside_a_zero_point_are_b_bits(bits: int) -> None:
+    fmt = get_format(f"int{bits}_asym/128/bfloat16")
+    assert fmt.element.levels() == tuple(range(2**bits)) and fmt.element.bits == bits
+    assert fmt.default_scale == "minmax"
+    with pytest.raises(ValueError, match=rf"did you mean 'int{bits}_asym/128/bfloat16'\?"):
+        get_format(f"int{bits}_asym")
+
+
+@pytest.mark.parametrize("form", ["row/float32", "128/float32", "32/e8m0", "16/e4m3", "16x16/float16"])
+def test_a_zero_point_lies_beside_a_scale_of_16_bits(form: str) -> None:
+    with pytest.raises(ValueError, match=r"a zero point lies beside .*; write int4_asym/128/bfloat16"):
+        get_format(f"int4_asym/{form}")
+
+
 def test_every_named_format_is_checked_here() -> None:
     assert set(FORMATS) <= set(GRIDS)
 
@@ -90,6 +105,7 @@ def test_unknown_names_raise_with_the_nearest() -> None:
 
 @pytest.mark.parametrize(("name", "rule"), [
     ("mxfp4", "absmax"), ("int4", "floor"), ("fp6_e3m2", "gaussian"), ("nvfp4", "std"), ("mxfp8_e4m3", "std"),
+    ("int4_sym/32/float16", "minmax"), ("int4_asym/32/float16", "absmax"), ("int4_asym/32/float16", "gaussian"),
 ])  # fmt: skip
 def test_a_rule_that_the_format_lacks_raises(name: str, rule: str) -> None:
     with pytest.raises(ValueError, match=rule):

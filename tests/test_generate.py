@@ -54,6 +54,7 @@ def test_each_of_several_prompts_goes_on_as_alone(temperature: float) -> None:
         ("int4", 4 + 32 / 64, 1 / 15),
         ("mxfp4", 4 + 8 / 32, 0.26),
         ("int4_sym/32/float16", 4 + 16 / 32, 1 / 14),
+        ("int4_asym/64/bfloat16", 4 + (16 + 8) / 64, 1 / 14),  # a zero point in a byte of its own
     ],
 )
 def test_a_cache_takes_the_bits_of_its_format(name: str, bits: float, error: float) -> None:

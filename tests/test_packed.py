@@ -29,6 +29,7 @@ BITS: dict[str, tuple[Any, float]] = {
     "mxfp8": ("mxfp8", 8 + 8 / 32),
     "float16 scales": (weight_only("int4_sym/32/float16"), 4 + 16 / 32),
     "bfloat16 scales": (weight_only("int8/64/bfloat16"), 8 + 16 / 64),
+    "zero points": ("w4a16_asym", 4 + (16 + 4) / 128),
     "trilm": ("trilm", 2 + 32 / (N * K)),
     "nvidia_nvfp4": (
         "nvidia_nvfp4",

@@ -20,6 +20,7 @@ FORMATS = {
     "int4_sym": {"format": "int4_sym"},
     "int4_sym in groups": {"format": "int4_sym/32/float32"},
     "int4_sym under float16": {"format": "int4_sym/32/float16"},
+    "int4 with zero points": {"format": "int4_asym/32/bfloat16"},
     "int4, no zero": {"format": "int4"},
     "mxfp4": {"format": "mxfp4", "scale": "floor_three_quarters"},
     "nvfp4": {"format": "nvfp4"},
@@ -50,14 +51,21 @@ def hessian_of(x: Tensor) -> Tensor:
     return found.mean()
 
 
-def textbook(weight: Tensor, hessian: Tensor, scale: Tensor, levels: Tensor, order: Tensor) -> Tensor:
+def zeros_of(weight: Tensor, scale: Tensor, size: int, shrunk: float = 1.0) -> Tensor:
+    """The zero points, float64, of each element of a weight (N, K) whose blocks have 4 bits: the smallest value of a
+    block, at most 0 and shrunk, lies on level 0 as nearly as whole numbers can. scale: (N, K)."""
+    smallest = weight.double().view(len(weight), -1, size).amin(2).clamp_max(0) * shrunk
+    return (-smallest.repeat_interleave(size, 1) / scale.double()).round().clamp(0, 15)
+
+
+def textbook(weight: Tensor, hessian: Tensor, scale: Tensor, levels: Tensor, order: Tensor, zero: Tensor) -> Tensor:
     """Optimal brain quantisation of every row in one order, float64: after each column, the dense inverse loses its
-    row and column by Gaussian elimination. Ties go to either neighbour."""
+    row and column by Gaussian elimination. Codes are levels less the zero (N, K). Ties go to either neighbour."""
     w, inverse = weight.double().clone(), torch.linalg.inv(hessian.double())
     codes = torch.zeros_like(w)
     for place, j in enumerate(order.tolist()):
-        u = w[:, j] / scale[:, j].double()
-        codes[:, j] = levels[(u[:, None] - levels).abs().argmin(1)]
+        u = w[:, j] / scale[:, j].double() + zero[:, j]
+        codes[:, j] = levels[(u[:, None] - levels).abs().argmin(1)] - zero[:, j]
         error = (w[:, j] - codes[:, j] * scale[:, j].double()) / inverse[j, j]
         rest = order[place + 1 :]
         w[:, rest] -= error[:, None] * inverse[j, rest]
@@ -89,7 +97,8 @@ def test_codes_are_those_of_the_textbook(spec: dict[str, Any], order: Any) -> No
     scale = scales.of_columns(0, K).expand(N, K)
     assert side.plan is not None
     levels = torch.tensor(side.plan.element.levels(), dtype=torch.float64)
-    wanted = textbook(alive, damped, scale, levels, columns)
+    zero = zeros_of(weight, scale, 32) if side.plan.element.zero_point else torch.zeros(N, K)
+    wanted = textbook(alive, damped, scale, levels, columns, zero)
     differing = (found.double() != wanted).float().mean().item()
     assert differing < 2e-3, f"{differing:.2%}: a value next to a tie rounds otherwise in float32, and moves its row"
     assert len(found.unique()) > 8
@@ -160,6 +169,41 @@ def test_a_search_finds_the_best_of_its_scales(name: str) -> None:
             tried = (first.block * factor).half().double().repeat_interleave(size, 1)
         usable = (tried > 0).view(N, -1, size).all(2)
         assert (found[usable] <= error(tried)[usable] * (1 + 1e-5)).all(), part
+
+
+def test_a_search_moves_both_ends_of_a_range() -> None:
+    """The rule against float64, then the search against each of its candidates: the smallest and the largest value
+    shrunk alike, scales in bfloat16, zero points of what is shrunk."""
+    weight, _ = correlated()
+    weight += 0.02
+    weight[3, :32], weight[4] = 0.05, weight[4].abs()
+    side = quantizer(FORMATS["int4 with zero points"])
+    first, best = scales_of(weight, side), scales_of(weight, side, steps=20)
+    blocks = weight.double().view(N, -1, 32)
+    span = blocks.amax(2).clamp_min(0) - blocks.amin(2).clamp_max(0)
+    assert torch.equal(first.block, (span / 15).bfloat16().float())
+
+    def of(scales: Any) -> Tensor:
+        return scales.of_columns(0, K).double()
+
+    def error(scale: Tensor, zero: Tensor) -> Tensor:
+        values = ((weight.double() / scale + zero).round().clamp(0, 15) - zero) * scale
+        return ((values - weight).abs() ** 2.4).view(N, -1, 32).sum(2)
+
+    assert torch.equal(first.zero_points_of_columns().double(), zeros_of(weight, of(first), 32))
+    found = error(of(best), best.zero_points_of_columns().double())
+    assert (found < error(of(first), first.zero_points_of_columns().double())).float().mean() > 0.3
+    for part in range(20):
+        factor = 1 - 0.8 * part / 20
+        scale = (first.block * factor).bfloat16().double().repeat_interleave(32, 1)
+        assert (found <= error(scale, zeros_of(weight, scale, 32, factor)) * (1 + 1e-5)).all(), part
+    codes = quantize_weight(weight, torch.eye(K), side, Method(search=20))[0]
+    assert torch.equal(codes.zero_point.repeat_interleave(32, 1), best.zero_points_of_columns().to(torch.uint8))
+    values = (
+        (weight / of(best) + best.zero_points_of_columns()).round().clamp(0, 15)
+        - codes.zero_point.repeat_interleave(32, 1)
+    ) * of(best)
+    torch.testing.assert_close(codes.dequantize().double(), values, rtol=1e-6, atol=1e-9)
 
 
 def of_the_fixture() -> tuple[Tensor, Tensor]:

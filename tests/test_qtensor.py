@@ -20,7 +20,15 @@ RECIPES = Path(__file__).parents[1] / "configs/recipe"
 KEY = torch.tensor([7, -8], dtype=torch.int32)
 
 
-OTHERS = ("int8/tensor/float32", "int1", "mxint8", "mxfp6_e2m3", "mxfp8_e5m2", "e3m4/row/float32")
+OTHERS = (
+    "int8/tensor/float32",
+    "int1",
+    "mxint8",
+    "mxfp6_e2m3",
+    "mxfp8_e5m2",
+    "e3m4/row/float32",
+    "int2_asym/16/float16",
+)
 
 
 def layouts() -> dict[str, Layout]:

@@ -10,12 +10,13 @@ from oracles import quantization as oracle
 from torch import Tensor
 
 import qtrain
-from qtrain.config.recipe import QuantSpec
+from qtrain.config.recipe import QuantSpec, read_recipe
 from qtrain.config.settings import Backend
 from qtrain.errors import UserError
 from qtrain.quant.estimator import gradient_mask
 from qtrain.quant.quantizer import Quantizer, rotate, unrotate
 from qtrain.quant.rotation import hadamard
+from qtrain_kernels import dispatch, gpu
 from qtrain_kernels.formats import FORMATS, get_format
 from qtrain_kernels.gemm import TABLE, multiply
 from qtrain_kernels.plans import Mask
@@ -206,3 +207,43 @@ def test_sawb_of_nearly_equal_magnitudes_takes_the_largest() -> None:
     x = torch.where(gaussians(8, 64) > 0, 1.0, -1.0)
     for format in ("int4_sym", "int4_sym/tensor/float32"):
         torch.testing.assert_close(qtrain.fake_quantize(x, format, scale="sawb", backend="reference"), x)
+
+
+@pytest.mark.parametrize("backend", ["reference", "compiled"])
+def test_zero_points_by_hand(backend: Backend) -> None:
+    """Of blocks whose values are whole multiples of a step, above zero, below zero, around it, and none; the backends
+    alike. A NaN is kept to its block."""
+    steps = torch.tensor(
+        [[0.0, 1, 15, 7], [0, -1, -15, -7], [-4, 11, 0, 1], [0, 0, 0, 0], [2, 15, 3, 8], [0, 1, 2, 15]]
+    )
+    x = (steps * 0.25).repeat(1, 8).view(2, -1)
+    x[1, -1] = torch.nan
+    side = Quantizer.build(QuantSpec(format="int4_asym/32/float16"), backend)
+    q = side.operand(x, side.layout((2, 96), blocks=True))
+    assert q.zero_point is not None and q.zero_point.tolist() == [[0, 15, 4], [0, 0, 0]]
+    assert torch.equal(q.dequantize()[:, :64], x[:, :64]) and torch.equal(q.dequantize()[0], x[0])
+    assert q.dequantize()[1, 64:].isnan().all()
+    packed = side.operand(x, side.layout((2, 96), storage="packed"))
+    assert packed.zero_point.tolist() == [[0xF0, 4], [0, 0]]  # two in a byte, the first low
+    assert torch.equal(packed.dequantize().nan_to_num(5.0), q.dequantize().nan_to_num(5.0))
+
+
+@pytest.mark.parametrize(("place", "settings", "message"), [
+    ("x", {}, r"fprop\.x: int4_asym/32/float16 has zero points, which weights alone have; name a symmetric format"),
+    ("w", {"rounding": "stochastic"}, "take rounding nearest, estimator ste and no sparsity; got stochastic, ste and"),
+    ("w", {"estimator": "clip"}, "got nearest, clip and none"),
+    ("w", {"sparsity": "2:4"}, "got nearest, ste and 2:4"),
+    ("w", {"scale": "absmax"}, "scale 'absmax' needs codes without a zero point; for .* use minmax"),
+])  # fmt: skip
+def test_what_zero_points_do_not_go_with_is_named(place: str, settings: dict[str, Any], message: str) -> None:
+    none: dict[str, Any] = {"format": "none"}
+    fprop = {"x": none, "w": none} | {place: {"format": "int4_asym/32/float16", **settings}}
+    tree = {"name": "own", "fprop": fprop, "dgrad": {"dy": none, "w": none}, "wgrad": {"dy": none, "x": none}}
+    with pytest.raises(UserError, match=message):
+        read_recipe(tree)
+
+
+def test_triton_has_no_zero_points_and_says_so() -> None:
+    plan = Quantizer.build(QuantSpec(format="int4_asym/32/float16")).plan
+    assert gpu.missing_kernel(plan, None) == "backend 'triton' knows no codes with a zero point"
+    assert dispatch._lacks_kernel("triton", plan, None) and not dispatch._lacks_kernel("compiled", plan, None)

@@ -105,6 +105,15 @@ CASES = {
         },
         1.384,
     ),
+    "w4a16_asym": Case(
+        "w4a16_asym",
+        oracle.w4a16_asym,
+        {
+            "blocks of 64": partial(oracle.w4a16_asym, block=64),
+            "zero between levels": partial(oracle.w4a16_asym, rounded=False),
+        },
+        1.38,
+    ),
     "quest_sparse": Case("quest_sparse", four_eight, {"2:4": two_four, "dense": oracle.quest}, 5.76),
     "quest_sparse-2:4": Case(two_four_recipe, two_four, {"4:8": four_eight}, 4.54),
     "ste": Case("ste", oracle.ste, {"clip": oracle.clip}, 1.607),

@@ -89,7 +89,10 @@ def check_packed(packed: Packed, shape: Sequence[int], plan: Plan) -> None:
     found = None if packed.scales is None else packed.scales.numel()
     if expected != found:
         raise ValueError(f"{tuple(shape)} values have {expected or 'no'} block scales; got {found or 'none'}")
-    check_same_device(packed.codes, scales=packed.scales)
+    zeros = None if packed.zero_points is None else packed.zero_points.numel()
+    if zeros != (expected if plan.element.zero_point else None):
+        raise ValueError(f"{tuple(shape)} values of this plan have {expected} blocks; got {zeros or 'no'} zero points")
+    check_same_device(packed.codes, scales=packed.scales, zero_points=packed.zero_points)
 
 
 def check_fields(x: Tensor, width: int, count: int | None = None) -> None:

@@ -97,7 +97,7 @@ inline vf largest(const vf* x, int64_t n) {  // as integers: magnitudes keep the
 // -------------------------------------------------------------------------------------------------------------- grids
 
 struct Grid {
-  float max;
+  float max, min;
   bool minifloat;
   int mantissa_bits, min_exponent;
   float step, offset;
@@ -605,7 +605,7 @@ inline vi field_of(vf code) {
 inline vf code_of(vi field) {  // of the low BITS
   constexpr int places = 1 << (BITS - 1);
   if (!ELEMENT.minifloat)
-    return __builtin_convertvector(field & ((1 << WIDTH) - 1), vf) * ELEMENT.step - ELEMENT.max;
+    return __builtin_convertvector(field & ((1 << WIDTH) - 1), vf) * ELEMENT.step + ELEMENT.min;
   vi place = field & (places - 1);
 #ifndef __clang__
   if constexpr (places <= LANES) {  // looked up in a register
@@ -904,8 +904,10 @@ inline void look_up(const Values& values, const uint8_t* from, void* to) {  // 1
 
 }  // namespace
 
-// Codes of WIDTH bits, scales of a byte or two -> n values in runs of RUN, and the scale of each, where BLOCK.
-extern "C" void unpack(const uint8_t* codes, const void* scales_, int64_t n, void* values_, int threads) {
+// Codes of WIDTH bits, scales of a byte or two -> n values in runs of RUN, and the scale of each, where BLOCK. zeros: with
+// ZERO_POINT the level of zero in each run, a byte; else null.
+extern "C" void unpack(const uint8_t* codes, const void* scales_, const uint8_t* zeros, int64_t n, void* values_,
+                       int threads) {
   const ScaleBits* scales = (const ScaleBits*)scales_;
   Output* values = (Output*)values_;
   constexpr bool LISTED = BLOCK && sizeof(ScaleBits) == 1;
@@ -925,7 +927,11 @@ extern "C" void unpack(const uint8_t* codes, const void* scales_, int64_t n, voi
   for (int64_t first = LOOKED_UP ? n / 16 * 16 : 0; first < n; first += RUN) {
     const ScaleBits bits = BLOCK ? scales[first / RUN] : 0;
     const vf scale = all(LISTED ? known[bits] : BLOCK ? scale_of(bits) : 1.0f);
-    const auto value_of = [&](vi field) { return BLOCK ? code_of(field) * scale : code_of(field); };
+    const vf zero = all(ZERO_POINT ? zeros[first / RUN] : 0.0f);
+    const auto value_of = [&](vi field) {
+      const vf code = ZERO_POINT ? code_of(field) - zero : code_of(field);
+      return BLOCK ? code * scale : code;
+    };
     const uint8_t* from = codes + first * WIDTH / 8;
     Output* to = values + first;
     const int64_t count = BLOCK || n - first >= RUN ? RUN : n - first;

@@ -1,7 +1,8 @@
 """The operations of reference.py on CPU, by C++ that is compiled for one plan at its first use (cpu.cpp).
 
 The compiler is the system's (CXX, or g++), the result is kept in `qtrain_kernels.kernel_cache`. Equal to the
-reference bit for bit, rotations included; a rotation whose order is no power of two is taken from the reference.
+reference bit for bit, rotations included; a rotation whose order is no power of two is taken from the reference, and so
+are codes with a zero point, which are quantised once and unpacked often.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ NO_ELEMENT = Element(1.0)
 FLOAT16 = Element(65504.0, mantissa_bits=10, min_exponent=-14)
 KNOWS = Knows(
     "compiled",
-    statistics=("amax", "rms", "std", "absmean", "rms_absmean"),
+    statistics=("amax", "rms", "std", "absmean", "rms_absmean", "range"),
     scales=("e8m0", "minifloat", *FLOAT_SCALES),
     roundings=("nearest", "stochastic"),
     masks=("inside", "within", "error"),
@@ -162,6 +163,8 @@ def quantize(x: Tensor, side: Side, back: torch.dtype | None = None) -> list[Ten
     plan = layout.plan
     check_matrix(x, layout)
     assert plan is not None
+    if plan.element.zero_point:
+        return reference.quantize(x, side)
     if rotation is not None and (layout.rows > 1 or rotation.base is not None or rotation.size > LONGEST):
         x, rotation = rotate(layout.whole_lines(x), rotation).view(x.shape), None
     job = _job(layout, x.dtype, 0 if rotation is None else rotation.size, side.packed, back)
@@ -198,7 +201,7 @@ def fake_quantize(x: Tensor, side: Side, dtype: torch.dtype) -> Tensor:
     plan = side.layout.plan
     assert plan is not None
     at_once = side.layout.rows == 1 and (plan.span or 1) <= LONGEST and dtype in TYPES and _fits(side.rotation)
-    if plan.mask or not at_once:
+    if plan.mask or plan.element.zero_point or not at_once:
         return reference.fake_quantize_by(quantize, unrotate, x, side, dtype)
     return quantize(x, side, dtype)[0]  # pyright: ignore[reportReturnType]
 
@@ -268,8 +271,10 @@ def unpack(packed: Packed, shape: torch.Size, plan: Plan, dtype: torch.dtype) ->
     if not _packs(plan, dtype):
         return reference.unpack(packed, shape, plan, dtype)
     codes, scales = packed.codes.contiguous(), None if packed.scales is None else packed.scales.contiguous()
+    zeros = None if packed.zero_points is None else packed.zero_points.contiguous()
     values = _empty(shape, dtype)
-    _unpack_function(grids(plan), dtype)(_at(codes), _at(scales), values.numel(), _at(values), _threads(values))
+    unpack_ = _unpack_function(grids(plan), dtype)
+    unpack_(_at(codes), _at(scales), _at(zeros), values.numel(), _at(values), _threads(values))
     return values
 
 
@@ -410,7 +415,7 @@ def _line_scales_function(plan: Plan, source: torch.dtype, rotation: int) -> Cal
 
 @cache
 def _unpack_function(plan: Plan, result: torch.dtype) -> Callable[..., None]:
-    return _function("PACK", "unpack", "pplpi", _types(result, result) | _plan(plan))
+    return _function("PACK", "unpack", "ppplpi", _types(result, result) | _plan(plan))
 
 
 @cache
@@ -439,6 +444,7 @@ def _plan(plan: Plan, rule: ScaleRule | None = None) -> dict[str, object]:
     return {
         "PLAN_ELEMENT": _grid(plan.element),
         "BITS": plan.element.bits,
+        "ZERO_POINT": int(plan.element.zero_point),
         "WIDTH": field_width(plan.element),
         "SCALE_NAN": scale_nan(plan),
         "PLAN_SCALE": _grid(FLOAT16 if plan.scale_kind == "float16" else plan.scale_element or NO_ELEMENT),
@@ -468,7 +474,7 @@ def _plan(plan: Plan, rule: ScaleRule | None = None) -> dict[str, object]:
 def _grid(element: Element) -> str:
     minifloat = element.mantissa_bits is not None
     fields = (
-        _float(element.max), int(minifloat), element.mantissa_bits or 0, element.min_exponent,
+        _float(element.max), _float(element.min), int(minifloat), element.mantissa_bits or 0, element.min_exponent,
         _float(element.step), _float(element.offset),
     )  # fmt: skip
     return _list(fields)

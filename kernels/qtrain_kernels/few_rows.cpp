@@ -1,9 +1,10 @@
 // x (R, K) times the transpose of a weight (N, K) that lies in few bits, for few rows of x: each weight is read once, and
 // the memory's speed is the limit.
 //
-// few_rows.py writes WIDTH (bits of a code), BLOCK (elements that share a scale, 0: none) and SCALE_BITS (the type of a
-// scale's bits) before it. Sums are float32, in LANES lanes whatever the processor has, so that their order depends on
-// the shapes alone:
+// few_rows.py writes WIDTH (bits of a code), BLOCK (elements that share a scale, 0: none), SCALE_BITS (the type of a
+// scale's bits) and ZERO_POINT (whether each block has one) before it. A zero point is subtracted from the levels of its
+// block while these are whole numbers, so nothing is rounded for it. Sums are float32, in LANES lanes whatever the
+// processor has, so that their order depends on the shapes alone:
 // 1. The K elements of a line are taken in chunks of 16 bytes. Lane l of half h adds the elements 8 h + l of each of the
 //    FIELDS codes of a byte, the first in the low bits first.
 // 2. A half's sum over a run (a block, or four chunks where there are none) is multiplied by its block scale and added to
@@ -112,6 +113,15 @@ inline Wide widen(vc v) {
 #endif
 }
 
+// The zero points of block `at` of a line, and of the block of its second half, at each byte of a chunk.
+inline vc zero_points(const uint8_t* line, int64_t at) {
+  const auto one = [=](int64_t block) -> uint64_t {
+    return (line[block / FIELDS] >> (block % FIELDS * WIDTH) & ((1 << WIDTH) - 1)) * 0x0101010101010101ull;
+  };
+  typedef uint64_t v2 __attribute__((vector_size(16)));
+  return (vc)v2{one(at), one(at + SPLIT)};
+}
+
 // Elements of a chunk in the order in which its codes are decoded: by field, then by byte.
 void reorder(const float* x, int64_t size, float* out) {
   for (int64_t chunk = 0; chunk < size; chunk += CHUNK)
@@ -121,16 +131,18 @@ void reorder(const float* x, int64_t size, float* out) {
 
 }  // namespace
 
-// codes (N, K WIDTH / 8); scales (N, K / BLOCK), each a place in table; levels (16): of a code, in units of `unit`;
-// line: a scale for each of the N lines, or one (apart 0), or null; x (ROWS, K); out (ROWS, N).
+// codes (N, K WIDTH / 8); scales (N, K / BLOCK), each a place in table; zeros: zero points, WIDTH bits each, every
+// line's in bytes of its own; levels (16): of a code, in units of `unit`; line: a scale for each of the N lines, or one
+// (apart 0), or null; x (ROWS, K); out (ROWS, N).
 template <int ROWS>
-void product(const uint8_t* codes, const SCALE_BITS* scales, const float* table, const int8_t* levels, float unit,
-             const float* line, int apart, const float* x, int64_t n, int64_t k, float* out, int threads) {
+void product(const uint8_t* codes, const SCALE_BITS* scales, const uint8_t* zeros, const float* table,
+             const int8_t* levels, float unit, const float* line, int apart, const float* x, int64_t n, int64_t k,
+             float* out, int threads) {
   const vc grid = loaded<vc>(levels);
   std::vector<float> ordered(ROWS * k);
   for (int r = 0; r < ROWS; r++) reorder(x + r * k, k, ordered.data() + r * k);
   const float* xs = ordered.data();
-  const int64_t chunks = k / CHUNK;
+  const int64_t chunks = k / CHUNK, zero_bytes = (k / (BLOCK ? BLOCK : 1) * WIDTH + 7) / 8;
   over_lines<lines_for(ROWS)>(n, threads, [=](int64_t first, auto count) {
     constexpr int L = count;
     const uint8_t* from = codes + first * chunks * 16;
@@ -139,13 +151,17 @@ void product(const uint8_t* codes, const SCALE_BITS* scales, const float* table,
     for (int64_t chunk = 0; chunk < chunks;) {
       const int64_t end = chunk + RUN < chunks ? chunk + RUN : chunks;
       Wide part[L][ROWS] = {};
+      vc zero[L];
+      for (int l = 0; ZERO_POINT && l < L; l++)
+        zero[l] = zero_points(zeros + (first + l) * zero_bytes, chunk * CHUNK / (BLOCK ? BLOCK : 1));
       for (; chunk < end; chunk++, from += 16) {
         vp pairs[L];
         for (int l = 0; l < L; l++) pairs[l] = loaded<vp>(from + l * chunks * 16);
         for (int field = 0; field < FIELDS; field++)
           for (int l = 0; l < L; l++) {
             const vc places = (vc)(pairs[l] >> (WIDTH * field)) & (char)((1 << WIDTH) - 1);  // masks what comes from above
-            const Wide found = widen(__builtin_shuffle(grid, places));
+            const vc codes = ZERO_POINT ? __builtin_shuffle(grid, places) - zero[l] : __builtin_shuffle(grid, places);
+            const Wide found = widen(codes);
             for (int r = 0; r < ROWS; r++) add(part[l][r], found, xs + r * k + chunk * CHUNK + field * 16);
           }
       }
@@ -217,11 +233,11 @@ auto of_rows(int rows) {
 
 #ifdef CODES
 
-extern "C" void few_rows(int rows, const uint8_t* codes, const SCALE_BITS* scales, const float* table,
-                         const int8_t* levels, float unit, const float* line, int apart, const float* x, int64_t n,
-                         int64_t k, float* out, int threads) {
+extern "C" void few_rows(int rows, const uint8_t* codes, const SCALE_BITS* scales, const uint8_t* zeros,
+                         const float* table, const int8_t* levels, float unit, const float* line, int apart,
+                         const float* x, int64_t n, int64_t k, float* out, int threads) {
   of_rows(rows)(
-      codes, scales, table, levels, unit, line, apart, x, n, k, out, threads);
+      codes, scales, zeros, table, levels, unit, line, apart, x, n, k, out, threads);
 }
 
 #else

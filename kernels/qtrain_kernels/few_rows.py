@@ -76,8 +76,9 @@ class FewRows:
         line = weight.tensor_scale
         if line is None and weight.layout.constant != 1.0:
             line = torch.tensor(weight.layout.constant)
-        self._held = levels, table, line, weight.block_scale  # whose addresses the products read
-        self._weight = _at(self.codes), _at(weight.block_scale), _at(table), _at(levels), unit
+        scales, zeros = weight.block_scale, weight.zero_point
+        self._held = levels, table, line, scales, zeros  # whose addresses the products read
+        self._weight = _at(self.codes), _at(scales), _at(zeros), _at(table), _at(levels), unit
         self._line = _at(line), int(line is not None and line.ndim > 0)
         self._product = _of_codes(plan)
         self.address = weight.codes.data_ptr()
@@ -118,7 +119,7 @@ def _threads(shape: tuple[int, int]) -> int:
 
 @cache
 def _levels(plan: Plan) -> tuple[Tensor, float]:
-    """(16,) int8: the code of each bit pattern in units, and the unit."""
+    """(16,) int8: the code of each bit pattern in units, of zero point 0, and the unit."""
     element, width = plan.element, field_width(plan.element)
     patterns = torch.arange(2**width, dtype=torch.uint8)
     packed = Packed(reference.join(patterns, width), None)
@@ -148,8 +149,8 @@ def _table(plan: Plan) -> Tensor:
 def _of_codes(plan: Plan) -> Callable[..., None]:
     scale_type = "uint16_t" if plan.has_float_scales else "uint8_t"
     constants = f"#define CODES\n#define WIDTH {field_width(plan.element)}\n#define BLOCK {plan.block or 0}\n"
-    constants += f"#define SCALE_BITS {scale_type}\n"
-    return _function(constants, "ippppfpipllpi")
+    constants += f"#define SCALE_BITS {scale_type}\n#define ZERO_POINT {int(plan.element.zero_point)}\n"
+    return _function(constants, "ipppppfpipllpi")
 
 
 @cache

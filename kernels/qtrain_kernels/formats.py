@@ -7,6 +7,7 @@ written element/block/scale, and the usual ones have names:
 |---|---|---|---|
 | int1 ... int8 | int4/row/float32 | k + 1/2: 2^b codes, none of them zero (QuEST, arXiv 2502.05003) | float32 per row |
 | int2_sym ... int8_sym | int4_sym/row/float32 | integers up to ±(2^(b-1) - 1) (HALO, LUQ) | float32 per row |
+| - | int4_asym/128/bfloat16 | integers from -z to 2^b - 1 - z, a zero point z for each block | - |
 | int1.585 | int1.585/row/float32 | -1, 0, 1 | float32 per row |
 | mxfp4, mxfp6_*, mxfp8_* | e2m1/32/e8m0 | OCP Microscaling (MX) v1.0 | - |
 | mxint8 | mxint8/32/e8m0 | k / 64, OCP MX v1.0 | - |
@@ -14,9 +15,14 @@ written element/block/scale, and the usual ones have names:
 | nf4 | nf4/64/float32 | 16 quantiles of N(0, 1) between -1 and 1 (QLoRA, arXiv 2305.14314) | - |
 | fp<bits>_e<e>m<m> | e4m3/row/float32 | any minifloat up to 8 bits | float32 per row |
 
-element: e<e>m<m>, int<b>, int<b>_sym, int1.585, mxint8 or nf4. block: tensor or row (one float32 scale each), a number
-of elements (32), or a tile of rows x elements (16x16). scale: e8m0 (powers of two), an unsigned minifloat under a
-float32 scale of the whole tensor (e4m3, ue5m3), or float32, float16 or bfloat16, with no scale above them.
+element: e<e>m<m>, int<b>, int<b>_sym, int<b>_asym, int1.585, mxint8 or nf4. block: tensor or row (one float32 scale
+each), a number of elements (32), or a tile of rows x elements (16x16). scale: e8m0 (powers of two), an unsigned
+minifloat under a float32 scale of the whole tensor (e4m3, ue5m3), or float32, float16 or bfloat16, with no scale above
+them.
+
+int<b>_asym, of b = 2 to 8 bits, has levels 0 to 2^b - 1. Each block has a zero point z, an integer of b bits, beside
+its float16 or bfloat16 scale: x ≈ (level - z) * scale, so codes are level - z. Sources: GPTQ, arXiv 2210.17323; AWQ,
+arXiv 2306.00978; compressed-tensors' symmetric: false.
 """
 
 from __future__ import annotations
@@ -40,7 +46,8 @@ class Element:
     A minifloat (mantissa_bits given): steps of 2^-mantissa_bits within each power of two from min_exponent up, and the
     step of min_exponent below it (subnormals). A table: the codes themselves, ascending. A uniform grid (neither of the
     two): (k + offset) * step.
-    max: the largest code; the smallest is -max.
+    max: the largest level. min: the smallest, -max, or 0 where blocks have a zero point. A code is a level, less the
+    zero point of its block where there is one.
     gaussian: the scale that minimises E|x - q(x)|^2 over N(0, 1), in RMS of the data (QuEST's a* per code unit).
     trust: QuEST's threshold of |codes - x / scale| above which no gradient passes, in code units.
     """
@@ -53,6 +60,12 @@ class Element:
     gaussian: float | None = None
     trust: float | None = None
     table: tuple[float, ...] | None = None
+    zero_point: bool = False
+
+    @property
+    def min(self) -> float:
+        """The smallest level."""
+        return 0.0 if self.zero_point else -self.max
 
     @property
     def uniform(self) -> bool:
@@ -80,9 +93,11 @@ class Element:
 
     @cache  # noqa: B019  (frozen and few)
     def levels(self) -> tuple[float, ...]:
-        """All codes, ascending."""
+        """All levels, ascending."""
         if self.table is not None:
             return self.table
+        if self.zero_point:
+            return tuple(float(level) for level in range(int(self.max) + 1))
         if self.mantissa_bits is None:
             count = round((self.max - self.offset * self.step) / self.step)
             positive = [(k + self.offset) * self.step for k in range(count + 1)]
@@ -196,9 +211,14 @@ def _symmetric(bits: int) -> Element:
     return Element(2.0 ** (bits - 1) - 1)
 
 
+def _asymmetric(bits: int) -> Element:
+    return Element(2.0**bits - 1, zero_point=True)
+
+
 ELEMENTS: dict[str, Element] = {
     **{f"int{bits}": _centred(bits) for bits in range(1, 9)},
     **{f"int{bits}_sym": _symmetric(bits) for bits in range(2, 9)},
+    **{f"int{bits}_asym": _asymmetric(bits) for bits in range(2, 9)},
     "int1.585": TERNARY,
     "mxint8": MXINT8,
     "e2m1": MX_E2M1,
@@ -255,7 +275,13 @@ def _open_format(name: str) -> Format:
     grid = _element(element)
     if grid.offset and kind not in FLOAT_SCALES:
         raise ValueError(f"format {name!r}: {element} has no zero and {scale} neither, so zeros would not stay zeros")
-    default = {"e8m0": "floor", "minifloat": "absmax"}.get(kind, "gaussian" if grid.offset else "absmax")
+    if grid.zero_point and (kind not in ("float16", "bfloat16") or rows > 1):
+        raise ValueError(
+            f"format {name!r}: a zero point lies beside a float16 or bfloat16 scale of one row's block; write "
+            f"{element}/128/bfloat16"
+        )
+    of_floats = "minmax" if grid.zero_point else "gaussian" if grid.offset else "absmax"
+    default = {"e8m0": "floor", "minifloat": "absmax"}.get(kind, of_floats)
     return Format(name, grid, size, rows, scale, default)
 
 
@@ -304,7 +330,11 @@ def get_format(name: str) -> Format:
     raise ValueError(f"unknown format {name!r}{hint}; formats: {names}, fp<bits>_e<e>m<m>, element/block/scale")
 
 
-CALLED_OTHERWISE = {"ternary": "int1.585", "binary": "int1"}
+CALLED_OTHERWISE = {
+    "ternary": "int1.585",
+    "binary": "int1",
+    **{name: f"{name}/128/bfloat16" for name, element in ELEMENTS.items() if element.zero_point},
+}
 
 
 def _nearest(name: str) -> list[str]:

@@ -89,6 +89,8 @@ def _interpreted() -> bool:
 def missing_kernel(plan: Plan | None, rotation: int | None) -> str | None:
     """Why there is no kernel for a plan or for a rotation of this size; None if there is one."""
     sizes = {"rotation": rotation}
+    if plan is not None and plan.element.zero_point:
+        return "backend 'triton' knows no codes with a zero point"
     if plan is not None:
         sizes |= {"block": plan.block, "correction": plan.correction}
     for name, size in sizes.items():
@@ -302,7 +304,7 @@ def _work(layout: Layout, rotation: int | None, packed: bool) -> Work:
     groups = {None: 1, "2:4": 4, "4:8": 8}[plan.sparsity]
     span = max(plan.span or 1, rotation or 1, groups)
     _check_span(layout.shape, layout.dim, span)
-    codes, blocks, _, mask = layout.parts
+    codes, blocks, _, mask, _ = layout.parts
     values, bits, float8 = (None, None), (None, None), (None, None)
     if layout.flat:
         values = codes, blocks

@@ -18,7 +18,7 @@ from qtrain_kernels.formats import ELEMENTS, FLOAT_SCALES, Element, Format, Scal
 if TYPE_CHECKING:
     from torch import Tensor
 
-Statistic = Literal["amax", "rms", "std", "absmean", "rms_absmean"]
+Statistic = Literal["amax", "rms", "std", "absmean", "rms_absmean", "range"]
 RoundingName = Literal["nearest", "stochastic", "eden"]
 
 # --------------------------------------------------------------------------------------------------------------- scales
@@ -37,8 +37,10 @@ class ScaleRule:
     - e8m0: `increment` is added to the bits of magnitude / divisor as float32; of the result, the power of two at or
       below it is taken, times 2^-shift.
 
-    statistic: amax, rms, std (about the block's own mean, of the population), absmean (the mean magnitude), or
-        rms_absmean, which is gain * rms - less * absmean, and amax where that is not positive.
+    statistic: amax, rms, std (about the block's own mean, of the population), absmean (the mean magnitude),
+        rms_absmean, which is gain * rms - less * absmean, and amax where that is not positive, or range, the largest
+        value less the smallest, zero counted in. With a range the smallest value has level 0 but for rounding: the zero
+        point is -smallest / scale, rounded to nearest and kept on the grid.
     candidates: factors. The scale times each of them is tried too. The scale of least squared error of rounding to
         nearest is taken, of equal ones the earlier. Factors of an e8m0 scale are powers of two.
     headroom: x * headroom is rounded, and the tensor scale is 1 / headroom.
@@ -149,6 +151,8 @@ SCALE_RULES: dict[str, dict[ScaleKind, Row]] = {
     "four_over_six": {
         "minifloat": lambda e, scale: _two_levels(e.max, _reduced(scale), candidates=(6 / 4,), fitted_to="e2m1")
     },
+    # the range of a block over all levels but one: the scales that lie beside a zero point
+    "minmax": dict.fromkeys(("float16", "bfloat16"), lambda e, _: ScaleRule("range", divisor=e.max)),
     "absmean": {"float32": lambda *_: ScaleRule("absmean", bias=ABSMEAN_EPS, of_lines=True)},
     "sawb": {
         "float32": lambda e, _: ScaleRule(
@@ -183,6 +187,8 @@ def _misfit(fmt: Format, name: str) -> str | None:
         rule = row(fmt.element, fmt.scale_element)
     except ValueError as error:
         return str(error)
+    if (rule.statistic == "range") != fmt.element.zero_point:
+        return "needs codes without a zero point" if fmt.element.zero_point else "needs codes with a zero point"
     if rule.fitted_to and fmt.element.levels() != ELEMENTS[rule.fitted_to].levels():
         return f"is fitted to {rule.fitted_to} codes"
     if not _has_place(rule, fmt.block_size):
@@ -324,8 +330,8 @@ class Plan:
 
 @dataclass(frozen=True)
 class Knows:
-    """What a backend computes. statistics: of scale rules; scales: kinds of them; roundings: of codes;
-    tables: whether codes may be those of a table (nf4)."""
+    """What a backend computes. statistics: of scale rules, where `range` brings zero points; scales: kinds of them;
+    roundings: of codes; tables: whether codes may be those of a table (nf4)."""
 
     backend: str
     statistics: tuple[str, ...]
@@ -356,6 +362,11 @@ def _check_known(backend: Knows, plan: Plan) -> None:
         )
     if plan.element.table is not None and plan.rounding != "nearest":
         raise ValueError(f"codes of a table (nf4) are rounded to nearest; got {plan.rounding}")
+    if plan.element.zero_point and (plan.rounding != "nearest" or plan.mask or plan.sparsity):
+        raise ValueError(
+            f"codes with a zero point are rounded to nearest, without mask and sparsity; got {plan.rounding}, "
+            f"{plan.mask}, {plan.sparsity}"
+        )
     for what, name, known in asked:
         if name is not None and name not in known:
             raise ValueError(
@@ -386,10 +397,12 @@ class Packed(NamedTuple):
     codes: uint8, the elements in row-major order, `field_width` bits each, the first in a byte's low bits: sign,
     exponent and mantissa of a minifloat, else the place among the levels. scales: a block's scale each, uint8 of E8M0
     and of minifloats, float16 and bfloat16 as they are, and float32 of codes of a table; None without blocks.
+    zero_points: a block's each, uint8; None where the element has none.
     """
 
     codes: Tensor
     scales: Tensor | None
+    zero_points: Tensor | None = None
 
 
 def stored_integer(element: Element) -> tuple[float, float]:

@@ -6,7 +6,8 @@ x ≈ codes * block_scale * tensor_scale
 A Layout says how the tensors of a QTensor hold this. Its storages:
 - float32, bfloat16: codes * block_scale, exact, (M, N). What a float product takes.
 - int8: integers q, (M, N), that stand for the codes (q + offset) * unit of `reference.stored_integer`.
-- packed: the bits of the format (`reference.pack`), contraction last. Block scales are bytes (L, n / block).
+- packed: the bits of the format (`reference.pack`), contraction last. Block scales are bytes (L, n / block). The zero
+  points of a line are joined as codes are (`reference.join_lines`).
 - swizzled: packed, with the bytes of the block scales in the order of `swizzle`. What FP4 and MX units take.
 - float8: codes (L, n) in float8 with one float32 scale a line, a power of two. Codes far below the largest of their
   line are rounded; `inexact` counts them.
@@ -37,6 +38,8 @@ FLOATS: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bf
 GROUP = 128  # elements along the contraction that share a scale in float8_128
 FLOAT8 = {torch.float8_e4m3fn: E4M3, torch.float8_e5m2: E5M2}
 SWIZZLED = ("e2m1/32/e8m0", "e2m1/16/e4m3", "e4m3/32/e8m0")  # what FP4 and MX units take
+
+TENSORS = ("codes", "block_scale", "tensor_scale", "mask", "zero_point")  # of a QTensor, as `Layout.parts` has them
 
 Shape = tuple[int, ...]
 
@@ -155,14 +158,19 @@ class Layout:
         return _lacks(self.plan, self.rows, storage)
 
     def shapes(self) -> list[tuple[Shape, torch.dtype]]:
-        """(shape, dtype) of each of the tensors: codes, block scales, tensor scale, mask, without those not there."""
+        """(shape, dtype) of each of the tensors, in the order of TENSORS, without those not there."""
         return [part for part in self.parts if part is not None]
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """Those of TENSORS that are there, in the order of `shapes`."""
+        return tuple(name for name, part in zip(TENSORS, self.parts, strict=True) if part is not None)
 
     @cached_property
     def parts(self) -> tuple[tuple[Shape, torch.dtype] | None, ...]:
         """As `shapes`, with None for what is not there."""
         mask = ((-(-math.prod(self.shape) // 8),), torch.uint8) if self.plan is not None and self.plan.mask else None
-        return self._codes, self._block_scales, self._tensor_scale, mask
+        return self._codes, self._block_scales, self._tensor_scale, mask, self._zero_points
 
     @property
     def _codes(self) -> tuple[Shape, torch.dtype]:
@@ -185,6 +193,16 @@ class Layout:
             return (-(-lines // 128) * 128 * -(-blocks // 4) * 4,), torch.uint8
         turned = self.dim == -2 if self.storage in FLOATS else self.storage == "float8_128" and not self.tiled
         return ((blocks, lines) if turned else (lines, blocks)), self._packed_scales if self.packed else torch.float32
+
+    @property
+    def _zero_points(self) -> tuple[Shape, torch.dtype] | None:
+        """Where the block scales are."""
+        if self._block_scales is None or self.plan is None or not self.plan.element.zero_point:
+            return None
+        lines, blocks = self.scale_grid
+        if self.packed:
+            return (lines, -(-blocks * field_width(self.plan.element) // 8)), torch.uint8
+        return self._block_scales[0], torch.uint8
 
     @property
     def _packed_scales(self) -> torch.dtype:
@@ -305,8 +323,8 @@ class QTensor:
     """A matrix (M, N) ≈ codes * block_scale * tensor_scale * layout.constant, as layout says.
 
     tensor_scale: () or, a scale for each line, (M, 1) along dim -1 and (1, N) along dim -2, float32. mask: bits, eight
-    a byte, of (M, N) in row-major order, 1 where a gradient passes (`reference.join`). Each is None where the layout
-    has none.
+    a byte, of (M, N) in row-major order, 1 where a gradient passes (`reference.join`). zero_point: the level of zero in
+    each block, uint8, beside the block scales: codes are levels less it. Each is None where the layout has none.
     """
 
     codes: Tensor
@@ -314,11 +332,11 @@ class QTensor:
     tensor_scale: Tensor | None
     mask: Tensor | None
     layout: Layout
+    zero_point: Tensor | None = None
 
     def tensors(self) -> list[Tensor]:
         """The tensors that are there, in the order of `layout.shapes()`."""
-        parts = self.codes, self.block_scale, self.tensor_scale, self.mask
-        return [part for part in parts if part is not None]
+        return [part for part in (getattr(self, name) for name in TENSORS) if part is not None]
 
     @staticmethod
     def of(layout: Layout, tensors: Sequence[Tensor]) -> QTensor:
@@ -326,8 +344,8 @@ class QTensor:
         found = [(tuple(tensor.shape), tensor.dtype) for tensor in tensors]
         if found != layout.shapes():
             raise ValueError(f"storage {layout.storage!r} has tensors {layout.shapes()}; got {found}")
-        left = iter(tensors)
-        return QTensor(*(None if part is None else next(left) for part in layout.parts), layout)  # type: ignore
+        there = dict(zip(layout.names, tensors, strict=True))
+        return QTensor(layout=layout, **{name: there.get(name) for name in TENSORS})  # pyright: ignore
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -340,22 +358,25 @@ class QTensor:
     @property
     def t(self) -> QTensor:
         """The transpose (N, M), without a copy and without a mask."""
-        codes, blocks, scale = self.codes, self.block_scale, self.tensor_scale
+        codes, blocks, scale, zeros = self.codes, self.block_scale, self.tensor_scale, self.zero_point
         if self.layout.flat:
-            codes, blocks = codes.T, None if blocks is None else blocks.T
-        return QTensor(codes, blocks, scale.T if scale is not None and scale.ndim else scale, None, self.layout.t)
+            codes = codes.T
+            blocks, zeros = (None if part is None else part.T for part in (blocks, zeros))
+        return QTensor(
+            codes, blocks, scale.T if scale is not None and scale.ndim else scale, None, self.layout.t, zeros
+        )
 
     @property
     def unmasked(self) -> QTensor:
         """The same without a mask."""
         if self.mask is None:
             return self
-        return QTensor(self.codes, self.block_scale, self.tensor_scale, None, self.layout.unmasked)
+        return QTensor(self.codes, self.block_scale, self.tensor_scale, None, self.layout.unmasked, self.zero_point)
 
     def along(self, dim: int) -> QTensor:
         """The same codes for a product that contracts the other dim, without a mask; see `Layout.along`."""
-        blocks = self.block_scale if dim == self.layout.dim else None
-        return replace(self, block_scale=blocks, layout=self.layout.along(dim)).unmasked
+        blocks, zeros = (self.block_scale, self.zero_point) if dim == self.layout.dim else (None, None)
+        return replace(self, block_scale=blocks, zero_point=zeros, layout=self.layout.along(dim)).unmasked
 
     def passes(self, backend: str = "auto") -> Tensor | None:
         """The mask as uint8 (M, N) of 0 and 1; None without one."""
@@ -404,16 +425,19 @@ class QTensor:
 
     def _opened(self, target: Layout, backend: str) -> QTensor:
         """In a float storage or int8, with the block scales that the target needs."""
-        layout, blocks = self.layout, None
+        layout, blocks, zeros = self.layout, None, None
         if layout.flat:
             return self
         storage = target.storage if target.flat else float_storage(layout.plan, torch.bfloat16)
         if layout.size is not None and (not target.flat or target.blocks):
             assert layout.plan is not None
             blocks = reference._scales_of(self._scale_bytes(), layout.plan)
-            blocks = blocks if layout.dim == -1 else blocks.T
+            zeros = self._zeros_of_blocks()
+            if layout.dim == -2:
+                blocks, zeros = blocks.T, None if zeros is None else zeros.T
         values = self._decoded(FLOATS.get(storage, torch.int8), backend)
-        return replace(self, codes=values, block_scale=blocks, layout=layout.stored(storage, blocks is not None))
+        opened = layout.stored(storage, blocks is not None)
+        return replace(self, codes=values, block_scale=blocks, zero_point=zeros, layout=opened)
 
     def _decoded(self, dtype: torch.dtype, backend: str) -> Tensor:
         """(M, N) in dtype, without the tensor scale."""
@@ -427,7 +451,12 @@ class QTensor:
             return (codes.add_(offset) if offset else codes).mul_(unit)
         if layout.packed:
             lines, length = layout.lines
-            packed = Packed(self.codes.reshape(-1), None if layout.size is None else self._scale_bytes().reshape(-1))
+            zeros = self._zeros_of_blocks()
+            packed = Packed(
+                self.codes.reshape(-1),
+                None if layout.size is None else self._scale_bytes().reshape(-1),
+                None if zeros is None else zeros.reshape(-1),
+            )
             size = layout.size or length
             shape = torch.Size((lines * length // max(size, 1), size, 1))
             unpack = dispatch.get("unpack", backend, self.codes.device.type, plan)
@@ -444,24 +473,40 @@ class QTensor:
             return self.block_scale
         return unswizzle(self.block_scale, *self.layout.scale_grid)
 
+    def _zeros_of_blocks(self) -> Tensor | None:
+        """(L, n / block) uint8 of a packed matrix; None where its element has no zero point."""
+        if self.zero_point is None:
+            return None
+        assert self.layout.plan is not None
+        return reference.split_lines(self.zero_point, field_width(self.layout.plan.element), self.layout.scale_grid[1])
+
     def _regrouped(self, target: Layout) -> QTensor:
         """With the target's plan: a block scale for each of its rows and blocks, the values unchanged."""
-        layout, blocks = self.layout, self.block_scale
-        if blocks is not None and layout.size is not None and target.size is not None:
+        layout = self.layout
+
+        def of_each(blocks: Tensor | None) -> Tensor | None:
+            if blocks is None or layout.size is None or target.size is None:
+                return blocks
             lines = blocks if layout.dim == -1 else blocks.T
             if layout.rows != target.rows:
                 lines = lines.repeat_interleave(layout.rows, 0)[: layout.lines[0]]
             if layout.size != target.size:
                 lines = lines.repeat_interleave(layout.size // target.size, 1)
-            blocks = lines if layout.dim == -1 else lines.T
-        return replace(self, block_scale=blocks, layout=replace(layout, plan=target.plan, rows=target.rows))
+            return lines if layout.dim == -1 else lines.T
+
+        blocks, zeros = of_each(self.block_scale), of_each(self.zero_point)
+        return replace(
+            self, block_scale=blocks, zero_point=zeros, layout=replace(layout, plan=target.plan, rows=target.rows)
+        )
 
     def _closed(self, target: Layout, backend: str) -> QTensor:
         """Out of a float storage or int8 in the target's."""
-        plan, layout, codes, blocks = target.plan, self.layout, self.codes, self.block_scale
+        plan, layout, codes = target.plan, self.layout, self.codes
+        blocks, zeros = self.block_scale, self.zero_point
         if target.storage in FLOATS:
-            codes, blocks = self._decoded(FLOATS[target.storage], backend), blocks if target.blocks else None
-            return replace(self, codes=codes, block_scale=blocks, layout=target)
+            codes = self._decoded(FLOATS[target.storage], backend)
+            blocks, zeros = (blocks, zeros) if target.blocks else (None, None)
+            return replace(self, codes=codes, block_scale=blocks, zero_point=zeros, layout=target)
         assert plan is not None
         if target.storage == "int8":
             unit, offset = stored_integer(plan.element)
@@ -473,13 +518,18 @@ class QTensor:
             codes = shifted.to(target.float8_dtype, memory_format=torch.contiguous_format)
             return replace(self, codes=codes, block_scale=scale, layout=target)
         if layout.dim == -2:
-            codes, blocks = codes.T, None if blocks is None else blocks.T
+            codes = codes.T
+            blocks, zeros = (None if part is None else part.T for part in (blocks, zeros))
         spans = codes.reshape(-1, layout.size or target.lines[1], 1)
         pack = dispatch.get("pack", backend, codes.device.type, plan)
-        packed = pack(spans, None if blocks is None else blocks.reshape(-1, 1, 1), plan)
+        given = () if zeros is None else (zeros.reshape(-1),)
+        packed = pack(spans, None if blocks is None else blocks.reshape(-1, 1, 1), plan, *given)
         scales = None if packed.scales is None else packed.scales.view(target.scale_grid)
         scales = swizzle(scales) if scales is not None and target.storage == "swizzled" else scales
-        return replace(self, codes=packed.codes.view(target._codes[0]), block_scale=scales, layout=target)
+        codes = packed.codes.view(target._codes[0])
+        if zeros is not None:
+            zeros = reference.join_lines(zeros, field_width(plan.element))
+        return replace(self, codes=codes, block_scale=scales, zero_point=zeros, layout=target)
 
 
 def unquantised(x: Tensor) -> QTensor:
@@ -634,7 +684,8 @@ def quantize(
 
 def quantize_side(x: Tensor | QTensor, side: Side, backend: str) -> tuple[QTensor, QTensor | None]:
     """x (M, N) as the Side says; and, with side.packed, the same without a mask in the storage of the fewest bits.
-    A QTensor is dequantised first, within the kernel where there is one that does."""
+    A QTensor is dequantised first, within the kernel where there is one that does. ValueError for side.packed where the
+    element has zero points."""
     layout = side.layout
     if layout.plan is None:
         values = _turned(x.dequantize(backend) if isinstance(x, QTensor) else x, side, backend)
@@ -651,7 +702,8 @@ def quantize_side(x: Tensor | QTensor, side: Side, backend: str) -> tuple[QTenso
     else:
         asked = Side(held, side.rotation, side.key, side.learned, packs)
         codes, blocks, scale, mask, *bits = module.quantize(x, asked)
-        q = QTensor(codes, blocks, scale, mask, held)
+        zeros = bits.pop(0) if layout.plan.element.zero_point else None
+        q = QTensor(codes, blocks, scale, mask, held, zeros)
         packed = QTensor(bits[0], bits[1], scale, None, saved) if packs else None
     if side.packed and packed is None:
         packed = q.unmasked.to(saved, backend)

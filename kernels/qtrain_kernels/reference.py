@@ -5,9 +5,9 @@ quantised along K is (M * K / span, span, 1); along M it is (M / span, span, K):
 the block that shares a scale, the blocks that share an EDEN correction, or, for a format with one scale per row or
 tensor, the whole contraction dim. Tiles of several rows come as blocks, one after the other.
 
-x ≈ codes * block_scale * tensor_scale. `tensor_scale` sees whole rows or tensors, `encode` one span at a time.
-Exponents are read from the bits of a float32, never from log2, and every sum that decides a scale is `tree_sum`, so
-that compiled code can agree bit for bit.
+x ≈ codes * block_scale * tensor_scale. `tensor_scale` sees whole rows or tensors, `encode` one span at a time. Codes
+are levels of the element, less the zero point of their block where there is one. Exponents are read from the bits of a
+float32, never from log2, and every sum that decides a scale is `tree_sum`, so that compiled code can agree bit for bit.
 
 NaN and infinity stay visible: either one in a block (or row, or, with a tensor scale, tensor) makes all of it NaN.
 """
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from qtrain_kernels.checks import check_fields
 from qtrain_kernels.formats import FLOAT_SCALES, Element
@@ -72,6 +73,16 @@ def amax(x: Tensor) -> Tensor:
         low, high = torch.aminmax(x)
         return torch.maximum(low.abs(), high.abs()).view(1, 1, 1)
     return x.abs().amax(dim=1, keepdim=True)
+
+
+def extent(x: Tensor) -> Tensor:
+    """(outer, 1, inner): the largest value over dim 1 less the smallest, zero counted among them."""
+    return x.amax(dim=1, keepdim=True).clamp_min(0.0) - lowest(x)
+
+
+def lowest(x: Tensor, dim: int = 1) -> Tensor:
+    """The smallest value over a dim, which is kept; zero counted among them."""
+    return x.amin(dim=dim, keepdim=True).clamp_max(0.0)
 
 
 # -------------------------------------------------------------------------------------------------------- powers of two
@@ -171,6 +182,7 @@ STATISTICS: dict[str, Callable[[Tensor], Tensor]] = {
     "rms": rms,
     "std": std,
     "absmean": lambda x: mean(x.abs()),
+    "range": extent,
 }
 
 
@@ -257,6 +269,12 @@ def _squared_error(x: Tensor, scale: Tensor | float, blocks: Tensor, first: Tens
     return tree_sum(difference * difference)
 
 
+def zero_points(smallest: Tensor, scale: Tensor, element: Element) -> Tensor:
+    """float32 integers from 0 to element.max: the level of the value 0 where `smallest`, which is at most 0, has level
+    0. scale: of the block, of the same shape; a zero point under a scale that is NaN is 0."""
+    return (-smallest / _nonzero(scale)).nan_to_num(0.0).round().clamp(0.0, element.max)
+
+
 def _nonzero(scale: Tensor) -> Tensor:
     return torch.where(scale == 0, 1.0, scale)
 
@@ -273,7 +291,7 @@ def _minifloat_step(u: Tensor, element: Element) -> tuple[Tensor, Tensor]:
 
 def _on_grid(u: Tensor, element: Element) -> tuple[Tensor, Tensor | float, float]:
     """(v, step, offset): codes are (an integer next to v, + offset) * step. u beyond the grid saturates; NaN stays."""
-    u = u.clamp(-element.max, element.max)
+    u = u.clamp(element.min, element.max)
     if element.mantissa_bits is None:
         return u * (1.0 / element.step) - element.offset, element.step, element.offset
     step, inv_step = _minifloat_step(u, element)
@@ -290,6 +308,13 @@ def round_nearest(u: Tensor, element: Element) -> Tensor:
         return torch.round(u.clamp(-element.max, element.max) + 0.5) - 0.5
     v, step, _ = _on_grid(u, element)
     return torch.round(v) * step
+
+
+def nearest_code(u: Tensor, element: Element, zero_point: Tensor | None) -> Tensor:
+    """The nearest code; under a zero point, which broadcasts to u, the nearest level to u + zero_point less it."""
+    if zero_point is None:
+        return round_nearest(u, element)
+    return round_nearest(u + zero_point, element) - zero_point
 
 
 def _place_in_table(u: Tensor, element: Element) -> Tensor:
@@ -364,8 +389,9 @@ def encode(
 
     x: (outer, span, inner), before the rotation; scale: its tensor_scale, () or (outer, 1, inner); key: (2,) int32 for
     a rounding that draws.
-    Returns codes float32 on the element's grid, (outer, span, inner); block_scale (outer * span / block, 1, inner) or
-    None; mask uint8 (1 passes the gradient) or None. ValueError for a rule, rounding, mask or sparsity that is unknown.
+    Returns codes float32, (outer, span, inner), on the element's grid, less the zero point of their block where it has
+    one; block_scale (outer * span / block, 1, inner) or None; mask uint8 (1 passes the gradient) or None. ValueError
+    for a rule, rounding, mask or sparsity that is unknown.
     """
     KNOWS.check(plan)
     x, rounding = rotate(x, rotation), plan.rounding_mode
@@ -376,8 +402,12 @@ def encode(
         x = x.reshape(-1, plan.block, shape[2])
         blocks = block_scale(x, scale, plan)
     u = _in_code_units(x, scale, blocks, plan)
-    noise = (_noise(x, key),) if rounding.noisy else ()
-    codes = ROUND[rounding.codes](u, plan.element, *noise)
+    if plan.element.zero_point:
+        assert blocks is not None
+        codes = nearest_code(u, plan.element, zero_points(lowest(x), blocks, plan.element))
+    else:
+        noise = (_noise(x, key),) if rounding.noisy else ()
+        codes = ROUND[rounding.codes](u, plan.element, *noise)
     if plan.sparsity is not None:
         codes = codes * _largest(x, plan.sparsity)
     if rounding.corrects:
@@ -453,11 +483,15 @@ FUSED = False
 
 def quantize(x: Tensor, side: Side) -> list[Tensor | None]:
     """x (M, N), float -> codes, block scales, tensor scale and mask, the parts of a QTensor of side.layout, which is
-    its own `held`; then, with side.packed, packed codes and their block scales. ValueError as of `encode`."""
+    its own `held`; then its zero points, where the element has such; then, with side.packed, packed codes and their
+    block scales. ValueError as of `encode`, and for packed codes with zero points beside others."""
     layout, rotation = side.layout, side.rotation
     plan = layout.plan
     assert plan is not None
-    if rotation is not None and layout.rows > 1:  # tiles are copies, which no rotation runs through
+    if plan.element.zero_point and side.packed:
+        raise ValueError("codes with a zero point are not written twice; quantise into the packed storage")
+    # Tiles are copies, which no rotation runs through; zero points are found beside the codes.
+    if rotation is not None and (layout.rows > 1 or plan.element.zero_point):
         x, rotation = rotate(layout.whole_lines(x), rotation).view(x.shape), None
     scale = tensor_scale(layout.whole_lines(x), plan, rotation) if side.learned is None else side.learned
     spans, each = layout.spans(x), scale
@@ -471,24 +505,38 @@ def quantize(x: Tensor, side: Side) -> list[Tensor | None]:
         layout, None if layout.packed else values, blocks if layout.blocks or layout.storage == "float8_128" else None,
         scale, None if mask is None else join(layout.unspan(mask), 1),
     )  # fmt: skip
+    zeros = _zero_points_of(spans, blocks, layout) if plan.element.zero_point else None
     if not (side.packed or layout.packed):
-        return found
-    packed = _packed_parts(layout, codes, blocks)
-    return [*packed, *found[2:]] if layout.packed else [*found, *packed]
+        return found if zeros is None else [*found, zeros if layout.blocks else None]
+    codes, scales, packed_zeros = _packed_parts(layout, codes, blocks, zeros)
+    if not layout.packed:
+        return [*found, codes, scales]
+    return [codes, scales, *found[2:], *([] if zeros is None else [packed_zeros])]
 
 
-def _packed_parts(layout: Layout, codes: Tensor, blocks: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Codes and block scales of a layout in its packed storage."""
+def _zero_points_of(spans: Tensor, blocks: Tensor | None, layout: Layout) -> Tensor:
+    """uint8, as the block scales of a float storage lie."""
+    assert blocks is not None and layout.plan is not None
+    found = zero_points(lowest(spans.float()), blocks, layout.plan.element).to(torch.uint8)
+    return found.view(layout.scale_grid if layout.dim == -1 else layout.scale_grid[::-1])
+
+
+def _packed_parts(
+    layout: Layout, codes: Tensor, blocks: Tensor | None, zeros: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Codes, block scales and zero points of a layout in its packed storage."""
     packed, plan = layout.unmasked.stored("packed"), layout.plan
     assert plan is not None
     codes = codes.reshape(layout.shape)
     if blocks is not None:
         blocks = blocks.view(packed.scale_grid if layout.dim == -1 else packed.scale_grid[::-1])
     if layout.dim == -2:
-        codes, blocks = codes.T, None if blocks is None else blocks.T
-    found = pack_codes(codes, blocks, plan)
+        codes = codes.T
+        blocks, zeros = (None if part is None else part.T for part in (blocks, zeros))
+    found = pack_codes(codes, blocks, plan, zeros)
     scales = None if found.scales is None else found.scales.view(packed.scale_grid)
-    return found.codes.view(packed.shapes()[0][0]), scales
+    bits = None if zeros is None else join_lines(zeros, field_width(plan.element))
+    return found.codes.view(packed.shapes()[0][0]), scales, bits
 
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
@@ -522,7 +570,7 @@ def fake_quantize_by(
 ) -> Tensor:
     """`fake_quantize` of two operations of a backend."""
     layout, plan = side.layout, side.layout.plan
-    codes, _, scale, _ = quantize(x, side)
+    codes, _, scale, *_ = quantize(x, side)
     values = codes * (layout.constant if scale is None else scale)
     if side.rotation is None:
         return values.to(dtype)
@@ -554,10 +602,10 @@ def _mask(u: Tensor, codes: Tensor, mask: Mask) -> Tensor:
 # -------------------------------------------------------------------------------------------------------------- packing
 
 
-def pack(values: Tensor, blocks: Tensor | None, plan: Plan) -> Packed:
-    """values (rows, span, 1) and block scales as of `operand`, in any of its dtypes, of a plan that `can_pack`. A NaN
-    without a scale of its own, whose tensor scale is NaN too, becomes any code; a zero of a uniform grid loses its
-    sign."""
+def pack(values: Tensor, blocks: Tensor | None, plan: Plan, zeros: Tensor | None = None) -> Packed:
+    """values (rows, span, 1) and block scales as of `operand`, in any of its dtypes, of a plan that `can_pack`; zeros:
+    the zero points of as many blocks, where the element has such. A NaN without a scale of its own, whose tensor scale
+    is NaN too, becomes any code; a zero of a uniform grid loses its sign."""
     if values.dtype == torch.int8:
         unit, offset = stored_integer(plan.element)
         codes = (values.float() + offset) * unit
@@ -565,22 +613,23 @@ def pack(values: Tensor, blocks: Tensor | None, plan: Plan) -> Packed:
         codes = values.float()
     else:
         codes = values.float().reshape(blocks.shape[0], plan.block or 1, 1) / _nonzero(blocks)
-    return pack_codes(codes, blocks, plan)
+    return pack_codes(codes, blocks, plan, zeros)
 
 
-def pack_codes(codes: Tensor, blocks: Tensor | None, plan: Plan) -> Packed:
+def pack_codes(codes: Tensor, blocks: Tensor | None, plan: Plan, zeros: Tensor | None = None) -> Packed:
     """`pack` of the codes themselves, in any shape."""
     element = plan.element
-    codes = torch.where(codes.isnan(), element.max, codes.clamp(-element.max, element.max)).reshape(-1)
+    if zeros is not None:
+        codes = codes.reshape(zeros.numel(), -1) + zeros.reshape(-1, 1)
+    codes = torch.where(codes.isnan(), element.max, codes.clamp(element.min, element.max)).reshape(-1)
     if element.table is not None:
         fields = _place_in_table(codes, element).to(torch.uint8)
     elif element.mantissa_bits is None:
-        fields = ((codes + element.max) * (1.0 / element.step)).to(torch.uint8)
+        fields = ((codes - element.min) * (1.0 / element.step)).to(torch.uint8)
     else:
         fields = _place(codes.abs(), element) | (codes.signbit().to(torch.uint8) << (element.bits - 1))
-    return Packed(
-        join(fields, field_width(element)), None if blocks is None else _scale_bytes(blocks.reshape(-1), plan)
-    )
+    scales = None if blocks is None else _scale_bytes(blocks.reshape(-1), plan)
+    return Packed(join(fields, field_width(element)), scales, None if zeros is None else zeros.reshape(-1))
 
 
 def unpack(packed: Packed, shape: torch.Size, plan: Plan, dtype: torch.dtype) -> Tensor:
@@ -590,13 +639,15 @@ def unpack(packed: Packed, shape: torch.Size, plan: Plan, dtype: torch.dtype) ->
     if element.table is not None:
         codes = torch.tensor(element.table, dtype=torch.float32, device=device)[fields.long()]
     elif element.mantissa_bits is None:
-        codes = fields.float() * element.step - element.max
+        codes = fields.float() * element.step + element.min
     else:
         sign = 1.0 - 2.0 * (fields >> (element.bits - 1)).float()
         codes = sign * _table(element, device)[(fields & (2 ** (element.bits - 1) - 1)).long()]
     if dtype == torch.int8:
         unit, offset = stored_integer(element)
         return (codes * (1.0 / unit) - offset).to(torch.int8).view(shape)
+    if packed.zero_points is not None:
+        codes = codes.view(packed.zero_points.numel(), -1) - packed.zero_points.view(-1, 1)
     if packed.scales is not None:
         codes = codes.view(packed.scales.numel(), -1) * _scales_of(packed.scales, plan)[:, None]
     return codes.to(dtype).view(shape)
@@ -640,6 +691,18 @@ def join(fields: Tensor, width: int) -> Tensor:
     flat = torch.cat((flat, flat.new_zeros(-flat.numel() % count))).view(-1, count)
     shifts = torch.arange(0, 8, width, dtype=torch.uint8, device=fields.device)
     return (flat << shifts).sum(1, dtype=torch.uint8)
+
+
+def join_lines(fields: Tensor, width: int) -> Tensor:
+    """fields (L, n) uint8 of `width` bits -> (L, bytes) uint8, each line joined by itself."""
+    filled = F.pad(fields, (0, -fields.shape[1] % (8 // width)))
+    return join(filled, width).view(len(fields), -1)
+
+
+def split_lines(joined: Tensor, width: int, count: int) -> Tensor:
+    """`join_lines` undone: (L, count)."""
+    fields = split(joined.reshape(-1), width, joined.numel() * (8 // width))
+    return fields.view(len(joined), -1)[:, :count]
 
 
 def split(joined: Tensor, width: int, count: int) -> Tensor:

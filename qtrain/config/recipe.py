@@ -293,6 +293,11 @@ def _check_operand(where: str, gemm: str, operand: str, spec: QuantSpec) -> None
         raise ValueError(f"{where}: source: forward is for operands of dgrad and wgrad")
     if operand == "dy" and spec.source == "forward":
         raise ValueError(f"{where}: a gradient has no forward value; use source: master")
+    if operand != "w" and spec.number_format is not None and spec.number_format.element.zero_point:
+        raise ValueError(
+            f"{where}: {spec.format} has zero points, which weights alone have; name a symmetric format "
+            "(int4_sym/128/bfloat16)"
+        )
     if gemm != "fprop" and (spec.estimator != "ste" or spec.scale == "learned"):
         raise ValueError(f"{where}: estimator and scale: learned belong to the operands of fprop")
     if spec.clip_scale != 1.0 and spec.estimator != "clip":
@@ -348,6 +353,11 @@ def check_spec(spec: QuantSpec, fmt: Format) -> str:
         raise ValueError(f"scale learned (LSQ) rounds to nearest; got {spec.rounding}")
     if fmt.element.table is not None and spec.rounding != "nearest":
         raise ValueError(f"codes of a table ({fmt.name}) are rounded to nearest; got {spec.rounding}")
+    if fmt.element.zero_point and (spec.rounding, spec.estimator, spec.sparsity) != ("nearest", "ste", None):
+        raise ValueError(
+            f"codes with a zero point ({fmt.name}) take rounding nearest, estimator ste and no sparsity; got "
+            f"{spec.rounding}, {spec.estimator} and {spec.sparsity or 'none'}"
+        )
     if spec.sparsity and (fmt.rows > 1 or (fmt.block_size or 8) % 8):
         raise ValueError(f"sparsity {spec.sparsity} needs blocks of a multiple of 8 along one dim; {fmt.name} has not")
     return rule

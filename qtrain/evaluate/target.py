@@ -112,6 +112,12 @@ def _of_codes(folder: Path) -> Target:
             "was exported from, or export it --to compressed-tensors"
         )
     need("compressed_tensors", "a checkpoint of codes in compressed-tensors")
+    groups = said["quantization_config"].get("config_groups", {}).values()
+    if any(not (group.get("weights") or {}).get("symmetric", True) for group in groups):
+        raise UserError(
+            f"{folder} holds zero points, which transformers does not load from packed codes; evaluate the run that it "
+            "was exported from"
+        )
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
     theirs(torch.zeros(1, 1, dtype=torch.long))  # the package unpacks in the first forward
     if transform := said["quantization_config"].get("transform_config"):

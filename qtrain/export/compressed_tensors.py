@@ -9,9 +9,10 @@
 
 The last two fold what the others cannot hold: a scale of the row is multiplied into powers of two of its blocks, which
 changes no bit, and a grid whose codes are multiples of one step becomes whole numbers. Scales in float16 and bfloat16
-stay so in pack-quantized, where codes are whole numbers themselves. A reader multiplies codes in the dtype in which it
-has the scales. config.json asks for float32, in which weights are exact; in 16 bits they are rounded once. A rotation
-of the inputs is said in transform_config. Source: compressed-tensors 0.20, its compressors and transforms.
+stay so in pack-quantized, where codes are whole numbers themselves; zero points go there too (symmetric: false). A
+reader multiplies codes in the dtype in which it has the scales. config.json asks for float32, in which weights are
+exact; in 16 bits they are rounded once. A rotation of the inputs is said in transform_config. Source:
+compressed-tensors 0.20, its compressors and transforms.
 """
 
 # N out features, K in features
@@ -53,6 +54,8 @@ TRANSFORM = (
     "(compressed_tensors.transform.apply_transform_config; transformers alone does not)"
 )
 
+ZERO_POINTS = "transformers 5.23 with compressed-tensors 0.20 does not load zero points beside packed codes"
+
 
 @dataclass(frozen=True)
 class Scheme:
@@ -82,6 +85,7 @@ def export(run: Path, out: Path) -> Exported:
     notes = {scheme.note for scheme in schemes.values()} | {
         TRANSFORM for s in schemes.values() if s.rotation is not None
     }
+    notes |= {ZERO_POINTS for scheme in schemes.values() if not scheme.weights["symmetric"]}
     return write_packed(
         trained,
         out,
@@ -143,7 +147,7 @@ def _weights(numerics: Numerics) -> tuple[str, dict[str, Any]]:
     if bits > 8:
         codes = quantizer.spec.format
         raise Refused(f"no format has the codes of {codes}, and as whole numbers they take {bits} bits, more than 8")
-    whole = {"num_bits": bits, "type": "int", "symmetric": True}
+    whole = {"num_bits": bits, "type": "int", "symmetric": not plan.element.zero_point}
     if plan.block is None:
         return "pack-quantized", whole | {"strategy": "channel"}
     return "pack-quantized", whole | {"strategy": "group", "group_size": size}
@@ -187,7 +191,10 @@ def pack(weight: Codes, scheme: Scheme) -> dict[str, Tensor]:
     from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 
     unit, bits = integer_grid(_element(weight.layout))
-    return {
+    zeros = {}
+    if weight.zero_point is not None:
+        zeros = {"weight_zero_point": pack_to_int32(weight.signed_zero_points(), bits, packed_dim=0)}
+    return zeros | {
         "weight_packed": pack_to_int32(weight.integers(), bits),
         "weight_scale": (scale * unit).to(_scale_dtype(weight.layout) if unit == 1.0 else torch.float32),
         "weight_shape": torch.tensor(weight.codes.shape),

@@ -12,7 +12,8 @@
 Scales of ggml's blocks are float16, which holds no float32 or bfloat16 scale. A scale of the whole matrix goes beside
 it instead, as `<name>.scale`, by which llama.cpp multiplies the product; the blocks' own scales are then 1. A float16
 scale of more than 32 elements is written for each 32 of them. A scale of each row, float32 and bfloat16 scales of
-blocks, and rotations have no place and are refused. Layers that no recipe quantises, and embeddings, are BF16, vectors
+blocks, rotations and zero points have no place and are refused: Q4_1 keeps the smallest value of a block in float16,
+which rounds it. Layers that no recipe quantises, and embeddings, are BF16, vectors
 float32. Source: gguf 0.19, its quants and constants; llama.cpp's loading of `.scale` tensors.
 """
 
@@ -137,6 +138,8 @@ def _unsayable(numerics: Numerics) -> str | None:
     assert plan is not None
     if plan.element.table is not None:
         return f"no type has the codes of {quantizer.spec.format}, which are those of a table"
+    if plan.element.zero_point:
+        return "it has zero points, and Q4_1 has a block's smallest value in float16, which rounds zero point * scale"
     if quantizer.rotates:
         return f"its weights are rotated ({quantizer.spec.rotation}), and llama.cpp would not rotate the inputs"
     if has_line_scale(numerics) and not (plan.whole or plan.rule == "learned"):

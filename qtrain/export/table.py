@@ -32,9 +32,10 @@ def _or_reason(say: Callable[[Numerics], str], numerics: Numerics) -> str:
 def _compressed(numerics: Numerics) -> str:
     scheme = compressed_tensors.scheme_of(numerics)
     bits = f", {scheme.weights['num_bits']} bits" if scheme.format == "pack-quantized" else ""
+    zeros = "" if scheme.weights["symmetric"] else ", zero points"
     rotation = ", inputs rotated" if scheme.rotation is not None else ""
     inputs = ", inputs quantised" if scheme.inputs is not None else ""
-    return f"`{scheme.format}`{bits}{rotation}{inputs}"
+    return f"`{scheme.format}`{bits}{zeros}{rotation}{inputs}"
 
 
 def markdown() -> str:

@@ -97,8 +97,7 @@ class TrainedRun:
     def _stored(self, layer: QuantLinear) -> QTensor:
         """Of a checkpoint that holds codes."""
         layout = layout_of(layer.numerics, (layer.out_features, layer.in_features))
-        parts = zip(("codes", "block_scale", "tensor_scale"), layout.parts, strict=False)
-        return QTensor.of(layout, [weight(self.folder, f"{layer.name}.{name}") for name, part in parts if part])
+        return QTensor.of(layout, [weight(self.folder, f"{layer.name}.{name}") for name in layout.names])
 
     @cached_property
     def with_outliers(self) -> frozenset[str]:
@@ -219,14 +218,17 @@ def new_folder(out: Path) -> Iterator[Path]:
 class Codes:
     """A weight as its forward multiplies it, after the rotation of its rows: codes * block_scale * line_scale.
 
-    codes: (N, K) float32, on the grid of the layout's element. block_scale: float32, one for each tile, (N / rows,
-    K / size) rounded up; None without blocks. line_scale: float32, () or one for each row, (N, 1); None where it is 1.
+    codes: (N, K) float32, on the grid of the layout's element, less the zero point where there is one. block_scale:
+    float32, one for each tile, (N / rows, K / size) rounded up; None without blocks. line_scale: float32, () or one for
+    each row, (N, 1); None where it is 1. zero_point: uint8, one for each block, (N, K / size); None where the element
+    has none.
     """
 
     codes: Tensor
     block_scale: Tensor | None
     line_scale: Tensor | None
     layout: Layout
+    zero_point: Tensor | None = None
 
     def row_scales(self) -> Tensor | None:
         """The block scales with one for each row, (N, K / size)."""
@@ -235,10 +237,19 @@ class Codes:
         return self.block_scale.repeat_interleave(self.layout.rows, 0)[: self.layout.shape[0]]
 
     def integers(self) -> Tensor:
-        """(N, K) int8: the codes in units of `integer_grid`."""
+        """(N, K) int8: the codes in units of `integer_grid`; where there are zero points, the levels of b bits less
+        2^(b - 1)."""
         assert self.layout.plan is not None
         unit, _ = integer_grid(self.layout.plan.element)
-        return (self.codes / unit).to(torch.int8)
+        if self.zero_point is None:
+            return (self.codes / unit).to(torch.int8)
+        above = self.signed_zero_points().repeat_interleave(self.layout.size or 1, 1)
+        return (self.codes + above).to(torch.int8)
+
+    def signed_zero_points(self) -> Tensor:
+        """(N, K / size) int8: the zero points of b bits less 2^(b - 1)."""
+        assert self.layout.plan is not None and self.zero_point is not None
+        return (self.zero_point.int() - 2 ** (self.layout.plan.element.bits - 1)).to(torch.int8)
 
 
 def codes_of(layer: QuantLinear, weight: Tensor, scale: Tensor | None = None) -> Codes:
@@ -265,7 +276,8 @@ def _codes(layer: QuantLinear, operand: QTensor) -> Codes:
     line = operand.tensor_scale
     if line is None and operand.layout.constant != 1.0:
         line = torch.tensor(operand.layout.constant)
-    return Codes(QuantizedTensor.of(operand, layer.numerics.backend).codes, operand.block_scale, line, operand.layout)
+    codes = QuantizedTensor.of(operand, layer.numerics.backend).codes
+    return Codes(codes, operand.block_scale, line, operand.layout, operand.zero_point)
 
 
 def has_line_scale(numerics: Numerics) -> bool:
@@ -277,7 +289,10 @@ def has_line_scale(numerics: Numerics) -> bool:
 
 def integer_grid(element: Element) -> tuple[float, int]:
     """(unit, bits): all codes are whole multiples of unit, which fit into so many bits of two's complement. A grid
-    without zero needs one bit more than its codes: k + 1/2 is 2k + 1 halves."""
+    without zero needs one bit more than its codes: k + 1/2 is 2k + 1 halves. Levels beside a zero point are whole
+    already, and take their own bits."""
+    if element.zero_point:
+        return element.step, element.bits
     unit = min(abs(code) for code in element.levels() if code)
     return unit, int(element.max / unit).bit_length() + 1
 

@@ -18,7 +18,7 @@ from qtrain.quant.functional import Observed
 from qtrain.quant.quantizer import Quantizer, rotate
 from qtrain_kernels.plans import Plan
 from qtrain_kernels.qtensor import QTensor
-from qtrain_kernels.reference import SCALE_DTYPES
+from qtrain_kernels.reference import SCALE_DTYPES, amax, extent
 
 ROUNDING = 1 + 2.0**-20  # what lies on the grid's edge may be beyond it by float32's rounding
 
@@ -66,13 +66,14 @@ def _lines(matrix: Tensor, stride: int, dim: int) -> Tensor:
 
 def _every(operand: QTensor, stride: int) -> QTensor:
     """Every stride-th line of an operand in a flat storage, without its mask."""
-    dim, scale, blocks = operand.layout.dim, operand.tensor_scale, operand.block_scale
+    dim, scale, blocks, zeros = operand.layout.dim, operand.tensor_scale, operand.block_scale, operand.zero_point
     codes = _lines(operand.codes, stride, dim)
     return replace(
         operand.unmasked,
         codes=codes,
         tensor_scale=_lines(scale, stride, dim) if scale is not None and scale.ndim else scale,
         block_scale=None if blocks is None else _lines(blocks, stride, dim),
+        zero_point=None if zeros is None else _lines(zeros, stride, dim),
         layout=replace(operand.layout.unmasked, shape=(codes.shape[0], codes.shape[1])),
     )
 
@@ -99,13 +100,16 @@ def _range(in_units: Tensor, operand: QTensor, plan: Plan, quantizer: Quantizer,
     """What lies beyond the grid, and beyond the scales' own. in_units: x over its tensor scale."""
     if operand.block_scale is None:
         return {"clipped": (in_units.abs() > plan.element.max * ROUNDING).float().mean()}
-    blocks = (
-        operand.block_scale[:, None] if dim == -2 and quantizer.tile[0] == 1 else operand.block_scale.reshape(-1, 1, 1)
-    )
+
+    def of_spans(blocks: Tensor) -> Tensor:
+        return blocks[:, None] if dim == -2 and quantizer.tile[0] == 1 else blocks.reshape(-1, 1, 1)
+
     assert plan.block is not None
-    magnitudes = replace(operand.layout, plan=replace(plan, correction=None)).spans(in_units).abs()
-    beyond = magnitudes > blocks * (plan.element.max * ROUNDING)
-    wanted = magnitudes.amax(1) / plan.element.max
+    element, blocks = plan.element, of_spans(operand.block_scale) * ROUNDING
+    zeros = 0.0 if operand.zero_point is None else of_spans(operand.zero_point).float()
+    spans = replace(operand.layout, plan=replace(plan, correction=None)).spans(in_units)
+    beyond = (spans < blocks * (element.min - zeros)) | (spans > blocks * (element.max - zeros))
+    wanted = (extent(spans) if element.zero_point else amax(spans)) / element.max
     smallest, largest = _scale_limits(plan)
     return {
         "clipped": beyond.sum() / in_units.numel(),

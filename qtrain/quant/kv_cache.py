@@ -68,11 +68,13 @@ class QuantCodec:
 
 def kv_codec(name: str) -> HalfCodec | QuantCodec:
     """How a cache of keys and values is kept: bf16, or the name of a number format. Scales are those of the largest
-    magnitude, so that no key is clipped: absmax, and of E8M0 scales floor. UserError for what cannot be kept."""
+    magnitude, so that no key is clipped: absmax, of E8M0 scales floor, beside zero points minmax. UserError for what
+    cannot be kept."""
     if name == HALF:
         return HalfCodec()
     try:
         fmt = get_format(name)
     except ValueError as error:
         raise UserError(f"no cache in {name!r}: {error}; or {HALF}") from None
-    return QuantCodec(parse(QuantSpec, {"format": name, "scale": "floor" if fmt.scale_kind == "e8m0" else "absmax"}))
+    scale = "minmax" if fmt.element.zero_point else "floor" if fmt.scale_kind == "e8m0" else "absmax"
+    return QuantCodec(parse(QuantSpec, {"format": name, "scale": scale}))

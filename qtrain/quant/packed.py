@@ -21,17 +21,19 @@ from qtrain_kernels import few_rows
 from qtrain_kernels.few_rows import FewRows
 from qtrain_kernels.gemm import scaled, scales_of
 from qtrain_kernels.plans import Rotation
-from qtrain_kernels.qtensor import Layout, QTensor, float_storage
+from qtrain_kernels.qtensor import TENSORS, Layout, QTensor, float_storage
+
+KEPT = tuple(name for name in TENSORS if name != "mask")  # of a weight's QTensor
 
 
 class PackedLinear(FixedDtypes):
     """A linear layer that multiplies the codes of a weight as a recipe's forward does. Made by `qtrain.pack`.
 
     x (..., K) -> (..., N) in the autocast dtype, or x's own without autocast. The tensors of the weight's QTensor
-    (codes, block_scale, tensor_scale) are buffers: the state dict has them, packed to the bits of the format where it
-    has such. The inputs are rotated and quantised as the recipe says. Their gradient is that of the dequantised weight
-    in the compute dtype, straight through their quantiser; the weight has none. A weight of which parts stay in 16 bits
-    has them in `outliers`.
+    (codes, block_scale, tensor_scale, zero_point) are buffers: the state dict has those of its format, packed to the
+    bits of the format where it has such. The inputs are rotated and quantised as the recipe says. Their gradient is
+    that of the dequantised weight in the compute dtype, straight through their quantiser; the weight has none. A weight
+    of which parts stay in 16 bits has them in `outliers`.
 
     On a CPU, at most 8 rows of inputs multiply the weight in its bits (`qtrain_kernels.few_rows`), unless the backend
     is the reference. Where both sides are integers without block scales, sums are exact and the same. Where the recipe
@@ -51,7 +53,7 @@ class PackedLinear(FixedDtypes):
         super().__init__()
         self.name, self.text, self.layout = name, numerics.text, weight.layout
         self.out_features, self.in_features = weight.shape
-        for part in ("codes", "block_scale", "tensor_scale"):
+        for part in KEPT:
             self.register_buffer(part, getattr(weight, part))
         self.register_buffer("input_scale", input_scale)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
@@ -75,8 +77,8 @@ class PackedLinear(FixedDtypes):
     @property
     def weight(self) -> QTensor:
         """(N, K), in rotated space, without the outliers."""
-        parts = self.codes, self.get_buffer("block_scale"), self.get_buffer("tensor_scale")
-        return QTensor(*parts, None, self.layout)
+        parts = {part: self.get_buffer(part) for part in KEPT}
+        return QTensor(mask=None, layout=self.layout, **parts)
 
     def forward(self, input: Tensor) -> Tensor:
         if input.shape[-1:] != (self.in_features,):

@@ -31,9 +31,9 @@ from qtrain_kernels.reference import round_nearest
 class QuantizedTensor:
     """x (M, N) in rotated space as codes and scales.
 
-    codes: (M, N) float32 on the format's grid. block_scale: float32 (M, N), the block's at each of its elements; None
-    without blocks. tensor_scale: a float, a () tensor, or one per row (M, 1) or column (1, N). mask: (M, N) bool, True
-    where a gradient passes; None where all do.
+    codes: (M, N) float32 on the format's grid, less the zero point of their block where it has one. block_scale:
+    float32 (M, N), the block's at each of its elements; None without blocks. tensor_scale: a float, a () tensor, or one
+    per row (M, 1) or column (1, N). mask: (M, N) bool, True where a gradient passes; None where all do.
     """
 
     codes: Tensor
@@ -51,8 +51,9 @@ class QuantizedTensor:
             each = each[: layout.lines[0], : layout.lines[1]]
             blocks = each if layout.dim == -1 else each.T
             codes = codes / torch.where(blocks == 0, 1.0, blocks)
-            if layout.plan is not None and layout.plan.has_float_scales:  # whose products may have been rounded
-                codes = torch.where(codes == 0, codes, round_nearest(codes, layout.plan.element))
+            plan = layout.plan
+            if plan is not None and plan.has_float_scales and not plan.element.zero_point:  # whose products are exact
+                codes = torch.where(codes == 0, codes, round_nearest(codes, plan.element))
         passes = q.passes(backend)
         scale = layout.constant if q.tensor_scale is None else q.tensor_scale
         return QuantizedTensor(codes, blocks, scale, None if passes is None else passes.view(torch.bool))

@@ -215,6 +215,19 @@ def w4a16(x: Array, w: Array, dy: Array, draws: Draws, block: int = 32, scale_of
     return straight_through(x, scaled(blocks, scale, INT4).reshape(w.shape), dy)
 
 
+def w4a16_asym(x: Array, w: Array, dy: Array, draws: Draws, block: int = 128, rounded: bool = True) -> Result:
+    """Levels 0 to 15 over the range of each 128, zero within it; the scale in 8 significant bits, and the level of zero
+    a whole number."""
+    blocks = w.reshape(-1, block)
+    low, high = (np.minimum(blocks.min(-1, keepdims=True), 0), np.maximum(blocks.max(-1, keepdims=True), 0))
+    mantissa, exponent = np.frexp((high - low) / 15)
+    scale = np.ldexp(np.rint(mantissa * 256), exponent - 8)
+    scale = np.where(scale == 0, 1, scale)
+    zero = np.clip(np.rint(-low / scale) if rounded else -low / scale, 0, 15)
+    values = (np.clip(np.rint(blocks / scale + zero), 0, 15) - zero) * scale
+    return straight_through(x, values.reshape(w.shape), dy)
+
+
 def ste(x: Array, w: Array, dy: Array, draws: Draws, codes: str = "int4") -> Result:
     return straight_through(quest_rows(x, codes), quest_rows(w, codes), dy)
 

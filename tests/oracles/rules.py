@@ -41,6 +41,7 @@ class Quantised(NamedTuple):
 
 
 E2M1, SYMMETRIC, CENTRED = tuple(E2M1_GRID), tuple(INT4), tuple(centred_grid(4))
+LEVELS = tuple(float(level) for level in range(16))  # beside a zero point
 CENTRED_FIT = 2.5139305786 / 7.5
 LIMITS = {"absmax": (6.0, 448.0), "absmax_headroom": (6 * 16 / 17, 448.0),
           "absmax_fitted": (6 * (16 / 17) / 0.93, 256.0), "four_over_six": (6.0, 256.0)}  # fmt: skip
@@ -48,6 +49,10 @@ LIMITS = {"absmax": (6.0, 448.0), "absmax_headroom": (6 * 16 / 17, 448.0),
 
 def amax(x: Array) -> Array:
     return np.abs(x).max(-1, keepdims=True)
+
+
+def lowest(x: Array) -> Array:
+    return np.minimum(x.min(-1, keepdims=True), 0)
 
 
 def rms(x: Array) -> Array:
@@ -112,6 +117,7 @@ def float32(lines: Array, setting: Setting) -> Array:
         "absmean": np.abs(lines).mean(-1, keepdims=True) + 1e-5,
         "sawb": np.where(clip > 0, clip, amax(lines)) / largest_code,
         "learned": np.full_like(amax(lines), setting.learned),
+        "minmax": (np.maximum(lines.max(-1, keepdims=True), 0) - lowest(lines)) / largest_code,
     }[setting.rule]
 
 
@@ -139,7 +145,12 @@ def quantise(x: Array, setting: Setting, uniform: Callable[[tuple[int, ...]], Ar
             scale = in_16_bits(scale, setting.kind)
     grid = list(setting.grid)
     u = (lines / (scale * above)).reshape(x.shape)
+    zero: Array = np.zeros(())
+    if setting.rule == "minmax":
+        zero = np.broadcast_to(np.clip(np.rint(-lowest(lines) / scale), 0, max(grid)), lines.shape).reshape(x.shape)
+    u = u + zero
     codes = stochastic(u, grid, uniform(x.shape)) if setting.rounding == "stochastic" else nearest(u, grid)
+    codes = codes - zero
     codes = codes * kept(x, setting.sparsity)
     if setting.rounding == "eden":
         square, product = (blocks_of(u * other, lines.shape[-1]).sum(-1) for other in (u, codes))

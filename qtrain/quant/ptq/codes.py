@@ -13,7 +13,7 @@ from torch import Tensor
 from qtrain.quant.ptq.scales import Scales, nearest, scales_of
 from qtrain.quant.quantizer import Quantizer
 from qtrain_kernels.qtensor import QTensor
-from qtrain_kernels.reference import round_nearest
+from qtrain_kernels.reference import nearest_code
 
 COLUMNS_AT_ONCE = 128  # whose errors are spread among themselves before they reach the rest
 
@@ -60,8 +60,9 @@ def compensated(
     outliers: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Codes (N, K) float32, column by column: each is rounded to nearest, and its error is spread over the columns
-    after it so that the output error over the Hessian's inputs is least. Outliers have codes too, and beside them
-    (N, K) float32 what is left of their value at that time, rounded to bfloat16.
+    after it so that the output error over the Hessian's inputs is least. Scales and zero points stay as they are.
+    Outliers have codes too, and beside them (N, K) float32 what is left of their value at that time, rounded to
+    bfloat16.
 
     A column whose inputs were all zero gets the code nearest to zero. ValueError for a Hessian that is not finite, or
     not positive definite with this damping.
@@ -78,13 +79,15 @@ def compensated(
     factor = inverse_factor(hessian).float()
     scale = scales.of_columns(0, weight.shape[1]).expand(weight.shape)[:, columns]
     scale = torch.where(scale == 0, 1.0, scale).T.contiguous()  # of a column, one after the other
+    zeros = scales.zero_points_of_columns()
+    zeros = None if zeros is None else zeros[:, columns].T.contiguous()
     left, kept = weight.T.contiguous(), outliers[:, columns].T.contiguous()
     codes, beside = torch.zeros_like(left), torch.zeros_like(left)
     for begin in range(0, len(left), COLUMNS_AT_ONCE):
         end = min(begin + COLUMNS_AT_ONCE, len(left))
         errors = torch.empty_like(left[begin:end])
         for j in range(begin, end):
-            codes[j] = round_nearest(left[j] / scale[j], plan.element)
+            codes[j] = nearest_code(left[j] / scale[j], plan.element, None if zeros is None else zeros[j])
             value = codes[j] * scale[j]
             beside[j] = _beside(left[j], value, kept[j])
             errors[j - begin] = (left[j] - value - beside[j]) / factor[j, j]

@@ -15,13 +15,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from functools import cache
-from typing import Any
+from functools import cache, lru_cache
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from qtrain_kernels import cpu, gpu, reference
 from qtrain_kernels.plans import Plan, Rotation
+
+if TYPE_CHECKING:
+    from qtrain_kernels.qtensor import Layout
 
 log = logging.getLogger("qtrain")
 
@@ -44,6 +47,16 @@ def get(
 ) -> Callable[..., Any]:
     """The function of an operation; see `module`."""
     return getattr(module(backend, device_type, plan, rotation), op)
+
+
+@lru_cache(4096)
+def few_rows(backend: str, device_type: str, layout: Layout) -> Any:
+    """The module whose `FewRows` multiplies up to FEW rows by a weight of this layout in its bits. None where products
+    are of the dequantised weight: on the reference, and where `lacks` of the backend's module names a reason."""
+    from qtrain_kernels import few_rows, gpu_few_rows  # which need this module
+
+    found = {"compiled": few_rows, "triton": gpu_few_rows}.get(resolve(backend, device_type))
+    return None if found is None or found.lacks(layout) else found
 
 
 @cache

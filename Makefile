@@ -79,7 +79,7 @@ bench-gpu: ## the same on a GPU, at the sizes of large models; installs nothing 
 	$(GPU_PYTHON) kernels/bench/packages.py
 	@failed=0; \
 	measure() { echo "kernels/bench/$$*"; $(GPU_PYTHON) kernels/bench/"$$@" $(ON_GPU) || failed=1; }; \
-	measure first_contact.py env peaks equal speed gemms layers training; \
+	measure first_contact.py env peaks equal speed gemms few_rows layers training; \
 	measure bench_kernels.py --rows 32768 --columns 8192; \
 	measure bench_quantize.py --size 8192; \
 	measure bench_training.py --model llama_800m --batch 16 $(LARGE); \

@@ -40,16 +40,17 @@ Scale = float | Literal["single", "rows"]
 
 @dataclass(frozen=True)
 class FewJob:
-    """What the kernels are compiled for. plan, bits, width, scale_nan: as of a Form. rows, columns: lines of the weight
-    and rows of x in a tile. run: elements that are summed before their block scale multiplies; turn: elements of a line
-    between two tests for the end. scale: what multiplies the sums, a number, one that is read, or one for each line."""
+    """What the kernels are compiled for. plan, bits, width, scale_nan: as of a Form. rows: lines of the weight in a
+    tile; few: rows of x, of which some may not be there. run: elements that are summed before their block scale
+    multiplies; turn: elements of a line between two tests for the end. scale: what multiplies the sums, a number, one
+    that is read, or one for each line."""
 
     plan: Plan
     bits: int
     width: int
     scale_nan: int
     rows: int
-    columns: int
+    few: int
     run: int
     turn: int
     scale: Scale
@@ -148,7 +149,7 @@ def _job(layout: Layout, rows: int, scale: Scale) -> FewJob:
         width=field_width(plan.element),
         scale_nan=scale_nan(plan),
         rows=LINES,
-        columns=max(16, 1 << (rows - 1).bit_length()),
+        few=max(16, 1 << (rows - 1).bit_length()),
         run=min(plan.block or LONGEST_RUN, LONGEST_RUN),
         turn=_turn(layout),
         scale=scale,

@@ -34,7 +34,7 @@ def decoded(codes, line, first, lines, size, DTYPE: tl.constexpr, JOB: tl.conste
 @triton.jit
 def sum_of_run(x, codes, scales, line, first, lines, size, blocks, k, rows, JOB: tl.constexpr):
     """(lines, rows of x) float32: a run of each line times that of each row of x, and its block scale."""
-    place, row = first + tl.arange(0, JOB.run), tl.arange(0, JOB.columns)
+    place, row = first + tl.arange(0, JOB.run), tl.arange(0, JOB.few)
     inside = (place < k)[:, None] & (row < rows)[None, :]
     turned = tl.load(x + row[None, :] * k + place[:, None], mask=inside, other=0.0)
     found = tl.dot(decoded(codes, line, first, lines, size, turned.dtype, JOB), turned, input_precision="ieee")
@@ -55,7 +55,7 @@ def few_rows_kernel(
     codes += here * size
     if JOB.plan.block is not None:
         scales += here * blocks
-    total = tl.full((JOB.rows, JOB.columns), 0.0, tl.float32)
+    total = tl.full((JOB.rows, JOB.few), 0.0, tl.float32)
     for at in range(j * part, tl.minimum((j + 1) * part, k), JOB.turn):
         for run in tl.static_range(JOB.turn // JOB.run):
             first = at + run * JOB.run
@@ -67,7 +67,7 @@ def few_rows_kernel(
 def sum_kernel(parts, scale, y, count, n, rows, JOB: tl.constexpr):
     """y (rows, n): the sum of parts (count, rows, n), the first first."""
     i = tl.program_id(0)
-    line, row = i * JOB.rows + tl.arange(0, JOB.rows), tl.arange(0, JOB.columns)
+    line, row = i * JOB.rows + tl.arange(0, JOB.rows), tl.arange(0, JOB.few)
     at, inside = row[None, :] * n + line[:, None], (line < n)[:, None] & (row < rows)[None, :]
     total = tl.load(parts + at, mask=inside, other=0.0)
     for part in range(1, count):
@@ -79,6 +79,6 @@ def sum_kernel(parts, scale, y, count, n, rows, JOB: tl.constexpr):
 def write(y, total, scale, i, n, rows, JOB: tl.constexpr):
     """Stores tile i of the transposed result into y (rows, n), times the scale of the tensor or of each line."""
     KIND: tl.constexpr = JOB.scale
-    line, row = i * JOB.rows + tl.arange(0, JOB.rows), tl.arange(0, JOB.columns)
+    line, row = i * JOB.rows + tl.arange(0, JOB.rows), tl.arange(0, JOB.few)
     total = times(total, scale, i, 0, n, rows, KIND, JOB)
     tl.store(y + row[None, :] * n + line[:, None], total, mask=(line < n)[:, None] & (row < rows)[None, :])

@@ -838,11 +838,8 @@ def load_fields(pointer, size, WIDTH: tl.constexpr, SIZE: tl.constexpr):
 
 @triton.jit
 def at_place(place, GRID: tl.constexpr):
-    """A minifloat's magnitude by its place among all."""
-    normal = float_of((place << (23 - GRID.mantissa_bits)) + ((GRID.min_exponent + 126) << 23))
-    return tl.where(
-        place < 2**GRID.mantissa_bits, place.to(tl.float32) * (2.0 ** (GRID.min_exponent - GRID.mantissa_bits)), normal
-    )
+    """A minifloat's magnitude by its place among all: moved so, its exponent and subnormals are float32's."""
+    return float_of(place << (23 - GRID.mantissa_bits)) * 2.0 ** (126 + GRID.min_exponent)
 
 
 @triton.jit

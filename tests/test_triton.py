@@ -477,7 +477,7 @@ def weight_of(values: Tensor, name: str, device: str) -> QTensor:
         per_tensor=fmt.block == "tensor",
     )  # fmt: skip
     q = qtensor.quantize(values, layout(plan, values, storage="packed"), backend="reference")
-    return QTensor(*(moved(each, device) for each in (q.codes, q.block_scale, q.tensor_scale)), None, q.layout)  # pyright: ignore[reportArgumentType]
+    return QTensor.of(q.layout, [each.to(device) for each in q.tensors()])
 
 
 @pytest.mark.parametrize("name", FEW_ROWS)

@@ -79,9 +79,9 @@ def resolve(backend: str, device_type: str) -> str:
 @cache
 def _lacks_kernel(chosen: str, plan: Plan | None, size: int | None) -> bool:
     """Whether a backend has no kernel for a plan or a rotation of this size; said once."""
-    reason = gpu.missing_kernel(plan, size) if chosen == "triton" else None
-    if plan is not None and plan.element.table is not None:
-        reason = f"backend {chosen!r} knows no codes of a table (nf4)"
+    reason = None if plan is None else MODULES[chosen].KNOWS.lacks(plan)
+    if reason is None and chosen == "triton":
+        reason = gpu.missing_kernel(plan, size)
     if reason:
         log.info("backend auto takes the reference: %s", reason)
     return reason is not None

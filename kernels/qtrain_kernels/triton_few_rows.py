@@ -14,7 +14,7 @@ A run (a block, or a part of one) is summed in float32 and then multiplied by it
 import triton
 import triton.language as tl
 
-from qtrain_kernels.triton_quantize import code_of, log2, scale_of, times, to_bfloat16
+from qtrain_kernels.triton_quantize import code_of, fields_of, scale_of, times, to_bfloat16
 
 
 @triton.jit
@@ -23,12 +23,8 @@ def decoded(codes, line, first, lines, size, DTYPE: tl.constexpr, JOB: tl.conste
     COUNT: tl.constexpr = 8 // JOB.width
     byte = first // COUNT + tl.arange(0, JOB.run // COUNT)
     inside = (line < lines)[:, None] & (byte < size)[None, :]
-    field = tl.load(codes + line[:, None] * size + byte[None, :], mask=inside, other=0).to(tl.int32)
-    for half in tl.static_range(log2(COUNT)):  # a thread keeps the halves of what it has: none goes to another
-        WIDTH: tl.constexpr = 4 >> half
-        halves = tl.join(field & ((1 << WIDTH) - 1), field >> WIDTH)
-        field = tl.reshape(halves, (JOB.rows, 2 * field.shape[1]))
-    code = code_of(field, JOB)
+    joined = tl.load(codes + line[:, None] * size + byte[None, :], mask=inside, other=0)
+    code = code_of(fields_of(joined, JOB.width), JOB)
     if DTYPE == tl.bfloat16:  # noqa: SIM300
         code = to_bfloat16(code, False)
     return code.to(DTYPE)

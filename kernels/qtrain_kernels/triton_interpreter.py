@@ -46,8 +46,13 @@ def install() -> None:
         return TensorHandle(found.view(torch.uint8).numpy(), dst_type.scalar)
 
     def create_dot(
-        self: object, a: TensorHandle, b: TensorHandle, d: TensorHandle, input_precision: object, imprecise: object
-    ) -> TensorHandle:
+        self: object,
+        a: TensorHandle,
+        b: TensorHandle,
+        d: TensorHandle,
+        input_precision: object,
+        max_num_imprecise_acc: object,
+    ) -> TensorHandle:  # fmt: skip
         product = np.matmul(*(in_float64(each) for each in (a, b)))
         return TensorHandle(product.astype(np.float32) + d.data, d.dtype.scalar)
 

@@ -62,6 +62,7 @@ bench: $(VENV)/.dev ## time quantisers, linear layers and training on CPU (RESUL
 	$(BIN)/python kernels/bench/bench_kernels.py $(ON_CPU)
 	$(BIN)/python kernels/bench/bench_quantize.py $(ON_CPU)
 	$(BIN)/python kernels/bench/bench_linear.py $(ON_CPU)
+	$(BIN)/python kernels/bench/bench_few_rows.py $(ON_CPU)
 	$(BIN)/python kernels/bench/bench_training.py $(ON_CPU)
 	$(BIN)/python kernels/bench/bench_training.py $(ON_CPU) --compile 1
 	$(BIN)/python kernels/bench/table.py $(RESULTS)/*.json

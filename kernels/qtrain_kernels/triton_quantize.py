@@ -828,8 +828,8 @@ def amax_kernel(x, signs, largest, rows, columns, JOB: tl.constexpr):
 
 @triton.jit
 def fields_of(joined, WIDTH: tl.constexpr):
-    """(L, n) bytes -> (L, n * 8 / WIDTH) fields of WIDTH bits, int32, the first in a byte lowest. Bytes are halved until
-    fields are apart: so a thread keeps the fields of its bytes, and reads no byte for each."""
+    """(L, n) bytes -> (L, n * 8 / WIDTH) fields of WIDTH bits, int32, the first in a byte lowest. Bytes are halved
+    until their fields are apart: so a thread keeps the fields of its bytes, and does not load a byte for each field."""
     field = joined.to(tl.int32)
     for halved in tl.static_range(log2(8 // WIDTH)):
         HALF: tl.constexpr = 4 >> halved

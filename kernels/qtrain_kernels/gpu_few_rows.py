@@ -39,21 +39,26 @@ Scale = float | Literal["single", "rows"]
 
 
 @dataclass(frozen=True)
-class FewJob:
-    """What the kernels are compiled for. plan, bits, width, scale_nan: as of a Form. rows: lines of the weight in a
-    tile; few: rows of x, of which some may not be there. run: elements that are summed before their block scale
-    multiplies; turn: elements of a line between two tests for the end. scale: what multiplies the sums, a number, one
-    that is read, or one for each line."""
+class SumJob:
+    """What the kernel that adds parts is compiled for. rows: lines of the weight in a tile; few: rows of x, of which
+    some may not be there. scale: what multiplies the sums, a number, one that is read, or one for each line."""
+
+    rows: int
+    few: int
+    scale: Scale
+
+
+@dataclass(frozen=True)
+class FewJob(SumJob):
+    """What the product's kernel is compiled for. plan, bits, width, scale_nan: as of a Form. run: elements that are
+    summed before their block scale multiplies; turn: elements of a line between two tests for the end."""
 
     plan: Plan
     bits: int
     width: int
     scale_nan: int
-    rows: int
-    few: int
     run: int
     turn: int
-    scale: Scale
 
 
 def lacks(layout: Layout) -> str | None:
@@ -94,7 +99,7 @@ class FewRows:
         part, parts = _parts(self.layout)
         kind = _kind(self.layout, self._scale) if scaled else 1.0
         scale = self._scale if isinstance(kind, str) else None
-        sums, whole = _job(self.layout, rows, kind if parts == 1 else 1.0), _job(self.layout, rows, kind)
+        sums = _job(self.layout, rows, kind if parts == 1 else 1.0)
         y = torch.empty((parts, rows, n), dtype=torch.float32, device=x.device)
         sizes = self._codes.shape[1], 0 if self._blocks is None else self._blocks.shape[1]
         tile = Tile(sums.rows, sums.turn, 4)
@@ -103,7 +108,8 @@ class FewRows:
         if parts == 1:
             return y[0]
         found = torch.empty((rows, n), dtype=torch.float32, device=x.device)
-        gpu.launch(sum_kernel, y, Tile(whole.rows, 1, 4), scale, found, parts, n, rows, whole, size=(n, 1))
+        whole = SumJob(LINES, sums.few, kind)
+        gpu.launch(sum_kernel, y, Tile(LINES, 1, 4), scale, found, parts, n, rows, whole, size=(n, 1))
         return found
 
     def _check(self, x: Tensor) -> None:

@@ -832,8 +832,7 @@ def fields_of(joined, WIDTH: tl.constexpr):
     until their fields are apart: so a thread keeps the fields of its bytes, and does not load a byte for each field."""
     field = joined.to(tl.int32)
     for halved in tl.static_range(log2(8 // WIDTH)):
-        HALF: tl.constexpr = 4 >> halved
-        halves = tl.join(field & ((1 << HALF) - 1), field >> HALF)
+        halves = tl.join(field & ((1 << (4 >> halved)) - 1), field >> (4 >> halved))
         field = tl.reshape(halves, (field.shape[0], 2 * field.shape[1]))
     return field
 

@@ -39,7 +39,7 @@ KERNEL_TESTS := $(addprefix tests/test_,$(addsuffix .py,triton gpu kernel_varian
 test-oldest: $(OLDEST)/.dev ## run the kernels' tests with the oldest torch and triton allowed (installs 5.3 GB)
 	$(OLDEST)/bin/python -m pytest $(KERNEL_TESTS) $(ARGS)
 
-compile-kernels: $(VENV)/.dev ## compile every kernel that the tests launch for a GPU, without one (25 minutes)
+compile-kernels: $(VENV)/.dev ## compile every kernel that the tests launch for a GPU, without one (half an hour)
 	$(BIN)/python tests/kernel_variants.py $(ARGS)
 
 lint: $(VENV)/.dev ## check style, format and types

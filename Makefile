@@ -39,7 +39,7 @@ KERNEL_TESTS := $(addprefix tests/test_,$(addsuffix .py,triton gpu kernel_varian
 test-oldest: $(OLDEST)/.dev ## run the kernels' tests with the oldest torch and triton allowed (installs 5.3 GB)
 	$(OLDEST)/bin/python -m pytest $(KERNEL_TESTS) $(ARGS)
 
-compile-kernels: $(VENV)/.dev ## compile every kernel that the tests launch for a GPU, without one (25 minutes)
+compile-kernels: $(VENV)/.dev ## compile every kernel that the tests launch for a GPU, without one (half an hour)
 	$(BIN)/python tests/kernel_variants.py $(ARGS)
 
 lint: $(VENV)/.dev ## check style, format and types
@@ -62,6 +62,7 @@ bench: $(VENV)/.dev ## time quantisers, linear layers and training on CPU (RESUL
 	$(BIN)/python kernels/bench/bench_kernels.py $(ON_CPU)
 	$(BIN)/python kernels/bench/bench_quantize.py $(ON_CPU)
 	$(BIN)/python kernels/bench/bench_linear.py $(ON_CPU)
+	$(BIN)/python kernels/bench/bench_few_rows.py $(ON_CPU)
 	$(BIN)/python kernels/bench/bench_training.py $(ON_CPU)
 	$(BIN)/python kernels/bench/bench_training.py $(ON_CPU) --compile 1
 	$(BIN)/python kernels/bench/table.py $(RESULTS)/*.json
@@ -79,7 +80,7 @@ bench-gpu: ## the same on a GPU, at the sizes of large models; installs nothing 
 	$(GPU_PYTHON) kernels/bench/packages.py
 	@failed=0; \
 	measure() { echo "kernels/bench/$$*"; $(GPU_PYTHON) kernels/bench/"$$@" $(ON_GPU) || failed=1; }; \
-	measure first_contact.py env peaks equal speed gemms layers training; \
+	measure first_contact.py env peaks equal speed gemms few_rows layers training; \
 	measure bench_kernels.py --rows 32768 --columns 8192; \
 	measure bench_quantize.py --size 8192; \
 	measure bench_training.py --model llama_800m --batch 16 $(LARGE); \

@@ -1,6 +1,6 @@
 """Compiles every kernel variant that tests/test_triton.py launches, for compute capability 9.0; needs no GPU.
 
-    python tests/kernel_variants.py                    # all of about a thousand: 3 minutes, then a second each
+    python tests/kernel_variants.py                    # all of about 1200: 4 minutes, then a second each
     python tests/kernel_variants.py --seconds 280      # stops then, with exit status 2; the next run goes on
 
 The tests run once in Triton's interpreter, where each launch is noted: kernel, kinds of arguments, warps. The notes

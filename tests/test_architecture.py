@@ -19,11 +19,15 @@ ROOT = Path(__file__).parents[1]
 # longest key that matches decides. In parentheses: only lazily (inside functions, or for types alone), so that
 # importing the module neither needs it nor pays for it.
 MAY_IMPORT = {
-    "qtrain_kernels": "torch qtrain_kernels.formats qtrain_kernels.plans (triton qtrain_kernels.triton_quantize)",
+    "qtrain_kernels": (
+        "torch qtrain_kernels.formats qtrain_kernels.plans "
+        "(triton qtrain_kernels.triton_few_rows qtrain_kernels.triton_quantize)"
+    ),
     "qtrain_kernels.formats": "",
     "qtrain_kernels.plans": "qtrain_kernels.formats (torch)",
     "qtrain_kernels.triton_quantize": "triton qtrain_kernels.triton_interpreter",
-    "qtrain_kernels.triton_interpreter": "torch triton",
+    "qtrain_kernels.triton_few_rows": "triton qtrain_kernels.triton_quantize",
+    "qtrain_kernels.triton_interpreter": "numpy torch triton",
     "qtrain": "qtrain_kernels qtrain.errors (qtrain.quant qtrain.training.build)",
     "qtrain.errors": "",
     "qtrain.units": "",

@@ -282,7 +282,8 @@ def test_first_contact_in_the_interpreter(tmp_path: Path) -> None:
     stages = {
         "env": "", "peaks": "copy|bf|int8",
         "equal": "(quantize, NVFP4, rows|unrotate.*QuEST|quantize, INT4.* columns).* float32",
-        "speed": "quantize, MXFP4, rows", "gemms": "int8_matmul", "layers": "^bf|^quest", "training": "bf16",
+        "speed": "quantize, MXFP4, rows", "gemms": "int8_matmul", "few_rows": "int4_sym/32.* (8|64)x",
+        "layers": "^bf|^quest", "training": "bf16",
     }  # fmt: skip
     small = "--device cpu --backend triton --sizes 32x128x128 --square 64 --seq-len 32 --layers 1"
     first_contact(small, stages, tmp_path, TRITON_INTERPRET="1")
@@ -292,8 +293,8 @@ def test_first_contact_in_the_interpreter(tmp_path: Path) -> None:
     shapes = {row["operation"].rpartition(", ")[2] for row in rows["first-equal"]}
     assert len(rows["first-equal"]) == 3 and shapes == {"37x384 float32", "384x37 float32"}
     assert all(row["equal"] == 1 for stage in ("equal", "speed", "layers") for row in rows[f"first-{stage}"])
-    timed = [row for stage in ("peaks", "speed", "gemms", "layers") for row in rows[f"first-{stage}"]]
-    assert len(timed) == 3 + 1 + 2 + 2 and all(row["ms"] > 0 for row in timed)
+    timed = [row for stage in ("peaks", "speed", "gemms", "few_rows", "layers") for row in rows[f"first-{stage}"]]
+    assert len(timed) == 3 + 1 + 2 + 2 + 2 and all(row["ms"] > 0 for row in timed)
     assert all(row["relative error"] == 0 for row in rows["first-gemms"]), "the error of an exact product"
     assert [row["recipe"] for row in rows["first-training"]] == ["bf16"] and rows["first-training"][0]["tokens/s"] > 0
     assert "Triton's interpreter" in run(BENCH / "table.py", *tmp_path.glob("*.json"))
@@ -304,6 +305,7 @@ def test_first_contact_compiled_for_a_gpu(tmp_path: Path) -> None:
     stages = {
         "equal": "quantize, MXFP4, rows.*256",
         "speed": "quantize, MXFP4, rows",
+        "few_rows": "int4_sym/32.* 1x",
         "layers": "^quartet, 1",
         "training": "",
     }
@@ -317,7 +319,7 @@ def test_first_contact_compiled_for_a_gpu(tmp_path: Path) -> None:
         assert json.loads(path.read_text())["machine"]["device"] == "no device (compiled for sm_90)"
     assert all(row["equal"] is None for stage in ("equal", "speed", "layers") for row in rows[f"first-{stage}"])
     binaries = {path.stem for path in cache.rglob("*.cubin")}
-    assert binaries == {"quantize_kernel", "quantize_both_kernel", "rotate_kernel"}
+    assert binaries == {"quantize_kernel", "quantize_both_kernel", "rotate_kernel", "unpack_kernel", "few_rows_kernel"}
     compiled, launches = map(int, re.findall(r"rehearsed: (\d+) kernels .* (\d+) launches", shown)[-1])
     assert 8 < compiled == len(list(cache.rglob("*.cubin"))) < launches
     assert [row["recipe"] for row in rows["first-training"]] == ["bf16", "quartet"]

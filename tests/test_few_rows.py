@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import qtrain
 from qtrain.quant import PackedLinear
-from qtrain_kernels import few_rows
+from qtrain_kernels import dispatch, few_rows
 from qtrain_kernels.few_rows import FewRows, bfloat16_rows, lacks
 from qtrain_kernels.precision import linear
 
@@ -132,3 +132,15 @@ def test_what_is_not_multiplied_in_bits_is_told() -> None:
         FewRows(layer.weight)(torch.zeros(9, K))
     with pytest.raises(ValueError, match=r"weight must be \(N, K\) bfloat16"):
         bfloat16_rows(torch.zeros(1, 8), torch.zeros(4, 8))
+
+
+def test_the_backend_says_what_multiplies_few_rows() -> None:
+    """None where products are of the dequantised weight."""
+    _, layer = packed("w4a16")
+    _, wide = packed("mxfp8")
+    for backend in ("auto", "compiled"):
+        assert dispatch.few_rows(backend, "cpu", layer.layout) is few_rows
+        assert dispatch.few_rows(backend, "cpu", wide.layout) is None
+    assert dispatch.few_rows("reference", "cpu", layer.layout) is None
+    with pytest.raises(ValueError, match="backend 'triton' cannot run on cpu"):
+        dispatch.few_rows("triton", "cpu", layer.layout)

@@ -21,6 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import qtrain
 from qtrain.models.decoder import Decoder
 from qtrain.models.families.llama import Llama
+from qtrain.quant import PackedLinear
 from qtrain.quant.functional import OPERANDS
 from qtrain.quant.linear import QuantLinear
 from qtrain_kernels.formats import get_format
@@ -190,6 +191,24 @@ def test_auto_on_cuda_takes_every_recipe(recipe: str) -> None:
     """Also one that has no Triton kernel for all of its operands; with the reference's bits."""
     expected, found = (pass_through(recipe, backend, "auto", "cuda") for backend in ("reference", "auto"))
     assert all(map(torch.equal, expected, found))
+
+
+@pytest.mark.parametrize("recipe", ["w4a16", "quest_weight_only", "quest", "quartet"])
+def test_a_packed_layer_multiplies_few_rows_in_bits(recipe: str, device: str) -> None:
+    """Up to 64: exactly where both sides are integers, to the rounding of sums where the inputs stay as they are. More
+    rows, and inputs in minifloats, have the layer's own product, bit for bit."""
+    ours, references = (layer(recipe, backend, "auto", device) for backend in ("triton", "reference"))
+    packed, dense = PackedLinear.of(ours), PackedLinear.of(references)
+    x = torch.randn(65, K, generator=generator(4)).to(device)
+    for dtype, rtol in ((torch.float32, 1e-5), (torch.bfloat16, 2.0**-6)):
+        for rows in (1, 64, 65):
+            found, expected = (each(x[:rows].to(dtype)) for each in (packed, dense))
+            if rows < 65 and recipe in ("w4a16", "quest_weight_only"):
+                torch.testing.assert_close(found, expected, rtol=rtol, atol=rtol)
+                assert torch.equal(found[:1], packed(x[:1].to(dtype)))
+            else:
+                assert torch.equal(found, expected), (dtype, rows)
+    assert (packed._ready is None) == (recipe == "quartet") and dense._ready is None
 
 
 # ------------------------------------------------------------------------------------------------------------ training

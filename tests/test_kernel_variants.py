@@ -15,8 +15,8 @@ MAIN = """
 import fake_driver
 fake_driver.install()
 import torch
-from test_triton import KEY, MATRIX_PLANS, NVFP4, MXFP4, layout, rotation_of
-from qtrain_kernels import gpu, reference
+from test_triton import KEY, MATRIX_PLANS, NVFP4, MXFP4, layout, rotation_of, weight_of
+from qtrain_kernels import gpu, gpu_few_rows, reference
 from qtrain_kernels.qtensor import Side
 
 x, rotation = torch.zeros(256, 256, dtype=torch.bfloat16), rotation_of(32, True)
@@ -29,6 +29,8 @@ mask = torch.ones(spans.shape, dtype=torch.uint8)
 gpu.unrotate(spans, rotation, mask, torch.bfloat16)
 packed = reference.pack(spans, torch.ones(spans.shape[0], 1, 1), MXFP4)
 gpu.unpack(packed, spans.shape, MXFP4, torch.bfloat16)
+for rows, name in ((1, "int4_sym/32/float16"), (64, "nvfp4"), (3, "int2_sym/16/float16")):
+    gpu_few_rows.FewRows(weight_of(torch.ones(64, 1024), name, "cpu"))(x[0].repeat(rows, 4))
 print(*sorted(fake_driver.launches.items()), sum(fake_driver.launches.values()))
 """
 
@@ -50,9 +52,9 @@ def test_the_main_kernels_compile_for_a_gpu(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr[-3000:]
     compiled = {path.stem for path in tmp_path.rglob("*.cubin")}
-    kernels = {"quantize", "quantize_both", "rotate", "amax", "unpack"}
+    kernels = {"quantize", "quantize_both", "rotate", "amax", "unpack", "few_rows", "sum"}
     assert compiled == {f"{name}_kernel" for name in kernels}
-    assert len(list(tmp_path.rglob("*.cubin"))) == 13, done.stdout
+    assert len(list(tmp_path.rglob("*.cubin"))) == 18, done.stdout
 
 
 @pytest.mark.slow

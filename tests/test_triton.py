@@ -20,9 +20,19 @@ import triton.language as tl
 from conftest import passed_in_the_interpreter
 from torch import Tensor
 
-from qtrain_kernels import gpu, qtensor, reference
+from qtrain_kernels import gpu, gpu_few_rows, qtensor, reference
 from qtrain_kernels.formats import Format, get_format
-from qtrain_kernels.plans import SCALE_RULES, Mask, Packed, Plan, Rotation, _misfit, can_pack, stored_integer
+from qtrain_kernels.plans import (
+    SCALE_RULES,
+    Mask,
+    Packed,
+    Plan,
+    Rotation,
+    _misfit,
+    can_pack,
+    field_width,
+    stored_integer,
+)
 from qtrain_kernels.qtensor import STORAGES, Layout, QTensor, Side
 from qtrain_kernels.triton_quantize import divisor, quotient
 
@@ -447,6 +457,110 @@ def test_packed_nan_stays_visible(device: str) -> None:
         wanted[poisoned] = True
         assert scales is not None
         assert torch.equal(scales == (0x7F if name == "nvfp4" else 0xFF), wanted), name
+
+
+# ------------------------------------------------------------------------------------- few rows times a packed weight
+
+
+FEW_ROWS = (
+    *("int4_sym/32/float16", "int4/128/bfloat16", "int2_sym/16/float16", "mxfp4", "nvfp4", "e2m1/256/e4m3", "mxint8"),
+    *("mxfp8_e4m3", "mxfp8_e5m2", "int1", "int1.585", "int4", "int8", "e2m1/tensor/float32"),
+)
+EXACT = ("int4_sym/32/float16", "int8_sym/64/bfloat16", "mxfp4", "nvfp4", "mxfp8_e4m3", "int4_sym")
+
+
+def weight_of(values: Tensor, name: str, device: str) -> QTensor:
+    """values (N, K), packed as a format's default scale rule rounds them."""
+    fmt = get_format(name)
+    plan = Plan(
+        fmt.element, fmt.scale_kind, fmt.block_size, fmt.default_scale, scale_element=fmt.scale_element,
+        per_tensor=fmt.block == "tensor",
+    )  # fmt: skip
+    q = qtensor.quantize(values, layout(plan, values, storage="packed"), backend="reference")
+    return QTensor.of(q.layout, [each.to(device) for each in q.tensors()])
+
+
+@pytest.mark.parametrize("name", FEW_ROWS)
+def test_few_rows_are_the_products_of_the_values(name: str, device: str) -> None:
+    """Within the bound that the module states, of sizes that fill no tile, turn or part; the same for any rows."""
+    fmt, draws = get_format(name), torch.Generator().manual_seed(1)
+    block = fmt.block_size or 8
+    sizes = (70, 80), (9, max(2048 // field_width(fmt.element), 4 * block))
+    other = (torch.float16, torch.float32)[FEW_ROWS.index(name) % 2]
+    for (n, k), dtype in zip(sizes, (other, torch.bfloat16), strict=True):
+        k = (k // block + 1) * block
+        weight = torch.randn(n, k, generator=draws) * torch.logspace(-3, 1, k)[torch.randperm(k, generator=draws)]
+        q = weight_of(weight, name, device)
+        ready, values = gpu_few_rows.FewRows(q), q.dequantize("reference").cpu().double()
+        assert n == 70 or gpu_few_rows._parts(q.layout)[1] > 1
+        x = torch.randn(40, k, generator=draws).to(dtype)
+        found = ready(x.to(device)).cpu()
+        exact, size = x.double() @ values.T, x.double().abs() @ values.abs().T
+        bound = (k + 64) * 2.0**-23 * size
+        assert found.dtype == torch.float32 and ((found.double() - exact).abs() <= bound).all(), (k, dtype)
+        assert (exact.abs() > 4 * bound).float().mean() > 0.9, "the bound leaves no room for another product"
+        assert all(same(ready(x[:rows].to(device)).cpu(), found[:rows]) for rows in (1, 17)), (k, dtype)
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_few_rows_are_exact_where_their_sums_are(name: str, device: str) -> None:
+    """Codes times powers of two, by hand, and small integers: every order of the sums gives the same float32."""
+    fmt, n, k = get_format(name), 67, 704
+    draws = torch.Generator().manual_seed(2)
+    codes = torch.tensor([code for code in fmt.element.levels() if code == 0 or abs(code) >= fmt.element.max / 64])
+    block = fmt.block_size or k
+    weight = codes[torch.randint(len(codes), (n, k // block, block), generator=draws)]
+    weight[:, :, 0] = fmt.element.max  # so that the scale is the power of two
+    weight *= torch.exp2(torch.randint(-2, 3, (n, k // block, 1), generator=draws).float())
+    if name == "nvfp4":
+        weight[0, 0] = torch.eye(block)[0] * 6 * 448  # so that the scale of the tensor is 1
+    weight = weight.view(n, k)
+    ready = gpu_few_rows.FewRows(weight_of(weight, name, device))
+    for dtype, rows in ((torch.bfloat16, 3), (torch.float16, 64), (torch.float32, 1)):
+        x = torch.randint(-3, 4, (rows, k), generator=draws).to(dtype)
+        assert same(ready(x.to(device)).cpu(), (x.double() @ weight.double().T).float()), dtype
+
+
+def test_few_rows_are_told_without_the_scale_of_the_lines(device: str) -> None:
+    for name, k in (("int4", 256), ("nvfp4", 640), ("int4_sym/tensor/float32", 640)):
+        q = weight_of(matrix(20, k), name, device)
+        assert q.tensor_scale is not None
+        ready, x = gpu_few_rows.FewRows(q), torch.randn(2, k, generator=torch.Generator().manual_seed(3)).to(device)
+        assert same((ready(x, scaled=False) * q.tensor_scale.view(-1)).cpu(), ready(x).cpu()), name
+
+
+def test_few_rows_show_what_is_no_number(device: str) -> None:
+    """A scale in its line alone, also where that is the last; a row of x in its row."""
+    for name, nan in (("mxfp4", 255), ("nvfp4", 0x7F), ("int4_sym/32/float16", torch.nan)):
+        q = weight_of(torch.ones(65, 160), name, device)
+        assert q.block_scale is not None
+        q.block_scale[64, 3] = nan
+        x = torch.ones(3, 160)
+        x[1, 5] = torch.inf
+        found = gpu_few_rows.FewRows(q)(x.to(device)).cpu()
+        assert found[:, 64].isnan().all() and found[1, :64].isinf().all() and found[::2, :64].isfinite().all()
+
+
+def test_what_is_no_product_of_few_rows_is_refused_by_name(device: str) -> None:
+    def reason(name: str, k: int = 256) -> str | None:
+        return gpu_few_rows.lacks(weight_of(torch.ones(2, k), name, "cpu").layout)
+
+    assert reason("nf4") == "codes of a table are not decoded"
+    assert reason("int4", 33) == "its lines of 33 codes are no whole bytes"
+    assert reason("e2m1/8/e8m0") == "its blocks of 8 are shorter than 16"
+    assert (
+        reason("int4_sym/48/float16", 96) == "backend 'triton' needs a block that is a power of two up to 256; got 48"
+    )
+    assert reason("mxfp4") is None
+    with pytest.raises(ValueError, match="is not multiplied in its bits: its lines of 33 codes are no whole bytes"):
+        gpu_few_rows.FewRows(weight_of(torch.ones(2, 33), "int4", device))
+    ready = gpu_few_rows.FewRows(weight_of(torch.ones(2, 32), "e5m1/32/e8m0", device))
+    for shape in ((65, 32), (0, 32), (1, 64), (32,)):
+        with pytest.raises(ValueError, match=r"x must be \(1 to 64, 32\) on .*; give fewer rows, or dequantise"):
+            ready(torch.ones(shape, device=device))
+    for dtype in (torch.float16, torch.float64):  # 98304 is a code
+        with pytest.raises(ValueError, match=rf"x must be a float .* that holds the codes; got {dtype}"):
+            ready(torch.ones(1, 32, dtype=dtype, device=device))
 
 
 # --------------------------------------------------------------------------------------------------------------- float8

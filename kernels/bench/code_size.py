@@ -4,12 +4,14 @@
     python kernels/bench/code_size.py --only quartet --out kernels/bench/results/code/layers-triton-3.7.1.json
 
 A linear layer of each recipe runs forward and backward in bfloat16, on sizes whose tiles and alignment are those of
-large matrices. Each kernel that it launches is compiled, and so are the kernels of Quartet's layer in FP8 (`FLOAT8`).
+large matrices. Each kernel that it launches is compiled. So are the kernels of Quartet's layer in FP8 (`FLOAT8`), and
+those that multiply one row and 64 by a packed weight of each format of bench_few_rows.py (`FEW_ROWS`).
 Registers and the bytes that a thread spills are the cubin's own. Shared: bytes of a block.
 
 Instructions: the SASS instructions that a thread executes from its entry to its exit, without NOP, over the elements
 that it works on. What only rare operands need is not counted: the slow paths of division and root, which are blocks of
-code that are jumped over and contain a call, and what lies behind the exit. It is a count, no time.
+code that are jumped over and contain a call, and what lies behind the exit. Of a kernel with a loop it is those of one
+turn, over the elements of a turn. It is a count, no time.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import bench_few_rows
 import fake_driver
 import torch
 import triton
@@ -34,13 +37,13 @@ from torch import Tensor, nn
 import qtrain
 from qtrain.config.settings import GemmKind
 from qtrain_kernels import gemm as products
-from qtrain_kernels import gpu
+from qtrain_kernels import gpu, gpu_few_rows
 from qtrain_kernels.formats import Element
 from qtrain_kernels.qtensor import QTensor
 
 TOKENS, SIZE = 256, 256  # no tile is larger
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-FLOAT8 = "quartet's layer in FP8"
+FLOAT8, FEW_ROWS = "quartet's layer in FP8", "few rows, "
 INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)(.*?);")
 
 Row = dict[str, Any]
@@ -83,6 +86,27 @@ def launches(recipe: str, gemm: GemmKind = "auto", sizes: tuple[int, int, int] =
     return noted(run)
 
 
+def few_rows_launches(name: str) -> list[Launch]:
+    """What one row, and 64, launch that multiply a packed weight of a format."""
+    layout = bench_few_rows.layout_of(name, SIZE, SIZE)
+    weight = QTensor.of(layout, [torch.zeros(shape, dtype=dtype) for shape, dtype in layout.shapes()])
+
+    def run() -> None:
+        for rows in (1, gpu_few_rows.FEW):
+            gpu_few_rows.FewRows(weight)(torch.zeros(rows, SIZE, dtype=torch.bfloat16))
+
+    return noted(run)
+
+
+def launches_of(name: str) -> list[Launch]:
+    """Of a recipe, or of one of the other names that `main` lists."""
+    if name == FLOAT8:
+        return launches("quartet", "fp8")
+    if name.startswith(FEW_ROWS):
+        return few_rows_launches(name.removeprefix(FEW_ROWS))
+    return launches(name)
+
+
 def description(kernel: Any, x: Tensor, *arguments: object) -> str:
     """A kernel and all that it was made for, as a reader tells them apart."""
     made_for = [text(each) for each in arguments if is_dataclass(each)]
@@ -100,6 +124,8 @@ def text(made_for: Any) -> str:
             parts.append(plan_text(value))
         elif field.name == "dim":
             parts.append("rows" if value == -1 else "columns")
+        elif field.name == "few":
+            parts.append(f"{value} rows")
         elif field.name == "rotation" and value:
             parts.append(f"hadamard{value}")
         elif field.name == "scales" and value != "none":
@@ -174,23 +200,24 @@ def _dumped(flag: str, path: str) -> str:
 
 
 def main_path(code: str) -> int:
-    """Instructions from the entry to the exit of a kernel's SASS, without the blocks that a rare operand needs. Those
-    are jumped over by a branch forward, and contain a call."""
+    """Instructions from the entry to the exit of a kernel's SASS, or of one turn of its loop, without the blocks that a
+    rare operand needs. Those are jumped over by a branch forward, and contain a call."""
     lines = list(instructions(code))
     calls = {at for at, _, name, _ in lines if name.startswith("CALL")}
-    count, beyond = 0, 0
+    counted: list[int] = []
+    beyond = 0
     for at, predicate, name, operands in lines:
         if at < beyond:
             continue
-        count += name != "NOP"
+        counted += [at] if name != "NOP" else []
         if name == "EXIT" and not predicate:
             break
         target = re.search(r"0x([0-9a-f]+)", operands) if name.startswith("BRA") else None
         if target and any(at < call < int(target[1], 16) for call in calls):
             beyond = int(target[1], 16)
         elif target and int(target[1], 16) <= at:
-            raise ValueError("a loop, whose turns this script does not know")
-    return count
+            return sum(place >= int(target[1], 16) for place in counted)
+    return len(counted)
 
 
 def instructions(code: str) -> Iterator[tuple[int, str | None, str, str]]:
@@ -204,22 +231,21 @@ def instructions(code: str) -> Iterator[tuple[int, str | None, str, str]]:
 # --------------------------------------------------------------------------------------------------------------- table
 
 
-def rows(recipes: list[str]) -> list[Row]:
-    """One for each kernel, with the recipes that launch it."""
+def rows(names: list[str]) -> list[Row]:
+    """One for each kernel, with the recipes that launch it, or the other names of `launches_of`."""
     users: dict[str, dict[str, None]] = {}  # in the place of ordered sets
     found: dict[str, Launch] = {}
-    asked: list[tuple[str, GemmKind]] = [("quartet", "fp8"), *((name, "auto") for name in recipes)]
-    for recipe, gemm in asked:
+    for user in names:
         try:
-            launched = launches(recipe, gemm)
+            launched = launches_of(user)
         except ValueError as error:
             if "needs a block that is a power of two" not in str(error):
                 raise
-            print(f"{recipe}: {error}", file=sys.stderr)
+            print(f"{user}: {error}", file=sys.stderr)
             continue
         for kernel, given, tile in launched:
             name = description(kernel, *given)
-            users.setdefault(name, {})[FLOAT8 if gemm == "fp8" else recipe] = None
+            users.setdefault(name, {})[user] = None
             found[name] = kernel, given, tile
     table = []
     for name in sorted(found):
@@ -230,7 +256,7 @@ def rows(recipes: list[str]) -> list[Row]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="a regular expression: recipes whose names it finds")
+    parser.add_argument("--only", default="", help="a regular expression: recipes, and others, whose names it finds")
     parser.add_argument("--out", type=Path, help="writes the rows as JSON")
     parser.add_argument(
         "--bytes", metavar="T,K,N", help="of Quartet's layer in FP8 beside its products; compiles nothing"
@@ -244,8 +270,10 @@ def main() -> int:
         print(*(f"{row['MB']:8.1f} MB  {row['launch']}" for row in launched), sep="\n")
         print(f"{sum(row['MB'] for row in launched):8.1f} MB in {len(launched)} launches")
         return 0
-    recipes = [name for name in qtrain.recipes() if name != "bf16" and re.search(options.only, name)]
-    found = {"name": "code for sm_90", "triton": triton.__version__, "rows": rows(recipes)}
+    recipes = [name for name in qtrain.recipes() if name != "bf16"]
+    names = [FLOAT8, *recipes, *(f"{FEW_ROWS}{name}" for name in bench_few_rows.FORMATS)]
+    names = [name for name in names if re.search(options.only, name)]
+    found = {"name": "code for sm_90", "triton": triton.__version__, "rows": rows(names)}
     if options.out:
         options.out.write_text(json.dumps(found, indent=1) + "\n")
     return int(any(row["spilled"] for row in found["rows"]))

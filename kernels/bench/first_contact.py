@@ -8,8 +8,9 @@
 env: versions, device, compiler, missing packages. peaks: a copy, and products in each precision, which are the ceilings
 of this card. equal: each Triton kernel against the reference on the device, bit for bit, along rows and columns, at odd
 sizes, on hard values. speed: the same kernels at 16384 x 4096, over a copy in the same rounds. gemms: the products of
-linear layers. layers: each recipe's layer by Triton against the reference, then its time over bfloat16's. training:
-tokens a second of a small Llama. The sizes are smaller on CPU.
+linear layers. few_rows: few rows times packed weights, over a copy and torch's product. layers: each recipe's layer by
+Triton against the reference, then its time over bfloat16's. training: tokens a second of a small Llama. The sizes are
+smaller on CPU.
 
 A kernel, layer or product that fails costs one row, which names the error. A kernel or layer with one wrong bit has no
 time. The exit code is 1 if any row failed, was wrong, or was left out for lack of time.
@@ -25,6 +26,7 @@ from functools import partial
 from statistics import median
 from typing import Any
 
+import bench_few_rows
 import bench_gemms
 import bench_kernels
 import bench_linear
@@ -111,6 +113,11 @@ def gemm_cases(options: argparse.Namespace) -> Iterator[Case]:
     return bench_gemms.cases(bench_gemms.sizes_of(options), bench_gemms.TORCH | bench_gemms.OURS, options)
 
 
+def few_rows_cases(options: argparse.Namespace) -> Iterator[Case]:
+    for _, k, n in bench_gemms.sizes_of(options):
+        yield from bench_few_rows.cases(k, n, options)
+
+
 def layer_cases(options: argparse.Namespace) -> Iterator[Case]:
     for size in bench_gemms.sizes_of(options):
         for name, measure in bench_linear.cases(*size, GEMMS, options):
@@ -127,6 +134,7 @@ STAGES: dict[str, tuple[str, Callable[[argparse.Namespace], Iterator[Case]]]] = 
     "equal": ("operation", equal_cases),
     "speed": ("operation", speed_cases),
     "gemms": ("product", gemm_cases),
+    "few_rows": ("weight", few_rows_cases),
     "layers": ("recipe", layer_cases),
     "training": ("recipe", training_cases),
 }

@@ -15,13 +15,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from functools import cache
-from typing import Any
+from functools import cache, lru_cache
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from qtrain_kernels import cpu, gpu, reference
 from qtrain_kernels.plans import Plan, Rotation
+
+if TYPE_CHECKING:
+    from qtrain_kernels.qtensor import Layout
 
 log = logging.getLogger("qtrain")
 
@@ -46,6 +49,16 @@ def get(
     return getattr(module(backend, device_type, plan, rotation), op)
 
 
+@lru_cache(4096)
+def few_rows(backend: str, device_type: str, layout: Layout) -> Any:
+    """The module whose `FewRows` multiplies up to FEW rows by a weight of this layout in its bits. None where products
+    are of the dequantised weight: on the reference, and where `lacks` of the backend's module names a reason."""
+    from qtrain_kernels import few_rows, gpu_few_rows  # which need this module
+
+    found = {"compiled": few_rows, "triton": gpu_few_rows}.get(resolve(backend, device_type))
+    return None if found is None or found.lacks(layout) else found
+
+
 @cache
 def resolve(backend: str, device_type: str) -> str:
     """auto -> the backend in force on a device ("cpu", "cuda"). ValueError as in `get`."""
@@ -66,9 +79,9 @@ def resolve(backend: str, device_type: str) -> str:
 @cache
 def _lacks_kernel(chosen: str, plan: Plan | None, size: int | None) -> bool:
     """Whether a backend has no kernel for a plan or a rotation of this size; said once."""
-    reason = gpu.missing_kernel(plan, size) if chosen == "triton" else None
-    if plan is not None and plan.element.table is not None:
-        reason = f"backend {chosen!r} knows no codes of a table (nf4)"
+    reason = None if plan is None else MODULES[chosen].KNOWS.lacks(plan)
+    if reason is None and chosen == "triton":
+        reason = gpu.missing_kernel(plan, size)
     if reason:
         log.info("backend auto takes the reference: %s", reason)
     return reason is not None

@@ -341,37 +341,38 @@ class Knows:
     sparsities: tuple[str, ...]
     tables: bool = False
 
+    def lacks(self, plan: Plan) -> str | None:
+        """What a plan asks for beyond that, with the remedy; None if nothing."""
+        rule = plan.scale_rule
+        asked = (
+            ("statistic", None if rule.given else rule.statistic, self.statistics),
+            ("statistic", rule.outer and rule.outer.statistic, self.statistics),
+            ("kind of scale", plan.scale_kind, self.scales),
+            ("rounding", plan.rounding_mode.codes, self.roundings),
+            ("mask", plan.mask and plan.mask.kind, self.masks),
+            ("sparsity", plan.sparsity, self.sparsities),
+        )
+        if plan.element.table is not None and not self.tables:
+            return f"backend {self.backend!r} knows no codes of a table (nf4); use backend 'reference' or 'auto'"
+        for what, name, known in asked:
+            if name is not None and name not in known:
+                return (
+                    f"backend {self.backend!r} knows no {what} {name!r}; it knows {', '.join(known)}; use one of them, "
+                    "or a backend that knows it"
+                )
+        return None
+
     def check(self, plan: Plan) -> None:
-        """ValueError for a plan that asks for anything else."""
-        _check_known(self, plan)
-
-
-def _check_known(backend: Knows, plan: Plan) -> None:
-    rule = plan.scale_rule
-    asked = (
-        ("statistic", None if rule.given else rule.statistic, backend.statistics),
-        ("statistic", rule.outer and rule.outer.statistic, backend.statistics),
-        ("kind of scale", plan.scale_kind, backend.scales),
-        ("rounding", plan.rounding_mode.codes, backend.roundings),
-        ("mask", plan.mask and plan.mask.kind, backend.masks),
-        ("sparsity", plan.sparsity, backend.sparsities),
-    )
-    if plan.element.table is not None and not backend.tables:
-        raise ValueError(
-            f"backend {backend.backend!r} knows no codes of a table (nf4); use backend 'reference' or 'auto'"
-        )
-    if plan.element.table is not None and plan.rounding != "nearest":
-        raise ValueError(f"codes of a table (nf4) are rounded to nearest; got {plan.rounding}")
-    if plan.element.zero_point and (plan.rounding != "nearest" or plan.mask or plan.sparsity):
-        raise ValueError(
-            f"codes with a zero point are rounded to nearest, without mask and sparsity; got {plan.rounding}, "
-            f"{plan.mask}, {plan.sparsity}"
-        )
-    for what, name, known in asked:
-        if name is not None and name not in known:
+        """ValueError for a plan of which it lacks something, and for one that no backend has."""
+        reason = self.lacks(plan)
+        if reason:
+            raise ValueError(reason)
+        if plan.element.table is not None and plan.rounding != "nearest":
+            raise ValueError(f"codes of a table (nf4) are rounded to nearest; got {plan.rounding}")
+        if plan.element.zero_point and (plan.rounding != "nearest" or plan.mask or plan.sparsity):
             raise ValueError(
-                f"backend {backend.backend!r} knows no {what} {name!r}; it knows {', '.join(known)}; use one of them, "
-                "or a backend that knows it"
+                f"codes with a zero point are rounded to nearest, without mask and sparsity; got {plan.rounding}, "
+                f"{plan.mask}, {plan.sparsity}"
             )
 
 

@@ -1,6 +1,8 @@
-"""Triton's interpreter, where it computes otherwise than a GPU: its fused multiply-add rounds twice, and its casts to
-FP8 do not round to the nearest."""
+"""Triton's interpreter, where it computes otherwise than a GPU: its fused multiply-add rounds twice, its casts to FP8
+do not round to the nearest, and its products of matrices take the bits of bfloat16 for integers and sum in an order
+that depends on the sizes."""
 
+import numpy as np
 import torch
 import triton.language as tl
 from torch import Tensor
@@ -17,6 +19,13 @@ def fma(x: Tensor, y: Tensor, z: Tensor) -> Tensor:
     even = (total.view(torch.int64) & 1) == 0
     odd = total.nextafter(error * torch.inf)
     return torch.where(even & error.isfinite() & (error != 0), odd, total).float()
+
+
+def in_float64(x: TensorHandle) -> np.ndarray:
+    """The values of float32, float16 or bfloat16, whose bits the interpreter holds as integers."""
+    if x.dtype.scalar == tl.bfloat16:
+        return (x.data.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+    return x.data.astype(np.float64)
 
 
 def install() -> None:
@@ -36,5 +45,17 @@ def install() -> None:
         found = torch.tensor(src.data).to(kinds[dst_type.scalar])
         return TensorHandle(found.view(torch.uint8).numpy(), dst_type.scalar)
 
+    def create_dot(
+        self: object,
+        a: TensorHandle,
+        b: TensorHandle,
+        d: TensorHandle,
+        input_precision: object,
+        max_num_imprecise_acc: object,
+    ) -> TensorHandle:  # fmt: skip
+        product = np.matmul(*(in_float64(each) for each in (a, b)))
+        return TensorHandle(product.astype(np.float32) + d.data, d.dtype.scalar)
+
+    InterpreterBuilder.create_dot = create_dot
     InterpreterBuilder.create_fma = create_fma
     InterpreterBuilder.create_fp_to_fp = create_fp_to_fp

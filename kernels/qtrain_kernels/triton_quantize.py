@@ -827,22 +827,28 @@ def amax_kernel(x, signs, largest, rows, columns, JOB: tl.constexpr):
 
 
 @triton.jit
+def fields_of(joined, WIDTH: tl.constexpr):
+    """(L, n) bytes -> (L, n * 8 / WIDTH) fields of WIDTH bits, int32, the first in a byte lowest. Bytes are halved
+    until their fields are apart: so a thread keeps the fields of its bytes, and does not load a byte for each field."""
+    field = joined.to(tl.int32)
+    for halved in tl.static_range(log2(8 // WIDTH)):
+        halves = tl.join(field & ((1 << (4 >> halved)) - 1), field >> (4 >> halved))
+        field = tl.reshape(halves, (field.shape[0], 2 * field.shape[1]))
+    return field
+
+
+@triton.jit
 def load_fields(pointer, size, WIDTH: tl.constexpr, SIZE: tl.constexpr):
     """This program's SIZE fields of WIDTH bits, int32; `size` bytes in all."""
     COUNT: tl.constexpr = 8 // WIDTH
     at = tl.program_id(0).to(tl.int64) * (SIZE // COUNT) + tl.arange(0, SIZE // COUNT)
-    joined = tl.load(pointer + at, mask=at < size, other=0).to(tl.int32)
-    apart = (joined[:, None] >> (tl.arange(0, COUNT) * WIDTH)[None, :]) & ((1 << WIDTH) - 1)
-    return tl.reshape(apart, (SIZE,))
+    return tl.reshape(fields_of(tl.load(pointer + at, mask=at < size, other=0)[None, :], WIDTH), (SIZE,))
 
 
 @triton.jit
 def at_place(place, GRID: tl.constexpr):
-    """A minifloat's magnitude by its place among all."""
-    normal = float_of((place << (23 - GRID.mantissa_bits)) + ((GRID.min_exponent + 126) << 23))
-    return tl.where(
-        place < 2**GRID.mantissa_bits, place.to(tl.float32) * (2.0 ** (GRID.min_exponent - GRID.mantissa_bits)), normal
-    )
+    """A minifloat's magnitude by its place among all: moved so, its exponent and subnormals are float32's."""
+    return float_of(place << (23 - GRID.mantissa_bits)) * 2.0 ** (126 + GRID.min_exponent)
 
 
 @triton.jit

@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -17,8 +16,8 @@ from qtrain.quant.linear import QuantLinear, compute_dtype, quant_linears
 from qtrain.quant.outliers import PARTS, FixedDtypes, Outliers
 from qtrain.quant.quantizer import rotate, unrotate
 from qtrain.quant.random import key_table
-from qtrain_kernels import few_rows
-from qtrain_kernels.few_rows import FewRows
+from qtrain_kernels import dispatch
+from qtrain_kernels.few_rows import exact
 from qtrain_kernels.gemm import scaled, scales_of
 from qtrain_kernels.plans import Rotation
 from qtrain_kernels.qtensor import TENSORS, Layout, QTensor, float_storage
@@ -35,10 +34,11 @@ class PackedLinear(FixedDtypes):
     that of the dequantised weight in the compute dtype, straight through their quantiser; the weight has none. A weight
     of which parts stay in 16 bits has them in `outliers`.
 
-    On a CPU, at most 8 rows of inputs multiply the weight in its bits (`qtrain_kernels.few_rows`), unless the backend
-    is the reference. Where both sides are integers without block scales, sums are exact and the same. Where the recipe
-    leaves the inputs as they are, float32 sums are taken in another order, and are not rounded to bfloat16 before the
-    weight's scale. Everywhere else, and with more rows, the outputs are those of the layer, bit for bit.
+    Few rows of inputs multiply the weight in its bits, unless the backend is the reference: at most 8 on a CPU
+    (`qtrain_kernels.few_rows`), at most 64 on CUDA (`qtrain_kernels.gpu_few_rows`). Where both sides are integers
+    without block scales, sums are exact and the same. Where the recipe leaves the inputs as they are, float32 sums are
+    taken in another order, and are not rounded to bfloat16 before the weight's scale. Everywhere else, and with more
+    rows, the outputs are those of the layer, bit for bit.
     """
 
     codes: Tensor
@@ -58,7 +58,7 @@ class PackedLinear(FixedDtypes):
         self.register_buffer("input_scale", input_scale)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
         self.keys, self.outliers = keys, outliers
-        self._ready: FewRows | None = None
+        self._ready: Any = None  # a FewRows of the module that multiplied few rows
 
     @classmethod
     def of(cls, layer: QuantLinear) -> PackedLinear:
@@ -108,27 +108,23 @@ class PackedLinear(FixedDtypes):
         return self._product_of_codes(self.outliers.without_columns(x), dtype) + beside
 
     def _product_of_codes(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        few = len(x) <= few_rows.FEW and self._multiplies_in_bits and x.device.type == "cpu"
-        rotation = self.rotation()
+        module = dispatch.few_rows(self.numerics.backend, x.device.type, self.layout)
+        few, rotation = module is not None and len(x) <= module.FEW, self.rotation()
         if few and self.numerics.fprop.left.plan is None:  # quantising takes longer than the product
             turned = x if rotation is None else rotate(x.detach(), rotation, self.numerics.backend)
-            return self._few_rows()(turned.to(dtype)).to(dtype)
+            return self._few_rows(module)(turned.to(dtype)).to(dtype)
         call = Call(self.numerics, self.keys, dtype, None)
         learned = None if self.input_scale is None else self.input_scale.float().view(())
         xq, _ = call.operand("fprop.x", x, rotation, learned=learned)
-        if few and xq.layout.storage == "int8" and few_rows.exact(xq.layout, self.layout.t):
-            codes = self._few_rows()(xq.to("float32", call.numerics.backend).codes, scaled=False)
-            return scaled(codes, scales_of(xq, self.weight.t)).to(dtype)
+        if few and xq.layout.storage == "int8" and exact(xq.layout, self.layout.t):
+            held = xq.to(float_storage(xq.layout.plan, torch.bfloat16), call.numerics.backend)
+            return scaled(self._few_rows(module)(held.codes, scaled=False), scales_of(xq, self.weight.t)).to(dtype)
         return call.multiply("fprop", xq, self.weight.t, dtype)
 
-    @cached_property
-    def _multiplies_in_bits(self) -> bool:
-        """Whether few rows multiply the weight in its bits: see the class."""
-        return self.numerics.backend != "reference" and few_rows.lacks(self.layout) is None
-
-    def _few_rows(self) -> FewRows:
+    def _few_rows(self, module: Any) -> Any:
+        """The weight as the FewRows of a module of `dispatch.few_rows`, made once."""
         if self._ready is None or self._ready.address != self.codes.data_ptr():
-            self._ready = FewRows(self.weight)
+            self._ready = module.FewRows(self.weight)
         return self._ready
 
     def product_back(self, dy: Tensor, dtype: torch.dtype) -> Tensor:

@@ -159,6 +159,11 @@ class CallbacksConfig(Strict):
     keep_best: write the weights of the lowest validation loss to run_dir/best.safetensors, beside the checkpoints.
     profile_steps: record so many steps by torch's profiler, soon after the start: run_dir/profile holds a trace of each
         rank, for ui.perfetto.dev.
+    tasks: task files of lm-evaluation-harness (extra `eval`): the model's scores on them are taken at the end of the
+        run. Rank 0 takes them alone, within trainer.timeout_minutes, and other ranks wait. trainer.strategy=fsdp2
+        refuses them.
+    tasks_every_steps: how often they are taken before the end; None is never.
+    tasks_limit: documents of each task; None is all.
     progress_bar: show one, where the output is a terminal.
     """
 
@@ -171,6 +176,9 @@ class CallbacksConfig(Strict):
     profile_steps: int = Field(0, ge=0)
     keep_checkpoints: int = Field(2, ge=1)
     keep_best: bool = False
+    tasks: Names = ()
+    tasks_every_steps: int | None = Field(None, gt=0)
+    tasks_limit: int | None = Field(None, gt=0)
     progress_bar: bool = True
 
 

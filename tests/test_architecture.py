@@ -87,8 +87,10 @@ MAY_IMPORT = {
         "qtrain_kernels"
     ),
     "qtrain.training.rows": "torch qtrain.quant",
+    "qtrain.training.moves": "torch qtrain.quant",
     "qtrain.training.tune": (
-        "torch safetensors qtrain.config qtrain.models qtrain.models.hf qtrain.quant qtrain.runs qtrain.training.rows"
+        "torch safetensors qtrain.config qtrain.models qtrain.models.hf qtrain.quant qtrain.runs "
+        "qtrain.training.moves qtrain.training.rows"
     ),
     "qtrain.training.memory": (
         "torch qtrain.config qtrain.models qtrain.plan qtrain.quant qtrain.training.activations qtrain.training.build "

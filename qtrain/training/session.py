@@ -309,6 +309,7 @@ class Session:
             hf.load(self.model, pretrained)
         optimizer = build_optimizer(self.model, self.config.optimizer)
         self.module.rows = tune.row_choice(self.model, optimizer, self.config)
+        tune.prepare_optimizer(self.model, optimizer, self.config)
         saver = Saver()
         observers = self.observers()
         measure = observers[0]

@@ -91,8 +91,10 @@ MAY_IMPORT = {
         "qtrain_kernels"
     ),
     "qtrain.training.rows": "torch qtrain.quant",
+    "qtrain.training.moves": "torch qtrain.quant",
     "qtrain.training.tune": (
-        "torch safetensors qtrain.config qtrain.models qtrain.models.hf qtrain.quant qtrain.runs qtrain.training.rows"
+        "torch safetensors qtrain.config qtrain.models qtrain.models.hf qtrain.quant qtrain.runs "
+        "qtrain.training.moves qtrain.training.rows"
     ),
     "qtrain.training.memory": (
         "torch qtrain.config qtrain.models qtrain.plan qtrain.quant qtrain.training.activations qtrain.training.build "
@@ -113,7 +115,7 @@ MAY_IMPORT = {
     "qtrain.training.observers": (
         "torch lightning (wandb) safetensors rich qtrain.config qtrain.data.batches qtrain.metrics qtrain.quant "
         "qtrain.runs qtrain.training.causal_lm qtrain.training.checkpoint qtrain.training.losses "
-        "qtrain.training.parallel"
+        "qtrain.training.parallel (qtrain.evaluate qtrain.integrations.lm_eval)"
     ),
     "qtrain.training.divergence": "qtrain.training.causal_lm qtrain.training.parallel",
     "qtrain.training.saves": (
@@ -132,7 +134,7 @@ MAY_IMPORT = {
         "qtrain.training.checkpoint qtrain.training.divergence qtrain.training.loop qtrain.training.memory "
         "qtrain.training.observers qtrain.training.parallel qtrain.training.saves qtrain.training.stop "
         "qtrain.training.speed qtrain.training.trunk qtrain.training.tune "
-        "qtrain.training.world"
+        "qtrain.training.world (qtrain.evaluate)"
     ),
     "qtrain.multirun": "rich qtrain.config qtrain.config.settings qtrain.runs",
     "qtrain.export": (

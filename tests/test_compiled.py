@@ -155,7 +155,7 @@ def test_tiles_of_rows_and_learned_scales_are_the_references() -> None:
             for rotation in (None, Rotation(32, SIGNS))[: 1 + (dim == -1)]:
                 given = x if rows > 1 else torch.cat((x, -x), 1)
                 assert_equal(given, Side(layout, rotation, KEY))
-    learned = replace(PLANS["quest"], rule="learned")
+    learned = replace(PLANS["quest"], rule="learned", per_tensor=True)
     assert_equal(x, Side(Layout(learned, (45, 64)), None, None, torch.tensor(0.3)))
 
 

@@ -306,9 +306,10 @@ def test_what_the_model_does_not_have_is_refused(change: dict[str, Any], message
     ("fprop", "x", {"format": "nvfp4", "rounding": "eden", "correction": 24}, "correction=24 must be a multiple of"),
     ("fprop", "x", {"format": "int4", "scale": "learned", "rounding": "stochastic"}, "learned .* rounds to nearest"),
     (
-        "fprop", "w", {"format": "int4/row/float32", "scale": "learned"},
-        "is one number for the whole tensor, not one for each row; write int4/tensor/float32",
+        "fprop", "x", {"format": "int4/row/float32", "scale": "learned"},
+        "of inputs is one number for the whole tensor, .* write int4/tensor/float32",
     ),
+    ("fprop", "w", {"format": "int4/16x16/float32", "scale": "learned"}, "not for tiles of rows"),
     ("fprop", "x", {"format": "mxfp4", "scale": "learned"}, "scale 'learned' does not give mxfp4's e8m0 scales"),
     ("fprop", "x", {"format": "e2m1/16x16/e4m3", "sparsity": "2:4"}, "sparsity 2:4 needs blocks of a multiple of 8"),
     ("fprop", "x", {"format": "int4", "clip_scale": 2.0}, "clip_scale is of estimator clip; the estimator is ste"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import shutil
 import sys
 from contextlib import redirect_stdout
@@ -11,8 +12,10 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from qtrain.cli import start
 from qtrain.data.batches import TokenBatches
@@ -26,6 +29,8 @@ from qtrain.quant.linear import quant_linears
 from qtrain.runs.directory import RunDirectory
 from qtrain.train import compose, main
 from qtrain.training.checkpoint import list_checkpoints
+from qtrain.training.observers.tasks import Tasks, by_task, check_tasks
+from qtrain.training.parallel import Ranks
 
 transformers = pytest.importorskip("transformers", reason="the extra hf is not installed")
 
@@ -318,3 +323,66 @@ def test_lm_eval_scores_an_imported_model_as_transformers_model(
                 assert found[task][metric] == pytest.approx(value, rel=1e-6, nan_ok=True), (task, metric)
     assert 0 < wanted["choice"]["acc"] < 1
     assert told(run.path, "--tasks", tasks[0])["choice"]["acc"] >= 0
+
+
+def global_state(tasks: Tasks) -> tuple[Any, ...]:
+    drawn = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+    return *drawn, [module.training for module in tasks.target.model.modules()]
+
+
+def test_a_run_takes_the_scores_of_evaluate_and_trains_the_same(
+    folder: Path, run: RunDirectory, tasks: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """LSQ has learned scales, and its inputs one scale for a batch."""
+    if not is_installed("lm_eval"):
+        pytest.skip("the extra eval is not installed")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    tokenizer = ("tokenizer=bpe", "tokenizer.vocab_size=280")
+    asked = (f"callbacks.tasks=[{tasks[0]},{tasks[2]}]", "callbacks.tasks_every_steps=6", "callbacks.tasks_limit=5")
+    around = []
+
+    def watched(tasks: Tasks, scores: Any = Tasks._scores) -> Any:
+        around.append(global_state(tasks))
+        found = scores(tasks)
+        around.append(global_state(tasks))
+        return found
+
+    monkeypatch.setattr(Tasks, "_scores", watched)
+    train(folder, "lsq", *tokenizer, *asked, f"run_dir={tmp_path}/scored")
+    scored = RunDirectory(tmp_path / "scored")
+    assert len(around) == 6 and around[::2] == around[1::2]
+    plain = train(folder, "lsq", *tokenizer)
+    lines = [*scored.lines("tasks_seconds")]
+    assert [line["step"] for line in lines] == [6, 12, 16]
+    wanted = told(scored.path, "--tasks", tasks[0], tasks[2], "--limit", 5)
+    assert by_task(lines[-1]) == wanted == json.loads((scored.path / "summary.json").read_text())["tasks"]
+    assert wanted.keys() == {"choice", "go_on"}
+    trained = [
+        {name: value for file in sorted(folder.glob("*.safetensors")) for name, value in load_file(file).items()}
+        for folder in (list_checkpoints(each.checkpoints)[-1][1] for each in (scored, plain))
+    ]
+    assert len(trained[0]) > 20 and trained[0].keys() == trained[1].keys()
+    assert all(torch.equal(value, trained[1][name]) for name, value in trained[0].items())
+    assert [line["loss"] for line in scored.lines("loss")] == [line["loss"] for line in plain.lines("loss")]
+
+
+@pytest.mark.parametrize("settings, message", [
+    (("callbacks.tasks=[missing.yaml]",), "callbacks.tasks: no such task file: missing.yaml"),
+    (("callbacks.tasks=[pyproject.toml]",), "callbacks.tasks needs the package lm_eval"),
+    (("callbacks.tasks=[pyproject.toml]", "trainer.strategy=fsdp2"), "set trainer.strategy=ddp"),
+])  # fmt: skip
+def test_tasks_that_a_run_cannot_take_are_told(
+    settings: tuple[str, ...], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(Path(__file__).parents[1])
+    monkeypatch.setattr("qtrain.errors.is_installed", lambda name: False)
+    with pytest.raises(UserError, match=message):
+        check_tasks(compose([*settings]), Ranks())
+
+
+def test_a_task_file_that_lm_eval_does_not_read_is_told(tmp_path: Path) -> None:
+    if not is_installed("lm_eval"):
+        pytest.skip("the extra eval is not installed")
+    (tmp_path / "a.yaml").write_text("task: a\noutput_type: multiple_choice\ndataset_path: none/such\n")
+    with pytest.raises(UserError, match=r"lm-eval cannot run .*a\.yaml"):
+        check_tasks(compose([f"callbacks.tasks=[{tmp_path}/a.yaml]"]), Ranks())

@@ -378,7 +378,7 @@ OPERANDS = {
     "int4": Layout(QUEST),
     "int8 tensor": Layout(replace(QUEST, element=get_format("int8").element, per_tensor=True)),
     "int8 tiles": Layout(Plan(get_format("int8_sym").element, "float32", 32 * 32, "absmax"), rows=32),
-    "learned": Layout(replace(QUEST, rule="learned")),
+    "learned": Layout(replace(QUEST, rule="learned", per_tensor=True)),
     "none": Layout(None),
 }
 NATIVE = {  # the rows of 4-bit and MX units that take an operand

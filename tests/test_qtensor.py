@@ -264,7 +264,7 @@ def test_what_waits_for_the_backward_takes_the_least_bits() -> None:
     for plan, storage, expected in (
         (MXFP4, "bfloat16", "packed"), (QUEST, "int8", "packed"), (FP8, "bfloat16", "packed"),
         (replace(QUEST, element=get_format("int8").element), "int8", "int8"), (FP8_128, "float32", "float32"),
-        (replace(QUEST, rule="learned"), "bfloat16", "bfloat16"), (MXFP4, "float8", "packed"),
+        (replace(QUEST, rule="learned", per_tensor=True), "bfloat16", "bfloat16"), (MXFP4, "float8", "packed"),
         (None, "float32", "float32"),
     ):  # fmt: skip
         assert Layout(plan, (32, 128), storage=storage).saved.storage == expected
@@ -378,7 +378,7 @@ BAD = {
     "another dim": (lambda: Layout(MXFP4, dim=0), "blocks lie along dim -1 or -2; got 0"),
     "integers of minifloats": (lambda: Layout(MXFP4).stored("int8"), "int8 holds integer codes without block scales"),
     "integers under a learned scale": (
-        lambda: Layout(replace(QUEST, rule="learned")).stored("int8"),
+        lambda: Layout(replace(QUEST, rule="learned", per_tensor=True)).stored("int8"),
         "a NaN has no integer, and a learned scale",
     ),
     "integers with zeros that they lack": (

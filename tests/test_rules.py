@@ -36,7 +36,7 @@ FORMATS = {  # where the scale lies -> a format, and the rules that only another
     "row": ("int4_sym", {"gaussian": "int4", "learned": "int4"}),
     "tensor": ("int4_sym/tensor/float32", {"gaussian": "int4/tensor/float32", "learned": "int4/tensor/float32"}),
 }
-OF_LINES = ("absmean", "sawb", "learned")  # one scale per row or tensor
+OF_LINES = ("absmean", "sawb")  # one scale per row or tensor
 MASKS = (None, ("inside", 0.6), ("within", 0.4), ("error", 0.04))  # limits in largest codes
 SPARSITIES = (None, "2:4", "4:8")
 LEARNED = 0.4
@@ -48,8 +48,9 @@ def rules() -> list[tuple[str, str]]:
         (kind, rule)
         for kind in FORMATS
         for rule, kinds in SCALE_RULES.items()
-        if ("float32" if kind in ("row", "tensor") else kind) in kinds and not (kind == "float32" and rule in OF_LINES)
-        if not (INTERPRETED and rule == "minmax")  # which Triton's kernels do not know
+        if ("float32" if kind in ("row", "tensor") else kind) in kinds
+        and not (kind == "float32" and rule in (*OF_LINES, "learned"))  # backends are not asked for learned blocks
+        and not (INTERPRETED and rule == "minmax")  # which Triton's kernels do not know
     ]
 
 
@@ -118,7 +119,7 @@ def matrix() -> Tensor:
 
 def found(module: ModuleType, x: Tensor, plan: Plan) -> oracle.Quantised:
     """codes, scale and mask (8, 64) of a backend."""
-    learned = torch.tensor(LEARNED) if plan.rule == "learned" else None
+    learned = torch.full(() if plan.whole else (len(x), 1), LEARNED) if plan.rule == "learned" else None
     q = quantized(module, x, plan, key=torch.tensor(KEY, dtype=torch.int32), learned=learned)
     scale = torch.as_tensor(q.tensor_scale).double() * (1.0 if q.block_scale is None else q.block_scale.double())
     passes = None if q.mask is None else q.mask.numpy()

@@ -14,12 +14,14 @@ import qtrain
 from qtrain.errors import UserError
 from qtrain.models import hf
 from qtrain.models.decoder import Decoder
-from qtrain.optim.groups import build_optimizer
-from qtrain.quant.scaled import ScaledLinear, round_to_nearest
+from qtrain.optim.groups import build_optimizer, parameter_groups
+from qtrain.quant.scaled import ScaledLinear, round_to_nearest, train_scales
 from qtrain.train import compose, from_checkpoint
 from qtrain.training import tune
 from qtrain.training.build import build_model, build_teacher, check_model
+from qtrain.training.checkpoint import Saver, list_checkpoints, tensors_of
 from qtrain.training.losses import distillation_loss, next_token_loss
+from qtrain.training.moves import move_codes
 
 SMALL = [
     "model.dim=32", "model.ffn_dim=64", "model.n_layers=1", "model.n_heads=2", "model.seq_len=16", "recipe=bf16",
@@ -89,6 +91,7 @@ def test_scales_alone_train_and_the_whole_merges_and_loads():
     (("recipe=mxfp8", "+tune=peqa"), "recipe mxfp8 would quantise them again"),
     (("+tune=peqa", "tune.scales.group=24"), "group=24 must divide the 32 inputs"),
     (("+tune=peqa", "trainer.strategy=fsdp2"), "does not shard"),
+    (("+tune=pv", "optimizer=adamw8bit"), "set optimizer=adamw"),
     (("+tune=qad",), "distils from a pretrained model"),
 ])  # fmt: skip
 def test_what_does_not_fit_is_refused(more, message):
@@ -138,6 +141,97 @@ def test_the_teacher_is_the_checkpoint_unquantised(tmp_path: Path):
         assert torch.equal(value, parameters[name].bfloat16().float()), name
     student = build_model(config, 61, pretrained=True)
     assert torch.equal(student.embed.weight, teacher.embed.weight)
+
+
+# ------------------------------------------------------------------------------------------------------------ PV-Tuning
+
+PV = [*SMALL, "+tune=pv", "optimizer.lr=3e-4", "tune.scales.group=16", "trainer.batch_tokens=32"]
+
+
+def textbook_move(codes, zero, scale, virtual, bits, largest):
+    """One V step in float64, code by code. codes, virtual (N, G, K / G): of the virtual weight what Adam added."""
+    wanted = torch.clamp(((codes - zero) * scale + virtual).div(scale).add(zero).round(), 0, 2**bits - 1)
+    change = (wanted - codes) * scale
+    budget = (largest * ((codes - zero) * scale).norm()) ** 2
+    found, spent = codes.clone(), 0.0
+    for _, at in sorted((-abs(v), at) for at, v in enumerate(virtual.flatten().tolist())):
+        if change.view(-1)[at] == 0:
+            continue
+        spent += float(change.view(-1)[at] ** 2)
+        if spent > budget:
+            break
+        found.view(-1)[at] = wanted.view(-1)[at]
+    return found
+
+
+@pytest.mark.parametrize("bits, group, largest", [(4, 64, 0.05), (3, 16, 0.1), (2, 16, 10.0)])
+def test_codes_move_as_the_textbook_says(bits, group, largest):
+    generator = torch.Generator().manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 24))
+    model[0].weight.data = torch.randn(24, 64, generator=generator) / 40
+    train_scales(model, bits, group, moves=True)
+    layer = model[0]
+    decay, no_decay = parameter_groups(model)
+    optimizer = compose(PV).optimizer.build(decay, no_decay)
+    move_codes(model, optimizer, rate=1e-2 / 3e-4, beta2=0.95, largest_change=largest)
+    square = torch.zeros(24, 64 // group, group, dtype=torch.float64)
+    total = 0
+    for step in range(1, 4):
+        x, dy = (torch.randn(9, size, generator=generator) for size in (64, 24))
+        layer(x).backward(dy)
+        gradient = (dy.double().T @ x.double()).view_as(square)
+        torch.testing.assert_close(layer.moves.grad.double().view_as(square), gradient, rtol=1e-4, atol=1e-4)
+        square = 0.95 * square + 0.05 * gradient**2
+        virtual = -1e-2 * gradient / ((square / (1 - 0.95**step)).sqrt() + 1e-8)
+        before, weight = layer.unpacked().double(), layer.dequantize()
+        optimizer.step()
+        optimizer.zero_grad()
+        zero, scale = layer.zero.double()[..., None], layer.scale.detach().double()[..., None]
+        expected = textbook_move(before, zero, scale, virtual, bits, largest)
+        found = layer.unpacked().double()
+        assert torch.equal(found, expected) or step == 1  # whose moves are all as large
+        moved = ((found - before) * scale).norm() / ((before - zero) * scale).norm()
+        assert moved <= largest and (layer.moves == 0).all()
+        assert not torch.equal(layer.dequantize(), weight)
+        total += int((found != before).sum())
+    assert total > 10
+
+
+def test_moved_codes_are_kept_exactly_by_a_checkpoint(tmp_path: Path):
+    """Four steps are two, a checkpoint, and two of another process's model."""
+    config = compose([*PV, "tune.scales.moves.largest_change=0.1"])
+    check_model(config)
+
+    def begun():
+        model = build_model(config, 61)
+        optimizer = build_optimizer(model, config.optimizer)
+        tune.prepare_optimizer(model, optimizer, config)
+        return model, optimizer
+
+    def stepped(model, optimizer):
+        next_token_loss(model, tokens()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    (whole, its), (first, ours), saver = begun(), begun(), Saver()
+    start = whole.layers[0].mlp.up.codes.clone()
+    for _ in range(4):
+        stepped(whole, its)
+    for _ in range(2):
+        stepped(first, ours)
+    saver.save(tmp_path, 2, tensors_of(first, ours), {"samples": 0, "vocab_size": 61})
+    saver.wait()
+    again, resumed = begun()
+    saver.restore(list_checkpoints(tmp_path)[-1][1], again, resumed)
+    assert torch.equal(again.layers[0].mlp.up.codes, first.layers[0].mlp.up.codes)
+    for _ in range(2):
+        stepped(again, resumed)
+    expected, found = tensors_of(whole, its), tensors_of(again, resumed)
+    assert expected.keys() == found.keys() and all(torch.equal(found[name], each) for name, each in expected.items())
+    assert not torch.equal(start, whole.layers[0].mlp.up.codes)
+    assert all(each.requires_grad for each in whole.parameters())
+    up = whole.layers[0].mlp.up
+    assert torch.equal(tune.merged(whole)["layers.0.mlp.up.weight"], (up.integers() * up.scale[..., None]).flatten(1))
 
 
 # ---------------------------------------------------------------------------------------------------------------- EfQAT

@@ -420,8 +420,8 @@ def _check(x: Tensor, side: Side, packed: bool) -> None:
     if shape != layout.shape:
         raise ValueError(f"the layout is of {layout.shape}; got {shape}")
     check_key(side.key, plan, x)
-    if side.learned is not None and (side.learned.shape, side.learned.dtype) != ((), torch.float32):
-        raise ValueError(f"a learned scale is () float32; got {tuple(side.learned.shape)} {side.learned.dtype}")
+    if side.learned is not None and (tuple(side.learned.shape), side.learned.dtype) != layout.parts[2]:
+        raise ValueError(f"a learned scale is {layout.parts[2]}; got {tuple(side.learned.shape)} {side.learned.dtype}")
 
 
 def _given(x: Tensor, side: Side) -> tuple[Tensor | None, Tensor | None]:

@@ -66,8 +66,8 @@ def lacks(layout: Layout) -> str | None:
     plan = layout.plan
     if plan is None or layout.storage != "packed" or layout.dim != -1:
         return "it is not packed along its contraction"
-    if plan.element.table is not None or plan.element.zero_point:
-        return "codes of a table and zero points are not decoded"
+    if plan.element.table is not None:
+        return "codes of a table are not decoded"
     if plan.block is not None and plan.block < SHORTEST_RUN:
         return f"its blocks of {plan.block} are shorter than {SHORTEST_RUN}"
     if layout.shape[1] * field_width(plan.element) % 8:

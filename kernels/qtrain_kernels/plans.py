@@ -159,7 +159,7 @@ SCALE_RULES: dict[str, dict[ScaleKind, Row]] = {
             "rms_absmean", 12.68, less=12.80, divisor=e.max, of_lines=True, fitted_to="int4_sym"
         )
     },
-    "learned": {"float32": lambda *_: ScaleRule(given=True, of_lines=True)},
+    "learned": {"float32": lambda *_: ScaleRule(given=True)},
 }
 
 
@@ -193,6 +193,8 @@ def _misfit(fmt: Format, name: str) -> str | None:
         return f"is fitted to {rule.fitted_to} codes"
     if not _has_place(rule, fmt.block_size):
         return "is one scale per row or tensor" if rule.of_lines else "compares scales of a block"
+    if fmt.rows > 1 and rule.given:
+        return "is a parameter for each tensor, row or group of a row, not for tiles of rows"
     spread = rule.statistic != "amax" or (rule.outer is not None and fmt.scale_kind != "minifloat")
     if fmt.rows > 1 and spread:
         return "looks at whole rows or at a block's spread, which zeros at a tile's edge would change"
@@ -367,6 +369,11 @@ class Knows:
         reason = self.lacks(plan)
         if reason:
             raise ValueError(reason)
+        if plan.scale_rule.given and plan.block is not None:
+            raise ValueError(
+                f"scale rule ({plan.scale_kind}) {plan.rule!r} gives each block its scale: quantise each block as a row "
+                "of a matrix of its own, as qtensor.quantize does"
+            )
         if plan.element.table is not None and plan.rounding != "nearest":
             raise ValueError(f"codes of a table (nf4) are rounded to nearest; got {plan.rounding}")
         if plan.element.zero_point and (plan.rounding != "nearest" or plan.mask or plan.sparsity):

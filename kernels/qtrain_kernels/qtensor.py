@@ -107,7 +107,7 @@ class Layout:
     def constant(self) -> float:
         """What multiplies all codes beside the tensor scale, and follows from the plan: 4/3 where the quantiser leaves
         headroom, else 1."""
-        known = None if self.plan is None or self.plan.rule == "learned" else constant_scale(self.plan)
+        known = None if self.plan is None or self.plan.line_rule is not None else constant_scale(self.plan)
         return 1.0 if known is None else known
 
     @property
@@ -212,9 +212,9 @@ class Layout:
     @property
     def _tensor_scale(self) -> tuple[Shape, torch.dtype] | None:
         plan = self.plan
-        if plan is None or (plan.rule != "learned" and constant_scale(plan) is not None):
+        if plan is None or plan.line_rule is None:
             return None
-        if plan.per_tensor or plan.scale_kind == "minifloat" or plan.rule == "learned":
+        if plan.whole:
             return (), torch.float32
         return ((self.shape[0], 1) if self.dim == -1 else (1, self.shape[1])), torch.float32
 
@@ -656,8 +656,8 @@ class Side:
     """How one operand is quantised.
 
     layout: what it becomes. rotation: along layout.dim, before all else. key: (2,) int32 for stochastic rounding and
-    EDEN. learned: () float32, the scale itself where the plan's rule is `learned`. packed: whether the same codes are
-    written packed too, for the backward.
+    EDEN. learned: float32, the scales themselves where the plan's rule is `learned`: () of a tensor, (M, 1) of rows,
+    (M, G) of the G blocks of each row. packed: whether the same codes are written packed too, for the backward.
     """
 
     layout: Layout
@@ -696,7 +696,10 @@ def quantize_side(x: Tensor | QTensor, side: Side, backend: str) -> tuple[QTenso
         x = x.dequantize(backend)
     held, saved = layout if module.FUSED and module.writes(layout) else layout.held, layout.unmasked.saved
     packs, packed = side.packed and saved.storage == "packed", None
-    if module.FUSED and held.rows > 1:
+    if layout.plan.rule == "learned" and layout.plan.block is not None:
+        assert isinstance(x, Tensor)
+        q = _quantize_groups(x, side, held, backend)
+    elif module.FUSED and held.rows > 1:
         assert isinstance(x, Tensor)
         q = _quantize_tiles(x, side, held, backend)
     else:
@@ -744,3 +747,18 @@ def _quantize_tiles(x: Tensor, side: Side, held: Layout, backend: str) -> QTenso
     blocks = rows.block_scale.view(grid) if held.blocks else None
     mask = None if passes is None else dispatch.get("join", backend, x.device.type)(layout.unspan(passes), 1)
     return QTensor(codes, blocks, rows.tensor_scale, mask, held)
+
+
+def _quantize_groups(x: Tensor, side: Side, held: Layout, backend: str) -> QTensor:
+    """By kernels whose blocks find their own scales: each block, whose scale is learned, is a row of a matrix of its
+    own. ValueError where the scales are not those of the blocks."""
+    plan, scale = held.plan, side.learned
+    assert plan is not None and plan.block is not None
+    if held.dim != -1 or scale is None or tuple(scale.shape) != held.scale_grid:
+        found = "none" if scale is None else tuple(scale.shape)
+        raise ValueError(f"learned scales of blocks are {held.scale_grid} along dim -1; got {found} along {held.dim}")
+    scales = scale.reshape(-1, 1)
+    of_rows = Layout(replace(plan, block=None), (scales.shape[0], plan.block), -1, "float32")
+    rows = quantize(_turned(x, side, backend).reshape(of_rows.shape), of_rows, None, None, scales, backend)
+    codes = (rows.codes * scales).view(held.shape).to(FLOATS[held.storage])
+    return QTensor(codes, scale if held.blocks else None, None, rows.mask, held)

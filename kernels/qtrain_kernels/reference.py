@@ -214,7 +214,7 @@ def tensor_scale(x: Tensor, plan: Plan, rotation: Rotation | None = None) -> Ten
 
 def constant_scale(plan: Plan) -> float | None:
     """The scale above the blocks where it does not depend on x. ValueError for a learned one, which is given."""
-    if plan.scale_rule.given:
+    if plan.scale_rule.given and plan.block is None:
         raise ValueError(f"scale rule {plan.rule!r} has no scale of x: it is a parameter, which is given")
     return 1.0 / plan.scale_rule.headroom if plan.line_rule is None else None
 
@@ -234,7 +234,8 @@ def _float_scale(magnitude: Tensor, divisor: float, kind: str = "float32") -> Te
 
 def block_scale(x: Tensor, scale: Tensor | float, plan: Plan) -> Tensor:
     """(outer, 1, inner) float32 values of the format's block scale: of its rule's scale and candidates, the one of
-    least squared error of rounding to nearest, a tie to the earlier."""
+    least squared error of rounding to nearest, a tie to the earlier. ValueError for a learned one, which is given."""
+    KNOWS.check(plan)
     magnitude = _magnitude(x, plan.scale_rule)
     first, *others = (_candidate(magnitude, which, scale, plan) for which in range(len(plan.scale_rule.divisors)))
     if not others:
@@ -494,6 +495,8 @@ def quantize(x: Tensor, side: Side) -> list[Tensor | None]:
     if rotation is not None and (layout.rows > 1 or plan.element.zero_point):
         x, rotation = rotate(layout.whole_lines(x), rotation).view(x.shape), None
     scale = tensor_scale(layout.whole_lines(x), plan, rotation) if side.learned is None else side.learned
+    if isinstance(scale, Tensor) and scale.ndim == 2:  # learned, one a row
+        scale = scale[..., None]
     spans, each = layout.spans(x), scale
     if isinstance(scale, Tensor) and scale.ndim:  # one a line over several blocks
         each = scale.repeat_interleave(spans.shape[0] // max(scale.shape[0], 1), 0).expand(-1, -1, spans.shape[2])

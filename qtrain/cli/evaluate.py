@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qtrain.cli import command_parser
-from qtrain.errors import UserError, need
+from qtrain.errors import UserError
 
 if TYPE_CHECKING:
     from qtrain.data.base import DataSettings
@@ -110,13 +110,12 @@ def _show(target: Target, found: dict[str, Loss]) -> None:
 
 
 def _on_tasks(arguments: argparse.Namespace) -> dict[str, Any]:
-    for file in arguments.tasks:
-        if not file.is_file():
-            raise UserError(f"no such task file: {file}; name a YAML file in lm-evaluation-harness's format")
     if arguments.settings or arguments.like or arguments.context:
         raise UserError("a task file names its own text: leave out data=, --like and --context")
-    need("lm_eval", "--tasks")
     from qtrain.evaluate.target import load
+    from qtrain.evaluate.tasks import check_task_files
+
+    check_task_files(arguments.tasks, "--tasks")
     from qtrain.integrations.lm_eval import QtrainLM, run_tasks
 
     model = QtrainLM(load(arguments.target), arguments.batch or 8)

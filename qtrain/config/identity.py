@@ -59,7 +59,8 @@ INTRODUCED: dict[str, dict[str, Any]] = {
     "Config": {"seed": 0, "gemm": "auto", "validation": {}, "tune": None},
     "TuneConfig": {"adapter": None, "scales": None, "rows": None, "teacher": None},
     "RowsConfig": {"fraction": 0.25, "refresh_samples": 4096},
-    "ScalesConfig": {"bits": 4, "group": None},
+    "ScalesConfig": {"bits": 4, "group": None, "moves": None},
+    "MovesConfig": {"lr": 1e-2, "beta2": 0.95, "largest_change": 1e-2},
     "TeacherConfig": {"temperature": 1.0, "weight": 1.0},
     "AdapterConfig": {
         "rank": 16,

@@ -27,7 +27,8 @@ class QuantSpec(Strict):
     format: a number format, by name or as element/block/scale (`qtrain_kernels.formats`); None takes the recipe's own
         `format`; "none" leaves the operand in the compute dtype.
     scale: a scale rule (`qtrain_kernels.plans.SCALE_RULES`); None is the format's default; learned is a parameter, LSQ,
-        one for the whole tensor.
+        for each block that the format spells out: int4/tensor/float32, int4/row/float32 or int4/32/float32. An element
+        alone (int4) has one for the whole tensor, and inputs have no other.
     rounding: nearest (ties to even), stochastic, or eden (nearest, then a stochastically rounded scale correction).
     correction: elements that share an EDEN correction; None is the format's block.
     rotation: "hadamard<n>" rotates blocks of n along the contraction dim, "hadamard" the whole dim; both operands of a
@@ -90,6 +91,12 @@ class QuantSpec(Strict):
     @property
     def number_format(self) -> Format | None:
         return get_format(self.format) if self.format not in (None, "none") else None
+
+    @property
+    def learns_whole(self) -> bool:
+        """Whether a learned scale is one number for the whole tensor."""
+        fmt = self.number_format
+        return fmt is not None and (fmt.block == "tensor" or "/" not in fmt.name)
 
     @property
     def rotation_block(self) -> int | None:
@@ -300,6 +307,12 @@ def _check_operand(where: str, gemm: str, operand: str, spec: QuantSpec) -> None
         )
     if gemm != "fprop" and (spec.estimator != "ste" or spec.scale == "learned"):
         raise ValueError(f"{where}: estimator and scale: learned belong to the operands of fprop")
+    if operand == "x" and spec.scale == "learned" and spec.quantised and not spec.learns_whole:
+        element = spec.format.partition("/")[0]
+        raise ValueError(
+            f"{where}: scale learned of inputs is one number for the whole tensor, and {spec.format} has scales of "
+            f"each row, of which there are as many as tokens; write {element}/tensor/float32"
+        )
     if spec.clip_scale != 1.0 and spec.estimator != "clip":
         raise ValueError(f"{where}: clip_scale is of estimator clip; the estimator is {spec.estimator}")
     if spec.row_rotation and (gemm, operand) != ("dgrad", "dy"):
@@ -346,9 +359,6 @@ def check_spec(spec: QuantSpec, fmt: Format) -> str:
         )
     if corrects and spec.correction and spec.correction % (fmt.block_size or 1):
         raise ValueError(f"correction={spec.correction} must be a multiple of the block of {fmt.name}, {fmt.block}")
-    if rule == "learned" and fmt.name.endswith("/row/float32"):
-        whole = fmt.name.replace("/row/", "/tensor/")
-        raise ValueError(f"scale learned (LSQ) is one number for the whole tensor, not one for each row; write {whole}")
     if rule == "learned" and spec.rounding != "nearest":
         raise ValueError(f"scale learned (LSQ) rounds to nearest; got {spec.rounding}")
     if fmt.element.table is not None and spec.rounding != "nearest":

@@ -159,6 +159,11 @@ class CallbacksConfig(Strict):
     keep_best: write the weights of the lowest validation loss to run_dir/best.safetensors, beside the checkpoints.
     profile_steps: record so many steps by torch's profiler, soon after the start: run_dir/profile holds a trace of each
         rank, for ui.perfetto.dev.
+    tasks: task files of lm-evaluation-harness (extra `eval`): the model's scores on them are taken at the end of the
+        run. Rank 0 takes them alone, within trainer.timeout_minutes, and other ranks wait. trainer.strategy=fsdp2
+        refuses them.
+    tasks_every_steps: how often they are taken before the end; None is never.
+    tasks_limit: documents of each task; None is all.
     progress_bar: show one, where the output is a terminal.
     """
 
@@ -171,6 +176,9 @@ class CallbacksConfig(Strict):
     profile_steps: int = Field(0, ge=0)
     keep_checkpoints: int = Field(2, ge=1)
     keep_best: bool = False
+    tasks: Names = ()
+    tasks_every_steps: int | None = Field(None, gt=0)
+    tasks_limit: int | None = Field(None, gt=0)
     progress_bar: bool = True
 
 
@@ -227,15 +235,33 @@ class AdapterConfig(Strict):
         return self
 
 
+class MovesConfig(Strict):
+    """PV-Tuning (arXiv 2405.14852): integer codes move with the scales, and all that is no code trains beside them.
+
+    In each step, Adam without a mean of gradients moves a virtual weight, which is rounded under the scales. Of the
+    codes that would change, those whose virtual weight moved furthest do.
+
+    lr: the learning rate of the virtual weight, which the schedule scales as it does optimizer.lr.
+    beta2: how much of its mean squared gradient the virtual weight keeps.
+    largest_change: of a layer in one step, the norm of the change over the norm of the weight.
+    """
+
+    lr: float = Field(1e-2, gt=0)
+    beta2: float = Field(0.95, ge=0, lt=1)
+    largest_change: float = Field(1e-2, gt=0)
+
+
 class ScalesConfig(Strict):
     """PEQA (arXiv 2305.14152): each linear layer but lm_head becomes frozen integer codes, whose scales alone train.
 
     bits: of a code.
     group: weights along the inputs that share a scale and a zero point; None is a whole row.
+    moves: how the codes move as well (PV-Tuning); None freezes them, and all else but the scales.
     """
 
     bits: int = Field(4, ge=2, le=8)
     group: int | None = Field(None, gt=0)
+    moves: MovesConfig | None = None
 
 
 class RowsConfig(Strict):
@@ -269,7 +295,7 @@ class TuneConfig(Strict):
     """What of a pretrained model trains, and by which loss; None: all weights, by the cross-entropy.
 
     adapter: adapters beside the linear layers, and nothing else.
-    scales: those of integer codes, and nothing else.
+    scales: those of integer codes, and nothing else; with scales.moves the codes and all else too.
     rows: the most important rows of each quantised weight.
     teacher: the loss of a student of the pretrained model.
     """

@@ -142,7 +142,7 @@ def _unsayable(numerics: Numerics) -> str | None:
         return "it has zero points, and Q4_1 has a block's smallest value in float16, which rounds zero point * scale"
     if quantizer.rotates:
         return f"its weights are rotated ({quantizer.spec.rotation}), and llama.cpp would not rotate the inputs"
-    if has_line_scale(numerics) and not (plan.whole or plan.rule == "learned"):
+    if has_line_scale(numerics) and not plan.whole:
         return "it has a float32 scale for each row, and the format one for the whole matrix"
     if plan.block is not None and plan.scale_kind in ("float32", "bfloat16"):
         return f"it has {plan.scale_kind} scales of blocks, and those of the format are float16"

@@ -27,7 +27,7 @@ from qtrain.models.base import Transformer
 from qtrain.models.decoder import Decoder
 from qtrain.plan import computes_in_high_precision, make_plan
 from qtrain.quant import PackedLinear, QuantLinear
-from qtrain.quant.functional import Call, Numerics
+from qtrain.quant.functional import Call, Numerics, given_scale
 from qtrain.quant.linear import quant_linears
 from qtrain.quant.outliers import PARTS, Outliers
 from qtrain.quant.packed import layout_of, unsettled
@@ -253,15 +253,14 @@ class Codes:
 
 
 def codes_of(layer: QuantLinear, weight: Tensor, scale: Tensor | None = None) -> Codes:
-    """The operand fprop.w of a layer. weight (N, K) master; scale: a learned one, (1,). The layer's own weight is not
+    """The operand fprop.w of a layer. weight (N, K) master; scale: a learned one. The layer's own weight is not
     read. Refused where the forward has no codes that stay."""
     reason = unsettled(layer.numerics)
     if reason is not None:
         raise Refused(reason)
     call = Call(layer.numerics, _keys(layer), torch.float32, None)
-    learned = None if scale is None else scale.detach().float().view(())
     rotation, layout = call.rotation("fprop", weight.shape[1]), _beside_block_scales(layer)
-    return _codes(layer, call.operand("fprop.w", weight, rotation, learned=learned, layout=layout)[0])
+    return _codes(layer, call.operand("fprop.w", weight, rotation, learned=given_scale(scale), layout=layout)[0])
 
 
 def _keys(layer: QuantLinear) -> Tensor:
@@ -284,7 +283,7 @@ def has_line_scale(numerics: Numerics) -> bool:
     """Whether a scale lies above those of the blocks, or beside the codes where there are no blocks."""
     plan = numerics.fprop.right.plan
     assert plan is not None
-    return plan.rule == "learned" or constant_scale(plan) != 1.0
+    return plan.line_rule is not None or constant_scale(plan) != 1.0
 
 
 def integer_grid(element: Element) -> tuple[float, int]:

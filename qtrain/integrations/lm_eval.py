@@ -15,7 +15,8 @@ Needs the extra eval.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -150,31 +151,50 @@ def _score(scores: Tensor, continuation: Sequence[int]) -> tuple[float, bool]:
     return float(scores.gather(-1, ids[:, None]).sum()), bool((scores.argmax(-1) == ids).all())
 
 
+def read_tasks(files: Sequence[str | Path]) -> None:
+    """UserError for a task file that lm-eval does not read, or whose data it does not find."""
+    _quiet()
+    with _explained(files):
+        TaskManager(include_defaults=False).load(_paths(files))
+
+
 def run_tasks(model: TemplateLM, files: Sequence[str | Path], limit: int | None = None) -> dict[str, dict[str, Any]]:
     """The results of local task files (lm-eval's YAML): task -> metric -> value. limit: documents of each.
 
     Paths in a task file (dataset_kwargs.data_files) are read from the working directory, as lm-eval reads them.
-    UserError for a file that does not exist or that lm-eval does not read.
+    UserError for a file that lm-eval does not read.
     """
-    for file in files:
-        if not Path(file).is_file():
-            raise UserError(f"no such task file: {file}; name a YAML file in lm-evaluation-harness's format")
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of each default
-    try:
+    _quiet()
+    with _explained(files):
         found = simple_evaluate(
             model,
-            tasks=[str(Path(file).resolve()) for file in files],
+            tasks=_paths(files),
             task_manager=TaskManager(include_defaults=False),
             limit=limit,
             bootstrap_iters=1000,
             log_samples=False,
         )
-    except (KeyError, TypeError, ValueError, FileNotFoundError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"lm-eval cannot run {', '.join(map(str, files))}: {type(error).__name__}: {error}") from error
     assert found is not None  # of rank 0
     return {
         name: {key.removesuffix(",none"): value for key, value in values.items() if isinstance(value, int | float)}
         for name, values in found.get("results", {}).items()
     }
+
+
+def _paths(files: Sequence[str | Path]) -> list[Any]:
+    return [str(Path(file).resolve()) for file in files]
+
+
+def _quiet() -> None:
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of each default
+
+
+@contextmanager
+def _explained(files: Sequence[str | Path]) -> Iterator[None]:
+    """What lm-eval raises about its task files, as a UserError."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, OSError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"lm-eval cannot run {', '.join(map(str, files))}: {type(error).__name__}: {error}") from error

@@ -289,7 +289,8 @@ class Call:
         raw: Tensor | None = None,
     ) -> tuple[QTensor, QTensor | None]:
         """x as the operand `use` (fprop.x) of its GEMM along dim, drawn with that use's key, in its own layout or the
-        one given; with packed, also in the storage of the fewest bits. learned: () a scale; raw: as in `Observed`."""
+        one given; with packed, also in the storage of the fewest bits. learned: of `given_scale`; raw: as in
+        `Observed`."""
         quantizer = self.numerics.operands[use]
         side = self.side(use, x, rotation, dim, learned, layout, packed)
         if self.observer is not None and quantizer.plan is not None:
@@ -326,7 +327,7 @@ class Call:
             layout = self.weight_layout(weight, held[0].dtype == torch.uint8)
             return QTensor.of(layout, held[: len(layout.shapes())])
         rotation = self.rotation("fprop", weight.shape[1])
-        return self.operand("fprop.w", weight, rotation, learned=None if scale is None else _scalar(scale))[0]
+        return self.operand("fprop.w", weight, rotation, learned=given_scale(scale))[0]
 
     def weight_layout(self, weight: Tensor, packed: bool) -> Layout:
         """Of quantize_weight's result, which any product can be made of."""
@@ -374,7 +375,7 @@ def _to_operand(
     dtype: torch.dtype, ranks: int = 1, rows: Rotation | None = None, tokens: int | None = None,
 ) -> list[Tensor]:  # fmt: skip
     """left @ right as dgrad or wgrad, a gradient by the operand as quantised (rotated: it is in rotated space) -> by
-    the operand itself in dtype, and by its learned scale, (1,) float32, where there is one. mask: bits. ranks: that
+    the operand itself in dtype, and by its learned scale, float32, where there is one. mask: bits. ranks: that
     share the operand's rows. rows: the rotation of the product's rows, whose first `tokens` are the operand's."""
     side = call.numerics.fprop.left if name == "dgrad" else call.numerics.fprop.right
     rotation, backend = call.rotation("fprop", right.shape[1]), side.backend
@@ -389,22 +390,28 @@ def _to_operand(
         grad = rotate(grad, rotation, backend)
     found = [unrotate(grad, rotation, backend, mask=mask, dtype=dtype)]
     if slope is not None:
-        found.append((grad * slope).sum().view(1) * _scale_gradient_factor(ranks * slope.numel(), side))
+        each, shape = grad * slope, side.learned_shape(*slope.shape)
+        sums = each.sum().view(1) if shape == (1,) else each.view(*shape, -1).sum(-1)
+        found.append(sums * _scale_gradient_factor(ranks * slope.numel() // sums.numel(), side))
     return found
 
 
 def _scale_slope(x: Tensor, rotation: Rotation | None, operand: QTensor, scale: Tensor, quantizer: Quantizer) -> Tensor:
     """d(codes * scale) / d scale by the straight-through estimator (LSQ, arXiv 1902.08153), (M, N) float32: codes - x /
-    scale inside the grid, the last code beyond it."""
+    scale inside the grid, the last code beyond it. scale: (1,), (M, 1) or (M, G)."""
     assert quantizer.plan is not None
-    u = rotate(x, rotation, quantizer.backend) / torch.where(scale == 0, 1.0, scale.float())
+    each = scale if scale.ndim == 1 else scale.repeat_interleave(x.shape[1] // scale.shape[1], 1)
+    each = torch.where(each == 0, 1.0, each.float())
+    u = rotate(x, rotation, quantizer.backend) / each
     codes = operand.codes.float()
+    if quantizer.plan.block is not None:  # multiplied by their scales
+        codes = codes / each
     return torch.where(u.abs() > quantizer.plan.element.max, codes, codes - u)
 
 
 def _scale_gradient_factor(elements: int, quantizer: Quantizer) -> float:
-    """LSQ's 1 / sqrt(elements * q_max), q_max the largest code of the grid with zero; 1 at one bit, where that is
-    none."""
+    """LSQ's 1 / sqrt(elements * q_max). elements: under one scale. q_max: the largest code of the grid with zero; 1 at
+    one bit, where that is none."""
     assert quantizer.plan is not None
     return (elements * max(math.floor(quantizer.plan.element.max), 1)) ** -0.5
 
@@ -420,9 +427,7 @@ Held = list[Tensor]
 def _quantize_weight(call: Call, weight: Tensor, scale: Tensor | None, packed: bool) -> Held:
     """weight (N, K) master -> quantised for fprop; packed: in the bits of its format, where it has such."""
     rotation, layout = call.rotation("fprop", weight.shape[1]), call.weight_layout(weight, packed)
-    operand, _ = call.operand(
-        "fprop.w", weight, rotation, learned=None if scale is None else _scalar(scale), layout=layout
-    )
+    operand, _ = call.operand("fprop.w", weight, rotation, learned=given_scale(scale), layout=layout)
     if scale is None:
         return operand.tensors()
     return [*operand.tensors(), _scale_slope(weight, rotation, operand, scale, call.numerics.fprop.right)]
@@ -439,16 +444,17 @@ def _fprop(
     save_mask: bool,
     rows: Tensor | None = None,
 ) -> list[Tensor]:
-    """x (T, K), weight (N, K) master, both scales (1,) learned ones, kept: of quantize_weight, or nothing -> y (T, N)
-    in dtype; then, of x, the tensors of its codes (with save_x, if the numerics `save_codes`), and the bits of its mask
-    and the slope of its learned scale (with save_mask, if it has them). rows: see `_Layer`."""
+    """x (T, K), weight (N, K) master, learned scales x_scale (1,) and w_scale of `Quantizer.learned_shape`, kept: of
+    quantize_weight, or nothing -> y (T, N) in dtype; then, of x, the tensors of its codes (with save_x, if the
+    numerics `save_codes`), and the bits of its mask and the slope of its learned scale (with save_mask, if it has
+    them). rows: see `_Layer`."""
     rotation = call.rotation("fprop", x.shape[1])
     w = call.weight(weight, w_scale, kept)
     xq, codes = call.operand(
         "fprop.x",
         x,
         rotation,
-        learned=None if x_scale is None else _scalar(x_scale),
+        learned=given_scale(x_scale),
         packed=save_x and call.numerics.save_codes,
     )
     found = [call.multiply("fprop", xq, w.t, call.dtype), *(() if codes is None else codes.tensors())]
@@ -523,8 +529,8 @@ def _wgrad(
     weight_dtype: torch.dtype,
 ) -> list[Tensor]:
     """dy: dY (T, N) itself, or of quantize_grad; x: the input (T, K) itself, or what fprop saved of its codes; w_mask:
-    bits, w_slope (N, K) -> dW (N, K) in weight_dtype, and the gradient of a learned scale, (1,). T = tokens is filled
-    with zeros to whole blocks. Zeros do not change the product, unless neither operand can represent zero and neither
+    bits, w_slope (N, K) -> dW (N, K) in weight_dtype, and the gradient of a learned scale. T = tokens is filled with
+    zeros to whole blocks. Zeros do not change the product, unless neither operand can represent zero and neither
     is rotated; no shipped recipe does that."""
     gemm, from_codes = call.numerics.wgrad, call.numerics.wgrad.right.spec.source == "forward"
     if call.numerics.save_codes:
@@ -541,9 +547,13 @@ def _wgrad(
     return found
 
 
-def _scalar(scale: Tensor) -> Tensor:
-    """A copy, since an operator's result must not be its argument."""
-    return scale.to(torch.float32, copy=True).view(())
+def given_scale(scale: Tensor | None) -> Tensor | None:
+    """A learned scale of `Quantizer.learned_shape` as a quantiser takes it: () where it is of a tensor. A copy, since
+    an operator's result must not be its argument."""
+    if scale is None:
+        return None
+    copy = scale.detach().to(torch.float32, copy=True)
+    return copy.view(()) if copy.ndim == 1 else copy
 
 
 LIBRARY = torch.library.Library("qtrain", "FRAGMENT")
@@ -590,7 +600,10 @@ def _wgrad_shapes(
     call: Call, dy: Held, x: Held, mask: Any, slope: Tensor | None, tokens: int, out_features: int, in_features: int,
     dtype: torch.dtype,
 ) -> Shapes:  # fmt: skip
-    return [((out_features, in_features), dtype), *([] if slope is None else [((1,), torch.float32)])]
+    found: Shapes = [((out_features, in_features), dtype)]
+    if slope is not None:
+        found.append((call.numerics.fprop.right.learned_shape(out_features, in_features), torch.float32))
+    return found
 
 
 def _define(function: Callable[..., list[Tensor]], shapes: Callable[..., Shapes], arguments: str) -> Any:
@@ -709,6 +722,8 @@ class _Layer(torch.autograd.Function):
             dw, dw_scale = _two(wgrad(own, held, w_mask, slope, dy.shape[0], *shape, weight.dtype, *shared))
             if rows is not None:
                 dw = torch.zeros_like(weight).index_copy_(0, rows, dw)
+                if dw_scale is not None and dw_scale.ndim == 2:
+                    dw_scale = torch.zeros_like(w_scale).index_copy_(0, rows, dw_scale)
         return dx, dw, dx_scale, dw_scale, *[None] * (7 + len(kept))
 
 

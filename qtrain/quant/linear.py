@@ -33,8 +33,8 @@ class QuantLinear(Linear):
 
     x (..., K) -> (..., N) in the autocast dtype, or x's own without autocast (bfloat16 or float32). The weight stays
     the master in its own dtype. A recipe that draws random bits needs `qtrain.set_step` before each training forward. A
-    learned scale (LSQ) is one more parameter, input_scale or weight_scale, (1,) float32, which `qtrain.calibrate` or a
-    checkpoint sets. Convert before the optimiser is made: it must know of them.
+    learned scale (LSQ) is one more parameter, input_scale (1,) or weight_scale of `Quantizer.learned_shape`, float32,
+    which `qtrain.calibrate` or a checkpoint sets. Convert before the optimiser is made: it must know of them.
     """
 
     input_scale: nn.Parameter | None
@@ -50,7 +50,8 @@ class QuantLinear(Linear):
         self.text = Numerics.build(recipe, backend, gemm).text
         self.gemm, self.stochastic = gemm, self.numerics.stochastic  # which graphs can ask for
         for side, quantizer in (("input", self.numerics.fprop.left), ("weight", self.numerics.fprop.right)):
-            unset = torch.full((1,), math.nan, dtype=torch.float32, device=linear.weight.device)
+            shape = quantizer.learned_shape(linear.out_features, linear.in_features) if quantizer.learned else (0,)
+            unset = torch.full(shape, math.nan, dtype=torch.float32, device=linear.weight.device)
             self.register_parameter(f"{side}_scale", nn.Parameter(unset) if quantizer.learned else None)
         self.register_buffer("rows", None)  # (R,) int64, where the gradient of but some rows is wanted (EfQAT)
         self.calibrated = self.input_scale is None and self.weight_scale is None

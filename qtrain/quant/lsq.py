@@ -53,9 +53,13 @@ def calibrate(model: nn.Module, *inputs: Any, **named: Any) -> None:
 
 
 def _start(x: Tensor, quantizer: Quantizer) -> Tensor:
-    """(1,) float32."""
-    assert quantizer.plan is not None
-    return (2.0 * x.float().abs().mean() / max(math.floor(quantizer.plan.element.max), 1) ** 0.5).view(1)
+    """float32, of `Quantizer.learned_shape`: of each block the start of its own elements. x: (..., K) inputs, or a
+    weight (N, K)."""
+    plan = quantizer.plan
+    assert plan is not None
+    size = x.abs().float()
+    mean = size.mean().view(1) if plan.whole else size.view(*quantizer.learned_shape(*x.shape), -1).mean(-1)
+    return 2.0 * mean / max(math.floor(plan.element.max), 1) ** 0.5
 
 
 def _write(scale: Tensor, value: Tensor) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from qtrain.errors import UserError
-from qtrain.quant.functional import Call, Numerics, read_numerics
+from qtrain.quant.functional import Call, Numerics, given_scale, read_numerics
 from qtrain.quant.linear import QuantLinear, compute_dtype, quant_linears
 from qtrain.quant.outliers import PARTS, FixedDtypes, Outliers
 from qtrain.quant.quantizer import rotate, unrotate
@@ -114,8 +114,7 @@ class PackedLinear(FixedDtypes):
             turned = x if rotation is None else rotate(x.detach(), rotation, self.numerics.backend)
             return self._few_rows(module)(turned.to(dtype)).to(dtype)
         call = Call(self.numerics, self.keys, dtype, None)
-        learned = None if self.input_scale is None else self.input_scale.float().view(())
-        xq, _ = call.operand("fprop.x", x, rotation, learned=learned)
+        xq, _ = call.operand("fprop.x", x, rotation, learned=given_scale(self.input_scale))
         if few and xq.layout.storage == "int8" and exact(xq.layout, self.layout.t):
             held = xq.to(float_storage(xq.layout.plan, torch.bfloat16), call.numerics.backend)
             return scaled(self._few_rows(module)(held.codes, scaled=False), scales_of(xq, self.weight.t)).to(dtype)
@@ -189,8 +188,8 @@ def codes_of(layer: QuantLinear, weight: Tensor) -> QTensor:
     if weight.device.type == "meta":
         return QTensor.of(layout, [torch.empty(size, dtype=dtype, device="meta") for size, dtype in layout.shapes()])
     call = Call(layer.numerics, key_table([layer.keyed_by], 0, 0)[0].to(weight.device), torch.float32, None)
-    learned = None if layer.weight_scale is None else layer.weight_scale.detach().float().view(())
-    return call.operand("fprop.w", weight, call.rotation("fprop", layer.in_features), learned=learned, layout=layout)[0]
+    rotation, learned = call.rotation("fprop", layer.in_features), given_scale(layer.weight_scale)
+    return call.operand("fprop.w", weight, rotation, learned=learned, layout=layout)[0]
 
 
 def unsettled(numerics: Numerics) -> str | None:

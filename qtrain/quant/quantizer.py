@@ -117,7 +117,7 @@ class Quantizer:
             spec.rounding,
             gradient_mask(spec.estimator, fmt, spec.rotation is not None, spec.clip_scale),
             scale_element=fmt.scale_element,
-            per_tensor=fmt.block == "tensor",
+            per_tensor=fmt.block == "tensor" or (rule == "learned" and spec.learns_whole),
             correction=(spec.correction or fmt.block_size) if ROUNDINGS[spec.rounding].corrects else None,
             sparsity=spec.sparsity,
         )
@@ -166,8 +166,8 @@ class Quantizer:
         key: Tensor | None = None,
         learned: Tensor | None = None,
     ) -> QTensor:
-        """x (M, N), float -> x rotated and quantised, in a layout of this quantiser. key: (2,) int32; learned: ()
-        float32, the scale itself where it is learned."""
+        """x (M, N), float -> x rotated and quantised, in a layout of this quantiser. key: (2,) int32; learned: of
+        a `qtensor.Side`, the scales themselves where they are learned."""
         return qtensor.quantize(x, layout, rotation, key, learned, self.backend)
 
     def quantize(
@@ -191,6 +191,14 @@ class Quantizer:
     def learned(self) -> bool:
         """Whether its scale is a parameter."""
         return self.plan is not None and self.plan.rule == "learned"
+
+    def learned_shape(self, rows: int, columns: int) -> tuple[int, ...]:
+        """Of the parameter that is the scale of a matrix (rows, columns): (1,) of a tensor, (rows, 1) of rows, (rows,
+        G) of the G groups of each row."""
+        assert self.plan is not None
+        if self.plan.whole:
+            return (1,)
+        return rows, 1 if self.plan.block is None else columns // self.plan.block
 
     def fake_quantize(self, x: Tensor, rotation: Rotation | None = None, key: Tensor | None = None) -> Tensor:
         """x (M, N) quantised along dim -1, dequantised and rotated back, in its own dtype."""

@@ -1,4 +1,4 @@
-"""PEQA (arXiv 2305.14152): frozen integer codes whose scales train.
+"""PEQA (arXiv 2305.14152): integer codes whose scales train; and PV-Tuning (arXiv 2405.14852), where the codes move.
 
 # T tokens, N out features, K in features, G groups of a row
 W = (codes - zero) * scale, a scale and a zero point for each group of a row.
@@ -41,15 +41,18 @@ def round_to_nearest(weight: Tensor, bits: int, group: int) -> tuple[Tensor, Ten
 
 
 class ScaledLinear(nn.Module):
-    """A linear layer of frozen integer codes. x (..., K) -> (..., N) in the autocast dtype, or x's own.
+    """A linear layer of integer codes. x (..., K) -> (..., N) in the autocast dtype, or x's own.
 
     codes: uint8, as many of 2, 4 or 8 bits in each byte as fit; zero (N, G) uint8; scale (N, G) float32, which trains.
+    moves: None where the codes are frozen; else (N, K) float32, zero in every forward, whose gradient is that of the
+    weight, and by which an optimiser moves the virtual weight that `move` rounds.
     """
 
     codes: Tensor
     zero: Tensor
+    moves: nn.Parameter | None
 
-    def __init__(self, linear: nn.Linear, name: str, bits: int, group: int | None) -> None:
+    def __init__(self, linear: nn.Linear, name: str, bits: int, group: int | None, moves: bool = False) -> None:
         """UserError for a group that does not divide the inputs."""
         super().__init__()
         self.in_features, self.out_features, self.name = linear.in_features, linear.out_features, name
@@ -62,17 +65,43 @@ class ScaledLinear(nn.Module):
         self.register_buffer("codes", join(codes.flatten(), self.width))
         self.register_buffer("zero", zero)
         self.scale = nn.Parameter(scale)
-        self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach(), requires_grad=False)
+        self.register_parameter(
+            "moves", nn.Parameter(torch.zeros_like(linear.weight, dtype=torch.float32)) if moves else None
+        )
+        self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach(), requires_grad=moves)
 
     @property
     def width(self) -> int:
         return 1 << (self.bits - 1).bit_length()
 
+    def unpacked(self) -> Tensor:
+        """codes, (N, G, K / G) float32."""
+        count = self.in_features * self.out_features
+        return split(self.codes, self.width, count).view(self.out_features, -1, self.group).float()
+
     def integers(self) -> Tensor:
         """codes - zero, (N, G, K / G) float32."""
-        count = self.in_features * self.out_features
-        codes = split(self.codes, self.width, count).view(self.out_features, -1, self.group)
-        return codes.float() - self.zero[..., None].float()
+        return self.unpacked() - self.zero[..., None].float()
+
+    @torch.no_grad()
+    def move(self, rate: float, largest_change: float) -> None:
+        """Rounds the weight + rate * moves to codes under the scales, which stay; then moves are zero again.
+
+        Of the codes that would change, those of the largest moves do, as many as keep the norm of the change at most
+        largest_change times that of the weight. Equal moves are taken in the order of the weight.
+        """
+        assert self.moves is not None
+        codes, scale = self.unpacked(), self.scale[..., None]
+        moved = (rate * self.moves).view_as(codes)
+        wanted = (codes + moved / torch.where(scale == 0, 1.0, scale)).round().clamp(0, 2**self.bits - 1)
+        change = ((wanted - codes) * scale).flatten()
+        chosen = (change != 0).nonzero().flatten()
+        chosen = chosen[moved.flatten()[chosen].abs().argsort(descending=True, stable=True)]
+        norms = change[chosen].double().square().cumsum(0).sqrt()
+        chosen = chosen[norms <= largest_change * self.dequantize().double().norm()]
+        codes.view(-1)[chosen] = wanted.view(-1)[chosen]
+        self.codes.copy_(join(codes.to(torch.uint8).flatten(), self.width))
+        self.moves.zero_()
 
     def dequantize(self) -> Tensor:
         """(N, K) float32."""
@@ -81,7 +110,7 @@ class ScaledLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        y = _Product.apply(x.reshape(-1, self.in_features), self.scale, self, dtype)
+        y = _Product.apply(x.reshape(-1, self.in_features), self.scale, self.moves, self, dtype)
         y = y.view(*x.shape[:-1], self.out_features)  # pyright: ignore[reportOptionalMemberAccess]
         return y if self.bias is None else y + self.bias.to(dtype)
 
@@ -96,9 +125,11 @@ class _Product(torch.autograd.Function):
     """Makes the weight anew in the backward, so that it does not wait for it."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, layer: ScaledLinear, dtype: torch.dtype) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, scale: Tensor, moves: Tensor | None, layer: ScaledLinear, dtype: torch.dtype
+    ) -> Tensor:
         ctx.layer, ctx.dtype = layer, dtype
-        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, scale)
+        ctx.save_for_backward(x if any(ctx.needs_input_grad[1:3]) else None, scale)
         return matmul(x.to(dtype), layer.dequantize().to(dtype).T)
 
     @staticmethod
@@ -106,21 +137,23 @@ class _Product(torch.autograd.Function):
         x, scale = ctx.saved_tensors
         layer, dy = ctx.layer, grads[0].to(ctx.dtype)
         integers = layer.integers()
-        dx = dscale = None
+        dx = dscale = dmoves = None
         if ctx.needs_input_grad[0]:
             weight = (integers * scale[..., None]).flatten(1)
             dx = matmul(dy, weight.to(ctx.dtype))
-        if ctx.needs_input_grad[1]:
+        if any(ctx.needs_input_grad[1:3]):
             dw = matmul(dy.T, x.to(ctx.dtype)).float().view_as(integers)
-            dscale = (dw * integers).sum(-1)
-        return dx, dscale, None, None
+            dscale = (dw * integers).sum(-1) if ctx.needs_input_grad[1] else None
+            dmoves = dw.flatten(1) if ctx.needs_input_grad[2] else None
+        return dx, dscale, dmoves, None, None
 
 
-def train_scales(model: nn.Module, bits: int, group: int | None) -> None:
-    """Freezes a model, and makes a ScaledLinear of each of its linear layers but lm_head, in place."""
+def train_scales(model: nn.Module, bits: int, group: int | None, moves: bool = False) -> None:
+    """Makes a ScaledLinear of each of a model's linear layers but lm_head, in place. moves: their codes move too, and
+    all other parameters train; else all but the scales is frozen."""
     linears = {name: each for name, each in model.named_modules() if isinstance(each, nn.Linear)}
-    model.requires_grad_(False)
+    model.requires_grad_(moves)
     for name, linear in linears.items():
         parent, _, child = name.rpartition(".")
         if child != "lm_head":
-            setattr(model.get_submodule(parent), child, ScaledLinear(linear, name, bits, group))
+            setattr(model.get_submodule(parent), child, ScaledLinear(linear, name, bits, group, moves))

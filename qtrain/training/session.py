@@ -51,9 +51,10 @@ from qtrain.training.communication import plan_communication
 from qtrain.training.divergence import MOST_IN_A_ROW, Guard, RewindError
 from qtrain.training.loop import Training, train
 from qtrain.training.memory import check_state_fits, measure_memory
-from qtrain.training.observers import Best, Measure, Observer, Profile, Progress, Recorder, Telemetry, Validate
+from qtrain.training.observers import Best, Measure, Observer, Profile, Progress, Recorder, Tasks, Telemetry, Validate
 from qtrain.training.observers.loggers import build_loggers, check_logger, close_loggers, mirror_summary
 from qtrain.training.observers.measure import by_source
+from qtrain.training.observers.tasks import by_task, check_tasks
 from qtrain.training.parallel import Ranks, blocks_of, check_strategy, is_lost_rank, joined
 from qtrain.training.saves import Saves
 from qtrain.training.speed import planned_time
@@ -190,6 +191,7 @@ def open_session(config: Config, console: Console | None = None) -> Iterator[Ses
 @contextmanager
 def _session(config: Config, fabric: Fabric, ranks: Ranks, console: Console) -> Iterator[Session]:
     check_logger(config)
+    check_tasks(config, ranks)
     if config.recipe.operands():
         check_backend(config.backend, config.gemm, fabric.device.type)
     corpus = prepare(config.data, config.tokenizer, budget_tokens=budget_tokens(config))
@@ -307,6 +309,7 @@ class Session:
             hf.load(self.model, pretrained)
         optimizer = build_optimizer(self.model, self.config.optimizer)
         self.module.rows = tune.row_choice(self.model, optimizer, self.config)
+        tune.prepare_optimizer(self.model, optimizer, self.config)
         saver = Saver()
         observers = self.observers()
         measure = observers[0]
@@ -364,15 +367,27 @@ class Session:
         config, plan = self.config, self.plan
         progress = Progress(self.console, config.callbacks.progress_bar, plan.steps)
         recorder = Recorder(self.directory, self.module, self.ranks, self.loggers, [progress.listen])
+        best = Best(recorder, self.directory.best if config.callbacks.keep_best else None, config.trainer.early_stop)
         profiled = config.callbacks.profile_steps
         return [
             Measure(recorder, config.callbacks.log_every_steps),
             Telemetry(recorder, plan.telemetry_every_steps, config.callbacks.telemetry_gradients),
             Validate(recorder, plan.val_every_steps, self.data.validation),
-            Best(recorder, self.directory.best if config.callbacks.keep_best else None, config.trainer.early_stop),
+            best,
+            *([self._tasks(recorder, best)] if config.callbacks.tasks else []),
             progress,
             *([Profile(self.directory.path / "profile", self.ranks.rank, self.device, profiled)] if profiled else []),
         ]
+
+    def _tasks(self, recorder: Recorder, best: Best) -> Tasks:
+        from qtrain.evaluate.target import Target
+
+        config, settings = self.config, self.config.callbacks
+        target = Target(
+            str(self.directory.path), self.model, self.corpus.tokenizer, config.tokenizer, self.plan.vocab_size,
+            config.model.seq_len, self.device, config.trainer.precision, config,
+        )  # fmt: skip
+        return Tasks(recorder, best, target, settings.tasks, settings.tasks_every_steps, settings.tasks_limit)
 
     # ------------------------------------------------------------------------------------------------------------ begin
 
@@ -464,14 +479,16 @@ class Session:
         assert last is not None
         values = {key: last[key] for key in ("val_loss", "val_bits_per_byte")}
         named = {"validation": found} if (found := by_source(last)) else {}
+        scored = by_task(self.directory.log.line_of(self.last_step, "tasks_seconds") or {})
+        scores = {"tasks": scored} if scored else {}
         lowest = min(self.directory.lines("val_loss"), key=lambda line: line["val_loss"])
         best = {"best_val_loss": lowest["val_loss"], "best_step": lowest["step"]}
         speeds = [line["tokens_per_second"] for line in self.directory.lines("tokens_per_second")]
         speed = median(speeds) if speeds else None
-        self._write_summary(Status.FINISHED, **values, **best, **named, tokens_per_second=speed)
+        self._write_summary(Status.FINISHED, **values, **best, **named, **scores, tokens_per_second=speed)
         _record(self.config, self.directory)
         plot_loss(self.directory.path)
-        self._show_end(values["val_loss"], values["val_bits_per_byte"], named.get("validation", {}))
+        self._show_end(values["val_loss"], values["val_bits_per_byte"], named.get("validation", {}), scored)
         return values["val_loss"]
 
     def _write_summary(self, status: Status, **results: float | str | Mapping[str, Any] | None) -> None:
@@ -504,7 +521,13 @@ class Session:
         self.directory.write_summary(summary | results)
         mirror_summary(self.loggers, summary | results)
 
-    def _show_end(self, val_loss: float, val_bits: float, named: Mapping[str, Mapping[str, float]]) -> None:
+    def _show_end(
+        self,
+        val_loss: float,
+        val_bits: float,
+        named: Mapping[str, Mapping[str, float]],
+        scored: Mapping[str, Mapping[str, float]],
+    ) -> None:
         bigram = self.corpus.bigram_cross_entropy
         lines = [
             f"validation loss {val_loss:.4f} nats per token ({val_bits:.4f} bits per byte)",
@@ -513,6 +536,7 @@ class Session:
                 f"{found['tokens']:,} tokens"
                 for name, found in named.items()
             ),
+            *(f"  {task} {metric} {value:.4g}" for task, found in scored.items() for metric, value in found.items()),
             f"bigram model    {bigram:.4f} nats per token: what the pair counts of the training text alone predict",
             f"run directory   {self.directory.path}  (loss.png, metrics.jsonl, summary.json, checkpoints/)",
         ]

@@ -23,6 +23,7 @@ from qtrain.quant.packed import unsettled
 from qtrain.quant.scaled import ScaledLinear, train_scales
 from qtrain.runs.files import read_json, write_synced
 from qtrain.training import rows
+from qtrain.training.moves import move_codes
 from qtrain.training.rows import Rows
 
 PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -35,7 +36,7 @@ def apply(model: Decoder, config: Config) -> None:
     the model has now; without values on the meta device. UserError for a base that has no codes."""
     tune = config.tune
     if tune is not None and tune.scales is not None:
-        train_scales(model, tune.scales.bits, tune.scales.group)
+        train_scales(model, tune.scales.bits, tune.scales.group, moves=tune.scales.moves is not None)
     if tune is not None and tune.rows is not None:
         rows.reserve(model, tune.rows.fraction)
     if tune is None or tune.adapter is None:
@@ -61,6 +62,11 @@ def check_tune(config: Config) -> None:
         raise UserError(
             f"tune.scales makes integer codes of the weights itself, and recipe {config.recipe.name} would quantise "
             "them again; set recipe=bf16"
+        )
+    if config.tune.scales is not None and config.tune.scales.moves and config.optimizer.choice() != "adamw":
+        raise UserError(
+            f"tune.scales.moves is a virtual step of AdamW, and optimizer is {config.optimizer.choice()}; set "
+            "optimizer=adamw"
         )
     if config.tune.rows is not None:
         _check_rows(config)
@@ -93,12 +99,20 @@ def row_choice(model: Decoder, optimizer: Optimizer, config: Config) -> Rows | N
     return Rows(model, optimizer, max(1, config.tune.rows.refresh_samples // max(1, samples)))
 
 
+def prepare_optimizer(model: Decoder, optimizer: Optimizer, config: Config) -> None:
+    """What a run tunes beside the parameters, in every step of the optimiser."""
+    moves = config.tune and config.tune.scales and config.tune.scales.moves
+    if moves:
+        move_codes(model, optimizer, moves.lr / config.optimizer.lr, moves.beta2, moves.largest_change)
+
+
 def describe(model: nn.Module) -> str:
     """What trains, and what a packed base takes."""
     trains = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     packed = [layer for layer in model.modules() if isinstance(layer, PackedLinear | ScaledLinear)]
     weights = sum(layer.in_features * layer.out_features for layer in packed)
-    told = f"{trains:,} parameters train beside a base that is frozen"
+    moves = sum(layer.moves.numel() for layer in packed if isinstance(layer, ScaledLinear) and layer.moves is not None)
+    told = f"{trains - moves:,} parameters train beside a base {'whose codes move' if moves else 'that is frozen'}"
     if not packed:
         return told
     size = sum(buffer.nbytes for layer in packed for buffer in layer.buffers())

@@ -35,9 +35,10 @@ from qtrain.models import hf
 from qtrain.models.decoder import Decoder, count_parameters
 from qtrain.plan import budget_tokens
 from qtrain.quant import PackedLinear, QuantLinear, convert, quant_linears, set_high_precision
+from qtrain.quant.adapter import compensate, reserve_beside, whole_bits, whole_weight
 from qtrain.quant.functional import Call
 from qtrain.quant.outliers import Outliers
-from qtrain.quant.packed import layout_of, reserve_outliers, unsettled
+from qtrain.quant.packed import layout_of, unsettled
 from qtrain.quant.ptq import (
     Hessian,
     Method,
@@ -67,13 +68,14 @@ class Way:
 
     rotate_residual: QuaRot's rotation of the residual stream. smooth: what inputs of the layers after a norm are
     divided by, to be folded into it: None | SmoothQuant's, with this exponent | "awq". split: what of each weight stays
-    in 16 bits.
+    in 16 bits. low_rank: the rank of the part of its error that is kept beside it (LoRC), 0 for none.
     """
 
     weight: Method = field(default_factory=Method)
     rotate_residual: bool = False
     smooth: float | Literal["awq"] | None = None
     split: Split = field(default_factory=Split)
+    low_rank: int = 0
 
 
 METHODS = {
@@ -104,7 +106,7 @@ Run = Callable[[Input], Tensor]  # a block
 @dataclass(frozen=True)
 class LayerError:
     """|(W - W') X|^2 / |W X|^2 of a layer over the calibration text, and what rounding to nearest by the recipe's own
-    rule would have given. bits: of a weight, with its scales and outliers."""
+    rule would have given. bits: of a weight, with its scales, outliers and low-rank part."""
 
     layer: str
     error: float
@@ -115,7 +117,7 @@ class LayerError:
 @dataclass(frozen=True)
 class Quantised:
     """val_loss in nats per token of the text that the settings name: of the model as it was, and as it is.
-    bits_per_weight: of all layers, with scales and outliers."""
+    bits_per_weight: of all layers, with all that lies beside the codes."""
 
     path: Path
     layers: tuple[LayerError, ...]
@@ -139,13 +141,14 @@ class Source:
 
 def quantize(
     source: str, out: Path, settings: Sequence[str], method: str = "gptq", tokens: int = 131_072,
-    say: Report = lambda _: None, split: Split | None = None,
+    say: Report = lambda _: None, split: Split | None = None, low_rank: int = 0,
 ) -> Quantised:  # fmt: skip
     """Quantise a run directory or a Hugging Face checkpoint into the new run directory `out`.
 
     settings: as of `qtrain train`: recipe=..., and data=... for another text than the run's own. method: of METHODS.
     tokens: of the training split, that layers are calibrated on. say: is told each layer's error. split: what of each
-    weight stays in 16 bits beside its codes; by default nothing.
+    weight stays in 16 bits beside its codes; by default nothing. low_rank: the rank of the part of each weight's error
+    that is kept beside its codes, in 16 bits.
     Started again after a stop, it goes on with the next block and ends with the same bits. UserError for an unknown
     method, a recipe whose weights have no codes that stay, text that is too short, and where `out` holds anything else.
     """
@@ -157,9 +160,12 @@ def quantize(
             f"outliers need columns of at least 0 and finite bounds above 0; found columns={split.columns}, "
             f"above={split.above}, weights={split.weights}; leave out what is not wanted"
         )
-    way = replace(METHODS[method], split=split)
+    if low_rank < 0:
+        raise UserError(f"the rank of what is kept of errors is at least 0; found {low_rank}; give 0 for none")
+    way = replace(METHODS[method], split=split, low_rank=low_rank)
     opened = open_source(source, settings)
-    name = f"{opened.config.name}-{method}{way.split}-{opened.config.recipe.name}"
+    beside = f"{split}-rank{low_rank}" if low_rank else f"{split}"
+    name = f"{opened.config.name}-{method}{beside}-{opened.config.recipe.name}"
     config = opened.config.model_copy(update={"name": name})
     directory = RunDirectory(out)
     task = {"source": str(Path(source).resolve()), "step": opened.step, "method": asdict(way)}
@@ -179,7 +185,7 @@ def quantize(
     before = _losses(opened.model, batches, end)
     if way.rotate_residual:
         config = _rotated(opened.model, config)
-    _convert(opened.model, config)
+    _convert(opened.model, config, way)
     errors = _quantize_blocks(opened.model, calibration, end, way, _begin(directory, task), say)
     after = _losses(opened.model, batches, end)
     bits = _bits_per_weight(opened.model)
@@ -269,13 +275,18 @@ def _rotated(model: Decoder, config: Config) -> Config:
     return config.model_copy(update={"model": config.model.model_copy(update={"tie_embeddings": False})})
 
 
-def _convert(model: Decoder, config: Config) -> None:
+def _convert(model: Decoder, config: Config, way: Way) -> None:
     """Layers that compute in high precision until each is quantised. UserError for a recipe whose weights have no codes
-    that stay."""
+    that stay, and for a rank that a weight does not have."""
     convert(model, config.recipe, seed=config.seed, backend=config.backend, gemm=config.gemm)
     for layer in quant_linears(model):
         if (reason := unsettled(layer.numerics)) is not None:
             raise UserError(f"recipe {config.recipe.name} cannot quantise {layer.name} for good: {reason}")
+        if way.low_rank > (most := min(layer.weight.shape)):
+            raise UserError(
+                f"{layer.name}: the error of its weight has a rank of at most {most}, and --low-rank is "
+                f"{way.low_rank}; ask for less"
+            )
     set_high_precision(model)
 
 
@@ -423,13 +434,13 @@ def _quantize_layer(layer: QuantLinear, seen: Inputs, way: Way) -> tuple[PackedL
     except ValueError as error:
         raise UserError(f"{layer.name}: {error}") from None
     weight = layer.weight.detach().float()
-    error, nearest = (relative_error(weight, each.dequantize(), seen.moments) for each in (chosen, plain))
-    return chosen, LayerError(layer.name, error, nearest, chosen.bits())
+    error, nearest = (relative_error(weight, whole_weight(each), seen.moments) for each in (chosen, plain))
+    return chosen, LayerError(layer.name, error, nearest, whole_bits(chosen))
 
 
 def pack_layer(layer: QuantLinear, seen: Inputs, way: Way) -> PackedLinear:
-    """A layer whose weight is quantised in a way. ValueError where a method or a split does not fit it, where a scale
-    overflows, and where its outliers take 16 bits a weight or more."""
+    """A layer whose weight is quantised in a way. ValueError where a method, a split or a rank does not fit it, where a
+    scale overflows, and where its outliers take 16 bits a weight or more."""
     numerics, method, split = layer.numerics, way.weight, way.split
     rotation = Call(numerics, _keys(layer), torch.float32, None).rotation("fprop", layer.in_features)
     whole, columns = layer.weight.detach().float(), split.columns_of(seen.largest)
@@ -456,13 +467,15 @@ def pack_layer(layer: QuantLinear, seen: Inputs, way: Way) -> PackedLinear:
         )
     if kept is not None and method.compensation == "gptq":
         kept.column_weight = make_up(whole, packed.dequantize(), seen.moments, columns, method.damping).bfloat16()
+    if way.low_rank:
+        compensate(packed, whole, way.low_rank)
     return packed
 
 
 def _bits_per_weight(model: nn.Module) -> float:
     layers = [layer for layer in model.modules() if isinstance(layer, PackedLinear)]
     weights = [layer.in_features * layer.out_features for layer in layers]
-    return sum(layer.bits() * count for layer, count in zip(layers, weights, strict=True)) / sum(weights)
+    return sum(whole_bits(layer) * count for layer, count in zip(layers, weights, strict=True)) / sum(weights)
 
 
 # ---------------------------------------------------------------------------------------------------------------- files
@@ -504,7 +517,7 @@ def _restore(model: Decoder, name: str, path: Path) -> list[LayerError]:
         layout = layout_of(layer.numerics, (layer.out_features, layer.in_features))
         weight = QTensor.of(layout, [part for part in there if part is not None])
         _replace(model, PackedLinear(weight, layer.bias, layer.numerics, layer.name, _keys(layer)))
-    reserve_outliers(model.get_submodule(name), {f"{name}.{part}": value.shape for part, value in tensors.items()})
+    reserve_beside(model.get_submodule(name), {f"{name}.{part}": value.shape for part, value in tensors.items()})
     model.get_submodule(name).load_state_dict(tensors)
     return [LayerError(**error) for error in errors]
 

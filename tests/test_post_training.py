@@ -15,7 +15,7 @@ import qtrain.post_training
 from qtrain.errors import UserError
 from qtrain.evaluate.perplexity import losses
 from qtrain.evaluate.target import load
-from qtrain.export import compressed_tensors, fp_quant, gguf, huggingface
+from qtrain.export import compressed_tensors, fp_quant, gguf, huggingface, peft
 from qtrain.export.trained import open_run
 from qtrain.post_training import METHODS, quantize
 from qtrain.quant import PackedLinear
@@ -174,6 +174,44 @@ def test_outliers_stay_in_the_run_and_lower_its_errors(run: RunDirectory, gptq: 
     layer = load_run(out).get_submodule("layers.1.mlp.down")
     theirs = load_file(tmp_path / "hf" / "model.safetensors")["model.layers.1.mlp.down_proj.weight"]
     torch.testing.assert_close(layer(torch.eye(128)).detach().T, theirs.float(), rtol=1e-2, atol=1e-4)
+
+
+def test_a_low_rank_part_stays_in_the_run_and_lowers_its_loss(run: RunDirectory, tmp_path: Path) -> None:
+    """At 2 bits, also where the quantisation was stopped. It is read, evaluated and exported with its codes."""
+    two, out, layers = [*RECIPE, "recipe.bits=2"], tmp_path / "out", []
+
+    def stop(text: str) -> None:
+        layers.append(text)
+        if len(layers) == 9:
+            raise KeyboardInterrupt
+
+    plain = quantize(str(run.path), tmp_path / "plain", two, "gptq", TOKENS)
+    with pytest.raises(KeyboardInterrupt):
+        quantize(str(run.path), out, two, "gptq", TOKENS, stop, None, 4)
+    done = quantize(str(run.path), out, two, "gptq", TOKENS, layers.append, None, 4)
+    assert len(layers) == 9 + 7 and done.val_loss < plain.val_loss
+    tensors = {name: value for name, value in state(out).items() if "attention." in name or "mlp." in name}
+    weights = sum(layer.in_features * layer.out_features for layer in open_run(out).layers.values())
+    assert 8 * sum(value.nbytes for value in tensors.values()) / weights == pytest.approx(done.bits_per_weight)
+    assert done.bits_per_weight > plain.bits_per_weight + 1
+    assert losses(load(out))[""].loss == pytest.approx(done.val_loss, rel=1e-5)
+    assert RunDirectory(out).read_config().name.endswith("-gptq-rank4-quest_weight_only")
+    for module, reason in (
+        (gguf, "stay in 16 bits beside the codes"),
+        (peft, "export all of its weights with --to hf"),
+    ):
+        with pytest.raises(UserError, match=reason):
+            module.export(out, tmp_path / "refused")
+    assert not (tmp_path / "refused").exists()
+    huggingface.export(out, tmp_path / "hf")
+    layer = load_run(out).get_submodule("layers.1.mlp.down")
+    theirs = load_file(tmp_path / "hf" / "model.safetensors")["model.layers.1.mlp.down_proj.weight"]
+    torch.testing.assert_close(layer(torch.eye(128)).detach().T, theirs.float(), rtol=1e-2, atol=1e-3)
+    with pytest.raises(UserError, match=r"layers.0.attention.k: .* rank of at most 32, and --low-rank is 33"):
+        quantize(str(run.path), tmp_path / "refused", two, "rtn", TOKENS, low_rank=33)
+    with pytest.raises(UserError, match="at least 0; found -1"):
+        quantize(str(run.path), tmp_path / "refused", two, "rtn", TOKENS, low_rank=-1)
+    assert not (tmp_path / "refused").exists()
 
 
 def test_outliers_that_leave_nothing_or_have_no_bound_are_refused(run: RunDirectory, tmp_path: Path) -> None:

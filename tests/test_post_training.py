@@ -273,6 +273,46 @@ def test_changes_of_the_model_are_no_changes_of_what_it_computes(
     assert all(torch.equal(again[name], value) for name, value in there.items())
 
 
+FP4 = ("recipe=zeroquant_fp", "recipe.fprop.x.format=e2m1/row/float32", "recipe.fprop.w.format=e2m1/32/float16")
+
+
+def test_formats_that_layers_chose_are_settings_of_the_run(run: RunDirectory, tmp_path: Path) -> None:
+    """LLM-FP4, also where the quantisation was stopped. The run is read, evaluated and exported by the formats of each
+    layer; a recipe without a choice is refused before anything is written."""
+    out, layers = tmp_path / "out", []
+
+    def stop(text: str) -> None:
+        layers.append(text)
+        if len(layers) == 9:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantize(str(run.path), out, FP4, "llm_fp4", TOKENS, stop)
+    done = quantize(str(run.path), out, FP4, "llm_fp4", TOKENS, layers.append)
+    assert len(layers) == 9 + 7 and all(
+        text.endswith(f"{e.x} x {e.w}") for text, e in zip(layers[9:], done.layers[7:], strict=True)
+    )
+    found = {each.layer: (each.x, each.w) for each in done.layers}
+    own = "e2m1/row/float32", "e2m1/32/float16"
+    changed = {name for name, formats in found.items() if formats != own}
+    config = RunDirectory(out).read_config()
+    assert changed and set(config.recipe.overrides) == changed and any(name.startswith("layers.0") for name in changed)
+    packed = {module.name: module for module in load_run(out).modules() if isinstance(module, PackedLinear)}
+    for name, formats in found.items():
+        sides = packed[name].numerics.fprop.left, packed[name].numerics.fprop.right
+        assert tuple(side.spec.format for side in sides) == formats, name
+    assert losses(load(out))[""].loss == pytest.approx(done.val_loss, rel=1e-5)
+    assert sum(each.error for each in done.layers) < 0.9 * sum(each.nearest for each in done.layers)
+    huggingface.export(out, tmp_path / "hf")
+    for recipe, reason in (
+        ("w4a16", "of int4_sym/32/float16 its codes are no minifloats"),
+        ("quartet_ii", "four_over_six"),
+    ):
+        with pytest.raises(UserError, match=f"recipe {recipe} leaves no choice .* layers.0.attention.q: .*{reason}"):
+            quantize(str(run.path), tmp_path / "refused", [f"recipe={recipe}"], "llm_fp4", TOKENS)
+    assert not (tmp_path / "refused").exists()
+
+
 def test_a_hugging_face_checkpoint_is_quantised_too(run: RunDirectory, tmp_path: Path) -> None:
     huggingface.export(run.path, tmp_path / "model")
     text = (f"data=text data.files={run.path.parent}/a.txt data.cache_dir={tmp_path}/cache data.val_tokens=1024 "

@@ -333,7 +333,8 @@ def _with_chosen(config: Config, model: Decoder, asked: Mapping[str, str]) -> Co
         for layer in model.modules()
         if isinstance(layer, PackedLinear) and layer.text != asked[layer.name]
     }
-    recipe = config.recipe.model_copy(update={"overrides": chosen | config.recipe.overrides})
+    others = {pattern: other for pattern, other in config.recipe.overrides.items() if pattern not in chosen}
+    recipe = config.recipe.model_copy(update={"overrides": chosen | others})  # the first that matches holds
     return config.model_copy(update={"recipe": recipe})
 
 
@@ -520,8 +521,10 @@ def _quantize_layer(layer: QuantLinear, seen: Inputs, way: Way, rows: Tensor | N
     """seen: of its inputs before their rotation; rows: (T, K) of these, for a way that reads them."""
     try:
         plain = pack_layer(layer, seen, Way())
-        choose = way.formats and rows is not None
-        chosen = pack_in_best_formats(layer, seen, way, rows) if choose else pack_layer(layer, seen, way)
+        if way.formats and rows is not None:
+            chosen = pack_in_best_formats(layer, seen, way, rows)
+        else:
+            chosen = pack_layer(layer, seen, way)
     except ValueError as error:
         raise UserError(f"{layer.name}: {error}") from None
     weight = layer.weight.detach().float()

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from math import inf
 from pathlib import Path
@@ -23,6 +23,7 @@ import safetensors
 import torch
 import yaml
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from qtrain.config import Config, TokenizerConfig, config_hash
 from qtrain.config.settings import nearest
@@ -35,20 +36,31 @@ from qtrain.models import hf
 from qtrain.models.decoder import Decoder, count_parameters
 from qtrain.plan import budget_tokens
 from qtrain.quant import PackedLinear, QuantLinear, convert, quant_linears, set_high_precision
+from qtrain.quant.adapter import compensate, reserve_beside, whole_bits, whole_weight
 from qtrain.quant.functional import Call
 from qtrain.quant.outliers import Outliers
-from qtrain.quant.packed import layout_of, reserve_outliers, unsettled
+from qtrain.quant.packed import layout_of, unsettled
 from qtrain.quant.ptq import (
     Hessian,
     Method,
     Split,
     eliminated,
+    in_all_minifloats,
     make_up,
     quantize_weight,
     relative_error,
     sensitive,
+    with_formats,
 )
-from qtrain.quant.ptq.transforms import AFTER_NORM, awq_smoothing, divide_inputs, rotate_residual, smoothing
+from qtrain.quant.ptq.formats import exponent_bits
+from qtrain.quant.ptq.transforms import (
+    AFTER_NORM,
+    awq_smoothing,
+    divide_inputs,
+    exponent_biases,
+    rotate_residual,
+    smoothing,
+)
 from qtrain.quant.quantizer import rotate
 from qtrain.quant.random import key_table
 from qtrain.runs.directory import RunDirectory
@@ -59,20 +71,31 @@ from qtrain.training import checkpoint
 from qtrain.training.losses import documents_in, evaluate, validation_values
 from qtrain_kernels.qtensor import QTensor
 
+Smooth = float | Literal["awq", "exponents"]
+
 
 @dataclass(frozen=True)
 class Way:
     """How a model is quantised: what is done to each weight, and to the model before.
 
     rotate_residual: QuaRot's rotation of the residual stream. smooth: what inputs of the layers after a norm are
-    divided by, to be folded into it: None | SmoothQuant's, with this exponent | "awq". split: what of each weight stays
-    in 16 bits.
+    divided by, to be folded into it: None | SmoothQuant's, with this exponent | "awq" | "exponents", LLM-FP4's powers
+    of two. formats: whether each layer gets the formats, of as many bits as the recipe's, of least output error. split:
+    what of each weight stays in 16 bits. low_rank: the rank of the part of its error that is kept beside it (LoRC), 0
+    for none.
     """
 
     weight: Method = field(default_factory=Method)
     rotate_residual: bool = False
-    smooth: float | Literal["awq"] | None = None
+    smooth: Smooth | None = None
+    formats: bool = False
     split: Split = field(default_factory=Split)
+    low_rank: int = 0
+
+    @property
+    def reads_rows(self) -> bool:
+        """Whether it looks at inputs themselves, beside their moments."""
+        return self.formats or self.smooth == "exponents"
 
 
 METHODS = {
@@ -83,8 +106,10 @@ METHODS = {
     "quarot": Way(Method(search=100, compensation="gptq"), rotate_residual=True),
     "smoothquant": Way(smooth=0.5),
     "awq": Way(Method(search=100), smooth="awq"),
+    "llm_fp4": Way(Method(search=100, norm=2.0, weighted=True), smooth="exponents", formats=True),
 }
 SEQUENCES = 8  # in one forward of a block
+SAMPLES = 32  # sequences whose outputs choose formats and exponent biases, as in LLM-FP4
 PARTIAL = "quantization"  # the folder of what is done, while the rest is not
 
 Report = Callable[[str], None]
@@ -103,18 +128,21 @@ Run = Callable[[Input], Tensor]  # a block
 @dataclass(frozen=True)
 class LayerError:
     """|(W - W') X|^2 / |W X|^2 of a layer over the calibration text, and what rounding to nearest by the recipe's own
-    rule would have given. bits: of a weight, with its scales and outliers."""
+    rule would have given. bits: of a weight, with its scales, outliers and low-rank part. x, w: the formats of inputs
+    and weights."""
 
     layer: str
     error: float
     nearest: float
     bits: float
+    x: str
+    w: str
 
 
 @dataclass(frozen=True)
 class Quantised:
     """val_loss in nats per token of the text that the settings name: of the model as it was, and as it is.
-    bits_per_weight: of all layers, with scales and outliers."""
+    bits_per_weight: of all layers, with all that lies beside the codes."""
 
     path: Path
     layers: tuple[LayerError, ...]
@@ -138,13 +166,14 @@ class Source:
 
 def quantize(
     source: str, out: Path, settings: Sequence[str], method: str = "gptq", tokens: int = 131_072,
-    say: Report = lambda _: None, split: Split | None = None,
+    say: Report = lambda _: None, split: Split | None = None, low_rank: int = 0,
 ) -> Quantised:  # fmt: skip
     """Quantise a run directory or a Hugging Face checkpoint into the new run directory `out`.
 
     settings: as of `qtrain train`: recipe=..., and data=... for another text than the run's own. method: of METHODS.
     tokens: of the training split, that layers are calibrated on. say: is told each layer's error. split: what of each
-    weight stays in 16 bits beside its codes; by default nothing.
+    weight stays in 16 bits beside its codes; by default nothing. low_rank: the rank of the part of each weight's error
+    that is kept beside its codes, in 16 bits.
     Started again after a stop, it goes on with the next block and ends with the same bits. UserError for an unknown
     method, a recipe whose weights have no codes that stay, text that is too short, and where `out` holds anything else.
     """
@@ -156,9 +185,12 @@ def quantize(
             f"outliers need columns of at least 0 and finite bounds above 0; found columns={split.columns}, "
             f"above={split.above}, weights={split.weights}; leave out what is not wanted"
         )
-    way = replace(METHODS[method], split=split)
+    if low_rank < 0:
+        raise UserError(f"the rank of what is kept of errors is at least 0; found {low_rank}; give 0 for none")
+    way = replace(METHODS[method], split=split, low_rank=low_rank)
     opened = open_source(source, settings)
-    name = f"{opened.config.name}-{method}{way.split}-{opened.config.recipe.name}"
+    beside = f"{split}-rank{low_rank}" if low_rank else f"{split}"
+    name = f"{opened.config.name}-{method}{beside}-{opened.config.recipe.name}"
     config = opened.config.model_copy(update={"name": name})
     directory = RunDirectory(out)
     task = {"source": str(Path(source).resolve()), "step": opened.step, "method": asdict(way)}
@@ -178,10 +210,12 @@ def quantize(
     before = _losses(opened.model, batches, end)
     if way.rotate_residual:
         config = _rotated(opened.model, config)
-    _convert(opened.model, config)
+    _convert(opened.model, config, way)
+    asked = {layer.name: layer.text for layer in quant_linears(opened.model)}
     errors = _quantize_blocks(opened.model, calibration, end, way, _begin(directory, task), say)
     after = _losses(opened.model, batches, end)
     bits = _bits_per_weight(opened.model)
+    config = _with_chosen(config, opened.model, asked)
     _finish(directory, config, opened, after, task | {"bits_per_weight": bits}, errors, before)
     return Quantised(out, tuple(errors), before["val_loss"], after["val_loss"], bits)
 
@@ -268,14 +302,39 @@ def _rotated(model: Decoder, config: Config) -> Config:
     return config.model_copy(update={"model": config.model.model_copy(update={"tie_embeddings": False})})
 
 
-def _convert(model: Decoder, config: Config) -> None:
+def _convert(model: Decoder, config: Config, way: Way) -> None:
     """Layers that compute in high precision until each is quantised. UserError for a recipe whose weights have no codes
-    that stay."""
+    that stay, and for a rank that a weight does not have."""
     convert(model, config.recipe, seed=config.seed, backend=config.backend, gemm=config.gemm)
     for layer in quant_linears(model):
         if (reason := unsettled(layer.numerics)) is not None:
             raise UserError(f"recipe {config.recipe.name} cannot quantise {layer.name} for good: {reason}")
+        if way.low_rank > (most := min(layer.weight.shape)):
+            raise UserError(
+                f"{layer.name}: the error of its weight has a rank of at most {most}, and --low-rank is "
+                f"{way.low_rank}; ask for less"
+            )
+        if way.formats:
+            try:
+                in_all_minifloats(layer.numerics)
+            except ValueError as error:
+                raise UserError(
+                    f"recipe {config.recipe.name} leaves no choice of formats for {layer.name}: {error}"
+                ) from None
     set_high_precision(model)
+
+
+def _with_chosen(config: Config, model: Decoder, asked: Mapping[str, str]) -> Config:
+    """The settings under which layers have the formats that were chosen for them, where these are others than the
+    recipe's. asked: numerics by the recipe, as text."""
+    chosen = {
+        layer.name: layer.numerics.recipe
+        for layer in model.modules()
+        if isinstance(layer, PackedLinear) and layer.text != asked[layer.name]
+    }
+    others = {pattern: other for pattern, other in config.recipe.overrides.items() if pattern not in chosen}
+    recipe = config.recipe.model_copy(update={"overrides": chosen | others})  # the first that matches holds
+    return config.model_copy(update={"recipe": recipe})
 
 
 def _quantize_blocks(
@@ -320,17 +379,19 @@ def _quantize_block(
 ) -> Iterator[LayerError]:  # fmt: skip
     for group in _groups(block, run, inputs[0]):
         seen = _watched(group[0], run, inputs)
+        rows = _rows(group[0], run, inputs[: SAMPLES // SEQUENCES]) if way.reads_rows else None
         norm = _norm_before(block, group) if way.smooth is not None else None
         if norm is not None:
-            factors = _smoothing(group, seen, way.smooth)
+            factors = _smoothing(group, seen, way.smooth, rows)
             divide_inputs(norm, group, factors)
-            seen = seen.divided(factors)
+            seen, rows = seen.divided(factors), None if rows is None else rows / factors
         for layer in group:
-            packed, error = _quantize_layer(layer, seen, way)
+            packed, error = _quantize_layer(layer, seen, way, rows)
             _replace(model, packed)
+            chosen = f", {error.x} x {error.w}" if way.formats else ""
             say(
                 f"{layer.name:<28} error {error.error:.2e}, to nearest {error.nearest:.2e}, {error.bits:.4g} bits a "
-                "weight"
+                f"weight{chosen}"
             )
             yield error
 
@@ -370,19 +431,34 @@ class Inputs:
 def _watched(layer: QuantLinear, run: Run, inputs: Sequence[Input]) -> Inputs:
     hessian, total, largest = Hessian(layer.in_features), 0.0, torch.zeros(layer.in_features)
 
-    def note(_: nn.Module, given: tuple[Tensor, ...]) -> None:
+    def note(x: Tensor) -> None:
         nonlocal total, largest
-        x = given[0].reshape(-1, layer.in_features).float()
         hessian.add(x)
         total, largest = total + x.abs().sum(0), torch.maximum(largest, x.abs().amax(0))
 
-    hook = layer.register_forward_pre_hook(note)
+    _watch(layer, run, inputs, note)
+    return Inputs(hessian.mean(), largest, torch.as_tensor(total) / hessian.tokens)
+
+
+def _rows(layer: QuantLinear, run: Run, inputs: Sequence[Input]) -> Tensor:
+    """(T, K): the inputs of a layer."""
+    found: list[Tensor] = []
+    _watch(layer, run, inputs, found.append)
+    return torch.cat(found)
+
+
+def _watch(layer: QuantLinear, run: Run, inputs: Sequence[Input], note: Callable[[Tensor], None]) -> None:
+    """note: is given the inputs of a layer, (T, K) float32, forward by forward."""
+
+    def hooked(_: nn.Module, given: tuple[Tensor, ...]) -> None:
+        note(given[0].reshape(-1, layer.in_features).float())
+
+    hook = layer.register_forward_pre_hook(hooked)
     try:
         for each in inputs:
             run(each)
     finally:
         hook.remove()
-    return Inputs(hessian.mean(), largest, torch.as_tensor(total) / hessian.tokens)
 
 
 def _norm_before(block: nn.Module, group: Sequence[QuantLinear]) -> nn.Module | None:
@@ -396,13 +472,38 @@ def _norm_before(block: nn.Module, group: Sequence[QuantLinear]) -> nn.Module | 
     return None
 
 
-def _smoothing(group: Sequence[QuantLinear], seen: Inputs, smooth: float | Literal["awq"] | None) -> Tensor:
+def _smoothing(group: Sequence[QuantLinear], seen: Inputs, smooth: Smooth | None, rows: Tensor | None) -> Tensor:
     weights = [layer.weight.detach().float() for layer in group]
+    if smooth == "exponents":
+        assert rows is not None
+        return best_exponent_biases(group, seen.largest, rows)
     if smooth == "awq":
         quantizers = [layer.numerics.fprop.right for layer in group]
         return awq_smoothing(seen.mean, weights, seen.moments, quantizers)
     assert smooth is not None
     return smoothing(seen.largest, weights, smooth)
+
+
+def best_exponent_biases(group: Sequence[QuantLinear], largest: Tensor, rows: Tensor) -> Tensor:
+    """(K,) `exponent_biases` of layers that read the same inputs (T, K), of largest magnitudes (K,). All ones where the
+    inputs are not quantised.
+
+    At most as many powers of two as the inputs' exponents have are folded, so many as give the least squared error of
+    the layers' outputs to nearest. LLM-FP4 (arXiv 2310.16836) takes all, and has biases of every layer's inputs, also
+    of those without a norm before them.
+    """
+    best, least, plan = torch.ones_like(largest), inf, group[0].numerics.fprop.left.plan
+    wanted = [layer(rows) for layer in group]
+    for most in range(2 ** exponent_bits(plan.element) if plan is not None else 0):
+        factors, error = exponent_biases(largest, most), 0.0
+        for layer, output in zip(group, wanted, strict=True):
+            set_high_precision(layer, False)
+            found = functional_call(layer, {"weight": layer.weight * factors}, (rows / factors,))
+            set_high_precision(layer)
+            error += (found - output).square().sum().item()
+        if error < least:
+            best, least = factors, error
+    return best
 
 
 def _replace(model: nn.Module, packed: PackedLinear) -> None:
@@ -415,20 +516,50 @@ def _keys(layer: QuantLinear) -> Tensor:
     return key_table([layer.keyed_by], 0, 0)[0]
 
 
-def _quantize_layer(layer: QuantLinear, seen: Inputs, way: Way) -> tuple[PackedLinear, LayerError]:
-    """seen: of its inputs before their rotation."""
+def _quantize_layer(layer: QuantLinear, seen: Inputs, way: Way, rows: Tensor | None) -> tuple[PackedLinear, LayerError]:
+    """seen: of its inputs before their rotation; rows: (T, K) of these, for a way that reads them."""
     try:
-        chosen, plain = (pack_layer(layer, seen, each) for each in (way, Way()))
+        plain = pack_layer(layer, seen, Way())
+        if way.formats and rows is not None:
+            chosen = pack_in_best_formats(layer, seen, way, rows)
+        else:
+            chosen = pack_layer(layer, seen, way)
     except ValueError as error:
         raise UserError(f"{layer.name}: {error}") from None
     weight = layer.weight.detach().float()
-    error, nearest = (relative_error(weight, each.dequantize(), seen.moments) for each in (chosen, plain))
-    return chosen, LayerError(layer.name, error, nearest, chosen.bits())
+    error, nearest = (relative_error(weight, whole_weight(each), seen.moments) for each in (chosen, plain))
+    formats = (str(side.spec.format) for side in (chosen.numerics.fprop.left, chosen.numerics.fprop.right))
+    return chosen, LayerError(layer.name, error, nearest, whole_bits(chosen), *formats)
+
+
+def pack_in_best_formats(layer: QuantLinear, seen: Inputs, way: Way, rows: Tensor) -> PackedLinear:
+    """`pack_layer` in the formats of inputs and weights that have as many bits as the layer's own, and of which the
+    product of the two has the least squared error on inputs (T, K); of equal ones the layer's own.
+
+    Source: LLM-FP4, arXiv 2310.16836. All pairs of formats are tried, where LLM-FP4 takes turns between the two three
+    times. The scales of inputs follow the recipe's rule, where LLM-FP4 searches one for all inputs of a layer. Those of
+    weights are chosen as `way` says: by method llm_fp4, for the squared error that the second moments of the inputs
+    weigh by column, from the rule's scale down to a fifth of it, where LLM-FP4 takes the error of outputs, and scales
+    exponent biases by 0.01 to 1.2.
+    """
+    wanted = nn.functional.linear(rows, layer.weight.float(), layer.bias)
+    best, least = None, inf
+    for candidates in in_all_minifloats(layer.numerics).values():
+        layer.text = candidates[0].text
+        packed = pack_layer(layer, seen, way)
+        for numerics in candidates:
+            packed.text = numerics.text
+            error = (packed(rows) - wanted).square().sum().item()
+            if error < least:
+                best, least = (packed, numerics.text), error
+    assert best is not None, "the error of no format is finite"
+    packed, packed.text = best
+    return packed
 
 
 def pack_layer(layer: QuantLinear, seen: Inputs, way: Way) -> PackedLinear:
-    """A layer whose weight is quantised in a way. ValueError where a method or a split does not fit it, where a scale
-    overflows, and where its outliers take 16 bits a weight or more."""
+    """A layer whose weight is quantised in a way. ValueError where a method, a split or a rank does not fit it, where a
+    scale overflows, and where its outliers take 16 bits a weight or more."""
     numerics, method, split = layer.numerics, way.weight, way.split
     rotation = Call(numerics, _keys(layer), torch.float32, None).rotation("fprop", layer.in_features)
     whole, columns = layer.weight.detach().float(), split.columns_of(seen.largest)
@@ -455,13 +586,15 @@ def pack_layer(layer: QuantLinear, seen: Inputs, way: Way) -> PackedLinear:
         )
     if kept is not None and method.compensation == "gptq":
         kept.column_weight = make_up(whole, packed.dequantize(), seen.moments, columns, method.damping).bfloat16()
+    if way.low_rank:
+        compensate(packed, whole, way.low_rank)
     return packed
 
 
 def _bits_per_weight(model: nn.Module) -> float:
     layers = [layer for layer in model.modules() if isinstance(layer, PackedLinear)]
     weights = [layer.in_features * layer.out_features for layer in layers]
-    return sum(layer.bits() * count for layer, count in zip(layers, weights, strict=True)) / sum(weights)
+    return sum(whole_bits(layer) * count for layer, count in zip(layers, weights, strict=True)) / sum(weights)
 
 
 # ---------------------------------------------------------------------------------------------------------------- files
@@ -497,12 +630,14 @@ def _restore(model: Decoder, name: str, path: Path) -> list[LayerError]:
     with safetensors.safe_open(path, framework="pt") as file:
         tensors = {part: file.get_tensor(part) for part in file.keys()}  # noqa: SIM118  no mapping
         errors = json.loads(file.metadata()["errors"])
+    formats = {error["layer"]: (error["x"], error["w"]) for error in errors}
     for layer in quant_linears(model.get_submodule(name)):
+        layer.text = with_formats(layer.numerics, *formats[layer.name]).text
         place = layer.name.removeprefix(name).removeprefix(".")
         layout = layout_of(layer.numerics, (layer.out_features, layer.in_features))
         weight = QTensor.of(layout, [tensors[f"{place}.{name}".removeprefix(".")] for name in layout.names])
         _replace(model, PackedLinear(weight, layer.bias, layer.numerics, layer.name, _keys(layer)))
-    reserve_outliers(model.get_submodule(name), {f"{name}.{part}": value.shape for part, value in tensors.items()})
+    reserve_beside(model.get_submodule(name), {f"{name}.{part}": value.shape for part, value in tensors.items()})
     model.get_submodule(name).load_state_dict(tensors)
     return [LayerError(**error) for error in errors]
 

@@ -141,6 +141,7 @@ def test_codes_on_the_wire_train_to_the_same_bits(tmp_path: Path) -> None:
         "quartet_v1": 0.59375, "quartet_phase": 0.59375 + row, "quest_weight_only": 0.625 + row,
         "ste": 0.5 + row, "clip": 0.5625 + row, "halo_2": 1.0, "luq_fp4_e2m1": 0.5, "quartet_ii_128": 0.5625,
         "mxfp8_fwd_nvfp4_bwd": 1.03125, "w4a16": 0.5625,
+        "zeroquant_fp": 0.515625,
     }.items():  # fmt: skip
         assert found[name] == pytest.approx(wanted, abs=4 / (FEATURES * FEATURES / 2)), name
 

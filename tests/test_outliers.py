@@ -1,7 +1,9 @@
-"""Weights of which columns or elements stay in 16 bits, against float64 computations from the papers."""
+"""Weights of which columns, elements or the low-rank part of the error stay in 16 bits, against float64 computations
+from the papers."""
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -13,6 +15,7 @@ from qtrain import convert
 from qtrain.config.recipe import QuantSpec
 from qtrain.post_training import Inputs, Way, pack_layer
 from qtrain.quant import QuantLinear
+from qtrain.quant.adapter import adapters, whole_bits, whole_weight
 from qtrain.quant.outliers import Outliers
 from qtrain.quant.ptq import Method, Split, compensated, eliminated, make_up, scales_of, sensitive
 from qtrain.quant.quantizer import Quantizer
@@ -234,3 +237,45 @@ def test_nothing_kept_is_no_outliers_and_what_does_not_fit_is_refused() -> None:
     for spec in ("e4m3/tensor/float32", "e2m1/16x16/e4m3"):
         with pytest.raises(ValueError, match="has a scale for several rows"):
             sensitive(weight, hessian_of(x), quantizer({"format": spec}), 0.2, 0.01)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_low_rank_part_is_the_singular_value_decomposition_of_the_error(name: str) -> None:
+    """LoRC: the product of the factors is the best approximation of rank 8 of W - W' in float64, to the rounding of the
+    two to bfloat16. The layer computes with it, and its bits count it."""
+    weight, x = planted()
+    plain, packed = (pack_layer(layer_of(name, weight), inputs_of(x), Way(low_rank=rank)) for rank in (0, 8))
+    error = weight.double().numpy() - plain.dequantize().double().numpy()
+    left, values, right = np.linalg.svd(error, full_matrices=False)
+    wanted = left[:, :8] * values[:8] @ right[:8]
+    (adapter,) = adapters(packed).values()
+    found = adapter.product().double().numpy()
+    assert np.linalg.norm(found - wanted) < 2**-8 * np.linalg.norm(wanted)
+    for factor, side in ((adapter.A.T, right[:8].T), (adapter.B, left[:, :8])):
+        assert factor.dtype == torch.bfloat16 and not factor.requires_grad
+        lengths = np.linalg.norm(factor.double().numpy(), axis=0)
+        np.testing.assert_allclose(lengths, np.sqrt(values[:8]) * np.linalg.norm(side, axis=0), rtol=2**-8)
+    torch.testing.assert_close(whole_weight(packed), plain.dequantize() + adapter.product())
+    x = x[:16].clone().requires_grad_()
+    y = packed(x)
+    torch.testing.assert_close((y - plain(x)).double(), x.double() @ torch.from_numpy(found).T, rtol=1e-4, atol=1e-3)
+    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
+    y.backward(dy)
+    torch.testing.assert_close(x.grad, dy @ whole_weight(packed), rtol=1e-4, atol=1e-3)
+    assert whole_bits(packed) == pytest.approx(plain.bits() + 16 * 8 * (N + K) / (N * K))
+
+
+@pytest.mark.parametrize("split", [Split(), Split(columns=4, weights=0.2)], ids=["codes", "outliers"])
+@pytest.mark.parametrize("compensation", ["none", "gptq"])
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_low_rank_part_lowers_the_error_of_the_weights_product(name: str, compensation: Any, split: Split) -> None:
+    """On every input, for which it is a projection of the error from the left: these, and others of the same kind."""
+    weight, both = planted()
+    x, unseen = both[: T // 2], both[T // 2 :]
+    errors = []
+    for rank in (0, 2, 8):
+        way = Way(Method(compensation=compensation), split=split, low_rank=rank)
+        left = weight.double() - whole_weight(pack_layer(layer_of(name, weight), inputs_of(x), way)).double()
+        errors.append([(each.double() @ left.T).square().sum().item() for each in (x, unseen)])
+    for more, less in pairwise(errors):
+        assert all(after < before for before, after in zip(more, less, strict=True)), errors

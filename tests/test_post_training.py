@@ -15,7 +15,7 @@ import qtrain.post_training
 from qtrain.errors import UserError
 from qtrain.evaluate.perplexity import losses
 from qtrain.evaluate.target import load
-from qtrain.export import compressed_tensors, fp_quant, gguf, huggingface
+from qtrain.export import compressed_tensors, fp_quant, gguf, huggingface, peft
 from qtrain.export.trained import open_run
 from qtrain.post_training import METHODS, quantize
 from qtrain.quant import PackedLinear
@@ -176,6 +176,44 @@ def test_outliers_stay_in_the_run_and_lower_its_errors(run: RunDirectory, gptq: 
     torch.testing.assert_close(layer(torch.eye(128)).detach().T, theirs.float(), rtol=1e-2, atol=1e-4)
 
 
+def test_a_low_rank_part_stays_in_the_run_and_lowers_its_loss(run: RunDirectory, tmp_path: Path) -> None:
+    """At 2 bits, also where the quantisation was stopped. It is read, evaluated and exported with its codes."""
+    two, out, layers = [*RECIPE, "recipe.bits=2"], tmp_path / "out", []
+
+    def stop(text: str) -> None:
+        layers.append(text)
+        if len(layers) == 9:
+            raise KeyboardInterrupt
+
+    plain = quantize(str(run.path), tmp_path / "plain", two, "gptq", TOKENS)
+    with pytest.raises(KeyboardInterrupt):
+        quantize(str(run.path), out, two, "gptq", TOKENS, stop, None, 4)
+    done = quantize(str(run.path), out, two, "gptq", TOKENS, layers.append, None, 4)
+    assert len(layers) == 9 + 7 and done.val_loss < plain.val_loss
+    tensors = {name: value for name, value in state(out).items() if "attention." in name or "mlp." in name}
+    weights = sum(layer.in_features * layer.out_features for layer in open_run(out).layers.values())
+    assert 8 * sum(value.nbytes for value in tensors.values()) / weights == pytest.approx(done.bits_per_weight)
+    assert done.bits_per_weight > plain.bits_per_weight + 1
+    assert losses(load(out))[""].loss == pytest.approx(done.val_loss, rel=1e-5)
+    assert RunDirectory(out).read_config().name.endswith("-gptq-rank4-quest_weight_only")
+    for module, reason in (
+        (gguf, "stay in 16 bits beside the codes"),
+        (peft, "export all of its weights with --to hf"),
+    ):
+        with pytest.raises(UserError, match=reason):
+            module.export(out, tmp_path / "refused")
+    assert not (tmp_path / "refused").exists()
+    huggingface.export(out, tmp_path / "hf")
+    layer = load_run(out).get_submodule("layers.1.mlp.down")
+    theirs = load_file(tmp_path / "hf" / "model.safetensors")["model.layers.1.mlp.down_proj.weight"]
+    torch.testing.assert_close(layer(torch.eye(128)).detach().T, theirs.float(), rtol=1e-2, atol=1e-3)
+    with pytest.raises(UserError, match=r"layers.0.attention.k: .* rank of at most 32, and --low-rank is 33"):
+        quantize(str(run.path), tmp_path / "refused", two, "rtn", TOKENS, low_rank=33)
+    with pytest.raises(UserError, match="at least 0; found -1"):
+        quantize(str(run.path), tmp_path / "refused", two, "rtn", TOKENS, low_rank=-1)
+    assert not (tmp_path / "refused").exists()
+
+
 def test_outliers_that_leave_nothing_or_have_no_bound_are_refused(run: RunDirectory, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"found columns=-1, above=None, weights=None"):
         quantize(str(run.path), tmp_path / "out", RECIPE, "rtn", TOKENS, split=Split(columns=-1))
@@ -266,6 +304,46 @@ def test_zero_points_stay_in_the_run(run: RunDirectory, tmp_path: Path, method: 
     assert isinstance(packed, PackedLinear)
     assert torch.equal(codes.codes * codes.block_scale.repeat_interleave(32, 1), packed.weight.dequantize())
     assert compressed_tensors.export(tmp_path / "out", tmp_path / "packed").kinds == {"pack-quantized": 14}
+
+
+FP4 = ("recipe=zeroquant_fp", "recipe.fprop.x.format=e2m1/row/float32", "recipe.fprop.w.format=e2m1/32/float16")
+
+
+def test_formats_that_layers_chose_are_settings_of_the_run(run: RunDirectory, tmp_path: Path) -> None:
+    """LLM-FP4, also where the quantisation was stopped. The run is read, evaluated and exported by the formats of each
+    layer; a recipe without a choice is refused before anything is written."""
+    out, layers = tmp_path / "out", []
+
+    def stop(text: str) -> None:
+        layers.append(text)
+        if len(layers) == 9:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantize(str(run.path), out, FP4, "llm_fp4", TOKENS, stop)
+    done = quantize(str(run.path), out, FP4, "llm_fp4", TOKENS, layers.append)
+    assert len(layers) == 9 + 7 and all(
+        text.endswith(f"{e.x} x {e.w}") for text, e in zip(layers[9:], done.layers[7:], strict=True)
+    )
+    found = {each.layer: (each.x, each.w) for each in done.layers}
+    own = "e2m1/row/float32", "e2m1/32/float16"
+    changed = {name for name, formats in found.items() if formats != own}
+    config = RunDirectory(out).read_config()
+    assert changed and set(config.recipe.overrides) == changed and any(name.startswith("layers.0") for name in changed)
+    packed = {module.name: module for module in load_run(out).modules() if isinstance(module, PackedLinear)}
+    for name, formats in found.items():
+        sides = packed[name].numerics.fprop.left, packed[name].numerics.fprop.right
+        assert tuple(side.spec.format for side in sides) == formats, name
+    assert losses(load(out))[""].loss == pytest.approx(done.val_loss, rel=1e-5)
+    assert sum(each.error for each in done.layers) < 0.9 * sum(each.nearest for each in done.layers)
+    huggingface.export(out, tmp_path / "hf")
+    for recipe, reason in (
+        ("w4a16", "of int4_sym/32/float16 its codes are no minifloats"),
+        ("quartet_ii", "four_over_six"),
+    ):
+        with pytest.raises(UserError, match=f"recipe {recipe} leaves no choice .* layers.0.attention.q: .*{reason}"):
+            quantize(str(run.path), tmp_path / "refused", [f"recipe={recipe}"], "llm_fp4", TOKENS)
+    assert not (tmp_path / "refused").exists()
 
 
 def test_a_hugging_face_checkpoint_is_quantised_too(run: RunDirectory, tmp_path: Path) -> None:

@@ -8,10 +8,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from oracles.quantization import minifloat_grid, nearest
+from torch import Tensor, nn
 
+from qtrain import convert
 from qtrain.config.recipe import QuantSpec
+from qtrain.post_training import Inputs, Way, best_exponent_biases, pack_in_best_formats
+from qtrain.quant import QuantLinear, set_high_precision
 from qtrain.quant.ptq import Hessian, Method, compensated, quantize_weight, relative_error, scales_of
+from qtrain.quant.ptq.formats import minifloats
 from qtrain.quant.quantizer import QuantizedTensor, Quantizer
 from qtrain_kernels.reference import round_nearest
 
@@ -266,3 +271,86 @@ def test_second_moments_that_cannot_be_inverted_are_refused() -> None:
         compensated(weight, torch.ones(K, K), scales, "natural", damping=0.0)
     with pytest.raises(ValueError, match="not finite"):
         compensated(weight, torch.full((K, K), torch.nan), scales, "natural", damping=0.01)
+
+
+def layer_in(x: str, w: str, weight: Tensor) -> QuantLinear:
+    linear = nn.Linear(weight.shape[1], len(weight))
+    linear.weight.data.copy_(weight)
+    model = nn.Sequential(linear)
+    none, again = {"format": "none"}, {"format": "none", "source": "forward"}
+    plain = {"dgrad": {"dy": none, "w": again}, "wgrad": {"dy": none, "x": again}}
+    convert(model, {"name": "test", "fprop": {"x": {"format": x}, "w": {"format": w}}, **plain}, backend="reference")
+    layer = model[0]
+    assert isinstance(layer, QuantLinear)
+    return layer
+
+
+GRIDS = {f"e{e}m{3 - e}": minifloat_grid(e, 3 - e, np.inf) for e in (1, 2, 3)}
+
+
+def to_nearest(x: np.ndarray, element: str, block: int) -> np.ndarray:
+    """Blocks under the scale that brings their largest magnitude to the largest code."""
+    blocks = x.reshape(len(x), -1, block)
+    scale = np.abs(blocks).max(-1, keepdims=True) / max(GRIDS[element])
+    return (nearest(blocks / scale, GRIDS[element]) * scale).reshape(x.shape)
+
+
+@pytest.mark.parametrize(("largest", "block", "chosen"), [(1, "row", "e1m2"), (40, "row", "e3m0"), (40, "32", "e3m0")])
+def test_formats_are_those_of_the_least_output_error(largest: float, block: str, chosen: str) -> None:
+    """LLM-FP4, to nearest: all pairs in float64. One channel of large inputs asks for more exponent bits."""
+    weight, x = correlated()
+    x = (x / x.std(0).clamp_min(1e-3)).tanh()
+    x[:, 50] *= largest
+    x64, w64, size = x.double().numpy(), weight.double().numpy(), 32 if block == "32" else K
+    x64[:, 7] = x64[:, 6]
+    x = torch.from_numpy(x64).float()
+    wanted = {
+        (a, b): np.square(to_nearest(x64, a, size) @ to_nearest(w64, b, size).T - x64 @ w64.T).sum()
+        for a in GRIDS
+        for b in GRIDS
+    }
+    layer = layer_in(f"e2m1/{block}/float32", f"e2m1/{block}/float32", weight)
+    seen = Inputs(hessian_of(x), x.abs().amax(0), x.abs().mean(0))
+    packed = pack_in_best_formats(layer, seen, Way(), x)
+    found = [
+        str(side.spec.format).partition("/")[0] for side in (packed.numerics.fprop.left, packed.numerics.fprop.right)
+    ]
+    assert tuple(found) == min(wanted, key=lambda pair: wanted[pair]) and found[0] == chosen
+    np.testing.assert_allclose(packed.dequantize().numpy(), to_nearest(w64, found[1], size), rtol=1e-5, atol=1e-7)
+    error = (packed(x).double() - layer.bias.double() - torch.from_numpy(x64 @ w64.T)).square().sum().item()
+    assert error == pytest.approx(wanted[found[0], found[1]], rel=2e-2), "a value next to a tie rounds otherwise"
+
+
+@pytest.mark.parametrize(("wide", "taken"), [(1.0, 0), (6.0, 1), (100.0, 3)])
+def test_as_many_exponent_biases_are_folded_as_lower_the_error(wide: float, taken: int) -> None:
+    """LLM-FP4, whose biases help where some input channels are wide: in float64, for two layers of the same inputs."""
+    weight, _ = correlated()
+    x = torch.randn(T, K, generator=torch.Generator().manual_seed(3)).tanh()
+    x[:, ::16] *= wide
+    x64, largest = x.double().numpy(), x.abs().amax(0)
+    weights, errors = (weight, 0.5 * weight.flip(0)), []
+    for most in range(4):
+        f = 2.0 ** -np.clip(np.round(np.log2(largest.max().item() / largest.double().numpy())), 0, most)
+        pairs = [(to_nearest(x64 / f, "e2m1", K), w.double().numpy()) for w in weights]
+        errors.append(sum(np.square(a @ to_nearest(w * f, "e2m1", K).T - x64 @ w.T).sum() for a, w in pairs))
+    assert np.argmin(errors) == taken
+    group = [layer_in("fp4_e2m1", "fp4_e2m1", each) for each in weights]
+    for layer in group:
+        set_high_precision(layer)
+    found = best_exponent_biases(group, largest, x)
+    assert found.min() == 2.0**-taken and all(layer.high_precision for layer in group)
+    plain = layer_in("none", "fp4_e2m1", weight)
+    assert torch.equal(best_exponent_biases([plain], largest, x), torch.ones(K))
+
+
+def test_minifloats_are_all_splits_of_the_bits() -> None:
+    assert minifloats(QuantSpec(format="none")) == ["none"]
+    assert minifloats(QuantSpec(format="nvfp4")) == ["nvfp4", "e1m2/16/e4m3", "e3m0/16/e4m3"]
+    assert minifloats(QuantSpec(format="e2m3/16x16/e4m3"))[1:] == [
+        f"{element}/16x16/e4m3" for element in ("e1m4", "e3m2", "e4m1", "e5m0")
+    ]
+    eight = [f"{element}/row/float32" for element in ("e1m6", "e2m5", "e3m4", "e5m2")]
+    assert minifloats(QuantSpec(format="fp8_e4m3")) == ["fp8_e4m3", *eight]
+    for name in ("int4_sym", "nf4", "mxint8"):
+        with pytest.raises(ValueError, match=f"of {name} its codes are no minifloats; take a format in FP4"):
+            minifloats(QuantSpec(format=name))

@@ -13,7 +13,14 @@ from qtrain.config.recipe import QuantSpec
 from qtrain.models.decoder import Decoder
 from qtrain.models.families.llama import Llama
 from qtrain.quant.ptq import Hessian, Method, quantize_weight, relative_error
-from qtrain.quant.ptq.transforms import awq_smoothing, divide_inputs, fold_norms, rotate_residual, smoothing
+from qtrain.quant.ptq.transforms import (
+    awq_smoothing,
+    divide_inputs,
+    exponent_biases,
+    fold_norms,
+    rotate_residual,
+    smoothing,
+)
 from qtrain.quant.quantizer import Quantizer, rotate
 from qtrain.quant.rotation import hadamard
 from qtrain_kernels.plans import Rotation
@@ -158,3 +165,24 @@ def test_awq_takes_the_power_of_least_error() -> None:
     for step in range(20):
         tried = mean ** (step / 20)
         assert error(factors) <= error(tried / (tried.max() * tried.min()).sqrt()) * (1 + 1e-4)
+
+
+@pytest.mark.parametrize("most", [0, 3, 7])
+def test_exponent_biases_are_powers_of_two_that_change_no_bit(most: int) -> None:
+    """LLM-FP4: each input channel comes as near to the widest as so many powers of two bring it."""
+    x, _, _ = inputs()
+    largest = x.abs().amax(0)
+    factors = exponent_biases(largest, most)
+    alive = np.flatnonzero(largest.numpy())
+    wanted = np.ones(64)
+    ratios = largest.max().item() / largest.double().numpy()[alive]
+    wanted[alive] = np.minimum(2.0 ** np.round(np.log2(ratios)), 2.0**most)
+    assert np.array_equal(1 / factors.numpy(), wanted) and wanted.max() == min(2**most, 32)
+    norm, layer = torch.nn.RMSNorm(64), torch.nn.Linear(64, 32)
+    norm.weight.data.uniform_(0.5, 2)
+    before = layer(norm(x))
+    divide_inputs(norm, [layer], factors)
+    assert torch.equal(layer(norm(x)), before)
+    if most == 7:
+        after = (x / factors).abs().amax(0)[alive]
+        assert after.max() / after.min() < 2.0 and ratios.max() > 20

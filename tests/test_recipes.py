@@ -83,6 +83,9 @@ quartet_v1 = partial(oracle.quartet, version=1)
 four_eight, two_four = partial(oracle.quest, sparsity="4:8"), partial(oracle.quest, sparsity="2:4")
 two_four_recipe = read_recipe("quest_sparse").model_dump()
 two_four_recipe["fprop"]["w"]["sparsity"] = "2:4"
+m1_recipe = read_recipe("zeroquant_fp").model_dump()
+m1_recipe["fprop"]["w"] |= {"format": "e2m1/128/e8m0", "scale": "rceil"}
+constrained = partial(oracle.zeroquant_fp, m1=True)
 saved = partial(oracle.fp8_blockwise, saved=True)
 jetfire_fp4 = partial(more.jetfire, grid=oracle.E2M1_GRID)
 luq_fp4_e3m0 = partial(more.luq_fp4, forward=oracle.E3M0)
@@ -114,6 +117,17 @@ CASES = {
         },
         1.38,
     ),
+    "zeroquant_fp": Case(
+        "zeroquant_fp",
+        oracle.zeroquant_fp,
+        {
+            "groups of 64": partial(oracle.zeroquant_fp, block=64),
+            "M1": constrained,
+            "scale per tensor": partial(oracle.zeroquant_fp, per_token=False),
+        },
+        1.524,
+    ),
+    "zeroquant_fp-M1": Case(m1_recipe, constrained, {"zeroquant_fp": oracle.zeroquant_fp}, 1.66),
     "quest_sparse": Case("quest_sparse", four_eight, {"2:4": two_four, "dense": oracle.quest}, 5.76),
     "quest_sparse-2:4": Case(two_four_recipe, two_four, {"4:8": four_eight}, 4.54),
     "ste": Case("ste", oracle.ste, {"clip": oracle.clip}, 1.607),

@@ -371,8 +371,8 @@ class Knows:
             raise ValueError(reason)
         if plan.scale_rule.given and plan.block is not None:
             raise ValueError(
-                f"scale rule ({plan.scale_kind}) {plan.rule!r} gives each block its scale: quantise each block as a row "
-                "of a matrix of its own, as qtensor.quantize does"
+                f"scale rule ({plan.scale_kind}) {plan.rule!r} gives each block its scale: quantise each block as a "
+                "row of a matrix of its own, as qtensor.quantize does"
             )
         if plan.element.table is not None and plan.rounding != "nearest":
             raise ValueError(f"codes of a table (nf4) are rounded to nearest; got {plan.rounding}")

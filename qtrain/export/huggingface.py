@@ -24,7 +24,7 @@ def export(run: Path, out: Path) -> Exported:
     if trained.merged is not None:
         notes = ("what was tuned is merged into the base" + (", dequantised" if trained.recipe else ""),)
     elif trained.is_packed:
-        beside = " and of the outliers beside them" if trained.with_outliers else ""
+        beside = " and of what lies beside them in 16 bits" if trained.with_more else ""
         notes = (f"these are the values of the codes of recipe {trained.recipe}{beside}, rounded to bfloat16",)
     elif trained.recipe:
         notes = (

@@ -27,9 +27,9 @@ from qtrain.models.base import Transformer
 from qtrain.models.decoder import Decoder
 from qtrain.plan import computes_in_high_precision, make_plan
 from qtrain.quant import PackedLinear, QuantLinear
+from qtrain.quant.adapter import reserve_beside, whole_weight
 from qtrain.quant.functional import Call, Numerics, given_scale
 from qtrain.quant.linear import quant_linears
-from qtrain.quant.outliers import PARTS, Outliers
 from qtrain.quant.packed import layout_of, unsettled
 from qtrain.quant.quantizer import QuantizedTensor
 from qtrain.quant.random import key_table
@@ -43,6 +43,7 @@ from qtrain_kernels.qtensor import Layout, QTensor
 from qtrain_kernels.reference import constant_scale
 
 T = TypeVar("T")
+MARKERS = ("outliers.columns", "adapter.A")  # tensors that a layer has where parts stay in 16 bits beside its codes
 
 
 class Refused(ValueError):  # noqa: N818  a reason, of which `export` makes a UserError
@@ -90,9 +91,10 @@ class TrainedRun:
         if layer is None:
             return weight(self.folder, name)
         packed = PackedLinear(self._stored(layer), None, layer.numerics, layer.name, _keys(layer))
-        if layer.name in self.with_outliers:
-            packed.outliers = Outliers(*(weight(self.folder, f"{layer.name}.outliers.{part}") for part in PARTS))
-        return packed.dequantize()
+        reserve_beside(packed, self._shapes)
+        beside = [part for part in packed.state_dict() if part.startswith(("outliers.", "adapter."))]
+        packed.load_state_dict({part: weight(self.folder, f"{layer.name}.{part}") for part in beside}, strict=False)
+        return whole_weight(packed)
 
     def _stored(self, layer: QuantLinear) -> QTensor:
         """Of a checkpoint that holds codes."""
@@ -100,10 +102,14 @@ class TrainedRun:
         return QTensor.of(layout, [weight(self.folder, f"{layer.name}.{name}") for name in layout.names])
 
     @cached_property
-    def with_outliers(self) -> frozenset[str]:
-        """Names of the layers of which parts stay in 16 bits beside their codes."""
-        marker = ".outliers.columns"
-        return frozenset(name.removesuffix(marker) for name in shapes(self.folder) if name.endswith(marker))
+    def _shapes(self) -> dict[str, torch.Size]:
+        return shapes(self.folder)
+
+    @cached_property
+    def with_more(self) -> frozenset[str]:
+        """Names of the layers of a packed checkpoint of which parts stay in 16 bits beside their codes: outliers, or
+        the low-rank part of their error."""
+        return frozenset(name for name in self.layers if any(f"{name}.{part}" in self._shapes for part in MARKERS))
 
     @property
     def recipe(self) -> str | None:
@@ -145,7 +151,7 @@ class TrainedRun:
         chosen: dict[str, T] = {}
         for name, layer in self.layers.items():
             try:
-                if name in self.with_outliers:
+                if name in self.with_more:
                     raise Refused("parts of its weight stay in 16 bits beside the codes, which no format here stores")
                 chosen[name] = choose(layer)
             except Refused as reason:

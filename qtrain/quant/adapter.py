@@ -1,7 +1,8 @@
-"""LoRA (arXiv 2106.09685): low-rank adapters beside the linear layers of a frozen model, of whatever kind these are.
+"""Low-rank adapters beside the linear layers of a frozen model, of whatever kind these are.
 
 An adapter is a module `adapter` of its linear layer, whose output a forward hook adds. The layer keeps its class and
-the names of its own tensors.
+the names of its own tensors. LoRA (arXiv 2106.09685) trains adapters. LoRC (arXiv 2303.08302, 2307.09782) computes them
+from the error of quantised weights.
 """
 
 # T tokens, K in features, N out features, r rank
@@ -9,6 +10,7 @@ the names of its own tensors.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, SupportsIndex
 
 import torch
@@ -16,14 +18,15 @@ from torch import Tensor, nn
 
 from qtrain.errors import UserError
 from qtrain.quant.convert import matches
-from qtrain.quant.packed import PackedLinear
+from qtrain.quant.packed import PackedLinear, reserve_outliers
 from qtrain.quant.random import key_words
 from qtrain_kernels.precision import linear
 from qtrain_kernels.reference import element_index, uniform
 
 
 class Adapter(nn.Module):
-    """x (..., K) -> alpha / r * B A dropout(x), (..., N), in the autocast dtype or x's own. A (r, K), B (N, r) float32.
+    """x (..., K) -> alpha / r * B A dropout(x), (..., N), in the autocast dtype or x's own. A (r, K), B (N, r) float32,
+    or bfloat16 where they were computed and not trained.
 
     What dropout drops is a function of (seed, name, step, micro-batch, element): `set_adapter_step`.
     """
@@ -45,7 +48,7 @@ class Adapter(nn.Module):
             self.key = torch.tensor(words, dtype=torch.int32, device=self.A.device)
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear(linear(self._dropped(x), self.A), self.B) * self.factor
+        return linear(linear(self._dropped(x), self.A.to(x.dtype)), self.B.to(x.dtype)) * self.factor
 
     def _dropped(self, x: Tensor) -> Tensor:
         if not (self.dropout and self.training):
@@ -88,15 +91,69 @@ def attach(
     model.requires_grad_(False)
     for name in chosen:
         layer = linears[name]
-        adapter = Adapter(layer.in_features, layer.out_features, rank, alpha, dropout, name, seed)
-        layer.add_module("adapter", adapter)
-        layer.register_forward_hook(_add_adapter)
+        _put_beside(layer, Adapter(layer.in_features, layer.out_features, rank, alpha, dropout, name, seed))
     return chosen
+
+
+def _put_beside(layer: nn.Module, adapter: Adapter) -> None:
+    layer.add_module("adapter", adapter)
+    layer.register_forward_hook(_add_adapter)
+
+
+# ----------------------------------------------------------------------------------------------- computed from an error
+
+
+@torch.no_grad()
+def compensate(layer: PackedLinear, weight: Tensor, rank: int) -> None:
+    """Puts the rank r part of a packed layer's error beside it: B A is the truncated singular value decomposition of
+    W - W', with the root of each singular value in both factors, which are stored in bfloat16. Source: LoRC of
+    ZeroQuant-V2 (arXiv 2303.08302), with rank 8 in ZeroQuant-FP (arXiv 2307.09782).
+
+    weight: W (N, K), in the space of the layer's inputs; W' is what these are multiplied by without the adapter. The
+    adapter multiplies the inputs unquantised; the papers' simulation adds B A to W' and multiplies quantised inputs.
+    rank is at most the smaller of N and K.
+    B A is a projection of W - W' from the left. So the output error is never above that without it, whatever the inputs
+    are, but for the rounding of the factors.
+    """
+    assert 0 < rank <= min(weight.shape)
+    left, values, right = torch.linalg.svd(weight.float() - layer.dequantize(), full_matrices=False)
+    root = values[:rank].sqrt()
+    adapter = _computed(layer, rank)
+    adapter.A.copy_(root[:, None] * right[:rank])
+    adapter.B.copy_(left[:, :rank] * root)
+    _put_beside(layer, adapter)
+
+
+def _computed(layer: PackedLinear, rank: int) -> Adapter:
+    with torch.device("meta"):  # where starting values draw nothing
+        adapter = Adapter(layer.in_features, layer.out_features, rank, rank, 0.0, layer.name, 0)
+    return adapter.requires_grad_(False).bfloat16().to_empty(device=layer.codes.device)
+
+
+def reserve_beside(model: nn.Module, shapes: Mapping[str, torch.Size]) -> None:
+    """Make room in packed layers for what a state dict has beside their codes, outliers and computed adapters. shapes:
+    of its tensors, by their names."""
+    reserve_outliers(model, shapes)
+    for layer in [module for module in model.modules() if isinstance(module, PackedLinear)]:
+        if (shape := shapes.get(f"{layer.name}.adapter.A")) is not None:
+            _put_beside(layer, _computed(layer, shape[0]))
+
+
+def whole_weight(layer: PackedLinear) -> Tensor:
+    """(N, K) float32: the weight that inputs are multiplied by, out of its rotation, with its outliers and adapter."""
+    beside = adapters(layer).get("")
+    return layer.dequantize() if beside is None else layer.dequantize() + beside.product()
+
+
+def whole_bits(layer: PackedLinear) -> float:
+    """Of a weight, with its scales, outliers and adapter."""
+    held = sum(parameter.nbytes for each in adapters(layer).values() for parameter in each.parameters())
+    return layer.bits() + 8 * held / (layer.in_features * layer.out_features)
 
 
 def adapters(model: nn.Module) -> dict[str, Adapter]:
     """The adapters of a model by the names of their layers."""
-    found = ((name.removesuffix(".adapter"), module) for name, module in model.named_modules())
+    found = ((name.removesuffix("adapter").removesuffix("."), module) for name, module in model.named_modules())
     return {name: module for name, module in found if isinstance(module, Adapter)}
 
 

@@ -182,6 +182,11 @@ class Numerics:
     def stochastic(self) -> bool:
         return bool(self.uses)
 
+    @cached_property
+    def recipe(self) -> LinearRecipe:
+        """That they are built of, without its source and what belongs to a whole model."""
+        return LinearRecipe.model_validate(json.loads(self.text)[0])
+
     @property
     def formats(self) -> str:
         """fprop int4 x int4, dgrad none x none, ...: of the operands, where one takes the forward's codes those."""

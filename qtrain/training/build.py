@@ -15,7 +15,7 @@ from qtrain.models import hf
 from qtrain.models.decoder import Decoder
 from qtrain.plan import computes_in_high_precision, make_plan
 from qtrain.quant import QuantLinear, Report, check_quantized_gather, convert, pack, set_high_precision
-from qtrain.quant.packed import reserve_outliers
+from qtrain.quant.adapter import reserve_beside
 from qtrain.runs.directory import RunDirectory
 from qtrain.training import tune
 from qtrain.training.checkpoint import (
@@ -153,5 +153,5 @@ def _as_saved(folder: Path, config: Config, vocab_size: int) -> Decoder:
     model = build_model(config, vocab_size)
     if config.tune is None and holds_codes(folder):
         pack(model)
-        reserve_outliers(model, shapes(folder))
+        reserve_beside(model, shapes(folder))
     return model

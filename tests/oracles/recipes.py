@@ -228,6 +228,18 @@ def w4a16_asym(x: Array, w: Array, dy: Array, draws: Draws, block: int = 128, ro
     return straight_through(x, values.reshape(w.shape), dy)
 
 
+def zeroquant_fp(
+    x: Array, w: Array, dy: Array, draws: Draws, block: int = 128, m1: bool = False, per_token: bool = True
+) -> Result:
+    """w in E2M1 under the largest magnitude of each 128 over 6, in float16; x in E4M3 with each token's largest at 448.
+    m1: the scales of w are rounded up to powers of two, in no other format."""
+    xq = scaled(x, np.abs(x).max(-1 if per_token else None, keepdims=True) / 448, E4M3)
+    blocks = w.reshape(-1, block)
+    scale = amax(blocks) / 6
+    scale = ceil_power(scale) if m1 else scale.astype(np.float16).astype(np.float64)
+    return straight_through(xq, scaled(blocks, scale, E2M1_GRID).reshape(w.shape), dy)
+
+
 def ste(x: Array, w: Array, dy: Array, draws: Draws, codes: str = "int4") -> Result:
     return straight_through(quest_rows(x, codes), quest_rows(w, codes), dy)
 

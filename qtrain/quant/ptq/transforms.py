@@ -102,6 +102,15 @@ def _to_nearest(weight: Tensor, quantizer: Quantizer) -> Tensor:
 
 
 @torch.no_grad()
+def exponent_biases(largest: Tensor, most: int) -> Tensor:
+    """(K,) powers of two as `smoothing`, of the largest magnitudes of inputs (K,): what brings each of these to that of
+    the widest input, in at most so many powers of two. Dividing by them and multiplying the weights is exact. Source:
+    the exponent biases of LLM-FP4, arXiv 2310.16836, whose code rounds the two logarithms apart."""
+    shift = (largest.amax() / largest).log2().round().clamp(0, most)
+    return torch.where(largest > 0, 2.0**-shift, 1.0)
+
+
+@torch.no_grad()
 def divide_inputs(norm: Any, layers: Sequence[Any], factors: Tensor) -> None:
     """Divide a norm's weight by factors (K,), and multiply the columns of the layers that read it."""
     norm.weight.div_(factors)

@@ -219,6 +219,21 @@ def test_float16_scales_end_at_its_subnormals() -> None:
     assert (health["scale_underflow"], health["scale_overflow"]) == (1 / 4, 1 / 4)
 
 
+@pytest.mark.parametrize("dim", [-1, -2])
+def test_beside_a_zero_point_both_ends_of_the_range_count(dim: int) -> None:
+    """The range is 15 steps of 1. Its lower end, -4.4, lies below level 0 where the zero point is 4, and 10.6 below
+    level 15. The scale is of the range, however far zero lies from its ends."""
+    x = torch.zeros(6, 64)
+    x[:, 0], x[:, 1], x[:, 32] = -4.4, 10.6, 15 / 16
+    spec = QuantSpec(format="int4_asym/32/float16")
+    for lines in (1000, 2):
+        health = numbers(made(spec, x if dim == -1 else x.T.contiguous(), dim), lines)
+        assert (health["clipped"], health["scale_underflow"], health["scale_overflow"]) == (1 / 64, 0.0, 0.0)
+    x[0, 0], x[0, 1], x[1, :2], x[1, 2] = -8 * 65504.0, 8 * 65504.0, 0.0, 15 * 2.0**-24 * 0.99
+    health = numbers(made(spec, x if dim == -1 else x.T.contiguous(), dim), 1000)
+    assert (health["scale_underflow"], health["scale_overflow"]) == pytest.approx((1 / 12, 1 / 12))
+
+
 def test_tiles_that_rows_fill_in_part_are_counted_once() -> None:
     """16x16 tiles of a (24, 40) matrix: 2 x 3, of which one holds nothing but magnitudes without a scale. A largest
     magnitude of 11 is beyond the grid where the tile's rule leaves it there."""

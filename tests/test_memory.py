@@ -282,7 +282,7 @@ def test_a_dry_run_plans_for_devices_that_are_not_here(
 
 @pytest.mark.parametrize(
     "settings",
-    ["+tune=lora recipe=bf16", "+tune=qlora recipe=nf4", "+tune=peqa recipe=bf16",
+    ["+tune=lora recipe=bf16", "+tune=qlora recipe=nf4", "+tune=peqa recipe=bf16", "+tune=pv recipe=bf16",
      "+tune=efqat recipe=quest optimizer.weight_decay=0"],
 )  # fmt: skip
 def test_a_dry_run_plans_what_tunes(settings: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

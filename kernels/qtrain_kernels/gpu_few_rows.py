@@ -5,10 +5,10 @@ multiplied by x in x's own dtype, which holds them, and summed in float32; scale
 value is rounded but x (by who made it) and the sums.
 
 The contraction is cut into parts where the lines alone are too few programs to fill a GPU. Each part is summed by one
-program, and the parts are added in their order, without atomics. Tiles and parts follow from the weight's shape and
-format alone, so a row has the same result alone and among others. Each result is within (K + 64) 2^-23 sum |x w| of the
-exact product of the same values, in whatever order and by truncation or rounding the units add within a run. No GPU has
-run it yet: tile, parts and FEW are chosen, not measured.
+program, and the parts are added in their order, without atomics. Lines of a tile, runs and parts follow from the
+weight's shape and format alone; more rows of x make a tile wider, and change no sum. So a row has the same result alone
+and among others. Each result is within (K + 64) 2^-23 sum |x w| of the exact product of the same values, in whatever
+order the units add a run. No GPU has run it yet: tile, parts and FEW are chosen, not measured.
 """
 
 # R rows of x, N lines of the weight, K elements along the contraction

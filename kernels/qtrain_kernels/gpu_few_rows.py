@@ -31,6 +31,7 @@ FEW = 64  # rows of x: what one program holds the sums of
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # of x
 LINES = 64  # of a tile: what four warps multiply at once
 TURN_BYTES = 64  # of a line, which a program reads between two tests for the end
+LONGEST_TURN = 256  # elements: of 64 rows of x in float32, 512 do not fit in the shared memory of an H100
 LEAST_TURNS = 4  # of a part
 PROGRAMS = 256  # to fill a GPU of some 130 multiprocessors
 LONGEST_RUN, SHORTEST_RUN = 64, 16  # elements that one product of the units sums
@@ -136,7 +137,7 @@ def _parts(layout: Layout) -> tuple[int, int]:
 
 def _turn(layout: Layout) -> int:
     assert layout.plan is not None
-    return max(TURN_BYTES * 8 // field_width(layout.plan.element), layout.plan.block or 0)
+    return max(min(TURN_BYTES * 8 // field_width(layout.plan.element), LONGEST_TURN), layout.plan.block or 0)
 
 
 def _kind(layout: Layout, scale: Tensor | None) -> Scale:

@@ -5,10 +5,10 @@ multiplied by x in x's own dtype, which holds them, and summed in float32; scale
 value is rounded but x (by who made it) and the sums.
 
 The contraction is cut into parts where the lines alone are too few programs to fill a GPU. Each part is summed by one
-program, and the parts are added in their order, without atomics. Tiles and parts follow from the weight's shape and
-format alone, so a row has the same result alone and among others. Each result is within (K + 64) 2^-23 sum |x w| of the
-exact product of the same values, in whatever order and by truncation or rounding the units add within a run. No GPU has
-run it yet: tile, parts and FEW are chosen, not measured.
+program, and the parts are added in their order, without atomics. Lines of a tile, runs and parts follow from the
+weight's shape and format alone; more rows of x make a tile wider, and change no sum. So a row has the same result alone
+and among others. Each result is within (K + 64) 2^-23 sum |x w| of the exact product of the same values, in whatever
+order the units add a run. No GPU has run it yet: tile, parts and FEW are chosen, not measured.
 """
 
 # R rows of x, N lines of the weight, K elements along the contraction
@@ -31,6 +31,7 @@ FEW = 64  # rows of x: what one program holds the sums of
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # of x
 LINES = 64  # of a tile: what four warps multiply at once
 TURN_BYTES = 64  # of a line, which a program reads between two tests for the end
+LONGEST_TURN = 256  # elements: of 64 rows of x in float32, 512 do not fit in the shared memory of an H100
 LEAST_TURNS = 4  # of a part
 PROGRAMS = 256  # to fill a GPU of some 130 multiprocessors
 LONGEST_RUN, SHORTEST_RUN = 64, 16  # elements that one product of the units sums
@@ -136,7 +137,7 @@ def _parts(layout: Layout) -> tuple[int, int]:
 
 def _turn(layout: Layout) -> int:
     assert layout.plan is not None
-    return max(TURN_BYTES * 8 // field_width(layout.plan.element), layout.plan.block or 0)
+    return max(min(TURN_BYTES * 8 // field_width(layout.plan.element), LONGEST_TURN), layout.plan.block or 0)
 
 
 def _kind(layout: Layout, scale: Tensor | None) -> Scale:

@@ -20,6 +20,7 @@ METHODS: dict[str, tuple[list[str], list[str]]] = {
     "qlora": (["recipe=nf4", "+tune=qlora", "tune.adapter.rank=16", "tune.adapter.alpha=32"], ["3e-3", "1e-3"]),
     "halo": (["recipe=halo_2"], ["1e-3", "3e-4"]),
     "peqa": (["recipe=bf16", "+tune=peqa"], ["3e-4", "1e-4"]),
+    "pv": (["recipe=bf16", "+tune=pv"], ["3e-4", "1e-4"]),
     "quest": (["recipe=quest"], ["1e-3", "3e-4"]),
     "qad": (["recipe=quest", "+tune=qad", "tune.teacher.weight=0.5"], ["1e-3", "3e-4"]),
     "efqat": (["recipe=quest", "+tune=efqat", "tune.rows.refresh_samples=256"], ["1e-3", "3e-4"]),

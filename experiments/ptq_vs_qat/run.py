@@ -44,6 +44,7 @@ FORWARDS = {
 # From the weights at 16 bits; one learning rate, not searched.
 ON = ["+experiment=finetune", "trainer.tokens=262_144", "trainer.batch_tokens=2048", "optimizer.lr=5e-4"]
 TUNED = {"QAT": [], "QAD": ["+tune=qad"]}
+START = ["model=mini", "trainer.tokens=1_048_576"]
 SOURCE = ("16 bits", "trained")  # what is quantised
 CALIBRATION = 131_072
 COLUMNS = ("seed", "forward", "method", "val_loss", "bits_per_weight", "file_bytes")
@@ -54,26 +55,36 @@ def main() -> None:
         print(table(rows()))
         return
     for seed in SEEDS:
-        source = trained(seed, "16 bits", ["model=mini", "trainer.tokens=1_048_576", "recipe=bf16"])
         for forward, settings in FORWARDS.items():
             for method in METHODS:
                 if not done(seed, forward, method):
-                    out = RUNS / f"{source.name}-{forward}-{method}".replace(" ", "_")
+                    out = RUNS / f"{forward}-{method}-{seed}".replace(" ", "_")
                     shutil.rmtree(out, ignore_errors=True)
-                    found = quantize(str(source), out, settings, method, CALIBRATION)
+                    found = quantize(str(trained(seed)), out, settings, method, CALIBRATION)
                     add(seed, forward, method, found.val_loss, out)
-        checkpoint = source.with_name(f"{source.name}-hf")
-        if not checkpoint.exists():
-            huggingface.export(source, checkpoint)
-        trained(seed, "16 bits", [*ON, "recipe=bf16", f"model=hf:{checkpoint}"], "trained on")
+        on = [*ON, f"model=hf:{RUNS}/hf-{seed}"]
+        row(seed, "16 bits", "trained on", [*on, "recipe=bf16"])
         for forward, settings in FORWARDS.items():
             for how, more in TUNED.items():
-                trained(seed, forward, [*ON, *settings, *more, f"model=hf:{checkpoint}"], how)
-            trained(seed, forward, ["model=mini", "trainer.tokens=1_048_576", *settings])
+                row(seed, forward, how, [*on, *settings, *more])
+            row(seed, forward, "trained", [*START, *settings])
 
 
-def trained(seed: int, forward: str, settings: list[str], method: str = "trained") -> Path:
-    """The run, trained where it is not finished."""
+def trained(seed: int) -> Path:
+    """The run at 16 bits, trained where it is not finished, and beside it its weights as a checkpoint."""
+    path = train(seed, *SOURCE, [*START, "recipe=bf16"])
+    if not (RUNS / f"hf-{seed}").exists():
+        huggingface.export(path, RUNS / f"hf-{seed}")
+    return path
+
+
+def row(seed: int, forward: str, method: str, settings: list[str]) -> None:
+    if not done(seed, forward, method):
+        trained(seed)
+        train(seed, forward, method, settings)
+
+
+def train(seed: int, forward: str, method: str, settings: list[str]) -> Path:
     path = RUNS / f"{forward}-{method}-{seed}".replace(" ", "_")
     command = [sys.executable, str(ROOT / "train.py"), *SHARED, *settings, f"seed={seed}", f"run_dir={path}"]
     if not RunDirectory(path).finished:

@@ -128,14 +128,20 @@ def table(found: list[dict[str, str]]) -> str:
     for forward, method in dict.fromkeys((row["forward"], row["method"]) for row in found):
         mine = {row["seed"]: row for row in found if (row["forward"], row["method"]) == (forward, method)}
         losses = [f"{float(mine[seed]['val_loss']):.4f}" if seed in mine else "" for seed in seeds]
-        gaps = [float(row["val_loss"]) - base[seed] for seed, row in mine.items()]
-        gap = "" if (forward, method) == SOURCE else f"{statistics.fmean(gaps):+.4f}"
-        if gap and len(gaps) > 1:
-            half = stats.t.ppf(0.975, len(gaps) - 1) * statistics.stdev(gaps) / math.sqrt(len(gaps))
-            gap += f" ± {half:.4f}"
+        gap = mean([float(row["val_loss"]) - base[seed] for seed, row in mine.items()])
+        gap = "" if (forward, method) == SOURCE else gap
         bits = next(iter(mine.values()))["bits_per_weight"]
         lines.append(f"| {forward} | {method} | {float(bits):.3g} | {' | '.join(losses)} | {gap} |")
     return "\n".join(lines)
+
+
+def mean(values: list[float]) -> str:
+    """With its 95% interval by Student's t, where there are several."""
+    told = f"{statistics.fmean(values):+.4f}"
+    if len(values) > 1:
+        half = stats.t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
+        told += f" ± {half:.4f}"
+    return told
 
 
 if __name__ == "__main__":

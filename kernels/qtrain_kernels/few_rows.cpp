@@ -64,6 +64,10 @@ inline Wide of_halves(float low, float high) { return {vf{} + low, vf{} + high};
 inline vf both(Wide a) { return a.low + a.high; }
 #endif
 
+// Groups of lines, from the one that is read to the one that is fetched: the processor foresees where a line goes on, and
+// not where the next begins.
+constexpr int AHEAD = 2;
+
 // Lines of the weight that are summed side by side: one alone waits for each of its multiply-adds.
 #ifdef __AVX512F__
 constexpr int lines_for(int rows) { return rows == 1 ? 4 : 2; }
@@ -156,7 +160,10 @@ void product(const uint8_t* codes, const SCALE_BITS* scales, const uint8_t* zero
         zero[l] = zero_points(zeros + (first + l) * zero_bytes, chunk * CHUNK / (BLOCK ? BLOCK : 1));
       for (; chunk < end; chunk++, from += 16) {
         vp pairs[L];
-        for (int l = 0; l < L; l++) pairs[l] = loaded<vp>(from + l * chunks * 16);
+        for (int l = 0; l < L; l++) {
+          pairs[l] = loaded<vp>(from + l * chunks * 16);
+          __builtin_prefetch(from + (l + AHEAD * L) * chunks * 16);
+        }
         for (int field = 0; field < FIELDS; field++)
           for (int l = 0; l < L; l++) {
             const vc places = (vc)(pairs[l] >> (WIDTH * field)) & (char)((1 << WIDTH) - 1);  // masks what comes from above
@@ -207,12 +214,14 @@ void product(const uint16_t* weight, const float* x, int64_t n, int64_t k, float
     constexpr int L = count;
     const uint16_t* from = weight + first * k;
     Wide total[L][ROWS] = {};
-    for (int64_t at = 0; at < k; at += 4 * LANES)
+    for (int64_t at = 0; at < k; at += 4 * LANES) {
+      for (int l = 0; l < L; l++) __builtin_prefetch(from + (l + AHEAD * L) * k + at);
       for (int v = 0; v < 4; v += 2)
         for (int l = 0; l < L; l++) {
           const Wide w = widened(from + l * k + at + v * LANES);
           for (int r = 0; r < ROWS; r++) add(total[l][r], w, x + r * k + at + v * LANES);
         }
+    }
     for (int l = 0; l < L; l++)
       for (int r = 0; r < ROWS; r++) out[r * n + first + l] = folded(both(total[l][r]));
   });

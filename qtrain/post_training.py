@@ -304,11 +304,16 @@ def _rotated(model: Decoder, config: Config) -> Config:
 
 def _convert(model: Decoder, config: Config, way: Way) -> None:
     """Layers that compute in high precision until each is quantised. UserError for a recipe whose weights have no codes
-    that stay, and for a rank that a weight does not have."""
+    that stay or whose scales are learned, and for a rank that a weight does not have."""
     convert(model, config.recipe, seed=config.seed, backend=config.backend, gemm=config.gemm)
     for layer in quant_linears(model):
         if (reason := unsettled(layer.numerics)) is not None:
             raise UserError(f"recipe {config.recipe.name} cannot quantise {layer.name} for good: {reason}")
+        if layer.numerics.fprop.left.learned or layer.numerics.fprop.right.learned:
+            raise UserError(
+                f"recipe {config.recipe.name} learns a scale of {layer.name} in training, and nothing is trained here; "
+                "train with the recipe, or take one whose scales are computed"
+            )
         if way.low_rank > (most := min(layer.weight.shape)):
             raise UserError(
                 f"{layer.name}: the error of its weight has a rank of at most {most}, and --low-rank is "

@@ -380,9 +380,23 @@ def test_tasks_that_a_run_cannot_take_are_told(
         check_tasks(compose([*settings]), Ranks())
 
 
-def test_a_task_file_that_lm_eval_does_not_read_is_told(tmp_path: Path) -> None:
+NO_DATA = "dataset_path: none/such\n"
+DATA = "dataset_path: json\ntest_split: test\ndataset_kwargs: {data_files: {test: FOLDER/a.jsonl}}\ndoc_to_text: a\n"
+
+
+@pytest.mark.parametrize("more, reason", [
+    (NO_DATA, ""),
+    ("metric_list: [\n", r"ParserError: .* line \d"),
+    (DATA + "doc_to_choice: [a, b]\ndoc_to_target: '{{nothing.there}}'\n", "UndefinedError: 'nothing' is undefined"),
+])  # fmt: skip
+def test_a_task_file_that_lm_eval_does_not_read_is_told(
+    more: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if not is_installed("lm_eval"):
         pytest.skip("the extra eval is not installed")
-    (tmp_path / "a.yaml").write_text("task: a\noutput_type: multiple_choice\ndataset_path: none/such\n")
-    with pytest.raises(UserError, match=r"lm-eval cannot run .*a\.yaml"):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "a.jsonl").write_text('{"question": "the cat"}\n')
+    text = "task: a\noutput_type: multiple_choice\n" + more
+    (tmp_path / "a.yaml").write_text(text.replace("FOLDER", str(tmp_path)))
+    with pytest.raises(UserError, match=rf"lm-eval cannot run .*a\.yaml: .*{reason}"):
         check_tasks(compose([f"callbacks.tasks=[{tmp_path}/a.yaml]"]), Ranks())

@@ -309,7 +309,7 @@ def _convert(model: Decoder, config: Config, way: Way) -> None:
     for layer in quant_linears(model):
         if (reason := unsettled(layer.numerics)) is not None:
             raise UserError(f"recipe {config.recipe.name} cannot quantise {layer.name} for good: {reason}")
-        if layer.numerics.fprop.left.learned or layer.numerics.fprop.right.learned:
+        if layer.numerics.learns:
             raise UserError(
                 f"recipe {config.recipe.name} learns a scale of {layer.name} in training, and nothing is trained here; "
                 "train with the recipe, or take one whose scales are computed"

@@ -221,6 +221,7 @@ def test_outliers_that_leave_nothing_or_have_no_bound_are_refused(run: RunDirect
         quantize(str(run.path), tmp_path / "out", RECIPE, "rtn", TOKENS, split=Split(above=float("inf")))
     with pytest.raises(UserError, match=r"layers.0.attention.q: all of its 64 input columns would be outliers"):
         quantize(str(run.path), tmp_path / "out", RECIPE, "rtn", TOKENS, split=Split(above=1e-6))
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_stopped_quantisation_goes_on_and_ends_with_the_same_bits(

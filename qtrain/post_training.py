@@ -304,7 +304,8 @@ def _rotated(model: Decoder, config: Config) -> Config:
 
 def _convert(model: Decoder, config: Config, way: Way) -> None:
     """Layers that compute in high precision until each is quantised. UserError for a recipe whose weights have no codes
-    that stay or whose scales are learned, and for a rank that a weight does not have."""
+    that stay or whose scales are learned, for a head that is the embedding, and for a rank that a weight does not
+    have."""
     convert(model, config.recipe, seed=config.seed, backend=config.backend, gemm=config.gemm)
     for layer in quant_linears(model):
         if (reason := unsettled(layer.numerics)) is not None:
@@ -313,6 +314,11 @@ def _convert(model: Decoder, config: Config, way: Way) -> None:
             raise UserError(
                 f"recipe {config.recipe.name} learns a scale of {layer.name} in training, and nothing is trained here; "
                 "train with the recipe, or take one whose scales are computed"
+            )
+        if layer.weight is model.embed.weight:
+            raise UserError(
+                f"{layer.name} has the weight of the embedding, which stays as it is; leave it out by recipe.skip="
+                f"[{layer.name}], or quantise a model with model.tie_embeddings=false"
             )
         if way.low_rank > (most := min(layer.weight.shape)):
             raise UserError(

@@ -17,11 +17,12 @@ from qtrain.evaluate.perplexity import losses
 from qtrain.evaluate.target import load
 from qtrain.export import compressed_tensors, fp_quant, gguf, huggingface, peft
 from qtrain.export.trained import open_run
+from qtrain.models.decoder import Decoder
 from qtrain.post_training import METHODS, quantize
 from qtrain.quant import PackedLinear
 from qtrain.quant.ptq import Split
 from qtrain.runs.directory import RunDirectory
-from qtrain.train import main
+from qtrain.train import compose, main
 from qtrain.training.build import load_run
 
 RECIPE = ("recipe=quest_weight_only", "recipe.bits=3", "recipe.fprop.x.rotation=hadamard64",
@@ -378,6 +379,14 @@ def test_what_cannot_be_done_is_named_and_nothing_is_left(run: RunDirectory, gpt
     assert not any((tmp_path / name).exists() for name in ("out", "again", "other", "learned", "third"))
     assert {"rtn", "gptq", "mr_gptq", "quarot", "smoothquant", "awq"} < {*METHODS}
     assert qtrain.post_training.SEQUENCES * 32 <= TOKENS
+
+
+def test_a_head_that_is_the_embedding_is_not_quantised_apart_from_it() -> None:
+    """`load_run` could not read such a run: its head has the embedding's weight."""
+    small = ("model.dim=32", "model.ffn_dim=64", "model.n_layers=1", "model.n_heads=2", "model.tie_embeddings=true")
+    config = compose([*small, "recipe=w4a16", "recipe.skip=[]"])
+    with pytest.raises(UserError, match=r"lm_head has the weight of the embedding.*recipe\.skip=\[lm_head\]"):
+        qtrain.post_training._convert(Decoder(config.model, 61), config, METHODS["gptq"])
 
 
 def test_conversations_and_documents_are_counted_as_the_run_counts_them(tmp_path: Path) -> None:

@@ -366,6 +366,15 @@ def test_a_run_takes_the_scores_of_evaluate_and_trains_the_same(
     assert [line["loss"] for line in scored.lines("loss")] == [line["loss"] for line in plain.lines("loss")]
 
 
+def test_a_finished_run_says_how_its_scores_are_taken(
+    folder: Path, run: RunDirectory, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """callbacks is no part of a run's identity, so it is not trained again."""
+    settings = ("tokenizer=bpe", "tokenizer.vocab_size=280", "callbacks.checkpoint_every_steps=8")
+    train(folder, "quest", *settings, "callbacks.tasks=[mine.yaml]")
+    assert f"`qtrain evaluate {run.path} --tasks mine.yaml` takes them" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("settings, message", [
     (("callbacks.tasks=[missing.yaml]",), "callbacks.tasks: no such task file: missing.yaml"),
     (("callbacks.tasks=[pyproject.toml]",), "callbacks.tasks needs the package lm_eval"),

@@ -212,7 +212,7 @@ def quantize(
         config = _rotated(opened.model, config)
     _convert(opened.model, config, way)
     asked = {layer.name: layer.text for layer in quant_linears(opened.model)}
-    errors = _quantize_blocks(opened.model, calibration, end, way, _begin(directory, task), say)
+    errors = _quantize_blocks(opened.model, calibration, end, way, Progress(directory.path / PARTIAL, task), say)
     after = _losses(opened.model, batches, end)
     bits = _bits_per_weight(opened.model)
     config = _with_chosen(config, opened.model, asked)
@@ -304,11 +304,22 @@ def _rotated(model: Decoder, config: Config) -> Config:
 
 def _convert(model: Decoder, config: Config, way: Way) -> None:
     """Layers that compute in high precision until each is quantised. UserError for a recipe whose weights have no codes
-    that stay, and for a rank that a weight does not have."""
+    that stay or whose scales are learned, for a head that is the embedding, and for a rank that a weight does not
+    have."""
     convert(model, config.recipe, seed=config.seed, backend=config.backend, gemm=config.gemm)
     for layer in quant_linears(model):
         if (reason := unsettled(layer.numerics)) is not None:
             raise UserError(f"recipe {config.recipe.name} cannot quantise {layer.name} for good: {reason}")
+        if layer.numerics.learns:
+            raise UserError(
+                f"recipe {config.recipe.name} learns a scale of {layer.name} in training, and nothing is trained here; "
+                "train with the recipe, or take one whose scales are computed"
+            )
+        if layer.weight is model.embed.weight:
+            raise UserError(
+                f"{layer.name} has the weight of the embedding, which stays as it is; leave it out by recipe.skip="
+                f"[{layer.name}], or quantise a model with model.tie_embeddings=false"
+            )
         if way.low_rank > (most := min(layer.weight.shape)):
             raise UserError(
                 f"{layer.name}: the error of its weight has a rank of at most {most}, and --low-rank is "
@@ -338,7 +349,12 @@ def _with_chosen(config: Config, model: Decoder, asked: Mapping[str, str]) -> Co
 
 
 def _quantize_blocks(
-    model: Decoder, calibration: Sequence[Tensor], end_of_document: int | None, way: Way, progress: Path, say: Report
+    model: Decoder,
+    calibration: Sequence[Tensor],
+    end_of_document: int | None,
+    way: Way,
+    progress: Progress,
+    say: Report,
 ) -> list[LayerError]:
     found: list[LayerError] = []
     with torch.no_grad():
@@ -347,11 +363,12 @@ def _quantize_blocks(
             for tokens in calibration
         ]
         for number, (name, block, run) in enumerate(_blocks(model)):
-            done = progress / f"{number:05d}.safetensors"
+            done = progress.folder / f"{number:05d}.safetensors"
             if done.exists():
                 found += _restore(model, name, done)
             else:
                 errors = list(_quantize_block(model, block, run, inputs, way, say))
+                progress.begin()
                 _save(model.get_submodule(name), done, errors)
                 found += errors
             inputs = [each._replace(x=run(each)) for each in inputs] if name != "lm_head" else []
@@ -614,12 +631,17 @@ def _check(directory: RunDirectory, task: dict[str, Any]) -> None:
         )
 
 
-def _begin(directory: RunDirectory, task: dict[str, Any]) -> Path:
-    """The folder of finished blocks."""
-    progress = directory.path / PARTIAL
-    progress.mkdir(parents=True, exist_ok=True)
-    write_atomically(progress / "task.json", json.dumps(task, indent=2) + "\n")
-    return progress
+@dataclass(frozen=True)
+class Progress:
+    """The folder of finished blocks, and the task that they belong to."""
+
+    folder: Path
+    task: dict[str, Any]
+
+    def begin(self) -> None:
+        """Before the first block is written: what is refused within it leaves no folder behind."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.folder / "task.json", json.dumps(self.task, indent=2) + "\n")
 
 
 def _save(block: nn.Module, path: Path, errors: Sequence[LayerError]) -> None:

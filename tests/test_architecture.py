@@ -46,7 +46,7 @@ MAY_IMPORT = {
     "qtrain.integrations": "torch qtrain.quant",
     "qtrain.integrations.transformers": "torch transformers qtrain.quant",
     "qtrain.integrations.accelerate": "torch qtrain.quant",
-    "qtrain.integrations.lm_eval": "torch lm_eval qtrain.evaluate qtrain.models qtrain.quant",
+    "qtrain.integrations.lm_eval": "torch jinja2 yaml lm_eval qtrain.evaluate qtrain.models qtrain.quant",
     "qtrain.models": "torch einops qtrain.models.base qtrain_kernels",
     "qtrain.models.hf_config": "pydantic (huggingface_hub)",
     "qtrain.models.base": "pydantic qtrain.config.settings (torch qtrain.models.hf_config)",

@@ -366,6 +366,15 @@ def test_a_run_takes_the_scores_of_evaluate_and_trains_the_same(
     assert [line["loss"] for line in scored.lines("loss")] == [line["loss"] for line in plain.lines("loss")]
 
 
+def test_a_finished_run_says_how_its_scores_are_taken(
+    folder: Path, run: RunDirectory, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """callbacks is no part of a run's identity, so it is not trained again."""
+    settings = ("tokenizer=bpe", "tokenizer.vocab_size=280", "callbacks.checkpoint_every_steps=8")
+    train(folder, "quest", *settings, "callbacks.tasks=[mine.yaml]")
+    assert f"`qtrain evaluate {run.path} --tasks mine.yaml` takes them" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("settings, message", [
     (("callbacks.tasks=[missing.yaml]",), "callbacks.tasks: no such task file: missing.yaml"),
     (("callbacks.tasks=[pyproject.toml]",), "callbacks.tasks needs the package lm_eval"),
@@ -380,9 +389,23 @@ def test_tasks_that_a_run_cannot_take_are_told(
         check_tasks(compose([*settings]), Ranks())
 
 
-def test_a_task_file_that_lm_eval_does_not_read_is_told(tmp_path: Path) -> None:
+NO_DATA = "dataset_path: none/such\n"
+DATA = "dataset_path: json\ntest_split: test\ndataset_kwargs: {data_files: {test: FOLDER/a.jsonl}}\ndoc_to_text: a\n"
+
+
+@pytest.mark.parametrize("more, reason", [
+    (NO_DATA, ""),
+    ("metric_list: [\n", r"ParserError: .* line \d"),
+    (DATA + "doc_to_choice: [a, b]\ndoc_to_target: '{{nothing.there}}'\n", "UndefinedError: 'nothing' is undefined"),
+])  # fmt: skip
+def test_a_task_file_that_lm_eval_does_not_read_is_told(
+    more: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if not is_installed("lm_eval"):
         pytest.skip("the extra eval is not installed")
-    (tmp_path / "a.yaml").write_text("task: a\noutput_type: multiple_choice\ndataset_path: none/such\n")
-    with pytest.raises(UserError, match=r"lm-eval cannot run .*a\.yaml"):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "a.jsonl").write_text('{"question": "the cat"}\n')
+    text = "task: a\noutput_type: multiple_choice\n" + more
+    (tmp_path / "a.yaml").write_text(text.replace("FOLDER", str(tmp_path)))
+    with pytest.raises(UserError, match=rf"lm-eval cannot run .*a\.yaml: .*{reason}"):
         check_tasks(compose([f"callbacks.tasks=[{tmp_path}/a.yaml]"]), Ranks())

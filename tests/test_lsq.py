@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import qtrain
-from qtrain.quant import QuantLinear, functional
+from qtrain.quant import Observed, QuantLinear, functional, operand_health
 
 N, K, Q_MAX = 24, 64, 7  # of int4
 LEVEL = 7.5  # the largest code of the centred grid, whose codes are -7.5, -6.5, ..., 7.5
@@ -97,6 +97,17 @@ def test_learned_blocks_are_packed_and_their_chosen_rows_learn_alone(block: str)
     model = nn.Sequential(layer)
     qtrain.pack(model)
     assert torch.equal(model(x), expected)
+
+
+def test_weights_under_a_learned_scale_below_zero_count_as_clipped_where_they_are() -> None:
+    """Nothing keeps a step above zero, and the grid is the same on both sides."""
+    layer, _, _ = made("16", "auto")
+    scale = layer.weight_scale.detach() * torch.where(torch.arange(N) % 2 == 0, 0.4, -0.4)[:, None]
+    weight, quantizer = layer.weight.detach(), layer.numerics.fprop.right
+    operand = quantizer.operand(weight, quantizer.layout((N, K), blocks=True), learned=scale)
+    beyond = (weight.double().view(N, -1, 16) / scale.double()[..., None]).abs() > LEVEL
+    found = operand_health(Observed("fprop.w", quantizer, weight, None, -1, operand), 1024)["clipped"]
+    assert 0 < found.item() == pytest.approx(beyond.double().mean().item(), rel=1e-6)
 
 
 @pytest.mark.parametrize("block", ["row", "16"])

@@ -17,11 +17,12 @@ from qtrain.evaluate.perplexity import losses
 from qtrain.evaluate.target import load
 from qtrain.export import compressed_tensors, fp_quant, gguf, huggingface, peft
 from qtrain.export.trained import open_run
+from qtrain.models.decoder import Decoder
 from qtrain.post_training import METHODS, quantize
 from qtrain.quant import PackedLinear
 from qtrain.quant.ptq import Split
 from qtrain.runs.directory import RunDirectory
-from qtrain.train import main
+from qtrain.train import compose, main
 from qtrain.training.build import load_run
 
 RECIPE = ("recipe=quest_weight_only", "recipe.bits=3", "recipe.fprop.x.rotation=hadamard64",
@@ -221,6 +222,7 @@ def test_outliers_that_leave_nothing_or_have_no_bound_are_refused(run: RunDirect
         quantize(str(run.path), tmp_path / "out", RECIPE, "rtn", TOKENS, split=Split(above=float("inf")))
     with pytest.raises(UserError, match=r"layers.0.attention.q: all of its 64 input columns would be outliers"):
         quantize(str(run.path), tmp_path / "out", RECIPE, "rtn", TOKENS, split=Split(above=1e-6))
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_stopped_quantisation_goes_on_and_ends_with_the_same_bits(
@@ -370,11 +372,21 @@ def test_what_cannot_be_done_is_named_and_nothing_is_left(run: RunDirectory, gpt
         quantize(source, gptq, RECIPE)
     with pytest.raises(UserError, match=r"recipe mxfp4_backward cannot quantise layers\.0\.attention\.q for"):
         quantize(source, tmp_path / "other", ["recipe=mxfp4_backward"], "rtn", TOKENS)
+    with pytest.raises(UserError, match=r"recipe lsq learns a scale of layers\.0\.attention\.q in training"):
+        quantize(source, tmp_path / "learned", ["recipe=lsq"], "rtn", TOKENS)
     with pytest.raises(UserError, match=r"config\.json"):
         quantize(str(tmp_path / "nowhere"), tmp_path / "third", RECIPE)
-    assert not any((tmp_path / name).exists() for name in ("out", "again", "other", "third"))
+    assert not any((tmp_path / name).exists() for name in ("out", "again", "other", "learned", "third"))
     assert {"rtn", "gptq", "mr_gptq", "quarot", "smoothquant", "awq"} < {*METHODS}
     assert qtrain.post_training.SEQUENCES * 32 <= TOKENS
+
+
+def test_a_head_that_is_the_embedding_is_not_quantised_apart_from_it() -> None:
+    """`load_run` could not read such a run: its head has the embedding's weight."""
+    small = ("model.dim=32", "model.ffn_dim=64", "model.n_layers=1", "model.n_heads=2", "model.tie_embeddings=true")
+    config = compose([*small, "recipe=w4a16", "recipe.skip=[]"])
+    with pytest.raises(UserError, match=r"lm_head has the weight of the embedding.*recipe\.skip=\[lm_head\]"):
+        qtrain.post_training._convert(Decoder(config.model, 61), config, METHODS["gptq"])
 
 
 def test_conversations_and_documents_are_counted_as_the_run_counts_them(tmp_path: Path) -> None:

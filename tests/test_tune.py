@@ -92,6 +92,7 @@ def test_scales_alone_train_and_the_whole_merges_and_loads():
     (("+tune=peqa", "tune.scales.group=24"), "group=24 must divide the 32 inputs"),
     (("+tune=peqa", "trainer.strategy=fsdp2"), "does not shard"),
     (("+tune=pv", "optimizer=adamw8bit"), "set optimizer=adamw"),
+    (("recipe=lsq", "+tune=qlora"), r"recipe lsq learns a scale of layers\.0\.attention\.q in training"),
     (("+tune=qad",), "distils from a pretrained model"),
 ])  # fmt: skip
 def test_what_does_not_fit_is_refused(more, message):

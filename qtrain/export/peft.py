@@ -17,10 +17,8 @@ def export(run: Path, out: Path) -> Exported:
     checkpoint or no adapter, or when `out` exists; then nothing is written."""
     trained = open_run(run)
     if trained.config.tune is None or trained.config.tune.adapter is None:
-        raise UserError(
-            f"{run} trained no adapter (+tune=lora); export all of its weights with --to hf, which also merges what "
-            "`qtrain quantize --low-rank` keeps beside codes"
-        )
+        merges = ", which merges what lies beside its codes" if trained.with_more else ""
+        raise UserError(f"{run} trained no adapter (+tune=lora); export all of its weights with --to hf{merges}")
     model = load_run(run, trained.step)
     assert isinstance(model, Decoder)
     parameters = sum(each.A.numel() + each.B.numel() for each in adapters(model).values())

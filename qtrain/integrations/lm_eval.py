@@ -20,7 +20,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import torch
+import yaml
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.evaluator import simple_evaluate
@@ -194,7 +196,8 @@ def _explained(files: Sequence[str | Path]) -> Iterator[None]:
     """What lm-eval raises about its task files, as a UserError."""
     try:
         yield
-    except (KeyError, TypeError, ValueError, OSError) as error:
+    except (KeyError, TypeError, ValueError, OSError, yaml.YAMLError, jinja2.TemplateError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"lm-eval cannot run {', '.join(map(str, files))}: {type(error).__name__}: {error}") from error
+        said = " ".join(str(error).split())  # of YAML on several lines, the last of which says where
+        raise UserError(f"lm-eval cannot run {', '.join(map(str, files))}: {type(error).__name__}: {said}") from error

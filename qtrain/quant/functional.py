@@ -182,6 +182,11 @@ class Numerics:
     def stochastic(self) -> bool:
         return bool(self.uses)
 
+    @property
+    def learns(self) -> bool:
+        """Whether a scale of its forward is a parameter."""
+        return self.fprop.left.learned or self.fprop.right.learned
+
     @cached_property
     def recipe(self) -> LinearRecipe:
         """That they are built of, without its source and what belongs to a whole model."""

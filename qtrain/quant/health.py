@@ -105,7 +105,7 @@ def _range(in_units: Tensor, operand: QTensor, plan: Plan, quantizer: Quantizer,
         return blocks[:, None] if dim == -2 and quantizer.tile[0] == 1 else blocks.reshape(-1, 1, 1)
 
     assert plan.block is not None
-    element, blocks = plan.element, of_spans(operand.block_scale) * ROUNDING
+    element, blocks = plan.element, of_spans(operand.block_scale).abs() * ROUNDING  # learned ones fall below zero
     zeros = 0.0 if operand.zero_point is None else of_spans(operand.zero_point).float()
     spans = replace(operand.layout, plan=replace(plan, correction=None)).spans(in_units)
     beyond = (spans < blocks * (element.min - zeros)) | (spans > blocks * (element.max - zeros))

@@ -226,7 +226,7 @@ def pack(model: nn.Module, kind: type[PackedLinear] | None = None) -> None:
     """Replace every QuantLinear inside model by a PackedLinear of its codes, in place; the master weights are freed.
     kind: a PackedLinear, or a class derived of it.
 
-    Outputs stay as they are in eval mode, bit for bit but for few rows on a CPU (see PackedLinear). UserError, with the
+    Outputs stay as they are in eval mode, bit for bit but for few rows (see PackedLinear). UserError, with the
     model untouched, where a recipe has no codes that stay, or where a layer computes in high precision or shares its
     weight with an embedding.
     """

@@ -142,7 +142,13 @@ def _ended(config: Config, directory: RunDirectory) -> Ended | None:
                 "text. Restore the text, or set force=true to move that run aside and train on the new one"
             )
         _record(config, directory)
-        return Ended(loss, f"{directory.path} is finished (validation loss {loss:.4f}); force=true runs it again")
+        said = f"{directory.path} is finished (validation loss {loss:.4f}); force=true runs it again"
+        if config.callbacks.tasks and "tasks" not in summary:
+            files = " ".join(config.callbacks.tasks)
+            said += (
+                f". It has no scores on callbacks.tasks; `qtrain evaluate {directory.path} --tasks {files}` takes them"
+            )
+        return Ended(loss, said)
     rows = recorded(Path(config.results)).get((config.name, config_hash(config)), []) if config.results else []
     row = next((row for row in rows if _read_this_text(config, row)), None)
     if row is not None:

@@ -16,7 +16,7 @@ from qtrain.config import Config
 from qtrain.errors import UserError, first_line
 from qtrain.models import hf
 from qtrain.models.decoder import Decoder
-from qtrain.quant import PackedLinear, QuantLinear, pack
+from qtrain.quant import PackedLinear, QuantLinear, pack, quant_linears
 from qtrain.quant.adapter import Adapter, adapters, attach
 from qtrain.quant.doubled import DoubledLinear
 from qtrain.quant.packed import unsettled
@@ -33,7 +33,7 @@ _PEFT = "base_model.model."  # what peft calls the model that it wraps
 
 def apply(model: Decoder, config: Config) -> None:
     """Makes a converted model train what config.tune says, in place. A packed base keeps the codes of the weights that
-    the model has now; without values on the meta device. UserError for a base that has no codes."""
+    the model has now; without values on the meta device. UserError for a base that has no codes yet."""
     tune = config.tune
     if tune is not None and tune.scales is not None:
         train_scales(model, tune.scales.bits, tune.scales.group, moves=tune.scales.moves is not None)
@@ -48,6 +48,13 @@ def apply(model: Decoder, config: Config) -> None:
                 f"tune.adapter.pack=true packs the base in the codes of a recipe, and recipe {config.recipe.name} "
                 "quantises nothing; take one that quantises weights, as recipe=nf4"
             )
+        for layer in quant_linears(model):
+            if layer.numerics.learns:
+                raise UserError(
+                    "tune.adapter.pack=true packs the base before anything is trained, and recipe "
+                    f"{config.recipe.name} learns a scale of {layer.name} in training; take one whose scales are "
+                    "computed, as recipe=nf4"
+                )
         pack(model, DoubledLinear if settings.double_quantization else PackedLinear)
     attach(model, settings.layers, rank=settings.rank, alpha=settings.alpha, dropout=settings.dropout, seed=config.seed)
 

@@ -847,7 +847,7 @@ LEARNED = replace(QUEST, rule="learned")
         ),
         ({"plan": LEARNED}, "a learned scale goes with rule 'learned' alone; got none"),
         ({"learned": torch.tensor(1.0)}, "rule 'std': a learned scale goes with rule 'learned' alone; got one"),
-        ({"plan": LEARNED, "learned": torch.ones(4)}, r"a learned scale is \(\) float32; got \(4,\) torch.float32"),
+        ({"plan": LEARNED, "learned": torch.ones(4)}, r"is \(4, 1\) torch.float32 here; got \(4,\) torch"),
         ({"storage": "swizzled"}, "quantises into float32, .*float8_128 with 1 row a scale; asked for swizzled with 1"),
         ({"storage": "float8"}, "asked for float8 with 1 rows a scale"),
         ({"rows": 2}, "asked for float32 with 2 rows a scale"),

@@ -26,7 +26,7 @@ from qtrain.models.decoder import Decoder
 from qtrain.train import compose
 
 ROOT = Path(__file__).resolve().parents[2]
-STEPS, ROUNDS, MIB = 4, 3, 2**20
+STEPS, ROUNDS, MIB = 4, 2, 2**20
 FEW = [
     f"trainer.tokens={STEPS * 2048}", "trainer.micro_batch_size=2", "data.val_tokens=2048",
     "callbacks.log_every_steps=1", "callbacks.telemetry_every_steps=0", "optimizer.lr=1e-4",
@@ -36,31 +36,28 @@ NOTHING = "import qtrain.training.session as s; from qtrain.training.observers.m
 
 def main() -> None:
     data = Path(sys.argv[1]).resolve()
+    idle = subprocess.check_output([sys.executable, "-c", NOTHING + "import torch; print(m(torch.device('cpu')))"])
     with tempfile.TemporaryDirectory() as folder:
         base = write_base(Path(folder) / "base")
         found: dict[str, list[tuple[float, int]]] = {name: [] for name in METHODS}
         for number in range(ROUNDS):
             for name, (settings, _) in METHODS.items():
                 run = Path(folder) / f"{name}-{number}"
-                command = [
-                    sys.executable,
-                    "train.py",
-                    "+experiment=finetune",
-                    f"model=hf:{base}",
-                    *settings,
-                    *EQUAL,
-                    *FEW,
-                ]
-                command += [f"data.files={data}", f"run_dir={run}"]
+                command = [sys.executable, "train.py", "+experiment=finetune", f"model=hf:{base}", *settings, *EQUAL]
+                command += [*FEW, f"data.files={data}", f"run_dir={run}"]
                 subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
                 found[name].append(cost(run))
-    idle = subprocess.check_output([sys.executable, "-c", NOTHING + "import torch; print(m(torch.device('cpu')))"])
-    print("| method | tokens/s | of full | peak, MiB | above an idle process |\n|---|---|---|---|---|")
+            print(f"{number + 1} of {ROUNDS} rounds\n{table(found, int(idle))}", flush=True)
+
+
+def table(found: dict[str, list[tuple[float, int]]], idle: int) -> str:
+    lines = ["| method | tokens/s | of full | peak, MiB | above an idle process |", "|---|---|---|---|---|"]
     for name, each in found.items():
         ratios = [speed / full for (speed, _), (full, _) in zip(each, found["full"], strict=True)]
         speed, peak = statistics.median(speed for speed, _ in each), max(peak for _, peak in each)
         of_full = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
-        print(f"| {name} | {speed:,.0f} | {of_full} | {peak / MIB:,.0f} | {(peak - int(idle)) / MIB:,.0f} |")
+        lines.append(f"| {name} | {speed:,.0f} | {of_full} | {peak / MIB:,.0f} | {(peak - idle) / MIB:,.0f} |")
+    return "\n".join(lines)
 
 
 def write_base(folder: Path) -> Path:

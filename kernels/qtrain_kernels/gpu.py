@@ -420,8 +420,10 @@ def _check(x: Tensor, side: Side, packed: bool) -> None:
     if shape != layout.shape:
         raise ValueError(f"the layout is of {layout.shape}; got {shape}")
     check_key(side.key, plan, x)
-    if side.learned is not None and (tuple(side.learned.shape), side.learned.dtype) != layout.parts[2]:
-        raise ValueError(f"a learned scale is {layout.parts[2]}; got {tuple(side.learned.shape)} {side.learned.dtype}")
+    if side.learned is not None and layout.parts[2] is not None:
+        found, (shape, dtype) = (tuple(side.learned.shape), side.learned.dtype), layout.parts[2]
+        if found != (shape, dtype):
+            raise ValueError(f"a learned scale is {shape} {dtype} here; got {found[0]} {found[1]}")
 
 
 def _given(x: Tensor, side: Side) -> tuple[Tensor | None, Tensor | None]:

@@ -116,8 +116,12 @@ def test_graphs_know_the_shapes_of_learned_blocks(block: str) -> None:
     shared = layer.keys, layer.text, torch.float32, 0
     weight, scale = layer.weight.detach(), layer.weight_scale.detach()
     tests = ("test_schema", "test_faketensor")
-    torch.library.opcheck(functional.quantize_weight, (weight, scale, False, *shared), test_utils=tests)
-    *_, slope = functional.quantize_weight(weight, scale, False, *shared)
+    passed = dict.fromkeys(tests, "SUCCESS")
+    given = weight, scale, False, *shared
+    assert torch.library.opcheck(functional.quantize_weight, given, test_utils=tests) == passed
+    *_, slope = functional.quantize_weight(*given)
+    assert slope.shape == weight.shape
     _, *saved = functional.fprop(x, weight, layer.input_scale.detach(), scale, [], True, False, None, *shared)
     given = [dy], saved, None, slope, len(x), N, K, torch.float32
-    torch.library.opcheck(functional.wgrad, (*given, *shared), test_utils=tests)
+    assert torch.library.opcheck(functional.wgrad, (*given, *shared), test_utils=tests) == passed
+    assert functional.wgrad(*given, *shared)[1].shape == scale.shape

@@ -11,7 +11,7 @@ from qtrain.runs.files import write_synced
 
 
 def export(run: Path, out: Path) -> Exported:
-    """Write the newest good checkpoint of a run directory into the new folder `out`. One file of weights at a time is
+    """Write the newest good checkpoint of a run directory into the new folder `out`. One tensor at a time is
     in memory. Learned scales of a recipe have no place there and are left out. UserError when the run has no
     checkpoint, its model no class in transformers, or when `out` exists; then nothing is written."""
     trained = open_run(run)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,17 @@ def gptq(run: RunDirectory) -> Path:
     out = run.path.parent / "gptq"
     quantize(str(run.path), out, RECIPE, "gptq", TOKENS)
     return out
+
+
+def stopping(layers: list[str], after: int = 9) -> Callable[[str], None]:
+    """Notes what is said of each layer, and stops the quantisation after so many; the first block has 7."""
+
+    def note(text: str) -> None:
+        layers.append(text)
+        if len(layers) == after:
+            raise KeyboardInterrupt
+
+    return note
 
 
 def state(path: Path) -> dict[str, torch.Tensor]:
@@ -144,14 +156,9 @@ def test_outliers_stay_in_the_run_and_lower_its_errors(run: RunDirectory, gptq: 
     refuses them."""
     out, layers = tmp_path / "out", []
 
-    def stop(text: str) -> None:
-        layers.append(text)
-        if len(layers) == 9:
-            raise KeyboardInterrupt
-
     split = Split(columns=2, weights=0.2)
     with pytest.raises(KeyboardInterrupt):
-        quantize(str(run.path), out, RECIPE, "gptq", TOKENS, stop, split)
+        quantize(str(run.path), out, RECIPE, "gptq", TOKENS, stopping(layers), split)
     with pytest.raises(UserError, match=r"it has another method"):
         quantize(str(run.path), out, RECIPE, "gptq", TOKENS)
     done = quantize(str(run.path), out, RECIPE, "gptq", TOKENS, layers.append, split)
@@ -181,14 +188,9 @@ def test_a_low_rank_part_stays_in_the_run_and_lowers_its_loss(run: RunDirectory,
     """At 2 bits, also where the quantisation was stopped. It is read, evaluated and exported with its codes."""
     two, out, layers = [*RECIPE, "recipe.bits=2"], tmp_path / "out", []
 
-    def stop(text: str) -> None:
-        layers.append(text)
-        if len(layers) == 9:
-            raise KeyboardInterrupt
-
     plain = quantize(str(run.path), tmp_path / "plain", two, "gptq", TOKENS)
     with pytest.raises(KeyboardInterrupt):
-        quantize(str(run.path), out, two, "gptq", TOKENS, stop, None, 4)
+        quantize(str(run.path), out, two, "gptq", TOKENS, stopping(layers), None, 4)
     done = quantize(str(run.path), out, two, "gptq", TOKENS, layers.append, None, 4)
     assert len(layers) == 9 + 7 and done.val_loss < plain.val_loss
     tensors = {name: value for name, value in state(out).items() if "attention." in name or "mlp." in name}
@@ -230,13 +232,8 @@ def test_a_stopped_quantisation_goes_on_and_ends_with_the_same_bits(
 ) -> None:
     out, layers = tmp_path / "out", []
 
-    def stop(text: str) -> None:
-        layers.append(text)
-        if len(layers) == 10:
-            raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
-        quantize(str(run.path), out, RECIPE, "gptq", TOKENS, stop)
+        quantize(str(run.path), out, RECIPE, "gptq", TOKENS, stopping(layers, 10))
     assert sorted(path.name for path in (out / "quantization").iterdir()) == ["00000.safetensors", "task.json"]
     with pytest.raises(UserError, match=r"it has another method"):
         quantize(str(run.path), out, RECIPE, "rtn", TOKENS)
@@ -261,15 +258,8 @@ def test_changes_of_the_model_are_no_changes_of_what_it_computes(
     assert any(not torch.allclose(there[name], plain[name], rtol=1e-3) for name in changed)
     if method != "awq":
         return
-    calls: list[str] = []
-
-    def stop(text: str) -> None:
-        calls.append(text)
-        if len(calls) == 9:
-            raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
-        quantize(str(run.path), tmp_path / "again", eight, method, TOKENS, stop)
+        quantize(str(run.path), tmp_path / "again", eight, method, TOKENS, stopping([]))
     quantize(str(run.path), tmp_path / "again", eight, method, TOKENS)
     again = state(tmp_path / "again")
     assert all(torch.equal(again[name], value) for name, value in there.items())
@@ -278,15 +268,10 @@ def test_changes_of_the_model_are_no_changes_of_what_it_computes(
 @pytest.mark.parametrize("method", ["rtn_mse", "gptq", "awq"])
 def test_zero_points_stay_in_the_run(run: RunDirectory, tmp_path: Path, method: str) -> None:
     """Also where it was stopped; at 3 bits their errors are below those of symmetric codes."""
-    settings, layers = ["recipe=w4a16_asym", "recipe.format=int3_asym/32/bfloat16"], []
-
-    def stop(text: str) -> None:
-        layers.append(text)
-        if len(layers) == 9:
-            raise KeyboardInterrupt
+    settings = ["recipe=w4a16_asym", "recipe.format=int3_asym/32/bfloat16"]
 
     with pytest.raises(KeyboardInterrupt):
-        quantize(str(run.path), tmp_path / "out", settings, method, TOKENS, stop)
+        quantize(str(run.path), tmp_path / "out", settings, method, TOKENS, stopping([]))
     done = quantize(str(run.path), tmp_path / "out", settings, method, TOKENS)
     whole = quantize(str(run.path), tmp_path / "whole", settings, method, TOKENS)
     there, again = state(tmp_path / "out"), state(tmp_path / "whole")
@@ -316,13 +301,8 @@ def test_formats_that_layers_chose_are_settings_of_the_run(run: RunDirectory, tm
     layer; a recipe without a choice is refused before anything is written."""
     out, layers = tmp_path / "out", []
 
-    def stop(text: str) -> None:
-        layers.append(text)
-        if len(layers) == 9:
-            raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
-        quantize(str(run.path), out, FP4, "llm_fp4", TOKENS, stop)
+        quantize(str(run.path), out, FP4, "llm_fp4", TOKENS, stopping(layers))
     done = quantize(str(run.path), out, FP4, "llm_fp4", TOKENS, layers.append)
     assert len(layers) == 9 + 7 and all(
         text.endswith(f"{e.x} x {e.w}") for text, e in zip(layers[9:], done.layers[7:], strict=True)

@@ -74,9 +74,9 @@ PRE = {_WORDS % "{1,3}": "llama-bpe", _WORDS % "": "qwen2"}
 def export(run: Path, out: Path, kind: Kind | None = None) -> Exported:
     """Write the newest good checkpoint of a run directory into the new folder `out`, as model.gguf, with the tokenizer
     beside it, by which `qtrain evaluate` reads a text. kind: of the quantised layers; None takes for each the first of
-    KINDS that holds it. One tensor at a time is in memory, and what gguf spools (256 MiB). UserError when no type, or not this one,
-    holds what the recipe trains, with the reason; for a tokenizer that llama.cpp has no name for; then nothing is
-    written."""
+    KINDS that holds it. One tensor at a time is in memory, and what gguf spools (256 MiB). UserError when no type, or
+    not this one, holds what the recipe trains, with the reason; for a tokenizer that llama.cpp has no name for; then
+    nothing is written."""
     need("gguf", "an export to GGUF")
     trained = open_run(run)
     if kind is not None and not trained.layers:

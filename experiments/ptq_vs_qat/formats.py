@@ -1,20 +1,32 @@
-"""What rotations and MR-GPTQ do for MXFP4 and NVFP4, weights and inputs, on a run that was trained without a recipe.
+"""What rotations and MR-GPTQ do for MXFP4 and NVFP4, weights and inputs, on runs that were trained without a recipe.
 
-python experiments/ptq_vs_qat/formats.py runs/bf16-1a2b3c4d > experiments/ptq_vs_qat/formats.csv
+python experiments/ptq_vs_qat/formats.py RUN [RUN ...]    # goes on after a stop; a row that is there is not made again
+python experiments/ptq_vs_qat/formats.py --table          # the rows as the README has them
+
+Each run is quantised in each format, under each rotation, by each method; formats.csv gets a row for each. Gaps are in
+nats per token above the run's own loss on its validation text.
 """
 
 from __future__ import annotations
 
+import csv
 import sys
 import tempfile
+from collections import defaultdict
 from pathlib import Path
+
+from run import mean
 
 from qtrain.post_training import quantize
 
+RESULTS = Path(__file__).with_name("formats.csv")
+COLUMNS = ("run", "format", "rotation", "method", "loss_gap")
+CALIBRATION = 131_072
 FORMATS = {
     "mxfp4": ("floor_three_quarters", ("null", "hadamard32", "hadamard128")),
     "nvfp4": ("absmax", ("null", "hadamard16", "hadamard128")),
 }
+WAYS = ("rtn", "gptq", "mr_gptq")
 OFF = [
     f"recipe.{operand}.{key}={value}"
     for operand in ("dgrad.dy", "dgrad.w", "wgrad.dy", "wgrad.x")
@@ -23,22 +35,54 @@ OFF = [
 
 
 def main() -> None:
-    print("format,rotation,method,loss_gap")
-    for format, (scale, rotations) in FORMATS.items():
-        for rotation in rotations:
-            for method in ("rtn", "gptq", "mr_gptq"):
-                print(
-                    f"{format},{rotation},{method},{gap(sys.argv[1], format, scale, rotation, method):.5f}", flush=True
-                )
+    if sys.argv[1:] == ["--table"]:
+        print(table(rows()))
+        return
+    made = {tuple(row[key] for key in COLUMNS[:-1]) for row in rows()}
+    for run in map(Path, sys.argv[1:]):
+        for format, (scale, rotations) in FORMATS.items():
+            for rotation in rotations:
+                for method in WAYS:
+                    key = run.name, format, rotation, method
+                    if key not in made:
+                        add((*key, f"{gap(run, format, scale, rotation, method):.5f}"))
 
 
-def gap(source: str, format: str, scale: str, rotation: str, method: str) -> float:
+def gap(source: Path, format: str, scale: str, rotation: str, method: str) -> float:
     """Nats per token above the loss of the run."""
     settings = {"format": format, "scale": scale, "rotation": rotation, "estimator": "ste"}
     own = [f"recipe.fprop.{side}.{key}={value}" for side in "xw" for key, value in settings.items()]
     with tempfile.TemporaryDirectory() as folder:
-        done = quantize(source, Path(folder) / "out", ["recipe=quartet", *own, *OFF], method, 65_536)
+        done = quantize(str(source), Path(folder) / "out", ["recipe=quartet", *own, *OFF], method, CALIBRATION)
     return done.val_loss - done.val_loss_before
+
+
+def add(values: tuple[str, ...]) -> None:
+    new = not RESULTS.exists()
+    with RESULTS.open("a", newline="") as file:
+        writer = csv.writer(file)
+        if new:
+            writer.writerow(COLUMNS)
+        writer.writerow(values)
+    print(*values, flush=True)
+
+
+def rows() -> list[dict[str, str]]:
+    return list(csv.DictReader(RESULTS.open())) if RESULTS.exists() else []
+
+
+def table(found: list[dict[str, str]]) -> str:
+    """Gaps, and what MR-GPTQ takes from them run by run, with 95% intervals of Student's t over the runs."""
+    gaps: dict[tuple[str, str], dict[str, dict[str, float]]] = defaultdict(lambda: defaultdict(dict))
+    for row in found:
+        gaps[row["format"], row["rotation"]][row["method"]][row["run"]] = float(row["loss_gap"])
+    lines = ["| format | rotation | to nearest | GPTQ | MR-GPTQ | MR-GPTQ against nearest |", "|---|---|---|---|---|---|"]
+    for (format, rotation), by_method in gaps.items():
+        cells = [mean([*by_method[method].values()]) for method in WAYS]
+        lifts = [by_method["mr_gptq"][run] - nearest for run, nearest in by_method["rtn"].items()]
+        name = "none" if rotation == "null" else rotation
+        lines.append(f"| {format} | {name} | {' | '.join(cells)} | {mean(lifts)} |")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -171,9 +171,9 @@ def quantize(
     """Quantise a run directory or a Hugging Face checkpoint into the new run directory `out`.
 
     settings: as of `qtrain train`: recipe=..., and data=... for another text than the run's own. method: of METHODS.
-    tokens: of the training split, that layers are calibrated on. say: is told each layer's error. split: what of each
-    weight stays in 16 bits beside its codes; by default nothing. low_rank: the rank of the part of each weight's error
-    that is kept beside its codes, in 16 bits.
+    tokens: of the training split, that layers are calibrated on. say: is told each layer's error, and where mr_gptq
+    has a recipe that does not rotate. split: what of each weight stays in 16 bits beside its codes; by default nothing.
+    low_rank: the rank of the part of each weight's error that is kept beside its codes, in 16 bits.
     Started again after a stop, it goes on with the next block and ends with the same bits. UserError for an unknown
     method, a recipe whose weights have no codes that stay, text that is too short, and where `out` holds anything else.
     """
@@ -211,7 +211,13 @@ def quantize(
     if way.rotate_residual:
         config = _rotated(opened.model, config)
     _convert(opened.model, config, way)
-    asked = {layer.name: layer.text for layer in quant_linears(opened.model)}
+    layers = quant_linears(opened.model)
+    if method == "mr_gptq" and not any(layer.numerics.fprop.right.rotates for layer in layers):
+        say(
+            f"recipe {config.recipe.name} does not rotate weights, as MR-GPTQ (arXiv 2509.23202) does: mr_gptq is GPTQ "
+            "with searched scales here"
+        )
+    asked = {layer.name: layer.text for layer in layers}
     errors = _quantize_blocks(opened.model, calibration, end, way, Progress(directory.path / PARTIAL, task), say)
     after = _losses(opened.model, batches, end)
     bits = _bits_per_weight(opened.model)

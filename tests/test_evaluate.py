@@ -31,6 +31,7 @@ from qtrain.train import compose, main
 from qtrain.training.checkpoint import list_checkpoints
 from qtrain.training.observers.tasks import Tasks, by_task, check_tasks
 from qtrain.training.parallel import Ranks
+from qtrain.training.session import run as run_config
 
 transformers = pytest.importorskip("transformers", reason="the extra hf is not installed")
 
@@ -387,6 +388,14 @@ def test_tasks_that_a_run_cannot_take_are_told(
     monkeypatch.setattr("qtrain.errors.is_installed", lambda name: False)
     with pytest.raises(UserError, match=message):
         check_tasks(compose([*settings]), Ranks())
+    with pytest.raises(UserError, match=message):
+        run_config(compose([*settings, "dry_run=true"]))
+
+
+@pytest.mark.parametrize("setting", ["tasks_every_steps=6", "tasks_limit=5"])
+def test_settings_of_tasks_need_tasks(setting: str) -> None:
+    with pytest.raises(UserError, match=rf"callbacks\.{setting} is about .* set callbacks\.tasks=\[FILE\.yaml\], or"):
+        compose([f"callbacks.{setting}"])
 
 
 NO_DATA = "dataset_path: none/such\n"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import qtrain
-from qtrain.quant import Observed, QuantLinear, functional, operand_health
+from qtrain.quant import Observed, PackedLinear, QuantLinear, functional, operand_health
 
 N, K, Q_MAX = 24, 64, 7  # of int4
 LEVEL = 7.5  # the largest code of the centred grid, whose codes are -7.5, -6.5, ..., 7.5
@@ -97,6 +97,22 @@ def test_learned_blocks_are_packed_and_their_chosen_rows_learn_alone(block: str)
     model = nn.Sequential(layer)
     qtrain.pack(model)
     assert torch.equal(model(x), expected)
+
+
+@pytest.mark.parametrize(("block", "bits"), [("tensor", 4 + 32 / (N * K)), ("row", 4 + 32 / K), ("16", 4 + 32 / 16)])
+def test_packed_weights_are_the_papers_under_steps_of_either_sign(block: str, bits: float) -> None:
+    layer, x, _ = made(block, "auto")
+    scale = layer.weight_scale.detach()
+    scale *= torch.where(torch.arange(scale.numel()) % 2 == 0, -0.4, 0.4).view(scale.shape)
+    step = scale.double().view(-1, 1)
+    codes = ((layer.weight.detach().double().view(len(step), -1) / step).clamp(-LEVEL, LEVEL) - 0.5).round() + 0.5
+    assert len(codes.unique()) == 16
+    model = nn.Sequential(layer)
+    expected = model(x).detach()
+    qtrain.pack(model)
+    packed = model[0]
+    assert isinstance(packed, PackedLinear) and packed.bits() == bits and torch.equal(model(x), expected)
+    assert torch.equal(packed.dequantize(), (codes * step).float().view(N, K))
 
 
 def test_weights_under_a_learned_scale_below_zero_count_as_clipped_where_they_are() -> None:

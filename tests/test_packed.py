@@ -13,11 +13,22 @@ from torch import nn
 import qtrain
 from qtrain.errors import UserError
 from qtrain.quant import PackedLinear, QuantLinear
-from qtrain.quant.functional import Call
+from qtrain.quant.doubled import DoubledLinear
+from qtrain.quant.functional import Call, given_scale
 from qtrain.quant.quantizer import unrotate
 
 K, N = 256, 48
 WEIGHT_ONLY = {"name": "quest_weight_only"}
+
+
+def learned(format: str, **w: Any) -> dict[str, Any]:
+    """Weights alone, under a learned scale of each block of their format."""
+    recipe = weight_only(format)
+    recipe["fprop"]["w"] |= {"scale": "learned", **w}
+    recipe["fprop"]["x"] |= w
+    return recipe
+
+
 # Recipe -> bits that a weight takes: codes, scales of blocks, of rows (32 / K) and of the matrix (32 / (N K)).
 BITS: dict[str, tuple[Any, float]] = {
     "quest": ("quest", 4 + 32 / K),
@@ -36,12 +47,18 @@ BITS: dict[str, tuple[Any, float]] = {
         16 + 32 / 256 + 32 / (N * K),
     ),  # 16x16 tiles have no packed form: bfloat16 beside them
     "ufp4": ("ufp4", 32 + 32 / 16),  # signs that are drawn once; float32 scales of blocks are not packed
-    "lsq": ("lsq", 16 + 32 / (N * K)),  # codes under a learned scale are not packed: exact in bfloat16
+    "lsq": ("lsq", 4 + 32 / (N * K)),
+    "learned rows": (learned("int4/row/float32", rotation="hadamard32"), 4 + 32 / K),
+    "learned groups": (learned("int4/128/float32"), 4 + 32 / 128),
+    "learned groups of minifloats": (learned("e2m1/16/float32"), 4 + 32 / 16),
+    "learned groups of a table": (learned("nf4/64/float32"), 4 + 32 / 64),
 }
+LEARNED = [name for name in BITS if name.startswith("learned")]
 
 
-def layer_of(recipe: Any, bias: bool = True) -> tuple[nn.Sequential, QuantLinear]:
-    torch.manual_seed(0)
+def layer_of(recipe: Any, bias: bool = True, seed: int = 0) -> tuple[nn.Sequential, QuantLinear]:
+    """Learned scales are of both signs, as LSQ's steps may become in training."""
+    torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(K, N, bias=bias))
     model[0].weight.data[3] = 0.0
     qtrain.convert(model, recipe, seed=3)
@@ -49,6 +66,7 @@ def layer_of(recipe: Any, bias: bool = True) -> tuple[nn.Sequential, QuantLinear
     assert isinstance(layer, QuantLinear)
     if layer.weight_scale is not None:
         qtrain.calibrate(model, torch.randn(64, K))
+        layer.weight_scale.data[::2] *= -1
     return model.eval(), layer
 
 
@@ -56,7 +74,7 @@ def layer_of(recipe: Any, bias: bool = True) -> tuple[nn.Sequential, QuantLinear
 @pytest.mark.parametrize(("recipe", "bits"), BITS.values(), ids=BITS)
 def test_outputs_are_those_of_the_layer(recipe: Any, bits: float, dtype: torch.dtype) -> None:
     model, _ = layer_of(recipe)
-    x = torch.randn(5, 3, K, dtype=dtype)
+    x = torch.randn(43, 3, K, dtype=dtype)  # more rows than are multiplied in bits
     wanted = model(x).detach()
     qtrain.pack(model)
     packed = model[0]
@@ -68,18 +86,73 @@ def test_outputs_are_those_of_the_layer(recipe: Any, bits: float, dtype: torch.d
     assert f"{bits:.3g} bits a weight" in repr(packed)
 
 
-def test_a_state_dict_fills_a_model_that_was_packed_without_weights() -> None:
-    model, _ = layer_of("quartet_ii")
+@pytest.mark.parametrize("recipe", ["quartet_ii", "lsq"])
+def test_a_state_dict_fills_a_model_that_was_packed_without_weights(recipe: str) -> None:
+    model, _ = layer_of(recipe)
     x = torch.randn(4, K)
     qtrain.pack(model)
     with torch.device("meta"):
         other = nn.Sequential(nn.Linear(K, N))
-        qtrain.convert(other, "quartet_ii", seed=3)
+        qtrain.convert(other, recipe, seed=3)
         qtrain.pack(other)
     other.load_state_dict(model.state_dict(), assign=True)
     assert torch.equal(other(x), model(x))
     assert torch.equal(copy.deepcopy(model)(x), model(x))
     assert model.bfloat16()[0].codes.dtype == torch.uint8 and model[0].tensor_scale.dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", ["lsq", *LEARNED])
+def test_a_state_dict_brings_the_codes_under_learned_scales(name: str) -> None:
+    recipe, _ = BITS[name]
+    model, _ = layer_of(recipe)
+    other, _ = layer_of(recipe, seed=1)
+    qtrain.pack(model)
+    qtrain.pack(other)
+    x = torch.randn(3, K)
+    for assign in (False, True):
+        assert not torch.equal(other(x), model(x))
+        other.load_state_dict(model.state_dict(), assign=assign)
+        assert torch.equal(other(x), model(x))
+        other, _ = layer_of(recipe, seed=1)
+        qtrain.pack(other)
+
+
+@pytest.mark.parametrize("name", ["lsq", *LEARNED])
+def test_exports_read_the_codes_under_learned_scales(name: str) -> None:
+    """In floats beside their block scales, as the layer itself quantises its weight."""
+    model, layer = layer_of(BITS[name][0])
+    quantizer, call = layer.numerics.fprop.right, Call(layer.numerics, layer.keys, torch.float32, None)
+    layout = quantizer.layout((N, K), blocks=True).unmasked
+    scale = given_scale(layer.weight_scale)
+    wanted, _ = call.operand("fprop.w", layer.weight.detach(), call.rotation("fprop", K), learned=scale, layout=layout)
+    qtrain.pack(model)
+    found = model[0].weight.to(layout)
+    assert all(map(torch.equal, found.tensors(), wanted.tensors()))
+    assert (found.codes != 0).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("columns", ["tensor", "row"])
+def test_few_rows_of_integers_under_learned_scales_are_those_of_many(columns: str, dtype: torch.dtype) -> None:
+    recipe = learned(f"int4/{columns}/float32")
+    recipe["fprop"]["x"] = {"format": "int4", "scale": "learned"}
+    model, layer = layer_of(recipe)
+    layer.weight.data.abs_()  # sums of one sign, which bfloat16 does not hold
+    x = torch.randn(16, K).abs().to(dtype)
+    wanted = model(x).detach()
+    qtrain.pack(model)
+    assert torch.equal(model(x[:3]).detach(), wanted[:3]) and model[0]._ready is not None
+
+
+def test_a_nan_under_a_learned_scale_is_refused_and_the_model_left_alone() -> None:
+    """It has no bits, and the scale stays finite."""
+    for name in ("lsq", *LEARNED):
+        recipe, _ = BITS[name]
+        model = nn.Sequential(layer_of(recipe)[1], bad := layer_of(recipe)[1])
+        bad.weight.data[7, 30] = torch.nan
+        with pytest.raises(UserError, match=r"0 cannot be packed: its weight or its learned scale holds a NaN"):
+            qtrain.pack(model)
+        assert all(isinstance(layer, QuantLinear) for layer in model)
 
 
 @pytest.mark.parametrize("recipe", ["quest", "quartet", "quest_weight_only", "nvidia_nvfp4"])
@@ -112,6 +185,14 @@ def test_what_has_no_codes_that_stay_is_refused_and_left_alone() -> None:
         with pytest.raises(UserError, match=f"0 cannot be packed: its forward {reason}"):
             qtrain.pack(model)
         assert isinstance(model[0], QuantLinear)
+    model = nn.Sequential(nn.Linear(K, N), nn.Linear(N, N))
+    qtrain.convert(model, "lsq")
+    qtrain.calibrate(model[0], torch.randn(64, K))
+    with pytest.raises(UserError, match="1 cannot be packed: its recipe learns a scale, which has no value yet; call"):
+        qtrain.pack(model)
+    assert all(isinstance(layer, QuantLinear) for layer in model)
+    with pytest.raises(UserError, match="1 cannot be packed: its recipe learns a scale"):
+        PackedLinear.of(model[1])
     with pytest.raises(UserError, match="has no quantised layer"):
         qtrain.pack(nn.Sequential(nn.Linear(4, 4)))
     model, layer = layer_of("quest")
@@ -122,3 +203,12 @@ def test_what_has_no_codes_that_stay_is_refused_and_left_alone() -> None:
     with pytest.raises(UserError, match=r"expected an input of last dim 256, found shape \(2, 8\)"):
         qtrain.pack(model)
         model(torch.zeros(2, 8))
+
+
+def test_scales_that_are_learned_are_not_quantised_again() -> None:
+    model, _ = layer_of(learned("int4/128/float32"))
+    with pytest.raises(
+        UserError, match="0: double quantisation is of scales that are found, and its recipe learns them"
+    ):
+        qtrain.pack(model, DoubledLinear)
+    assert isinstance(model[0], QuantLinear)

@@ -361,6 +361,16 @@ def test_what_cannot_be_done_is_named_and_nothing_is_left(run: RunDirectory, gpt
     assert qtrain.post_training.SEQUENCES * 32 <= TOKENS
 
 
+@pytest.mark.parametrize("recipe, first", [("w4a16", "recipe w4a16 does not rotate weights"), ("quartet", "layers.0.")])
+def test_mr_gptq_says_where_the_recipe_does_not_rotate(
+    run: RunDirectory, tmp_path: Path, recipe: str, first: str
+) -> None:
+    said: list[str] = []
+    with pytest.raises(KeyboardInterrupt):
+        quantize(str(run.path), tmp_path / "out", [f"recipe={recipe}"], "mr_gptq", TOKENS, stopping(said, 1))
+    assert said[0].startswith(first)
+
+
 def test_a_head_that_is_the_embedding_is_not_quantised_apart_from_it() -> None:
     """`load_run` could not read such a run: its head has the embedding's weight."""
     small = ("model.dim=32", "model.ffn_dim=64", "model.n_layers=1", "model.n_heads=2", "model.tie_embeddings=true")

@@ -418,6 +418,14 @@ BAD = {
         lambda: quantize(matrix(4, 32), Layout(MXFP4, (4, 32))).to("packed"),
         "not kept beside the values; quantise with",
     ),
+    "packing a NaN under a learned scale": (
+        lambda: quantize(
+            matrix(4, 32) / 0,
+            Layout(replace(QUEST, rule="learned", per_tensor=True), (4, 32), storage="packed"),
+            learned=torch.tensor(0.3),
+        ),
+        r"bfloat16 \(4, 32\) cannot become packed: it holds a NaN, which has no bits under a learned scale",
+    ),
     "undoing float8": (
         lambda: quantize(matrix(4, 32), Layout(MXFP4, (4, 32), storage="float8")).to("packed"),
         "float8 may have rounded its codes",

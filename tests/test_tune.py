@@ -100,6 +100,11 @@ def test_what_does_not_fit_is_refused(more, message):
         check_model(compose([*SMALL, *more]))
 
 
+def test_moves_without_settings_are_those_of_pv_tuning():
+    assert compose([*SMALL, "+tune=peqa", "tune.scales.moves={}"]).tune == compose([*SMALL, "+tune=pv"]).tune
+    assert compose([*SMALL, "+tune=peqa"]).tune.scales.moves is None
+
+
 def test_one_thing_trains():
     with pytest.raises(UserError, match="each say what trains"):
         compose([*SMALL, "+tune=peqa", "+tune.adapter.rank=4"])

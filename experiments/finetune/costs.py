@@ -26,7 +26,7 @@ from qtrain.models.decoder import Decoder
 from qtrain.train import compose
 
 ROOT = Path(__file__).resolve().parents[2]
-STEPS, ROUNDS, MIB = 4, 2, 2**20
+STEPS, ROUNDS, MIB = 4, 3, 2**20
 FEW = [
     f"trainer.tokens={STEPS * 2048}", "trainer.micro_batch_size=2", "data.val_tokens=2048",
     "callbacks.log_every_steps=1", "callbacks.telemetry_every_steps=0", "optimizer.lr=1e-4",

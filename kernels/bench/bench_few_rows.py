@@ -96,7 +96,7 @@ def cases(k: int, n: int, options: argparse.Namespace) -> Iterator[Case]:
     for name in FORMATS:
         module = dispatch.few_rows(options.backend, options.device, layout_of(name, n, k))
         for rows in ROWS:
-            if module is not None and rows <= module.FEW:
+            if module is not None and rows <= module.most(layout_of(name, n, k)):
                 yield f"{name}, {rows}x{k}x{n}", partial(measure, name, rows, (k, n), options)
 
 

@@ -618,7 +618,8 @@ inline vf code_of(vi field) {  // of the low BITS
   return (vf)(place | (vi)((vu)field << (32 - BITS) & 0x80000000u));
 }
 
-typedef std::conditional_t<KIND == Kind::FLOAT16 || KIND == Kind::BFLOAT16, uint16_t, uint8_t> ScaleBits;
+typedef std::conditional_t<KIND == Kind::FLOAT16 || KIND == Kind::BFLOAT16, uint16_t,
+                           std::conditional_t<BLOCK && KIND == Kind::FLOAT32, int32_t, uint8_t>> ScaleBits;
 
 inline vi scale_bits(vf scale) {  // of a block
   if (KIND == Kind::E8M0) return biased_exponent(bits_of(scale));
@@ -820,6 +821,7 @@ namespace {
 inline float scale_of(ScaleBits bits) {
   if (KIND == Kind::E8M0) return power_of_two(vi{} + bits)[0];
   if (KIND == Kind::BFLOAT16) return ((vf)(vi{} + (bits << 16)))[0];
+  if (KIND == Kind::FLOAT32) return ((vf)(vi{} + bits))[0];
   return bits == SCALE_NAN ? NOT_A_NUMBER : at_place(vi{} + bits, SCALE)[0];
 }
 
@@ -904,8 +906,8 @@ inline void look_up(const Values& values, const uint8_t* from, void* to) {  // 1
 
 }  // namespace
 
-// Codes of WIDTH bits, scales of a byte or two -> n values in runs of RUN, and the scale of each, where BLOCK. zeros: with
-// ZERO_POINT the level of zero in each run, a byte; else null.
+// Codes of WIDTH bits, scales of one, two or four bytes -> n values in runs of RUN, and the scale of each, where BLOCK.
+// zeros: with ZERO_POINT the level of zero in each run, a byte; else null.
 extern "C" void unpack(const uint8_t* codes, const void* scales_, const uint8_t* zeros, int64_t n, void* values_,
                        int threads) {
   const ScaleBits* scales = (const ScaleBits*)scales_;

@@ -51,8 +51,9 @@ def get(
 
 @lru_cache(4096)
 def few_rows(backend: str, device_type: str, layout: Layout) -> Any:
-    """The module whose `FewRows` multiplies up to FEW rows by a weight of this layout in its bits. None where products
-    are of the dequantised weight: on the reference, and where `lacks` of the backend's module names a reason."""
+    """The module whose `FewRows` multiplies few rows, up to its `most`, by a weight of this layout in its bits. None
+    where products are of the dequantised weight: on the reference, and where `lacks` of the backend's module names a
+    reason."""
     from qtrain_kernels import few_rows, gpu_few_rows  # which need this module
 
     found = {"compiled": few_rows, "triton": gpu_few_rows}.get(resolve(backend, device_type))

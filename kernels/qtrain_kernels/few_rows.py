@@ -12,22 +12,24 @@ stay below 2^24 (`exact`), and then equal those of any other order.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from qtrain_kernels import reference
-from qtrain_kernels.cpu import GRAIN, _at, bound, library
-from qtrain_kernels.plans import Packed, Plan, field_width, scale_nan
+from qtrain_kernels import dispatch, reference
+from qtrain_kernels.cpu import GRAIN, TYPES, _at, library
+from qtrain_kernels.plans import Packed, Plan, Rotation, field_width, scale_nan
 from qtrain_kernels.precision import FEW, FEW_MULTIPLE
-from qtrain_kernels.qtensor import Layout, QTensor
+from qtrain_kernels.qtensor import Layout, QTensor, float_storage
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 CHUNK_BYTES = 16  # of codes that are decoded at once
+MOST = 128  # rows, in slices of FEW
 
 
 def lacks(layout: Layout) -> str | None:
@@ -38,8 +40,8 @@ def lacks(layout: Layout) -> str | None:
     width = field_width(plan.element)
     if width > 4:
         return f"its codes take {width} bits; 1, 2 and 4 are decoded"
-    if plan.element.table is not None or (plan.block is not None and plan.scale_kind == "float32"):
-        return "codes of a table and float32 scales of blocks are not decoded"
+    if plan.element.table is not None:
+        return "codes of a table are not decoded"
     chunk = CHUNK_BYTES * 8 // width
     if layout.shape[1] % chunk:
         return f"its contraction of {layout.shape[1]} is no multiple of {chunk}"
@@ -48,69 +50,114 @@ def lacks(layout: Layout) -> str | None:
     return None
 
 
+def most(layout: Layout) -> int:
+    """Rows of x up to which the product is the faster one: more where the weight would be dequantised to float32."""
+    return MOST if float_storage(layout.plan, torch.bfloat16) == "float32" else FEW
+
+
 def exact(left: Layout, right: Layout) -> bool:
     """Whether sums of the codes of x and of a weight are whole numbers that float32 holds."""
     if left.plan is None or right.plan is None or left.plan.block or right.plan.block:
         return False
     largest = 1.0
     for element in (left.plan.element, right.plan.element):
-        if element.mantissa_bits is not None:
+        if not element.uniform:
             return False
         largest *= element.max / min(abs(code) for code in element.levels() if code)
     return largest * right.shape[0] < 2**24
 
 
+class _Weight(ctypes.Structure):
+    """As few_rows.cpp has it, of codes."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("codes", "scales", "zeros", "table", "levels", "line")),
+        *((name, ctypes.c_int64) for name in ("n", "k", "apart")),
+        ("unit", ctypes.c_float),
+    )
+
+
+class _Bfloat16Weight(ctypes.Structure):
+    _fields_ = (("values", ctypes.c_void_p), ("n", ctypes.c_int64), ("k", ctypes.c_int64))
+
+
+class _Rotation(ctypes.Structure):
+    _fields_ = (("signs", ctypes.c_void_p), ("block", ctypes.c_int64), ("norm", ctypes.c_float))
+
+
 class FewRows:
     """A weight (N, K), ready for products: it keeps what these read, and no copy of the codes, which lie at `address`.
-    ValueError for one that `lacks` names a reason against."""
+    rotation: of the weight's rows, for `linear`; backend: of a rotation that is not done here. ValueError for a weight
+    that `lacks` names a reason against, and a rotation that does not fit it."""
 
-    def __init__(self, weight: QTensor) -> None:
+    def __init__(self, weight: QTensor, rotation: Rotation | None = None, backend: str = "auto") -> None:
         reason = lacks(weight.layout)
         if reason is not None:
             raise ValueError(f"this weight is not multiplied in its bits: {reason}")
+        if rotation is not None and weight.shape[1] % rotation.size:
+            raise ValueError(f"a weight of {weight.shape} has no whole blocks of a rotation of {rotation.size}")
         plan = weight.layout.plan
         assert plan is not None
-        self.shape, self.codes = weight.shape, weight.codes.contiguous()
+        self.shape, self.address, codes = weight.shape, weight.codes.data_ptr(), weight.codes.contiguous()
         levels, unit = _levels(plan)
-        table = None if weight.block_scale is None else _table(plan)
+        table = None if weight.block_scale is None or plan.scale_kind == "float32" else _table(plan)
         line = weight.tensor_scale
         if line is None and weight.layout.constant != 1.0:
             line = torch.tensor(weight.layout.constant)
-        scales, zeros = weight.block_scale, weight.zero_point
-        self._held = levels, table, line, scales, zeros  # whose addresses the products read
-        self._weight = _at(self.codes), _at(scales), _at(zeros), _at(table), _at(levels), unit
-        self._line = _at(line), int(line is not None and line.ndim > 0)
+        parts = codes, weight.block_scale, weight.zero_point, table, levels, line
+        apart = int(line is not None and line.ndim > 0)
+        self._weight = _Weight(*map(_at, parts), *self.shape, apart, unit)
+        self._rotation, self._before, signs = None, None, None
+        if rotation is not None and rotation.base is not None:  # a product of matrices, for which there is no code here
+            self._before = partial(rotate_rows, rotation=rotation, backend=backend)
+        elif rotation is not None:
+            signs = reference.signs_of(rotation)
+            signs = None if signs is None else signs.float().contiguous()
+            self._rotation = _Rotation(_at(signs), rotation.size, rotation.size**-0.5)
+        self._held = parts, signs  # whose addresses the products read
         self._product = _of_codes(plan)
-        self.address = weight.codes.data_ptr()
 
     def __call__(self, x: Tensor, scaled: bool = True) -> Tensor:
-        """x (R, K), float32 or bfloat16, R at most 8 -> (R, N) float32. scaled: whether the scale of the weight's
+        """x (R, K), float32 or bfloat16, R at most MOST -> (R, N) float32. scaled: whether the scale of the weight's
         tensor or lines multiplies the sums."""
-        x = _filled(x, self.shape[1])
-        rows, line = x.shape[0], self._line if scaled else (None, 0)
-        out = x.new_empty((rows, self.shape[0]))
-        self._product(rows, *self._weight, *line, x.data_ptr(), *self.shape, out.data_ptr(), _threads(self.shape))
-        return out
+        return _call(self._product, self._weight, self.shape, x, None, torch.float32, scaled)
+
+    def linear(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """x (R, K), float32 or bfloat16, R at most MOST -> (R, N) in dtype, one of these: x is rotated in float32 and
+        rounded to dtype, and so is the product."""
+        if self._before is not None:
+            x = self._before(x)
+        return _call(self._product, self._weight, self.shape, x, self._rotation, dtype)
 
 
-def bfloat16_rows(x: Tensor, weight: Tensor) -> Tensor:
-    """x (R, K), float32 or bfloat16, R at most 8, times the transpose of weight (N, K) bfloat16 -> (R, N) float32.
-    ValueError where K is no multiple of 32."""
+def rotate_rows(x: Tensor, rotation: Rotation, backend: str) -> Tensor:
+    """x (R, K) -> x D H, float32."""
+    return dispatch.get("rotate", backend, x.device.type, rotation=rotation)(x.unsqueeze(-1), rotation).squeeze(-1)
+
+
+def bfloat16_rows(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """x (R, K), float32 or bfloat16, R at most MOST, times the transpose of weight (N, K) bfloat16 -> (R, N) in dtype,
+    one of these: x is rounded to dtype, and so is the product. ValueError where K is no multiple of 32."""
     if weight.dtype != torch.bfloat16 or weight.ndim != 2 or weight.shape[1] % FEW_MULTIPLE:
         raise ValueError(f"weight must be (N, K) bfloat16, K % 32 == 0; got {tuple(weight.shape)} {weight.dtype}")
     weight, shape = weight.contiguous(), (weight.shape[0], weight.shape[1])
-    x = _filled(x, shape[1])
-    rows = x.shape[0]
-    out = x.new_empty((rows, shape[0]))
-    _of_bfloat16()(rows, weight.data_ptr(), x.data_ptr(), *shape, out.data_ptr(), _threads(shape))
+    return _call(_of_bfloat16(), _Bfloat16Weight(weight.data_ptr(), *shape), shape, x, None, dtype)
+
+
+def _call(
+    product: Callable[..., None], weight: ctypes.Structure, shape: tuple[int, int], x: Tensor,
+    rotation: _Rotation | None, dtype: torch.dtype, scaled: bool = True,
+) -> Tensor:  # fmt: skip
+    if dtype not in TYPES:
+        raise ValueError(f"a product is in float32 or bfloat16; got {dtype}")
+    if x.ndim != 2 or x.shape[1] != shape[1] or not 0 < x.shape[0] <= MOST or not x.is_cpu:
+        raise ValueError(f"x must be (1 to {MOST}, {shape[1]}) on CPU; got {tuple(x.shape)} on {x.device}")
+    x = (x if x.dtype in TYPES else x.float()).contiguous()
+    out = torch.empty((x.shape[0], shape[0]), dtype=dtype, device="cpu")
+    halves, threads = (x.dtype == torch.bfloat16, dtype == torch.bfloat16), _threads(shape)
+    for rows, results in zip(x.split(FEW), out.split(FEW), strict=True):
+        product(weight, rotation, len(rows), rows.data_ptr(), *halves, scaled, results.data_ptr(), threads)
     return out
-
-
-def _filled(x: Tensor, k: int) -> Tensor:
-    """x as contiguous float32. There is code for each number of rows."""
-    if x.ndim != 2 or x.shape[1] != k or not 0 < x.shape[0] <= FEW or not x.is_cpu:
-        raise ValueError(f"x must be (1 to {FEW}, {k}) on CPU; got {tuple(x.shape)} on {x.device}")
-    return x.float().contiguous()
 
 
 def _threads(shape: tuple[int, int]) -> int:
@@ -147,17 +194,23 @@ def _table(plan: Plan) -> Tensor:
 
 @cache
 def _of_codes(plan: Plan) -> Callable[..., None]:
-    scale_type = "uint16_t" if plan.has_float_scales else "uint8_t"
+    scale_type = "float" if plan.scale_kind == "float32" else "uint16_t" if plan.has_float_scales else "uint8_t"
     constants = f"#define CODES\n#define WIDTH {field_width(plan.element)}\n#define BLOCK {plan.block or 0}\n"
     constants += f"#define SCALE_BITS {scale_type}\n#define ZERO_POINT {int(plan.element.zero_point)}\n"
-    return _function(constants, "ipppppfpipllpi")
+    return _function(constants, _Weight)
 
 
 @cache
 def _of_bfloat16() -> Callable[..., None]:
-    return _function("", "ippllpi")
+    return _function("", _Bfloat16Weight)
 
 
-def _function(constants: str, arguments: str) -> Callable[..., None]:
-    made = library(f"{constants}{SOURCE.read_text()}", "-ffp-contract=fast", "-O3")
-    return bound(made, "few_rows", arguments)
+def _function(constants: str, weight: type[ctypes.Structure]) -> Callable[..., None]:
+    """ValueError of the compiler's, as of cpu.py."""
+    function = library(f"{constants}{SOURCE.read_text()}", "-ffp-contract=fast", "-O3").few_rows
+    pointer, number = ctypes.c_void_p, ctypes.c_int
+    function.argtypes = [
+        ctypes.POINTER(weight), ctypes.POINTER(_Rotation), number, pointer, number, number, number, pointer, number,
+    ]  # fmt: skip
+    function.restype = None
+    return function

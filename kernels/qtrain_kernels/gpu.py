@@ -101,7 +101,7 @@ def missing_kernel(plan: Plan | None, rotation: int | None) -> str | None:
 
 def writes(layout: Layout) -> bool:
     """Whether `quantize` gives a layout."""
-    return layout.plan is not None and layout.storage in STORAGES and layout.rows == 1
+    return layout.plan is not None and layout.storage in STORAGES and layout.rows == 1 and not layout.loses_nan
 
 
 def requantizes(layout: Layout) -> bool:

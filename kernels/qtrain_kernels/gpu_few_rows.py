@@ -16,15 +16,16 @@ order the units add a run. No GPU has run it yet: tile, parts and FEW are chosen
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from qtrain_kernels import gpu
+from qtrain_kernels.few_rows import rotate_rows
 from qtrain_kernels.gpu import Tile
-from qtrain_kernels.plans import Plan, field_width, grids, scale_nan
+from qtrain_kernels.plans import Plan, Rotation, field_width, grids, scale_nan
 from qtrain_kernels.qtensor import Layout, QTensor
 
 FEW = 64  # rows of x: what one program holds the sums of
@@ -76,16 +77,23 @@ def lacks(layout: Layout) -> str | None:
     return gpu.missing_kernel(grids(plan), None)
 
 
+def most(layout: Layout) -> int:
+    """Rows of x up to which the product is taken."""
+    return FEW
+
+
 class FewRows:
     """A weight (N, K), ready for products; it keeps the codes, which lie at `address`, and no copy. ValueError for one
-    that `lacks` names a reason against, or that lies where Triton has no code for."""
+    that `lacks` names a reason against, or that lies where Triton has no code for. rotation: of the weight's rows, for
+    `linear`, by this backend."""
 
-    def __init__(self, weight: QTensor) -> None:
+    def __init__(self, weight: QTensor, rotation: Rotation | None = None, backend: str = "auto") -> None:
         reason = lacks(weight.layout)
         if reason is not None:
             raise ValueError(f"this weight is not multiplied in its bits: {reason}")
         gpu._check_device(weight.codes)
         self.shape, self.layout, self.address = weight.shape, weight.layout, weight.codes.data_ptr()
+        self._rotate = None if rotation is None else partial(rotate_rows, rotation=rotation, backend=backend)
         self._codes = weight.codes.contiguous()
         self._blocks = None if weight.block_scale is None else weight.block_scale.contiguous()
         self._scale = None if weight.tensor_scale is None else weight.tensor_scale.contiguous()
@@ -112,6 +120,12 @@ class FewRows:
         whole = SumJob(LINES, sums.few, kind)
         gpu.launch(sum_kernel, y, Tile(LINES, 1, 4), scale, found, parts, n, rows, whole, size=(n, 1))
         return found
+
+    def linear(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """x (R, K), R at most 64 -> (R, N) in dtype, one of DTYPES: x is rotated in float32 and rounded to dtype, and
+        so is the product."""
+        turned = x if self._rotate is None else self._rotate(x)
+        return self(turned.to(dtype)).to(dtype)
 
     def _check(self, x: Tensor) -> None:
         if x.ndim != 2 or x.shape[1] != self.shape[1] or not 0 < x.shape[0] <= FEW or x.device != self._codes.device:

@@ -404,8 +404,8 @@ class Packed(NamedTuple):
 
     codes: uint8, the elements in row-major order, `field_width` bits each, the first in a byte's low bits: sign,
     exponent and mantissa of a minifloat, else the place among the levels. scales: a block's scale each, uint8 of E8M0
-    and of minifloats, float16 and bfloat16 as they are, and float32 of codes of a table; None without blocks.
-    zero_points: a block's each, uint8; None where the element has none.
+    and of minifloats, else floats as they are; None without blocks. zero_points: a block's each, uint8; None where
+    the element has none.
     """
 
     codes: Tensor
@@ -436,15 +436,17 @@ def scale_nan(plan: Plan) -> int:
 
 
 def can_pack(plan: Plan) -> bool:
-    """Whether `unpack` gives back what `pack` takes, NaN included. It does not where
-    - the scale is given: a NaN code under a finite scale has no bits;
+    """Whether `unpack` gives back what `pack` takes, NaN included, but where the scale is given: that stays finite
+    beside a NaN code, which has no bits. It does not where
     - sparsity puts zeros into a grid that has none;
-    - block scales are float32, but of codes of a table: the product of code and scale is rounded;
+    - block scales are float32, but given, or of codes of a table: no kernel that finds such scales packs them;
     - a minifloat of block scales needs more than 8 bits, or lacks 1.0, which stands for scales that round to zero."""
-    if plan.scale_rule.given or (plan.sparsity is not None and plan.element.offset):
+    if plan.sparsity is not None and plan.element.offset:
         return False
-    if plan.block is None or plan.scale_kind in ("e8m0", "float16", "bfloat16") or plan.element.table is not None:
+    if plan.block is None or plan.scale_kind in ("e8m0", "float16", "bfloat16"):
         return True
+    if plan.scale_kind == "float32":
+        return plan.scale_rule.given or plan.element.table is not None
     return (
         plan.scale_element is not None
         and len(plan.scale_element.magnitudes()) < 256

@@ -84,8 +84,11 @@ def _is_few(x: Tensor, weight: Tensor) -> bool:
 def _few_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     from qtrain_kernels.few_rows import bfloat16_rows  # which needs this module
 
-    y = bfloat16_rows(x.bfloat16().reshape(-1, x.shape[-1]), weight)
-    y = (y if bias is None else y + bias.bfloat16()).bfloat16()
+    rows = x.reshape(-1, x.shape[-1])
+    if bias is None:
+        y = bfloat16_rows(rows, weight, torch.bfloat16)
+    else:  # rounded once, with it
+        y = (bfloat16_rows(rows.bfloat16(), weight, torch.float32) + bias.bfloat16()).bfloat16()
     return y.view(*x.shape[:-1], -1)
 
 

@@ -99,6 +99,11 @@ class Layout:
         return self.storage in ("packed", "swizzled")
 
     @cached_property
+    def loses_nan(self) -> bool:
+        """Whether a NaN shows in neither codes nor scales: it has no bits, and a given scale stays finite beside it."""
+        return self.packed and self.plan is not None and self.plan.scale_rule.given
+
+    @cached_property
     def size(self) -> int | None:
         """Elements along the contraction that share a block scale; None without blocks."""
         return None if self.plan is None or self.plan.block is None else self.plan.block // self.rows
@@ -122,22 +127,22 @@ class Layout:
 
     @cached_property
     def saved(self) -> Layout:
-        """The storage of the fewest bits that holds the same: packed where that is smaller, else as it is, or in floats
-        where float8 may round."""
+        """The storage of the fewest bits that holds the same, NaN included: packed where that is smaller, else as it
+        is, or in floats where float8 may round."""
         if self.packed or self.plan is None:
             return self.stored(self.storage)
         rounds = not self.flat and self.size is not None
         storage = float_storage(self.plan, torch.bfloat16) if rounds else self.storage
         width = 8 * FLOATS[storage].itemsize if storage in FLOATS else 8
-        packs = not self.lacks("packed") and field_width(self.plan.element) < width
+        packs = not (self.lacks("packed") or self.plan.scale_rule.given) and field_width(self.plan.element) < width
         return self.stored("packed" if packs else storage)
 
     @cached_property
     def held(self) -> Layout:
-        """The same where every backend writes it: floats, integers, bits, and float8 where codes need no shift. Else
-        the floats, beside their block scales, of which it can be made."""
+        """The same where every backend writes it: floats, integers, bits that lose no NaN, and float8 where codes need
+        no shift. Else the floats, beside their block scales, of which it can be made."""
         of_codes = self.storage == "float8_128" and self.plan is not None and self.plan.scale_kind == "float32"
-        if self.storage in (*FLOATS, "int8", "packed") or of_codes:
+        if self.storage in (*FLOATS, "int8") or (self.storage == "packed" and not self.loses_nan) or of_codes:
             return self
         return self.stored(float_storage(self.plan, torch.bfloat16), blocks=True)
 
@@ -520,6 +525,11 @@ class QTensor:
         if layout.dim == -2:
             codes = codes.T
             blocks, zeros = (None if part is None else part.T for part in (blocks, zeros))
+        if target.loses_nan and codes.isnan().any():
+            raise ValueError(
+                f"{layout.storage} {self.shape} cannot become {target.storage}: it holds a NaN, which has no bits "
+                "under a learned scale; keep it in float32 or bfloat16"
+            )
         spans = codes.reshape(-1, layout.size or target.lines[1], 1)
         pack = dispatch.get("pack", backend, codes.device.type, plan)
         given = () if zeros is None else (zeros.reshape(-1),)

@@ -169,7 +169,9 @@ def _hadamard(x: Tensor, base: Tensor | None) -> Tensor:
         first, second = pairs[:, 0], pairs[:, 1]
         x = torch.stack((first + second, first - second), dim=1)
         half //= 2
-    if base is not None:
+    if base is not None and inner == 1:  # of blocks of one column, matmul would make as many small products
+        x = matmul(x.reshape(-1, base.shape[0]), base.T)
+    elif base is not None:
         x = matmul(base, x.reshape(-1, base.shape[0], inner))
     return x.reshape(blocks, size, inner) * size**-0.5
 
@@ -616,6 +618,8 @@ def pack(values: Tensor, blocks: Tensor | None, plan: Plan, zeros: Tensor | None
         codes = values.float()
     else:
         codes = values.float().reshape(blocks.shape[0], plan.block or 1, 1) / _nonzero(blocks)
+        if plan.scale_kind == "float32":  # whose products with codes are rounded
+            codes = round_nearest(codes, plan.element)
     return pack_codes(codes, blocks, plan, zeros)
 
 

@@ -9,10 +9,11 @@ qtrain quantize checkpoints/llama --out w4 recipe=quest_weight_only data=text da
 
 The recipe says formats, scales and rotations of weights and inputs, as in training; the method, which codes the weights
 get: rtn (to nearest), rtn_mse (scales of least error), gptq (columns make up for errors before them), mr_gptq (both,
-columns by falling activation; with a recipe that rotates), quarot (gptq and rtn_mse, the residual stream rotated),
-smoothquant and awq (inputs after a norm are divided, by their largest values or by what serves the weights), llm_fp4
-(each layer gets the minifloats of least output error, of as many bits as the recipe's; inputs after a norm are divided
-by powers of two). Layers are calibrated on the training text of the run, or on data=.
+columns by falling activation; the command says where the recipe does not rotate, as MR-GPTQ does), quarot (gptq and
+rtn_mse, the residual stream rotated), smoothquant and awq (inputs after a norm are divided, by their largest values or
+by what serves the weights), llm_fp4 (each layer gets the minifloats of least output error, of as many bits as the
+recipe's; inputs after a norm are divided by powers of two). Layers are calibrated on the training text of the run, or
+on data=.
 
 With every method, outliers can stay in 16 bits beside the codes: whole input columns with their inputs (QUIK's are the
 columns of the largest inputs, LLM.int8's those with an input above 6), or single weights (SpQR's, whose rounding, or

@@ -181,6 +181,16 @@ class CallbacksConfig(Strict):
     tasks_limit: int | None = Field(None, gt=0)
     progress_bar: bool = True
 
+    @model_validator(mode="after")
+    def _of_tasks(self) -> CallbacksConfig:
+        for name in ("tasks_every_steps", "tasks_limit"):
+            if (value := getattr(self, name)) is not None and not self.tasks:
+                raise ValueError(
+                    f"callbacks.{name}={value} is about the files of callbacks.tasks, which names none; set "
+                    f"callbacks.tasks=[FILE.yaml], or callbacks.{name}=null"
+                )
+        return self
+
 
 class LoggerConfig(Strict):
     """metrics.jsonl is always written; a logger mirrors it.
@@ -256,7 +266,8 @@ class ScalesConfig(Strict):
 
     bits: of a code.
     group: weights along the inputs that share a scale and a zero point; None is a whole row.
-    moves: how the codes move as well (PV-Tuning); None freezes them, and all else but the scales.
+    moves: how the codes move as well (PV-Tuning); {} takes the defaults of its settings, None freezes the codes, and
+        all else but the scales.
     """
 
     bits: int = Field(4, ge=2, le=8)

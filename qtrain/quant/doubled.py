@@ -62,9 +62,14 @@ class DoubledLinear(PackedLinear):
         self, weight: QTensor, bias: Tensor | None, numerics: Numerics, name: str, keys: Tensor,
         input_scale: Tensor | None = None,
     ) -> None:  # fmt: skip
-        """As PackedLinear's. UserError for a format whose blocks have no float32 scales."""
+        """As PackedLinear's. UserError for a format whose blocks have no float32 scales, and for learned ones."""
         super().__init__(weight, bias, numerics, name, keys, input_scale)
         scales = weight.block_scale
+        if numerics.fprop.right.learned:
+            raise UserError(
+                f"{name}: double quantisation is of scales that are found, and its recipe learns them; "
+                "take another scale rule, or set tune.adapter.double_quantization=false"
+            )
         if scales is None or scales.dtype != torch.float32:
             raise UserError(
                 f"{name}: double quantisation stores float32 scales of blocks in 8 bits, and "

@@ -26,6 +26,9 @@ from qtrain.quant.random import checked_seed, key_table
 from qtrain_kernels.precision import Linear
 
 REMEMBERED = 64  # steps or micro-batches whose forwards can still be recomputed
+UNCALIBRATED = (
+    "its recipe learns a scale, which has no value yet; call qtrain.calibrate(model, input), or load a checkpoint"
+)
 
 
 class QuantLinear(Linear):
@@ -96,10 +99,7 @@ class QuantLinear(Linear):
                 "qtrain.set_step(model, step, micro_batch) before each training forward"
             )
         if not self.calibrated:
-            raise UserError(
-                f"{self.name}: its recipe learns a scale, which has no value yet; call qtrain.calibrate(model, input), "
-                "or load a checkpoint"
-            )
+            raise UserError(f"{self.name}: {UNCALIBRATED}")
         x = input.reshape(-1, self.in_features)
         y = functional.fprop(
             x, self.weight, self.input_scale, self.weight_scale, self._kept(),

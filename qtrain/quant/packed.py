@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from qtrain.errors import UserError
 from qtrain.quant.functional import Call, Numerics, given_scale, read_numerics
-from qtrain.quant.linear import QuantLinear, compute_dtype, quant_linears
+from qtrain.quant.linear import UNCALIBRATED, QuantLinear, compute_dtype, quant_linears
 from qtrain.quant.outliers import PARTS, FixedDtypes, Outliers
-from qtrain.quant.quantizer import rotate, unrotate
+from qtrain.quant.quantizer import unrotate
 from qtrain.quant.random import key_table
 from qtrain_kernels import dispatch
 from qtrain_kernels.few_rows import exact
@@ -34,11 +34,11 @@ class PackedLinear(FixedDtypes):
     that of the dequantised weight in the compute dtype, straight through their quantiser; the weight has none. A weight
     of which parts stay in 16 bits has them in `outliers`.
 
-    Few rows of inputs multiply the weight in its bits, unless the backend is the reference: at most 8 on a CPU
-    (`qtrain_kernels.few_rows`), at most 64 on CUDA (`qtrain_kernels.gpu_few_rows`). Where both sides are integers
-    without block scales, sums are exact and the same. Where the recipe leaves the inputs as they are, float32 sums are
-    taken in another order, and are not rounded to bfloat16 before the weight's scale. Everywhere else, and with more
-    rows, the outputs are those of the layer, bit for bit.
+    Few rows of inputs multiply the weight in its bits, unless the backend is the reference: at most 8 on a CPU, or 128
+    under block scales that are floats (`qtrain_kernels.few_rows`), at most 64 on CUDA (`qtrain_kernels.gpu_few_rows`).
+    Where both sides are integers without block scales, sums are exact and the same. Where the recipe leaves the inputs
+    as they are, float32 sums are taken in another order, and are not rounded to bfloat16 before the weight's scale.
+    Everywhere else, and with more rows, the outputs are those of the layer, bit for bit.
     """
 
     codes: Tensor
@@ -63,7 +63,7 @@ class PackedLinear(FixedDtypes):
     @classmethod
     def of(cls, layer: QuantLinear) -> PackedLinear:
         """The codes of a layer's own forward. UserError where it has none that stay."""
-        reason = unsettled(layer.numerics)
+        reason = without_codes(layer)
         if reason is not None:
             raise UserError(f"{layer.name} cannot be packed: {reason}")
         scale = None if layer.input_scale is None else layer.input_scale.detach().clone()
@@ -109,21 +109,23 @@ class PackedLinear(FixedDtypes):
 
     def _product_of_codes(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         module = dispatch.few_rows(self.numerics.backend, x.device.type, self.layout)
-        few, rotation = module is not None and len(x) <= module.FEW, self.rotation()
+        few = module is not None and len(x) <= module.most(self.layout)
         if few and self.numerics.fprop.left.plan is None:  # quantising takes longer than the product
-            turned = x if rotation is None else rotate(x.detach(), rotation, self.numerics.backend)
-            return self._few_rows(module)(turned.to(dtype)).to(dtype)
+            return self._few_rows(module).linear(x.detach(), dtype)
         call = Call(self.numerics, self.keys, dtype, None)
-        xq, _ = call.operand("fprop.x", x, rotation, learned=given_scale(self.input_scale))
-        if few and xq.layout.storage == "int8" and exact(xq.layout, self.layout.t):
+        xq, _ = call.operand("fprop.x", x, self.rotation(), learned=given_scale(self.input_scale))
+        if few and exact(xq.layout, self.layout.t):
             held = xq.to(float_storage(xq.layout.plan, torch.bfloat16), call.numerics.backend)
-            return scaled(self._few_rows(module)(held.codes, scaled=False), scales_of(xq, self.weight.t)).to(dtype)
+            sums = self._few_rows(module)(held.codes, scaled=False)
+            if xq.codes.is_floating_point():  # whose product is rounded to their dtype before the scales
+                sums = sums.to(xq.codes.dtype)
+            return scaled(sums, scales_of(xq, self.weight.t)).to(dtype)
         return call.multiply("fprop", xq, self.weight.t, dtype)
 
     def _few_rows(self, module: Any) -> Any:
         """The weight as the FewRows of a module of `dispatch.few_rows`, made once."""
         if self._ready is None or self._ready.address != self.codes.data_ptr():
-            self._ready = module.FewRows(self.weight)
+            self._ready = module.FewRows(self.weight, self.rotation(), self.numerics.backend)
         return self._ready
 
     def product_back(self, dy: Tensor, dtype: torch.dtype) -> Tensor:
@@ -152,6 +154,10 @@ class PackedLinear(FixedDtypes):
         self.keys = self.keys.to(self.codes.device) if self.codes.device.type != "meta" else self.keys
         return self
 
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._ready = None  # it may read tensors that were replaced
+
     def __getstate__(self) -> dict[str, Any]:
         """For a copy, or a pickle: without the addresses that few rows read, which are of this process and tensor."""
         return self.__dict__ | {"_ready": None}
@@ -178,17 +184,23 @@ def layout_of(numerics: Numerics, shape: tuple[int, int]) -> Layout:
     """In which a PackedLinear keeps a weight (N, K): packed to the bits of its format where it has such, else in floats
     that hold it exactly, beside the block scales without which there would be no codes to export."""
     quantizer = numerics.fprop.right
-    found = quantizer.layout(shape, -1, float_storage(quantizer.plan, torch.bfloat16)).unmasked.saved
-    return found.stored(found.storage, blocks=True)
+    found = quantizer.layout(shape, -1, float_storage(quantizer.plan, torch.bfloat16)).unmasked
+    return found.stored(found.storage if found.lacks("packed") else "packed", blocks=True)
 
 
 def codes_of(layer: QuantLinear, weight: Tensor) -> QTensor:
-    """A weight (N, K) as a layer's forward quantises it, in `layout_of`; without values on the meta device."""
+    """A weight (N, K) as a layer's forward quantises it, in `layout_of`; without values on the meta device. UserError
+    for a NaN or infinity under a learned scale: such codes have no bits."""
     layout = layout_of(layer.numerics, (layer.out_features, layer.in_features))
     if weight.device.type == "meta":
         return QTensor.of(layout, [torch.empty(size, dtype=dtype, device="meta") for size, dtype in layout.shapes()])
     call = Call(layer.numerics, key_table([layer.keyed_by], 0, 0)[0].to(weight.device), torch.float32, None)
     rotation, learned = call.rotation("fprop", layer.in_features), given_scale(layer.weight_scale)
+    if layout.loses_nan and not all(tensor.isfinite().all() for tensor in (weight, learned) if tensor is not None):
+        raise UserError(
+            f"{layer.name} cannot be packed: its weight or its learned scale holds a NaN or infinity, which has no "
+            "bits; take a checkpoint from before the training diverged"
+        )
     return call.operand("fprop.w", weight, rotation, learned=learned, layout=layout)[0]
 
 
@@ -204,6 +216,13 @@ def unsettled(numerics: Numerics) -> str | None:
     return None
 
 
+def without_codes(layer: QuantLinear) -> str | None:
+    """Why a layer has no codes of its weight to keep; None if it has. On the meta device nothing has values yet, and a
+    learned scale needs none."""
+    is_unset = not layer.calibrated and layer.weight.device.type != "meta"
+    return unsettled(layer.numerics) or (UNCALIBRATED if is_unset else None)
+
+
 def obstacle(model: nn.Module) -> str | None:
     """Why `pack` refuses a model; None if it does not."""
     layers = quant_linears(model)
@@ -212,7 +231,7 @@ def obstacle(model: nn.Module) -> str | None:
     shared = {id(parameter) for module in model.modules() if not isinstance(module, QuantLinear)
               for parameter in module.parameters(recurse=False)}  # fmt: skip
     for layer in layers:
-        reason = unsettled(layer.numerics)
+        reason = without_codes(layer)
         if layer.high_precision:
             reason = "it computes in high precision"
         if id(layer.weight) in shared:
@@ -227,19 +246,20 @@ def pack(model: nn.Module, kind: type[PackedLinear] | None = None) -> None:
     kind: a PackedLinear, or a class derived of it.
 
     Outputs stay as they are in eval mode, bit for bit but for few rows (see PackedLinear). UserError, with the
-    model untouched, where a recipe has no codes that stay, or where a layer computes in high precision or shares its
-    weight with an embedding.
+    model untouched, where a recipe has no codes that stay, where a learned scale has no value yet or the weight under
+    it holds a NaN, or where a layer computes in high precision or shares its weight with an embedding.
     """
     reason = obstacle(model)
     if reason is not None:
         raise UserError(reason)
     kind = kind or PackedLinear
-    made: dict[nn.Module, PackedLinear] = {}  # a layer used under two names stays one layer
-    for name, layer in [*model.named_modules(remove_duplicate=False)]:
-        if isinstance(layer, QuantLinear):
-            parent, _, child = name.rpartition(".")
-            made.setdefault(layer, kind.of(layer).train(layer.training))
-            setattr(model.get_submodule(parent), child, made[layer])
+    named = model.named_modules(remove_duplicate=False)
+    layers = {name: layer for name, layer in named if isinstance(layer, QuantLinear)}
+    # A layer used under two names stays one layer.
+    made = {layer: kind.of(layer).train(layer.training) for layer in dict.fromkeys(layers.values())}
+    for name, layer in layers.items():
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, made[layer])
 
 
 def reserve_outliers(model: nn.Module, shapes: Mapping[str, torch.Size]) -> None:

@@ -97,6 +97,7 @@ def run(config: Config) -> float | None:
     log.info("%s", check_model(config))
     directory = RunDirectory.of(config)
     if config.dry_run:
+        check_tasks(config, Ranks())
         directory.check(config)
         plan = make_plan(config)
         memory = measure_memory(config, plan, device)

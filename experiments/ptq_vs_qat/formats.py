@@ -10,6 +10,7 @@ nats per token above the run's own loss on its validation text.
 from __future__ import annotations
 
 import csv
+import itertools
 import sys
 import tempfile
 from collections import defaultdict
@@ -26,7 +27,7 @@ FORMATS = {
     "mxfp4": ("floor_three_quarters", ("null", "hadamard32", "hadamard128")),
     "nvfp4": ("absmax", ("null", "hadamard16", "hadamard128")),
 }
-WAYS = ("rtn", "gptq", "mr_gptq")
+WAYS = {"rtn": "to nearest", "mr_gptq": "MR-GPTQ", "gptq": "GPTQ"}
 OFF = [
     f"recipe.{operand}.{key}={value}"
     for operand in ("dgrad.dy", "dgrad.w", "wgrad.dy", "wgrad.x")
@@ -39,18 +40,16 @@ def main() -> None:
         print(table(rows()))
         return
     made = {tuple(row[key] for key in COLUMNS[:-1]) for row in rows()}
-    for run in map(Path, sys.argv[1:]):
-        for format, (scale, rotations) in FORMATS.items():
-            for rotation in rotations:
-                for method in WAYS:
-                    key = run.name, format, rotation, method
-                    if key not in made:
-                        add((*key, f"{gap(run, format, scale, rotation, method):.5f}"))
+    cases = [(format, rotation) for format, (_, rotations) in FORMATS.items() for rotation in rotations]
+    for method, run, (format, rotation) in itertools.product(WAYS, map(Path, sys.argv[1:]), cases):
+        key = run.name, format, rotation, method
+        if key not in made:
+            add((*key, f"{gap(run, format, rotation, method):.5f}"))
 
 
-def gap(source: Path, format: str, scale: str, rotation: str, method: str) -> float:
+def gap(source: Path, format: str, rotation: str, method: str) -> float:
     """Nats per token above the loss of the run."""
-    settings = {"format": format, "scale": scale, "rotation": rotation, "estimator": "ste"}
+    settings = {"format": format, "scale": FORMATS[format][0], "rotation": rotation, "estimator": "ste"}
     own = [f"recipe.fprop.{side}.{key}={value}" for side in "xw" for key, value in settings.items()]
     with tempfile.TemporaryDirectory() as folder:
         done = quantize(str(source), Path(folder) / "out", ["recipe=quartet", *own, *OFF], method, CALIBRATION)
@@ -72,16 +71,18 @@ def rows() -> list[dict[str, str]]:
 
 
 def table(found: list[dict[str, str]]) -> str:
-    """Gaps, and what MR-GPTQ takes from them run by run, with 95% intervals of Student's t over the runs."""
-    gaps: dict[tuple[str, str], dict[str, dict[str, float]]] = defaultdict(lambda: defaultdict(dict))
+    """Gaps, and what MR-GPTQ with each rotation takes from rounding to nearest without one, run by run; means over the
+    runs with 95% intervals of Student's t."""
+    gaps: dict[tuple[str, ...], dict[str, float]] = defaultdict(dict)
     for row in found:
-        gaps[row["format"], row["rotation"]][row["method"]][row["run"]] = float(row["loss_gap"])
-    lines = ["| format | rotation | to nearest | GPTQ | MR-GPTQ | MR-GPTQ against nearest |", "|---|---|---|---|---|---|"]
-    for (format, rotation), by_method in gaps.items():
-        cells = [mean([*by_method[method].values()]) for method in WAYS]
-        lifts = [by_method["mr_gptq"][run] - nearest for run, nearest in by_method["rtn"].items()]
-        name = "none" if rotation == "null" else rotation
-        lines.append(f"| {format} | {name} | {' | '.join(cells)} | {mean(lifts)} |")
+        gaps[row["format"], row["rotation"], row["method"]][row["run"]] = float(row["loss_gap"])
+    lines = [f"| format | rotation | {' | '.join(WAYS.values())} | MR-GPTQ takes |", f"|{'---|' * (3 + len(WAYS))}"]
+    for format, rotation in dict.fromkeys(key[:2] for key in gaps):
+        each = [gaps.get((format, rotation, method), {}) for method in WAYS]
+        plain, mine = gaps[format, "null", "rtn"], gaps.get((format, rotation, "mr_gptq"), {})
+        taken = [plain[run] - gap for run, gap in mine.items()]
+        cells = [mean([*values]) if values else "" for values in (*(runs.values() for runs in each), taken)]
+        lines.append(f"| {format} | {'none' if rotation == 'null' else rotation} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

@@ -54,15 +54,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    ways = build(arguments.model)
-    for way in ways.values():
-        way(4)
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(arguments.rounds):
-        for name, way in ways.items():
-            start = time.perf_counter()
-            way(arguments.tokens)
-            seconds[name].append(time.perf_counter() - start)
+    seconds = timed(build(arguments.model), arguments.tokens, arguments.rounds)
+    if find_spec("xllamacpp"):  # by itself: its server has threads of its own
+        seconds |= timed(_beside_llama_cpp(arguments.model), arguments.tokens, arguments.rounds)
     print(f"{arguments.model}, torch {torch.__version__}, {arguments.threads} threads, {arguments.tokens} tokens")
     for name, each in seconds.items():
         print(f"{name:<32} {arguments.tokens / statistics.median(each):7.2f} tokens/s")
@@ -78,6 +72,19 @@ def main() -> None:
             continue
         ratios = [b / a for a, b in zip(seconds[ours], seconds[theirs], strict=True)]
         print(f"{ours} / {theirs}: {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
+
+
+def timed(ways: dict[str, Callable[[int], Any]], n_tokens: int, rounds: int) -> dict[str, list[float]]:
+    """Seconds of each round, the ways by turns."""
+    for way in ways.values():
+        way(4)
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(rounds):
+        for name, way in ways.items():
+            start = time.perf_counter()
+            way(n_tokens)
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
 
 
 def build(name: str) -> dict[str, Callable[[int], Any]]:
@@ -106,7 +113,7 @@ def build(name: str) -> dict[str, Callable[[int], Any]]:
     qtrain.pack(model)
     round_weights(model)
     ways["qtrain 4-bit weights"] = _ours(model, True)
-    return ways | _beside_llama_cpp(name) if find_spec("xllamacpp") else ways
+    return ways
 
 
 def write_run(path: Path, sizes: dict[str, int], recipe: str) -> None:

@@ -4,7 +4,7 @@ python scripts/bench_generation.py --model 1.1b --tokens 32 --rounds 3
 
 A Llama of random parameters, 134 million or 1.1 billion (TinyLlama's shape), continues a prompt of 16 tokens greedily,
 with keys and values kept: in bfloat16; with 4-bit weights in all blocks (recipe quest_weight_only) and a bfloat16 head;
-the small one in float32 too. Where xllamacpp is installed, llama.cpp continues the same codes as qtrain, those of
+the small one in float32 too. Where xllamacpp is installed, llama.cpp then continues the same codes as qtrain, those of
 recipe w4a16 exported as GGUF's Q4_0. Ratios are of one round each; the median and the range over the rounds are
 printed.
 """

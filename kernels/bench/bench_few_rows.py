@@ -94,9 +94,10 @@ def check(found: Tensor, x: Tensor, q: QTensor) -> None:
 def cases(k: int, n: int, options: argparse.Namespace) -> Iterator[Case]:
     """Each format that the backend multiplies in its bits, by each number of rows that it takes."""
     for name in FORMATS:
-        module = dispatch.few_rows(options.backend, options.device, layout_of(name, n, k))
+        layout = layout_of(name, n, k)
+        module = dispatch.few_rows(options.backend, options.device, layout)
         for rows in ROWS:
-            if module is not None and rows <= module.most(layout_of(name, n, k)):
+            if module is not None and rows <= module.most(layout):
                 yield f"{name}, {rows}x{k}x{n}", partial(measure, name, rows, (k, n), options)
 
 

@@ -28,7 +28,7 @@ from torch.nn.functional import ScalingType, SwizzleType, scaled_mm
 from qtrain_kernels.formats import E4M3, MX_E2M1, Element
 from qtrain_kernels.plans import stored_integer
 from qtrain_kernels.precision import matmul
-from qtrain_kernels.qtensor import Layout, QTensor, Storage, float_storage, refines
+from qtrain_kernels.qtensor import GROUP, Layout, QTensor, Storage, float_storage, refines
 
 LONGEST = 2**15  # of a contraction whose doubled products of 8 bits stay within int32: 255^2 * 2^15 < 2^31
 CUDA_MULTIPLE, CUDA_ROWS = 8, 32  # torch._int_mm there: more than 16 rows; the other sizes multiples of 8
@@ -356,23 +356,27 @@ def _fp8_block_product(left: QTensor, right: QTensor) -> tuple[Tensor, list[Scal
 
 
 def _block_scaled_mm(left: QTensor, right: QTensor) -> Tensor:
-    """In the sizes and the layout that cuBLASLt takes."""
-    missing, wide = -left.shape[1] % FP8_MULTIPLE, -right.shape[1] % FP8_MULTIPLE
-    a, b = _filled(left.codes, 0, missing), _filled(right.codes, wide, missing).T
-    (scale_a, kind_a), (scale_b, kind_b) = _block_scales(left, 0), _block_scales(right, wide)
-    return scaled_mm(a, b, scale_a, kind_a, scale_b, kind_b)[:, : right.shape[1]]
+    """In the sizes and the layout that cuBLASLt takes, and torch checks: whole groups of 128 along the contraction, 16
+    lines of the right side, and whole tiles of 128 lines."""
+    a, scale_a, kind_a = _in_groups(left, 1)
+    b, scale_b, kind_b = _in_groups(right, FP8_MULTIPLE)
+    return scaled_mm(a, b.T, scale_a, kind_a, scale_b, kind_b)[: left.shape[0], : right.shape[1]]
 
 
-def _block_scales(q: QTensor, wide: int) -> tuple[Tensor, ScalingType]:
-    """Of a side of a product by blocks of 128, as cuBLASLt takes them, for so many more lines, without a copy where
-    sizes are multiples of 16 and 512: (L, n / 128) with L contiguous; of 128x128 tiles (n / 128, L / 128), n / 128
+def _in_groups(q: QTensor, multiple: int) -> tuple[Tensor, Tensor, ScalingType]:
+    """Codes and block scales of a side, filled with zeros: lines to a multiple, without a copy where sizes are
+    multiples of 128 and 512. Scales are (L, n / 128) with L contiguous; of 128x128 tiles (n / 128, L / 128), n / 128
     contiguous and a multiple of 4."""
     assert q.block_scale is not None
-    scale, missing, kind = q.block_scale, (0, wide), ScalingType.BlockWise1x128
+    kind = ScalingType.BlockWise128x128 if q.layout.tiled else ScalingType.BlockWise1x128
+    below = -q.codes.shape[0] % (GROUP if q.layout.tiled else multiple)
+    codes, scale = _filled(q.codes, below, -q.codes.shape[1] % GROUP), q.block_scale
+    lines = codes.shape[0] // GROUP if q.layout.tiled else codes.shape[0]
     if q.layout.tiled:
-        below = -(-(q.layout.lines[0] + wide) // 128) - scale.shape[0]
-        missing, kind = (0, -scale.shape[1] % 4, 0, below), ScalingType.BlockWise128x128
-    return (F.pad(scale, missing) if any(missing) else scale).T, kind
+        missing = (0, -scale.shape[1] % 4, 0, lines - scale.shape[0])
+    else:
+        missing = (0, lines - scale.shape[1])
+    return codes, (F.pad(scale, missing) if any(missing) else scale).T, kind
 
 
 def _native_product(left: QTensor, right: QTensor) -> tuple[Tensor, list[Scale]]:

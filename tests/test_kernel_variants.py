@@ -1,12 +1,22 @@
 """Triton's kernels compile for compute capability 9.0 without a GPU: the main ones in the default suite, every variant
 that tests/test_triton.py launches in the slow one."""
 
+import ast
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+from typing import Any, get_type_hints
+
 import pytest
+
+from qtrain_kernels import triton_few_rows, triton_quantize
+from qtrain_kernels.formats import Element
+from qtrain_kernels.gpu import Form, Job, Turn
+from qtrain_kernels.gpu_few_rows import FewJob, SumJob
+from qtrain_kernels.plans import Mask, ScaleRule
 
 ROOT = Path(__file__).parents[1]
 
@@ -33,6 +43,43 @@ for rows, name in ((1, "int4_sym/32/float16"), (64, "nvfp4"), (3, "int2_sym/16/f
     gpu_few_rows.FewRows(weight_of(torch.ones(64, 1024), name, "cpu"))(x[0].repeat(rows, 4))
 print(*sorted(fake_driver.launches.items()), sum(fake_driver.launches.values()))
 """
+
+
+# What the names of constants stand for in compiled functions.
+CONSTANTS = {
+    "JOB": (Job, Turn, FewJob, SumJob), "FORM": (Form, FewJob), "RULE": (ScaleRule,), "ELEMENT": (Element,),
+    "GRID": (Element,), "MASK": (Mask,),
+}  # fmt: skip
+
+
+def types_of(kind: type) -> dict[str, object]:
+    """The types of its fields and properties."""
+    getters = {name: each.fget for name, each in vars(kind).items() if isinstance(each, property)}
+    return get_type_hints(kind) | {name: get_type_hints(getter)["return"] for name, getter in getters.items()}
+
+
+def fields_handed_on(source: str) -> Iterator[tuple[str, list[Any]]]:
+    """Each field of a constant that is an argument of a call to another compiled function, and the types it may have."""
+    calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
+    for argument in (each for call in calls if isinstance(call.func, ast.Name) for each in call.args):
+        root, *names = ast.unparse(argument).split(".")
+        if isinstance(argument, ast.Attribute) and root in CONSTANTS:
+            types: list[Any] = list(CONSTANTS[root])
+            for name in names:
+                types = [found[name] for found in map(types_of, types) if name in found]
+            yield ast.unparse(argument), types
+
+
+def test_compiled_functions_hand_on_numbers_alone() -> None:
+    """Triton 3.6 takes a string or an object as an argument only by a name that is declared tl.constexpr; later ones
+    take it in any way."""
+    handed = [
+        found
+        for module in (triton_quantize, triton_few_rows)
+        for found in fields_handed_on(Path(module.__file__).read_text())
+    ]
+    assert len(handed) > 5 and all(types for _, types in handed)
+    assert [text for text, types in handed if not set(types) <= {int, float, bool}] == []
 
 
 def environment() -> dict[str, str]:

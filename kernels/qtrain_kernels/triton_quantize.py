@@ -304,15 +304,16 @@ def e8m0_exponent(magnitude, STEP: tl.constexpr, RULE: tl.constexpr):
 def candidate(magnitude, by_scale, WHICH: tl.constexpr, JOB: tl.constexpr):
     """reference._candidate. by_scale: the divisor made of the tensor scale."""
     RULE: tl.constexpr = JOB.rule
-    if JOB.plan.scale_kind == "e8m0":
+    KIND: tl.constexpr = JOB.plan.scale_kind
+    if KIND == "e8m0":
         blocks = power_of_two(e8m0_exponent(magnitude, step_of(RULE, WHICH), RULE))
     else:
         blocks = tl.div_rn(magnitude, constant(divisor_of(RULE, WHICH)))
-        if JOB.plan.scale_kind == "minifloat":
+        if KIND == "minifloat":
             GRID: tl.constexpr = JOB.plan.scale_element
             blocks = nonzero(round_nearest(quotient(blocks, by_scale), GRID))
         else:
-            blocks = finite_or_nan(to_float32(in_scale_dtype(blocks, JOB.plan.scale_kind)))
+            blocks = finite_or_nan(to_float32(in_scale_dtype(blocks, KIND)))
     return blocks
 
 
@@ -555,13 +556,14 @@ def emit_packed(pointer, scales, codes, blocks, i, j, rows, columns, JOB: tl.con
 @triton.jit
 def scale_field(blocks, JOB: tl.constexpr):
     """A block scale in its own format: a byte, or a float."""
-    if JOB.plan.scale_kind == "e8m0":
+    KIND: tl.constexpr = JOB.plan.scale_kind
+    if KIND == "e8m0":
         field = (bits_of(blocks) >> 23).to(tl.uint8)
-    elif JOB.plan.scale_kind == "minifloat":
+    elif KIND == "minifloat":
         GRID: tl.constexpr = JOB.plan.scale_element
         field = tl.where(blocks == blocks, minifloat_field(blocks, GRID), JOB.scale_nan).to(tl.uint8)
     else:
-        field = in_scale_dtype(blocks, JOB.plan.scale_kind)
+        field = in_scale_dtype(blocks, KIND)
     return field
 
 

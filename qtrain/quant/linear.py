@@ -69,6 +69,7 @@ class QuantLinear(Linear):
         with torch.inference_mode(False):  # no buffer, which ranks would share and to_empty would lose
             self.keys = key_table([self.keyed_by], 0, 0)[0]
         self.history = deque([(-1, self.keys)], REMEMBERED)
+        self._move_keys()
 
     @property
     def numerics(self) -> Numerics:
@@ -149,6 +150,18 @@ class QuantLinear(Linear):
                 0 if self.observer is None else self.observer.number,
             )
             self.kept_of = state
+
+    def _move_keys(self) -> None:
+        """To the weight's device, where there is one: a copy in each forward would hold up a GPU."""
+        device = self.weight.device
+        if device.type != "meta":
+            self.history = deque(((first, keys.to(device)) for first, keys in self.history), REMEMBERED)
+            self.keys = self.history[-1][1]
+
+    def _apply(self, fn: Any, recurse: bool = True) -> QuantLinear:
+        super()._apply(fn, recurse)
+        self._move_keys()
+        return self
 
     def reset_parameters(self) -> None:
         """As nn.Linear's; a learned scale has no value again."""

@@ -2,12 +2,12 @@
 that tests/test_triton.py launches in the slow one."""
 
 import ast
+import inspect
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-
 from typing import Any, get_type_hints
 
 import pytest
@@ -59,7 +59,7 @@ def types_of(kind: type) -> dict[str, object]:
 
 
 def fields_handed_on(source: str) -> Iterator[tuple[str, list[Any]]]:
-    """Each field of a constant that is an argument of a call to another compiled function, and the types it may have."""
+    """Each field of a constant that is an argument of a call to another compiled function; the types that it may be."""
     calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
     for argument in (each for call in calls if isinstance(call.func, ast.Name) for each in call.args):
         root, *names = ast.unparse(argument).split(".")
@@ -74,9 +74,7 @@ def test_compiled_functions_hand_on_numbers_alone() -> None:
     """Triton 3.6 takes a string or an object as an argument only by a name that is declared tl.constexpr; later ones
     take it in any way."""
     handed = [
-        found
-        for module in (triton_quantize, triton_few_rows)
-        for found in fields_handed_on(Path(module.__file__).read_text())
+        found for module in (triton_quantize, triton_few_rows) for found in fields_handed_on(inspect.getsource(module))
     ]
     assert len(handed) > 5 and all(types for _, types in handed)
     assert [text for text, types in handed if not set(types) <= {int, float, bool}] == []

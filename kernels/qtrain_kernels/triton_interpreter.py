@@ -1,11 +1,12 @@
 """Triton's interpreter, where it computes otherwise than a GPU: its fused multiply-add rounds twice, its casts to FP8
 do not round to the nearest, and its products of matrices take the bits of bfloat16 for integers and sum in an order
-that depends on the sizes."""
+that depends on the sizes. That of Triton 3.6 has no loops to a bound that is computed, with numpy 2.4 and later."""
 
 import numpy as np
 import torch
 import triton.language as tl
 from torch import Tensor
+from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 
@@ -30,7 +31,11 @@ def in_float64(x: TensorHandle) -> np.ndarray:
 
 def install() -> None:
     """Mends the interpreter of this process."""
-    cast = InterpreterBuilder.create_fp_to_fp
+    cast, patch_tensor = InterpreterBuilder.create_fp_to_fp, interpreter._patch_lang_tensor
+
+    def patch_index(tensor: object, scope: interpreter._LangPatchScope) -> None:
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda scalar: scalar.handle.data.item())
 
     def create_fma(self: object, x: TensorHandle, y: TensorHandle, z: TensorHandle) -> TensorHandle:
         found = fma(*(torch.tensor(each.data) for each in (x, y, z)))
@@ -56,6 +61,7 @@ def install() -> None:
         product = np.matmul(*(in_float64(each) for each in (a, b)))
         return TensorHandle(product.astype(np.float32) + d.data, d.dtype.scalar)
 
+    interpreter._patch_lang_tensor = patch_index
     InterpreterBuilder.create_dot = create_dot
     InterpreterBuilder.create_fma = create_fma
     InterpreterBuilder.create_fp_to_fp = create_fp_to_fp

@@ -238,7 +238,7 @@ def set_step(model: nn.Module, step: SupportsIndex, micro_batch: SupportsIndex =
     first = torch.autograd._get_sequence_nr()  # of the nodes that are made from here on
     with torch.inference_mode(False):
         table = key_table([layer.keyed_by for layer in drawing], step, micro_batch) if drawing else torch.empty(0)
-        for device in dict.fromkeys(layer.weight.device for layer in layers):
+        for device in dict.fromkeys(layer.weight.device for layer in drawing):
             if device.type != "meta":
                 rows = iter(table.to(device, non_blocking=True).unbind())
                 for layer, keys in zip(drawing, rows, strict=True):

@@ -15,7 +15,7 @@ from qtrain.quant.functional import Call, Numerics, given_scale, read_numerics
 from qtrain.quant.linear import UNCALIBRATED, QuantLinear, compute_dtype, quant_linears
 from qtrain.quant.outliers import PARTS, FixedDtypes, Outliers
 from qtrain.quant.quantizer import unrotate
-from qtrain.quant.random import key_table
+from qtrain.quant.random import beside, key_table
 from qtrain_kernels import dispatch
 from qtrain_kernels.few_rows import exact
 from qtrain_kernels.gemm import scaled, scales_of
@@ -57,7 +57,7 @@ class PackedLinear(FixedDtypes):
             self.register_buffer(part, getattr(weight, part))
         self.register_buffer("input_scale", input_scale)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
-        self.keys, self.outliers = keys, outliers
+        self.keys, self.outliers = beside(weight.codes, keys), outliers
         self._ready: Any = None  # a FewRows of the module that multiplied few rows
 
     @classmethod
@@ -151,7 +151,7 @@ class PackedLinear(FixedDtypes):
 
     def _apply(self, fn: Any, recurse: bool = True) -> PackedLinear:
         super()._apply(fn, recurse)
-        self.keys = self.keys.to(self.codes.device) if self.codes.device.type != "meta" else self.keys
+        self.keys = beside(self.codes, self.keys)
         return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:

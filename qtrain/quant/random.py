@@ -64,3 +64,8 @@ def key_table(layers: Iterable[tuple[int, str, frozenset[str], bool]], step: int
             digests.append(found.digest())
     words = torch.frombuffer(bytearray(b"".join(digests)), dtype=torch.int32)
     return words.view(-1, len(USES), 2)
+
+
+def beside(tensor: Tensor, keys: Tensor) -> Tensor:
+    """Keys on the device of a tensor; as they are where that is meta."""
+    return keys if tensor.device.type == "meta" else keys.to(tensor.device)

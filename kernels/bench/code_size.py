@@ -130,7 +130,7 @@ def text(made_for: Any) -> str:
             parts.append(f"hadamard{value}")
         elif field.name == "scales" and value != "none":
             parts.append(str(value))
-        elif value is True and field.name not in ("aligned", "inexact", "mask_bits"):
+        elif value is True and field.name not in ("aligned", "inexact", "mask_bits", "clips"):
             parts.append(field.name)
     return " ".join(parts)
 

@@ -163,9 +163,13 @@ class Tile(NamedTuple):
     columns: int
     warps: int
 
-    def side(self, dim: int) -> int:
-        """Neighbouring rows that a thread holds, of 8 columns; 1 where only rows are quantised."""
-        return self.rows * self.columns // (256 * self.warps) if dim == -2 else 1
+    def patch(self, dim: int, span: int) -> tuple[int, int]:
+        """Neighbouring rows and columns that a thread holds, of spans along dim; (1, 1) where it does not matter."""
+        held = self.rows * self.columns // (32 * self.warps)
+        if dim == -1:
+            return (1, min(span, held)) if span >= 16 else (1, 1)
+        wide = 2 if 2 * span <= held else 8
+        return (held // wide, wide) if span > 1 else (1, 1)
 
 
 def tile_of(dim: int, span: int, columns: int) -> Tile:
@@ -218,6 +222,7 @@ class Job:
     rows: int
     columns: int
     side: int
+    run: int
     block: int
     groups: int
     scales: Scales
@@ -232,9 +237,11 @@ class Job:
     aligned: bool
     inexact: bool
     mask_bits: bool
+    passes_below: float
+    clips: bool
 
 
-def _job(layout: Layout, rotation: int | None, tile: Tile, side: int, scales: Scales) -> Job:
+def _job(layout: Layout, rotation: int | None, tile: Tile, patch: tuple[int, int], scales: Scales) -> Job:
     plan = layout.plan
     assert plan is not None
     block = plan.block or (tile.columns if layout.dim == -1 else tile.rows)
@@ -247,7 +254,8 @@ def _job(layout: Layout, rotation: int | None, tile: Tile, side: int, scales: Sc
         rotation=rotation,
         rows=tile.rows,
         columns=tile.columns,
-        side=side,
+        side=patch[0],
+        run=patch[1],
         block=block,
         groups=contraction // block * lines,
         scales=scales,
@@ -262,11 +270,29 @@ def _job(layout: Layout, rotation: int | None, tile: Tile, side: int, scales: Sc
         aligned=not any(size % 128 for size in layout.shape),
         inexact=not plan.exact_in_bfloat16 or _least_product(plan) < LEAST_BFLOAT16,
         mask_bits=_mask_in_bits(layout),
+        passes_below=_passes_below(plan),
+        clips=_clips(plan),
     )
 
 
 def _mask_in_bits(layout: Layout) -> bool:
     return layout.dim == -1 and layout.shape[1] % 8 == 0
+
+
+def _passes_below(plan: Plan) -> float:
+    """The limit of its mask; of one that passes at its limit, the float32 above."""
+    if plan.mask is None or plan.mask.kind == "inside":
+        return plan.mask.limit if plan.mask else math.inf
+    return torch.nextafter(torch.tensor(plan.mask.limit), torch.tensor(math.inf)).item()
+
+
+def _clips(plan: Plan) -> bool:
+    """Whether code units may be beyond the largest code. Under the power of two that E8M0 takes of the largest magnitude
+    they are less than 2^(shift + 1)."""
+    rule = plan.scale_rule
+    of_largest = ScaleRule(shift=rule.shift, headroom=rule.headroom)
+    bounded = plan.scale_kind == "e8m0" and replace(rule, outer=None, fitted_to=None) == of_largest
+    return not bounded or rule.headroom * 2.0 ** (rule.shift + 1) > plan.element.max
 
 
 def _least_product(plan: Plan) -> float:
@@ -327,7 +353,7 @@ def _alone(layout: Layout, rotation: int | None, packed: bool, scales: Scales) -
     if layout.dim == -1 and layout.plan is not None and len(layout.plan.scale_rule.divisors) > 2:
         # 32 elements a thread, beside the errors of three scales, would not fit its registers.
         tile = tile._replace(rows=tile.rows // 2, warps=8)
-    return tile, _job(layout, rotation, tile, tile.side(layout.dim) if work.span > 1 else 1, scales)
+    return tile, _job(layout, rotation, tile, tile.patch(layout.dim, work.span), scales)
 
 
 # ------------------------------------------------------------------------------------------------------------ quantise
@@ -388,7 +414,7 @@ def quantize_both(x: Tensor, rows: Side, columns: Side) -> tuple[list[Tensor | N
 
 @lru_cache(4096)
 def _shared_job(layout: Layout, rotation: int | None, tile: Tile, scales: Scales) -> Job:
-    return _job(layout, rotation, tile, tile.side(-2), scales)
+    return _job(layout, rotation, tile, tile.patch(layout.dim, _work(layout, rotation, False).span), scales)
 
 
 def _work_of(side: Side) -> Work:
@@ -464,7 +490,7 @@ def _amax(x: Tensor, rotation: Rotation | None, dim: int, single: bool) -> Tenso
     x, size = x.detach().contiguous(), None if rotation is None else rotation.size
     bits = torch.zeros(() if single else (x.shape[-3 - dim],), dtype=torch.int32, device=x.device)
     tile = tile_of(dim, size or 1, x.shape[1])
-    job = Turn(dim, size, tile.rows, tile.columns, tile.side(dim) if size else 1, single=single)
+    job = Turn(dim, size, tile.rows, tile.columns, *tile.patch(dim, size or 1), single=single)
     launch(amax_kernel, x, tile, _signs_of(rotation, x), bits, *x.shape, job)
     return bits.view(torch.float32)
 
@@ -518,6 +544,7 @@ class Turn:
     rows: int
     columns: int
     side: int
+    run: int
     inverse: bool = False
     single: bool = False
     first: float | Literal["single", "rows", "columns"] = 1.0
@@ -575,8 +602,7 @@ def _turned(
         tile = tile_of(dim, size, matrix.shape[1])
         kinds = _kind(first), _kind(second)
         turns = None if rotation is None else size
-        side = 1 if rotation is None else tile.side(dim)
-        job = Turn(dim, turns, tile.rows, tile.columns, side, inverse, False, *kinds, bits)
+        job = Turn(dim, turns, tile.rows, tile.columns, *tile.patch(dim, size), inverse, False, *kinds, bits)
         read = (each if isinstance(each, Tensor) else None for each in (first, second))
         launch(rotate_kernel, matrix, tile, mask, _signs_of(rotation, x), *read, y, *matrix.shape, job)
     return y.view(x.shape)

@@ -188,16 +188,20 @@ def floor(v):
 
 
 @triton.jit
-def round_nearest(u, ELEMENT: tl.constexpr):
-    """reference.round_nearest."""
-    u = clamp(u, ELEMENT.max)
+def round_nearest(u, ELEMENT: tl.constexpr, CLIPS: tl.constexpr):
+    """reference.round_nearest. CLIPS: |u| may be beyond the largest code."""
+    if CLIPS:
+        u = clamp(u, ELEMENT.max)
     if ELEMENT.offset != 0:
         code = rint(u + 0.5, LARGE) - 0.5
     elif ELEMENT.mantissa_bits is None:
         code = rint(u, LARGE * ELEMENT.step)
     else:
-        power = tl.maximum(bits_of(u) & INFINITY, (ELEMENT.min_exponent + 127) << 23)
-        code = rint(u, float_of(power + (((23 - ELEMENT.mantissa_bits) << 23) | 0x400000)))
+        power = float_of(tl.maximum(bits_of(u) & INFINITY, (ELEMENT.min_exponent + 127) << 23))
+        # Products with a power of two round nothing: the fused multiply-add is the addition of `rint`.
+        large = tl.full(u.shape, LARGE * 2.0**-ELEMENT.mantissa_bits, tl.float32)
+        near = tl.fma(power, -1.0 * large, tl.fma(power, large, u))
+        code = float_of(bits_of(near) | (bits_of(u) & ~ABS))
     return code
 
 
@@ -311,7 +315,7 @@ def candidate(magnitude, by_scale, WHICH: tl.constexpr, JOB: tl.constexpr):
         blocks = tl.div_rn(magnitude, constant(divisor_of(RULE, WHICH)))
         if KIND == "minifloat":
             GRID: tl.constexpr = JOB.plan.scale_element
-            blocks = nonzero(round_nearest(quotient(blocks, by_scale), GRID))
+            blocks = nonzero(round_nearest(quotient(blocks, by_scale), GRID, True))
         else:
             blocks = finite_or_nan(to_float32(in_scale_dtype(blocks, KIND)))
     return blocks
@@ -339,7 +343,7 @@ def squared_error(u, blocks, first, JOB: tl.constexpr):
         weight = blocks
     else:
         weight = tl.div_rn(blocks, first)
-    difference = (round_nearest(u, ELEMENT) - u) * weight
+    difference = (round_nearest(u, ELEMENT, True) - u) * weight
     return tree_sum(difference * difference)
 
 
@@ -410,14 +414,33 @@ def corrected(u, codes, blocks, block_index, key, JOB: tl.constexpr):
 
 
 @triton.jit
-def gradient_mask(u, codes, MASK: tl.constexpr):
-    if MASK.kind == "inside":
-        passed = tl.abs(u) < MASK.limit
-    elif MASK.kind == "within":
-        passed = tl.abs(u) <= MASK.limit
-    else:
-        passed = tl.abs(codes - u) <= MASK.limit
-    return passed.to(tl.int32)
+def gradient_mask(u, codes, JOB: tl.constexpr):
+    """uint32 whose highest bit is 1 where a gradient passes: the sign of what is compared less its limit. A NaN that a
+    GPU computes has none."""
+    over = tl.abs(codes - u if JOB.plan.mask.kind == "error" else u) - JOB.passes_below
+    if INTERPRETED:
+        over = tl.where(over == over, over, 0.0)
+    return over.to(tl.uint32, bitcast=True)
+
+
+@triton.jit
+def joined(bits, x):
+    """bits, and below them the highest of x: one funnel shift."""
+    return (bits << 1) | (x >> 31)
+
+
+@triton.jit
+def highest_bits(x, JOB: tl.constexpr):
+    """(R, C / 8) uint8 of uint32 (R, C): the highest bits of eight neighbours in a row, the first lowest."""
+    x_even, x_odd = tl.split(tl.reshape(x, (JOB.rows, JOB.columns // 8, 2, 2, 2)))
+    x_04, x_26 = tl.split(x_even)
+    x_15, x_37 = tl.split(x_odd)
+    x_0, x_4 = tl.split(x_04)
+    x_2, x_6 = tl.split(x_26)
+    x_1, x_5 = tl.split(x_15)
+    x_3, x_7 = tl.split(x_37)
+    upper = joined(joined(joined(x_7 >> 31, x_6), x_5), x_4)
+    return joined(joined(joined(joined(upper, x_3), x_2), x_1), x_0).to(tl.uint8)
 
 
 # ------------------------------------------------------------------------------------------------------------- rotation
@@ -449,7 +472,9 @@ def signs_of(signs, N: tl.constexpr):
     """(N,) ±1: given as float32, or drawn by a key, two int32, as reference.random_signs."""
     place = tl.arange(0, N)
     if signs.dtype.element_ty == tl.int32:
-        found = (mix(place, signs) & 1).to(tl.float32) * 2.0 - 1.0
+        # A sum of one term each: drawn once by a block's threads and passed on, not by each thread for itself.
+        drawn = tl.sum((mix(place, signs) & 1)[:, None], axis=1)
+        found = drawn.to(tl.float32) * 2.0 - 1.0
     else:
         found = tl.load(signs + place)
     return found
@@ -543,12 +568,53 @@ def code_field(codes, BITS: tl.constexpr, ELEMENT: tl.constexpr):
 
 
 @triton.jit
+def nibbles(low, high):
+    """uint8 sfffSFFF of bytes S00FFF00, low, and s00fff00, high; any other bits of them do not matter. Four at a time."""
+    if INTERPRETED:
+        found = ((low >> 2) & 0x07) | ((low >> 4) & 0x08) | ((high << 2) & 0x70) | (high & 0x80)
+    else:
+        found = tl.inline_asm_elementwise(
+            """{
+            .reg .b32 a, b, c, d;
+            shr.b32 a, $1, 2;
+            and.b32 a, a, 0x07070707;
+            shr.b32 b, $1, 4;
+            and.b32 b, b, 0x08080808;
+            shl.b32 c, $2, 2;
+            and.b32 c, c, 0x70707070;
+            and.b32 d, $2, 0x80808080;
+            or.b32 a, a, b;
+            or.b32 c, c, d;
+            or.b32 $0, a, c;
+            }""",
+            "=r,r,r", [low, high], dtype=tl.uint8, is_pure=True, pack=4,
+        )  # fmt: skip
+    return found
+
+
+@triton.jit
+def pairs_of_e2m1(codes, ELEMENT: tl.constexpr, JOB: tl.constexpr):
+    """`packed_in_bytes` of `code_field`. The GPU converts into E4M3, whose exponents and subnormals are the element's
+    where codes are scaled so: bytes S00fff00, and of NaN 01111111."""
+    if JOB.dim == -1:
+        pairs = tl.reshape(codes, (JOB.rows, JOB.columns // 2, 2))
+    else:
+        pairs = tl.permute(tl.reshape(codes, (JOB.rows // 2, 2, JOB.columns)), (0, 2, 1))
+    low, high = tl.split(pairs * 2.0 ** (-6 - ELEMENT.min_exponent))
+    return nibbles(low.to(tl.float8e4nv).to(tl.uint8, bitcast=True), high.to(tl.float8e4nv).to(tl.uint8, bitcast=True))
+
+
+@triton.jit
 def emit_packed(pointer, scales, codes, blocks, i, j, rows, columns, JOB: tl.constexpr):
     """Codes and block scales in the bits of their formats."""
     ELEMENT: tl.constexpr = JOB.plan.element
-    field = code_field(codes, ELEMENT.bits, ELEMENT)
-    joined = field.to(tl.uint8) if JOB.width == 8 else packed_in_bytes(field, JOB.width, JOB)
-    emit(pointer, joined, i, j, rows, columns, 8 // JOB.width, True, JOB)
+    if ELEMENT.mantissa_bits == 1 and ELEMENT.bits == 4:
+        fields = pairs_of_e2m1(codes, ELEMENT, JOB)
+    elif JOB.width == 8:
+        fields = code_field(codes, ELEMENT.bits, ELEMENT).to(tl.uint8)
+    else:
+        fields = packed_in_bytes(code_field(codes, ELEMENT.bits, ELEMENT), JOB.width, JOB)
+    emit(pointer, fields, i, j, rows, columns, 8 // JOB.width, True, JOB)
     if scales is not None:
         emit(scales, scale_field(blocks, JOB), i, j, rows, columns, JOB.block, True, JOB)
 
@@ -627,7 +693,6 @@ def quantize_tile(
 ):  # fmt: skip
     """One quantisation of a loaded tile (i, j) of (rows, columns): every output of it that there is a pointer for."""
     ELEMENT: tl.constexpr = JOB.plan.element  # a constexpr by its annotation: Triton 3.6 passes no bare object on
-    MASK: tl.constexpr = JOB.plan.mask
     x = to_float32(tile)
     if JOB.rotation is not None:
         x = rotate(x, signs, False, JOB)
@@ -637,7 +702,7 @@ def quantize_tile(
         x = quotient(x, divisor(above))
     blocks, u = scaled(x, above, JOB)
     if JOB.rounding.codes == "nearest":
-        codes = round_nearest(u, ELEMENT)
+        codes = round_nearest(u, ELEMENT, JOB.clips)
     if JOB.rounding.codes == "stochastic":
         codes = round_stochastic(u, ELEMENT, draw(element_index(i, j, rows, columns, 1, JOB), key))
     if JOB.plan.sparsity is not None:
@@ -646,11 +711,11 @@ def quantize_tile(
         blocks = corrected(u, codes, blocks, element_index(i, j, rows, columns, JOB.block, JOB), key, JOB)
 
     if mask is not None:
-        passed = gradient_mask(u, codes, MASK)
+        passed = gradient_mask(u, codes, JOB)
         if JOB.mask_bits:
-            emit(mask, packed_in_bytes(passed, 1, JOB), i, j, rows, columns, 8, False, JOB)
+            emit(mask, highest_bits(passed, JOB), i, j, rows, columns, 8, False, JOB)
         else:
-            emit(mask, passed.to(tl.uint8), i, j, rows, columns, 1, False, JOB)
+            emit(mask, (passed >> 31).to(tl.uint8), i, j, rows, columns, 1, False, JOB)
     if value_scales is not None:
         emit(value_scales, blocks, i, j, rows, columns, JOB.block, False, JOB)
     if packed is not None:
@@ -685,31 +750,37 @@ def as_lines(index, SHAPE: tl.constexpr):
 def arranged(x, width, i, j, rows, columns, SHARE: tl.constexpr, JOB: tl.constexpr):
     """Tile (i, j) of a matrix of `width` columns, each of which stands for SHARE of the tile's, zeros beyond its end.
 
-    Where columns are quantised, so that a thread holds neighbouring rows, 8 or 16, a warp the blocks of 16 and 32 rows,
-    and few threads the same scale. For that the lines are read in the order (neighbours, warps, lanes): Triton gives
-    the last of them to lanes, those before to warps, the first to registers. All lines are one dim, since versions of
-    Triton hand lanes to several in different orders; and there is a third, since Triton gives two matrices of one shape
-    the same columns a thread, though one is float32 and the other bfloat16.
+    Where lines are quantised, so that a thread holds a patch of JOB.side neighbouring rows and JOB.run columns, and few
+    threads have a block in common. For that the lines are read in the order (pieces of a patch, patches), pieces of 16
+    bytes: Triton gives the last patches to lanes, those before to warps, the pieces to registers. All lines are one dim,
+    since versions of Triton hand lanes to several in different orders; and there is a third, since Triton gives two
+    matrices of one shape the same columns a thread, though one is float32 and the other bfloat16. A warp's patches lie
+    side by side in up to 64 columns where a patch has several rows.
     """
+    R: tl.constexpr = JOB.rows
     C: tl.constexpr = JOB.columns // SHARE
-    row, column = i * JOB.rows, j * C
+    row, column = i * R, j * C
     x += row.to(tl.int64) * width + column
-    if JOB.side == 1:
-        r, c = tl.arange(0, JOB.rows)[:, None], tl.arange(0, C)[None, :]
+    if JOB.run == 1:
+        r, c = tl.arange(0, R)[:, None], tl.arange(0, C)[None, :]
         tile = tl.load(x + r * width + c, mask=(row + r < rows) & (column + c < width), other=0)
     else:
-        NEAR: tl.constexpr = JOB.columns // 64 if JOB.columns > 64 else 1  # warps side by side
-        LANES: tl.constexpr = 256 * NEAR // JOB.columns
-        BELOW: tl.constexpr = JOB.rows // (JOB.side * LANES)
-        neighbour = tl.arange(0, JOB.side)[:, None, None]
-        warp, lane = tl.arange(0, NEAR * BELOW)[None, :, None], tl.arange(0, LANES)[None, None, :]
-        r = (warp % BELOW * LANES + lane) * JOB.side + neighbour
-        near, inside = as_lines(warp // BELOW, r.shape), as_lines(row + r < rows, r.shape)
-        r = as_lines(r, r.shape)
-        c = near * (C // NEAR) + tl.arange(0, C // NEAR)[None, None, :]
-        tile = tl.load(x + c + r * width, mask=inside & (column + c < width), other=0)
-        tile = tl.reshape(tile, (JOB.side, NEAR, BELOW, LANES, C // NEAR))
-        tile = tl.reshape(tl.permute(tile, (2, 3, 0, 1, 4)), (JOB.rows, C))
+        H: tl.constexpr = JOB.side
+        W: tl.constexpr = JOB.run // SHARE if JOB.run > SHARE else 1
+        PIECE: tl.constexpr = min(W, 128 // x.dtype.element_ty.primitive_bitwidth)
+        PIECES: tl.constexpr = W // PIECE
+        BESIDE: tl.constexpr = JOB.columns // 64 if H > 1 and JOB.columns > 64 else 1  # warps side by side
+        ACROSS: tl.constexpr = C // W // BESIDE
+        lines: tl.constexpr = (H * PIECES, R * C // (H * W), 1)
+        piece, patch = tl.arange(0, H * PIECES)[:, None, None], tl.arange(0, lines[1])[None, :, None]
+        below, beside = patch // ACROSS % (R // H), patch // ACROSS // (R // H) * ACROSS + patch % ACROSS
+        r = below * H + piece // PIECES
+        inside, r = as_lines(row + r < rows, lines), as_lines(r, lines)
+        # Triton sees what is a multiple of what only outside of a reshape.
+        c = as_lines(beside * PIECES + piece % PIECES, lines) * PIECE + tl.arange(0, PIECE)[None, None, :]
+        tile = tl.load(x + r * width + c, mask=inside & (column + c < width), other=0)
+        tile = tl.reshape(tile, (H, PIECES, BESIDE, R // H, ACROSS, PIECE))
+        tile = tl.reshape(tl.permute(tile, (3, 0, 2, 4, 1, 5)), (R, C))
     return tile
 
 
@@ -758,6 +829,8 @@ def quantize_both_kernel(
     tile = load_tile(x, i, j, rows, columns, JOB)
     found = (values, value_scales, packed, packed_scales, float8, float8_scales, mask)
     quantize_tile(tile, scale, key, signs, *found, i, j, rows, columns, JOB)
+    # Read again, from the cache, for its arrangement.
+    tile = load_tile(x, i, j, rows, columns, JOB_2)
     found = (values_2, value_scales_2, packed_2, packed_scales_2, float8_2, float8_scales_2, mask_2)
     quantize_tile(tile, scale_2, key_2, signs_2, *found, i, j, rows, columns, JOB_2)
 

@@ -163,8 +163,8 @@ def pass_through(recipe: str, backend: str, gemm: str, device: str) -> list[Tens
 
 def all_have_kernels(module: QuantLinear) -> bool:
     """Whether Triton quantises every operand of the layer."""
-    plans = [each.plan for each in module.numerics.operands.values() if each.plan is not None]
-    return all(missing_kernel(plan, None) is None for plan in plans)
+    quantisers = [each for each in module.numerics.operands.values() if each.plan is not None]
+    return all(missing_kernel(each.plan, None, each.spec.number_format.rows) is None for each in quantisers)
 
 
 @pytest.mark.parametrize("recipe", recipes(*IN_THE_INTERPRETER))

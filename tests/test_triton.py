@@ -665,13 +665,55 @@ def test_a_packed_matrix_quantised_again_is_the_one_it_holds(device: str) -> Non
             gpu.quantize(other, Side(layout(again, x)))
 
 
-def test_a_packed_matrix_quantised_again_into_tiles_is_dequantised_first(device: str) -> None:
-    """Whose kernels take a tile as a row of its own."""
+# Tiles by their lines and elements along the contraction, as the recipes have them: NVIDIA's, Jetfire's, DeepSeek's.
+TILES = {
+    "nvfp4 16x16": (16, Plan(E2M1, "minifloat", 256, "absmax", scale_element=NVFP4.scale_element, mask=MASKS[0])),
+    "mxfp4 32x32": (32, Plan(E2M1, "e8m0", 1024, "rceil", rounding="stochastic", mask=MASKS[1])),
+    "int8 32x32": (32, Plan(get_format("int8_sym").element, "float32", 1024, "absmax")),
+    "fp8 128x128": (128, Plan(get_format("fp8_e4m3").element, "float32", 16384, "absmax")),
+    "mxfp4 8x64": (8, Plan(E2M1, "e8m0", 512, "floor", mask=MASKS[2])),
+}
+
+
+@pytest.mark.parametrize("dim", [-1, -2])
+@pytest.mark.parametrize("name", TILES)
+def test_tiles_equal_the_reference(name: str, dim: int, device: str) -> None:
+    """Of matrices that tiles fill, and that they do not, in each storage; rotated, and under a NaN."""
+    lines, plan = TILES[name]
+    for shape, dtype in (((256, 128), torch.bfloat16), ((160, 200), torch.float32), ((37, 264), torch.bfloat16)):
+        x = spread_lines(*shape, dtype)
+        x = x if dim == -1 else x.T.contiguous()
+        whole = Layout(plan, (x.shape[0], x.shape[1]), dim, rows=lines)
+        storages = [storage for storage in ("float32", "bfloat16", "float8_128") if not whole.lacks(storage)]
+        rotations = [None, *([] if x.shape[dim] % 64 else [rotation_of(64, True)])]
+        for storage, rotation in product(storages, rotations):
+            side = Side(whole.stored(storage, True), rotation, KEY)  # pyright: ignore[reportArgumentType]
+            assert differing(x, side, device) == [], (shape, storage, rotation)
+
+
+def test_both_dims_of_a_matrix_in_tiles_equal_the_reference(device: str) -> None:
+    x, (lines, plan) = spread_lines(160, 200, torch.bfloat16), TILES["mxfp4 32x32"]
+    plan = replace(plan, mask=None)
+    rows, columns = (Side(Layout(plan, (160, 200), dim, "bfloat16", lines), None, KEY) for dim in (-1, -2))
+    found = gpu.quantize_both(x.to(device), side_on(rows, device), side_on(columns, device))
+    for given, side in zip(found, (rows, columns), strict=True):
+        assert all(map(same, cpu_of(given), of_reference(x, side)))
+
+
+def test_tiles_of_rules_that_see_more_than_the_largest_are_refused(device: str) -> None:
+    plan = replace(TILES["mxfp4 32x32"][1], rule="mse")
+    x = torch.ones(32, 32, device=device)
+    with pytest.raises(ValueError, match=r"'triton' finds scales of tiles by their largest magnitude alone; rule 'mse'"):
+        gpu.quantize(x, Side(Layout(plan, (32, 32), rows=32), None, KEY.to(device)))
+
+
+def test_a_packed_matrix_is_quantised_again_into_tiles(device: str) -> None:
     x = spread_lines(128, 192, torch.bfloat16)
     x[7, 9] = 0.0
     held = qtensor.quantize(x, layout(replace(MXFP4, mask=None), x, -1, "packed"), backend="reference")
     there = replace(held, codes=held.codes.to(device), block_scale=moved(held.block_scale, device))
-    tiles = Layout(Plan(E2M1, "minifloat", 256, "absmax", scale_element=NVFP4.scale_element), (128, 192), rows=16)
+    lines, plan = TILES["fp8 128x128"]
+    tiles = Layout(plan, (128, 192), storage="float8_128", rows=lines)
     found, expected = (
         qtensor.quantize_side(q, Side(tiles), backend)[0] for q, backend in ((there, "triton"), (held, "reference"))
     )

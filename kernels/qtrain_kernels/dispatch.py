@@ -33,11 +33,13 @@ MODULES = {"reference": reference, "compiled": cpu, "triton": gpu}
 FASTEST = {"cpu": "compiled", "cuda": "triton"}  # of each device
 
 
-def module(backend: str, device_type: str, plan: Plan | None = None, rotation: Rotation | None = None) -> Any:
-    """Of a backend on a device; plan, rotation: what it will be given. ValueError for an unknown backend, or for one
-    that cannot work there."""
+def module(
+    backend: str, device_type: str, plan: Plan | None = None, rotation: Rotation | None = None, lines: int = 1
+) -> Any:
+    """Of a backend on a device; plan, rotation: what it will be given; lines: that share a block scale. ValueError for
+    an unknown backend, or for one that cannot work there."""
     chosen = resolve(backend, device_type)
-    if backend == "auto" and chosen != "reference" and _lacks_kernel(chosen, plan, rotation and rotation.size):
+    if backend == "auto" and chosen != "reference" and _lacks_kernel(chosen, plan, rotation and rotation.size, lines):
         chosen = "reference"
     return MODULES[chosen]
 
@@ -78,11 +80,12 @@ def resolve(backend: str, device_type: str) -> str:
 
 
 @cache
-def _lacks_kernel(chosen: str, plan: Plan | None, size: int | None) -> bool:
-    """Whether a backend has no kernel for a plan or a rotation of this size; said once."""
+def _lacks_kernel(chosen: str, plan: Plan | None, size: int | None, lines: int) -> bool:
+    """Whether a backend has no kernel for a plan, whose blocks hold so many lines, or a rotation of this size; said
+    once."""
     reason = None if plan is None else MODULES[chosen].KNOWS.lacks(plan)
     if reason is None and chosen == "triton":
-        reason = gpu.missing_kernel(plan, size)
+        reason = gpu.missing_kernel(plan, size, lines)
     if reason:
         log.info("backend auto takes the reference: %s", reason)
     return reason is not None

@@ -86,22 +86,32 @@ def _interpreted() -> bool:
     return type(triton_quantize.quantize_kernel).__name__ == "InterpretedFunction"
 
 
-def missing_kernel(plan: Plan | None, rotation: int | None) -> str | None:
-    """Why there is no kernel for a plan or for a rotation of this size; None if there is one."""
-    sizes = {"rotation": rotation}
+def missing_kernel(plan: Plan | None, rotation: int | None, lines: int = 1) -> str | None:
+    """Why there is no kernel for a plan, whose blocks hold so many lines, or for a rotation of this size; None if there
+    is one."""
     if plan is not None and plan.element.zero_point:
         return "backend 'triton' knows no codes with a zero point"
+    if plan is not None and lines > 1 and not _shares_by_largest(plan):
+        return f"backend 'triton' finds scales of tiles by their largest magnitude alone; rule {plan.rule!r} asks more"
+    sizes = {"rotation": rotation}
     if plan is not None:
-        sizes |= {"block": plan.block, "correction": plan.correction}
+        sizes |= {"block": plan.block and plan.block // lines, "tile whose height": lines, "correction": plan.correction}
     for name, size in sizes.items():
         if size is not None and (size & (size - 1) or size > LARGEST_SPAN):
             return f"backend 'triton' needs a {name} that is a power of two up to {LARGEST_SPAN}; got {size}"
     return None
 
 
+def _shares_by_largest(plan: Plan) -> bool:
+    """Whether the scale of a tile of several lines follows from the largest of their blocks' largest magnitudes."""
+    rule = plan.scale_rule
+    by_largest = rule.statistic == "amax" and len(rule.divisors) == len(rule.steps) == 1
+    return by_largest and plan.correction is None and plan.sparsity is None and (plan.line_rule is None or plan.whole)
+
+
 def writes(layout: Layout) -> bool:
     """Whether `quantize` gives a layout."""
-    return layout.plan is not None and layout.storage in STORAGES and layout.rows == 1 and not layout.loses_nan
+    return layout.plan is not None and layout.storage in STORAGES and not layout.loses_nan
 
 
 def requantizes(layout: Layout) -> bool:
@@ -128,8 +138,8 @@ def _check_float(x: Tensor) -> None:
         raise ValueError(f"backend 'triton' takes float32 or bfloat16; got {x.dtype}; convert it with x.float()")
 
 
-def _check_kernel(plan: Plan | None, rotation: int | None) -> None:
-    reason = missing_kernel(plan, rotation)
+def _check_kernel(plan: Plan | None, rotation: int | None, lines: int = 1) -> None:
+    reason = missing_kernel(plan, rotation, lines)
     if reason:
         raise ValueError(reason)
 
@@ -172,22 +182,29 @@ class Tile(NamedTuple):
         return (held // wide, wide) if span > 1 else (1, 1)
 
 
-def tile_of(dim: int, span: int, columns: int) -> Tile:
+def tile_of(dim: int, span: int, columns: int, lines: int = 1) -> Tile:
     """32 elements a thread along rows; along columns 64 and more, where a warp then holds whole blocks and sums them in
-    its registers. A function of the span and of how the matrix's columns divide."""
+    its registers; 64 where lines share scales. A function of the span, of the lines that share a scale, and of how the
+    matrix's columns divide."""
     if dim == -2:
         rows = max(span, 32)
-        return Tile(rows, 64 if rows == 32 else 4096 // max(rows, 128), 1)
+        tile = Tile(rows, 64 if rows == 32 else 4096 // max(rows, 128), 1)
+        return tile if lines <= tile.columns else _of_64_each(rows, lines)
     fitting = columns & -columns
     if fitting < 64:
         fitting = 1 << (columns - 1).bit_length()
-    wide = max(span, 16, min(fitting, 256))
-    return Tile(4096 // wide, wide, 4)
+    wide = max(span, 16, min(fitting, 256, 4096 // lines))
+    tile = Tile(4096 // wide, wide, 4)
+    return tile if lines <= tile.rows else _of_64_each(lines, wide)
 
 
-def _common_tile(row_reach: int, column_reach: int) -> Tile:
-    """Of a matrix that is quantised along both dims: 64 elements a thread."""
-    height, width = max(column_reach, 32), max(row_reach, 64)
+def _common_tile(rows: Work, columns: Work) -> Tile:
+    """Of a matrix that is quantised along both dims."""
+    return _of_64_each(max(columns.reach, rows.lines, 32), max(rows.reach, columns.lines, 64))
+
+
+def _of_64_each(height: int, width: int) -> Tile:
+    """64 elements a thread."""
     return Tile(height, width, height * width // 2048)
 
 
@@ -208,6 +225,7 @@ class Job:
     fields name the compiled kernel.
 
     rows, columns: of a tile. groups, block: the blocks in it and their elements (without block scales: its lines).
+    lines: those whose blocks share a scale.
     side: neighbouring rows that a thread holds, 1 where no element needs its column's others. scales: whether the
     tensor scale is not read, single, or one per line. rule, rounding, divides_first: the plan's. unit, offset: as of
     `stored_integer`. width: bits of a packed code. scale_nan: the byte of a packed scale that is NaN. float8_unit: the
@@ -224,6 +242,7 @@ class Job:
     side: int
     run: int
     block: int
+    lines: int
     groups: int
     scales: Scales
     rule: ScaleRule
@@ -244,8 +263,8 @@ class Job:
 def _job(layout: Layout, rotation: int | None, tile: Tile, patch: tuple[int, int], scales: Scales) -> Job:
     plan = layout.plan
     assert plan is not None
-    block = plan.block or (tile.columns if layout.dim == -1 else tile.rows)
-    contraction, lines = (tile.columns, tile.rows) if layout.dim == -1 else (tile.rows, 1)
+    block = layout.size or (tile.columns if layout.dim == -1 else tile.rows)
+    contraction, beside = (tile.columns, tile.rows) if layout.dim == -1 else (tile.rows, 1)
     unit, offset = stored_integer(plan.element)
     float8_max = torch.finfo(layout.float8_dtype).max
     return Job(
@@ -257,7 +276,8 @@ def _job(layout: Layout, rotation: int | None, tile: Tile, patch: tuple[int, int
         side=patch[0],
         run=patch[1],
         block=block,
-        groups=contraction // block * lines,
+        lines=layout.rows,
+        groups=contraction // block * beside,
         scales=scales,
         rule=plan.scale_rule,
         rounding=plan.rounding_mode,
@@ -308,28 +328,29 @@ class Work(NamedTuple):
 
     outputs: (shape, dtype) of what the kernel writes, None for what it does not: values and their block scales in the
     place of the matrix; packed codes and their scales; float8 codes and their scales; mask. packs_lines: whether packed
-    lines are whole bytes. span: elements along the contraction that are worked on together; reach: that a tile must
-    hold.
+    lines are whole bytes. span: elements along the contraction that are worked on together; reach, lines: elements along
+    it and lines that a tile must hold.
     """
 
     outputs: tuple[Shaped | None, ...]
     packs_lines: bool
     span: int
     reach: int
+    lines: int
 
 
 @lru_cache(4096)
 def _work(layout: Layout, rotation: int | None, packed: bool) -> Work:
     """ValueError for what the kernels cannot do."""
     plan = layout.plan
-    if plan is None or layout.storage not in STORAGES or layout.rows > 1:
-        what = "an unquantised matrix" if plan is None else f"{layout.storage} with {layout.rows} rows a scale"
-        raise ValueError(f"backend 'triton' quantises into {', '.join(STORAGES)} with 1 row a scale; asked for {what}")
+    if plan is None or layout.storage not in STORAGES:
+        what = "an unquantised matrix" if plan is None else layout.storage
+        raise ValueError(f"backend 'triton' quantises into {', '.join(STORAGES)}; asked for {what}")
     KNOWS.check(plan)
-    _check_kernel(plan, rotation)
+    _check_kernel(plan, rotation, layout.rows)
     groups = {None: 1, "2:4": 4, "4:8": 8}[plan.sparsity]
-    span = max(plan.span or 1, rotation or 1, groups)
-    _check_span(layout.shape, layout.dim, span)
+    span = max((plan.span or 1) // layout.rows, rotation or 1, groups)
+    _check_span(layout.shape, layout.dim, span if layout.rows == 1 else rotation or 1)
     codes, blocks, _, mask, _ = layout.parts
     values, bits, float8 = (None, None), (None, None), (None, None)
     if layout.flat:
@@ -343,13 +364,13 @@ def _work(layout: Layout, rotation: int | None, packed: bool) -> Work:
         mask = layout.shape, torch.uint8
     whole = layout.lines[1] * field_width(plan.element) % 8 == 0
     reach = max(span, GROUP if layout.storage == "float8_128" else 1)
-    return Work((*values, *bits, *float8, mask), whole or bits[0] is None, span, reach)
+    return Work((*values, *bits, *float8, mask), whole or bits[0] is None, span, reach, layout.rows)
 
 
 @lru_cache(4096)
 def _alone(layout: Layout, rotation: int | None, packed: bool, scales: Scales) -> tuple[Tile, Job]:
     work = _work(layout, rotation, packed)
-    tile = tile_of(layout.dim, work.reach, layout.shape[1])
+    tile = tile_of(layout.dim, work.reach, layout.shape[1], work.lines)
     if layout.dim == -1 and layout.plan is not None and len(layout.plan.scale_rule.divisors) > 2:
         # 32 elements a thread, beside the errors of three scales, would not fit its registers.
         tile = tile._replace(rows=tile.rows // 2, warps=8)
@@ -394,7 +415,7 @@ def quantize_both(x: Tensor, rows: Side, columns: Side) -> tuple[list[Tensor | N
     if not all(work.packs_lines for work in works):
         return quantize(x, rows), quantize(x, columns)
     x = x.detach().contiguous()
-    tile = _common_tile(works[0].reach, works[1].reach)
+    tile = _common_tile(*works)
     scales, results, arguments = [], [], []
     for side, work in zip(sides, works, strict=True):
         _check(x, side, False)

@@ -701,17 +701,14 @@ def quantize_side(x: Tensor | QTensor, side: Side, backend: str) -> tuple[QTenso
         values = _turned(x.dequantize(backend) if isinstance(x, QTensor) else x, side, backend)
         q = QTensor(values.to(FLOATS[layout.storage]), None, None, None, layout)
         return q, q if side.packed else None
-    module = dispatch.module(backend, x.device.type, layout.plan, side.rotation)
-    if isinstance(x, QTensor) and (layout.rows > 1 or not (module.FUSED and module.requantizes(x.layout))):
+    module = dispatch.module(backend, x.device.type, layout.plan, side.rotation, layout.rows)
+    if isinstance(x, QTensor) and not (module.FUSED and module.requantizes(x.layout)):
         x = x.dequantize(backend)
     held, saved = layout if module.FUSED and module.writes(layout) else layout.held, layout.unmasked.saved
     packs, packed = side.packed and saved.storage == "packed", None
     if layout.plan.rule == "learned" and layout.plan.block is not None:
         assert isinstance(x, Tensor)
         q = _quantize_groups(x, side, held, backend)
-    elif module.FUSED and held.rows > 1:
-        assert isinstance(x, Tensor)
-        q = _quantize_tiles(x, side, held, backend)
     else:
         asked = Side(held, side.rotation, side.key, side.learned, packs)
         codes, blocks, scale, mask, *bits = module.quantize(x, asked)
@@ -727,7 +724,9 @@ def quantize_both(x: Tensor, rows: Side, columns: Side, backend: str) -> list[QT
     """x (M, N) along its rows and along its columns, each as its Side says; in one reading of x where the backend
     can."""
     sides = rows, columns
-    modules = [dispatch.module(backend, x.device.type, side.layout.plan, side.rotation) for side in sides]
+    modules = [
+        dispatch.module(backend, x.device.type, side.layout.plan, side.rotation, side.layout.rows) for side in sides
+    ]
     if all(module.FUSED and module.writes(side.layout) for module, side in zip(modules, sides, strict=True)):
         found = modules[0].quantize_both(x, rows, columns)
         return [
@@ -742,21 +741,6 @@ def _turned(x: Tensor, side: Side, backend: str) -> Tensor:
         return x
     rotate = dispatch.get("rotate", backend, x.device.type, rotation=side.rotation)
     return rotate(side.layout.whole_lines(x), side.rotation).view(x.shape)
-
-
-def _quantize_tiles(x: Tensor, side: Side, held: Layout, backend: str) -> QTensor:
-    """By kernels that know no tiles: each tile is a row of a matrix of its own."""
-    layout, x = side.layout, _turned(x, side, backend)
-    tiles = layout.spans(x).squeeze(2)
-    storage = float_storage(layout.plan, torch.bfloat16) if held.storage == "float8_128" else held.storage
-    of_rows = Layout(layout.plan, (tiles.shape[0], tiles.shape[1]), -1, storage, blocks=True)
-    rows = quantize(tiles, of_rows, None, side.key, side.learned, backend)
-    assert rows.block_scale is not None
-    codes, passes = layout.unspan(rows.codes), rows.passes(backend)
-    grid = held.scale_grid if held.dim == -1 else held.scale_grid[::-1]
-    blocks = rows.block_scale.view(grid) if held.blocks else None
-    mask = None if passes is None else dispatch.get("join", backend, x.device.type)(layout.unspan(passes), 1)
-    return QTensor(codes, blocks, rows.tensor_scale, mask, held)
 
 
 def _quantize_groups(x: Tensor, side: Side, held: Layout, backend: str) -> QTensor:

@@ -347,6 +347,29 @@ def squared_error(u, blocks, first, JOB: tl.constexpr):
     return tree_sum(difference * difference)
 
 
+@triton.constexpr_function
+def in_tiles(JOB):
+    """A value for each block, taken apart by the lines that share a scale; and which axis these are."""
+    if JOB.dim == -1:
+        return (JOB.rows // JOB.lines, JOB.lines, JOB.columns // JOB.block), 1
+    return (JOB.rows // JOB.block, JOB.columns // JOB.lines, JOB.lines), 2
+
+
+@triton.jit
+def tile_largest(x, JOB: tl.constexpr):
+    """The largest of what the blocks of a tile have, none below zero, in the matrix's order of tiles; NaN above all."""
+    apart: tl.constexpr = in_tiles(JOB)[0]
+    return float_of(tl.max(tl.reshape(bits_of(x), apart), axis=in_tiles(JOB)[1], keep_dims=True))
+
+
+@triton.jit
+def largest_of_tiles(x, JOB: tl.constexpr):
+    """(G, 1, I), none below zero: of each block the largest of all blocks that share its scale."""
+    if JOB.lines > 1:
+        x = tl.reshape(tl.broadcast_to(tile_largest(x, JOB), in_tiles(JOB)[0]), x.shape)
+    return x
+
+
 @triton.jit
 def scaled(x, scale, JOB: tl.constexpr):
     """Block scales (G, 1, I) float32, and x in code units under them, which is what is rounded: reference.block_scale
@@ -355,7 +378,7 @@ def scaled(x, scale, JOB: tl.constexpr):
     if JOB.plan.block is None:
         best, u = scale, quotient(x, divisor(scale))
     else:
-        magnitude, by_scale = magnitude_of(x, RULE), divisor(scale)
+        magnitude, by_scale = largest_of_tiles(magnitude_of(x, RULE), JOB), divisor(scale)
         first = candidate(magnitude, by_scale, 0, JOB)
         best, u = first, code_units(x, scale, first, JOB)
         if tried(RULE) > 1:
@@ -533,6 +556,20 @@ def emit(pointer, tile, i, j, rows, columns, SHARE: tl.constexpr, LINES: tl.cons
 
 
 @triton.jit
+def emit_scales(pointer, scales, i, j, rows, columns, LAST: tl.constexpr, JOB: tl.constexpr):
+    """Stores a block scale for each tile of JOB.lines lines. LAST: as (lines, contraction); else where tiles lie."""
+    HEIGHT: tl.constexpr = JOB.lines if JOB.dim == -1 else JOB.block
+    WIDTH: tl.constexpr = JOB.block if JOB.dim == -1 else JOB.lines
+    tiles = tl.reshape(tile_largest(scales, JOB), (JOB.rows // HEIGHT, JOB.columns // WIDTH))
+    row, column = i * (JOB.rows // HEIGHT), j * (JOB.columns // WIDTH)
+    down, across = tl.cdiv(rows, HEIGHT), tl.cdiv(columns, WIDTH)
+    if LAST and JOB.dim == -2:
+        store(pointer, tl.trans(tiles), column, row, across, down)
+    else:
+        store(pointer, tiles, row, column, down, across)
+
+
+@triton.jit
 def minifloat_field(code, ELEMENT: tl.constexpr):
     """The bits of a code without its sign, int32: scaled so, the element's exponents and subnormals are float32's."""
     return (bits_of(code * (2.0 ** (-126 - ELEMENT.min_exponent))) & ABS) >> (23 - ELEMENT.mantissa_bits)
@@ -647,7 +684,9 @@ def emit_float8(pointer, scales, codes, blocks, i, j, rows, columns, JOB: tl.con
         largest = float_of(tl.max(tl.reshape(bits_of(blocks), grouped), axis=1, keep_dims=True))
         scale = tl.maximum(largest * JOB.float8_unit, 2.0**-126, propagate_nan=tl.PropagateNan.ALL)
         codes *= tl.reshape(tl.reshape(blocks, grouped) * reciprocal(scale), blocks.shape)
-    if JOB.dim == -1:
+    if JOB.lines == 128:
+        emit_scales(scales, scale, i, j, rows, columns, True, JOB)
+    elif JOB.dim == -1:
         turned = tl.trans(tl.reshape(scale, (JOB.rows, JOB.columns // 128)))
         store(scales, turned, j * (JOB.columns // 128), i * JOB.rows, share(columns, 128, JOB), rows)
     else:
@@ -717,7 +756,10 @@ def quantize_tile(
         else:
             emit(mask, (passed >> 31).to(tl.uint8), i, j, rows, columns, 1, False, JOB)
     if value_scales is not None:
-        emit(value_scales, blocks, i, j, rows, columns, JOB.block, False, JOB)
+        if JOB.lines > 1:
+            emit_scales(value_scales, blocks, i, j, rows, columns, False, JOB)
+        else:
+            emit(value_scales, blocks, i, j, rows, columns, JOB.block, False, JOB)
     if packed is not None:
         emit_packed(packed, packed_scales, codes, blocks, i, j, rows, columns, JOB)
     if float8 is not None:
@@ -729,7 +771,9 @@ def quantize_tile(
 @triton.jit
 def element_index(i, j, rows, columns, SHARE: tl.constexpr, JOB: tl.constexpr):
     """reference.element_index of the tile's elements (SHARE 1) or of its block scales (SHARE block), int32."""
-    if JOB.dim == -1:
+    if JOB.lines > 1:
+        index = index_in_tiles(i, j, columns, JOB)
+    elif JOB.dim == -1:
         r = i * JOB.rows + tl.arange(0, JOB.rows)[:, None]
         c = j * (JOB.columns // SHARE) + tl.arange(0, JOB.columns // SHARE)[None, :]
         index = tl.reshape(r * (columns // SHARE) + c, (JOB.groups, JOB.block // SHARE, 1))
@@ -738,6 +782,17 @@ def element_index(i, j, rows, columns, SHARE: tl.constexpr, JOB: tl.constexpr):
         c = j * JOB.columns + tl.arange(0, JOB.columns)[None, :]
         index = tl.reshape(r + c * (rows // SHARE), (JOB.groups, JOB.block // SHARE, JOB.columns))
     return index
+
+
+@triton.jit
+def index_in_tiles(i, j, columns, JOB: tl.constexpr):
+    """`element_index` where lines share scales: tiles follow each other, and each one's rows."""
+    HEIGHT: tl.constexpr = JOB.lines if JOB.dim == -1 else JOB.block
+    WIDTH: tl.constexpr = JOB.block if JOB.dim == -1 else JOB.lines
+    r = i * JOB.rows + tl.arange(0, JOB.rows)[:, None]
+    c = j * JOB.columns + tl.arange(0, JOB.columns)[None, :]
+    before = (r // HEIGHT * tl.cdiv(columns, WIDTH) + c // WIDTH) * (HEIGHT * WIDTH)
+    return in_blocks(before + r % HEIGHT * WIDTH + c % WIDTH, JOB.block, JOB)
 
 
 @triton.jit

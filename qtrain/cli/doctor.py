@@ -200,7 +200,10 @@ def _recipe(recipe: Any, device: str) -> dict[str, Any]:
     backend = dispatch.resolve("auto", device)
     reasons = []
     if backend == "triton":
-        reasons = [gpu.missing_kernel(each.plan, each.rotation_block or None) for each in numerics.operands.values()]
+        reasons = [
+            gpu.missing_kernel(each.plan, each.rotation_block or None, each.spec.number_format.rows)
+            for each in numerics.operands.values()
+        ]
     gaps = list(dict.fromkeys(reason for reason in reasons if reason))
     told = f"{backend}, and reference where {'; '.join(gaps)}" if gaps else backend
     gemms = {}

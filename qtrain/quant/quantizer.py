@@ -203,8 +203,9 @@ class Quantizer:
     def fake_quantize(self, x: Tensor, rotation: Rotation | None = None, key: Tensor | None = None) -> Tensor:
         """x (M, N) quantised along dim -1, dequantised and rotated back, in its own dtype."""
         assert self.plan is not None
-        side = Side(self.layout((x.shape[0], x.shape[1])), rotation, key)
-        return dispatch.get("fake_quantize", self.backend, x.device.type, self.plan, rotation)(x, side, x.dtype)
+        layout = self.layout((x.shape[0], x.shape[1]))
+        module = dispatch.module(self.backend, x.device.type, self.plan, rotation, layout.rows)
+        return module.fake_quantize(x, Side(layout, rotation, key), x.dtype)
 
     def __str__(self) -> str:
         """mxfp4/std/nearest/had32/clip, as in the printed model."""

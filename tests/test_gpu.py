@@ -172,7 +172,7 @@ def test_a_layer_by_triton_equals_the_references(recipe: str, device: str) -> No
     """Output and gradients, bit for bit, by the products that the device takes."""
     module = layer(recipe, "triton", "auto", device)
     if not all_have_kernels(module):
-        with pytest.raises(ValueError, match="backend 'triton' needs a block that is a power of two up to 256; got"):
+        with pytest.raises(ValueError, match="backend 'triton' knows no codes"):
             pass_through(recipe, "triton", "auto", device)
         return
     kinds = ["auto"]

@@ -680,7 +680,7 @@ TILES = {
 def test_tiles_equal_the_reference(name: str, dim: int, device: str) -> None:
     """Of matrices that tiles fill, and that they do not, in each storage; rotated, and under a NaN."""
     lines, plan = TILES[name]
-    for shape, dtype in (((256, 128), torch.bfloat16), ((160, 200), torch.float32), ((37, 264), torch.bfloat16)):
+    for shape, dtype in (((128, 256), torch.bfloat16), ((37, 200), torch.float32)):
         x = spread_lines(*shape, dtype)
         x = x if dim == -1 else x.T.contiguous()
         whole = Layout(plan, (x.shape[0], x.shape[1]), dim, rows=lines)
@@ -700,10 +700,24 @@ def test_both_dims_of_a_matrix_in_tiles_equal_the_reference(device: str) -> None
         assert all(map(same, cpu_of(given), of_reference(x, side)))
 
 
+def test_tiles_in_float8_are_saved_in_floats(device: str) -> None:
+    """Where float8 may round codes and no bits hold tiles: what is saved is made of the floats that float8 is made of."""
+    x, (lines, plan) = spread_lines(64, 256, torch.bfloat16), TILES["mxfp4 32x32"]
+    side = Side(Layout(replace(plan, mask=None), (64, 256), -1, "float8_128", lines), None, KEY, packed=True)
+    found = qtensor.quantize_side(x.to(device), side_on(side, device), "triton")
+    expected = qtensor.quantize_side(x, side, "reference")
+    for ours, reference_s in zip(found, expected, strict=True):
+        assert ours is not None and reference_s is not None and ours.layout == reference_s.layout
+        assert all(map(same, cpu_of([*ours.tensors()]), reference_s.tensors()))
+    assert found[1] is not None and found[1].layout.storage == "bfloat16"
+
+
 def test_tiles_of_rules_that_see_more_than_the_largest_are_refused(device: str) -> None:
     plan = replace(TILES["mxfp4 32x32"][1], rule="mse")
     x = torch.ones(32, 32, device=device)
-    with pytest.raises(ValueError, match=r"'triton' finds scales of tiles by their largest magnitude alone; rule 'mse'"):
+    with pytest.raises(
+        ValueError, match=r"'triton' finds scales of tiles by their largest magnitude alone; rule 'mse'"
+    ):
         gpu.quantize(x, Side(Layout(plan, (32, 32), rows=32), None, KEY.to(device)))
 
 
@@ -896,6 +910,10 @@ LEARNED = replace(QUEST, rule="learned")
     [
         ({"x": torch.zeros(4, 64, dtype=torch.float16)}, "takes float32 or bfloat16; got torch.float16; convert it"),
         ({"x": torch.zeros(4, 48)}, r"dim -1 must be a multiple of 32; x has \(4, 48\); pad it"),
+        (
+            {"plan": replace(MXFP4, block=96, rule="floor"), "rows": 3},
+            "tile whose height is a power of two up to .*; got 3",
+        ),
         ({"plan": replace(MXFP4, block=24)}, "block that is a power of two up to 256; got 24"),
         ({"rotation": Rotation(20)}, "rotation that is a power of two up to 256; got 20"),
         ({"rotation": Rotation(64, torch.ones(32))}, r"a rotation of 64 takes as many signs; got \(32,\)"),
@@ -907,9 +925,9 @@ LEARNED = replace(QUEST, rule="learned")
         ({"plan": LEARNED}, "a learned scale goes with rule 'learned' alone; got none"),
         ({"learned": torch.tensor(1.0)}, "rule 'std': a learned scale goes with rule 'learned' alone; got one"),
         ({"plan": LEARNED, "learned": torch.ones(4)}, r"is \(4, 1\) torch.float32 here; got \(4,\) torch"),
-        ({"storage": "swizzled"}, "quantises into float32, .*float8_128 with 1 row a scale; asked for swizzled with 1"),
-        ({"storage": "float8"}, "asked for float8 with 1 rows a scale"),
-        ({"rows": 2}, "asked for float32 with 2 rows a scale"),
+        ({"storage": "swizzled"}, "quantises into float32, .*float8_128; asked for swizzled"),
+        ({"storage": "float8"}, "float8_128; asked for float8"),
+        ({"rows": 2}, "tiles by their largest magnitude alone; rule 'std' asks more"),
         ({"plan": None}, "asked for an unquantised matrix"),
         ({"shape": (4, 32)}, r"the layout is of \(4, 32\); got \(4, 64\)"),
     ],

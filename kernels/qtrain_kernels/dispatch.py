@@ -83,9 +83,10 @@ def resolve(backend: str, device_type: str) -> str:
 def _lacks_kernel(chosen: str, plan: Plan | None, size: int | None, lines: int) -> bool:
     """Whether a backend has no kernel for a plan, whose blocks hold so many lines, or a rotation of this size; said
     once."""
-    reason = None if plan is None else MODULES[chosen].KNOWS.lacks(plan)
-    if reason is None and chosen == "triton":
+    if chosen == "triton":
         reason = gpu.missing_kernel(plan, size, lines)
+    else:
+        reason = None if plan is None else MODULES[chosen].KNOWS.lacks(plan)
     if reason:
         log.info("backend auto takes the reference: %s", reason)
     return reason is not None

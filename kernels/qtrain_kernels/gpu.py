@@ -91,11 +91,17 @@ def missing_kernel(plan: Plan | None, rotation: int | None, lines: int = 1) -> s
     is one."""
     if plan is not None and plan.element.zero_point:
         return "backend 'triton' knows no codes with a zero point"
+    if plan is not None and (reason := KNOWS.lacks(plan)):
+        return reason
     if plan is not None and lines > 1 and not _shares_by_largest(plan):
         return f"backend 'triton' finds scales of tiles by their largest magnitude alone; rule {plan.rule!r} asks more"
     sizes = {"rotation": rotation}
     if plan is not None:
-        sizes |= {"block": plan.block and plan.block // lines, "tile whose height": lines, "correction": plan.correction}
+        sizes |= {
+            "block": plan.block and plan.block // lines,
+            "tile whose height": lines,
+            "correction": plan.correction,
+        }
     for name, size in sizes.items():
         if size is not None and (size & (size - 1) or size > LARGEST_SPAN):
             return f"backend 'triton' needs a {name} that is a power of two up to {LARGEST_SPAN}; got {size}"
@@ -346,8 +352,8 @@ def _work(layout: Layout, rotation: int | None, packed: bool) -> Work:
     if plan is None or layout.storage not in STORAGES:
         what = "an unquantised matrix" if plan is None else layout.storage
         raise ValueError(f"backend 'triton' quantises into {', '.join(STORAGES)}; asked for {what}")
-    KNOWS.check(plan)
     _check_kernel(plan, rotation, layout.rows)
+    KNOWS.check(plan)
     groups = {None: 1, "2:4": 4, "4:8": 8}[plan.sparsity]
     span = max((plan.span or 1) // layout.rows, rotation or 1, groups)
     _check_span(layout.shape, layout.dim, span if layout.rows == 1 else rotation or 1)

@@ -704,8 +704,10 @@ def quantize_side(x: Tensor | QTensor, side: Side, backend: str) -> tuple[QTenso
     module = dispatch.module(backend, x.device.type, layout.plan, side.rotation, layout.rows)
     if isinstance(x, QTensor) and not (module.FUSED and module.requantizes(x.layout)):
         x = x.dequantize(backend)
-    held, saved = layout if module.FUSED and module.writes(layout) else layout.held, layout.unmasked.saved
+    saved = layout.unmasked.saved
     packs, packed = side.packed and saved.storage == "packed", None
+    both = packs or not side.packed or saved.storage == layout.storage  # else what is saved is made of floats too
+    held = layout if module.FUSED and module.writes(layout) and both else layout.held
     if layout.plan.rule == "learned" and layout.plan.block is not None:
         assert isinstance(x, Tensor)
         q = _quantize_groups(x, side, held, backend)

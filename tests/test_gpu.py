@@ -164,7 +164,7 @@ def pass_through(recipe: str, backend: str, gemm: str, device: str) -> list[Tens
 def all_have_kernels(module: QuantLinear) -> bool:
     """Whether Triton quantises every operand of the layer."""
     quantisers = [each for each in module.numerics.operands.values() if each.plan is not None]
-    return all(missing_kernel(each.plan, None, each.spec.number_format.rows) is None for each in quantisers)
+    return all(missing_kernel(each.plan, None, each.tile[0]) is None for each in quantisers)
 
 
 @pytest.mark.parametrize("recipe", recipes(*IN_THE_INTERPRETER))

@@ -701,7 +701,8 @@ def test_both_dims_of_a_matrix_in_tiles_equal_the_reference(device: str) -> None
 
 
 def test_tiles_in_float8_are_saved_in_floats(device: str) -> None:
-    """Where float8 may round codes and no bits hold tiles: what is saved is made of the floats that float8 is made of."""
+    """Where float8 may round codes, and no bits hold tiles, what is saved is made of the floats that float8 is made
+    of."""
     x, (lines, plan) = spread_lines(64, 256, torch.bfloat16), TILES["mxfp4 32x32"]
     side = Side(Layout(replace(plan, mask=None), (64, 256), -1, "float8_128", lines), None, KEY, packed=True)
     found = qtensor.quantize_side(x.to(device), side_on(side, device), "triton")
@@ -715,9 +716,7 @@ def test_tiles_in_float8_are_saved_in_floats(device: str) -> None:
 def test_tiles_of_rules_that_see_more_than_the_largest_are_refused(device: str) -> None:
     plan = replace(TILES["mxfp4 32x32"][1], rule="mse")
     x = torch.ones(32, 32, device=device)
-    with pytest.raises(
-        ValueError, match=r"'triton' finds scales of tiles by their largest magnitude alone; rule 'mse'"
-    ):
+    with pytest.raises(ValueError, match=r"finds scales of tiles by their largest magnitude alone; rule 'mse'"):
         gpu.quantize(x, Side(Layout(plan, (32, 32), rows=32), None, KEY.to(device)))
 
 

@@ -334,8 +334,8 @@ class Work(NamedTuple):
 
     outputs: (shape, dtype) of what the kernel writes, None for what it does not: values and their block scales in the
     place of the matrix; packed codes and their scales; float8 codes and their scales; mask. packs_lines: whether packed
-    lines are whole bytes. span: elements along the contraction that are worked on together; reach, lines: elements along
-    it and lines that a tile must hold.
+    lines are whole bytes. span: elements along the contraction that are worked on together. reach, lines: elements
+    along it, and lines, that a tile must hold.
     """
 
     outputs: tuple[Shaped | None, ...]

@@ -201,7 +201,7 @@ def _recipe(recipe: Any, device: str) -> dict[str, Any]:
     reasons = []
     if backend == "triton":
         reasons = [
-            gpu.missing_kernel(each.plan, each.rotation_block or None, each.spec.number_format.rows)
+            gpu.missing_kernel(each.plan, each.rotation_block or None, each.tile[0])
             for each in numerics.operands.values()
         ]
     gaps = list(dict.fromkeys(reason for reason in reasons if reason))

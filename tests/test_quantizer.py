@@ -246,4 +246,4 @@ def test_what_zero_points_do_not_go_with_is_named(place: str, settings: dict[str
 def test_triton_has_no_zero_points_and_says_so() -> None:
     plan = Quantizer.build(QuantSpec(format="int4_asym/32/float16")).plan
     assert gpu.missing_kernel(plan, None) == "backend 'triton' knows no codes with a zero point"
-    assert dispatch._lacks_kernel("triton", plan, None) and not dispatch._lacks_kernel("compiled", plan, None)
+    assert dispatch._lacks_kernel("triton", plan, None, 1) and not dispatch._lacks_kernel("compiled", plan, None, 1)

@@ -911,7 +911,7 @@ LEARNED = replace(QUEST, rule="learned")
         ({"x": torch.zeros(4, 48)}, r"dim -1 must be a multiple of 32; x has \(4, 48\); pad it"),
         (
             {"plan": replace(MXFP4, block=96, rule="floor"), "rows": 3},
-            "tile whose height is a power of two up to .*; got 3",
+            "tile of a height that is a power of two up to .*; got 3",
         ),
         ({"plan": replace(MXFP4, block=24)}, "block that is a power of two up to 256; got 24"),
         ({"rotation": Rotation(20)}, "rotation that is a power of two up to 256; got 20"),

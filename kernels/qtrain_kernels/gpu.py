@@ -99,7 +99,7 @@ def missing_kernel(plan: Plan | None, rotation: int | None, lines: int = 1) -> s
     if plan is not None:
         sizes |= {
             "block": plan.block and plan.block // lines,
-            "tile whose height": lines,
+            "tile of a height": lines,
             "correction": plan.correction,
         }
     for name, size in sizes.items():

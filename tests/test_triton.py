@@ -5,6 +5,7 @@ file once more in a process of its own. There the kernels take CPU tensors; here
 """
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ import triton.language as tl
 from conftest import passed_in_the_interpreter
 from torch import Tensor
 
-from qtrain_kernels import gpu, gpu_few_rows, qtensor, reference
+from qtrain_kernels import gpu, gpu_few_rows, qtensor, reference, triton_quantize
 from qtrain_kernels.formats import Format, get_format
 from qtrain_kernels.plans import (
     SCALE_RULES,
@@ -889,6 +890,46 @@ def test_a_cpu_tensor_is_refused_outside_the_interpreter() -> None:
             run()
 
 
+def registers(ptx: str, **given: Tensor) -> dict[str, Tensor]:
+    """What PTX of shifts, "and" and "or" leaves in its registers. given: int64 below 2^32."""
+    operations = {"shl": Tensor.__lshift__, "shr": Tensor.__rshift__, "and": Tensor.__and__, "or": Tensor.__or__}
+    found = dict(given)
+    for name, to, left, right in re.findall(r"(\w+)\.b32 (\S+), (\S+), (\w+|\$\d);", ptx):
+        value = found[right] if right in found else torch.tensor(int(right, 0))
+        found[to] = operations[name](found[left], value) & 0xFFFFFFFF
+    return found
+
+
+def test_nibbles_are_joined_and_split_as_e4m3_has_their_codes() -> None:
+    """What a GPU runs in the place of the interpreter's code: all pairs, beside 1.5 in another byte of the word."""
+    codes = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    codes = (
+        (torch.cat([codes, -codes, torch.tensor([torch.nan])]) / 64).to(torch.float8_e4m3fn).view(torch.uint8).long()
+    )
+    nibbles = torch.cat([torch.arange(16), torch.tensor([7])])  # NaN becomes 6
+    low, high = torch.cartesian_prod(torch.arange(17), torch.arange(17)).T
+    for byte in range(4):
+        words = [codes[each] * 256**byte + codes[3] * 256 ** (3 - byte) for each in (low, high)]
+        joined = (nibbles[low] + 16 * nibbles[high]) * 256**byte + 0x33 * 256 ** (3 - byte)
+        found = registers(triton_quantize.JOIN_NIBBLES.value, **dict(zip(("$1", "$2"), words, strict=True)))
+        assert torch.equal(found["$0"], joined)
+        numbers = (low < 16) & (high < 16)
+        found = registers(triton_quantize.SPLIT_NIBBLES.value, **{"$2": joined[numbers]})
+        assert all(torch.equal(found[name], word[numbers]) for name, word in zip(("$0", "$1"), words, strict=True))
+
+
+@pytest.mark.parametrize("rule", ["floor", "floor_three_quarters"])
+@pytest.mark.parametrize("name", ["mxfp4", "mxfp6_e3m2", "mxfp8_e4m3", "mxint8"])
+def test_code_units_are_clipped_where_they_may_be_beyond_the_largest_code(name: str, rule: str) -> None:
+    fmt = get_format(name)
+    plan = Plan(fmt.element, fmt.scale_kind, fmt.block_size, rule)
+    below_two = 2 - 2.0**-23
+    largest = torch.tensor([2.0**-149, 2.0**-126 * below_two, 1.0, 1.5, below_two, 2.0**127 * below_two])
+    x = torch.zeros(len(largest), 32, 1).index_fill(1, torch.tensor([0]), 1.0) * largest[:, None, None]
+    units = largest.double() * plan.scale_rule.headroom / reference.block_scale(x, 1.0, plan).double().flatten()
+    assert (units.max() > fmt.element.max) == gpu._clips(plan) == (rule != "floor_three_quarters")
+
+
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreter")
 @pytest.mark.parametrize(("rule", "dim"), [("std", -1), ("eden", -2)])
 def test_code_for_a_gpu_rounds_as_written(rule: str, dim: int) -> None:
@@ -900,12 +941,20 @@ def test_code_for_a_gpu_rounds_as_written(rule: str, dim: int) -> None:
     ptx = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
     for wrong in (".ftz", ".approx", "div.full", ".local"):
         assert wrong not in ptx, wrong
-    # Written as fused: one for each element, 32 or 64 a thread, in the two of the rotation's five stages that need
-    # another thread's element; two for each quotient, of 64 elements and of 8 block scales, whose divisors are 8 blocks
-    # and the tensor scale; one for the draw of each of those 8.
-    fused, inverses = (2 * 64 + 2 * (64 + 8) + 8, 8 + 1) if rule == "eden" else (2 * 32, 0)
+    # Written as fused: two for each rounding to nearest, of 32 or 64 elements a thread and of 4 block scales; two for
+    # each quotient, of 64 elements and of these scales, whose divisors are 4 blocks and the tensor scale; one for each
+    # of their draws.
+    fused, inverses = (2 * (64 + 4) + 2 * (64 + 4) + 4, 4 + 1) if rule == "eden" else (2 * 32, 0)
     assert ptx.count("fma.") == ptx.count("fma.rn.f32") == fused and ptx.count("rcp.rn.f32") == inverses
-    for right in ("ld.global.v4", "st.global.v4", "min.NaN", "div.rn.f32" if rule == "eden" else "sqrt.rn.f32"):
+    assert "shfl.sync.bfly" not in ptx  # a thread has whole blocks and rotations
+    wide = "ld.global.b32" if rule == "eden" else "ld.global.v4"
+    for right in (
+        wide,
+        "st.global.v4",
+        "cvt.rn.satfinite.e4m3x2",
+        "min.NaN",
+        "div.rn.f32" if rule == "eden" else "sqrt.rn.f32",
+    ):
         assert right in ptx, right
 
 

@@ -209,11 +209,10 @@ class Job:
     fields name the compiled kernel.
 
     rows, columns: of a tile. groups, block: the blocks in it and their elements (without block scales: its lines).
-    side, run: the rows and columns of a thread's patch. scales: whether the tensor scale is not read, single, or one per
-    line. rule, rounding, divides_first: the plan's. unit, offset: as of
-    `stored_integer`. width: bits of a packed code. scale_nan: the byte of a packed scale that is NaN. float8_unit: the
-    scale of a group of float8_128 over its largest block scale. aligned: both dims of the matrix are multiples of 128.
-    inexact: bfloat16 does not hold every product.
+    side, run: rows and columns of a thread's patch. scales: whether the tensor scale is not read, single, or one per
+    line. rule, rounding, divides_first: the plan's. unit, offset: as of `stored_integer`. width: bits of a packed code.
+    scale_nan: the byte of a packed scale that is NaN. float8_unit: the scale of a group of float8_128 over its largest
+    block scale. aligned: both dims of the matrix are multiples of 128. inexact: bfloat16 does not hold every product.
     mask_bits: the mask is written as bits, else as bytes. passes_below: the magnitude below which a gradient passes.
     clips: code units may be beyond the largest code.
     """

@@ -5,12 +5,14 @@
 
 Equal to the reference bit for bit, on the GPU and in Triton's interpreter. Therefore every kernel is launched with
 enable_fp_fusion=False; divisions and roots are the IEEE ones; floats are rounded by adding and taking off a large
-number, by a cast only where the interpreter, whose casts truncate, has another way; and a tensor is summed in halves, by reductions of two
-terms, which have no order. NaN passes through comparisons and integer maxima, not through tl.max of floats.
+number, and by a cast only beside a branch for the interpreter, whose casts truncate; and a tensor is summed in halves,
+by reductions of two terms, which have no order. NaN passes through comparisons and integer maxima, not through tl.max
+of floats.
 """
 
 # A constexpr stands for the object that it holds.
 # pyright: reportAttributeAccessIssue=false, reportAssignmentType=false, reportGeneralTypeIssues=false
+# pyright: reportArgumentType=false
 # pyright: reportPossiblyUnboundVariable=false, reportUnboundVariable=false, reportOperatorIssue=false
 
 import triton

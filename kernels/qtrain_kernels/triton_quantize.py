@@ -135,9 +135,19 @@ def std(x):
 
 
 @triton.jit
+def larger(x, y):
+    """NaN if either is."""
+    return tl.maximum(x, y, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def amax(x):
-    """By the bits, whose order is that of the magnitudes with NaN above all."""
-    return float_of(tl.max(bits_of(x) & ABS, axis=1, keep_dims=True))
+    """NaN if any is. In the interpreter by the bits, whose order is that of the magnitudes with NaN above all."""
+    if INTERPRETED:
+        found = float_of(tl.max(bits_of(x) & ABS, axis=1, keep_dims=True))
+    else:
+        found = tl.reduce(tl.abs(x), 1, larger, keep_dims=True)
+    return found
 
 
 # ------------------------------------------------------------------------------------------------------------- division

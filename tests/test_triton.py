@@ -891,31 +891,37 @@ def test_a_cpu_tensor_is_refused_outside_the_interpreter() -> None:
 
 
 def registers(ptx: str, **given: Tensor) -> dict[str, Tensor]:
-    """What PTX of shifts, "and" and "or" leaves in its registers. given: int64 below 2^32."""
+    """What PTX of shifts, "and", "or" and permuted bytes leaves in its registers. given: int64 below 2^32."""
     operations = {"shl": Tensor.__lshift__, "shr": Tensor.__rshift__, "and": Tensor.__and__, "or": Tensor.__or__}
     found = dict(given)
-    for name, to, left, right in re.findall(r"(\w+)\.b32 (\S+), (\S+), (\w+|\$\d);", ptx):
-        value = found[right] if right in found else torch.tensor(int(right, 0))
-        found[to] = operations[name](found[left], value) & 0xFFFFFFFF
+    for name, to, *operands, last in re.findall(r"(\w+)\.b32 (\S+), (\S+), (?:(\S+), )?(\w+|\$\d);", ptx):
+        values = [found[each] if each in found else torch.tensor(int(each, 0)) for each in (*operands, last) if each]
+        if name == "prmt":
+            both, selected = values[0] | (values[1] << 32), [int(last, 16) >> (4 * place) & 15 for place in range(4)]
+            found[to] = sum(((both >> (8 * byte)) & 255) << (8 * place) for place, byte in enumerate(selected))
+        else:
+            found[to] = operations[name](*values) & 0xFFFFFFFF
     return found
 
 
-def test_nibbles_are_joined_and_split_as_e4m3_has_their_codes() -> None:
-    """What a GPU runs in the place of the interpreter's code: all pairs, beside 1.5 in another byte of the word."""
+@pytest.mark.parametrize("place", range(4))
+def test_codes_are_joined_and_split_as_float16_has_them(place: int) -> None:
+    """What a GPU runs in the place of the interpreter's code: all pairs, beside 1.5 in the words' other places."""
     codes = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
-    codes = (
-        (torch.cat([codes, -codes, torch.tensor([torch.nan])]) / 64).to(torch.float8_e4m3fn).view(torch.uint8).long()
-    )
-    nibbles = torch.cat([torch.arange(16), torch.tensor([7])])  # NaN becomes 6
-    low, high = torch.cartesian_prod(torch.arange(17), torch.arange(17)).T
-    for byte in range(4):
-        words = [codes[each] * 256**byte + codes[3] * 256 ** (3 - byte) for each in (low, high)]
-        joined = (nibbles[low] + 16 * nibbles[high]) * 256**byte + 0x33 * 256 ** (3 - byte)
-        found = registers(triton_quantize.JOIN_NIBBLES.value, **dict(zip(("$1", "$2"), words, strict=True)))
-        assert torch.equal(found["$0"], joined)
-        numbers = (low < 16) & (high < 16)
-        found = registers(triton_quantize.SPLIT_NIBBLES.value, **{"$2": joined[numbers]})
-        assert all(torch.equal(found[name], word[numbers]) for name, word in zip(("$0", "$1"), words, strict=True))
+    halves = (torch.cat([codes, -codes]) * 2.0**-14).half().view(torch.int16).long() & 0xFFFF
+    halves = torch.cat([halves, torch.tensor([0x7FFF])])  # a GPU's NaN, which becomes 6
+    nibbles = torch.cat([torch.arange(16), torch.tensor([7])])
+    pairs = torch.cartesian_prod(torch.arange(17), torch.arange(17)).T
+    others = torch.full((2, 17 * 17), 3)
+    low, high = torch.stack([pairs if each == place else others for each in range(4)], dim=1)
+    words = [halves[each[i]] + 65536 * halves[each[i + 1]] for each in (low, high) for i in (0, 2)]
+    joined = sum((nibbles[low[i]] + 16 * nibbles[high[i]]) * 256**i for i in range(4))
+    names = ("$1", "$2", "$3", "$4")
+    found = registers(triton_quantize.JOIN_CODES.value, **dict(zip(names, words, strict=True)))
+    assert torch.equal(found["$0"], joined)
+    numbers = (pairs < 16).all(dim=0)
+    found = registers(triton_quantize.SPLIT_CODES.value, **{"$4": joined[numbers]})
+    assert all(torch.equal(found[f"${i}"], words[i][numbers]) for i in range(4))
 
 
 @pytest.mark.parametrize("rule", ["floor", "floor_three_quarters"])
@@ -947,19 +953,13 @@ def test_code_for_a_gpu_rounds_as_written(rule: str, dim: int) -> None:
     fused, inverses = (2 * (64 + 4) + 2 * (64 + 4) + 4, 4 + 1) if rule == "eden" else (2 * 32, 0)
     assert ptx.count("fma.") == ptx.count("fma.rn.f32") == fused and ptx.count("rcp.rn.f32") == inverses
     assert "shfl.sync.bfly" not in ptx  # a thread has whole blocks and rotations
-    wide = "ld.global.b32" if rule == "eden" else "ld.global.v4"
-    for right in (
-        wide,
-        "st.global.v4",
-        "cvt.rn.satfinite.e4m3x2",
-        "min.NaN",
-        "div.rn.f32" if rule == "eden" else "sqrt.rn.f32",
-    ):
+    own = ("ld.global.b32", "div.rn.f32") if rule == "eden" else ("ld.global.v4", "sqrt.rn.f32")
+    for right in (*own, "st.global.v4", "cvt.rn.f16x2.f32", "min.NaN"):
         assert right in ptx, right
 
 
 def print_ptx(rule: str, dim: int) -> None:
-    """Of the kernel that packs a large bfloat16 matrix on compute capability 9.0."""
+    """Of the kernel that packs a large bfloat16 matrix on compute capability 9.0; it compiles for 8.0 too."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -976,7 +976,8 @@ def print_ptx(rule: str, dim: int) -> None:
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name in types}
     options = {"num_warps": tile.warps, **gpu.UNFUSED}
     source = ASTSource(quantize_kernel, signature, constants, aligned)
-    print(triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"])
+    code = [triton.compile(source, target=GPUTarget("cuda", each, 32), options=options).asm["ptx"] for each in (80, 90)]
+    print(code[1])
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreter")

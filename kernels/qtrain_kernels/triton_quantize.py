@@ -29,33 +29,40 @@ INFINITY: tl.constexpr = tl.constexpr(0x7F800000)
 NAN: tl.constexpr = tl.constexpr(0x7FC00000)
 LARGEST: tl.constexpr = tl.constexpr(3.4028234663852886e38)
 LARGE: tl.constexpr = tl.constexpr(1.5 * 2.0**23)
-# PTX on four bytes at a time; an assembler joins its pairs of "and" and "or".
-JOIN_NIBBLES: tl.constexpr = tl.constexpr("""{
+# A code of E2M1 times this has its exponent, or subnormal, and its mantissa in float16's bits: S000fff0 00000000.
+IN_FLOAT16: tl.constexpr = tl.constexpr(2.0**-14)
+# PTX: the upper bytes of 4 low and 4 high codes in float16 to 4 bytes of two codes each, and back.
+JOIN_CODES: tl.constexpr = tl.constexpr("""{
     .reg .b32 a, b, c, d;
-    shr.b32 a, $1, 2;
-    and.b32 a, a, 0x07070707;
-    shr.b32 b, $1, 4;
+    prmt.b32 a, $1, $2, 0x7531;
+    prmt.b32 c, $3, $4, 0x7531;
+    shr.b32 b, a, 4;
     and.b32 b, b, 0x08080808;
-    shl.b32 c, $2, 2;
+    shr.b32 a, a, 1;
+    and.b32 a, a, 0x07070707;
+    and.b32 d, c, 0x80808080;
+    shl.b32 c, c, 3;
     and.b32 c, c, 0x70707070;
-    and.b32 d, $2, 0x80808080;
     or.b32 a, a, b;
     or.b32 c, c, d;
     or.b32 $0, a, c;
 }""")
-SPLIT_NIBBLES: tl.constexpr = tl.constexpr("""{
+SPLIT_CODES: tl.constexpr = tl.constexpr("""{
     .reg .b32 a, b, c, d;
-    shl.b32 a, $2, 2;
-    and.b32 a, a, 0x1C1C1C1C;
-    shl.b32 b, $2, 4;
+    shl.b32 a, $4, 1;
+    and.b32 a, a, 0x0E0E0E0E;
+    shl.b32 b, $4, 4;
     and.b32 b, b, 0x80808080;
-    shr.b32 c, $2, 2;
-    and.b32 c, c, 0x1C1C1C1C;
-    and.b32 d, $2, 0x80808080;
-    or.b32 $1, c, d;
-    or.b32 $0, a, b;
+    or.b32 a, a, b;
+    shr.b32 c, $4, 3;
+    and.b32 c, c, 0x0E0E0E0E;
+    and.b32 d, $4, 0x80808080;
+    or.b32 c, c, d;
+    prmt.b32 $0, a, 0, 0x1404;
+    prmt.b32 $1, a, 0, 0x3424;
+    prmt.b32 $2, c, 0, 0x1404;
+    prmt.b32 $3, c, 0, 0x3424;
 }""")
-IN_E4M3: tl.constexpr = tl.constexpr(2.0**-6)  # its exponents and subnormals are E2M1's of codes times this
 
 
 @triton.constexpr_function
@@ -629,46 +636,50 @@ def code_field(codes, BITS: tl.constexpr, ELEMENT: tl.constexpr):
 
 
 @triton.jit
-def nibbles_of_bytes(low, high):
-    """uint8 sfffSFFF of bytes S00FFF00, low, and s00fff00, high, whose other bits do not matter."""
+def joined_codes(low, high):
+    """uint8 of two codes of E2M1 each, times IN_FLOAT16. A NaN, whose bits a GPU makes 0x7FFF, is the largest code."""
+    low, high = low.to(tl.float16), high.to(tl.float16)
     if INTERPRETED:
-        found = ((low >> 2) & 0x07) | ((low >> 4) & 0x08) | ((high << 2) & 0x70) | (high & 0x80)
+        low = tl.where(low == low, low, 6.0 * IN_FLOAT16).to(tl.int16, bitcast=True)
+        high = tl.where(high == high, high, 6.0 * IN_FLOAT16).to(tl.int16, bitcast=True)
+        found = ((low >> 9) & 0x07) | ((low >> 12) & 0x08) | ((high >> 5) & 0x70) | ((high >> 8) & 0x80)
+        found = found.to(tl.uint8)
     else:
-        found = tl.inline_asm_elementwise(JOIN_NIBBLES, "=r,r,r", [low, high], dtype=tl.uint8, is_pure=True, pack=4)
+        found = tl.inline_asm_elementwise(JOIN_CODES, "=r,r,r,r,r", [low, high], dtype=tl.uint8, is_pure=True, pack=4)
     return found
 
 
 @triton.jit
-def bytes_of_nibbles(x):
-    """uint8 S00FFF00 and s00fff00 of sfffSFFF."""
+def split_codes(x):
+    """Of uint8: the low codes of E2M1 and the high, times IN_FLOAT16, float32."""
     if INTERPRETED:
-        low, high = ((x << 2) & 0x1C) | ((x << 4) & 0x80), ((x >> 2) & 0x1C) | (x & 0x80)
+        bits = x.to(tl.int16)
+        low = (((bits << 9) & 0x0E00) | ((bits << 12) & 0x8000)).to(tl.int16).to(tl.float16, bitcast=True)
+        high = (((bits << 5) & 0x0E00) | ((bits << 8) & 0x8000)).to(tl.int16).to(tl.float16, bitcast=True)
     else:
         low, high = tl.inline_asm_elementwise(
-            SPLIT_NIBBLES, "=r,=r,r", [x], dtype=(tl.uint8, tl.uint8), is_pure=True, pack=4
+            SPLIT_CODES, "=r,=r,=r,=r,r", [x], dtype=(tl.float16, tl.float16), is_pure=True, pack=4
         )
-    return low, high
+    return low.to(tl.float32), high.to(tl.float32)
 
 
 @triton.jit
-def pairs_of_e2m1(codes, ELEMENT: tl.constexpr, JOB: tl.constexpr):
-    """`packed_in_bytes` of `code_field`. The GPU converts into E4M3, whose exponents and subnormals are the element's
-    where codes are scaled so: bytes S00fff00, and of NaN 01111111."""
+def pairs_of_e2m1(codes, JOB: tl.constexpr):
+    """`packed_in_bytes` of `code_field` by the GPU's conversion into float16."""
     if JOB.dim == -1:
         pairs = tl.reshape(codes, (JOB.rows, JOB.columns // 2, 2))
     else:
         pairs = tl.permute(tl.reshape(codes, (JOB.rows // 2, 2, JOB.columns)), (0, 2, 1))
-    low, high = tl.split(pairs * (IN_E4M3 * 2.0**-ELEMENT.min_exponent))
-    low, high = low.to(tl.float8e4nv), high.to(tl.float8e4nv)
-    return nibbles_of_bytes(low.to(tl.uint8, bitcast=True), high.to(tl.uint8, bitcast=True))
+    low, high = tl.split(pairs * IN_FLOAT16)
+    return joined_codes(low, high)
 
 
 @triton.jit
 def emit_packed(pointer, scales, codes, blocks, i, j, rows, columns, JOB: tl.constexpr):
     """Codes and block scales in the bits of their formats."""
     ELEMENT: tl.constexpr = JOB.plan.element
-    if ELEMENT.mantissa_bits == 1 and ELEMENT.bits == 4:
-        fields = pairs_of_e2m1(codes, ELEMENT, JOB)
+    if (ELEMENT.mantissa_bits, ELEMENT.min_exponent, ELEMENT.bits) == (1, 0, 4):
+        fields = pairs_of_e2m1(codes, JOB)
     elif JOB.width == 8:
         fields = code_field(codes, ELEMENT.bits, ELEMENT).to(tl.uint8)
     else:
@@ -854,13 +865,11 @@ def load_tile(x, i, j, rows, columns, JOB: tl.constexpr):
 
 @triton.jit
 def dequantized(codes, scales, i, j, rows, columns, JOB: tl.constexpr):
-    """Tile (i, j) of a matrix that lies packed along its rows as MXFP4, times IN_E4M3: float32."""
+    """Tile (i, j) of a matrix that lies packed along its rows as MXFP4, times IN_FLOAT16: float32."""
     BLOCK: tl.constexpr = 32
     # Scales first, since Triton arranges a product as the operand that is loaded last.
     powers = arranged(scales, columns // BLOCK, i, j, rows, columns, BLOCK, JOB).to(tl.int32)
-    low, high = bytes_of_nibbles(arranged(codes, columns // 2, i, j, rows, columns, 2, JOB))
-    low = low.to(tl.float8e4nv, bitcast=True).to(tl.float32)
-    high = high.to(tl.float8e4nv, bitcast=True).to(tl.float32)
+    low, high = split_codes(arranged(codes, columns // 2, i, j, rows, columns, 2, JOB))
     code = tl.reshape(tl.join(low, high), (JOB.rows, JOB.columns // BLOCK, BLOCK))
     return tl.reshape(code * once(power_of_two(powers))[:, :, None], (JOB.rows, JOB.columns))
 
@@ -873,7 +882,7 @@ def quantize_kernel(
     """x (rows, columns), read once, packed where x_scales are given; one program for each tile."""
     i, j = tl.program_id(0), tl.program_id(1)
     if x_scales is not None:
-        tile, UNIT = dequantized(x, x_scales, i, j, rows, columns, JOB), 1.0 / IN_E4M3
+        tile, UNIT = dequantized(x, x_scales, i, j, rows, columns, JOB), 1.0 / IN_FLOAT16
     else:
         tile, UNIT = load_tile(x, i, j, rows, columns, JOB), 1.0
     found = (values, value_scales, packed, packed_scales, float8, float8_scales, mask)

@@ -374,7 +374,8 @@ def candidate(magnitude, by_scale, WHICH: tl.constexpr, JOB: tl.constexpr):
             GRID: tl.constexpr = JOB.plan.scale_element
             blocks = nonzero(round_nearest(quotient(blocks, by_scale), GRID, True))
         else:
-            blocks = finite_or_nan(to_float32(in_scale_dtype(blocks, JOB.plan.scale_kind)))
+            KIND: tl.constexpr = JOB.plan.scale_kind
+            blocks = finite_or_nan(to_float32(in_scale_dtype(blocks, KIND)))
     return blocks
 
 
@@ -698,7 +699,8 @@ def scale_field(blocks, JOB: tl.constexpr):
         GRID: tl.constexpr = JOB.plan.scale_element
         field = tl.where(blocks == blocks, minifloat_field(blocks, GRID), JOB.scale_nan).to(tl.uint8)
     else:
-        field = in_scale_dtype(blocks, JOB.plan.scale_kind)
+        KIND: tl.constexpr = JOB.plan.scale_kind
+        field = in_scale_dtype(blocks, KIND)
     return field
 
 

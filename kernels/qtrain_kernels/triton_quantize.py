@@ -654,7 +654,7 @@ def joined_codes(low, high):
 def split_codes(x):
     """Of uint8: the low codes of E2M1 and the high, times IN_FLOAT16, float32."""
     if INTERPRETED:
-        bits = x.to(tl.int16)
+        bits = x.to(tl.int32)
         low = (((bits << 9) & 0x0E00) | ((bits << 12) & 0x8000)).to(tl.int16).to(tl.float16, bitcast=True)
         high = (((bits << 5) & 0x0E00) | ((bits << 8) & 0x8000)).to(tl.int16).to(tl.float16, bitcast=True)
     else:
@@ -679,7 +679,7 @@ def pairs_of_e2m1(codes, JOB: tl.constexpr):
 def emit_packed(pointer, scales, codes, blocks, i, j, rows, columns, JOB: tl.constexpr):
     """Codes and block scales in the bits of their formats."""
     ELEMENT: tl.constexpr = JOB.plan.element
-    if (ELEMENT.mantissa_bits, ELEMENT.min_exponent, ELEMENT.bits) == (1, 0, 4):
+    if ELEMENT.mantissa_bits == 1 and ELEMENT.bits == 4:
         fields = pairs_of_e2m1(codes, JOB)
     elif JOB.width == 8:
         fields = code_field(codes, ELEMENT.bits, ELEMENT).to(tl.uint8)

@@ -5,6 +5,7 @@ file once more in a process of its own. There the kernels take CPU tensors; here
 """
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ import triton.language as tl
 from conftest import passed_in_the_interpreter
 from torch import Tensor
 
-from qtrain_kernels import gpu, gpu_few_rows, qtensor, reference
+from qtrain_kernels import gpu, gpu_few_rows, qtensor, reference, triton_quantize
 from qtrain_kernels.formats import Format, get_format
 from qtrain_kernels.plans import (
     SCALE_RULES,
@@ -948,6 +949,52 @@ def test_a_cpu_tensor_is_refused_outside_the_interpreter() -> None:
             run()
 
 
+def registers(ptx: str, **given: Tensor) -> dict[str, Tensor]:
+    """What PTX of shifts, "and", "or" and permuted bytes leaves in its registers. given: int64 below 2^32."""
+    operations = {"shl": Tensor.__lshift__, "shr": Tensor.__rshift__, "and": Tensor.__and__, "or": Tensor.__or__}
+    found = dict(given)
+    for name, to, *operands, last in re.findall(r"(\w+)\.b32 (\S+), (\S+), (?:(\S+), )?(\w+|\$\d);", ptx):
+        values = [found[each] if each in found else torch.tensor(int(each, 0)) for each in (*operands, last) if each]
+        if name == "prmt":
+            both, selected = values[0] | (values[1] << 32), [int(last, 16) >> (4 * place) & 15 for place in range(4)]
+            found[to] = sum(((both >> (8 * byte)) & 255) << (8 * place) for place, byte in enumerate(selected))
+        else:
+            found[to] = operations[name](*values) & 0xFFFFFFFF
+    return found
+
+
+@pytest.mark.parametrize("place", range(4))
+def test_codes_are_joined_and_split_as_float16_has_them(place: int) -> None:
+    """What a GPU runs in the place of the interpreter's code: all pairs, beside 1.5 in the words' other places."""
+    codes = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    halves = (torch.cat([codes, -codes]) * 2.0**-14).half().view(torch.int16).long() & 0xFFFF
+    halves = torch.cat([halves, torch.tensor([0x7FFF])])  # a GPU's NaN, which becomes 6
+    nibbles = torch.cat([torch.arange(16), torch.tensor([7])])
+    pairs = torch.cartesian_prod(torch.arange(17), torch.arange(17)).T
+    others = torch.full((2, 17 * 17), 3)
+    low, high = torch.stack([pairs if each == place else others for each in range(4)], dim=1)
+    words = [halves[each[i]] + 65536 * halves[each[i + 1]] for each in (low, high) for i in (0, 2)]
+    joined = sum((nibbles[low[i]] + 16 * nibbles[high[i]]) * 256**i for i in range(4))
+    names = ("$1", "$2", "$3", "$4")
+    found = registers(triton_quantize.JOIN_CODES.value, **dict(zip(names, words, strict=True)))
+    assert torch.equal(found["$0"], joined)
+    numbers = (pairs < 16).all(dim=0)
+    found = registers(triton_quantize.SPLIT_CODES.value, **{"$4": joined[numbers]})
+    assert all(torch.equal(found[f"${i}"], words[i][numbers]) for i in range(4))
+
+
+@pytest.mark.parametrize("rule", ["floor", "floor_three_quarters"])
+@pytest.mark.parametrize("name", ["mxfp4", "mxfp6_e3m2", "mxfp8_e4m3", "mxint8"])
+def test_code_units_are_clipped_where_they_may_be_beyond_the_largest_code(name: str, rule: str) -> None:
+    fmt = get_format(name)
+    plan = Plan(fmt.element, fmt.scale_kind, fmt.block_size, rule)
+    below_two = 2 - 2.0**-23
+    largest = torch.tensor([2.0**-149, 2.0**-126 * below_two, 1.0, 1.5, below_two, 2.0**127 * below_two])
+    x = torch.zeros(len(largest), 32, 1).index_fill(1, torch.tensor([0]), 1.0) * largest[:, None, None]
+    units = largest.double() * plan.scale_rule.headroom / reference.block_scale(x, 1.0, plan).double().flatten()
+    assert (units.max() > fmt.element.max) == gpu._clips(plan) == (rule != "floor_three_quarters")
+
+
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreter")
 @pytest.mark.parametrize(("rule", "dim"), [("std", -1), ("eden", -2)])
 def test_code_for_a_gpu_rounds_as_written(rule: str, dim: int) -> None:
@@ -959,17 +1006,19 @@ def test_code_for_a_gpu_rounds_as_written(rule: str, dim: int) -> None:
     ptx = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
     for wrong in (".ftz", ".approx", "div.full", ".local"):
         assert wrong not in ptx, wrong
-    # Written as fused: one for each element, 32 or 64 a thread, in the two of the rotation's five stages that need
-    # another thread's element; two for each quotient, of 64 elements and of 8 block scales, whose divisors are 8 blocks
-    # and the tensor scale; one for the draw of each of those 8.
-    fused, inverses = (2 * 64 + 2 * (64 + 8) + 8, 8 + 1) if rule == "eden" else (2 * 32, 0)
+    # Written as fused: two for each rounding to nearest, of 32 or 64 elements a thread and of 4 block scales; two for
+    # each quotient, of 64 elements and of these scales, whose divisors are 4 blocks and the tensor scale; one for each
+    # of their draws.
+    fused, inverses = (2 * (64 + 4) + 2 * (64 + 4) + 4, 4 + 1) if rule == "eden" else (2 * 32, 0)
     assert ptx.count("fma.") == ptx.count("fma.rn.f32") == fused and ptx.count("rcp.rn.f32") == inverses
-    for right in ("ld.global.v4", "st.global.v4", "min.NaN", "div.rn.f32" if rule == "eden" else "sqrt.rn.f32"):
+    assert "shfl.sync.bfly" not in ptx  # a thread has whole blocks and rotations
+    own = ("ld.global.b32", "div.rn.f32") if rule == "eden" else ("ld.global.v4", "sqrt.rn.f32")
+    for right in (*own, "st.global.v4", "cvt.rn.f16x2.f32", "min.NaN"):
         assert right in ptx, right
 
 
 def print_ptx(rule: str, dim: int) -> None:
-    """Of the kernel that packs a large bfloat16 matrix on compute capability 9.0."""
+    """Of the kernel that packs a large bfloat16 matrix on compute capability 9.0; it compiles for 8.0 too."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -986,7 +1035,8 @@ def print_ptx(rule: str, dim: int) -> None:
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name in types}
     options = {"num_warps": tile.warps, **gpu.UNFUSED}
     source = ASTSource(quantize_kernel, signature, constants, aligned)
-    print(triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"])
+    code = [triton.compile(source, target=GPUTarget("cuda", each, 32), options=options).asm["ptx"] for each in (80, 90)]
+    print(code[1])
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreter")

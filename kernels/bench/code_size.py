@@ -239,7 +239,7 @@ def rows(names: list[str]) -> list[Row]:
         try:
             launched = launches_of(user)
         except ValueError as error:
-            if "needs a block that is a power of two" not in str(error):
+            if not str(error).startswith("backend 'triton'"):  # whose layers it does not compute
                 raise
             print(f"{user}: {error}", file=sys.stderr)
             continue

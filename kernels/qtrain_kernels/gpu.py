@@ -180,26 +180,27 @@ class Tile(NamedTuple):
     warps: int
 
     def patch(self, dim: int, span: int) -> tuple[int, int]:
-        """Neighbouring rows and columns that a thread holds, of spans along dim; (1, 1) where it does not matter."""
+        """Neighbouring rows and columns that a thread holds, of spans along dim: whole spans where they fit it. (1, 1):
+        it does not matter."""
         held = self.rows * self.columns // (32 * self.warps)
         if dim == -1:
             return (1, min(span, held)) if span >= 16 else (1, 1)
-        wide = 2 if 2 * span <= held else 8
+        wide = 2 if 2 * span <= held else 4
         return (held // wide, wide) if span > 1 else (1, 1)
 
 
-def tile_of(dim: int, span: int, columns: int, lines: int = 1) -> Tile:
-    """32 elements a thread along rows; along columns 64 and more, where a warp then holds whole blocks and sums them in
-    its registers; 64 where lines share scales. A function of the span, of the lines that share a scale, and of how the
-    matrix's columns divide."""
+def tile_of(dim: int, span: int, columns: int, reach: int = 1, lines: int = 1) -> Tile:
+    """32 elements a thread along rows; along columns 64 and more, where a warp then holds whole spans and sums them in
+    its registers; 64 where a tile must hold many lines. A function of the span, of how far a tile must reach along the
+    contraction and of how many lines it must hold, and of how the matrix's columns divide."""
     if dim == -2:
-        rows = max(span, 32)
-        tile = Tile(rows, 64 if rows == 32 else 4096 // max(rows, 128), 1)
+        rows = max(span, reach, 32)
+        tile = Tile(rows, 64, rows // 32) if span <= 32 else Tile(rows, 4096 // max(rows, 128), 1)
         return tile if lines <= tile.columns else _of_64_each(rows, lines)
     fitting = columns & -columns
     if fitting < 64:
         fitting = 1 << (columns - 1).bit_length()
-    wide = max(span, 16, min(fitting, 256, 4096 // lines))
+    wide = max(span, reach, 16, min(fitting, 256, 4096 // lines))
     tile = Tile(4096 // wide, wide, 4)
     return tile if lines <= tile.rows else _of_64_each(lines, wide)
 
@@ -231,13 +232,12 @@ class Job:
     fields name the compiled kernel.
 
     rows, columns: of a tile. groups, block: the blocks in it and their elements (without block scales: its lines).
-    lines: those whose blocks share a scale.
-    side: neighbouring rows that a thread holds, 1 where no element needs its column's others. scales: whether the
-    tensor scale is not read, single, or one per line. rule, rounding, divides_first: the plan's. unit, offset: as of
+    lines: those whose blocks share a scale. side, run: rows and columns of a thread's patch. scales: whether the tensor
+    scale is not read, single, or one per line. rule, rounding, divides_first: the plan's. unit, offset: as of
     `stored_integer`. width: bits of a packed code. scale_nan: the byte of a packed scale that is NaN. float8_unit: the
     scale of a group of float8_128 over its largest block scale. aligned: both dims of the matrix are multiples of 128.
-    inexact: bfloat16 does not hold every product.
-    mask_bits: the mask is written as bits, else as bytes.
+    inexact: bfloat16 does not hold every product. mask_bits: the mask is written as bits, else as bytes. passes_below:
+    the magnitude below which a gradient passes. clips: code units may be beyond the largest code.
     """
 
     plan: Plan
@@ -313,8 +313,8 @@ def _passes_below(plan: Plan) -> float:
 
 
 def _clips(plan: Plan) -> bool:
-    """Whether code units may be beyond the largest code. Under the power of two that E8M0 takes of the largest magnitude
-    they are less than 2^(shift + 1)."""
+    """Whether code units may be beyond the largest code. Under an E8M0 scale that follows from the largest magnitude
+    alone, they are less than 2^(shift + 1) times the headroom."""
     rule = plan.scale_rule
     of_largest = ScaleRule(shift=rule.shift, headroom=rule.headroom)
     bounded = plan.scale_kind == "e8m0" and replace(rule, outer=None, fitted_to=None) == of_largest
@@ -376,10 +376,7 @@ def _work(layout: Layout, rotation: int | None, packed: bool) -> Work:
 @lru_cache(4096)
 def _alone(layout: Layout, rotation: int | None, packed: bool, scales: Scales) -> tuple[Tile, Job]:
     work = _work(layout, rotation, packed)
-    tile = tile_of(layout.dim, work.reach, layout.shape[1], work.lines)
-    if layout.dim == -1 and layout.plan is not None and len(layout.plan.scale_rule.divisors) > 2:
-        # 32 elements a thread, beside the errors of three scales, would not fit its registers.
-        tile = tile._replace(rows=tile.rows // 2, warps=8)
+    tile = tile_of(layout.dim, work.span, layout.shape[1], work.reach, work.lines)
     return tile, _job(layout, rotation, tile, tile.patch(layout.dim, work.span), scales)
 
 
@@ -564,7 +561,7 @@ def fake_quantize(x: Tensor, side: Side, dtype: torch.dtype) -> Tensor:
 @dataclass(frozen=True)
 class Turn:
     """What a rotation's kernel is compiled for. first, second: how two scales multiply what comes in, a number or how
-    many of them are read. side: as of a Job. bits: eight of the mask in a byte."""
+    many of them are read. side, run: as of a Job. bits: eight of the mask in a byte."""
 
     dim: int
     rotation: int | None

@@ -5,12 +5,14 @@
 
 Equal to the reference bit for bit, on the GPU and in Triton's interpreter. Therefore every kernel is launched with
 enable_fp_fusion=False; divisions and roots are the IEEE ones; floats are rounded by adding and taking off a large
-number, never by a cast (the interpreter's casts truncate); and a tensor is summed in halves, by reductions of two
-terms, which have no order. NaN passes through comparisons and integer maxima, not through tl.max of floats.
+number, and by a cast only beside a branch for the interpreter, whose casts truncate; and a tensor is summed in halves,
+by reductions of two terms, which have no order. NaN passes through comparisons and integer maxima, not through tl.max
+of floats.
 """
 
 # A constexpr stands for the object that it holds.
 # pyright: reportAttributeAccessIssue=false, reportAssignmentType=false, reportGeneralTypeIssues=false
+# pyright: reportArgumentType=false
 # pyright: reportPossiblyUnboundVariable=false, reportUnboundVariable=false, reportOperatorIssue=false
 
 import triton
@@ -27,6 +29,40 @@ INFINITY: tl.constexpr = tl.constexpr(0x7F800000)
 NAN: tl.constexpr = tl.constexpr(0x7FC00000)
 LARGEST: tl.constexpr = tl.constexpr(3.4028234663852886e38)
 LARGE: tl.constexpr = tl.constexpr(1.5 * 2.0**23)
+# A code of E2M1 times this has its exponent, or subnormal, and its mantissa in float16's bits: S000fff0 00000000.
+IN_FLOAT16: tl.constexpr = tl.constexpr(2.0**-14)
+# PTX: the upper bytes of 4 low and 4 high codes in float16 to 4 bytes of two codes each, and back.
+JOIN_CODES: tl.constexpr = tl.constexpr("""{
+    .reg .b32 a, b, c, d;
+    prmt.b32 a, $1, $2, 0x7531;
+    prmt.b32 c, $3, $4, 0x7531;
+    shr.b32 b, a, 4;
+    and.b32 b, b, 0x08080808;
+    shr.b32 a, a, 1;
+    and.b32 a, a, 0x07070707;
+    and.b32 d, c, 0x80808080;
+    shl.b32 c, c, 3;
+    and.b32 c, c, 0x70707070;
+    or.b32 a, a, b;
+    or.b32 c, c, d;
+    or.b32 $0, a, c;
+}""")
+SPLIT_CODES: tl.constexpr = tl.constexpr("""{
+    .reg .b32 a, b, c, d;
+    shl.b32 a, $4, 1;
+    and.b32 a, a, 0x0E0E0E0E;
+    shl.b32 b, $4, 4;
+    and.b32 b, b, 0x80808080;
+    or.b32 a, a, b;
+    shr.b32 c, $4, 3;
+    and.b32 c, c, 0x0E0E0E0E;
+    and.b32 d, $4, 0x80808080;
+    or.b32 c, c, d;
+    prmt.b32 $0, a, 0, 0x1404;
+    prmt.b32 $1, a, 0, 0x3424;
+    prmt.b32 $2, c, 0, 0x1404;
+    prmt.b32 $3, c, 0, 0x3424;
+}""")
 
 
 @triton.constexpr_function
@@ -54,11 +90,16 @@ def to_float32(x):
 
 @triton.jit
 def to_bfloat16(x, INEXACT: tl.constexpr):
-    """By the bits too. INEXACT: x is no bfloat16 yet; rounded to nearest, ties to even."""
-    bits = bits_of(x)
-    if INEXACT:
-        bits = tl.where(x == x, bits + 0x7FFF + ((bits >> 16) & 1), bits)
-    return (bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+    """Rounded to nearest, ties to even; by the bits in the interpreter, whose cast truncates. INEXACT: x is no bfloat16
+    yet."""
+    if INTERPRETED:
+        bits = bits_of(x)
+        if INEXACT:
+            bits = tl.where(x == x, bits + 0x7FFF + ((bits >> 16) & 1), bits)
+        found = (bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+    else:
+        found = x.to(tl.bfloat16)
+    return found
 
 
 @triton.jit
@@ -78,6 +119,13 @@ def tree_sum(x):
 
 
 @triton.jit
+def once(x):
+    """x, as a sum of one term each: Triton moves a sum to the threads that ask for it, where it would have each of them
+    compute x."""
+    return tl.sum(tl.reshape(x, x.shape + (1,)), axis=len(x.shape))  # noqa: RUF005  no star in Triton 3.6
+
+
+@triton.jit
 def mean(x):
     return tree_sum(x) * (1.0 / x.shape[1])  # a power of two: rounds as the division does
 
@@ -94,9 +142,19 @@ def std(x):
 
 
 @triton.jit
+def larger(x, y):
+    """NaN if either is."""
+    return tl.maximum(x, y, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def amax(x):
-    """By the bits, whose order is that of the magnitudes with NaN above all."""
-    return float_of(tl.max(bits_of(x) & ABS, axis=1, keep_dims=True))
+    """NaN if any is. In the interpreter by the bits, whose order is that of the magnitudes with NaN above all."""
+    if INTERPRETED:
+        found = float_of(tl.max(bits_of(x) & ABS, axis=1, keep_dims=True))
+    else:
+        found = tl.reduce(tl.abs(x), 1, larger, keep_dims=True)
+    return found
 
 
 # ------------------------------------------------------------------------------------------------------------- division
@@ -495,23 +553,22 @@ def signs_of(signs, N: tl.constexpr):
     """(N,) ±1: given as float32, or drawn by a key, two int32, as reference.random_signs."""
     place = tl.arange(0, N)
     if signs.dtype.element_ty == tl.int32:
-        # A sum of one term each: drawn once by a block's threads and passed on, not by each thread for itself.
-        drawn = tl.sum((mix(place, signs) & 1)[:, None], axis=1)
-        found = drawn.to(tl.float32) * 2.0 - 1.0
+        found = once((mix(place, signs) & 1).to(tl.float32) * 2.0 - 1.0)
     else:
         found = tl.load(signs + place)
     return found
 
 
 @triton.jit
-def rotate(x, signs, INVERSE: tl.constexpr, JOB: tl.constexpr):
-    """float32 (R, C) -> x D H in blocks along the contraction, or x (D H)^-1: reference.rotate, unrotate."""
+def rotate(x, signs, INVERSE: tl.constexpr, UNIT: tl.constexpr, JOB: tl.constexpr):
+    """float32 (R, C), x in units of a power of two -> x D H in blocks along the contraction, or x (D H)^-1:
+    reference.rotate, unrotate."""
     N: tl.constexpr = JOB.rotation
     blocks = in_blocks(x, N, JOB)
     if signs is None:
-        blocks = hadamard(blocks, N)
+        blocks = hadamard(blocks * UNIT, N)
     else:
-        diagonal = signs_of(signs, N)[None, :, None]
+        diagonal = (signs_of(signs, N) * UNIT)[None, :, None]
         blocks = hadamard(blocks, N) * diagonal if INVERSE else hadamard(blocks * diagonal, N)
     return tl.reshape(blocks, (JOB.rows, JOB.columns))
 
@@ -570,6 +627,18 @@ def emit_scales(pointer, scales, i, j, rows, columns, LAST: tl.constexpr, JOB: t
 
 
 @triton.jit
+def rows_first(x, JOB: tl.constexpr):
+    """x (any shape of a tile) in registers whose order is that of four neighbouring rows: those that a word of bytes is
+    stored for, where columns are lines. Nothing is moved."""
+    fours = tl.permute(tl.reshape(x, (JOB.rows // 4, 2, 2, JOB.columns)), (0, 3, 1, 2))
+    even, odd = tl.split(fours)
+    x_0, x_2 = tl.split(even)
+    x_1, x_3 = tl.split(odd)
+    fours = tl.join(tl.join(x_0, x_2), tl.join(x_1, x_3))
+    return tl.reshape(tl.permute(fours, (0, 2, 3, 1)), x.shape)
+
+
+@triton.jit
 def minifloat_field(code, ELEMENT: tl.constexpr):
     """The bits of a code without its sign, int32: scaled so, the element's exponents and subnormals are float32's."""
     return (bits_of(code * (2.0 ** (-126 - ELEMENT.min_exponent))) & ABS) >> (23 - ELEMENT.mantissa_bits)
@@ -605,40 +674,42 @@ def code_field(codes, BITS: tl.constexpr, ELEMENT: tl.constexpr):
 
 
 @triton.jit
-def nibbles(low, high):
-    """uint8 sfffSFFF of bytes S00FFF00, low, and s00fff00, high; any other bits of them do not matter. Four at a time."""
+def joined_codes(low, high):
+    """uint8 of two codes of E2M1 each, times IN_FLOAT16. A NaN, whose bits a GPU makes 0x7FFF, is the largest code."""
+    low, high = low.to(tl.float16), high.to(tl.float16)
     if INTERPRETED:
-        found = ((low >> 2) & 0x07) | ((low >> 4) & 0x08) | ((high << 2) & 0x70) | (high & 0x80)
+        low = tl.where(low == low, low, 6.0 * IN_FLOAT16).to(tl.int16, bitcast=True)
+        high = tl.where(high == high, high, 6.0 * IN_FLOAT16).to(tl.int16, bitcast=True)
+        found = ((low >> 9) & 0x07) | ((low >> 12) & 0x08) | ((high >> 5) & 0x70) | ((high >> 8) & 0x80)
+        found = found.to(tl.uint8)
     else:
-        found = tl.inline_asm_elementwise(
-            """{
-            .reg .b32 a, b, c, d;
-            shr.b32 a, $1, 2;
-            and.b32 a, a, 0x07070707;
-            shr.b32 b, $1, 4;
-            and.b32 b, b, 0x08080808;
-            shl.b32 c, $2, 2;
-            and.b32 c, c, 0x70707070;
-            and.b32 d, $2, 0x80808080;
-            or.b32 a, a, b;
-            or.b32 c, c, d;
-            or.b32 $0, a, c;
-            }""",
-            "=r,r,r", [low, high], dtype=tl.uint8, is_pure=True, pack=4,
-        )  # fmt: skip
+        found = tl.inline_asm_elementwise(JOIN_CODES, "=r,r,r,r,r", [low, high], dtype=tl.uint8, is_pure=True, pack=4)
     return found
 
 
 @triton.jit
-def pairs_of_e2m1(codes, ELEMENT: tl.constexpr, JOB: tl.constexpr):
-    """`packed_in_bytes` of `code_field`. The GPU converts into E4M3, whose exponents and subnormals are the element's
-    where codes are scaled so: bytes S00fff00, and of NaN 01111111."""
+def split_codes(x):
+    """Of uint8: the low codes of E2M1 and the high, times IN_FLOAT16, float32."""
+    if INTERPRETED:
+        bits = x.to(tl.int32)
+        low = (((bits << 9) & 0x0E00) | ((bits << 12) & 0x8000)).to(tl.int16).to(tl.float16, bitcast=True)
+        high = (((bits << 5) & 0x0E00) | ((bits << 8) & 0x8000)).to(tl.int16).to(tl.float16, bitcast=True)
+    else:
+        low, high = tl.inline_asm_elementwise(
+            SPLIT_CODES, "=r,=r,=r,=r,r", [x], dtype=(tl.float16, tl.float16), is_pure=True, pack=4
+        )
+    return low.to(tl.float32), high.to(tl.float32)
+
+
+@triton.jit
+def pairs_of_e2m1(codes, JOB: tl.constexpr):
+    """`packed_in_bytes` of `code_field` by the GPU's conversion into float16."""
     if JOB.dim == -1:
         pairs = tl.reshape(codes, (JOB.rows, JOB.columns // 2, 2))
     else:
         pairs = tl.permute(tl.reshape(codes, (JOB.rows // 2, 2, JOB.columns)), (0, 2, 1))
-    low, high = tl.split(pairs * 2.0 ** (-6 - ELEMENT.min_exponent))
-    return nibbles(low.to(tl.float8e4nv).to(tl.uint8, bitcast=True), high.to(tl.float8e4nv).to(tl.uint8, bitcast=True))
+    low, high = tl.split(pairs * IN_FLOAT16)
+    return joined_codes(low, high)
 
 
 @triton.jit
@@ -646,7 +717,7 @@ def emit_packed(pointer, scales, codes, blocks, i, j, rows, columns, JOB: tl.con
     """Codes and block scales in the bits of their formats."""
     ELEMENT: tl.constexpr = JOB.plan.element
     if ELEMENT.mantissa_bits == 1 and ELEMENT.bits == 4:
-        fields = pairs_of_e2m1(codes, ELEMENT, JOB)
+        fields = pairs_of_e2m1(codes, JOB)
     elif JOB.width == 8:
         fields = code_field(codes, ELEMENT.bits, ELEMENT).to(tl.uint8)
     else:
@@ -691,6 +762,8 @@ def emit_float8(pointer, scales, codes, blocks, i, j, rows, columns, JOB: tl.con
         store(scales, turned, j * (JOB.columns // 128), i * JOB.rows, share(columns, 128, JOB), rows)
     else:
         emit(scales, scale, i, j, rows, columns, 128, False, JOB)
+    if JOB.dim == -2:
+        codes = rows_first(codes, JOB)
     found = codes.to(tl.float8e5 if JOB.plan.element.max > 448.0 else tl.float8e4nv)
     emit(pointer, found.to(tl.uint8, bitcast=True), i, j, rows, columns, 1, True, JOB)
 
@@ -728,13 +801,16 @@ def tensor_scale_of_blocks(pointer, i, j, rows, columns, JOB: tl.constexpr):
 @triton.jit
 def quantize_tile(
     tile, scale, key, signs, values, value_scales, packed, packed_scales, float8, float8_scales, mask,
-    i, j, rows, columns, JOB: tl.constexpr,
+    i, j, rows, columns, UNIT: tl.constexpr, JOB: tl.constexpr,
 ):  # fmt: skip
-    """One quantisation of a loaded tile (i, j) of (rows, columns): every output of it that there is a pointer for."""
+    """One quantisation of a loaded tile (i, j) of (rows, columns), in units of UNIT: every output of it that there is a
+    pointer for."""
     ELEMENT: tl.constexpr = JOB.plan.element  # a constexpr by its annotation: Triton 3.6 passes no bare object on
     x = to_float32(tile)
     if JOB.rotation is not None:
-        x = rotate(x, signs, False, JOB)
+        x = rotate(x, signs, False, UNIT, JOB)
+    else:
+        x = x * UNIT
     x = in_blocks(x, JOB.block, JOB)
     above = tensor_scale_of_blocks(scale, i, j, rows, columns, JOB)
     if JOB.divides_first:
@@ -806,11 +882,11 @@ def arranged(x, width, i, j, rows, columns, SHARE: tl.constexpr, JOB: tl.constex
     """Tile (i, j) of a matrix of `width` columns, each of which stands for SHARE of the tile's, zeros beyond its end.
 
     Where lines are quantised, so that a thread holds a patch of JOB.side neighbouring rows and JOB.run columns, and few
-    threads have a block in common. For that the lines are read in the order (pieces of a patch, patches), pieces of 16
-    bytes: Triton gives the last patches to lanes, those before to warps, the pieces to registers. All lines are one dim,
-    since versions of Triton hand lanes to several in different orders; and there is a third, since Triton gives two
-    matrices of one shape the same columns a thread, though one is float32 and the other bfloat16. A warp's patches lie
-    side by side in up to 64 columns where a patch has several rows.
+    threads share a block. For that the lines are read in the order (pieces of a patch, patches), pieces of 16 bytes:
+    Triton gives the last patches to lanes, those before to warps, the pieces to registers. All lines are one dim, since
+    versions of Triton hand lanes to several in different orders; and there is a third, since Triton gives two matrices
+    of one shape the same columns a thread, though one is float32 and the other bfloat16. A warp's patches lie side by
+    side, in up to 64 columns where a patch has several rows.
     """
     R: tl.constexpr = JOB.rows
     C: tl.constexpr = JOB.columns // SHARE
@@ -846,15 +922,13 @@ def load_tile(x, i, j, rows, columns, JOB: tl.constexpr):
 
 @triton.jit
 def dequantized(codes, scales, i, j, rows, columns, JOB: tl.constexpr):
-    """Tile (i, j) of a matrix that lies packed along its rows as MXFP4: float32."""
+    """Tile (i, j) of a matrix that lies packed along its rows as MXFP4, times IN_FLOAT16: float32."""
     BLOCK: tl.constexpr = 32
-    pairs = arranged(codes, columns // 2, i, j, rows, columns, 2, JOB).to(tl.int32)
-    field = tl.reshape((pairs[:, :, None] >> (4 * tl.arange(0, 2))[None, None, :]) & 15, (JOB.rows, JOB.columns))
-    # The bits of a code but its sign are a float32's last exponent and first mantissa bit, subnormals included.
-    code = float_of(((field & 7) << 22) | ((field & 8) << 28)) * 2.0**126
+    # Scales first, since Triton arranges a product as the operand that is loaded last.
     powers = arranged(scales, columns // BLOCK, i, j, rows, columns, BLOCK, JOB).to(tl.int32)
-    shared = tl.reshape(code, (JOB.rows, JOB.columns // BLOCK, BLOCK)) * power_of_two(powers)[:, :, None]
-    return tl.reshape(shared, (JOB.rows, JOB.columns))
+    low, high = split_codes(arranged(codes, columns // 2, i, j, rows, columns, 2, JOB))
+    code = tl.reshape(tl.join(low, high), (JOB.rows, JOB.columns // BLOCK, BLOCK))
+    return tl.reshape(code * once(power_of_two(powers))[:, :, None], (JOB.rows, JOB.columns))
 
 
 @triton.jit
@@ -865,11 +939,11 @@ def quantize_kernel(
     """x (rows, columns), read once, packed where x_scales are given; one program for each tile."""
     i, j = tl.program_id(0), tl.program_id(1)
     if x_scales is not None:
-        tile = dequantized(x, x_scales, i, j, rows, columns, JOB)
+        tile, UNIT = dequantized(x, x_scales, i, j, rows, columns, JOB), 1.0 / IN_FLOAT16
     else:
-        tile = load_tile(x, i, j, rows, columns, JOB)
+        tile, UNIT = load_tile(x, i, j, rows, columns, JOB), 1.0
     found = (values, value_scales, packed, packed_scales, float8, float8_scales, mask)
-    quantize_tile(tile, scale, key, signs, *found, i, j, rows, columns, JOB)
+    quantize_tile(tile, scale, key, signs, *found, i, j, rows, columns, UNIT, JOB)
 
 
 @triton.jit
@@ -883,11 +957,11 @@ def quantize_both_kernel(
     i, j = tl.program_id(0), tl.program_id(1)
     tile = load_tile(x, i, j, rows, columns, JOB)
     found = (values, value_scales, packed, packed_scales, float8, float8_scales, mask)
-    quantize_tile(tile, scale, key, signs, *found, i, j, rows, columns, JOB)
+    quantize_tile(tile, scale, key, signs, *found, i, j, rows, columns, 1.0, JOB)
     # Read again, from the cache, for its arrangement.
     tile = load_tile(x, i, j, rows, columns, JOB_2)
     found = (values_2, value_scales_2, packed_2, packed_scales_2, float8_2, float8_scales_2, mask_2)
-    quantize_tile(tile, scale_2, key_2, signs_2, *found, i, j, rows, columns, JOB_2)
+    quantize_tile(tile, scale_2, key_2, signs_2, *found, i, j, rows, columns, 1.0, JOB_2)
 
 
 @triton.jit
@@ -928,7 +1002,7 @@ def rotate_kernel(x, mask, signs, first, second, y, rows, columns, JOB: tl.const
         else:
             tile = tile * load_tile(mask, i, j, rows, columns, JOB).to(tl.float32)
     if JOB.rotation is not None:
-        tile = rotate(tile, signs, JOB.inverse, JOB)
+        tile = rotate(tile, signs, JOB.inverse, 1.0, JOB)
     if y.dtype.element_ty == tl.bfloat16:
         tile = to_bfloat16(tile, True)
     store(y, tile, i * JOB.rows, j * JOB.columns, rows, columns)
@@ -941,7 +1015,7 @@ def amax_kernel(x, signs, largest, rows, columns, JOB: tl.constexpr):
     i, j = tl.program_id(0), tl.program_id(1)
     tile = to_float32(load_tile(x, i, j, rows, columns, JOB))
     if JOB.rotation is not None:
-        tile = rotate(tile, signs, False, JOB)
+        tile = rotate(tile, signs, False, 1.0, JOB)
     magnitude = bits_of(tile) & ABS
     if JOB.single:
         tl.atomic_max(largest, tl.max(tl.max(magnitude, axis=1), axis=0))

@@ -15,7 +15,7 @@ from qtrain.errors import UserError
 from qtrain.models.decoder import Decoder
 from qtrain.quant import QuantLinear
 from qtrain.quant.adapter import Adapter, adapters, attach
-from qtrain.quant.doubled import DoubledLinear, dequantize_scales, dynamic_map, quantize_scales
+from qtrain.quant.doubled import DYNAMIC_MAP, DoubledLinear, dequantize_scales, quantize_scales
 from qtrain.quant.packed import pack
 from qtrain.train import compose
 from qtrain.training import tune
@@ -198,7 +198,7 @@ def test_other_backends_refuse_a_table_by_name(backend, monkeypatch):
 
 
 def test_the_map_of_double_quantisation():
-    known = np.array(dynamic_map())
+    known = np.array(DYNAMIC_MAP)
     assert len(known) == 256 and known[-1] == 1 and known[0] == pytest.approx(-0.99296875) and 0 in known
     scales = torch.rand(700, generator=torch.Generator().manual_seed(0)) + 0.5
     codes, largest, mean = quantize_scales(scales)
@@ -237,3 +237,4 @@ def test_a_packed_base_multiplies_the_dequantised_weight(doubled):
     torch.testing.assert_close(x.grad.double(), weight.sum(0).expand(5, -1), rtol=1e-5, atol=1e-5)
     bits = 8 * sum(buffer.nbytes for buffer in model[0].buffers()) / weight.numel()
     assert bits == pytest.approx(4 + 8 / 64 + 32 / 64 / 256 + 32 / weight.numel() if doubled else 4.5, abs=1e-9)
+    assert model[0].bits() == pytest.approx(bits)

@@ -205,6 +205,11 @@ def _learns(tensor: Tensor, scale: Tensor | None) -> bool:
     return torch.is_grad_enabled() and (tensor.requires_grad or (scale is not None and scale.requires_grad))
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Whether anything is called before or after a module's forward or backward, as an adapter is."""
+    return any(getattr(module, f"_{kind}_hooks") for kind in ("forward", "forward_pre", "backward", "backward_pre"))
+
+
 def quant_linears(model: nn.Module) -> list[QuantLinear]:
     return [module for module in model.modules() if isinstance(module, QuantLinear)]
 

@@ -157,6 +157,8 @@ def test_an_adapter_is_read_back_and_one_of_another_base_is_refused(tmp_path):
     (("recipe=quest", "+tune=qlora"), "double quantisation stores float32 scales"),
     (("recipe=bf16", "+tune=lora", "tune.adapter.layers=[gat]"), "there are: q, k, v, o, gate"),
     (("recipe=bf16", "+tune=lora", "trainer.strategy=fsdp2"), "tune does not shard"),
+    (("recipe=bf16", "+tune=lora", "tune.adapter.layers=[lm_head]", "model.tie_embeddings=true"),
+     "lm_head has the weight of the embedding, into which its adapter could not be merged"),
 ])  # fmt: skip
 def test_what_cannot_be_tuned_is_refused_before_any_text_is_read(more, message):
     with pytest.raises(UserError, match=message):

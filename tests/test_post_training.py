@@ -357,7 +357,7 @@ def test_what_cannot_be_done_is_named_and_nothing_is_left(run: RunDirectory, gpt
         quantize(source, out, RECIPE, "gtpq")
     with pytest.raises(UserError, match=r"calibration on 9,999,999 tokens .* has [\d,]+; give more text"):
         quantize(source, out, RECIPE, "gptq", 9_999_999)
-    with pytest.raises(UserError, match=r"own settings hold but for recipe, data, backend, gemm; found 'model.seq_len=16'"):
+    with pytest.raises(UserError, match=r"own settings hold but for recipe, data, .* found 'model.seq_len=16'"):
         quantize(source, out, [*RECIPE, "model.seq_len=16"], "rtn", TOKENS)
     with pytest.raises(UserError, match="is quantised already"):
         quantize(str(gptq), tmp_path / "again", RECIPE)

@@ -66,6 +66,8 @@ def test_output_and_gradients_are_those_of_the_formula():
     torch.testing.assert_close(adapter.B.grad.double(), 1.5 * dy64.T @ x64 @ a.T, **rounding)
     torch.testing.assert_close(x.grad.double(), dy64 @ (w + 1.5 * b @ a), **rounding)
     assert layer.weight.grad is None and layer.bias.grad is None
+    with pytest.raises(UserError, match="up has an adapter already"):
+        attach(model, (), rank=4, alpha=6.0)
     assert [name for name, each in model.named_parameters() if each.requires_grad] == ["up.adapter.A", "up.adapter.B"]
 
 

@@ -168,6 +168,8 @@ def _other_use(module: nn.Module) -> str | None:
         return f"a {type(module).__name__}, which may use its weight in its own way"
     if not isinstance(module.weight, nn.Parameter):
         return "its weight is computed from other parameters (weight_norm, spectral_norm)"
+    if "forward" in vars(module):
+        return "its forward was replaced, as accelerate does for device_map; convert the model before that"
     if has_hooks(module):
         return "it carries hooks; remove them, or register them after the conversion"
     return None

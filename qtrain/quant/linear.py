@@ -185,7 +185,7 @@ def compute_dtype(name: str, gemm: str, input: Tensor) -> torch.dtype:
     """In which a layer multiplies: autocast's, or the input's own. UserError, naming the layer, for one that its GEMMs
     do not have."""
     device_type = input.device.type
-    autocast = torch.is_autocast_enabled(device_type)
+    autocast = device_type != "meta" and torch.is_autocast_enabled(device_type)  # which knows no meta device
     dtype = torch.get_autocast_dtype(device_type) if autocast else input.dtype
     if gemm in BFLOAT16_GEMMS and dtype != torch.bfloat16:
         raise UserError(

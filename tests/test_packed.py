@@ -211,6 +211,9 @@ def test_a_layer_is_copied_also_after_it_multiplied_few_rows() -> None:
     other = copy.deepcopy(layer)
     layer.codes.zero_()
     assert torch.equal(other(x).detach(), wanted) and not torch.equal(layer(x).detach(), wanted)
+    other.block_scale = other.block_scale * 2  # another tensor, beside the codes that stay
+    torch.testing.assert_close(other(x) - other.bias, 2 * (wanted - other.bias), rtol=1e-5, atol=1e-5)
+    assert torch.equal(other(torch._neg_view(-x)), other(x)), "values whose sign is a flag"
 
 
 def test_what_has_no_codes_that_stay_is_refused_and_left_alone() -> None:

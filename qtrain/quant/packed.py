@@ -67,7 +67,7 @@ class PackedLinear(FixedDtypes):
         self.register_buffer("input_scale", input_scale)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
         self.keys, self.outliers = keys, outliers
-        self._ready: Any = None  # a FewRows of the module that multiplied few rows
+        self._ready: Any = None  # where the buffers lie, and a FewRows that reads them there
 
     @classmethod
     def of(cls, layer: QuantLinear) -> PackedLinear:
@@ -140,10 +140,12 @@ class PackedLinear(FixedDtypes):
         return call.multiply("fprop", xq, self.weight.t, dtype)
 
     def _few_rows(self, module: Any) -> Any:
-        """The weight as the FewRows of a module of `dispatch.few_rows`, made once."""
-        if self._ready is None or self._ready.address != self.codes.data_ptr():
-            self._ready = module.FewRows(self.weight, self.rotation(), self.numerics.backend)
-        return self._ready
+        """The weight as the FewRows of a module of `dispatch.few_rows`, made once for the buffers that are there."""
+        places = [0 if buffer is None else buffer.data_ptr() for buffer in self._buffers.values()]
+        ready = self._ready
+        if ready is None or ready[0] != places:
+            ready = self._ready = places, module.FewRows(self.weight, self.rotation(), self.numerics.backend)
+        return ready[1]
 
     def product_back(self, dy: Tensor, dtype: torch.dtype) -> Tensor:
         """dY (T, N) -> dX (T, K) in dtype, by the dequantised weight in the compute dtype of dY."""

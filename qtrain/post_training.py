@@ -11,6 +11,7 @@ the earlier ones, quantised. What comes out is a run directory whose layers are 
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -110,6 +111,7 @@ METHODS = {
 }
 SEQUENCES = 8  # in one forward of a block
 SAMPLES = 32  # sequences whose outputs choose formats and exponent biases, as in LLM-FP4
+OF_A_RUN = ("recipe", "data", "backend", "gemm")  # settings that a run is quantised with; all others are its own
 PARTIAL = "quantization"  # the folder of what is done, while the rest is not
 
 Report = Callable[[str], None]
@@ -170,12 +172,14 @@ def quantize(
 ) -> Quantised:  # fmt: skip
     """Quantise a run directory or a Hugging Face checkpoint into the new run directory `out`.
 
-    settings: as of `qtrain train`: recipe=..., and data=... for another text than the run's own. method: of METHODS.
+    settings: as of `qtrain train`: recipe=..., and data=... for another text than the run's own; of a run, those of
+    OF_A_RUN alone. method: of METHODS.
     tokens: of the training split, that layers are calibrated on. say: is told each layer's error, and where mr_gptq
     has a recipe that does not rotate. split: what of each weight stays in 16 bits beside its codes; by default nothing.
     low_rank: the rank of the part of each weight's error that is kept beside its codes, in 16 bits.
     Started again after a stop, it goes on with the next block and ends with the same bits. UserError for an unknown
-    method, a recipe whose weights have no codes that stay, text that is too short, and where `out` holds anything else.
+    method or a setting that a run has itself, a recipe whose weights have no codes that stay, text that is too short,
+    and where `out` holds anything else.
     """
     if method not in METHODS:
         raise UserError(f"unknown method {method!r}{nearest(method, [*METHODS])}; methods: {', '.join(METHODS)}")
@@ -246,6 +250,12 @@ def open_source(source: str, settings: Sequence[str]) -> Source:
 def _open_run(path: Path, settings: Sequence[str]) -> Source:
     directory = RunDirectory(path)
     own, asked = directory.read_config(), compose(settings)
+    for setting in settings:
+        if not setting.startswith("-") and re.split(r"[.=@]", setting.lstrip("+~"))[0] not in OF_A_RUN:
+            raise UserError(
+                f"{path} is a run, whose own settings hold but for {', '.join(OF_A_RUN)}; found {setting!r}; leave it "
+                "out, or quantise what `qtrain export --to hf` makes of the run"
+            )
     if own.tune is not None:
         raise UserError(
             f"{path} trained beside a base, or parts of it; export it by `qtrain export --to hf`, which merges both, "
@@ -403,10 +413,10 @@ def _quantize_block(
     for group in _groups(block, run, inputs[0]):
         seen = _watched(group[0], run, inputs)
         rows = _rows(group[0], run, inputs[: SAMPLES // SEQUENCES]) if way.reads_rows else None
-        norm = _norm_before(block, group) if way.smooth is not None else None
+        norm, readers = _norm_before(block, group) if way.smooth is not None else (None, ())
         if norm is not None:
             factors = _smoothing(group, seen, way.smooth, rows)
-            divide_inputs(norm, group, factors)
+            divide_inputs(norm, readers, factors)
             seen, rows = seen.divided(factors), None if rows is None else rows / factors
         for layer in group:
             packed, error = _quantize_layer(layer, seen, way, rows)
@@ -484,15 +494,16 @@ def _watch(layer: QuantLinear, run: Run, inputs: Sequence[Input], note: Callable
         hook.remove()
 
 
-def _norm_before(block: nn.Module, group: Sequence[QuantLinear]) -> nn.Module | None:
-    """The norm that these layers read, and nothing else does."""
+def _norm_before(block: nn.Module, group: Sequence[QuantLinear]) -> tuple[nn.Module | None, Sequence[nn.Module]]:
+    """The norm that these layers read, and all that read it, quantised or not; (None, ()) where they read no norm."""
     for norm, names in AFTER_NORM.items():
         try:
-            if [block.get_submodule(name) for name in names] == [*group]:
-                return block.get_submodule(norm)
+            readers = [block.get_submodule(name) for name in names]
+            if {*group} <= {*readers}:
+                return block.get_submodule(norm), readers
         except AttributeError:
             continue
-    return None
+    return None, ()
 
 
 def _smoothing(group: Sequence[QuantLinear], seen: Inputs, smooth: Smooth | None, rows: Tensor | None) -> Tensor:

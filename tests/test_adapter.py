@@ -15,7 +15,7 @@ from qtrain.errors import UserError
 from qtrain.models.decoder import Decoder
 from qtrain.quant import QuantLinear
 from qtrain.quant.adapter import Adapter, adapters, attach
-from qtrain.quant.doubled import DoubledLinear, dequantize_scales, dynamic_map, quantize_scales
+from qtrain.quant.doubled import DYNAMIC_MAP, DoubledLinear, dequantize_scales, quantize_scales
 from qtrain.quant.packed import pack
 from qtrain.train import compose
 from qtrain.training import tune
@@ -66,6 +66,8 @@ def test_output_and_gradients_are_those_of_the_formula():
     torch.testing.assert_close(adapter.B.grad.double(), 1.5 * dy64.T @ x64 @ a.T, **rounding)
     torch.testing.assert_close(x.grad.double(), dy64 @ (w + 1.5 * b @ a), **rounding)
     assert layer.weight.grad is None and layer.bias.grad is None
+    with pytest.raises(UserError, match="up has an adapter already"):
+        attach(model, (), rank=4, alpha=6.0)
     assert [name for name, each in model.named_parameters() if each.requires_grad] == ["up.adapter.A", "up.adapter.B"]
 
 
@@ -157,6 +159,8 @@ def test_an_adapter_is_read_back_and_one_of_another_base_is_refused(tmp_path):
     (("recipe=quest", "+tune=qlora"), "double quantisation stores float32 scales"),
     (("recipe=bf16", "+tune=lora", "tune.adapter.layers=[gat]"), "there are: q, k, v, o, gate"),
     (("recipe=bf16", "+tune=lora", "trainer.strategy=fsdp2"), "tune does not shard"),
+    (("recipe=bf16", "+tune=lora", "tune.adapter.layers=[lm_head]", "model.tie_embeddings=true"),
+     "lm_head has the weight of the embedding, into which its adapter could not be merged"),
 ])  # fmt: skip
 def test_what_cannot_be_tuned_is_refused_before_any_text_is_read(more, message):
     with pytest.raises(UserError, match=message):
@@ -198,7 +202,7 @@ def test_other_backends_refuse_a_table_by_name(backend, monkeypatch):
 
 
 def test_the_map_of_double_quantisation():
-    known = np.array(dynamic_map())
+    known = np.array(DYNAMIC_MAP)
     assert len(known) == 256 and known[-1] == 1 and known[0] == pytest.approx(-0.99296875) and 0 in known
     scales = torch.rand(700, generator=torch.Generator().manual_seed(0)) + 0.5
     codes, largest, mean = quantize_scales(scales)
@@ -237,3 +241,4 @@ def test_a_packed_base_multiplies_the_dequantised_weight(doubled):
     torch.testing.assert_close(x.grad.double(), weight.sum(0).expand(5, -1), rtol=1e-5, atol=1e-5)
     bits = 8 * sum(buffer.nbytes for buffer in model[0].buffers()) / weight.numel()
     assert bits == pytest.approx(4 + 8 / 64 + 32 / 64 / 256 + 32 / weight.numel() if doubled else 4.5, abs=1e-9)
+    assert model[0].bits() == pytest.approx(bits)

@@ -76,8 +76,9 @@ def test_layers_whose_weight_or_call_is_not_plain_stay() -> None:
     model = nn.ModuleDict({
         "computed": nn.utils.spectral_norm(nn.Linear(64, 64)),
         "parametrized": parametrized,
-        **{name: nn.Linear(64, 64) for name in (*hooks, "plain")},
+        **{name: nn.Linear(64, 64) for name in (*hooks, "replaced", "plain")},
     })  # fmt: skip
+    model["replaced"].forward = lambda x: x
     for name, hook in hooks.items():
         getattr(model[name], f"register_{hook}")(lambda *_: None)
     report = qtrain.convert(model, "quartet", backend="reference")
@@ -85,6 +86,7 @@ def test_layers_whose_weight_or_call_is_not_plain_stay() -> None:
     assert "computed from other parameters" in report.skipped["computed"]
     assert "ParametrizedLinear" in report.skipped["parametrized"]
     assert all("carries hooks" in report.skipped[name] for name in hooks)
+    assert "its forward was replaced" in report.skipped["replaced"]
 
 
 @pytest.mark.parametrize("whole", [True, False])

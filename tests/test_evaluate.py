@@ -326,6 +326,29 @@ def test_lm_eval_scores_an_imported_model_as_transformers_model(
     assert told(run.path, "--tasks", tasks[0])["choice"]["acc"] >= 0
 
 
+def test_lm_eval_draws_each_repeat_anew_and_is_told_what_is_not_drawn_by(run: RunDirectory) -> None:
+    if not is_installed("lm_eval"):
+        pytest.skip("the extra eval is not installed")
+    from lm_eval.api.instance import Instance
+
+    from qtrain.integrations.lm_eval import QtrainLM
+
+    model = QtrainLM(load(run.path))
+
+    def continued(*contexts: str, **options: Any) -> list[str]:
+        asked = {"until": [], "max_gen_toks": 12, "do_sample": True, "temperature": 1.0} | options
+        return model.generate_until([Instance("generate_until", {}, (each, asked), 0) for each in contexts])
+
+    three = continued("the cat", "mat 3", "the cat")
+    assert three[0] != three[2] and three == continued("the cat", "mat 3", "the cat")
+    greedy = continued("the cat", temperature=0.0, do_sample=False, top_p=0.9)
+    assert continued("the cat", top_k=1) == continued("the cat", "the cat", top_k=1, top_p=1.0)[1:] == greedy
+    with pytest.raises(UserError, match=r"have top_p=0\.9, and a target here knows until, .* remove it from the task"):
+        continued("the cat", top_p=0.9)
+    with pytest.raises(UserError, match=r"have repetition_penalty=1\.2"):
+        continued("the cat", temperature=0.0, repetition_penalty=1.2)
+
+
 def global_state(tasks: Tasks) -> tuple[Any, ...]:
     drawn = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
     return *drawn, [module.training for module in tasks.target.model.modules()]

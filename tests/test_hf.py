@@ -167,6 +167,15 @@ def test_a_shorter_context_can_be_asked_for_and_other_sizes_not(saved: Path) -> 
         imported(saved, ffn_dim=32)
 
 
+def test_a_sliding_window_bounds_the_context_that_can_be_asked_for(tmp_path: Path) -> None:
+    """Attention here is of all tokens, which is another model beyond the window."""
+    build("Mistral").save_pretrained(tmp_path)
+    edited(sliding_window=4096, max_position_embeddings=32768)(tmp_path)
+    assert imported(tmp_path).config.seq_len == 2048 and imported(tmp_path, seq_len=4096).config.seq_len == 4096
+    with pytest.raises(UserError, match=r"window of 4096 tokens .* model.seq_len is 4097; set it to at most 4096"):
+        imported(tmp_path, seq_len=4097)
+
+
 def edited(**changes: Any) -> Callable[[Path], None]:
     def edit(folder: Path) -> None:
         config = json.loads((folder / "config.json").read_text())

@@ -387,6 +387,18 @@ def accumulate(module: QuantLinear, x: Tensor, dy: Tensor) -> Tensor:
     return y.detach()
 
 
+def test_a_layer_without_memory_says_shapes_and_dtypes() -> None:
+    """As nn.Linear does, of forward and backward."""
+    with torch.device("meta"):
+        model, x = nn.Sequential(nn.Linear(64, 96)), torch.empty(2, 32, 64, requires_grad=True)
+    qtrain.convert(model, "quartet")
+    qtrain.set_step(model, 0)
+    y = model(x)
+    y.sum().backward()
+    assert (y.shape, y.dtype, y.device.type) == ((2, 32, 96), torch.float32, "meta")
+    assert x.grad is not None and x.grad.shape == x.shape and model[0].weight.grad.shape == (96, 64)
+
+
 def test_a_kept_weight_is_quantised_once_a_step_and_again_when_it_changes(monkeypatch: pytest.MonkeyPatch) -> None:
     module = layer("tetrajet_v2_baseline", step=0)
     x, dy = batch()

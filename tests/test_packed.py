@@ -13,8 +13,10 @@ from torch import nn
 import qtrain
 from qtrain.errors import UserError
 from qtrain.quant import PackedLinear, QuantLinear
+from qtrain.quant.adapter import attach
 from qtrain.quant.doubled import DoubledLinear
 from qtrain.quant.functional import Call, given_scale
+from qtrain.quant.outliers import Outliers
 from qtrain.quant.quantizer import unrotate
 
 K, N = 256, 48
@@ -168,6 +170,38 @@ def test_inputs_get_the_gradient_of_the_dequantised_weight(recipe: str) -> None:
     torch.testing.assert_close(x.grad, dy @ weight, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # dynamo, of autograd functions
+@pytest.mark.parametrize("kind", [PackedLinear, DoubledLinear])
+def test_a_graph_holds_the_products_of_a_layer(kind: type[PackedLinear]) -> None:
+    """One operator each, with the bits of eager, also for few rows; outliers are its tensors too."""
+    model, _ = layer_of("nf4" if kind is DoubledLinear else "quest")
+    qtrain.pack(model, kind)
+    layer, x = model[0], torch.randn(2, K, requires_grad=True)
+    assert isinstance(layer, kind)
+    if kind is PackedLinear:
+        layer.outliers = Outliers.of(torch.tensor([3]), torch.randn(N, 1), torch.eye(N, K))
+    program = torch.export.export(model, (x.detach(),), strict=True)
+    called = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+    assert called.count("qtrain.packed_product.default") == 1
+    wanted = model(x)
+    assert torch.equal(program.module()(x.detach()), wanted)
+    torch._dynamo.reset()
+    found = torch.compile(model, fullgraph=True, backend="aot_eager")(x)
+    assert torch.equal(found, wanted)
+    assert torch.equal(*(torch.autograd.grad(y.square().sum(), x)[0] for y in (found, wanted)))
+
+
+def test_gradients_of_gradients_are_refused() -> None:
+    """Kernels record no graph: those of rotated weights would be zero."""
+    quantised, _ = layer_of("quest")
+    packed, _ = layer_of("quest")
+    qtrain.pack(packed)
+    x = torch.randn(4, K, requires_grad=True)
+    for model in (quantised, packed):
+        with pytest.raises(UserError, match=r"have no gradients of their own, .* \(create_graph=True\); ask for none"):
+            torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
+
+
 def test_a_layer_is_copied_also_after_it_multiplied_few_rows() -> None:
     model, _ = layer_of("w4a16")
     qtrain.pack(model)
@@ -177,6 +211,9 @@ def test_a_layer_is_copied_also_after_it_multiplied_few_rows() -> None:
     other = copy.deepcopy(layer)
     layer.codes.zero_()
     assert torch.equal(other(x).detach(), wanted) and not torch.equal(layer(x).detach(), wanted)
+    other.block_scale = other.block_scale * 2  # another tensor, beside the codes that stay
+    torch.testing.assert_close(other(x) - other.bias, 2 * (wanted - other.bias), rtol=1e-5, atol=1e-5)
+    assert torch.equal(other(torch._neg_view(-x)), other(x)), "values whose sign is a flag"
 
 
 def test_what_has_no_codes_that_stay_is_refused_and_left_alone() -> None:
@@ -200,6 +237,12 @@ def test_what_has_no_codes_that_stay_is_refused_and_left_alone() -> None:
     embedding.weight = layer.weight
     with pytest.raises(UserError, match="it shares its weight with another module"):
         qtrain.pack(nn.Sequential(embedding, layer))
+    model, layer = layer_of("quest")
+    attach(model, ("0",), rank=2, alpha=2)
+    with pytest.raises(UserError, match="0 cannot be packed: it carries hooks, as an adapter's, which would be lost"):
+        qtrain.pack(model)
+    assert isinstance(model[0], QuantLinear)
+    model, layer = layer_of("quest")
     with pytest.raises(UserError, match=r"expected an input of last dim 256, found shape \(2, 8\)"):
         qtrain.pack(model)
         model(torch.zeros(2, 8))

@@ -265,6 +265,17 @@ def test_changes_of_the_model_are_no_changes_of_what_it_computes(
     assert all(torch.equal(again[name], value) for name, value in there.items())
 
 
+def test_a_norm_is_smoothed_also_where_a_layer_that_reads_it_stays_as_it_is(run: RunDirectory, tmp_path: Path) -> None:
+    eight = [*RECIPE, "recipe.bits=8", "recipe.skip=[lm_head,q]"]
+    done = quantize(str(run.path), tmp_path / "out", eight, "smoothquant", TOKENS)
+    assert len(done.layers) == 12 and abs(done.val_loss - done.val_loss_before) < 2e-3
+    there, plain = state(tmp_path / "out"), state(run.path)
+    factors = plain["layers.1.attention_norm.weight"] / there["layers.1.attention_norm.weight"]
+    assert (factors - 1).abs().max() > 0.01
+    name = "layers.1.attention.q.weight"
+    torch.testing.assert_close(there[name], plain[name] * factors, rtol=1e-5, atol=1e-7)
+
+
 @pytest.mark.parametrize("method", ["rtn_mse", "gptq", "awq"])
 def test_zero_points_stay_in_the_run(run: RunDirectory, tmp_path: Path, method: str) -> None:
     """Also where it was stopped; at 3 bits their errors are below those of symmetric codes."""
@@ -346,6 +357,8 @@ def test_what_cannot_be_done_is_named_and_nothing_is_left(run: RunDirectory, gpt
         quantize(source, out, RECIPE, "gtpq")
     with pytest.raises(UserError, match=r"calibration on 9,999,999 tokens .* has [\d,]+; give more text"):
         quantize(source, out, RECIPE, "gptq", 9_999_999)
+    with pytest.raises(UserError, match=r"own settings hold but for recipe, data, .* found 'model.seq_len=16'"):
+        quantize(source, out, [*RECIPE, "model.seq_len=16"], "rtn", TOKENS)
     with pytest.raises(UserError, match="is quantised already"):
         quantize(str(gptq), tmp_path / "again", RECIPE)
     with pytest.raises(UserError, match=r"holds a finished model; give a new --out"):

@@ -251,6 +251,15 @@ def test_a_compiled_model_keeps_to_it() -> None:
         assert (eager - other).norm() < 3e-3 * eager.norm()
 
 
+def test_few_rows_of_a_bfloat16_weight_are_traced_and_mapped_as_any_other() -> None:
+    """Their own kernel reads memory, which a graph that is recorded and a mapped tensor do not have."""
+    layer, x = precision.Linear(64, 48, dtype=torch.bfloat16).requires_grad_(False), torch.randn(3, 64).bfloat16()
+    wanted = (x.double() @ layer.weight.double().T + layer.bias.double()).bfloat16()
+    exported = torch.export.export(layer, (x,)).module()
+    for found in (exported(x), torch.func.vmap(layer)(x), layer(x)):
+        torch.testing.assert_close(found, wanted, rtol=2**-7, atol=2**-7)
+
+
 @pytest.mark.parametrize(
     ("setting", "onednn", "expected"),
     [(None, True, True), (None, False, False), ("avx2", True, False), ("default", True, False), ("avx512", True, True)],

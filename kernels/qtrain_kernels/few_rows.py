@@ -86,7 +86,7 @@ class _Rotation(ctypes.Structure):
 
 
 class FewRows:
-    """A weight (N, K), ready for products: it keeps what these read, and no copy of the codes, which lie at `address`.
+    """A weight (N, K), ready for products: it keeps what these read, and no copy of contiguous codes.
     rotation: of the weight's rows, for `linear`; backend: of a rotation that is not done here. ValueError for a weight
     that `lacks` names a reason against, and a rotation that does not fit it."""
 
@@ -98,7 +98,7 @@ class FewRows:
             raise ValueError(f"a weight of {weight.shape} has no whole blocks of a rotation of {rotation.size}")
         plan = weight.layout.plan
         assert plan is not None
-        self.shape, self.address, codes = weight.shape, weight.codes.data_ptr(), weight.codes.contiguous()
+        self.shape, codes = weight.shape, weight.codes.contiguous()
         levels, unit = _levels(plan)
         table = None if weight.block_scale is None or plan.scale_kind == "float32" else _table(plan)
         line = weight.tensor_scale
@@ -152,7 +152,7 @@ def _call(
         raise ValueError(f"a product is in float32 or bfloat16; got {dtype}")
     if x.ndim != 2 or x.shape[1] != shape[1] or not 0 < x.shape[0] <= MOST or not x.is_cpu:
         raise ValueError(f"x must be (1 to {MOST}, {shape[1]}) on CPU; got {tuple(x.shape)} on {x.device}")
-    x = (x if x.dtype in TYPES else x.float()).contiguous()
+    x = (x if x.dtype in TYPES else x.float()).resolve_neg().contiguous()
     out = torch.empty((x.shape[0], shape[0]), dtype=dtype, device="cpu")
     halves, threads = (x.dtype == torch.bfloat16, dtype == torch.bfloat16), _threads(shape)
     for rows, results in zip(x.split(FEW), out.split(FEW), strict=True):

@@ -83,7 +83,7 @@ def most(layout: Layout) -> int:
 
 
 class FewRows:
-    """A weight (N, K), ready for products; it keeps the codes, which lie at `address`, and no copy. ValueError for one
+    """A weight (N, K), ready for products; it keeps the codes, and no copy of contiguous ones. ValueError for one
     that `lacks` names a reason against, or that lies where Triton has no code for. rotation: of the weight's rows, for
     `linear`, by this backend."""
 
@@ -92,7 +92,7 @@ class FewRows:
         if reason is not None:
             raise ValueError(f"this weight is not multiplied in its bits: {reason}")
         gpu._check_device(weight.codes)
-        self.shape, self.layout, self.address = weight.shape, weight.layout, weight.codes.data_ptr()
+        self.shape, self.layout = weight.shape, weight.layout
         self._rotate = None if rotation is None else partial(rotate_rows, rotation=rotation, backend=backend)
         self._codes = weight.codes.contiguous()
         self._blocks = None if weight.block_scale is None else weight.block_scale.contiguous()
@@ -104,7 +104,7 @@ class FewRows:
         from qtrain_kernels.triton_few_rows import few_rows_kernel, sum_kernel
 
         self._check(x)
-        x, (n, k), rows = x.detach().contiguous(), self.shape, x.shape[0]
+        x, (n, k), rows = x.detach().resolve_neg().contiguous(), self.shape, x.shape[0]
         part, parts = _parts(self.layout)
         kind = _kind(self.layout, self._scale) if scaled else 1.0
         scale = self._scale if isinstance(kind, str) else None

@@ -74,8 +74,15 @@ FEW_MULTIPLE = 32  # of the contraction of such a weight
 
 
 def _is_few(x: Tensor, weight: Tensor) -> bool:
-    """Whether `qtrain_kernels.few_rows` multiplies: it takes half the time of torch's own, also with bfloat16 units."""
-    if x.device.type != "cpu" or weight.dtype != torch.bfloat16 or _dtype_of_products(x) != torch.bfloat16:
+    """Whether `qtrain_kernels.few_rows` multiplies: it takes half the time of torch's own, also with bfloat16 units. It
+    reads memory, which a graph that is being recorded and a function transform do not have."""
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or x.device.type != "cpu"
+        or weight.dtype != torch.bfloat16
+        or _dtype_of_products(x) != torch.bfloat16
+    ):
         return False
     few = 0 < x.numel() <= FEW * x.shape[-1] and weight.shape[1] % FEW_MULTIPLE == 0
     return few and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))

@@ -13,7 +13,7 @@ columns by falling activation; the command says where the recipe does not rotate
 rtn_mse, the residual stream rotated), smoothquant and awq (inputs after a norm are divided, by their largest values or
 by what serves the weights), llm_fp4 (each layer gets the minifloats of least output error, of as many bits as the
 recipe's; inputs after a norm are divided by powers of two). Layers are calibrated on the training text of the run, or
-on data=.
+on data=. Of a run, recipe, data, backend and gemm can be set; its other settings are its own.
 
 With every method, outliers can stay in 16 bits beside the codes: whole input columns with their inputs (QUIK's are the
 columns of the largest inputs, LLM.int8's those with an input above 6), or single weights (SpQR's, whose rounding, or

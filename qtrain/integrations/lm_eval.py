@@ -15,6 +15,7 @@ Needs the extra eval.
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -43,6 +44,8 @@ from qtrain.quant import sees_tokens_apart
 
 Pair = tuple[Any, list[int], list[int]]  # a request, its context and its continuation in tokens
 MAX_NEW_TOKENS = 256  # where a task does not say; lm-eval's own
+UNDERSTOOD = ("until", "max_gen_toks", "do_sample", "temperature", "top_k")  # of a task's generation_kwargs
+OF_DRAWING = ("top_p", "min_p", "typical_p")  # which change nothing of the likeliest token
 
 
 class QtrainLM(TemplateLM):
@@ -117,11 +120,27 @@ class QtrainLM(TemplateLM):
         return [each[start:end] for each, (start, end) in zip(logits, ends, strict=True)]
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        return [self._continued(*request.args) for request in requests]
+        """A request that is repeated draws with the seeds 0, 1, 2, ..."""
+        repeats: Counter[str] = Counter()
+        found = []
+        for request in requests:
+            context, options = request.args
+            found.append(self._continued(context, options, repeats[context]))
+            repeats[context] += 1
+        return found
 
-    def _continued(self, context: str, options: dict[str, Any]) -> str:
+    def _continued(self, context: str, options: dict[str, Any], seed: int) -> str:
         """The text after a context, up to a stop sequence, the end of the document, or so many tokens."""
         asked: dict[str, Any] = dict(normalize_gen_kwargs(options, MAX_NEW_TOKENS))
+        temperature = asked.get("temperature", 0.0)
+        unused = OF_DRAWING if temperature == 0 else ()
+        for name in asked.keys() - {*UNDERSTOOD, *unused}:
+            if asked[name] in (None, False, 1):  # which ask for nothing
+                continue
+            raise UserError(
+                f"generation_kwargs of the task have {name}={asked[name]!r}, and a target here knows "
+                f"{', '.join(UNDERSTOOD)}; remove it from the task"
+            )
         tokenizer, model = self.target.tokenizer, self.target.model
         if not isinstance(model, Decoder):
             raise UserError(f"{self.target.name} is computed by transformers: evaluate it by lm-eval's own --model hf")
@@ -135,8 +154,8 @@ class QtrainLM(TemplateLM):
         found: list[int] = []
         text = ""
         with torch.autocast(self.target.device.type, torch.bfloat16, enabled=self.target.precision == "bf16-mixed"):
-            for token in generate(model, ids, n_tokens, temperature=asked.get("temperature", 0.0),
-                                  cached=sees_tokens_apart(model)):  # fmt: skip
+            for token in generate(model, ids, n_tokens, temperature=temperature, top_k=asked.get("top_k") or None,
+                                  seed=seed, cached=sees_tokens_apart(model)):  # fmt: skip
                 if token == self.eot_token_id:
                     break
                 found.append(token)

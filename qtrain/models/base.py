@@ -54,7 +54,8 @@ class ModelSettings(Member):
         if isinstance(tree, Mapping) and tree.get("init_from") is not None and tree.get("init_hash") is None:
             from qtrain.models.hf_config import settings_of
 
-            return settings_of(str(tree["init_from"])) | {
+            asked = tree.get("seq_len")
+            return settings_of(str(tree["init_from"]), asked if isinstance(asked, int) else None) | {
                 key: value for key, value in tree.items() if value is not None
             }
         return tree

@@ -50,13 +50,14 @@ def find(name: str) -> Path:
         ) from error
 
 
-def settings_of(name: str) -> dict[str, Any]:
-    """The model settings of a checkpoint, with init_from and init_hash. UserError for a folder that holds none, and for
-    an architecture that is not of the Llama family or asks for what it does not have."""
+def settings_of(name: str, seq_len: int | None = None) -> dict[str, Any]:
+    """The model settings of a checkpoint, with init_from and init_hash. seq_len: the tokens at once that are asked for;
+    None for the least of the checkpoint's and CONTEXT. UserError for a folder that holds none, and for an architecture
+    that is not of the Llama family or asks for what it does not have."""
     folder = find(name)
     path = folder / "config.json"
     try:
-        settings = _settings(_Config.model_validate(read_json(path)), path)
+        settings = _settings(_Config.model_validate(read_json(path)), path, seq_len)
     except ValidationError as error:
         first = error.errors()[0]
         said = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
@@ -109,13 +110,14 @@ class _Config(BaseModel):
         return rope or {}
 
 
-def _settings(config: _Config, path: Path) -> dict[str, Any]:
+def _settings(config: _Config, path: Path, seq_len: int | None) -> dict[str, Any]:
+    seq_len = seq_len or min(config.max_position_embeddings, CONTEXT)
     if config.model_type not in _KINDS:
         raise UserError(
             f"{path}: model_type {config.model_type!r} is not of the Llama family; model=hf: reads "
             f"{', '.join(_KINDS)}. qtrain.convert quantises any transformers model in a training loop of your own"
         )
-    if (unsupported := _unsupported(config)) is not None:
+    if (unsupported := _unsupported(config, seq_len)) is not None:
         raise UserError(f"{path}: {unsupported}")
     heads, width = config.num_attention_heads, config.head_dim
     return {
@@ -125,7 +127,7 @@ def _settings(config: _Config, path: Path) -> dict[str, Any]:
         "n_kv_heads": None if config.num_key_value_heads == heads else config.num_key_value_heads,
         "head_dim": None if width and width * heads == config.hidden_size else width,
         "ffn_dim": config.intermediate_size,
-        "seq_len": min(config.max_position_embeddings, CONTEXT),
+        "seq_len": seq_len,
         "vocab_size": config.vocab_size,
         "tie_embeddings": config.tie_word_embeddings,
         "norm_eps": config.rms_norm_eps,
@@ -138,8 +140,8 @@ def _settings(config: _Config, path: Path) -> dict[str, Any]:
     }
 
 
-def _unsupported(config: _Config) -> str | None:
-    """What changes the computation and has no setting here."""
+def _unsupported(config: _Config, seq_len: int) -> str | None:
+    """What changes the computation of seq_len tokens and has no setting here."""
     has_window = config.model_type == "mistral" if config.use_sliding_window is None else config.use_sliding_window
     window = config.sliding_window if has_window else None
     if config.hidden_act != "silu":
@@ -147,8 +149,11 @@ def _unsupported(config: _Config) -> str | None:
     if config.quantization_config:
         method = config.quantization_config.get("quant_method")
         return f"the weights are quantised ({method}); give the checkpoint that they were made from"
-    if window is not None and window < min(config.max_position_embeddings, CONTEXT):
-        return f"attention in a sliding window of {window} tokens is not supported"
+    if window is not None and window < seq_len:
+        return (
+            f"attention in a sliding window of {window} tokens is not supported, and model.seq_len is {seq_len}; set "
+            f"it to at most {window}"
+        )
     if config.partial_rotary_factor != 1:
         return f"partial_rotary_factor {config.partial_rotary_factor} is not supported; all of a head is rotated"
     if config.rope.rope_type not in ("default", "llama3"):

@@ -78,7 +78,8 @@ def attach(
     model: nn.Module, layers: tuple[str, ...], *, rank: int, alpha: float, dropout: float = 0.0, seed: int = 0
 ) -> list[str]:
     """Freezes a model and puts an adapter beside each of its linear layers of these names or patterns; () is all but
-    lm_head. Returns their names. UserError for a name that matches no linear layer."""
+    lm_head. Returns their names. UserError for a name that matches no linear layer, for a layer that has an adapter,
+    and for a head that is the embedding: merged, its adapter would change both."""
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | PackedLinear)}
     chosen = [name for name in linears if any(matches(entry, name) for entry in layers)]
     if not layers:
@@ -88,6 +89,15 @@ def attach(
             f"tune.adapter.layers names {unknown[0]!r}, which matches no linear layer; there are: "
             f"{', '.join(dict.fromkeys(name.rpartition('.')[2] for name in linears))}"
         )
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    for name in chosen:
+        if "adapter" in linears[name]._modules:
+            raise UserError(f"{name} has an adapter already, as one of --low-rank; merge it, or leave {name} out")
+        if id(linears[name].weight) in embeddings:
+            raise UserError(
+                f"{name} has the weight of the embedding, into which its adapter could not be merged; leave it out of "
+                "tune.adapter.layers, or take a model with model.tie_embeddings=false"
+            )
     model.requires_grad_(False)
     for name in chosen:
         layer = linears[name]

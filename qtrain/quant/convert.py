@@ -20,7 +20,7 @@ from qtrain.config.recipe import LinearRecipe, read_recipe
 from qtrain.config.settings import Backend, GemmKind, group_names
 from qtrain.errors import UserError
 from qtrain.quant.functional import OPERANDS, Numerics
-from qtrain.quant.linear import QuantLinear, quant_linears
+from qtrain.quant.linear import QuantLinear, has_hooks, quant_linears
 from qtrain.quant.quantizer import Quantizer
 from qtrain.quant.random import checked_seed
 from qtrain.quant.rotation import base
@@ -168,7 +168,9 @@ def _other_use(module: nn.Module) -> str | None:
         return f"a {type(module).__name__}, which may use its weight in its own way"
     if not isinstance(module.weight, nn.Parameter):
         return "its weight is computed from other parameters (weight_norm, spectral_norm)"
-    if any(getattr(module, f"_{kind}_hooks") for kind in ("forward", "forward_pre", "backward", "backward_pre")):
+    if "forward" in vars(module):
+        return "its forward was replaced, as accelerate does for device_map; convert the model before that"
+    if has_hooks(module):
         return "it carries hooks; remove them, or register them after the conversion"
     return None
 

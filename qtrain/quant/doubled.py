@@ -1,13 +1,11 @@
 """Double quantisation (QLoRA, arXiv 2305.14314): the scales of a packed weight's blocks in 8 bits, and how they read.
 
 The mean of all scales is subtracted. Of what is left, blocks of 256 are divided by their largest magnitude, and each
-value becomes the nearest of 256 numbers, `dynamic_map`. A scale of 32 bits for 64 weights then costs 0.127 bits a
+value becomes the nearest of 256 numbers, `DYNAMIC_MAP`. A scale of 32 bits for 64 weights then costs 0.127 bits a
 weight in place of 0.5.
 """
 
 from __future__ import annotations
-
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -21,16 +19,18 @@ from qtrain_kernels.qtensor import QTensor
 BLOCK = 256
 
 
-@cache
-def dynamic_map() -> tuple[float, ...]:
+def _dynamic_map() -> tuple[float, ...]:
     """256 numbers, ascending: 0, 1, and in each decade from 10^-7 to 10^-1 twice as many as in the one below, evenly
     spread, with both signs. The 8-bit map of bitsandbytes."""
     found = [0.0, 1.0]
     for decade in range(7):
-        edges = torch.linspace(0.1, 1, 2**decade + 1)
+        edges = torch.linspace(0.1, 1, 2**decade + 1, device="cpu", dtype=torch.float32)
         middles = (10.0 ** (decade - 6) * ((edges[:-1] + edges[1:]) / 2)).tolist()
         found += [sign * middle for middle in middles for sign in (1.0, -1.0)]
     return tuple(sorted(found))
+
+
+DYNAMIC_MAP = _dynamic_map()
 
 
 def quantize_scales(scales: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -38,7 +38,7 @@ def quantize_scales(scales: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     mean = scales.mean()
     blocks = F.pad((scales - mean).flatten(), (0, -scales.numel() % BLOCK)).view(-1, BLOCK)
     largest = blocks.abs().amax(1)
-    known = torch.tensor(dynamic_map(), device=scales.device)
+    known = torch.tensor(DYNAMIC_MAP, device=scales.device)
     u = blocks / torch.where(largest == 0, 1.0, largest)[:, None]
     codes = torch.bucketize(u, (known[1:] + known[:-1]) / 2).to(torch.uint8)
     return codes.flatten()[: scales.numel()].view(scales.shape), largest, mean
@@ -46,7 +46,7 @@ def quantize_scales(scales: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def dequantize_scales(codes: Tensor, largest: Tensor, mean: Tensor) -> Tensor:
     """`quantize_scales` undone but for its rounding: float32 in the shape of codes."""
-    known = torch.tensor(dynamic_map(), device=codes.device)
+    known = torch.tensor(DYNAMIC_MAP, device=codes.device)
     each = largest.repeat_interleave(BLOCK)[: codes.numel()].view(codes.shape)
     return known[codes.long()] * each + mean
 

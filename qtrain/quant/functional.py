@@ -34,6 +34,7 @@ from torch.nn import functional as F
 
 from qtrain.config.recipe import LinearRecipe
 from qtrain.config.settings import Backend, GemmKind, Redraw
+from qtrain.errors import UserError
 from qtrain.quant.quantizer import Quantizer, rotate, unrotate
 from qtrain.quant.random import USES
 from qtrain.quant.rotation import base, hadamard
@@ -616,7 +617,7 @@ def _wgrad_shapes(
     return found
 
 
-def _define(function: Callable[..., list[Tensor]], shapes: Callable[..., Shapes], arguments: str) -> Any:
+def define(function: Callable[..., list[Tensor]], shapes: Callable[..., Shapes], arguments: str) -> Any:
     """torch.ops.qtrain.<name>, of a function whose first argument is a Call, which comes last in the operator's.
     shapes: of its results."""
     name = function.__name__.lstrip("_")
@@ -637,20 +638,20 @@ def _define(function: Callable[..., list[Tensor]], shapes: Callable[..., Shapes]
     return getattr(torch.ops.qtrain, name).default
 
 
-quantize_weight = _define(_quantize_weight, _weight_shapes, "Tensor weight, Tensor? scale, bool packed")
-fprop = _define(
+quantize_weight = define(_quantize_weight, _weight_shapes, "Tensor weight, Tensor? scale, bool packed")
+fprop = define(
     _fprop,
     _fprop_shapes,
     "Tensor x, Tensor weight, Tensor? x_scale, Tensor? w_scale, Tensor[] kept, bool save_x, bool save_mask, "
     "Tensor? rows",
 )
-quantize_grad = _define(_quantize_grad, _grad_shapes, "Tensor dy, bool for_x, bool for_w")
-dgrad = _define(
+quantize_grad = define(_quantize_grad, _grad_shapes, "Tensor dy, bool for_x, bool for_w")
+dgrad = define(
     _dgrad,
     _dgrad_shapes,
     "Tensor[] dy, Tensor weight, Tensor[] w, Tensor? x_mask, Tensor? x_slope, SymInt tokens, ScalarType x_dtype",
 )
-wgrad = _define(
+wgrad = define(
     _wgrad,
     _wgrad_shapes,
     "Tensor[] dy, Tensor[] x, Tensor? w_mask, Tensor? w_slope, SymInt tokens, SymInt out_features, SymInt in_features, "
@@ -684,6 +685,7 @@ class _Layer(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        refuse_second_gradient()
         keys, weight, w_scale, x, rows, *rest = ctx.saved_tensors
         count, save_mask = ctx.held
         kept, saved = rest[:count], rest[count:]
@@ -735,6 +737,16 @@ class _Layer(torch.autograd.Function):
                 if dw_scale is not None and dw_scale.ndim == 2:
                     dw_scale = torch.zeros_like(w_scale).index_copy_(0, rows, dw_scale)
         return dx, dw, dx_scale, dw_scale, *[None] * (7 + len(kept))
+
+
+def refuse_second_gradient() -> None:
+    """UserError in a backward whose gradients are to be differentiated again: their kernels record no graph."""
+    if torch.is_grad_enabled():
+        raise UserError(
+            "gradients of quantised layers have no gradients of their own, and this backward was asked for a graph of "
+            "them (create_graph=True); ask for none, or compute in high precision: "
+            "qtrain.quant.set_high_precision(model)"
+        )
 
 
 def _bits_of_rows(mask: Tensor | None, weight: Tensor, rows: Tensor) -> Tensor | None:

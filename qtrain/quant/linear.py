@@ -192,7 +192,7 @@ def compute_dtype(name: str, gemm: str, input: Tensor) -> torch.dtype:
     """In which a layer multiplies: autocast's, or the input's own. UserError, naming the layer, for one that its GEMMs
     do not have."""
     device_type = input.device.type
-    autocast = torch.is_autocast_enabled(device_type)
+    autocast = device_type != "meta" and torch.is_autocast_enabled(device_type)  # which knows no meta device
     dtype = torch.get_autocast_dtype(device_type) if autocast else input.dtype
     if gemm in BFLOAT16_GEMMS and dtype != torch.bfloat16:
         raise UserError(
@@ -210,6 +210,11 @@ def compute_dtype(name: str, gemm: str, input: Tensor) -> torch.dtype:
 def _learns(tensor: Tensor, scale: Tensor | None) -> bool:
     """Whether a backward will want the gradient of an operand or of its learned scale."""
     return torch.is_grad_enabled() and (tensor.requires_grad or (scale is not None and scale.requires_grad))
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether anything is called before or after a module's forward or backward, as an adapter is."""
+    return any(getattr(module, f"_{kind}_hooks") for kind in ("forward", "forward_pre", "backward", "backward_pre"))
 
 
 def quant_linears(model: nn.Module) -> list[QuantLinear]:

@@ -11,8 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from qtrain.errors import UserError
-from qtrain.quant.functional import Call, Numerics, given_scale, read_numerics
-from qtrain.quant.linear import UNCALIBRATED, QuantLinear, compute_dtype, quant_linears
+from qtrain.quant.functional import (
+    Call,
+    Numerics,
+    define,
+    given_scale,
+    read_numerics,
+    refuse_second_gradient,
+)
+from qtrain.quant.linear import UNCALIBRATED, QuantLinear, compute_dtype, has_hooks, quant_linears
 from qtrain.quant.outliers import PARTS, FixedDtypes, Outliers
 from qtrain.quant.quantizer import unrotate
 from qtrain.quant.random import beside, key_table
@@ -20,6 +27,7 @@ from qtrain_kernels import dispatch
 from qtrain_kernels.few_rows import exact
 from qtrain_kernels.gemm import scaled, scales_of
 from qtrain_kernels.plans import Rotation
+from qtrain_kernels.precision import matmul
 from qtrain_kernels.qtensor import TENSORS, Layout, QTensor, float_storage
 
 KEPT = tuple(name for name in TENSORS if name != "mask")  # of a weight's QTensor
@@ -52,13 +60,14 @@ class PackedLinear(FixedDtypes):
         row of `key_table` at step 0, of which the signs of rotations are drawn. outliers: added to the codes."""
         super().__init__()
         self.name, self.text, self.layout = name, numerics.text, weight.layout
+        self.gemm = numerics.gemm  # which graphs can ask for
         self.out_features, self.in_features = weight.shape
         for part in KEPT:
             self.register_buffer(part, getattr(weight, part))
         self.register_buffer("input_scale", input_scale)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
         self.keys, self.outliers = beside(weight.codes, keys), outliers
-        self._ready: Any = None  # a FewRows of the module that multiplied few rows
+        self._ready: Any = None  # where the buffers lie, and a FewRows that reads them there
 
     @classmethod
     def of(cls, layer: QuantLinear) -> PackedLinear:
@@ -86,7 +95,7 @@ class PackedLinear(FixedDtypes):
                 f"{self.name}: expected an input of last dim {self.in_features}, found shape {tuple(input.shape)}; "
                 "pass (..., in_features)"
             )
-        dtype = compute_dtype(self.name, self.numerics.gemm, input)
+        dtype = compute_dtype(self.name, self.gemm, input)
         x = input.reshape(-1, self.in_features)
         learns = torch.is_grad_enabled() and x.requires_grad
         y = _Product.apply(x, self, dtype) if learns else self.product(x, dtype)
@@ -100,12 +109,20 @@ class PackedLinear(FixedDtypes):
 
     def product(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """x (T, K) -> (T, N) in dtype, without the bias."""
+        if torch.compiler.is_compiling():
+            return packed_product(x, *self._as_arguments(dtype))[0]
         if not x.shape[0]:
             return x.new_zeros(0, self.out_features, dtype=dtype)
         if self.outliers is None:
             return self._product_of_codes(x, dtype)
         beside = self.outliers.product(x, self.rotation(), self.numerics.backend, dtype)
         return self._product_of_codes(self.outliers.without_columns(x), dtype) + beside
+
+    def _as_arguments(self, dtype: torch.dtype) -> tuple[Any, ...]:
+        """Of the operators that stand for its products in a graph."""
+        beside = [] if self.outliers is None else list(self.outliers.buffers())
+        shape = self.out_features, self.in_features
+        return self.weight.tensors(), beside, self.input_scale, *shape, self.keys, self.text, dtype, 0
 
     def _product_of_codes(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         module = dispatch.few_rows(self.numerics.backend, x.device.type, self.layout)
@@ -123,16 +140,20 @@ class PackedLinear(FixedDtypes):
         return call.multiply("fprop", xq, self.weight.t, dtype)
 
     def _few_rows(self, module: Any) -> Any:
-        """The weight as the FewRows of a module of `dispatch.few_rows`, made once."""
-        if self._ready is None or self._ready.address != self.codes.data_ptr():
-            self._ready = module.FewRows(self.weight, self.rotation(), self.numerics.backend)
-        return self._ready
+        """The weight as the FewRows of a module of `dispatch.few_rows`, made once for the buffers that are there."""
+        places = [0 if buffer is None else buffer.data_ptr() for buffer in self._buffers.values()]
+        ready = self._ready
+        if ready is None or ready[0] != places:
+            ready = self._ready = places, module.FewRows(self.weight, self.rotation(), self.numerics.backend)
+        return ready[1]
 
     def product_back(self, dy: Tensor, dtype: torch.dtype) -> Tensor:
         """dY (T, N) -> dX (T, K) in dtype, by the dequantised weight in the compute dtype of dY."""
+        if torch.compiler.is_compiling():
+            return packed_product_back(dy, *self._as_arguments(dtype))[0]
         if self.outliers is not None:
-            return (dy @ self.dequantize().to(dy.dtype)).to(dtype)
-        dx = dy @ self.weight.dequantize(self.numerics.backend).to(dy.dtype)
+            return matmul(dy, self.dequantize().to(dy.dtype)).to(dtype)
+        dx = matmul(dy, self.weight.dequantize(self.numerics.backend).to(dy.dtype))
         return unrotate(dx, self.rotation(), self.numerics.backend).to(dtype)
 
     def dequantize(self) -> Tensor:
@@ -144,9 +165,8 @@ class PackedLinear(FixedDtypes):
         return self.outliers.whole(weight, rotation, backend)
 
     def bits(self) -> float:
-        """Of a weight, with its scales and outliers."""
-        held = sum(tensor.nbytes for tensor in self.weight.tensors())
-        held += 0 if self.outliers is None else self.outliers.nbytes()
+        """Of a weight, with its scales and outliers, as they are kept."""
+        held = sum(buffer.nbytes for name, buffer in self.named_buffers() if name != "input_scale")
         return 8 * held / (self.in_features * self.out_features)
 
     def _apply(self, fn: Any, recurse: bool = True) -> PackedLinear:
@@ -169,6 +189,34 @@ class PackedLinear(FixedDtypes):
         )
 
 
+# Graphs of torch.compile and torch.export have no layer; they hold its products as two operators of its tensors.
+
+
+def _layer_of(
+    call: Call, weight: list[Tensor], outliers: list[Tensor], input_scale: Tensor | None, *shape: int
+) -> PackedLinear:
+    q = QTensor.of(layout_of(call.numerics, (shape[0], shape[1])), weight)
+    beside = Outliers(*outliers) if outliers else None
+    return PackedLinear(q, None, call.numerics, "a packed layer", call.keys, input_scale, beside)
+
+
+def _packed_product(call: Call, x: Tensor, *held: Any) -> list[Tensor]:
+    return [_layer_of(call, *held).product(x, call.dtype)]
+
+
+def _packed_product_back(call: Call, dy: Tensor, *held: Any) -> list[Tensor]:
+    return [_layer_of(call, *held).product_back(dy, call.dtype)]
+
+
+_HELD = "Tensor[] weight, Tensor[] outliers, Tensor? input_scale, int out_features, int in_features"
+packed_product = define(
+    _packed_product, lambda call, x, *held: [((x.shape[0], held[-2]), call.dtype)], f"Tensor x, {_HELD}"
+)
+packed_product_back = define(
+    _packed_product_back, lambda call, dy, *held: [((dy.shape[0], held[-1]), call.dtype)], f"Tensor dy, {_HELD}"
+)
+
+
 class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: PackedLinear, dtype: torch.dtype) -> Tensor:
@@ -177,6 +225,7 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        refuse_second_gradient()
         return ctx.layer.product_back(grads[0], ctx.dtype), None, None
 
 
@@ -234,6 +283,8 @@ def obstacle(model: nn.Module) -> str | None:
         reason = without_codes(layer)
         if layer.high_precision:
             reason = "it computes in high precision"
+        if has_hooks(layer):
+            reason = "it carries hooks, as an adapter's, which would be lost; remove them, or merge the adapter"
         if id(layer.weight) in shared:
             reason = "it shares its weight with another module, which reads it as it is"
         if reason is not None:
@@ -247,7 +298,7 @@ def pack(model: nn.Module, kind: type[PackedLinear] | None = None) -> None:
 
     Outputs stay as they are in eval mode, bit for bit but for few rows (see PackedLinear). UserError, with the
     model untouched, where a recipe has no codes that stay, where a learned scale has no value yet or the weight under
-    it holds a NaN, or where a layer computes in high precision or shares its weight with an embedding.
+    it holds a NaN, or where a layer computes in high precision, carries hooks or shares its weight with an embedding.
     """
     reason = obstacle(model)
     if reason is not None:

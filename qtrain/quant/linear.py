@@ -22,7 +22,7 @@ from qtrain.config.settings import BFLOAT16_GEMMS, Backend, GemmKind
 from qtrain.errors import UserError
 from qtrain.quant import functional
 from qtrain.quant.functional import OPERANDS, Numerics, Observer, read_numerics, text_of_own
-from qtrain.quant.random import beside, checked_seed, key_table
+from qtrain.quant.random import checked_seed, key_table, keys_beside
 from qtrain_kernels.precision import Linear
 
 REMEMBERED = 64  # steps or micro-batches whose forwards can still be recomputed
@@ -67,7 +67,7 @@ class QuantLinear(Linear):
         fixed = frozenset(each for each in OPERANDS if getattr(self.numerics, each).left.spec.signs == "fixed")
         self.keyed_by = seed, name, fixed, recipe.redraw == "step"  # as `key_table` takes it
         with torch.inference_mode(False):  # no buffer, which ranks would share and to_empty would lose
-            self.keys = beside(self.weight, key_table([self.keyed_by], 0, 0)[0])
+            self.keys = keys_beside(self.weight, key_table([self.keyed_by], 0, 0)[0])
         self.history: deque[tuple[int, Tensor]] = deque([(-1, self.keys)], REMEMBERED)
 
     @property
@@ -153,8 +153,8 @@ class QuantLinear(Linear):
     def _apply(self, fn: Any, recurse: bool = True) -> QuantLinear:
         """Keys move too: a copy in each forward would hold up a GPU."""
         super()._apply(fn, recurse)
-        self.keys = beside(self.weight, self.keys)
-        self.history = deque(((first, beside(self.weight, keys)) for first, keys in self.history), REMEMBERED)
+        self.keys = keys_beside(self.weight, self.keys)
+        self.history = deque(((first, keys_beside(self.weight, keys)) for first, keys in self.history), REMEMBERED)
         return self
 
     def reset_parameters(self) -> None:

@@ -22,7 +22,7 @@ from qtrain.quant.functional import (
 from qtrain.quant.linear import UNCALIBRATED, QuantLinear, compute_dtype, has_hooks, quant_linears
 from qtrain.quant.outliers import PARTS, FixedDtypes, Outliers
 from qtrain.quant.quantizer import unrotate
-from qtrain.quant.random import beside, key_table
+from qtrain.quant.random import key_table, keys_beside
 from qtrain_kernels import dispatch
 from qtrain_kernels.few_rows import exact
 from qtrain_kernels.gemm import scaled, scales_of
@@ -66,7 +66,7 @@ class PackedLinear(FixedDtypes):
             self.register_buffer(part, getattr(weight, part))
         self.register_buffer("input_scale", input_scale)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
-        self.keys, self.outliers = beside(weight.codes, keys), outliers
+        self.keys, self.outliers = keys_beside(weight.codes, keys), outliers
         self._ready: Any = None  # where the buffers lie, and a FewRows that reads them there
 
     @classmethod
@@ -171,7 +171,7 @@ class PackedLinear(FixedDtypes):
 
     def _apply(self, fn: Any, recurse: bool = True) -> PackedLinear:
         super()._apply(fn, recurse)
-        self.keys = beside(self.codes, self.keys)
+        self.keys = keys_beside(self.codes, self.keys)
         return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:

@@ -66,6 +66,6 @@ def key_table(layers: Iterable[tuple[int, str, frozenset[str], bool]], step: int
     return words.view(-1, len(USES), 2)
 
 
-def beside(tensor: Tensor, keys: Tensor) -> Tensor:
+def keys_beside(tensor: Tensor, keys: Tensor) -> Tensor:
     """Keys on the device of a tensor; as they are where that is meta."""
     return keys if tensor.device.type == "meta" else keys.to(tensor.device)

@@ -15,10 +15,12 @@ NaN and infinity stay visible: either one in a block (or row, or, with a tensor 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.nn import functional as F
 
 from qtrain_kernels.checks import check_fields
@@ -305,7 +307,7 @@ def round_nearest(u: Tensor, element: Element) -> Tensor:
     """The nearest code; ties go to the even integer of the grid. Centred: round(u + 1/2) - 1/2, as QuEST writes it.
     Of a table, ties go to the lower code, as bitsandbytes has it."""
     if element.table is not None:
-        codes = torch.tensor(element.table, dtype=torch.float32, device=u.device)
+        codes = constants(element.table, u.device)
         return torch.where(u.isnan(), u, codes[_place_in_table(u, element)])
     if element.offset:
         return torch.round(u.clamp(-element.max, element.max) + 0.5) - 0.5
@@ -320,9 +322,16 @@ def nearest_code(u: Tensor, element: Element, zero_point: Tensor | None) -> Tens
     return round_nearest(u + zero_point, element) - zero_point
 
 
+@cache
+def constants(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """float32. They are kept for each device: a copy to a GPU in each call would hold it up."""
+    with torch.inference_mode(False), unset_fake_temporarily():  # whoever asks first must not mark them
+        return torch.tensor(values, dtype=torch.float32, device=device)
+
+
 def _place_in_table(u: Tensor, element: Element) -> Tensor:
     """int64, of the nearest code of a table among its codes."""
-    codes = torch.tensor(element.table, dtype=torch.float32, device=u.device)
+    codes = constants(element.table, u.device)
     return torch.bucketize(u, (codes[1:] + codes[:-1]) / 2).clamp(max=len(codes) - 1)
 
 
@@ -644,7 +653,7 @@ def unpack(packed: Packed, shape: torch.Size, plan: Plan, dtype: torch.dtype) ->
     element, device = plan.element, packed.codes.device
     fields = split(packed.codes, field_width(element), shape.numel())
     if element.table is not None:
-        codes = torch.tensor(element.table, dtype=torch.float32, device=device)[fields.long()]
+        codes = constants(element.table, device)[fields.long()]
     elif element.mantissa_bits is None:
         codes = fields.float() * element.step + element.min
     else:

@@ -15,7 +15,6 @@ from qtrain.errors import UserError
 from qtrain.quant.functional import Numerics
 from qtrain.quant.packed import PackedLinear
 from qtrain_kernels.qtensor import QTensor
-from qtrain_kernels.reference import constants
 
 BLOCK = 256
 
@@ -39,7 +38,7 @@ def quantize_scales(scales: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     mean = scales.mean()
     blocks = F.pad((scales - mean).flatten(), (0, -scales.numel() % BLOCK)).view(-1, BLOCK)
     largest = blocks.abs().amax(1)
-    known = constants(DYNAMIC_MAP, scales.device)
+    known = torch.tensor(DYNAMIC_MAP, device=scales.device)
     u = blocks / torch.where(largest == 0, 1.0, largest)[:, None]
     codes = torch.bucketize(u, (known[1:] + known[:-1]) / 2).to(torch.uint8)
     return codes.flatten()[: scales.numel()].view(scales.shape), largest, mean
@@ -47,7 +46,7 @@ def quantize_scales(scales: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def dequantize_scales(codes: Tensor, largest: Tensor, mean: Tensor) -> Tensor:
     """`quantize_scales` undone but for its rounding: float32 in the shape of codes."""
-    known = constants(DYNAMIC_MAP, codes.device)
+    known = torch.tensor(DYNAMIC_MAP, device=codes.device)
     each = largest.repeat_interleave(BLOCK)[: codes.numel()].view(codes.shape)
     return known[codes.long()] * each + mean
 

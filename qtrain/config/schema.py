@@ -414,6 +414,12 @@ class Config(Strict):
                 "trainer.share_trunk=true needs the same data for every budget, but a streamed source is read to the "
                 "budget's end; set data.max_tokens to the largest one"
             )
+        if self.trainer.share_trunk and self.trainer.early_stop and self.callbacks.val_every_steps is None:
+            raise ValueError(
+                f"trainer.share_trunk=true needs validations at the same steps for every budget, since "
+                f"trainer.early_stop={self.trainer.early_stop} counts them, and without callbacks.val_every_steps each "
+                "budget has ten; set callbacks.val_every_steps"
+            )
         return self
 
 

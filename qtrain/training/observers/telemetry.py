@@ -86,7 +86,7 @@ class Telemetry(observer.Observer):
 
 
 def exact_gradients(module: CausalLM, batch: Tensor, layers: list[QuantLinear]) -> list[Tensor]:
-    """The weight gradients of the training's loss of batch (B, T+1) of this rank, with every layer in the compute dtype.
+    """The weight gradients of the training's loss of this rank's batch (B, T+1), with every layer in the compute dtype.
     The gradients that the model holds are left alone. Where weights are sharded, every rank must call this."""
     mixed = module.config.trainer.precision == "bf16-mixed"
     weights: dict[nn.Module, Tensor] = {}

@@ -90,7 +90,7 @@ def run(config: Config) -> float | None:
     finite; StoppedError, a KeyboardInterrupt, after a checkpoint when asked to stop.
     """
     world = World(1, 0, "nobody") if config.dry_run else find_world(config.trainer)  # of a dry run no rank is started
-    console = Console(highlight=False, quiet=world.rank > 0, width=None if sys.stdout.isatty() else 120)
+    console = Console(highlight=False, markup=False, quiet=world.rank > 0, width=None if sys.stdout.isatty() else 120)
     speak_through(console)
     device = pick_device(config)
     check_strategy(config)

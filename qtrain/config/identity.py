@@ -70,6 +70,7 @@ INTRODUCED: dict[str, dict[str, Any]] = {
         "pack": False,
         "double_quantization": False,
         "init_from": None,
+        "init_hash": None,
     },
     "ModelSettings": {
         "tie_embeddings": False,

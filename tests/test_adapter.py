@@ -168,6 +168,8 @@ def test_another_adapter_in_the_same_folder_is_another_run(tmp_path):
     (("recipe=quest", "+tune=qlora"), "double quantisation stores float32 scales"),
     (("recipe=bf16", "+tune=lora", "tune.adapter.layers=[gat]"), "there are: q, k, v, o, gate"),
     (("recipe=bf16", "+tune=lora", "trainer.strategy=fsdp2"), "tune does not shard"),
+    (("recipe=bf16", "+tune=lora", "tune.adapter.layers=[q,lm_head]", "trainer.chunked_loss=true"),
+     "without the adapter that tune.adapter.layers puts beside lm_head"),
 ])  # fmt: skip
 def test_what_cannot_be_tuned_is_refused_before_any_text_is_read(more, message):
     with pytest.raises(UserError, match=message):

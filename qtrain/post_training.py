@@ -319,11 +319,16 @@ def _rotated(model: Decoder, config: Config) -> Config:
 
 
 def _convert(model: Decoder, config: Config, way: Way) -> None:
-    """Layers that compute in high precision until each is quantised. UserError for a recipe whose weights have no codes
-    that stay or whose scales are learned, for a head that is the embedding, and for a rank that a weight does not
-    have."""
+    """Layers that compute in high precision until each is quantised. UserError for a recipe that quantises no layer,
+    whose weights have no codes that stay or whose scales are learned, for a head that is the embedding, and for a rank
+    that a weight does not have."""
     convert(model, config.recipe, seed=config.seed, backend=config.backend, gemm=config.gemm)
-    for layer in quant_linears(model):
+    layers = quant_linears(model)
+    if not layers:
+        raise UserError(
+            f"recipe {config.recipe.name} quantises no layer of the model; name one that does, as recipe=w4a16"
+        )
+    for layer in layers:
         if (reason := unsettled(layer.numerics)) is not None:
             raise UserError(f"recipe {config.recipe.name} cannot quantise {layer.name} for good: {reason}")
         if layer.numerics.learns:

@@ -28,9 +28,10 @@ from typing import NoReturn
 import hydra
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.utils import get_args_parser
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Override, ValueType
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -247,10 +248,10 @@ def _show_outcomes(jobs: Sequence[Sequence[str]]) -> None:
     except UserError as error:
         _report(error)
         return
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+    console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 160)
     console.print()
     console.print(outcome_table(found))
-    console.print("\n".join(closing_lines(found)), soft_wrap=True, markup=False)
+    console.print("\n".join(closing_lines(found)), soft_wrap=True)
 
 
 def job(tree: DictConfig) -> float | None:
@@ -577,9 +578,13 @@ def _options(override: Override) -> list[str]:
     """The group options that an override names, one or a sweep's several; a glob names only what exists."""
     if not override.is_sweep_override():
         return [str(override.value())]
-    if override.is_choice_sweep():
+    if override.is_choice_sweep() and not _is_glob(override):
         return [str(option) for option in override.sweep_string_iterator()]
     return []
+
+
+def _is_glob(override: Override) -> bool:
+    return override.value_type == ValueType.GLOB_CHOICE_SWEEP
 
 
 def jobs_of(arguments: Sequence[str]) -> list[list[str]]:
@@ -590,8 +595,16 @@ def jobs_of(arguments: Sequence[str]) -> list[list[str]]:
     single = [argument for argument in arguments if not parse(argument).is_sweep_override()]
     with _composing():
         tree = hydra.compose("train", overrides=single, return_hydra_config=True)
-    params = [f"{key}={value}" for key, value in (tree.hydra.sweeper.params or {}).items()]
-    (jobs,) = BasicSweeper.split_arguments([parse(argument) for argument in [*params, *arguments]], None)
+        params = [f"{key}={value}" for key, value in (tree.hydra.sweeper.params or {}).items()]
+        loader = GlobalHydra.instance().config_loader()  # which knows what a glob of options names
+        overrides = OverridesParser.create(loader).parse_overrides([*params, *arguments])
+        for override in filter(_is_glob, overrides):
+            if not [*override.sweep_iterator()]:
+                key = override.key_or_group
+                those = _known_options(key) if (configs_dir() / key).is_dir() else f"list its values: {key}=...,..."
+                typed = str(override.input_line).lstrip("+")
+                raise UserError(f"{typed}: no file of configs/{key} fits; {those}")
+        (jobs,) = BasicSweeper.split_arguments(overrides, None)
     return [[override for override in job if not override.startswith("hydra")] for job in jobs]
 
 

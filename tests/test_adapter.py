@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import qtrain
-from qtrain.config import Config
+from qtrain.config import Config, config_hash, differences, parse_saved
 from qtrain.errors import UserError
 from qtrain.models.decoder import Decoder
 from qtrain.quant import QuantLinear
@@ -154,6 +154,17 @@ def test_an_adapter_is_read_back_and_one_of_another_base_is_refused(tmp_path):
         tune.load_adapter(again, config, tmp_path / "nothing")
 
 
+def test_another_adapter_in_the_same_folder_is_another_run(tmp_path):
+    found = []
+    for seed in (0, 1):
+        settings = "recipe=bf16", "+tune=lora", f"seed={seed}"
+        tune.save_adapter(*tuned(*settings), tmp_path)
+        found.append(config_of("recipe=bf16", "+tune=lora", f"tune.adapter.init_from={tmp_path}"))
+    assert [line.split(" was ")[0] for line in differences(*found)] == ["tune.adapter.init_hash"]
+    assert config_hash(found[0]) != config_hash(found[1])
+    assert parse_saved(found[0].model_dump(mode="json")) == found[0], "a run keeps what it started from"
+
+
 @pytest.mark.parametrize("more, message", [
     (("recipe=bf16", "+tune=qlora"), "recipe bf16 quantises nothing"),
     (("recipe=quest", "+tune=qlora"), "double quantisation stores float32 scales"),
@@ -161,6 +172,8 @@ def test_an_adapter_is_read_back_and_one_of_another_base_is_refused(tmp_path):
     (("recipe=bf16", "+tune=lora", "trainer.strategy=fsdp2"), "tune does not shard"),
     (("recipe=bf16", "+tune=lora", "tune.adapter.layers=[lm_head]", "model.tie_embeddings=true"),
      "lm_head has the weight of the embedding, into which its adapter could not be merged"),
+    (("recipe=bf16", "+tune=lora", "tune.adapter.layers=[q,lm_head]", "trainer.chunked_loss=true"),
+     "without the adapter that tune.adapter.layers puts beside lm_head"),
 ])  # fmt: skip
 def test_what_cannot_be_tuned_is_refused_before_any_text_is_read(more, message):
     with pytest.raises(UserError, match=message):

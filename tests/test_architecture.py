@@ -119,8 +119,8 @@ MAY_IMPORT = {
     ),
     "qtrain.training.divergence": "qtrain.training.causal_lm qtrain.training.parallel",
     "qtrain.training.saves": (
-        "torch qtrain.runs qtrain.training.causal_lm qtrain.training.checkpoint qtrain.training.observers "
-        "qtrain.training.parallel qtrain.training.trunk"
+        "torch qtrain.runs qtrain.training.causal_lm qtrain.training.checkpoint qtrain.training.divergence "
+        "qtrain.training.observers qtrain.training.parallel qtrain.training.trunk"
     ),
     "qtrain.training.loop": (
         "torch lightning qtrain.data.batches qtrain.training.causal_lm qtrain.training.divergence "

@@ -74,7 +74,9 @@ def test_a_run_that_gets_no_better_ends_with_its_best_weights_beside_the_last(
         if step > best + 1:
             shutil.rmtree(folder)
     (directory.path / "summary.json").unlink()
+    directory.best.unlink()  # as if callbacks.keep_best had not been set before
     assert run(early) == loss and losses(directory) == every[:last], "what it waited before counts"
+    assert not directory.best.exists(), "no later state is the best"
     (directory.path / "summary.json").unlink()
     assert run(early) == loss and losses(directory) == every[:last], "killed at its very end"
 

@@ -32,6 +32,10 @@ def test_prepares_shows_and_verifies(
     assert main([*arguments, "verify=true"]) == 0
     assert "checksums verified" in capsys.readouterr().out
 
+    further = ["+data@validation.again=jsonl", f"validation.again.files={tmp_path}/x.jsonl"]
+    assert main([*arguments, *further]) == 0
+    assert "\nvalidation.again:\nval  " in capsys.readouterr().out
+
     shard = folder / "val-00000.bin"
     whole = shard.read_bytes()
     shard.write_bytes(bytes(shard.stat().st_size))
@@ -47,6 +51,7 @@ def test_prepares_shows_and_verifies(
         (["data=jsonll"], "jsonl"),
         (["data.val_frac=0.1"], "val_fraction"),
         (["tokenizer=huggingface"], "tokenizer.path"),
+        (["verify=True"], "verify=True: give verify=true"),
     ],
 )
 def test_mistakes_are_explained(main, arguments: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:

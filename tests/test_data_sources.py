@@ -68,6 +68,9 @@ def test_globs_are_sorted_files_named_once_and_home_expanded(tmp_path: Path, mon
     assert texts(config(files=("~/b.txt", "~/*.txt"))) == ["b", "a"]
     write(tmp_path / "odd[1].txt", "odd")
     assert texts(config(files=("~/odd[1].txt",))) == ["odd"]
+    write(tmp_path / "a [b]" / "sub" / "here.txt", "here")
+    monkeypatch.chdir(tmp_path / "a [b]")
+    assert texts(config(files=("sub/*.txt",))) == texts(config(files=("**/*.txt",))) == ["here"]
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])

@@ -8,6 +8,7 @@ import random
 import shutil
 import sys
 from contextlib import redirect_stdout
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -120,6 +121,34 @@ def test_another_text_is_read_whole_with_the_tokenizer_of_the_run(run: RunDirect
     tokens = len(load(run.path).tokenizer.encode(text)) + 1
     assert found["tokens"] == (tokens - 1) // 32 * 32
     assert found["bytes"] == round(found["tokens"] * len(text) / tokens)
+
+
+def test_further_sources_and_borders_of_documents_count_as_in_the_run(folder: Path) -> None:
+    """And an exported model is judged on a run's text as the run is: each token sees its own document alone."""
+    for number in range(30):
+        (folder / f"short{number}.txt").write_text(f"mat {number} sat. ")
+    masked = RunDirectory(folder / "apart")
+    train(
+        folder, "bf16", f"run_dir={masked.path}", "data.document_mask=true", f"data.files={folder}/short*.txt",
+        "data.val_fraction=0.5",
+        "data.val_tokens=64", "+data@validation.cats=text", f"validation.cats.files={folder}/a.txt",
+        "validation.cats.val_tokens=96",
+    )  # fmt: skip
+    found, summary = told(masked.path), masked.summary
+    assert found["all"]["loss"] == pytest.approx(summary["val_loss"], rel=1e-6)
+    assert found["cats"]["loss"] == pytest.approx(summary["validation"]["cats"]["loss"], rel=1e-6)
+    assert (found["all"]["tokens"], found["cats"]["tokens"]) == (64, 96)
+
+    huggingface.export(masked.path, folder / "masked")
+    exported = told(folder / "masked", "--like", masked.path)
+    assert exported["all"]["loss"] == pytest.approx(found["all"]["loss"], rel=1e-3)  # weights are rounded to bfloat16
+    text = ["data=text", f"data.files={folder}/short*.txt", f"data.cache_dir={folder}/cache", "data.val_tokens=320"]
+    apart, together = (told(folder / "masked", *text, f"data.document_mask={yes}") for yes in ("true", "false"))
+    assert abs(apart["all"]["loss"] - together["all"]["loss"]) > 0.005
+    assert told(masked.path, *text)["all"]["loss"] == pytest.approx(apart["all"]["loss"], rel=1e-3)
+    theirs = replace(load(folder / "masked"), model=torch.nn.Identity())
+    with pytest.raises(UserError, match=r"document_mask=true lets no token .* transformers computes this model"):
+        losses(theirs, masked.read_config().data)
 
 
 def test_an_exported_run_has_the_loss_of_the_run(of_bytes: RunDirectory, folder: Path) -> None:

@@ -131,6 +131,7 @@ SAME = [
     ({"scheduler": {"warmup_steps": 7}}, {"scheduler": {"warmup_steps": 7, "warmup_fraction": 0.3}}),
     ({}, {"tokenizer": {"path": "somewhere", "vocab_size": 4096}}),  # bytes
     ({"trainer": {"tokens": 1_048_576}}, {"trainer": {"tokens": 1_048_577}}),  # the same steps
+    ({}, {"callbacks": {"val_every_steps": 7}}),
 ]
 OTHER = [
     ({"scheduler": {"name": "wsd"}}, {"scheduler": {"name": "wsd", "decay_fraction": 0.5}}),
@@ -138,6 +139,7 @@ OTHER = [
     ({}, {"scheduler": {"warmup_fraction": 0.3}}),
     ({"trainer": {"tokens": 1_048_576}}, {"trainer": {"tokens": 1_048_576 + 4096}}),
     ({"data": {"source": "text", "files": ["a.txt"]}}, {"data": {"source": "text", "files": ["b.txt"]}}),
+    ({"trainer": {"early_stop": 2}}, {"trainer": {"early_stop": 2}, "callbacks": {"val_every_steps": 7}}),
 ]
 
 

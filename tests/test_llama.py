@@ -256,10 +256,13 @@ def test_generation_runs_in_eval_mode_and_restores_each_module() -> None:
         ([5, 97], {}, "prompt token 97 is outside the vocabulary of 97"),
         ([-1], {}, "prompt token -1 is outside"),
         ([1], {"temperature": -0.5}, "temperature must be >= 0"),
+        ([1], {"temperature": math.nan}, "temperature must be >= 0 and finite.* found nan"),
+        ([1], {"n_tokens": -3}, "n_tokens must be >= 0.* found -3 and 0"),
+        ([1], {"seed": 2**64}, r"seed >= 0 and below 2\^31"),
         ([1], {"top_k": 0}, "top_k >= 1"),
         ([1] * 33, {}, "the prompt has 33 tokens, and the model .* reads at most model.seq_len=32"),
     ],
 )
 def test_generation_refuses(prompt: list[int], options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        generate(llama(), prompt, 1, **options)
+        generate(llama(), prompt, **{"n_tokens": 1, **options})

@@ -9,6 +9,7 @@ import random
 import signal
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -31,7 +32,7 @@ from qtrain.plan import make_plan
 from qtrain.quant import calibrate, set_step
 from qtrain.runs.directory import RunDirectory
 from qtrain.train import compose
-from qtrain.training import causal_lm, parallel
+from qtrain.training import causal_lm, divergence, parallel
 from qtrain.training.build import build_model
 from qtrain.training.causal_lm import CausalLM
 from qtrain.training.checkpoint import Saver, list_checkpoints
@@ -147,13 +148,13 @@ def test_a_trace_of_the_steps_asked_for(corpus: Path, tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------------ steps go wrong
 
 
-def poison(monkeypatch: pytest.MonkeyPatch, *forwards: int) -> None:
-    """The training losses of these forwards (from 1) are not finite."""
+def poison(monkeypatch: pytest.MonkeyPatch, *forwards: int, factor: float = math.nan) -> None:
+    """The training losses of these forwards (from 1) are multiplied by factor."""
     exact, calls = causal_lm.next_token_loss, []
 
     def poisoned(model: nn.Module, tokens: Tensor, **more: bool) -> Tensor:
         calls.append(0)
-        return exact(model, tokens, **more) * (math.nan if len(calls) in forwards else 1.0)
+        return exact(model, tokens, **more) * (factor if len(calls) in forwards else 1.0)
 
     monkeypatch.setattr(causal_lm, "next_token_loss", poisoned)
 
@@ -287,6 +288,35 @@ def test_what_follows_a_spike(action: str, caplog: pytest.LogCaptureFixture) -> 
     assert ("a spike of loss: loss 5, norm 1" in caplog.text) == (action in ("skip", "log"))
 
 
+class Ending(Observer):
+    """Ends the run before a step (from 0)."""
+
+    def on_step_start(self, step: int) -> None:
+        if step == 3:
+            raise StoppedError(130)
+
+
+def test_a_run_that_goes_on_sees_the_spike_that_it_would_have_seen(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Step 5 has a spike. The run that was stopped after step 3 has seen one loss before it."""
+    monkeypatch.setattr(divergence, "Spikes", partial(Spikes, window=4))
+    more = ["recipe=bf16", "trainer.on_spike=skip", "callbacks.checkpoint_every_steps=3"]
+    with monkeypatch.context() as patch:
+        poison(patch, 9, factor=100.0)
+        run(settings(corpus, tmp_path / "whole", *more))
+    parts, build = settings(corpus, tmp_path / "parts", *more), Session.observers
+    with monkeypatch.context() as patch, pytest.raises(StoppedError):
+        patch.setattr(Session, "observers", lambda self: [*build(self), Ending()])
+        run(parts)
+    with monkeypatch.context() as patch:
+        poison(patch, 3, factor=100.0)
+        run(parts)
+    assert last_values(tmp_path / "whole")["guard"] == last_values(tmp_path / "parts")["guard"]
+    whole, resumed = (last_weights(tmp_path / name) for name in ("whole", "parts"))
+    assert all(torch.equal(resumed[name], weight) for name, weight in whole.items())
+
+
 # -------------------------------------------------------------------------------------------------------- when to save
 
 
@@ -305,7 +335,7 @@ def saves_of(config: Config, clock: Clock) -> tuple[Saves, list[int]]:
     saver = MagicMock()
     saver.save = lambda directory, step, *_, **__: saved.append(step)
     module: Any = SimpleNamespace(config=config, plan=plan, model=None)
-    return Saves(MagicMock(), saver, module, MagicMock(), MagicMock(), Ranks(), None, clock), saved
+    return Saves(MagicMock(), saver, module, MagicMock(), MagicMock(), MagicMock(), Ranks(), None, clock), saved
 
 
 def test_the_shipped_slurm_setting_finishes_a_run_of_days(monkeypatch: pytest.MonkeyPatch) -> None:

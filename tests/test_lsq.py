@@ -9,7 +9,10 @@ import torch
 from torch import Tensor, nn
 
 import qtrain
+from qtrain.errors import UserError
 from qtrain.quant import Observed, PackedLinear, QuantLinear, functional, operand_health
+from qtrain.train import compose
+from qtrain.training.build import check_model
 
 N, K, Q_MAX = 24, 64, 7  # of int4
 LEVEL = 7.5  # the largest code of the centred grid, whose codes are -7.5, -6.5, ..., 7.5
@@ -141,3 +144,11 @@ def test_graphs_know_the_shapes_of_learned_blocks(block: str) -> None:
     given = [dy], saved, None, slope, len(x), N, K, torch.float32
     assert torch.library.opcheck(functional.wgrad, (*given, *shared), test_utils=tests) == passed
     assert functional.wgrad(*given, *shared)[1].shape == scale.shape
+
+
+def test_scales_that_no_step_would_train_are_refused() -> None:
+    """The optimiser would have no state for them, and a checkpoint of it could not be gone on from."""
+    check_model(compose(["recipe=lsq", "recipe.high_precision_after=0.5"]))
+    check_model(compose(["recipe=quest", "recipe.high_precision_after=0"]))
+    with pytest.raises(UserError, match=r"learns scales in quantised steps, .*_after=0 leaves none"):
+        check_model(compose(["recipe=lsq", "recipe.high_precision_after=0"]))

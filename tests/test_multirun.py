@@ -14,7 +14,7 @@ from rich.console import Console
 from qtrain.errors import UserError
 from qtrain.multirun import closing_lines, labelled, labels, outcome_table, outcomes, typed_job
 from qtrain.runs.directory import RunDirectory
-from qtrain.train import compose_all, next_commands
+from qtrain.train import _show_outcomes, compose_all, next_commands
 
 SHARED = ["++model.dim=64", "++trainer.precision=32-true"]
 
@@ -55,6 +55,15 @@ def test_a_multirun_ends_with_its_losses_gaps_and_failures(tmp_path: Path, monke
     assert next_commands(configs[0]).split("next:\n")[1].startswith("  qtrain train -m "), "and no Makefile of ours"
     seen = outcomes(jobs, configs, {typed_job(jobs[0]): "it failed here"})
     assert (seen[0].loss, seen[0].reason) == (None, "it failed here"), "though an earlier run of it had ended"
+
+
+def test_brackets_in_settings_are_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = f"++run_root='{tmp_path}/[red]'"
+    jobs = [[*SHARED, root, "recipe=quest", f"++recipe.skip={skip}"] for skip in ("[lm_head]", "[]")]
+    finish(compose_all(jobs)[0], 2.0)
+    _show_outcomes(jobs)
+    told = "".join(capsys.readouterr().out.split())
+    assert "recipe.skip=[lm_head]2.0000" in told and "/[red]/quest-" in told
 
 
 def test_lines_of_processes_side_by_side_say_whose_they_are(capsys: pytest.CaptureFixture[str]) -> None:

@@ -367,9 +367,11 @@ def test_what_cannot_be_done_is_named_and_nothing_is_left(run: RunDirectory, gpt
         quantize(source, tmp_path / "other", ["recipe=mxfp4_backward"], "rtn", TOKENS)
     with pytest.raises(UserError, match=r"recipe lsq learns a scale of layers\.0\.attention\.q in training"):
         quantize(source, tmp_path / "learned", ["recipe=lsq"], "rtn", TOKENS)
+    with pytest.raises(UserError, match=r"recipe bf16 quantises no layer of the model; name one that does"):
+        quantize(source, tmp_path / "none", ["recipe=bf16"], "rtn", TOKENS)
     with pytest.raises(UserError, match=r"config\.json"):
         quantize(str(tmp_path / "nowhere"), tmp_path / "third", RECIPE)
-    assert not any((tmp_path / name).exists() for name in ("out", "again", "other", "learned", "third"))
+    assert not any((tmp_path / name).exists() for name in ("out", "again", "other", "learned", "none", "third"))
     assert {"rtn", "gptq", "mr_gptq", "quarot", "smoothquant", "awq"} < {*METHODS}
     assert qtrain.post_training.SEQUENCES * 32 <= TOKENS
 

@@ -275,6 +275,11 @@ def test_the_jobs_are_those_of_hydra(tmp_path: Path) -> None:
     assert configs[5] == compose(jobs[5])
     less = compose_all(jobs_of(["+sweep=ladder", "trainer.tokens_per_parameter=20", "model.n_layers=2,3"]))
     assert [(c.trainer.tokens_per_parameter, c.model.n_layers) for c in less] == [(20, 2), (20, 3)]
+    assert jobs_of(["recipe=glob(quest_*,exclude=*_w*)"]) == [["recipe=quest_no_hadamard"], ["recipe=quest_sparse"]]
+    with pytest.raises(UserError, match=r"recipe=glob\(zz\*\): no file of configs/recipe fits; give one of .*bf16"):
+        jobs_of(["recipe=glob(zz*)"])
+    with pytest.raises(UserError, match=r"seed=glob\(1\*\): no file of configs/seed fits; list its values"):
+        jobs_of(["seed=glob(1*)"])
 
 
 def test_the_ladders_rule_for_the_learning_rate() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from collections.abc import Callable
@@ -20,9 +21,12 @@ from torch import Tensor, nn
 import qtrain
 from qtrain.config.recipe import QuantSpec
 from qtrain.models.decoder import Decoder
+from qtrain.plan import make_plan
 from qtrain.quant import Observed, Observer, Quantizer, QuantLinear, operand_health
 from qtrain.runs.directory import RunDirectory
 from qtrain.train import compose
+from qtrain.training.build import build_model
+from qtrain.training.causal_lm import CausalLM
 from qtrain.training.observers import observer
 from qtrain.training.observers.telemetry import MAX_LINES, Telemetry
 from qtrain.training.session import Session, run
@@ -416,6 +420,54 @@ def test_what_is_written_is_of_the_step_that_trained(
     assert 0.9 < cosine < 0.9999
     assert line["grad/layers.0.mlp.up/cosine"] == pytest.approx(cosine, rel=1e-5)
     assert line["grad/layers.0.mlp.up/projection"] == pytest.approx(found @ exact / (exact @ exact), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["recipe=quest_weight_only", "+tune.rows={fraction: 0.3}", "optimizer.weight_decay=0"],
+        ["recipe=ste", "+tune.teacher={weight: 0.7, temperature: 2.0}"],
+        ["recipe=ste", "+tune.teacher={}", "+tune.rows={}", "optimizer.weight_decay=0"],
+    ],
+    ids=["rows", "teacher", "both"],
+)
+def test_gradients_are_compared_with_those_of_what_trains(more: list[str]) -> None:
+    """The textbook in float64: of the rows that train alone, and of the loss that a teacher gives."""
+    config = compose(
+        ["model.dim=128", "model.ffn_dim=128", "model.n_layers=1", "model.seq_len=16", "trainer.batch_tokens=64",
+         "trainer.micro_batch_size=2", "trainer.precision=32-true", "backend=reference", *more]
+    )  # fmt: skip
+    plan, model = make_plan(config, 61), build_model(config, 61)
+    student, teacher = (Decoder(config.model, 61).double() for _ in range(2))
+    student.load_state_dict(model.state_dict(), strict=False)
+    settings = config.tune and config.tune.teacher
+    module = CausalLM(config, plan, model, teacher=copy.deepcopy(teacher).float() if settings else None)
+    written: list[dict[str, float]] = []
+    recorder: Any = SimpleNamespace(module=module, write=lambda step, values: written.append(values))
+    telemetry, batch = Telemetry(recorder, 1, True), torch.randint(61, (2, 17))
+    telemetry.on_micro_batch_start(0, 0, batch)
+    (module.micro_batch_loss(model, batch, 0, 0, 0, 1) / plan.micro_batches).backward()
+    telemetry.on_backward_end()
+    telemetry.on_step_end(1)
+
+    logits, targets = student(batch[:, :-1]), batch[:, 1:]
+    share, degrees = (settings.weight, settings.temperature) if settings else (0.0, 1.0)
+    wanted = (teacher(batch[:, :-1]).detach() / degrees).softmax(-1)
+    found = (logits / degrees).log_softmax(-1)
+    divergence = (wanted * (wanted.log() - found)).sum(-1).mean() * degrees**2
+    plain = nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+    (share * divergence + (1 - share) * plain).backward()
+    for name in ("layers.0.attention.q", "layers.0.mlp.up"):
+        layer: Any = model.get_submodule(name)
+        rows = slice(None) if layer.rows is None else layer.rows
+        assert config.tune is not None and (layer.rows is not None) == (config.tune.rows is not None)
+        exact = student.get_parameter(f"{name}.weight").grad
+        assert exact is not None
+        mine, exact = (2 * layer.weight.grad[rows].double()).flatten(), exact[rows].flatten()
+        cosine = mine @ exact / (mine.norm() * exact.norm())
+        assert written[0][f"grad/{name}/cosine"] == pytest.approx(float(cosine), rel=1e-5)
+        projection = mine @ exact / exact.square().sum()
+        assert written[0][f"grad/{name}/projection"] == pytest.approx(float(projection), rel=1e-5)
 
 
 def test_a_value_that_no_json_holds_is_left_out(tmp_path: Path) -> None:

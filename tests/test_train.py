@@ -174,10 +174,14 @@ def test_a_seed_is_a_run(small):
 
 
 def test_a_dry_run_touches_nothing(small, tmp_path, capsys):
-    assert run(compose([*small, "recipe=quartet", "dry_run=true"])) is None
+    assert run(compose([*small, "recipe=quartet", "dry_run=true", "run_dir='[red]'"])) is None
     assert not (tmp_path / "runs").exists()
     out = " ".join(capsys.readouterr().out.split())
-    assert "FLOP" in out and all(f"quartet differs: {each}" in out for each in read_recipe("quartet").deviations)
+    assert (
+        "FLOP" in out
+        and "run directory [red]" in out
+        and all(f"quartet differs: {each}" in out for each in read_recipe("quartet").deviations)
+    )
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(small, tmp_path, monkeypatch):

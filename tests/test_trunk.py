@@ -163,6 +163,14 @@ def test_only_wsd_has_a_trunk() -> None:
         compose(["scheduler=cosine", "trainer.share_trunk=true"])
 
 
+def test_validations_that_end_a_run_are_at_the_same_steps_of_every_budget() -> None:
+    shared = ["scheduler=wsd", "trainer.share_trunk=true", "trainer.early_stop=2"]
+    with pytest.raises(UserError, match=r"early_stop=2 counts them.*set callbacks\.val_every_steps"):
+        compose(shared)
+    config, other = (compose([*shared, f"callbacks.val_every_steps={every}"]) for every in (10, 20))
+    assert trunk_key(config, make_plan(config), "data") != trunk_key(other, make_plan(other), "data")
+
+
 def test_budgets_of_a_stream_share_what_max_tokens_ends() -> None:
     shared = ["data=c4", "scheduler=wsd", "trainer.share_trunk=true"]
     with pytest.raises(UserError, match=r"set data\.max_tokens to the largest one"):

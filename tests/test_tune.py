@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import qtrain
 from qtrain.errors import UserError
@@ -49,6 +50,25 @@ def test_rounding_has_less_error_than_the_whole_range(bits, group):
     assert (errors[0] <= errors[1] * (1 + 1e-5)).all()
     if bits < 8:
         assert errors[0].sum() < errors[1].sum()
+
+
+class Counting(TorchDispatchMode):
+    """Counts operators."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += 1
+        return function(*args, **(kwargs or {}))
+
+
+def test_shapes_alone_take_no_search():
+    """A thousand operators a layer take minutes on the meta device, by which a run of a large model is checked."""
+    found = round_to_nearest(torch.randn(24, 64), 4, 16)
+    with Counting() as counting:
+        shapes = round_to_nearest(torch.empty(24, 64, device="meta"), 4, 16)
+    assert [(each.shape, each.dtype) for each in shapes] == [(each.shape, each.dtype) for each in found]
+    assert counting.count < 50
 
 
 @pytest.mark.parametrize("bits, group", [(4, None), (3, 16)])

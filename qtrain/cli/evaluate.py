@@ -8,7 +8,8 @@ qtrain evaluate runs/quest-1a2b3c4d --tasks tasks/mine.yaml
 TARGET is a run directory (its newest good checkpoint), one of its checkpoints/step-*, or a Hugging Face checkpoint: a
 folder, also one that `qtrain export` wrote, or a name on the hub; or a folder with the model.gguf of `--to gguf`, of
 which the weights are computed with in float32. Without data=, the text is what the run is validated
-on, in the same batches. Every key of the group `data` can be set; data.val_tokens says how much is read.
+on, in the same batches, its further sources each for itself. Every key of the group `data` can be set;
+data.val_tokens says how much is read.
 """
 
 from __future__ import annotations

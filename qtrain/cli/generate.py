@@ -29,7 +29,9 @@ INCOMPLETE = "\ufffd"  # what decoding gives for the first bytes of a character
 def main() -> None:
     parser = command_parser("generate", __doc__)
     parser.add_argument("run", type=Path, help="a run directory")
-    parser.add_argument("--prompt", action="append", help="text to continue (default: a new line); may be repeated")
+    parser.add_argument(
+        "--prompt", type=_text, action="append", help="text to continue (default: a new line); may be repeated"
+    )
     parser.add_argument("--tokens", type=int, default=200, help="how many to add (default: 200)")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token (default: 0.8)")
     parser.add_argument("--top-k", type=int, help="choose among so many tokens (default: all)")
@@ -40,6 +42,15 @@ def main() -> None:
     for text in continued(arguments):
         print(text, end="", flush=True)
     print()
+
+
+def _text(argument: str) -> str:
+    """Bytes that are no UTF-8 come as halves of surrogate pairs, which no tokenizer takes."""
+    try:
+        argument.encode()
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError(f"{argument!r} has bytes that are no UTF-8; give text in UTF-8") from None
+    return argument
 
 
 def continued(arguments: argparse.Namespace) -> Iterator[str]:

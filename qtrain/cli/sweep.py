@@ -217,7 +217,7 @@ def main() -> int:
 
     lines = lines_of(arguments.sweep, arguments.only)
     points = points_of(lines)
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)
     if arguments.action == "plan":
         console.print(plan_table(points, arguments.jobs))
         return 0

@@ -47,7 +47,7 @@ NOT_IN_HASH = (
     "trainer.timeout_minutes",
     "trainer.checkpoint_activations",
     "trainer.share_trunk",
-    "callbacks",
+    "callbacks",  # how often a run validates is in trainer.early_stop, which counts it
     "logger",
     "debug.detect_anomaly",
     "recipe.source",
@@ -70,6 +70,7 @@ INTRODUCED: dict[str, dict[str, Any]] = {
         "pack": False,
         "double_quantization": False,
         "init_from": None,
+        "init_hash": None,
     },
     "ModelSettings": {
         "tie_embeddings": False,
@@ -294,6 +295,9 @@ def _normal(config: Config) -> dict[str, Callable[[Any], Any]]:
         "data.weights": proportions,
         "tokenizer.path": lambda path: _place(path) if path and os.path.exists(_expanded(path)) else path,  # noqa: PTH110
     }
+    every = config.callbacks.val_every_steps
+    if every is not None:  # else a part of the budget
+        normal["trainer.early_stop"] = lambda count: count and f"{count} validations, each after {every} steps"
     if not config.data.reads_to_the_budget:  # else the budget says how much text is read
         batch = config.trainer.batch_tokens
         normal["trainer.tokens"] = lambda tokens: tokens and max(batch, tokens // batch * batch)

@@ -6,7 +6,11 @@ The YAML files under configs/ hold the values, the classes here hold the meaning
 from __future__ import annotations
 
 import difflib
-from typing import TYPE_CHECKING, Literal
+import hashlib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -34,6 +38,9 @@ else:
     ModelSettings, DataSettings = family("qtrain.models.families"), family("qtrain.data.sources")
     Source = family("qtrain.data.sources", without="mixture")
     OptimizerSettings, Schedule = family("qtrain.optim.optimizers"), family("qtrain.optim.schedules")
+
+
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")  # peft's names
 
 
 class TokenizerConfig(Strict):
@@ -226,6 +233,7 @@ class AdapterConfig(Strict):
         2305.14314, with recipe=nf4).
     double_quantization: also store the scales of a packed base's blocks in 8 bits, as QLoRA does.
     init_from: a folder with an adapter in peft's format to start from.
+    init_hash: hash of that adapter; found out when it is read, not to be set.
     """
 
     rank: int = Field(16, gt=0)
@@ -235,6 +243,20 @@ class AdapterConfig(Strict):
     pack: bool = False
     double_quantization: bool = False
     init_from: str | None = None
+    init_hash: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_adapter(cls, tree: Any) -> Any:
+        """Settings that were read once have the hash, and need the adapter no more. One that is not there is told when
+        it is loaded."""
+        if not isinstance(tree, Mapping) or not tree.get("init_from") or tree.get("init_hash") is not None:
+            return tree
+        folder = Path(os.path.expanduser(str(tree["init_from"])))  # noqa: PTH111 (Path raises for a user that is not there)
+        files = [folder / name for name in ADAPTER_FILES]
+        if not all(map(os.path.isfile, files)):
+            return tree
+        return {**tree, "init_hash": hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()}
 
     @model_validator(mode="after")
     def _of_packed(self) -> AdapterConfig:
@@ -413,6 +435,12 @@ class Config(Strict):
             raise ValueError(
                 "trainer.share_trunk=true needs the same data for every budget, but a streamed source is read to the "
                 "budget's end; set data.max_tokens to the largest one"
+            )
+        if self.trainer.share_trunk and self.trainer.early_stop and self.callbacks.val_every_steps is None:
+            raise ValueError(
+                f"trainer.share_trunk=true needs validations at the same steps for every budget, since "
+                f"trainer.early_stop={self.trainer.early_stop} counts them, and without callbacks.val_every_steps each "
+                "budget has ten; set callbacks.val_every_steps"
             )
         return self
 

@@ -220,7 +220,8 @@ def _expand(key: str, pattern: str) -> list[Path]:
     """The files of a path or glob, sorted. UserError if there are none, or if one is a folder or empty."""
     path = Path(os.path.expanduser(pattern))  # noqa: PTH111 (Path raises for a user that is not there)
     try:
-        names = [str(path)] if path.exists() or path.is_symlink() else sorted(set(_matches(str(path.absolute()))))
+        there = path.exists() or path.is_symlink()
+        names = [str(path)] if there else sorted(set(_matches(str(_from_here(path)))))
         paths = [Path(name).absolute() for name in names]
         files = [path for path in paths if path.is_file()]
     except (OSError, ValueError) as error:  # ValueError: a character that no name has
@@ -237,6 +238,11 @@ def _expand(key: str, pattern: str) -> list[Path]:
         if file.stat().st_size == 0:
             raise UserError(f"{file} (of {key}) is empty; remove it or name another file")
     return files
+
+
+def _from_here(pattern: Path) -> Path:
+    """A relative glob as an absolute one. The working directory is none, though its name may hold brackets."""
+    return Path(glob.escape(str(Path.cwd()))) / pattern
 
 
 def _matches(pattern: str) -> Iterator[str]:

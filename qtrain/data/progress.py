@@ -27,7 +27,7 @@ class Progress:
         self._bar = None
         if shown and console.is_terminal:
             columns = (
-                rich.progress.TextColumn("{task.description}"),
+                rich.progress.TextColumn("{task.description}", markup=False),
                 rich.progress.BarColumn(),
                 rich.progress.TextColumn("{task.fields[state]}"),
                 rich.progress.TimeRemainingColumn(),

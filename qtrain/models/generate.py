@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -41,13 +42,15 @@ def generate_batch(
     cached: keys and values are kept, so that each token is computed once, as long as the text fits into
     config.seq_len tokens. Beyond, and without it, the model sees the last config.seq_len tokens anew for each.
     codec: how they are kept (`qtrain.quant.kv_codec`); None keeps them as they are.
-    UserError for an empty prompt, one longer than config.seq_len, an id beyond the vocabulary, or a negative
-    temperature.
+    UserError for an empty prompt, one longer than config.seq_len, an id beyond the vocabulary, and for numbers out of
+    range.
     """
     for ids in prompts:
         _check(model, ids)
-    if temperature < 0 or (top_k is not None and top_k < 1):
-        raise UserError(f"temperature must be >= 0 and top_k >= 1 or None, found {temperature} and {top_k}")
+    if not 0 <= temperature < math.inf or (top_k is not None and top_k < 1):
+        raise UserError(f"temperature must be >= 0 and finite, and top_k >= 1 or None, found {temperature} and {top_k}")
+    if n_tokens < 0 or not 0 <= seed < 2**31:
+        raise UserError(f"n_tokens must be >= 0, and seed >= 0 and below 2^31, found {n_tokens} and {seed}")
     generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
     picks = [partial(_pick, temperature=temperature, top_k=top_k, generator=each) for each in generators]
     return _tokens(model, [list(ids) for ids in prompts], n_tokens, picks, cached, codec)

@@ -14,8 +14,16 @@ from qtrain.errors import UserError
 from qtrain.models import hf
 from qtrain.models.decoder import Decoder
 from qtrain.plan import computes_in_high_precision, make_plan
-from qtrain.quant import QuantLinear, Report, check_quantized_gather, convert, pack, set_high_precision
-from qtrain.quant.adapter import reserve_beside
+from qtrain.quant import (
+    QuantLinear,
+    Report,
+    check_quantized_gather,
+    convert,
+    pack,
+    quant_linears,
+    set_high_precision,
+)
+from qtrain.quant.adapter import adapters, reserve_beside
 from qtrain.runs.directory import RunDirectory
 from qtrain.training import tune
 from qtrain.training.checkpoint import (
@@ -111,11 +119,21 @@ def check_model(config: Config) -> Report:
             f"trainer.chunked_loss=true takes the head's product by chunks, and recipe {config.recipe.name} quantises "
             "lm_head as a whole; add lm_head to recipe.skip, or set trainer.chunked_loss=false"
         )
+    if config.recipe.high_precision_after == 0 and any(layer.numerics.learns for layer in quant_linears(model)):
+        raise UserError(
+            f"recipe {config.recipe.name} learns scales in quantised steps, and recipe.high_precision_after=0 leaves "
+            "none; raise it, or set recipe=bf16"
+        )
     if config.trainer.all_gather == "quantized":
         check_quantized_gather(model, config.trainer.shards)
     tune.check_tune(config)
     with torch.device("meta"):
         tune.apply(model, config)
+    if config.trainer.chunked_loss and "lm_head" in adapters(model):
+        raise UserError(
+            "trainer.chunked_loss=true takes the head's product by chunks, without the adapter that "
+            "tune.adapter.layers puts beside lm_head; leave lm_head out there, or set trainer.chunked_loss=false"
+        )
     return report
 
 

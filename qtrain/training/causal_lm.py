@@ -88,7 +88,7 @@ class CausalLM(lightning.LightningModule):
         # Numbered over all ranks, as the data is: the same samples draw the same bits on any number of them.
         set_step(self.model, step, micro_batch * ranks + rank)
         set_adapter_step(self.model, step, micro_batch * ranks + rank)
-        loss = self._loss(model, batch)
+        loss = self.loss(model, batch)
         share = loss.detach() / self.plan.micro_batches
         self.step_loss = share if micro_batch == 0 else self.step_loss + share
         if not self.counts_all:
@@ -96,7 +96,8 @@ class CausalLM(lightning.LightningModule):
             self.counted = counted if micro_batch == 0 else self.counted + counted
         return loss
 
-    def _loss(self, model: nn.Module, batch: Tensor) -> Tensor:
+    def loss(self, model: nn.Module, batch: Tensor) -> Tensor:
+        """What this training minimises, () float32, of batch (B, T+1)."""
         teacher = self.__dict__["teacher"]
         settings = self.config.tune and self.config.tune.teacher
         if teacher is None or settings is None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import math
 from collections import deque
+from collections.abc import Mapping
 from statistics import fmean, stdev
+from typing import Any
 
 from qtrain.training.causal_lm import CausalLM
 from qtrain.training.parallel import Ranks
@@ -54,9 +56,25 @@ class Guard:
         self.skipped = 0  # steps in a row
         self._last = module.step_loss, module.grad_norm  # of a step that was accepted
 
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is looked at."""
+        return self.on_divergence == "stop" and self.on_spike == "ignore"
+
+    def state(self) -> dict[str, Any]:
+        """What later decisions follow from, as plain data for a checkpoint: a run that goes on makes those that it
+        would have made."""
+        return {"losses": [*self.loss.values], "norms": [*self.norm.values], "skipped": self.skipped}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """state: of `state`; of a checkpoint without it, empty."""
+        self.loss.values.extend(state.get("losses", ()))
+        self.norm.values.extend(state.get("norms", ()))
+        self.skipped = state.get("skipped", 0)
+
     def accepts(self, step: int) -> bool:
         """Whether optimiser step `step` (from 0) is made. RewindError where the run is to go back."""
-        if self.on_divergence == "stop" and self.on_spike == "ignore":
+        if self.idle:
             return True
         found = self._look()
         if found is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -12,6 +13,7 @@ from qtrain.runs.directory import RunDirectory
 from qtrain.runs.files import clear_partial, write_atomically
 from qtrain.training.causal_lm import CausalLM
 from qtrain.training.checkpoint import Saver, folder_of, tensors_of, tidy
+from qtrain.training.divergence import Guard
 from qtrain.training.observers import Measure
 from qtrain.training.parallel import Ranks
 from qtrain.training.trunk import Trunk, metrics_beside
@@ -36,13 +38,14 @@ class Saves:
         module: CausalLM,
         optimizer: torch.optim.Optimizer,
         measure: Measure,
+        guard: Guard,
         ranks: Ranks,
         trunk: Trunk | None,
         clock: Callable[[], float] = time.monotonic,
     ):
         settings = module.config.callbacks
         self.directory, self.saver, self.module, self.optimizer = directory, saver, module, optimizer
-        self.measure, self.ranks, self.trunk, self.clock = measure, ranks, trunk, clock
+        self.measure, self.guard, self.ranks, self.trunk, self.clock = measure, guard, ranks, trunk, clock
         self.every, self.keep = module.plan.checkpoint_every_steps, settings.keep_checkpoints
         self.seconds = settings.checkpoint_every_minutes * 60
         self.last = clock()
@@ -58,7 +61,9 @@ class Saves:
         """The state after so many steps, on `samples` samples of the data. Every rank must call it. Writing goes on in
         the background."""
         self.measure.check_finite(step)
-        values = {"samples": samples, "vocab_size": self.module.plan.vocab_size}
+        values: dict[str, Any] = {"samples": samples, "vocab_size": self.module.plan.vocab_size}
+        if not self.guard.idle:
+            values["guard"] = self.guard.state()
         tensors = tensors_of(self.module.model, self.optimizer)
         if self.ranks.is_zero:
             self.directory.log.sync()
@@ -67,7 +72,7 @@ class Saves:
             self._leave_trunk(self.trunk, step, tensors, values)
         self.last = self.clock()
 
-    def _leave_trunk(self, trunk: Trunk, step: int, tensors: dict[str, torch.Tensor], values: dict[str, int]) -> None:
+    def _leave_trunk(self, trunk: Trunk, step: int, tensors: dict[str, torch.Tensor], values: dict[str, Any]) -> None:
         """State and metrics for longer runs of the same schedule."""
         if self.ranks.is_zero:
             trunk.directory.mkdir(parents=True, exist_ok=True)

@@ -90,7 +90,7 @@ def run(config: Config) -> float | None:
     finite; StoppedError, a KeyboardInterrupt, after a checkpoint when asked to stop.
     """
     world = World(1, 0, "nobody") if config.dry_run else find_world(config.trainer)  # of a dry run no rank is started
-    console = Console(highlight=False, quiet=world.rank > 0, width=None if sys.stdout.isatty() else 120)
+    console = Console(highlight=False, markup=False, quiet=world.rank > 0, width=None if sys.stdout.isatty() else 120)
     speak_through(console)
     device = pick_device(config)
     check_strategy(config)
@@ -322,16 +322,19 @@ class Session:
         measure = observers[0]
         assert isinstance(measure, Measure)
         best = next(observer for observer in observers if isinstance(observer, Best))
-        saves = Saves(self.directory, saver, self.module, optimizer, measure, self.ranks, self.trunk)
+        guard = Guard(self.module, self.ranks)
+        saves = Saves(self.directory, saver, self.module, optimizer, measure, guard, self.ranks, self.trunk)
         training = Training(
             self.fabric, self.ranks, self.module, forward, optimizer, self.data, measure, observers,
-            Guard(self.module, self.ranks), saves, stop or StopRequest(), best,
+            guard, saves, stop or StopRequest(), best,
         )  # fmt: skip
         per_step = self.plan.micro_batches * self.data.per_batch
         step, samples = 0, 0
         try:
             if checkpoint is not None:
-                step, samples = self._restore(saver, checkpoint, optimizer)
+                values = saver.restore(checkpoint, self.model, optimizer)
+                step, samples = values["step"], whole_number(checkpoint, values, "samples")
+                guard.restore(values.get("guard", {}))
             while True:
                 try:
                     with torch.autograd.set_detect_anomaly(self.config.debug.detect_anomaly):
@@ -447,11 +450,6 @@ class Session:
         log.info("the first %d steps are another run's: starting from %s", step, path)
         return Decision(path, step)
 
-    def _restore(self, saver: Saver, folder: Path, optimizer: torch.optim.Optimizer) -> tuple[int, int]:
-        """(steps done, samples seen) of a checkpoint, whose state becomes the model's and the optimiser's."""
-        values = saver.restore(folder, self.model, optimizer)
-        return values["step"], whole_number(folder, values, "samples")
-
     def _rewind(self, wrong: RewindError, saver: Saver, optimizer: torch.optim.Optimizer, measure: Measure) -> int:
         """Back to the last checkpoint; its step. DivergedError where that has been tried often enough."""
 
@@ -467,7 +465,7 @@ class Session:
         if found is None or self._rewinds > MOST_IN_A_ROW:
             raise DivergedError(f"step {wrong.step + 1}: {wrong}")
         log.warning("step %d: %s: going back to step %d, on other data", wrong.step + 1, wrong, step)
-        self._restore(saver, found[1], optimizer)
+        saver.restore(found[1], self.model, optimizer)
         optimizer.zero_grad()
         measure.forget()
         return step

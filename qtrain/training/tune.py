@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from qtrain.config import Config
+from qtrain.config.schema import ADAPTER_FILES
 from qtrain.errors import UserError, first_line
 from qtrain.models import hf
 from qtrain.models.decoder import Decoder
@@ -26,7 +27,7 @@ from qtrain.training import rows
 from qtrain.training.moves import move_codes
 from qtrain.training.rows import Rows
 
-PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PEFT_CONFIG, PEFT_WEIGHTS = ADAPTER_FILES
 BASE = "qtrain_base.json"  # beside them: which checkpoint the adapter belongs to
 _PEFT = "base_model.model."  # what peft calls the model that it wraps
 

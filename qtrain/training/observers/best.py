@@ -44,7 +44,10 @@ class Best(Observer):
             self._take(at, loss)
         if self.enough_at is not None:
             self.enough_at = step
-        self.kept = self.ranks.decided(lambda: kept_loss(self.file) if self.file else math.inf)
+        kept = self.ranks.decided(lambda: kept_loss(self.file) if self.file else math.inf)
+        if self.file is not None and self.lowest < kept:  # of a shared trunk, or before callbacks.keep_best was set
+            log.info("the state of the lowest validation loss so far, %.4f, was not kept: a lower one is", self.lowest)
+        self.kept = min(kept, self.lowest)
 
     def _before(self, step: int) -> list[tuple[int, float]]:
         lines = self.recorder.directory.lines("val_loss")

@@ -4,9 +4,9 @@
     grad/<layer>/cosine, projection     <g_hat, g> / |g_hat| |g| and <g_hat, g> / <g, g>
 
 Taken in the first micro-batch of a step, of the operands and gradients that this very step trains with: nothing is
-quantised again, and nothing of the step changes. g_hat is the layer's weight gradient in that micro-batch, g the one
-that a second forward and backward give where every layer computes in the compute dtype. Every rank takes them, since
-sharded weights need all; those of rank 0 are written.
+quantised again, and nothing of the step changes. g_hat is the layer's weight gradient in that micro-batch, or that of
+the rows that train (tune.rows), g the one that a second forward and backward of the same loss give where every layer
+computes in the compute dtype. Every rank takes them, since sharded weights need all; those of rank 0 are written.
 A value that is not finite (of a gradient of zeros, of an operand without error) is left out, for JSON has none.
 """
 
@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from qtrain.quant import Observed, Observer, QuantLinear, operand_health, quant_linears, set_high_precision
 from qtrain.training.causal_lm import CausalLM
-from qtrain.training.losses import next_token_loss
 from qtrain.training.observers import observer
 from qtrain.training.observers.measure import Recorder
 
@@ -71,6 +70,7 @@ class Telemetry(observer.Observer):
         if self.seen:
             exact = exact_gradients(self.module, self.batch, list(self.seen))
             for (layer, found), wanted in zip(self.seen.items(), exact, strict=True):
+                wanted = wanted if layer.rows is None else wanted[layer.rows]
                 cosine, projection = agreement(found * self.module.plan.micro_batches, wanted)
                 self.values[f"grad/{layer.name}/cosine"] = cosine
                 self.values[f"grad/{layer.name}/projection"] = projection
@@ -86,7 +86,7 @@ class Telemetry(observer.Observer):
 
 
 def exact_gradients(module: CausalLM, batch: Tensor, layers: list[QuantLinear]) -> list[Tensor]:
-    """The weight gradients of the mean loss over batch (B, T+1) of this rank, with every layer in the compute dtype.
+    """The weight gradients of the training's loss of this rank's batch (B, T+1), with every layer in the compute dtype.
     The gradients that the model holds are left alone. Where weights are sharded, every rank must call this."""
     mixed = module.config.trainer.precision == "bf16-mixed"
     weights: dict[nn.Module, Tensor] = {}
@@ -98,7 +98,7 @@ def exact_gradients(module: CausalLM, batch: Tensor, layers: list[QuantLinear]) 
     set_high_precision(module.model)
     try:
         with torch.enable_grad(), torch.autocast(batch.device.type, torch.bfloat16, enabled=mixed):
-            loss = next_token_loss(module.model, batch, **module.loss_options)
+            loss = module.loss(module.model, batch)
         return list(torch.autograd.grad(loss, [weights[layer] for layer in layers]))
     finally:
         set_high_precision(module.model, False)

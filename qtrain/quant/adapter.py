@@ -93,7 +93,7 @@ def attach(
     for name in chosen:
         if "adapter" in linears[name]._modules:
             raise UserError(f"{name} has an adapter already, as one of --low-rank; merge it, or leave {name} out")
-        if id(linears[name].weight) in embeddings:
+        if id(linears[name]._parameters.get("weight")) in embeddings:  # the codes of a packed layer are none
             raise UserError(
                 f"{name} has the weight of the embedding, into which its adapter could not be merged; leave it out of "
                 "tune.adapter.layers, or take a model with model.tie_embeddings=false"

@@ -61,6 +61,8 @@ def main() -> None:
     on, 130 stopped by Ctrl-C, SIGTERM or SIGHUP, 75 stopped by SIGUSR1 or SIGUSR2, or since another process of the run
     ended. After 130 and 75 the same command continues; 75 (EX_TEMPFAIL) asks a scheduler to queue it again."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands exceptions on: what they look like is decided here
+    for noted in (_failures, _jobs, _failed_jobs):  # by an earlier call in this process
+        noted.clear()
     if sys.argv[1:] == ["--version"]:
         print(f"qtrain {version('qtrain')}")
         return

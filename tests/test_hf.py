@@ -224,7 +224,7 @@ def test_what_cannot_be_read_is_named(damage: Callable[[Path], None], said: str,
 
 
 def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"none is no folder; give the one that holds config.json"):
+    with pytest.raises(UserError, match=r"none: it is no folder; give the one that holds config.json"):
         settings_of(str(tmp_path / "none"))
     for nameless in ("model=hf", "model=hf:"):
         with pytest.raises(UserError, match="model=hf:FOLDER needs the folder or name of a checkpoint"):

@@ -82,7 +82,6 @@ def test_commands_that_start_nothing(
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
     monkeypatch.setenv("PATH", "")
-    monkeypatch.setattr(qtrain.train, "_failures", [])
     with pytest.raises(SystemExit, match="2"):
         main()
     assert told in capsys.readouterr().err
@@ -97,7 +96,6 @@ def test_what_a_scheduler_refuses_is_a_sentence(
         raise FailedJobError("sbatch: error: Invalid partition\n")
 
     monkeypatch.setattr(sys, "argv", ["train.py"])
-    monkeypatch.setattr(qtrain.train, "_failures", [])
     monkeypatch.setattr(qtrain.train, "_hydra_main", refused)
     with pytest.raises(SystemExit, match="2"):
         main()

@@ -120,6 +120,11 @@ def test_what_does_not_fit_is_refused(more, message):
         check_model(compose([*SMALL, *more]))
 
 
+def test_tuning_what_is_not_pretrained_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    check_model(compose([*SMALL, "+tune=lora"]))
+    assert "tune changes a model whose weights are at random; model=hf:FOLDER" in caplog.text
+
+
 def test_moves_without_settings_are_those_of_pv_tuning():
     assert compose([*SMALL, "+tune=peqa", "tune.scales.moves={}"]).tune == compose([*SMALL, "+tune=pv"]).tune
     assert compose([*SMALL, "+tune=peqa"]).tune.scales.moves is None

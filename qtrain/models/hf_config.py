@@ -37,7 +37,7 @@ def find(name: str) -> Path:
     if os.path.isdir(folder):  # noqa: PTH112
         return folder
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or os.path.isfile(folder):  # noqa: PTH113
-        raise UserError(f"model=hf:{shown} is no folder; give the one that holds config.json")
+        raise UserError(f"no checkpoint in {shown}: it is no folder; give the one that holds config.json")
     import huggingface_hub
 
     try:
@@ -45,7 +45,8 @@ def find(name: str) -> Path:
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))
     except Exception as error:  # network, hub, permission and cache errors share no base class
         raise UserError(
-            f"model=hf:{shown} is no local folder, and the Hugging Face hub did not give it ({first_line(error)}); "
+            f"no checkpoint {shown}: it is no local folder, and the Hugging Face hub did not give it "
+            f"({first_line(error)}); "
             "give a folder with config.json and safetensors files, or fill HF_HOME where there is a network"
         ) from error
 

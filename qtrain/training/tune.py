@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ from qtrain.runs.files import read_json, write_synced
 from qtrain.training import rows
 from qtrain.training.moves import move_codes
 from qtrain.training.rows import Rows
+
+log = logging.getLogger("qtrain")
 
 PEFT_CONFIG, PEFT_WEIGHTS = ADAPTER_FILES
 BASE = "qtrain_base.json"  # beside them: which checkpoint the adapter belongs to
@@ -84,6 +87,8 @@ def check_tune(config: Config) -> None:
         raise UserError("tune.teacher compares whole logits; set trainer.chunked_loss=false")
     if config.trainer.share_trunk:
         raise UserError("trainer.share_trunk=true is for pretraining; set it to false, or tune=null")
+    if not config.model.init_from:
+        log.warning("tune changes a model whose weights are at random; model=hf:FOLDER starts from a pretrained one")
 
 
 def _check_rows(config: Config) -> None:

@@ -23,7 +23,7 @@ from qtrain.models.decoder import Decoder
 from qtrain.models.families.llama import Llama
 from qtrain.quant import PackedLinear
 from qtrain.quant.functional import OPERANDS
-from qtrain.quant.linear import QuantLinear
+from qtrain.quant.linear import QuantLinear, quant_linears
 from qtrain_kernels.formats import get_format
 from qtrain_kernels.gemm import TABLE, check_setting, fp8_matmul, int8_matmul, multiply
 from qtrain_kernels.gpu import missing_kernel
@@ -40,7 +40,7 @@ E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 # One of each kind of scale, rounding, mask, rotation and sparsity; in the interpreter all recipes would take minutes.
 IN_THE_INTERPRETER = (
     *("quartet", "quartet_v1", "quartet_ii", "nvidia_nvfp4", "quest", "quest_sparse", "lsq", "luq_int4", "trilm"),
-    *("halo_2", "mxfp8", "fp8_rowwise", "fp8_blockwise"),
+    *("halo_2", "mxfp8", "mxfp4_2d", "fp8_rowwise", "fp8_blockwise", "nf4", "w4a16_asym"),
 )
 
 
@@ -222,6 +222,7 @@ def trained(recipe: str, backend: str, device: str) -> tuple[list[float], list[T
     model = Decoder(config, vocab_size=97)
     qtrain.convert(model, recipe, backend=backend)  # pyright: ignore[reportArgumentType]
     model.to(device)
+    assert all(layer.keys.device == layer.weight.device for layer in quant_linears(model))
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     losses = []
     for step in range(2):

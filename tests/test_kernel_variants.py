@@ -16,7 +16,7 @@ from qtrain_kernels import triton_few_rows, triton_quantize
 from qtrain_kernels.formats import Element
 from qtrain_kernels.gpu import Form, Job, Turn
 from qtrain_kernels.gpu_few_rows import FewJob, SumJob
-from qtrain_kernels.plans import Mask, ScaleRule
+from qtrain_kernels.plans import ScaleRule
 
 ROOT = Path(__file__).parents[1]
 
@@ -48,7 +48,7 @@ print(*sorted(fake_driver.launches.items()), sum(fake_driver.launches.values()))
 # What the names of constants stand for in compiled functions.
 CONSTANTS = {
     "JOB": (Job, Turn, FewJob, SumJob), "FORM": (Form, FewJob), "RULE": (ScaleRule,), "ELEMENT": (Element,),
-    "GRID": (Element,), "MASK": (Mask,),
+    "GRID": (Element,),
 }  # fmt: skip
 
 

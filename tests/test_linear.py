@@ -22,6 +22,7 @@ from qtrain.config.recipe import LinearRecipe, QuantSpec, read_recipe
 from qtrain.errors import UserError
 from qtrain.quant import QuantLinear, rotation, sees_tokens_apart, set_high_precision
 from qtrain.quant.functional import Call
+from qtrain.quant.packed import PackedLinear, layout_of
 from qtrain.quant.quantizer import Quantizer
 from qtrain.quant.random import USES, key_words
 from qtrain_kernels import qtensor
@@ -677,3 +678,20 @@ def test_what_sees_tokens_apart_gives_a_token_alone_what_it_gives_it_among_other
         assert sees_tokens_apart(model)
     if name == "nvidia_nvfp4":
         assert not is_equal
+
+
+def test_keys_lie_where_the_weight_lies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also those of recipes that draw nothing, which no set_step moves; and of what is packed."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        for recipe in ("quest", "ufp4"):
+            model = nn.Sequential(nn.Linear(128, 128, bias=False, device="meta"))
+            model[0].weight = nn.Parameter(torch.empty(128, 128, device="cuda"))
+            qtrain.convert(model, recipe, backend="reference")  # pyright: ignore[reportArgumentType]
+            made = model[0]
+            assert isinstance(made, QuantLinear)
+            assert made.keys.device == made.history[0][1].device == made.weight.device
+        numerics, keys = made.numerics, made.keys.cpu()
+        held = layout_of(numerics, (128, 128))
+        tensors = [torch.empty(shape, dtype=dtype, device="cuda") for shape, dtype in held.shapes()]
+        assert PackedLinear(QTensor.of(held, tensors), None, numerics, "0", keys).keys.device.type == "cuda"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from typing import Any, SupportsIndex
@@ -234,20 +234,25 @@ def set_step(model: nn.Module, step: SupportsIndex, micro_batch: SupportsIndex =
     step, micro_batch = operator.index(step), operator.index(micro_batch)
     layers = quant_linears(model)
     drawing = [layer for layer in layers if layer.stochastic]
-    first = torch.autograd._get_sequence_nr()  # of the nodes that are made from here on
-    with torch.inference_mode(False):
-        table = key_table([layer.keyed_by for layer in drawing], step, micro_batch) if drawing else torch.empty(0)
-        for device in dict.fromkeys(layer.weight.device for layer in drawing):
-            if device.type != "meta":
-                rows = iter(table.to(device, non_blocking=True).unbind())
-                for layer, keys in zip(drawing, rows, strict=True):
-                    if layer.weight.device == device:
-                        layer.keys = keys
-                        layer.history.append((first, keys))
+    if drawing:
+        with torch.inference_mode(False):
+            _hand_out(key_table([layer.keyed_by for layer in drawing], step, micro_batch), drawing)
     for layer in layers:
         layer.step_is_set = True
         if layer.keeps:
             layer.keep(step)
+
+
+def _hand_out(table: Tensor, layers: Sequence[QuantLinear]) -> None:
+    """A row of the table to each layer, in one copy to each device."""
+    first = torch.autograd._get_sequence_nr()  # of the nodes that are made from here on
+    for device in dict.fromkeys(layer.weight.device for layer in layers):
+        if device.type != "meta":
+            rows = table.to(device, non_blocking=True).unbind()
+            for layer, keys in zip(layers, rows, strict=True):
+                if layer.weight.device == device:
+                    layer.keys = keys
+                    layer.history.append((first, keys))
 
 
 def set_seed(model: nn.Module, seed: SupportsIndex) -> None:
